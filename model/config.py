@@ -1,0 +1,77 @@
+"""Settings of the network: plain dataclasses that the model reads and that a stage's YAML fills in."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.errors import UserError
+
+
+@dataclass
+class FusionConfig:
+    """How the states of the frozen LLMs become the text tokens that the DiT attends to (paper section 3.1).
+
+    Every row of the paper's tables 2, 3, 5 and 6 is one setting of these fields; with or without the instruction is a
+    choice of text family, since the states of a caption depend on what stood before it.
+    """
+
+    families: list[str] = field(default_factory=list)
+    """Text families to fuse, in order; the order fixes the order of branches in the weights."""
+    mode: Literal["none", "concat", "collaborative"] = "collaborative"
+    """`none`: one LLM alone; `concat`: branches side by side; `collaborative`: the paper's refiner across branches."""
+    refiner: Literal["none", "full", "causal"] = "full"
+    """Linguistic token refiner: absent, full attention (the paper's), or causal (the paper's counter-test)."""
+    refiner_blocks: int = 2
+    collaborative_blocks: int = 1
+    gate: bool = True
+    """Adaptive gates on the refiner's sub-layers; off = plain residual connections (table 5)."""
+    time: bool = True
+    """Whether the timestep enters the refiners' conditioning beside the pooled text."""
+    width: int | None = None
+    """Width of the refiners; None = the DiT's. At the LLM's 4096 they would cost as much as the 1B DiT itself."""
+    heads: int | None = None
+    """Attention heads of the refiners; None = the DiT's."""
+    crop: Literal["after", "before"] = "after"
+    """Where the prefix is cut off: after both refiners (the paper) or before them."""
+    pool: Literal["caption", "all"] = "caption"
+    """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not say)."""
+    encode: Literal["families", "online"] = "families"
+    """Read the states from text families, or run the LLMs in the trainer."""
+
+    def __post_init__(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            UserError: the settings contradict one another.
+        """
+        if self.mode == "none" and len(self.families) > 1:
+            raise UserError(
+                f"fusion.mode=none takes one LLM, fusion.families names {len(self.families)}: set fusion.mode=concat or collaborative"
+            )
+        if self.refiner != "none" and self.refiner_blocks < 1:
+            raise UserError(f"fusion.refiner_blocks={self.refiner_blocks}: set at least 1, or fusion.refiner=none")
+        if self.mode == "collaborative" and self.collaborative_blocks < 1:
+            raise UserError(f"fusion.collaborative_blocks={self.collaborative_blocks}: set at least 1, or fusion.mode=concat")
+
+
+@dataclass
+class DiTConfig:
+    """Sizes of the DiT (paper section 3.2 and table 7)."""
+
+    depth: int = 28
+    width: int = 1152
+    heads: int = 16
+    patch: int = 2
+    channels: int = 16
+    """Latent channels of the VAE."""
+    mlp_ratio: float = 4.0
+    frequency_width: int = 256
+    """Width of the sinusoidal timestep embedding before its MLP."""
+
+    def __post_init__(self) -> None:
+        """Check that heads divide the width.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.width % self.heads:
+            raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them")

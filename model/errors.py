@@ -1,0 +1,23 @@
+"""The one error that a user sees, and the one way a command ends with it."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can put right: the message names the thing and the way out, on one line."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command's `main` so that a `UserError` prints one line on stderr and exits with code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapped
