@@ -4,15 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from model.config import TextConfig
 from model.errors import UserError
-
-INSTRUCTION = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of the objects:"
-)
-"""The paper's instruction (section 3.1)."""
+from model.settings import read_settings
 
 
 @dataclass
@@ -72,31 +66,6 @@ class LatentsConfig:
 
 
 @dataclass
-class TextConfig:
-    """A text family: which LLM reads the captions, how, and what is kept."""
-
-    name: str = ""
-    llm: str = ""
-    """Local folder, hub name, `.gguf` file, or `package:<python package that ships a GGUF file>`."""
-    revision: str | None = None
-    encoder: Literal["causal", "t5", "clip"] = "causal"
-    layer: str = "-3"
-    """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` = concatenated."""
-    prefix: str = "{instruction} "
-    """What stands before the caption: system prompt, chat markup; `{instruction}` is filled in."""
-    instruction: str = INSTRUCTION
-    suffix: str = ""
-    """What stands after the caption, such as the end-of-turn markup; the null caption needs at least one token here."""
-    max_tokens: int = 256
-    """Most tokens of a caption (suffix included, prefix not)."""
-    quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    reuse_prefix: bool = True
-    tokens_per_batch: int = 4096
-    device_map: str | None = None
-
-
-@dataclass
 class DatasetConfig:
     """One dataset: from sources to families."""
 
@@ -118,29 +87,13 @@ class DatasetConfig:
     text: list[TextConfig] = field(default_factory=list)
 
 
-def read_yaml(schema: type, path: Path, overrides: list[str]) -> Any:
-    """Read a YAML into `schema` and apply `key=value` overrides.
-
-    Raises:
-        UserError: the file is missing or is not YAML, a key is unknown, or a value has the wrong type; the message
-            names the key and the nearest right one.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        return OmegaConf.to_object(merged)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
 def load_dataset(path: Path, overrides: list[str]) -> DatasetConfig:
     """Read a dataset's YAML.
 
     Raises:
-        UserError: see `read_yaml`; also a missing name or store.
+        UserError: see `read_settings`; also a missing name or store.
     """
-    config: DatasetConfig = read_yaml(DatasetConfig, path, overrides)
+    config: DatasetConfig = read_settings(DatasetConfig, path, overrides)
     for name in ("name", "store"):
         if not getattr(config, name):
             raise UserError(f"{path}: `{name}` is empty: set it in the file, or give {name}=... on the command line")

@@ -1,14 +1,14 @@
 """What a dataset looks like in a store: keys, records, columns. Every reader and writer goes through this file.
 
-    <store>/<dataset>/
-      dataset.json                                       what makes the pairs: sources, filters, buckets, part size, seed
-      manifest/<bucket>.parquet, manifest.json           the plan: which sample is which row of which part
-      pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
-      families/<family>/family.json, constants.safetensors
-      families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
-      commits/<pairs or family>/<bucket>/00012.json      the one object that makes a part exist
-      dropped/<source file>.parquet                      every sample left out, and why
-      snapshots/<id>/snapshot.json, <bucket>.parquet     immutable: what a training run reads
+<store>/<dataset>/
+  dataset.json                                       what makes the pairs: sources, filters, buckets, part size, seed
+  manifest/<bucket>.parquet, manifest.json           the plan: which sample is which row of which part
+  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
+  families/<family>/family.json, constants.safetensors
+  families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
+  commits/<pairs or family>/<bucket>/00012.json      the one object that makes a part exist
+  dropped/<source file>.parquet                      every sample left out, and why
+  snapshots/<id>/snapshot.json, <bucket>.parquet     immutable: what a training run reads
 """
 
 import hashlib

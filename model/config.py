@@ -5,6 +5,11 @@ from typing import Literal
 
 from model.errors import UserError
 
+INSTRUCTION = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of the objects:"
+)
+"""The paper's instruction (section 3.1)."""
+
 
 @dataclass
 class FusionConfig:
@@ -44,9 +49,7 @@ class FusionConfig:
             UserError: the settings contradict one another.
         """
         if self.mode == "none" and len(self.families) > 1:
-            raise UserError(
-                f"fusion.mode=none takes one LLM, fusion.families names {len(self.families)}: set fusion.mode=concat or collaborative"
-            )
+            raise UserError(f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or collaborative")
         if self.refiner != "none" and self.refiner_blocks < 1:
             raise UserError(f"fusion.refiner_blocks={self.refiner_blocks}: set at least 1, or fusion.refiner=none")
         if self.mode == "collaborative" and self.collaborative_blocks < 1:
@@ -75,3 +78,28 @@ class DiTConfig:
         """
         if self.width % self.heads:
             raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them")
+
+
+@dataclass
+class TextConfig:
+    """A text family: which LLM reads the captions, how, and what is kept."""
+
+    name: str = ""
+    llm: str = ""
+    """Local folder, hub name, `.gguf` file, or `package:<python package that ships a GGUF file>`."""
+    revision: str | None = None
+    encoder: Literal["causal", "t5", "clip"] = "causal"
+    layer: str = "-3"
+    """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` = concatenated."""
+    prefix: str = "{instruction} "
+    """What stands before the caption: system prompt, chat markup; `{instruction}` is filled in."""
+    instruction: str = INSTRUCTION
+    suffix: str = ""
+    """What stands after the caption, such as the end-of-turn markup; the null caption needs at least one token here."""
+    max_tokens: int = 256
+    """Most tokens of a caption (suffix included, prefix not)."""
+    quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    reuse_prefix: bool = True
+    tokens_per_batch: int = 4096
+    device_map: str | None = None

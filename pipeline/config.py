@@ -12,10 +12,10 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 
-from data_prep.config import read_yaml
 from model.config import DiTConfig, FusionConfig
 from model.errors import UserError
 from model.presets import PRESETS
+from model.settings import read_settings
 
 STAGES = Path(__file__).parent / "stages"
 
@@ -197,9 +197,8 @@ class StageConfig:
         if any(not 0 < decay < 1 for decay in self.ema) or not self.ema:
             raise UserError(f"ema={self.ema}: name at least one decay between 0 and 1")
         if self.global_batch % self.data.canonical_nodes:
-            raise UserError(
-                f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={self.data.canonical_nodes}: change one"
-            )
+            lanes = self.data.canonical_nodes
+            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
 
     @property
     def run(self) -> Path:
@@ -237,7 +236,7 @@ def load_stage(stage: str, overrides: list[str]) -> StageConfig:
         path = STAGES / f"{stage}.yaml"
         if not path.exists():
             raise UserError(_unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
-    config: StageConfig = read_yaml(StageConfig, path, overrides)
+    config: StageConfig = read_settings(StageConfig, path, overrides)
     config.name = config.name or path.stem
     return config
 

@@ -1,0 +1,25 @@
+"""Reading a YAML into dataclasses, with errors that name the key and the nearest right one."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.errors import UserError
+
+
+def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
+    """Read a YAML into `schema` and apply `key=value` overrides.
+
+    Raises:
+        UserError: the file is missing or is not YAML, a key is unknown, or a value has the wrong type; the message
+            names the key and the nearest right one.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_object(merged)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
