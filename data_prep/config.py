@@ -17,16 +17,17 @@ class SourceConfig:
     path: str = ""
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=lambda: {"original": "caption"})
-    """Caption kind -> field or column that holds it (a string or a list of strings)."""
+    """Caption kind -> field or column that holds it (a string or a list of strings). `txt` is the text file beside an
+    image (webdataset, folder); it also stands in for a missing `caption`."""
     image: str = "image"
-    """Column with image bytes or a path (parquet, folder)."""
+    """Column with image bytes or a path (parquet), with image bytes (MDS)."""
     limit: int | None = None
-    """Take only the first samples; for trials."""
+    """Take only the first rows of each file; for trials."""
 
 
 @dataclass
 class FilterConfig:
-    """One named predicate and its arguments: `{name: min_side, value: 256}`."""
+    """One named predicate and its arguments: `{name: min_side, value: 256}`. The names are in `data_prep/filters.py`."""
 
     name: str = ""
     value: Any = None
@@ -35,7 +36,7 @@ class FilterConfig:
 
 @dataclass
 class DedupeConfig:
-    """Duplicates across the whole dataset."""
+    """Duplicates across the whole dataset; of several, the first in the order of the source files stays."""
 
     exact: bool = True
     near: int | None = None
@@ -52,6 +53,8 @@ class BucketConfig:
     """Sides are multiples of this (VAE downsampling x patch)."""
     max_upscale: float = 1.0
     """Images that would have to grow by more than this are dropped."""
+    max_crop: float = 0.5
+    """Images that would lose more than this share of their area to the centre crop are dropped."""
 
 
 @dataclass
@@ -77,14 +80,35 @@ class DatasetConfig:
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
     part_rows: int = 1024
-    shuffle_window: int = 262144
+    shuffle_window: int = 65536
     """Rows over which the plan shuffles inside a bucket (source files are shuffled first)."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
     image_quality: int = 95
     seed: int = 0
     workers: int = 2
+    """Processes that decode images, beside the one that reads; 0 = no process of their own."""
     latents: list[LatentsConfig] = field(default_factory=list)
     text: list[TextConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            UserError: a caption kind is not declared, or a number is out of range.
+        """
+        for number, source in enumerate(self.sources):
+            if not source.path and source.kind != "openmoji":
+                raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
+            for kind in source.captions:
+                if kind not in self.caption_kinds:
+                    raise UserError(f"sources[{number}].captions: kind {kind!r} is not in caption_kinds={self.caption_kinds}: add it")
+        if len(self.caption_kinds) > 255 or len(set(self.caption_kinds)) < len(self.caption_kinds):
+            raise UserError("caption_kinds: give at most 255 different names")
+        for name, least in (("part_rows", 1), ("shuffle_window", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: set at least {least}")
+        if self.dedupe.near is not None and not 0 <= self.dedupe.near <= 16:
+            raise UserError(f"dedupe.near={self.dedupe.near}: set 0 to 16 bits of 64, or leave it out")
 
 
 def load_dataset(path: Path, overrides: list[str]) -> DatasetConfig:

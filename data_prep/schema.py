@@ -2,20 +2,21 @@
 
 <store>/<dataset>/
   dataset.json                                       what makes the pairs: sources, filters, buckets, part size, seed
-  manifest/<bucket>.parquet, manifest.json           the plan: which sample is which row of which part
+  manifest.json, manifest/<bucket>.parquet           the plan: how many rows each part has, and which sample is which row
   pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
-  families/<family>/family.json, constants.safetensors
+  families/<family>/family.json, constants-<xxh64>.safetensors
   families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
   commits/<pairs or family>/<bucket>/00012.json      the one object that makes a part exist
   dropped/<source file>.parquet                      every sample left out, and why
-  snapshots/<id>/snapshot.json, <bucket>.parquet     immutable: what a training run reads
+  snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet     immutable: what a training run reads
+  snapshots/history/000007.json                      the snapshots in the order in which they were taken; the last is `latest`
 """
 
 import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 FORMAT = 1
 PAIRS = "pairs"
@@ -91,6 +92,34 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: the parts that the plan asks for. A part may end with fewer rows than planned (an image that turns
+    out to be damaged), never with more."""
+
+    dataset: str
+    caption_kinds: list[str]
+    buckets: dict[str, list[int]]
+    """Bucket name -> planned rows of its parts 0, 1, 2, ..."""
+    format: int = FORMAT
+
+    KEY: ClassVar[str] = "manifest.json"
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, in the order over which array tasks share them."""
+        return [Part(bucket, number) for bucket in sorted(self.buckets) for number in range(len(self.buckets[bucket]))]
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """Read back what `to_json` wrote."""
+        return cls(**json.loads(data))
+
+
+@dataclass(frozen=True)
 class Family:
     """One encoding of the pairs: VAE latents at one resolution, or the states of one LLM."""
 
@@ -102,13 +131,23 @@ class Family:
     """What readers need besides: text: `width`, `prefix_tokens`, `quantisation`; latents: `channels`, `downsampling`,
     `scaling_factor`, `shift_factor`."""
     constants_xxh64: str = ""
-    """Hash of `constants.safetensors` (text families: prefix and null-caption states, channel mean and spread)."""
+    """Hash of the constants (text families: prefix and null-caption states, channel mean and spread); empty = none."""
     format: int = FORMAT
 
     @property
     def hash(self) -> str:
         """Identity of the family, 16 hex digits; two families with one hash hold the same numbers."""
         return hashlib.sha256(canonical_json({"format": self.format, "kind": self.kind, **self.identity})).hexdigest()[:16]
+
+    @property
+    def key(self) -> str:
+        """Key of the record that registers the family."""
+        return f"families/{self.name}/family.json"
+
+    @property
+    def constants_key(self) -> str:
+        """Key of the constants; named by content, so that two tasks that register at once cannot mix them up."""
+        return f"families/{self.name}/constants-{self.constants_xxh64}.safetensors"
 
     @property
     def columns(self) -> dict[str, str]:
@@ -156,32 +195,50 @@ class Bucket:
 class Snapshot:
     """An immutable view of a dataset: the parts that exist in all of its families, and where they lie.
 
-    Beside it one columnar index a bucket, `<bucket>.parquet`, a row a part: `number`, `rows`, and for each family
-    `<family>.key`, `<family>.bytes`, `<family>.xxh64`.
+    Beside it one columnar index a bucket, a row a part, ordered by `number`: `number`, `rows`, `ids_xxh64`, and for each
+    family `<family>.key`, `<family>.bytes`, `<family>.xxh64`. Parts without rows are not in it.
+
+    Two snapshots with one id hold the same bytes in the same order, so they are interchangeable for training: the id covers
+    the families (identity and constants) and, by way of `content`, the sample ids and the payload hash of every part. It does
+    not cover payload keys: these hold the random name of the attempt that won, which a repetition would not repeat.
     """
 
     dataset: str
     caption_kinds: list[str]
     families: dict[str, Family]
     buckets: dict[str, dict[str, Any]]
-    """Bucket name -> `parts`, `rows`, `index_xxh64`."""
+    """Bucket name -> `parts`, `rows`, `content` (SHA-256 over what the parts hold), `index_xxh64`."""
     left_out: dict[str, int]
     """Rows that the plan holds and the snapshot does not, by reason; empty unless a partial snapshot was asked for."""
     format: int = FORMAT
 
     @property
     def id(self) -> str:
-        """16 hex digits over the whole content, index hashes included."""
-        return hashlib.sha256(self._body()).hexdigest()[:16]
+        """16 hex digits over all that decides what a training run reads."""
+        record = self._record()
+        record["buckets"] = {
+            name: {field: value for field, value in bucket.items() if field != "index_xxh64"}
+            for name, bucket in self.buckets.items()
+        }
+        return hashlib.sha256(canonical_json(record)).hexdigest()[:16]
 
-    def _body(self) -> bytes:
+    @property
+    def key(self) -> str:
+        """Key of the snapshot's record."""
+        return f"snapshots/{self.id}/snapshot.json"
+
+    def index_key(self, bucket: str) -> str:
+        """Key of the index of one bucket; named by content, so that an index is never overwritten."""
+        return f"snapshots/{self.id}/{bucket}-{self.buckets[bucket]['index_xxh64']}.parquet"
+
+    def _record(self) -> dict[str, Any]:
         record = asdict(self)
         record["families"] = {name: {**asdict(family), "hash": family.hash} for name, family in self.families.items()}
-        return canonical_json(record)
+        return record
 
     def to_json(self) -> bytes:
         """Canonical JSON bytes."""
-        return self._body()
+        return canonical_json(self._record())
 
     @classmethod
     def from_json(cls, data: bytes) -> "Snapshot":

@@ -1,7 +1,7 @@
 """Settings of the network: plain dataclasses that the model reads and that a stage's YAML fills in."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from model.errors import UserError
 
@@ -39,6 +39,8 @@ class FusionConfig:
     """Where the prefix is cut off: after both refiners (the paper) or before them."""
     pool: Literal["caption", "all"] = "caption"
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not say)."""
+    expect: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; a family made in another way is refused."""
     encode: Literal["families", "online"] = "families"
     """Read the states from text families, or run the LLMs in the trainer."""
 

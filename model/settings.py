@@ -22,4 +22,5 @@ def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error

@@ -241,6 +241,17 @@ def load_stage(stage: str, overrides: list[str]) -> StageConfig:
     return config
 
 
+def load_run(run: Path) -> StageConfig:
+    """The stage of a run, as its folder keeps it.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
+    if not (run / "stage.yaml").exists():
+        raise UserError(f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo")
+    return read_settings(StageConfig, run / "stage.yaml", [])
+
+
 def dump_stage(config: StageConfig) -> str:
     """The resolved stage as YAML, as `--dry-run` prints it and a run keeps it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,39 @@
+# make demo: the whole pipeline on this machine; make test: the tests; make check: ruff and pyright.
+# Each makes .venv on the first call and leaves it alone after that.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell $(name) -c \
+	'import sys; (3, 11) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
+WORKERS ?= 2
+
+.PHONY: demo test check install clean
+
+demo: install
+	@$(BIN)/python -m pipeline.demo
+
+test: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+
+check: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/shellcheck cluster/*.sh .ci/run
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found: install python3 and python3-venv, or set PYTHON=" >&2; exit 2; }
+	@command -v g++ >/dev/null || { echo "error: g++ not found, DeepSpeed compiles one small extension with it: install g++ (Debian: apt install g++)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || command -v uv >/dev/null || \
+		{ echo "error: Python's venv module is missing: install it (Debian: apt install python3-venv)" >&2; exit 2; }
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --seed --python "$(PYTHON)" $(VENV) && \
+		VIRTUAL_ENV=$(VENV) uv pip install -c constraints.txt -e '.[demo,test]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

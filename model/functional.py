@@ -1,0 +1,74 @@
+"""The pieces of arithmetic that the network is made of: pure functions of tensors, no parameters."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention over heads.
+
+    Args:
+        q: queries [B, S, H, d].
+        k: keys [B, T, H, d].
+        v: values [B, T, H, d].
+        mask: what `key_mask` gives, or None where every key is a token.
+        causal: hide later keys; with padding on the right this hides the padding too, so it excludes `mask`.
+
+    Returns:
+        The heads side by side, [B, S, H * d].
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, S, d]
+    return out.transpose(1, 2).flatten(2)
+
+
+def key_mask(mask: Tensor) -> Tensor:
+    """Turn a padding mask [B, S] (True = a token) into one that broadcasts over heads and queries, [B, 1, 1, S].
+
+    A row without any token shows its first key: attention over no key at all would be 0 / 0.
+    """
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return (mask | (first & ~mask.any(dim=1, keepdim=True)))[:, None, None]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the tokens of x [B, S, D] that `mask` [B, S] names, summed in fp32; zero where there is none."""
+    total = x.masked_fill(~mask[..., None], 0).sum(dim=1, dtype=torch.float32)
+    return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: x [B, S, D] normalised, then scaled and shifted by [B, 1, D] (DiT, arXiv 2212.09748)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def residual(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
+    """Add a sub-layer's output to its input, through a gate [B, 1, D] where there is one."""
+    return x + change if gate is None else torch.addcmul(x, gate, change)
+
+
+def timestep_features(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoids of timesteps in [0, 1]: fp32 [B] -> fp32 [B, width].
+
+    The unit is a thousandth, the step of DDPM, and periods run from 2 pi to 20,000 pi of them. The frequencies are made
+    at each call: a buffer made in a bf16 model would hold rounded ones.
+    """
+    half = width // 2
+    exponents = torch.arange(half, device=timesteps.device).float() / half
+    angles = 1000 * timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # [B, width / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Cut latents [B, C, h, w] into patches, row by row: [B, h / p * w / p, p * p * C]."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Undo `patchify` for latents of `height` x `width`."""
+    rows, columns = height // patch, width // patch
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)

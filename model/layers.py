@@ -1,0 +1,150 @@
+"""Layers that the refiners and the DiT share.
+
+Every layer with parameters sets them in its own `reset_parameters`, so a model built under DeepSpeed's `zero.Init`, which
+takes each layer's parameters away as soon as the layer exists, starts from the same distribution as any other.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.functional import attention, timestep_features
+
+
+class Linear(nn.Linear):
+    """Linear layer that starts Xavier-uniform with no bias."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroLinear(nn.Linear):
+    """Linear layer that starts at zero: gates and modulations, so that a new branch changes nothing at first."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with a learned gain; the epsilon is named, since torch's default depends on the type (0.8 % in bf16)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with RMSNorm on queries and keys (paper section 3.2)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = Linear(width, 3 * width)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Let each token of x [B, S, D] attend to the tokens that `mask` [B, 1, 1, S] shows."""
+        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
+        x = attention(self.query_norm(q), self.key_norm(k), v, mask, causal)  # [B, S, D]
+        return self.out(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention with RMSNorm on queries and keys (paper section 3.2)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let each token of x [B, S, D] attend to the tokens of `context` [B, T, D] that `mask` [B, 1, 1, T] shows."""
+        q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
+        k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # 2 x [B, T, H, d]
+        x = attention(self.query_norm(q), self.key_norm(k), v, mask)  # [B, S, D]
+        return self.out(x)
+
+
+class MLP(nn.Module):
+    """Feed-forward layer."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each token of x [B, S, D] by itself."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Modulation(nn.Module):
+    """`count` vectors of scale, shift or gate from a condition; all start at zero (adaLN-zero, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = ZeroLinear(width, count * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Turn a condition [B, D] into `count` vectors [B, 1, D]."""
+        return self.linear(F.silu(c)).unsqueeze(1).chunk(self.count, dim=-1)
+
+
+class ConditionEmbedding(nn.Module):
+    """Two linear layers around a SiLU, from a vector per sample to a condition."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.inner = Linear(inputs, width)
+        self.outer = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs] to [B, width]."""
+        return self.outer(F.silu(self.inner(x)))
+
+
+class TimestepEmbedding(nn.Module):
+    """Embedding of the timestep; its sinusoids are fp32 whatever the type of the weights."""
+
+    def __init__(self, frequency_width: int, width: int) -> None:
+        super().__init__()
+        self.frequency_width = frequency_width
+        self.mlp = ConditionEmbedding(frequency_width, width)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Embed timesteps in [0, 1]: fp32 [B] -> [B, D]."""
+        features = timestep_features(timesteps, self.frequency_width)  # fp32 [B, F]
+        return self.mlp(features.to(self.mlp.inner.weight.dtype))
+
+
+class PositionBlock(nn.Module):
+    """Convolutional residual block after patchify: the network's only knowledge of where a patch is (paper section 3.2).
+
+    Zero padding tells a patch how far the border is, neighbours tell it what is around it, and no table ties it to a
+    resolution. The paper does not give its width; between full-width convolutions (18 D^2) the 1B model would exceed its
+    size by 3 %, so the inner width is a quarter (4.5 D^2).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(width)
+        self.narrow = nn.Conv2d(width, width // 4, kernel_size=3, padding=1)
+        self.inner_norm = RMSNorm(width // 4)
+        self.widen = nn.Conv2d(width // 4, width, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Add what the neighbours say to patches x [B, rows * columns, D]."""
+        h = F.silu(self.input_norm(x)).unflatten(1, (rows, columns))  # [B, rows, columns, D]
+        h = self.narrow(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, rows, columns, D / 4]
+        h = F.silu(self.inner_norm(h))
+        h = self.widen(h.permute(0, 3, 1, 2))  # [B, D, rows, columns]
+        return x + h.flatten(2).transpose(1, 2)

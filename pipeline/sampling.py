@@ -1,0 +1,163 @@
+"""From noise to latents: diffusers' schedulers, with classifier-free guidance in one batch.
+
+The scheduler's state and the latents stay fp32; only the network runs in a lower precision. Each image has its own
+seed and its own noise generator, so an image does not depend on which batch it was drawn in.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from model.errors import UserError
+from model.fusion import Text
+from pipeline.config import ObjectiveConfig
+from pipeline.objective import DDPM_BETAS, DDPM_STEPS
+
+Predict = Callable[[Tensor, Tensor, list[Text]], Tensor]
+"""Noisy latents [B, C, h, w], times fp32 [B] in [0, 1], one `Text` per LLM -> prediction [B, C, h, w]."""
+
+_DDPM: dict[str, Any] = {
+    "num_train_timesteps": DDPM_STEPS,
+    "beta_start": DDPM_BETAS[0],
+    "beta_end": DDPM_BETAS[1],
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",  # start from the noisiest step (Lin et al. 2023, section 3.3)
+}
+SCHEDULERS: dict[str, dict[str, Callable[[ObjectiveConfig], Any]]] = {
+    "flow": {
+        "euler": lambda config: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.shift),
+        "dpm": lambda config: DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
+        ),
+    },
+    "ddpm": {
+        "dpm": lambda config: DPMSolverMultistepScheduler(**_DDPM),
+        "ddim": lambda config: DDIMScheduler(**_DDPM, clip_sample=False),
+    },
+}
+"""Objective -> name -> diffusers scheduler; the first of each is the default."""
+
+
+def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
+    """The scheduler `name` for the objective; empty = the objective's default.
+
+    Raises:
+        UserError: no such scheduler, or it does not fit the objective.
+    """
+    known = SCHEDULERS[objective.name]
+    name = name or next(iter(known))
+    if name not in known:
+        raise UserError(f"scheduler {name!r} does not exist for objective {objective.name}: take one of {', '.join(known)}")
+    return known[name](objective)
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Tensor, float]]:
+    """Set the number of steps; returns for each the scheduler's own timestep and the time in [0, 1] that the network reads.
+
+    Raises:
+        UserError: the number of steps is out of range.
+    """
+    if not 1 <= steps <= DDPM_STEPS:
+        raise UserError(f"steps={steps}: set a number between 1 and {DDPM_STEPS}")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # By default diffusers shifts the last time twice; from these even times it shifts each once.
+        scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    # Flow times are the scheduler's sigmas: its integer timesteps would round them.
+    flow = scheduler.config.get("prediction_type") != "epsilon"
+    times = scheduler.sigmas[:-1] if flow else scheduler.timesteps / DDPM_STEPS
+    return list(zip(scheduler.timesteps, times.tolist(), strict=True))
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Gaussian noise fp32 [len(seeds), *shape] on the CPU, so that a seed means the same image on each device."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def stack_texts(first: Text, second: Text) -> Text:
+    """The samples of two batches of one LLM after one another, padded on the right to the longer."""
+    length = max(first.states.shape[1], second.states.shape[1])
+
+    def pad(text: Text) -> tuple[Tensor, Tensor]:
+        missing = length - text.states.shape[1]
+        return F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
+
+    (states_a, mask_a), (states_b, mask_b) = pad(first), pad(second)
+    padded = first.padded or second.padded or first.states.shape[1] != second.states.shape[1]
+    return Text(torch.cat([states_a, states_b]), torch.cat([mask_a, mask_b]), first.prefix, padded)
+
+
+def guided(predict: Predict, texts: list[Text], null_texts: list[Text], guidance: float) -> Callable[[Tensor, float], Tensor]:
+    """A prediction with classifier-free guidance (Ho and Salimans 2022), both branches in one batch; none at guidance 1.
+
+    The returned function takes noisy latents [B, C, h, w] and a time in [0, 1] and returns fp32 [B, C, h, w].
+    """
+    if guidance != 1.0:
+        texts = [stack_texts(text, null) for text, null in zip(texts, null_texts, strict=True)]
+
+    def evaluate(latents: Tensor, time: float) -> Tensor:
+        batch = latents if guidance == 1.0 else torch.cat([latents, latents])
+        times = torch.full((len(batch),), time, dtype=torch.float32, device=batch.device)
+        prediction = predict(batch, times, texts).float()
+        if guidance == 1.0:
+            return prediction
+        with_text, without = prediction.chunk(2)
+        return without + guidance * (with_text - without)
+
+    return evaluate
+
+
+@torch.no_grad()
+def draw(
+    predict: Predict,
+    objective: ObjectiveConfig,
+    texts: list[Text],
+    null_texts: list[Text],
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheduler: str = "",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw one image's normalised latents per seed.
+
+    Args:
+        predict: the network.
+        objective: what it was trained to predict.
+        texts: one `Text` per LLM, B = len(seeds) samples each; on `device`.
+        null_texts: the same for the null (or the negative) caption; not read at guidance 1.
+        shape: (C, h, w) of one image's latents.
+        seeds: one per image.
+        steps: evaluations of the network per image.
+        guidance: 1 = none.
+        device: where the network runs.
+        dtype: in which precision the network gets the latents.
+        scheduler: a name in `SCHEDULERS`; empty = the objective's default.
+        on_step: called after each step with its number from 1 and the latents.
+
+    Returns:
+        Latents fp32 [B, C, h, w] on `device`.
+
+    Raises:
+        UserError: unknown scheduler or number of steps out of range.
+    """
+    solver = make_scheduler(objective, scheduler)
+    evaluate = guided(lambda x, t, text: predict(x.to(dtype), t, text), texts, null_texts, guidance)
+    schedule = set_steps(solver, steps, device)
+    latents = initial_noise(shape, seeds).to(device)
+    for number, (timestep, time) in enumerate(schedule, 1):
+        latents = solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            on_step(number, latents)
+    return latents

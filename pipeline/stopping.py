@@ -1,0 +1,43 @@
+"""When to stop a run before its end: a signal, a file, a time limit.
+
+Signal handlers only set a flag; the ranks agree on it at the next step boundary, save, and leave with `EXIT_AGAIN`.
+"""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+EXIT_AGAIN = 85
+"""Exit code of a run that committed a checkpoint and wants to be started again."""
+
+
+class Stop:
+    """Collects this rank's reasons to stop."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._deadline = float("inf")
+        self._file: Path | None = None
+
+    def install(self) -> "Stop":
+        """Catch SIGUSR1 and SIGTERM. Call it before torch is imported: a signal in those seconds must not kill the rank."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+    def watch(self, file: Path, minutes: float | None) -> None:
+        """Stop too when `file` appears, or `minutes` from now."""
+        self._file = file
+        self._deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+
+    def requested(self) -> bool:
+        """Whether this rank has a reason to stop; `reason` then says which."""
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = "time limit"
+        if not self.reason and self._file is not None and self._file.exists():
+            self.reason = f"{self._file.name} file"
+        return bool(self.reason)

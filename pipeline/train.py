@@ -1,0 +1,83 @@
+"""Train a stage: one process per GPU, started by srun, torchrun, or alone.
+
+    python -m pipeline.train demo --dry-run
+    python -m pipeline.train demo optim.lr=2e-4
+    torchrun --standalone --nproc-per-node 8 -m pipeline.train li_dit_1b_256 data.store=s3://bucket/prefix
+    sbatch cluster/train.sh li_dit_1b_256
+
+Exit codes: 0 the stage is finished; 85 a checkpoint was committed and the stage wants to be started again (SIGUSR1, SIGTERM,
+a `stop` file in the run's folder, or --minutes); 2 something to be put right, said in one line; 1 a crash.
+"""
+
+from pipeline.stopping import EXIT_AGAIN, Stop
+
+STOP = Stop()
+if __name__ == "__main__":
+    STOP.install()  # before the seconds that importing torch takes, so that a signal then is not lost
+
+import argparse
+import os
+import sys
+import traceback
+
+from model.errors import UserError, command
+from pipeline.assembly import network_sizes, resolve
+from pipeline.config import StageConfig, dump_stage, load_stage
+from pipeline.distributed import Ranks
+from pipeline.engine import leave
+from pipeline.trainer import Trainer
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", help="name of a shipped stage, or path of a YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the stage's own, such as optim.lr=2e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved stage, check it against its store, and stop")
+    parser.add_argument("--minutes", type=float, help="save and leave with code 85 after so many minutes")
+    return parser.parse_args(arguments)
+
+
+def dry_run(stage: StageConfig) -> None:
+    """Print the resolved stage and check it against its store.
+
+    Raises:
+        UserError: the stage and the store do not fit.
+    """
+    resolved, snapshot = resolve(stage)
+    dit, widths = network_sizes(resolved, snapshot)
+    print(dump_stage(resolved))
+    rows = sum(int(bucket["rows"]) for bucket in snapshot.buckets.values())
+    print(f"# snapshot {snapshot.id}: {rows:,} pairs in {len(snapshot.buckets)} buckets; LLM widths {widths}; DiT {dit}")
+
+
+@command
+def main() -> None:
+    """Entry of `python -m pipeline.train`."""
+    arguments = parse()
+    stage = load_stage(arguments.stage, arguments.overrides)
+    if arguments.dry_run:
+        dry_run(stage)
+        return
+    if (stage.run / "finished.json").exists():
+        print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it anew")
+        return
+    STOP.watch(stage.run / "stop", arguments.minutes)
+    ranks = Ranks.from_environment()
+    try:
+        code = Trainer(stage, ranks, STOP).run()
+    except UserError:
+        raise
+    except BaseException:
+        # Peers wait in a collective for a rank that died: leave at once and let the launcher end them.
+        print(f"rank {ranks.rank} of {ranks.world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+    leave(code)
+
+
+if __name__ == "__main__":
+    main()
+
+__all__ = ["EXIT_AGAIN", "dry_run", "main", "parse"]

@@ -1,0 +1,263 @@
+"""The training loop, in a fixed order: report, validate, save, stop?, then one step and its moving averages.
+
+Progress is counted in samples of the plan. Randomness comes from (seed, epoch, sample id), so a run that was stopped and
+resumed repeats an uninterrupted one exactly.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.errors import UserError
+from model.flops import flops_per_sample
+from pipeline.assembly import build_network, latents_family, network_sizes, resolve
+from pipeline.checkpoint import Checkpoints, load_weights
+from pipeline.config import StageConfig, dump_stage
+from pipeline.console import TrainingProgress, say
+from pipeline.distributed import Ranks
+from pipeline.engine import Engine
+from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps, mean_over_ranks
+from pipeline.loader import Batch, Position, TrainingData
+from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, loss_by_timestep, peak_flops, read_events
+from pipeline.objective import corrupt, loss_per_sample
+from pipeline.optim import learning_rate
+from pipeline.stopping import EXIT_AGAIN, Stop
+
+
+class Trainer:
+    """One run of one stage, on every rank alike; `run` returns the process's exit code."""
+
+    def __init__(self, stage: StageConfig, ranks: Ranks, stop: Stop) -> None:
+        self.begun = time.time()
+        self.ranks, self.stop = ranks, stop
+        self.stage, self.snapshot = resolve(stage)
+        local_batch, left = divmod(stage.global_batch, ranks.world)
+        if left:
+            raise UserError(f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: change one")
+        torch.manual_seed(stage.data.seed)
+        self.engine = Engine(lambda: build_network(self.stage, self.snapshot), self.stage, local_batch)
+        self.data = TrainingData(self.stage, ranks.rank, ranks.world, self.engine.device)
+        self.latents = latents_family(self.stage, self.snapshot)
+
+        run = stage.run
+        run.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(run / "checkpoints", stage.checkpoint)
+        self.log = MetricsLog(run, stage.log, dump_stage(self.stage), writes=ranks.rank == 0)
+        self.peak = peak_flops(stage.log)
+
+        # progress: all of it is kept in checkpoints
+        self.step = 0
+        self.samples = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.seconds_in_steps = 0.0
+        self.position: Position | None = None
+        self.interval = Interval()
+        self.timestep_sums = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=self.engine.device)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to the end of the stage, or until asked to stop.
+
+        Returns:
+            0 when the stage is finished, `EXIT_AGAIN` when a checkpoint was committed and the stage is not finished.
+
+        Raises:
+            UserError: too many steps in a row had non-finite gradients.
+        """
+        self._resume()
+        progress = TrainingProgress(self.stage.name, self.samples, self.stage.samples, shows=self.ranks.rank == 0)
+        batches = self._batches()
+        reported = time.monotonic()
+        try:
+            while True:
+                # once in a while: report
+                if self.step % self.stage.log.every_steps == 0 and self.interval_is_open():
+                    self._report(progress, time.monotonic() - reported)
+                    reported = time.monotonic()
+                # once in a while: validate
+                if self._due(self.stage.log.validate_every_samples):
+                    self._validate()
+                # once in a while: save; and always at the end
+                finished = self.samples >= self.stage.samples
+                stopping = not finished and self._agree_to_stop()
+                if finished or stopping or self._due(self.stage.checkpoint.every_samples):
+                    self._save(wait=finished or stopping)
+                if finished or stopping:
+                    return self._leave(finished)
+
+                # ---------------------------------------------------------------------------------- one training step
+                begun = time.monotonic()
+                batch, self.position = next(batches)
+                waited = time.monotonic() - begun
+                self._train_step(batch)
+                self.interval.add("data_wait", waited)
+                self.interval.add("step_seconds", time.monotonic() - begun)
+                self.seconds_in_steps += time.monotonic() - begun
+                progress.advance(self.samples)
+        finally:
+            progress.close()
+            self.log.close()
+            self.data.close()
+
+    def _train_step(self, batch: Batch) -> None:
+        clean = clean_latents(batch, self.latents)
+        texts = batch_texts(batch, self.stage.fusion.families, self.data.constants, self.engine.dtype)
+        noisy, timesteps, target = corrupt(self.stage.objective, clean, batch.noise, batch.u)
+        for part in self.engine.micro_batches(len(clean)):
+            prediction = self.engine(noisy[part].to(self.engine.dtype), timesteps[part], [text.rows(part) for text in texts])
+            losses = loss_per_sample(prediction.float(), target[part])
+            self.engine.backward(losses.mean())
+            self.timestep_sums += loss_by_timestep(losses.detach(), timesteps[part])
+
+        rate = learning_rate(self.stage.optim, self.samples, self.stage.samples)
+        applied, norm = self.engine.step(rate)
+        self.step += 1
+        self.samples += self.stage.global_batch
+        if applied:
+            self.skipped_in_a_row = 0
+            self.engine.update_averages(self.samples)
+            self.interval.add("grad_norm", norm)
+        else:
+            self._skip(batch, norm)
+        self.interval.add("lr", rate)
+        self.interval.add("caption_tokens", float(sum(text.lengths.float().mean() for text in batch.texts.values())))
+
+    def _skip(self, batch: Batch, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.event("skipped", step=self.step, bucket=batch.bucket, epoch=batch.epoch, batch=batch.index, grad_norm=str(norm))
+        if self.skipped_in_a_row > self.stage.optim.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had non-finite gradients: lower optim.lr, "
+                f"or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
+            )
+
+    def _batches(self) -> Iterator[tuple[Batch, Position]]:
+        for batch, position in self.data.batches(self.position):
+            yield batch.to(self.engine.device), position
+
+    # -- once in a while ------------------------------------------------------------------------------------------------
+
+    def _due(self, every: int | None) -> bool:
+        """Whether a multiple of `every` samples was passed by the last step."""
+        batch = self.stage.global_batch
+        return bool(every) and self.samples > 0 and self.samples // every > (self.samples - batch) // every
+
+    def interval_is_open(self) -> bool:
+        """Whether a step was done since the last report."""
+        return bool(self.interval.counts)
+
+    def _collect(self) -> None:
+        """Add the ranks' sums of losses into the interval."""
+        sums = self.timestep_sums.clone()
+        self.timestep_sums.zero_()
+        if self.ranks.world > 1:
+            dist.all_reduce(sums)
+        for index, (total, count) in enumerate(zip(*sums.tolist(), strict=True)):
+            self.interval.add("loss", total / count if count else 0.0, count)
+            self.interval.add(f"loss_t{index}", total / count if count else 0.0, count)
+
+    def _report(self, progress: TrainingProgress, seconds: float) -> None:
+        self._collect()
+        steps = self.interval.counts["step_seconds"]
+        values = self.interval.means()
+        in_steps = steps * values["step_seconds"]
+        values["samples_per_second"] = steps * self.stage.global_batch / in_steps
+        values["data_wait_share"] = values.pop("data_wait") / values["step_seconds"]
+        values["skipped"] = float(self.skipped)
+        values["goodput"] = self.seconds_in_steps / max(time.time() - self.first_start, 1e-9)
+        if self.peak is not None:
+            values["mfu"] = values["samples_per_second"] * self._flops(values["caption_tokens"]) / (self.peak * self.ranks.world)
+        if torch.cuda.is_available():
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.log.report(self.step, self.samples, values)
+        progress.report(self.step, self.samples, values)
+
+    def _flops(self, caption_tokens: float) -> float:
+        """FLOPs of a sample, forward and backward, at the stage's resolution and the mean length of its captions."""
+        dit, widths = network_sizes(self.stage, self.snapshot)
+        families = [self.snapshot.families[name] for name in self.stage.fusion.families]
+        tokens = [int(family.info["prefix_tokens"] + caption_tokens / len(families)) for family in families]
+        height, width = self.data.largest_latent
+        return flops_per_sample(dit, self.stage.fusion, widths, height, width, tokens)
+
+    def _validate(self) -> None:
+        held_out = (
+            (
+                clean_latents(batch, self.latents),
+                batch.noise,
+                batch_texts(batch, self.stage.fusion.families, self.data.constants, self.engine.dtype),
+            )
+            for batch in (batch.to(self.engine.device) for batch in self.data.validation())
+        )
+        with self.engine.averaged():
+            losses = mean_over_ranks(losses_at_fixed_timesteps(self.engine, held_out, self.stage.objective, self.engine.dtype))
+        values = {f"validation_t{fixed:.4f}": float(loss) for fixed, loss in zip(FIXED_TIMESTEPS, losses, strict=True)}
+        self.log.event("validation", step=self.step, samples=self.samples, loss=float(losses.mean()), **values)
+
+    # -- stop, save, resume -----------------------------------------------------------------------------------------------
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: all ranks get the same answer at the same step."""
+        wanted = torch.tensor([float(self.stop.requested())], device=self.engine.device)
+        if self.ranks.world > 1:
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return bool(wanted.item())
+
+    def _state(self) -> dict[str, Any]:
+        self._collect()
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds_in_steps": self.seconds_in_steps,
+            "position": None if self.position is None else asdict(self.position),
+            "interval": self.interval.state(),
+            "stage": asdict(self.stage),
+        }
+
+    def _save(self, wait: bool) -> None:
+        begun = time.monotonic()
+        self.checkpoints.save(self.engine, self._state(), self.samples, self.step, wait=wait)
+        self.log.event("save", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
+
+    def _resume(self) -> None:
+        """Go on from the newest good checkpoint; else start, from an earlier stage's weights where the stage says so."""
+        run = self.stage.run
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            state = self.checkpoints.load(self.engine, newest)
+            self.step, self.samples = state["step"], state["samples"]
+            self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+            self.seconds_in_steps = state["seconds_in_steps"]
+            self.position = None if state["position"] is None else Position(**state["position"])
+            self.interval.load(state["interval"])
+        elif self.stage.start_from:
+            weights = load_weights(self.stage.start_from, ema=0 if self.stage.start_weights == "ema" else None)
+            self.engine.load_full(weights, new_branches=True)
+        if self.ranks.rank == 0:
+            (run / "stage.yaml").write_text(dump_stage(self.stage))
+        starts = read_events(run, "start")
+        self.first_start = starts[0]["time"] if starts else self.begun
+        how = f"resumed from {newest.name}" if newest is not None else f"started from {self.stage.start_from or 'fresh weights'}"
+        self.log.event("start", step=self.step, samples=self.samples, world=self.ranks.world, how=how, snapshot=self.snapshot.id)
+        if self.ranks.rank == 0:
+            say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
+
+    def _leave(self, finished: bool) -> int:
+        reason = "finished" if finished else self.stop.reason or "asked to stop on another rank"
+        self.log.event("stop", step=self.step, samples=self.samples, reason=reason)
+        if self.ranks.rank == 0:
+            if finished:
+                record = {"step": self.step, "samples": self.samples, "time": time.time()}
+                (self.stage.run / "finished.json").write_text(json.dumps(record))
+            say(f"{self.stage.name}: {reason} at step {self.step}, checkpoint saved in {self.stage.run / 'checkpoints'}")
+        return 0 if finished else EXIT_AGAIN

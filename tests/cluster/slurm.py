@@ -1,0 +1,199 @@
+"""A private Slurm on this machine: its own munged, slurmctld and two slurmd, in one folder, on free ports; gone afterwards."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+PATH = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/sbin"
+MISSING = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+NODES = ("n1", "n2")
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CryptoType=crypto/munge
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,defer_batch
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+JobRequeue=1
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=6
+BatchStartTimeout=10
+UnkillableStepTimeout=15
+MessageTimeout=5
+TCPTimeout=2
+PropagateResourceLimits=NONE
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=gpu Nodes=g1 MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass
+class Slurm:
+    """The cluster: nodes n1 and n2 (partition `cpu`) and g1, which has two make-believe GPUs (partition `gpu`)."""
+
+    folder: Path
+    daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs in order to talk to this Slurm and no other."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SQUEUE"))}
+        return {**kept, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+
+    def start(self) -> None:
+        """Write the configuration and start the daemons; returns when the nodes are idle."""
+        for name in ("state", *(f"spool.{node}" for node in (*NODES, "g1"))):
+            (self.folder / name).mkdir(parents=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        ports = free_ports(4)
+        host = socket.gethostname().split(".")[0]
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=500{gpus} State=UNKNOWN"
+            for node, port, gpus in zip((*NODES, "g1"), ports[1:], ("", "", " Gres=gpu:2"), strict=True)
+        )
+        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+        config = CONFIG.format(host=host, ports=ports, user=user, folder=self.folder, nodes=nodes)
+        (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "gres.conf").write_text("NodeName=g1 Name=gpu File=/dev/null\nNodeName=g1 Name=gpu File=/dev/zero\n")
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        munge = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self._start("munged", "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *munge)
+        self.wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
+        self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        for node in (*NODES, "g1"):
+            self.start_node(node)
+        self.wait(lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * 3, "idle nodes")
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+
+    def kill_node(self, node: str) -> None:
+        """The machine dies: its slurmd and all that runs under it, at once."""
+        daemon = self.daemons.pop(node)
+        steps = [pid for pid in self.processes() if f"SLURMD_NODENAME={node}" in environ(pid)]
+        for pid in [daemon.pid, *steps, *(step for step in self.processes() if parent(step) == daemon.pid)]:
+            kill(pid)
+        daemon.wait()
+
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
+        """Run a command on the cluster and return what it printed on stdout."""
+        done = subprocess.run(
+            command, env={**self.environment, **environment}, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def job(self, job: int | str) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", str(job))))
+
+    def start_now(self, job: int | str) -> None:
+        """Skip the two minutes that Slurm lets a requeued job wait; returns once the job has left its old nodes."""
+        self.wait(lambda: self.job(job)["JobState"] == "PENDING", f"job {job} requeued")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait_for(self, job: int | str, *states: str, seconds: float = 40) -> dict[str, str]:
+        """Wait until the job is in one of the states, or has ended."""
+        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.job(job)["JobState"] in wanted, f"job {job} to be {wanted}", seconds)
+        return self.job(job)
+
+    def wait(self, true, what: str, seconds: float = 40) -> None:
+        """Wait until `true()`, at most `seconds`.
+
+        Raises:
+            AssertionError: it did not come true; the message holds the queue and the controller's last lines.
+        """
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                logs = "\n".join(log.read_text(errors="replace")[-1500:] for log in sorted(self.folder.glob("slurm*.log")))
+                raise AssertionError(f"no {what} after {seconds} s\n{self.run('squeue', check=False)}\n{logs}")
+            time.sleep(0.1)
+
+    def processes(self) -> list[int]:
+        """All processes that belong to this Slurm, by the configuration named in their environment."""
+        mark = f"SLURM_CONF={self.folder / 'slurm.conf'}"
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in environ(int(entry.name))]
+
+    def stop(self) -> None:
+        """End every process of this Slurm."""
+        self.run("scancel", *self.run("squeue", "-h", "-o", "%A", check=False).split(), check=False)
+        for pid in self.processes():
+            if pid != os.getpid():
+                kill(pid)
+        for daemon in self.daemons.values():
+            daemon.wait()
+
+
+def environ(pid: int) -> list[str]:
+    """The environment that a process was started with; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def parent(pid: int) -> int:
+    """Parent of a process; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, unless it is gone already."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
