@@ -1,9 +1,6 @@
 """Latents families: the pairs' images through the VAE, kept as posterior moments."""
 
-import multiprocessing
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from data_prep.pairs import Pair
 from data_prep.parts import Share, register_family
 from data_prep.schema import Family
 from data_prep.store import Store
+from data_prep.workers import Workers
 from model.errors import UserError
 from model.vae import VAE, normalise
 
@@ -43,52 +41,21 @@ def run_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store, s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = VAE.load(latents.vae, latents.revision, device)
     family = register_family(dataset, latents_family(latents, vae), None)
-    with Decoder(config.workers) as decoder:
+    with Workers(decode_images, None, _lost, config.workers) as decoders:
 
         def encode_part(pairs: list[Pair]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-            return encode_pairs(vae, pairs, latents.batch, decoder)
+            return encode_pairs(vae, pairs, latents.batch, decoders)
 
         encode_family(dataset, family, encode_part, share)
 
 
-class Decoder:
-    """Decodes images to pixels in worker processes, a few batches ahead of the reader; in this process with no workers."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        # Forking a process that runs torch's threads or CUDA can deadlock; the fork server is a clean one.
-        context = multiprocessing.get_context("forkserver")
-        self._pool = ProcessPoolExecutor(workers, context) if workers else None
-
-    def __enter__(self) -> "Decoder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def batches(self, images: Sequence[bytes], size: int) -> Iterator[np.ndarray]:
-        """The images in order, `size` at a time: uint8 [B, H, W, 3].
-
-        Raises:
-            ImageError: an image cannot be decoded.
-        """
-        chunks = [images[start : start + size] for start in range(0, len(images), size)]
-        if self._pool is None:
-            yield from map(decode_batch, chunks)
-            return
-        ahead: deque[Future[np.ndarray]] = deque()
-        for chunk in chunks:
-            ahead.append(self._pool.submit(decode_batch, chunk))
-            if len(ahead) > 2 * self._workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def decode_images(_: None, images: Sequence[bytes]) -> list[np.ndarray]:
+    """Decode images, each uint8 [H, W, 3]; runs in a worker process."""
+    return [np.asarray(decode_image(data)) for data in images]
 
 
-def decode_batch(images: Sequence[bytes]) -> np.ndarray:
-    """Decode images of one size: uint8 [B, H, W, 3]."""
-    return np.stack([np.asarray(decode_image(data)) for data in images])
+def _lost(image: bytes) -> np.ndarray:
+    raise RuntimeError(f"an image of {len(image):,} bytes, decoded before, kills the process that decodes it")
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
@@ -96,7 +63,9 @@ def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def encode_pairs(vae: VAE, pairs: list[Pair], batch: int, decoder: Decoder) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def encode_pairs(
+    vae: VAE, pairs: list[Pair], batch: int, decoders: Workers[None, bytes, np.ndarray]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of one part in `LATENT_COLUMNS`, and the mean and spread of its normalised latents.
 
     Raises:
@@ -105,7 +74,9 @@ def encode_pairs(vae: VAE, pairs: list[Pair], batch: int, decoder: Decoder) -> t
     """
     rows: list[dict[str, Any]] = []
     total = square = values = 0.0
-    for images in decoder.batches([pair.image for pair in pairs], batch):
+    chunks = ([pair.image for pair in pairs[start : start + batch]] for start in range(0, len(pairs), batch))
+    for _, decoded in decoders.map(chunks):
+        images = np.stack(decoded)  # [B, H, W, 3]
         chunk = pairs[len(rows) : len(rows) + len(images)]
         size = (chunk[0].height, chunk[0].width)
         if images.shape[1:3] != size:

@@ -5,7 +5,7 @@ that may pass (throttling, resets, stalls, short or damaged bodies) is tried aga
 """
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import xxhash
 
 from data_prep.faults import DamagedError, StoreError, TransientError, naming_full_disk, retrying
 from data_prep.schema import StoredFile
-from data_prep.store_local import CHUNK, TEMPORARY, LocalFolder
+from data_prep.store_local import CHUNK, LocalFolder
 from data_prep.store_s3 import S3Bucket
 from model.errors import UserError
 
@@ -32,6 +32,7 @@ class Backend(Protocol):
     def put(self, key: str, data: bytes | Path) -> None: ...
     def put_new(self, key: str, data: bytes) -> bool: ...
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]: ...
+    def folders(self, prefix: str) -> list[str]: ...
     def delete(self, key: str) -> None: ...
     def check(self, create: bool) -> bool: ...
     def close(self) -> None: ...
@@ -94,18 +95,18 @@ class Store:
         for key, modified in self._backend.entries(self._prefix + prefix):
             yield key.removeprefix(self._prefix), modified
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str) -> Sequence[str]:
         """Names of the folders right below `prefix` (which ends with `/`), sorted; does not walk through them."""
         _validated(prefix.rstrip("/"))
         return self._backend.folders(self._prefix + prefix)
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write an object atomically. It replaces what has the key: for keys that nobody else writes."""
-        self._backend.put(self._key(key), data)
+        self._backend.put(self._visible(key), data)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write an object unless the key is taken; False = it was. The one step on which tasks may race."""
-        return self._backend.put_new(self._key(key), data)
+        return self._backend.put_new(self._visible(key), data)
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
@@ -139,6 +140,12 @@ class Store:
     def _key(self, key: str) -> str:
         return self._prefix + _validated(key)
 
+    def _visible(self, key: str) -> str:
+        """A key to write to; hidden names are for the backends' temporary files, and `list` leaves them out."""
+        if any(name.startswith(".") for name in key.split("/")):
+            raise UserError(f"key {key[:200]!r}: no name in it may start with a dot: rename what it is made from")
+        return self._key(key)
+
 
 class _Download:
     """One download over any number of connections."""
@@ -154,16 +161,23 @@ class _Download:
 
     def go_on(self) -> None:
         """Take up the download where it stopped, to its end."""
+        try:
+            self.append()
+        except DamagedError:
+            self.restart()
+            raise
+
+    def append(self) -> None:
+        before = self.done
         with self.path.open("r+b") as target:
             target.seek(self.done)
             for chunk in self.backend.stream(self.key, self.done):
                 target.write(chunk)
                 self.hash.update(chunk)
                 self.done += len(chunk)
-        if self.done < self.file.bytes:
+        if before < self.done < self.file.bytes:
             raise TransientError(f"the body ended after {self.done} of {self.file.bytes} bytes")
-        if self.done > self.file.bytes or self.hash.hexdigest() != self.file.xxh64:
-            self.restart()
+        if self.done != self.file.bytes or self.hash.hexdigest() != self.file.xxh64:
             raise DamagedError("the body does not match its commit")
 
 
@@ -198,13 +212,12 @@ def hash_file(path: Path) -> str:
 
 
 def _validated(key: str) -> str:
-    """The key, if it cannot lead out of the store and no writer's temporary file can have its name.
+    """The key, if it cannot lead out of the store.
 
     Raises:
         UserError: it could.
     """
-    names = key.split("/")
-    bad = any(name in ("", ".", "..") or name.startswith(TEMPORARY) or len(name.encode()) > 255 for name in names)
+    bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in key.split("/"))
     if bad or "\\" in key or not key.isprintable():
         raise UserError(f"key {key[:200]!r}: not a plain relative path: rename what it is made from")
     return key

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType
 from gguf.quants import dequantize
+from gguf.tensor_mapping import TensorNameMap
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from model.errors import UserError
 
@@ -240,15 +241,16 @@ def build_model(file: GGUFFile, blocks: int, dtype: torch.dtype, device: torch.d
     settings = _settings(file) | {"num_hidden_layers": blocks}
     with init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(AutoConfig.for_model(ARCHITECTURES[file.architecture], **settings))
-    names = get_gguf_hf_weights_map(model)
+    names = TensorNameMap(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture), blocks)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=settings)
     state: dict[str, Tensor] = {}
-    for ours, theirs in names.items():
-        if ours in file.tensors:
-            weights = processor.process(weights=file.tensor(ours).numpy(), name=ours).weights
-            state[theirs] = torch.from_numpy(np.ascontiguousarray(weights)).to(device, dtype)
-    if missing := model.state_dict().keys() - state.keys():
-        raise UserError(f"{file.path}: no {min(missing)} among its weights: the file does not hold a whole model")
+    for ours in model.state_dict():
+        module, _, leaf = ours.rpartition(".")
+        theirs = f"{names.get_name('model.' + module)}.{leaf}"
+        if theirs not in file.tensors:
+            raise UserError(f"{file.path}: no tensor for {ours} ({theirs}): the file does not hold a whole model")
+        weights = processor.process(weights=file.tensor(theirs).numpy(), name=theirs).weights
+        state[ours] = torch.from_numpy(np.ascontiguousarray(weights)).to(device, dtype)
     model.load_state_dict(state, assign=True)
     return model.to(device)
 

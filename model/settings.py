@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from model.errors import UserError
 
@@ -21,6 +22,8 @@ def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
         return OmegaConf.to_object(merged)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error

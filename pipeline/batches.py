@@ -27,7 +27,7 @@ Integers = NDArray[np.int64]
 def _philox(seed: int, epoch: int, label: str, index: int) -> np.random.Philox:
     """A counter-based stream of its own for each combination of the arguments."""
     name = xxhash.xxh64_intdigest(label)
-    return np.random.Philox(counter=[0, index, epoch, 0], key=[seed, name])
+    return np.random.Philox(counter=[0, index, epoch, 0], key=[seed % 2**64, name])
 
 
 def _permutation(seed: int, epoch: int, label: str, index: int, length: int) -> Integers:
@@ -37,7 +37,7 @@ def _permutation(seed: int, epoch: int, label: str, index: int, length: int) -> 
 
 def sample_rng(seed: int, epoch: int, id: int, stream: str) -> np.random.Generator:
     """The random numbers of one sample in one epoch for one purpose: Philox keyed by seed, id, epoch and `stream`."""
-    return np.random.Generator(np.random.Philox(counter=[0, 0, epoch, xxhash.xxh64_intdigest(stream)], key=[seed, id]))
+    return np.random.Generator(np.random.Philox(counter=[0, 0, epoch, xxhash.xxh64_intdigest(stream)], key=[seed % 2**64, id]))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ class BucketOrder:
             # The lane's whole step, not this rank's piece of it: ranks of one lane then name the same parts once a step.
             step = self._span(lane)[0] + index * share
             done, doing = max(step - low, 0), min(step + share, high) - low
-            parts += [int(part) for part in self.order[begin:last][(last - begin) * done // (high - low) : (last - begin) * doing // (high - low)]]
+            parts += [
+                int(part)
+                for part in self.order[begin:last][(last - begin) * done // (high - low) : (last - begin) * doing // (high - low)]
+            ]
         return parts
 
 

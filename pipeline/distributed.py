@@ -42,7 +42,9 @@ class Ranks:
         else:
             ranks = cls(0, 1, 0)
         if not 0 <= ranks.rank < ranks.world:
-            raise UserError(f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, unset RANK and WORLD_SIZE")
+            raise UserError(
+                f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, unset RANK and WORLD_SIZE"
+            )
         ranks._export()
         return ranks
 
@@ -58,7 +60,9 @@ class Ranks:
         for name, value in slurm_meeting_point(os.environ).items():
             os.environ.setdefault(name, value)
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            raise UserError("MASTER_ADDR or MASTER_PORT is not set: export the first node's name and a free port, as cluster/train.sh does")
+            raise UserError(
+                "MASTER_ADDR or MASTER_PORT is not set: export the first node's name and a free port, as cluster/train.sh does"
+            )
 
 
 def slurm_meeting_point(environment: Mapping[str, str]) -> dict[str, str]:

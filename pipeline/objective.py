@@ -41,32 +41,33 @@ def draw_times(config: ObjectiveConfig, u: Tensor) -> Tensor:
     return (u.double() * DDPM_STEPS).long().clamp(0, DDPM_STEPS - 1).float() / DDPM_STEPS
 
 
-def corrupt_at(config: ObjectiveConfig, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix `clean` latents [B, C, h, w] with `noise` at `times` [B]; a `ddpm` time is rounded to its step.
+def corrupt(config: ObjectiveConfig, clean: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix `clean` latents [B, C, h, w] with `noise` at the times that `u` [B], uniform in [0, 1), picks.
 
     Returns:
-        The noisy latents and what the network has to predict, each fp32 [B, C, h, w].
+        The noisy latents [B, C, h, w]; the times fp32 [B] in [0, 1], where 1 is pure noise for `flow` and step / 1000
+        for `ddpm`; and what the network has to predict [B, C, h, w].
+    """
+    t = draw_times(config, u)
+    noisy, target = corrupt_at(config, clean, noise, t)
+    return noisy, t, target
+
+
+def corrupt_at(config: ObjectiveConfig, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix `clean` latents [B, C, h, w] with `noise` at times `t` [B] in [0, 1]; a `ddpm` time is rounded to its step.
+
+    Returns:
+        The noisy latents and what the network has to predict, both fp32 [B, C, h, w].
     """
     clean, noise = clean.float(), noise.float()
     if config.name == "flow":
-        mix = times.view(-1, 1, 1, 1)
+        mix = t.float().view(-1, 1, 1, 1)
         # Liu et al. 2022, equation 1: a straight line from data to noise, whose velocity is their difference.
         return (1.0 - mix) * clean + mix * noise, noise - clean
-    step = (times * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
+    step = (t.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
     alpha = ddpm_alphas().to(clean.device)[step].view(-1, 1, 1, 1)
     # Ho et al. 2020, equation 4.
     return alpha.sqrt() * clean + (1.0 - alpha).sqrt() * noise, noise
-
-
-def corrupt(config: ObjectiveConfig, clean: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`corrupt_at` the times that `u` [B] picks.
-
-    Returns:
-        The noisy latents [B, C, h, w], the times fp32 [B] (see `draw_times`), and the target [B, C, h, w].
-    """
-    times = draw_times(config, u)
-    noisy, target = corrupt_at(config, clean, noise, times)
-    return noisy, times, target
 
 
 def loss_per_sample(prediction: Tensor, target: Tensor) -> Tensor:

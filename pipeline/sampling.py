@@ -66,8 +66,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
     """
     if not 1 <= steps <= DDPM_STEPS:
         raise UserError(f"steps={steps}: set a number between 1 and {DDPM_STEPS}")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # By default diffusers shifts the last time twice; from these even times it shifts each once.
+    if "shift" in scheduler.config:
+        # The flow-matching schedulers shift their last time twice by default; from these even times they shift each once.
         scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
     else:
         scheduler.set_timesteps(steps, device=device)

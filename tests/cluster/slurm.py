@@ -119,9 +119,8 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """The machine dies: its slurmd and all that runs under it, at once."""
         daemon = self.daemons.pop(node)
-        steps = [pid for pid in self.processes() if f"SLURMD_NODENAME={node}" in environ(pid)]
-        for pid in [daemon.pid, *steps, *(step for step in self.processes() if parent(step) == daemon.pid)]:
-            kill(pid)
+        for pid in [daemon.pid, *(pid for pid in self.processes() if f"SLURMD_NODENAME={node}" in self.environ(pid))]:
+            self.kill(pid)
         daemon.wait()
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
@@ -163,37 +162,35 @@ class Slurm:
     def processes(self) -> list[int]:
         """All processes that belong to this Slurm, by the configuration named in their environment."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}"
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in environ(int(entry.name))]
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in self.environ(int(entry.name))]
 
     def stop(self) -> None:
         """End every process of this Slurm."""
         self.run("scancel", *self.run("squeue", "-h", "-o", "%A", check=False).split(), check=False)
         for pid in self.processes():
             if pid != os.getpid():
-                kill(pid)
+                self.kill(pid)
         for daemon in self.daemons.values():
             daemon.wait()
 
 
-def environ(pid: int) -> list[str]:
-    """The environment that a process was started with; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
+    @staticmethod
+    def environ(pid: int) -> list[str]:
+        """The environment that a process was started with; empty when it is gone."""
+        try:
+            return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            return []
 
+    @staticmethod
+    def kill(pid: int) -> None:
+        """SIGKILL, unless it is gone already."""
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
 
-def parent(pid: int) -> int:
-    """Parent of a process; 0 when it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return 0
-
-
-def kill(pid: int) -> None:
-    """SIGKILL, unless it is gone already."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    @staticmethod
+    def freeze(pid: int) -> None:
+        """SIGSTOP."""
+        os.kill(pid, signal.SIGSTOP)

@@ -1,0 +1,146 @@
+#!/bin/bash
+#SBATCH --job-name=train
+#SBATCH --output=cluster/logs/%x-%j.txt
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+# Train a stage on a Slurm cluster, to its end, over as many jobs as it takes.
+usage() {
+  cat <<'HELP'
+usage: sbatch [sbatch options] cluster/train.sh STAGE [key=value ...]
+       cluster/train.sh [sbatch options] STAGE [key=value ...]
+
+Type it in the project's folder. The second form checks the stage, its store and the GPUs first and submits only what can run; it
+adds the options of cluster/env.sh. Write sbatch options as one word: --nodes=8 --gpus-per-node=8 --time=2-00:00:00.
+
+One process per GPU (--gpus-per-node), or one per task without GPUs (--ntasks-per-node, else one a node). Before the time limit, and
+when preempted, all ranks save at a step boundary, and the job queues itself again and resumes. It does so after a crash too, but not
+a third time at the same step; a job that was cancelled, a finished stage and a user's error are never queued again.
+`scancel --signal=USR1 --batch JOB` saves and restarts a job now; a file `stop` in the run's folder saves and ends it.
+
+Logs: runs/<name>/logs: rank_00000.txt and so on, srun.txt, preflight.txt, and the job's own output, which repeats rank 0.
+State: python -m pipeline.status runs/<name>
+HELP
+}
+
+[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
+. cluster/jobs.sh
+case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
+need_python
+
+submit_by_hand() {
+  split_arguments "$@"
+  [ ${#ARGUMENTS[@]} -gt 0 ] || fail "no stage named; see cluster/train.sh --help"
+  need_slurm "run python -m pipeline.train ${ARGUMENTS[0]}"
+  OPTIONS=("${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
+  "$PYTHON" -m pipeline.preflight --before-submission --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" || exit $?
+  sbatch --test-only "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}" || exit 2
+  exec sbatch --job-name="$(basename "${ARGUMENTS[0]}" .yaml)" "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}"
+}
+
+job_field() { scontrol show job -o "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d= -f2-; }
+
+# -- the ranks ---------------------------------------------------------------------------------------------------------------
+SRUN='' STEP=-1 ASKED='' WHY=''
+
+# USR1: the time limit is near, or preemption. TERM: cancelled, requeued, preempted. Either way the ranks save and leave.
+ask_to_stop() {
+  ASKED=${ASKED:-$SECONDS}
+  if [ -n "$SRUN" ] && kill -0 "$SRUN" 2> /dev/null; then kill -USR1 "$SRUN"; fi
+}
+
+kill_ranks() {
+  [ -z "$WHY" ] || return 0
+  WHY=$1
+  echo "== $WHY: killing the ranks"
+  scancel --signal=KILL "$SLURM_JOB_ID.$STEP" || kill -KILL "$SRUN"
+}
+
+# launch LOG MODE COMMAND...: one process per task; sets RC.
+launch() {
+  local log=$1 mode=$2
+  shift 2
+  STEP=$((STEP + 1))
+  srun "${SRUN_OPTIONS[@]}" --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * PER_NODE)) \
+    --ntasks-per-node="$PER_NODE" --cpus-per-task="$CPUS" --gpu-bind=none --output="$log" --open-mode="$mode" \
+    "$@" 2>> "$RUN/logs/srun.txt" &
+  SRUN=$!
+  [ -z "$ASKED" ] || ask_to_stop
+  local seconds=0
+  while kill -0 "$SRUN" 2> /dev/null; do
+    sleep 1 &
+    wait $! || true # a signal ends this wait early, after its trap has run
+    seconds=$((seconds + 1))
+    [ $((seconds % 5)) -ne 0 ] || watch_ranks
+  done
+  wait "$SRUN" && RC=0 || RC=$?
+  SRUN=''
+}
+
+watch_ranks() {
+  if [ -n "$ASKED" ] && [ $((SECONDS - ASKED)) -ge "$SAVE_SECONDS" ]; then
+    kill_ranks "did not save within $SAVE_SECONDS s of being asked to stop"
+  elif [ -z "$(find "$RUN" -maxdepth 2 -newermt "-$STALL_SECONDS seconds" -print -quit)" ]; then
+    kill_ranks "nothing was written for $STALL_SECONDS s"
+  elif ! grep -q "\"job\": \"$SLURM_JOB_ID\", \"restart\": ${SLURM_RESTART_COUNT:-0}," "$RUN/attempt.json"; then
+    kill_ranks "another job has taken over $RUN"
+    exit 1
+  fi
+}
+
+requeue() {
+  trap '' TERM USR1
+  scontrol requeue "$SLURM_JOB_ID" || { echo "== could not queue itself again: submit the same command, it resumes"; exit 85; }
+  if [ -n "$1" ]; then
+    local excluded
+    excluded=$(job_field ExcNodeList)
+    [ "$excluded" != '(null)' ] && excluded=$excluded,$1 || excluded=$1
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || echo "== could not exclude $1"
+  fi
+  exit 0
+}
+
+# -- the job -------------------------------------------------------------------------------------------------------------------
+by_hand && submit_by_hand "$@"
+trap ask_to_stop USR1 TERM
+JOB_OUTPUT=$(job_field StdOut)
+export JOB_OUTPUT
+RUN=$("$PYTHON" -m pipeline.attempts begin "$@") || { rc=$?; [ $rc -eq 3 ] && exit 0; exit $rc; }
+
+PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}
+[ "$PER_NODE" -gt 0 ] || PER_NODE=1
+CPUS=$((SLURM_CPUS_ON_NODE / PER_NODE))
+[ "$CPUS" -gt 0 ] || CPUS=1
+FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node -o "$FIRST" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)}
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new one each time: the old may linger
+export MASTER_ADDR MASTER_PORT
+echo "== $RUN: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES x $PER_NODE processes on $SLURM_JOB_NODELIST"
+
+touch "$RUN/logs/rank_00000.txt" "$RUN/logs/srun.txt"
+tail -q -n 0 -s 0.2 -F "$RUN/logs/rank_00000.txt" "$RUN/logs/srun.txt" &
+TAIL=$!
+trap 'kill "$TAIL"' EXIT
+
+BAD=''
+if [ "$PREFLIGHT" != 0 ]; then
+  rm -rf "$RUN/preflight"
+  mkdir "$RUN/preflight"
+  launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.preflight --report "$RUN/preflight" "$@"
+  [ -n "$ASKED" ] || "$PYTHON" -m pipeline.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
+    { RC=$?; BAD=$(cat "$RUN/preflight/bad_nodes" 2> /dev/null || true); }
+fi
+if [ -n "$ASKED" ]; then
+  RC=85 # asked to stop before the first step: nothing to save
+elif [ "$PREFLIGHT" = 0 ] || [ "$RC" -eq 0 ]; then
+  MASTER_PORT=$((MASTER_PORT + 1))
+  launch "$RUN/logs/rank_%5t.txt" append "$PYTHON" -m pipeline.train "$@"
+fi
+sleep 0.5 # for the last lines to pass through tail
+
+"$PYTHON" -m pipeline.attempts end "$RUN" --rc "$RC" --job "$(scontrol show job -o "$SLURM_JOB_ID")" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
+[ "$rc" -ne 85 ] || requeue "$BAD"
+exit "$rc"

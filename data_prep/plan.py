@@ -1,0 +1,394 @@
+"""The plan: which sample is which row of which part. Made once, by any number of tasks, then never changed.
+
+Each task scans its share of the source files and commits one scan table a file (`scan/00000012.parquet`, conditional put). The
+task that finds all of them there finishes: duplicates across the dataset go, source files are shuffled, their rows are cut by
+bucket and shuffled in windows, and `manifest.json`, written last, makes the plan exist. All of it is a function of the settings
+and the scan tables alone, so two tasks that finish together write the same bytes.
+
+Memory: a window of rows (about 500 bytes each) for every bucket, and dedupe's bound; so under 1 GB, whatever the source's size.
+"""
+
+import io
+import itertools
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from data_prep.buckets import make_buckets
+from data_prep.config import DatasetConfig
+from data_prep.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
+from data_prep.filters import Filters
+from data_prep.parts import Share
+from data_prep.progress import Progress
+from data_prep.scan import CAPTIONS, SCAN, Scanner
+from data_prep.schema import Manifest, Part, canonical_json
+from data_prep.sources import OpenSources, SourceFile, list_files
+from data_prep.store import Store
+from model.errors import UserError
+
+SETTINGS_KEY = "dataset.json"
+FILES_KEY = "scan/files.json"
+PLAN_KEY = "manifest/plan.json"
+PARTS_A_FILE = 16
+KEPT, SAME_FILE, LOOKS_SAME = 0, 1, 2
+
+MANIFEST = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("key", pa.string()),
+        ("captions", CAPTIONS),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("hash", pa.uint64()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("path", pa.string()),
+    ]
+)
+"""A row a planned sample, in the order of parts; `manifest/<bucket>/<n>.parquet` holds parts 16 n to 16 n + 15, a row group each."""
+DROPPED = pa.schema([(name, SCAN.field(name).type) for name in ("id", "key", "reason", "detail", "offset", "length", "path")])
+"""A row a sample left out by the plan, in `dropped/<file number>.parquet`."""
+
+
+def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | None:
+    """Scan this share's source files; finish the plan if all of them are scanned.
+
+    Returns:
+        The plan, or None while other tasks still scan.
+
+    Raises:
+        UserError: the settings are not those of the store's dataset, a source has no files, or no pair is left.
+    """
+    if not config.sources:
+        raise UserError("sources is empty: name at least one source in the dataset's YAML")
+    Filters(config.filters)
+    make_buckets(config.buckets)
+    check_settings(config, dataset, create=True)
+    files = _freeze_files(config, dataset)
+    if dataset.exists(Manifest.KEY):
+        return Manifest.from_json(dataset.read(Manifest.KEY))
+    _scan_share(config, dataset, files, share)
+    missing = [file.number for file in files if not dataset.exists(_scan_key(file.number))]
+    if missing:
+        print(f"plan: {len(missing)} of {len(files)} source files are not scanned yet; the last task to scan finishes the plan")
+        return None
+    return _finish(config, dataset, files)
+
+
+def settings_record(config: DatasetConfig) -> dict[str, Any]:
+    """The settings that decide which pairs a dataset holds."""
+    record = asdict(config)
+    for name in ("store", "workers", "latents", "text"):
+        del record[name]
+    return record
+
+
+def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) -> None:
+    """Compare the settings with those that the dataset was planned with.
+
+    Raises:
+        UserError: they differ (the message names the keys), or there is no plan and `create` is off.
+    """
+    record = settings_record(config)
+    if create and dataset.put_new(SETTINGS_KEY, canonical_json(record)):
+        return
+    try:
+        stored = json.loads(dataset.read(SETTINGS_KEY))
+    except FileNotFoundError as error:
+        raise UserError(f"{dataset.uri}: no plan yet: run `python -m data_prep plan DATASET.yaml` first") from error
+    ours = json.loads(canonical_json(record))
+    differing = [name for name in sorted({*ours, *stored}) if ours.get(name) != stored.get(name)]
+    if differing:
+        what = "; ".join(f"`{name}` was {_short(stored.get(name))}, is {_short(ours.get(name))}" for name in differing)
+        raise UserError(f"{dataset.uri} was planned with other settings: {what}: put them back, or give the dataset another `name`")
+
+
+def source_files(dataset: Store) -> list[SourceFile]:
+    """The dataset's frozen list of source files."""
+    return [SourceFile(*entry) for entry in json.loads(dataset.read(FILES_KEY))]
+
+
+def read_manifest(dataset: Store, part: Part) -> pa.Table:
+    """The planned rows of one part, in order (`MANIFEST`).
+
+    Raises:
+        UserError: the manifest file is not the one that the plan names.
+    """
+    number, group = divmod(part.number, PARTS_A_FILE)
+    key = _manifest_key(part.bucket, number)
+    data = dataset.read(key)
+    return pq.ParquetFile(io.BytesIO(data)).read_row_group(group)
+
+
+def read_plan_record(dataset: Store) -> dict[str, Any]:
+    """What the plan counted: `files` (a record a source file: label, rows, kept, dropped by reason), `captions` (kept by kind,
+    letters by kind, refused by reason), `manifest` (xxh64 by key)."""
+    return json.loads(dataset.read(PLAN_KEY))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _scan_key(number: int) -> str:
+    return f"scan/{number:08d}.parquet"
+
+
+def dropped_key(number: int) -> str:
+    """Key of the table of rows of source file `number` that the plan left out."""
+    return f"dropped/{number:08d}.parquet"
+
+
+def _manifest_key(bucket: str, number: int) -> str:
+    return f"manifest/{bucket}/{number:06d}.parquet"
+
+
+def _freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
+    """List the source files once for all tasks: files that come later must not move the ids of those that are there."""
+    if not dataset.exists(FILES_KEY):
+        files = list_files(config)
+        dataset.put_new(FILES_KEY, canonical_json([[file.number, file.source, file.name] for file in files]))
+    return source_files(dataset)
+
+
+def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], share: Share) -> None:
+    mine = share.owns(files)
+    todo = [file for file in mine if not dataset.exists(_scan_key(file.number))]
+    sources = OpenSources(config, files)
+    with Scanner(config) as scanner, Progress("scan", None) as progress, tempfile.TemporaryDirectory() as folder:
+        if len(todo) < len(mine):
+            print(f"plan: {len(mine) - len(todo)} of {len(mine)} source files were scanned before")
+        for file in todo:
+            source, _ = sources.of(file.number)
+            path = Path(folder) / "scan.parquet"
+            rows = 0
+            with pq.ParquetWriter(path, SCAN, compression="zstd") as writer:
+                for batch in _large_batches(scanner.scan(source, file)):
+                    if batch.column("id").to_pylist() != list(range(file.number << 32 | rows, (file.number << 32 | rows) + len(batch))):
+                        raise RuntimeError(f"{file.label}: rows were lost or came twice while scanning")
+                    rows += len(batch)
+                    writer.write_batch(batch)
+                    for reason, count in Counter(batch.column("reason").to_pylist()).items():
+                        progress.advance(count, reason or "kept")
+            dataset.put_new(_scan_key(file.number), path.read_bytes())
+
+
+def _large_batches(batches: Iterator[pa.RecordBatch], rows: int = 8192) -> Iterator[pa.RecordBatch]:
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= rows:
+            yield pa.concat_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> Manifest:
+    with tempfile.TemporaryDirectory(prefix="li-dit-plan-") as folder:
+        starts, verdicts = _find_duplicates(config, dataset, files, Path(folder))
+        if not np.any(verdicts == KEPT):
+            _nothing_left(dataset, files, starts, verdicts)
+        writer = _ManifestWriter(config, dataset, _window(config))
+        counts = _Counts(config)
+        order = np.random.default_rng([config.seed, 0]).permutation(len(files))
+        with Progress("plan", int(starts[-1])) as progress:
+            for number in order.tolist():
+                table = _judged(dataset, files[number], verdicts[starts[number] : starts[number + 1]])
+                counts.add(files[number], table)
+                dropped = table.filter(pc.not_equal(table["reason"], ""))
+                dataset.put_new(dropped_key(number), _parquet_bytes(dropped.select(DROPPED.names), len(dropped)))
+                writer.add(table.filter(pc.equal(table["reason"], "")))
+                progress.advance(len(table))
+        hashes = writer.finish()
+        del verdicts
+    counts.check(sum(sum(rows) for rows in writer.parts.values()))
+    dataset.put_new(PLAN_KEY, canonical_json({**counts.record(), "manifest": hashes}))
+    manifest = Manifest(config.name, list(config.caption_kinds), {name: rows for name, rows in sorted(writer.parts.items()) if rows})
+    dataset.put_new(Manifest.KEY, manifest.to_json())
+    return manifest
+
+
+def _window(config: DatasetConfig) -> int:
+    """Rows to shuffle over; where images cannot be read alone (parquet with bytes), a part takes neighbouring rows."""
+    windows = max(1, config.shuffle_window // config.part_rows)
+    return config.part_rows * (1 if any(source.kind == "parquet" for source in config.sources) else windows)
+
+
+def _find_duplicates(
+    config: DatasetConfig, dataset: Store, files: list[SourceFile], folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each file's rows start, int64 [files + 1], and a verdict a row, uint8 [rows], in a file."""
+    spool = Spool(folder, "hashes")
+    starts = [0]
+    path = folder / "verdicts"
+    with path.open("wb") as out:
+        for file in files:
+            table = _read_scan(dataset, file.number, ["id", "reason", "hash"])
+            keep = pc.equal(table["reason"], "").to_numpy()
+            spool.add(table["hash"].to_numpy()[keep], table["id"].to_numpy()[keep])
+            # A row that a filter dropped is no longer judged, nor does it make another a duplicate.
+            out.write(np.where(keep, KEPT, 255).astype(np.uint8).tobytes())
+            starts.append(starts[-1] + len(table))
+    offsets = np.array(starts, np.int64)
+    if not starts[-1]:
+        return offsets, np.empty(0, np.uint8)
+    verdicts = np.memmap(path, np.uint8, "r+")
+    if config.dedupe.exact:
+        for ids in exact_duplicates(spool):
+            verdicts[_positions(ids, offsets)] = SAME_FILE
+    spool.close()
+    if config.dedupe.near is not None:
+        spool = Spool(folder, "phashes")
+        for file in files:
+            table = _read_scan(dataset, file.number, ["id", "phash"])
+            keep = verdicts[offsets[file.number] : offsets[file.number + 1]] == KEPT
+            spool.add(table["phash"].to_numpy()[keep].astype(np.uint64), table["id"].to_numpy()[keep])
+        for ids in near_duplicates(spool, config.dedupe.near):
+            verdicts[_positions(ids, offsets)] = LOOKS_SAME
+        spool.close()
+    return offsets, verdicts
+
+
+def _positions(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return starts[ids >> 32] + (ids & 0xFFFFFFFF)
+
+
+def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(dataset.read(_scan_key(number))), columns=columns)
+
+
+def _judged(dataset: Store, file: SourceFile, verdicts: np.ndarray) -> pa.Table:
+    """The file's scan table with the duplicates' reasons filled in."""
+    table = _read_scan(dataset, file.number)
+    reasons = np.array(table["reason"].to_pylist(), object)
+    reasons[verdicts == SAME_FILE] = EXACT
+    reasons[verdicts == LOOKS_SAME] = NEAR
+    return table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(reasons.tolist(), pa.string()))
+
+
+def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, verdicts: np.ndarray) -> None:
+    """Take back what was written, and say why nothing is left.
+
+    Raises:
+        UserError: always.
+    """
+    reasons: Counter[str] = Counter()
+    for file in files:
+        reasons.update(_judged(dataset, file, verdicts[starts[file.number] : starts[file.number + 1]])["reason"].to_pylist())
+    for key in [_scan_key(file.number) for file in files] + [FILES_KEY, SETTINGS_KEY]:
+        dataset.delete(key)
+    most = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(4)) or "the sources are empty"
+    raise UserError(f"no pairs left of {int(starts[-1]):,} rows read: {most}: correct `sources`, `filters` or `buckets`")
+
+
+class _ManifestWriter:
+    """Cuts kept rows by bucket, shuffles them in windows and writes them part by part."""
+
+    def __init__(self, config: DatasetConfig, dataset: Store, window: int) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._window = window
+        self._waiting: dict[str, list[pa.Table]] = {bucket.name: [] for bucket in make_buckets(config.buckets)}
+        self._windows: Counter[str] = Counter()
+        self._ready: dict[str, list[pa.Table]] = {name: [] for name in self._waiting}
+        self.parts: dict[str, list[int]] = {name: [] for name in self._waiting}
+        self.hashes: dict[str, str] = {}
+
+    def add(self, table: pa.Table) -> None:
+        """Take in the kept rows of one source file."""
+        for name in pc.unique(table["bucket"]).to_pylist():
+            rows = table.filter(pc.equal(table["bucket"], name)).select(MANIFEST.names).cast(MANIFEST)
+            self._waiting[name].append(rows)
+            while sum(map(len, self._waiting[name])) >= self._window:
+                waiting = pa.concat_tables(self._waiting[name]).combine_chunks()
+                self._waiting[name] = [waiting.slice(self._window)]
+                self._shuffled(name, waiting.slice(0, self._window))
+
+    def finish(self) -> dict[str, str]:
+        """Write what is left; the xxh64 of every manifest file by key."""
+        for name, waiting in self._waiting.items():
+            if sum(map(len, waiting)):
+                self._shuffled(name, pa.concat_tables(waiting))
+            if self._ready[name]:
+                self._write(name, self._ready[name])
+        return self.hashes
+
+    def _shuffled(self, name: str, rows: pa.Table) -> None:
+        key = [self._config.seed, 1, *name.encode(), self._windows[name]]
+        self._windows[name] += 1
+        order = np.random.default_rng(key).permutation(len(rows))
+        rows = rows.take(pa.array(order)).combine_chunks()
+        step = self._config.part_rows
+        self._ready[name] += [rows.slice(start, step) for start in range(0, len(rows), step)]
+        while len(self._ready[name]) >= PARTS_A_FILE:
+            self._write(name, self._ready[name][:PARTS_A_FILE])
+            self._ready[name] = self._ready[name][PARTS_A_FILE:]
+
+    def _write(self, name: str, parts: list[pa.Table]) -> None:
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, MANIFEST, compression="zstd") as writer:
+            for part in parts:
+                writer.write_table(part, row_group_size=max(1, len(part)))
+        key = _manifest_key(name, len(self.parts[name]) // PARTS_A_FILE)
+        self.parts[name] += [len(part) for part in parts]
+        data = sink.getvalue()
+        if not self._dataset.put_new(key, data) and self._dataset.read(key) != data:
+            raise UserError(
+                f"{self._dataset.uri}/{key}: left by an older version of this program: delete {self._dataset.uri}/manifest and run again"
+            )
+        self.hashes[key] = xxhash.xxh64_hexdigest(data)
+
+
+class _Counts:
+    """What the plan read, kept and dropped, by source file."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self._kinds = config.caption_kinds
+        self._files: list[dict[str, Any]] = []
+        self._captions: Counter[str] = Counter()
+        self._letters: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def add(self, file: SourceFile, table: pa.Table) -> None:
+        """Count one source file."""
+        reasons = Counter(table["reason"].to_pylist())
+        kept = reasons.pop("", 0)
+        if len(table) != kept + reasons.total():
+            raise RuntimeError(f"{file.label}: {len(table)} rows read, {kept} kept and {reasons.total()} dropped")
+        self._files.append({"number": file.number, "label": file.label, "rows": len(table), "kept": kept, "dropped": dict(reasons)})
+        self._refused.update(itertools.chain.from_iterable(table["refused"].to_pylist()))
+        captions = table.filter(pc.equal(table["reason"], ""))["captions"].combine_chunks().flatten()
+        for kind, letters in zip(captions.field("kind").to_pylist(), pc.utf8_length(captions.field("text")).to_pylist(), strict=True):
+            self._captions[self._kinds[kind]] += 1
+            self._letters[self._kinds[kind]] += letters
+
+    def check(self, planned: int) -> None:
+        """Hold what was kept against what the parts hold."""
+        kept = sum(file["kept"] for file in self._files)
+        if kept != planned:
+            raise RuntimeError(f"{kept} rows were kept but {planned} are planned")
+
+    def record(self) -> dict[str, Any]:
+        """For `manifest/plan.json`."""
+        return {
+            "files": sorted(self._files, key=lambda file: file["number"]),
+            "captions": {"kept": dict(self._captions), "letters": dict(self._letters), "refused": dict(self._refused)},
+        }
+
+
+def _parquet_bytes(table: pa.Table, group: int) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=max(1, group))
+    return sink.getvalue()

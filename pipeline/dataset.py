@@ -1,0 +1,310 @@
+"""From planned rows to a packed batch: what a loader process does. Bytes go from the files straight into the batch's block."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_prep.schema import Bucket, Family, Snapshot, StoredFile
+from data_prep.snapshot_reader import read_index
+from data_prep.store import Store, StoreError
+from model.errors import UserError
+from model.quantise import BYTES_PER_TOKEN
+from pipeline.batches import Rows, sample_rng
+from pipeline.packing import Layout, PackedBatch, allocate, tensors_in
+from pipeline.shards import Row, Shard, ShardCache, locked
+
+log = logging.getLogger(__name__)
+
+_OPEN_SHARDS = 256
+_WAIT_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the trainer asks a loader process for: this rank's rows of one global batch."""
+
+    rows: Rows
+    index: int
+    seed: int
+    ahead: tuple[int, ...] = ()
+    """Parts of the bucket that will be needed soon."""
+    drop: bool = True
+    """Whether captions are dropped; not for validation."""
+
+
+class PartIndex:
+    """Where the parts of each bucket lie: columns that all processes of a machine map from one file each."""
+
+    def __init__(self, dataset: Store, snapshot: Snapshot, folder: Path) -> None:
+        """Prepare the index files in `folder` unless another process did.
+
+        Raises:
+            StoreError: an index is missing or damaged.
+        """
+        self.paths = {
+            bucket: folder / f"{bucket}-{record['index_xxh64']}.arrow" for bucket, record in sorted(snapshot.buckets.items())
+        }
+        for bucket, path in self.paths.items():
+            with locked(path.with_suffix(".lock"), _WAIT_SECONDS) as held:
+                if not held:
+                    raise StoreError(f"{path}: another process holds its lock for an hour: end it")
+                if not path.exists():
+                    table = read_index(dataset, snapshot, bucket).combine_chunks()
+                    temporary = path.with_suffix(".part")
+                    with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+                        writer.write_table(table)
+                    temporary.replace(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths}
+
+    @cached_property
+    def tables(self) -> dict[str, pyarrow.Table]:
+        """Bucket -> table, mapped into memory."""
+        return {bucket: pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all() for bucket, path in self.paths.items()}
+
+    def rows(self, bucket: str) -> NDArray[np.int64]:
+        """Rows of each part of a bucket."""
+        return self.tables[bucket].column("rows").to_numpy().astype(np.int64)
+
+    def file(self, bucket: str, part: int, family: str) -> tuple[StoredFile, str]:
+        """Payload of one part, and its name in a cache."""
+        table = self.tables[bucket]
+        key, size, digest = (table.column(f"{family}.{name}")[part].as_py() for name in ("key", "bytes", "xxh64"))
+        return StoredFile(key, size, digest), f"{family}/{bucket}/{table.column('number')[part].as_py():05d}"
+
+
+@dataclass
+class CaptionChoice:
+    """How a sample's caption is drawn."""
+
+    kinds: list[str]
+    """The dataset's kinds of captions; shards hold indices into this list."""
+    weights: dict[str, float]
+    """Kind -> weight; empty = all captions alike; kinds that are not named are not drawn."""
+    drop: float
+    """Share of samples that get the null caption."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.weights) - set(self.kinds):
+            raise UserError(f"data.caption_weights names {', '.join(sorted(unknown))}: the dataset has {', '.join(self.kinds)}")
+        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not any(self.weights.values())):
+            raise UserError("data.caption_weights: give weights that are not negative, and at least one above 0")
+
+    def draw(self, rng: np.random.Generator, kinds: NDArray[np.uint8], drops: bool) -> int | None:
+        """Index of the sample's caption among those it has; None = the null caption."""
+        dropped, which = rng.random(2)
+        if not len(kinds) or (drops and dropped < self.drop):
+            return None
+        shares = np.ones(len(kinds))
+        if self.weights:
+            # A kind's weight is shared by the sample's captions of that kind.
+            present = np.bincount(kinds, minlength=len(self.kinds))
+            shares = np.array([self.weights.get(self.kinds[kind], 0.0) / present[kind] for kind in kinds])
+            if not shares.any():
+                shares = np.ones(len(kinds))
+        limits = np.cumsum(shares)
+        return int(np.searchsorted(limits, which * limits[-1], side="right"))
+
+
+class SnapshotDataset(Dataset[PackedBatch | Exception]):
+    """Rows of a snapshot, batch by batch. Map-style: an item is a whole `Request`."""
+
+    def __init__(
+        self, cache: ShardCache, index: PartIndex, latents: Family, texts: Sequence[Family], captions: CaptionChoice
+    ) -> None:
+        self.cache, self.index = cache, index
+        self.latents, self.texts, self.captions = latents, list(texts), captions
+        self.families = [latents, *texts]
+        self._open: OrderedDict[tuple[str, int, str], Shard] = OrderedDict()
+        self._ahead: ThreadPoolExecutor | None = None
+
+    def __getitem__(self, request: Request) -> PackedBatch | Exception:
+        """Read a batch; what the user can put right is returned, not raised, so that it keeps its one line."""
+        try:
+            self._fetch_ahead(request)
+            return self._read(request)
+        except UserError as error:
+            return error
+
+    def _fetch_ahead(self, request: Request) -> None:
+        bucket = request.rows.bucket
+        wanted = [(bucket, part, family.name) for part in request.ahead for family in self.families]
+        if not wanted or self.cache.is_local:
+            return
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
+        for place in wanted:
+            self._ahead.submit(self._fetch_quietly, *place)
+
+    def _fetch_quietly(self, bucket: str, part: int, family: str) -> None:
+        try:
+            self.cache.get(*self.index.file(bucket, part, family), wait_seconds=0.0)
+        except UserError as error:
+            log.warning("ahead of its use: %s", error)  # whoever needs the part tries again, and raises
+
+    def _shards(self, bucket: str, parts: Sequence[int]) -> dict[tuple[int, str], Shard]:
+        """The shards that hold `parts`, of each family; those that are not here are fetched side by side."""
+        families = {family.name: family for family in self.families}
+        found: dict[tuple[int, str], Shard] = {}
+        missing = []
+        for part in parts:
+            for name in families:
+                shard = self._open.get((bucket, part, name))
+                if shard is None:
+                    missing.append((part, name))
+                else:
+                    self._open.move_to_end((bucket, part, name))
+                    found[part, name] = shard
+        if missing:
+            opener: Callable[[tuple[int, str]], Shard] = lambda key: self._opened(bucket, key[0], families[key[1]])  # noqa: E731
+            with ThreadPoolExecutor(min(8, len(missing)), thread_name_prefix="fetch") as pool:
+                opened = dict(zip(missing, pool.map(opener, missing), strict=True))
+            found |= opened
+            self._open |= {(bucket, *key): shard for key, shard in opened.items()}
+        for shard in found.values():
+            shard.touch()
+        for part in parts:
+            rows = {len(found[part, name]) for name in families}
+            if rows != {int(self.index.tables[bucket].column("rows")[part].as_py())}:
+                raise StoreError(f"{found[part, self.latents.name].path}: families disagree on rows: take the snapshot again")
+        while len(self._open) > max(_OPEN_SHARDS, len(found)):
+            self._open.popitem(last=False)
+        return found
+
+    def _opened(self, bucket: str, part: int, family: Family) -> Shard:
+        file, name = self.index.file(bucket, part, family.name)
+        for _ in range(10):
+            path = self.cache.get(file, name, _WAIT_SECONDS)
+            if path is None:
+                raise StoreError(f"{file.key}: another process has been fetching it for an hour: end it")
+            try:
+                return Shard(path, family.columns)
+            except FileNotFoundError:
+                continue  # evicted between the two steps
+        raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
+
+    def _read(self, request: Request) -> PackedBatch:
+        planned, batch = request.rows, len(request.rows.rows)
+        shards = self._shards(planned.bucket, sorted(set(planned.parts.tolist())))
+        places = list(zip(planned.parts.tolist(), planned.rows.tolist(), strict=True))
+        rows = {family.name: [shards[part, family.name].row(row) for part, row in places] for family in self.families}
+        ids = _same(rows, lambda row: row.id, "sample ids")
+        chosen = self._choose_captions(request, rows, ids)
+
+        shape = (batch, *self._latent_shape(planned.bucket))
+        layout: Layout = [("ids", torch.int64, (batch,)), ("u", torch.float32, (batch,))]
+        layout += [(name, torch.bfloat16, shape) for name in ("mean", "std")]
+        layout += [(name, torch.float32, shape) for name in ("posterior_noise", "noise")]
+        spans = {family.name: [_span(row, k) for row, k in zip(rows[family.name], chosen, strict=True)] for family in self.texts}
+        for family in self.texts:
+            total = sum(length for _, length in spans[family.name])
+            quantised = str(family.info["quantisation"])
+            layout += [
+                (f"{family.name}/values", torch.uint8, (total, BYTES_PER_TOKEN(quantised, int(family.info["width"])))),
+                (f"{family.name}/scales", torch.float32, (0 if quantised == "bf16" else total,)),
+                (f"{family.name}/lengths", torch.int32, (batch,)),
+            ]
+        memory = allocate(layout)
+        tensors = tensors_in(memory, layout)
+        copies = _latent_copies(rows[self.latents.name], tensors)
+        for family in self.texts:
+            copies += _text_copies(family, rows[family.name], spans[family.name], tensors)
+        for shard, start, target in copies:
+            shard.announce(start, len(target))
+        self._draw(request, ids, tensors)
+        for shard, start, target in copies:
+            shard.read_into(start, target)
+        counts = {name: [length for _, length in spans[name]] for name in spans}
+        for name, lengths in counts.items():
+            tensors[f"{name}/lengths"][:] = torch.tensor(lengths, dtype=torch.int32)
+        return PackedBatch(planned.bucket, planned.epoch, request.index, memory, layout, counts)
+
+    def _choose_captions(self, request: Request, rows: dict[str, list[Row]], ids: Sequence[int]) -> list[int | None]:
+        """Caption of each sample, the same in every text family; None = the null caption."""
+        if not self.texts:
+            return []
+        texts = {family.name: rows[family.name] for family in self.texts}
+        kinds = _same(texts, lambda row: row.read("kinds"), "captions")
+        seed, epoch = request.seed, request.rows.epoch
+        return [
+            self.captions.draw(sample_rng(seed, epoch, id, "caption"), np.frombuffer(there, np.uint8), request.drop)
+            for id, there in zip(ids, kinds, strict=True)
+        ]
+
+    def _latent_shape(self, bucket: str) -> tuple[int, int, int]:
+        size, info = Bucket.parse(bucket), self.latents.info
+        down = int(info["downsampling"])
+        return int(info["channels"]), size.height // down, size.width // down
+
+    def _draw(self, request: Request, ids: Sequence[int], tensors: dict[str, Tensor]) -> None:
+        """All random numbers of the batch, each sample's from its own streams."""
+        seed, epoch = request.seed, request.rows.epoch
+        tensors["ids"][:] = torch.tensor(ids)
+        u, noise, posterior = (tensors[name].numpy() for name in ("u", "noise", "posterior_noise"))
+        for place, id in enumerate(ids):
+            u[place] = sample_rng(seed, epoch, id, "timestep").random(dtype=np.float32)
+            sample_rng(seed, epoch, id, "noise").standard_normal(dtype=np.float32, out=noise[place])
+            sample_rng(seed, epoch, id, "posterior").standard_normal(dtype=np.float32, out=posterior[place])
+
+
+Copy = tuple[Shard, int, memoryview]
+"""File, position in it, and where its bytes go."""
+
+
+def _same(rows: dict[str, list[Row]], read: Callable[[Row], Any], what: str) -> list[Any]:
+    """What `read` gives for each row, the same in every family."""
+    (first, *others) = rows.values()
+    values = [read(row) for row in first]
+    for other in others:
+        for value, left, right in zip(values, first, other, strict=True):
+            if read(right) != value:
+                raise StoreError(f"{left.shard.path} and {right.shard.path} hold other {what}: run `python -m data_prep verify`")
+    return values
+
+
+def _span(row: Row, caption: int | None) -> tuple[int, int]:
+    """First token of a caption among the row's tokens, and its number of tokens."""
+    if caption is None:
+        return 0, 0
+    tokens = np.frombuffer(row.read("tokens"), "<i4")
+    return int(tokens[:caption].sum()), int(tokens[caption])
+
+
+def _copy(row: Row, column: str, start: int, target: Tensor, size: int | None = None) -> Copy:
+    """The column's bytes from `start` on, into a contiguous tensor; `size` is what the whole column must have."""
+    at, there = row.column(column)
+    view = memoryview(target.view(torch.uint8).numpy().reshape(-1))
+    if there != (len(view) if size is None else size):
+        raise StoreError(f"{row.shard.path}: `{column}` of sample {row.id} has {there} bytes: run `python -m data_prep verify`")
+    return row.shard, at + start, view
+
+
+def _latent_copies(rows: Sequence[Row], tensors: dict[str, Tensor]) -> list[Copy]:
+    return [_copy(row, name, 0, tensors[name][place]) for name in ("mean", "std") for place, row in enumerate(rows)]
+
+
+def _text_copies(family: Family, rows: Sequence[Row], spans: Sequence[tuple[int, int]], tensors: dict[str, Tensor]) -> list[Copy]:
+    copies, filled = [], 0
+    values, scales = tensors[f"{family.name}/values"], tensors[f"{family.name}/scales"]
+    for row, (first, length) in zip(rows, spans, strict=True):
+        if length:
+            total = int(np.frombuffer(row.read("tokens"), "<i4").sum())
+            width = values.shape[1]
+            copies.append(_copy(row, "values", first * width, values[filled : filled + length], total * width))
+            if len(scales):
+                copies.append(_copy(row, "scales", first * 4, scales[filled : filled + length], total * 4))
+            filled += length
+    return copies

@@ -1,0 +1,281 @@
+"""Payload files on this machine: where they are, whether they are whole, and reading rows out of them.
+
+A file of a local store is read in place. A file of a remote store is downloaded into a cache directory that all processes
+of a machine share; it gets its name there only after size and hash were checked. Locks are `flock`s, so they end with the
+process that held them, and nothing is kept in shared memory: a killed job leaves nothing that could block the next one.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_prep.schema import StoredFile
+from data_prep.store import Store, StoreError, hash_file
+from model.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_STRIPES = 256
+_TOUCH_SECONDS = 30.0
+_ABANDONED_SECONDS = 3600.0
+"""A download that was not written to for so long has no living owner."""
+_SPARE_BYTES = 256 << 20
+"""Disk space that the cache leaves free for others."""
+_HEAD_BYTES = 4096
+
+
+class Shard:
+    """Rows of one MDS file, read by position: a short or damaged file is an exception, never wrong data."""
+
+    def __init__(self, path: Path, columns: dict[str, str]) -> None:
+        """Open a shard.
+
+        Args:
+            path: the MDS file.
+            columns: name -> MDS encoding that it must have: `int` or `bytes`.
+
+        Raises:
+            FileNotFoundError: it is gone, for instance evicted.
+            StoreError: it is not such a file.
+        """
+        self.path = path
+        self.names = sorted(columns)
+        self._variable = [columns[name] == "bytes" for name in self.names]
+        self._sizes = struct.Struct(f"<{sum(self._variable)}I")
+        self._touched = 0.0
+        self._file = path.open("rb", buffering=0)
+        try:
+            (count,) = struct.unpack("<I", self._read(0, 4))
+            self.offsets = np.frombuffer(self._read(4, 4 * (count + 1)), "<u4").astype(np.int64)
+            header = json.loads(self._read(4 * (count + 2), int(self.offsets[0]) - 4 * (count + 2)))
+            found = dict(zip(header["column_names"], header["column_encodings"], strict=True))
+        except (struct.error, ValueError, IndexError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: not an MDS shard: run `python -m data_prep verify`") from error
+        if found != columns:
+            raise StoreError(f"{path}: has columns {found}, not {columns}: run `python -m data_prep verify`")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _read(self, start: int, length: int) -> bytes:
+        data = os.pread(self._file.fileno(), length, start)
+        if len(data) != length:
+            raise StoreError(f"{self.path}: ends too early: delete it, or run `python -m data_prep verify`")
+        return data
+
+    def row(self, index: int) -> "Row":
+        """One row; only its beginning is read here."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        head = self._read(start, min(end - start, _HEAD_BYTES))
+        sizes = iter(self._sizes.unpack_from(head))
+        at = self._sizes.size
+        columns = {}
+        for name, variable in zip(self.names, self._variable, strict=True):
+            size = next(sizes) if variable else 8
+            columns[name] = at, size
+            at += size
+        if at != end - start:
+            raise StoreError(f"{self.path}: row {index} is damaged: run `python -m data_prep verify`")
+        return Row(self, start, head, columns)
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` with the file's bytes from `start` on, without a copy in between."""
+        done = 0
+        while done < len(target):
+            got = os.preadv(self._file.fileno(), [target[done:]], start + done)
+            if not got:
+                raise StoreError(f"{self.path}: ends too early: delete it, or run `python -m data_prep verify`")
+            done += got
+
+    def announce(self, start: int, length: int) -> None:
+        """Let the system read these bytes ahead, so that a batch's rows arrive in parallel."""
+        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def touch(self) -> None:
+        """Note that the file is in use, so that others are evicted first; writes at most every half minute."""
+        now = time.time()
+        if now - self._touched > _TOUCH_SECONDS:
+            self._touched = now
+            os.utime(self._file.fileno(), ns=(int(now * 1e9), os.fstat(self._file.fileno()).st_mtime_ns))
+
+
+class Row:
+    """Where the columns of one row lie."""
+
+    __slots__ = ("_columns", "_head", "_start", "shard")
+
+    def __init__(self, shard: Shard, start: int, head: bytes, columns: dict[str, tuple[int, int]]) -> None:
+        self.shard, self._start, self._head, self._columns = shard, start, head, columns
+
+    def column(self, name: str) -> tuple[int, int]:
+        """Position in the file and size of a column."""
+        at, size = self._columns[name]
+        return self._start + at, size
+
+    def read(self, name: str) -> bytes:
+        """A small column's bytes."""
+        at, size = self._columns[name]
+        if at + size <= len(self._head):
+            return self._head[at : at + size]
+        return self.shard._read(self._start + at, size)
+
+    @property
+    def id(self) -> int:
+        """The sample's id."""
+        (value,) = struct.unpack("<q", self.read("id"))
+        return value
+
+
+@contextmanager
+def locked(path: Path, wait_seconds: float) -> Iterator[bool]:
+    """Hold an exclusive lock; gives False if it could not be had in time. The lock ends with the process at the latest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+            else:
+                yield True
+                return
+
+
+class ShardCache:
+    """Gives the path of a payload file that is on this machine and whole. For all processes of a machine at once."""
+
+    def __init__(self, dataset: Store, root: Path, snapshot: str, limit: int | None) -> None:
+        """Set up the cache.
+
+        Args:
+            dataset: the dataset's store.
+            root: directory of caches; those of other snapshots lie beside this one's, and are evicted first by age.
+            snapshot: the snapshot's id.
+            limit: bytes that all caches under `root` may take; None = what the disk has.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        self.dataset, self.root, self.limit = dataset, root, limit
+        self.folder = root / snapshot
+        self._whole: set[str] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (root / ".writable").open("ab"):
+                pass
+        except OSError as error:
+            raise UserError(f"data.cache={root}: {error.strerror}: name a directory that can be written") from error
+
+    def get(self, file: StoredFile, name: str, wait_seconds: float) -> Path | None:
+        """The file's path, once it is there and whole.
+
+        Args:
+            file: the payload as the snapshot names it.
+            name: name in the cache, `family/bucket/00012`.
+            wait_seconds: how long to wait for another process that is fetching it.
+
+        Returns:
+            The path; None when another process was not done in time.
+
+        Raises:
+            StoreError: it cannot be had or is damaged; the message names it.
+            UserError: the disk is full.
+        """
+        place = self.dataset.local_path(file.key)
+        path = place or self.folder / f"{name}.mds"
+        if name in self._whole and path.exists():
+            return path
+        with locked(self.root / "locks" / f"{xxhash.xxh64_intdigest(str(path)) % _STRIPES:03d}", wait_seconds) as held:
+            if not held:
+                return None
+            if not self._is_whole(path, file, name):
+                if place is not None:
+                    state = "is damaged" if place.exists() else "is missing"
+                    raise StoreError(f"{path}: {state}: run `python -m data_prep verify` for a way out")
+                path.unlink(missing_ok=True)
+                self._make_room(file.bytes)
+                try:
+                    self.dataset.fetch(file, path)
+                except FileNotFoundError as error:
+                    raise StoreError(f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`") from error
+                self._mark(path, name)
+        self._whole.add(name)
+        return path
+
+    def _is_whole(self, path: Path, file: StoredFile, name: str) -> bool:
+        """Whether the file is there with the right size and hash; hashed once per state of the file and boot of the machine."""
+        try:
+            if path.stat().st_size != file.bytes:
+                return False
+            if self._marker(name).exists() and self._marker(name).read_text() == _state(path):
+                return True
+            if hash_file(path) != file.xxh64:
+                return False
+        except FileNotFoundError:
+            return False
+        self._mark(path, name)
+        return True
+
+    def _marker(self, name: str) -> Path:
+        return self.folder / f"{name}.whole"
+
+    def _mark(self, path: Path, name: str) -> None:
+        marker = self._marker(name)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        temporary = marker.with_name(f"{marker.name}.{os.getpid()}.part")
+        temporary.write_text(_state(path))
+        temporary.replace(marker)
+
+    def _make_room(self, needed: int) -> None:
+        """Evict what was used longest ago until `needed` more bytes fit. Who still reads an evicted file can go on."""
+        with locked(self.root / "locks" / "evict", 600.0) as held:
+            if not held:
+                raise StoreError(f"{self.root / 'locks' / 'evict'}: held for ten minutes: end the process that hangs")
+            files = []
+            for entry in _files(self.root):
+                status = entry.stat()
+                files.append((status.st_atime_ns, status.st_size, entry))
+            used = sum(size for _, size, _ in files)
+            free = shutil.disk_usage(self.root).free
+            # The evicted share must satisfy both the limit that was set and the disk.
+            surplus = max(used + needed - self.limit if self.limit is not None else 0, needed + _SPARE_BYTES - free)
+            for _, size, entry in sorted(files, key=lambda item: item[0]):
+                if surplus <= 0:
+                    return
+                if entry.suffix == ".mds":
+                    entry.unlink(missing_ok=True)
+                    surplus -= size
+
+    def clean(self) -> None:
+        """Remove unfinished downloads of processes that are gone."""
+        for path in _files(self.root):
+            if path.suffix == ".part" and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+def _files(root: Path) -> list[Path]:
+    """Shards and unfinished downloads of all caches under `root`."""
+    found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return [path for path in found if path.suffix in (".mds", ".part") and path.exists()]
+
+
+def _state(path: Path) -> str:
+    """What changes when a file's content may have: after a crash of the machine, content may be lost without a trace."""
+    status = path.stat()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    booted = boot.read_text().strip() if boot.exists() else ""
+    return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ino} {booted}"

@@ -1,0 +1,157 @@
+"""A real S3 API on loopback, and a proxy in front of it that does what networks and endpoints do."""
+
+import http.client
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from moto.server import ThreadedMotoServer
+
+HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive", "host", "expect"}
+
+
+@contextmanager
+def s3_server():
+    """Run moto's server; yields its URL."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@dataclass
+class Fault:
+    """What to do to the requests that match.
+
+    Args:
+        do: `503`, `500`, `reset` (break off half-way through the body), `stall` (half the body, then silence), `short` (half
+            the body under a Content-Length to match), `flip` (one byte), `flip_upload` (one byte of the request's body),
+            `lose_answer` (the request is done, the connection breaks), `ignore_condition` (drop `If-None-Match`),
+            `refuse_condition` (501, as endpoints without that header do).
+        method: HTTP method; empty = any.
+        path: regular expression, searched in the path and query.
+        times: how often, None = always.
+        seconds: for how long after the first hit, None = for ever.
+    """
+
+    do: str
+    method: str = ""
+    path: str = ""
+    times: int | None = None
+    seconds: float | None = None
+    hits: int = 0
+    first: float = field(default=0.0)
+
+    def strikes(self, method, path):
+        if (self.method and method != self.method) or not re.search(self.path, path):
+            return False
+        self.first = self.first or time.monotonic()
+        if self.times is not None and self.hits >= self.times:
+            return False
+        if self.seconds is not None and time.monotonic() - self.first > self.seconds:
+            return False
+        self.hits += 1
+        return True
+
+
+class FaultProxy:
+    """Forwards to `upstream` and applies the first of `faults` that strikes. `requests` lists (method, path, fault)."""
+
+    def __init__(self, upstream):
+        self.upstream = upstream.removeprefix("http://")
+        self.faults = []
+        self.requests = []
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def choose(self, method, path):
+        with self.lock:
+            fault = next((fault.do for fault in self.faults if fault.strikes(method, path)), "")
+            self.requests.append((method, path, fault))
+        return fault
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultProxy
+
+    def log_message(self, *arguments):
+        pass
+
+    def forward(self):
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.proxy.choose(self.command, self.path)
+        if fault in ("500", "503"):
+            self.answer(int(fault), [], b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+            return
+        if fault == "refuse_condition" and self.headers.get("If-None-Match"):
+            self.answer(501, [], b"<Error><Code>NotImplemented</Code><Message>header</Message></Error>")
+            return
+        if fault == "flip_upload" and body:
+            body = flipped(body)
+        status, headers, data = self.ask(body, drop={"if-none-match"} if fault == "ignore_condition" else set())
+        if fault == "lose_answer":
+            self.break_off()
+        elif fault in ("reset", "stall"):
+            self.answer(status, headers, data[: len(data) // 2], length=len(data))
+            if fault == "stall":
+                time.sleep(5)
+            self.break_off()
+        elif fault == "short":
+            self.answer(status, headers, data[: len(data) // 2])
+        elif fault == "flip" and data:
+            self.answer(status, headers, flipped(data))
+        else:
+            self.answer(status, headers, data)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
+
+    def ask(self, body, drop):
+        connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP | drop}
+        connection.request(
+            self.command, self.path, body, {**headers, "Host": self.headers["Host"], "Content-Length": str(len(body))}
+        )
+        response = connection.getresponse()
+        data = response.read()
+        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP]
+        if self.command == "HEAD":
+            kept.append(("Content-Length", response.getheader("Content-Length") or "0"))
+        connection.close()
+        return response.status, kept, data
+
+    def answer(self, status, headers, data, length=None):
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.command != "HEAD" or status >= 500:
+            self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+            self.wfile.flush()
+
+    def break_off(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
