@@ -13,6 +13,8 @@ SRUN_OPTIONS=()                                # to every srun; a container (pyx
 TRAIN_OPTIONS=()                               # cluster/train.sh called by hand; for instance (--nodes=8 --gpus-per-node=8)
 SHARD_OPTIONS=(--array=0-15%8)                 # cluster/shard.sh: tasks, and after % how many at a time
 ENCODE_OPTIONS=(--array=0-15%8)                # cluster/encode.sh; for instance (--array=0-63%16 --gpus-per-node=1)
+SAMPLE_OPTIONS=()                              # the last job of cluster/pretrain.sh; for instance (--gpus-per-node=1)
+PROMPTS=${PROMPTS:-cluster/prompts.txt}        # what it draws
 
 # -- where things are ------------------------------------------------------------------------------------------------------
 # export XDG_CACHE_HOME=/local/$USER           # shards of s3:// stores are cached below it: a fast disk of the node

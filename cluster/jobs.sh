@@ -27,5 +27,65 @@ gpus_offered() {
   sinfo -h -o %G ${partition:+-p "$partition"} | grep -c gpu || true
 }
 
-# submit sbatch's arguments: prints the job's number. --test-only first: what could never run is refused, not queued.
-submit() { sbatch --parsable "$@" | cut -d';' -f1; }
+# submit SBATCH_ARGUMENTS...: prints the job's number. What could never run is refused by --test-only, not queued.
+submit() {
+  sbatch --test-only "$@" 2> >(grep -v 'to start at' >&2) || exit 2
+  sbatch --parsable "$@" | cut -d';' -f1
+}
+
+# array_step COMMAND ARGUMENTS...: run `python -m data_prep COMMAND` for this array task; near the time limit, stop it and queue the
+# task again: parts that are committed stay, so only the one at work is done anew.
+array_step() {
+  "$PYTHON" -m data_prep "$@" &
+  local step=$! rc=0
+  # shellcheck disable=SC2064 # the step's number now
+  trap "echo '== time limit near: queued again'; kill $step; requeue_task" USR1
+  wait $step || rc=$?
+  trap - USR1
+  [ $rc -eq 0 ] || { echo "== $1 ended with code $rc; parts committed so far stay, run the task again"; exit $rc; }
+}
+
+requeue_task() { scontrol requeue "$SLURM_JOB_ID" && exit 0; }
+
+# -- stages that follow one another ----------------------------------------------------------------------------------------------
+
+# split_stages ARGUMENTS...: STAGES and SETTINGS (key=value).
+split_stages() {
+  STAGES=() SETTINGS=()
+  local word
+  for word in "$@"; do
+    case $word in *=*) SETTINGS+=("$word") ;; -*) fail "$word: sbatch options stand before the rest" ;; *) STAGES+=("$word") ;; esac
+  done
+  for word in "${SETTINGS[@]}"; do
+    case $word in name=* | start_from=*) [ ${#STAGES[@]} -eq 1 ] || fail "$word would hold for all ${#STAGES[@]} stages" ;; esac
+  done
+}
+
+# check_stages DATASET_OR_EMPTY: all stages before any is submitted; RUNS are their folders.
+check_stages() {
+  RUNS=()
+  local gpus stage more=()
+  gpus=$(gpus_offered "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
+  [ -z "$1" ] || more+=(--made-here "$1")
+  for stage in "${STAGES[@]}"; do
+    RUNS+=("$("$PYTHON" -m pipeline.preflight --gpus "$gpus" "${more[@]}" "$stage" "${SETTINGS[@]}")") || exit $?
+    [ ${#RUNS[@]} -gt 1 ] || more+=(--after-another)
+  done
+}
+
+say_job() { printf '%-8s %-32s %s\n' "$1" "$2" "${3:-}"; }
+
+# submit_stages JOB_OR_EMPTY: each stage after the one before it, the first after JOB; sets LAST.
+submit_stages() {
+  local number stage after=()
+  LAST=$1
+  for number in "${!STAGES[@]}"; do
+    stage=${STAGES[$number]}
+    [ -z "$LAST" ] || after=(--dependency="afterok:$LAST" --kill-on-invalid-dep=yes)
+    [ "$number" -eq 0 ] || set -- "$1" "start_from=${RUNS[$((number - 1))]}"
+    LAST=$(submit --job-name="$(basename "$stage" .yaml)" "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}" "${after[@]}" \
+      cluster/train.sh "$stage" "${SETTINGS[@]}" "${@:2}")
+    [ -n "$LAST" ] || exit 2
+    say_job "$LAST" "train $stage" "${after[*]:+${after[0]#*=}}"
+  done
+}

@@ -36,9 +36,11 @@ submit_by_hand() {
   [ ${#ARGUMENTS[@]} -gt 0 ] || fail "no stage named; see cluster/train.sh --help"
   need_slurm "run python -m pipeline.train ${ARGUMENTS[0]}"
   OPTIONS=("${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
-  "$PYTHON" -m pipeline.preflight --before-submission --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" || exit $?
-  sbatch --test-only "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}" || exit 2
-  exec sbatch --job-name="$(basename "${ARGUMENTS[0]}" .yaml)" "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}"
+  "$PYTHON" -m pipeline.preflight --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" > /dev/null || exit $?
+  JOB=$(submit --job-name="$(basename "${ARGUMENTS[0]}" .yaml)" "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}")
+  [ -n "$JOB" ] || exit 2
+  echo "Submitted batch job $JOB"
+  exit 0
 }
 
 job_field() { scontrol show job -o "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d= -f2-; }
@@ -129,7 +131,7 @@ BAD=''
 if [ "$PREFLIGHT" != 0 ]; then
   rm -rf "$RUN/preflight"
   mkdir "$RUN/preflight"
-  launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.preflight --report "$RUN/preflight" "$@"
+  launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.node_check --report "$RUN/preflight" "$@"
   [ -n "$ASKED" ] || "$PYTHON" -m pipeline.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
     { RC=$?; BAD=$(cat "$RUN/preflight/bad_nodes" 2> /dev/null || true); }
 fi

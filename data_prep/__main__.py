@@ -1,21 +1,19 @@
 """`python -m data_prep COMMAND DATASET.yaml`: the preparation of a dataset, one command a step."""
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from data_prep.budget import print_budget
 from data_prep.config import DatasetConfig, load_dataset
-from data_prep.latents import run_latents
 from data_prep.pairs import run_pairs
 from data_prep.parts import Share
 from data_prep.plan import check_settings, run_plan
-from data_prep.report import write_report
 from data_prep.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.store import Store, open_store
-from data_prep.text import run_text
 from model.errors import UserError, command
 
 Arguments = argparse.Namespace
@@ -25,7 +23,7 @@ def plan(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Scan the sources, filter, find duplicates, and decide which sample is which row of which part."""
     manifest = run_plan(config, dataset, arguments.task)
     if manifest is not None:
-        print_budget(config, dataset, manifest, arguments.gpu_tflops)
+        _load("data_prep.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
 
 
 def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
@@ -36,6 +34,7 @@ def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
 def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' images with a VAE, as a latents family."""
     check_settings(config, dataset)
+    run_latents = _load("data_prep.latents", "run_latents")
     for entry in _chosen(config.latents, arguments.family, "latents"):
         run_latents(config, entry, dataset, arguments.task)
 
@@ -43,6 +42,7 @@ def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None
 def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' captions with an LLM, as a text family."""
     check_settings(config, dataset)
+    run_text = _load("data_prep.text", "run_text")
     for entry in _chosen(config.text, arguments.family, "text"):
         run_text(config, entry, dataset, arguments.task)
 
@@ -64,7 +64,7 @@ def verify_dataset(config: DatasetConfig, dataset: Store, arguments: Arguments) 
 def report(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Write an HTML page: counts from source to commit, histograms, samples, what was dropped and why."""
     check_settings(config, dataset)
-    write_report(config, dataset, arguments.out or Path("runs") / f"{config.name}_data.html")
+    _load("data_prep.report", "write_report")(config, dataset, arguments.out or Path("runs") / f"{config.name}_data.html")
 
 
 def gc(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
@@ -77,7 +77,7 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
     "pairs": (pairs, "pairs data_prep/datasets/demo.yaml --task 3/64"),
     "latents": (latents, "latents data_prep/datasets/demo.yaml --family latents"),
     "text": (text, "text data_prep/datasets/demo.yaml --family smollm2"),
-    "snapshot": (snapshot, "snapshot data_prep/datasets/demo.yaml --families latents smollm2"),
+    "snapshot": (snapshot, "snapshot data_prep/datasets/demo.yaml --families latents,smollm2"),
     "verify": (verify_dataset, "verify data_prep/datasets/demo.yaml --deep"),
     "report": (report, "report data_prep/datasets/demo.yaml --out runs/demo_data.html"),
     "gc": (gc, "gc data_prep/datasets/demo.yaml --older-than-hours 48 --delete"),
@@ -102,16 +102,33 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as buckets.resolution=512")
         if name in SHARED:
             sub.add_argument(
-                "--task", metavar="I/N", help="do the I-th of N shares (from 0); default: this Slurm array task's, else everything"
+                "--task",
+                metavar="I/N",
+                help="do the I-th of N shares (from 0); default: this Slurm array task's, else everything",
             )
-    _add(commands, "plan", "--gpu-tflops", type=float, default=400.0, help="sustained rate for the GPU-hours printed (default 400)")
+    _add(
+        commands, "plan", "--gpu-tflops", type=float, default=400.0, help="sustained rate for the GPU-hours printed (default 400)"
+    )
     _add(commands, "latents", "--family", help="only the latents family of this name")
     _add(commands, "text", "--family", help="only the text family of this name")
-    _add(commands, "snapshot", "--families", nargs="+", help="families to include (default: all registered)")
+    _add(
+        commands,
+        "snapshot",
+        "--families",
+        type=lambda names: names.split(","),
+        help="families to include, A,B (default: all registered)",
+    )
     _add(commands, "snapshot", "--partial", action="store_true", help="take the parts that are complete, leave out the others")
     _add(commands, "verify", "--deep", action="store_true", help="read everything and compare hashes")
     _add(commands, "report", "--out", type=Path, help="where to write the page (default runs/<name>_data.html)")
-    _add(commands, "gc", "--older-than-hours", type=float, default=24.0, help="spare younger files: tasks may still run (default 24)")
+    _add(
+        commands,
+        "gc",
+        "--older-than-hours",
+        type=float,
+        default=24.0,
+        help="spare younger files: tasks may still run (default 24)",
+    )
     _add(commands, "gc", "--delete", action="store_true", help="remove the files instead of listing them")
     return parser
 
@@ -120,7 +137,12 @@ def _add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: 
     commands.choices[name].add_argument(flag, **options)  # type: ignore[arg-type]
 
 
-def _chosen(entries: list, name: str | None, kind: str) -> list:  # type: ignore[type-arg]
+def _load(module: str, name: str) -> Callable[..., Any]:
+    """A step's function, imported when it is run: torch and transformers take seconds that other steps need not wait for."""
+    return getattr(importlib.import_module(module), name)
+
+
+def _chosen(entries: list[Any], name: str | None, kind: str) -> list[Any]:
     chosen = [entry for entry in entries if name in (None, entry.name)]
     if not chosen:
         there = ", ".join(entry.name for entry in entries) or "none"
@@ -128,13 +150,24 @@ def _chosen(entries: list, name: str | None, kind: str) -> list:  # type: ignore
     return chosen
 
 
+def parse(argv: list[str] | None) -> Arguments:
+    """Parse a command line; `key=value` may stand before or behind the options."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    stray = [word for word in [*arguments.overrides, *rest] if word.startswith("-") or "=" not in word]
+    if stray:
+        parser.error(f"not understood: {' '.join(stray)}; settings are changed with key=value")
+    arguments.overrides += rest
+    if arguments.command in SHARED:
+        arguments.task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
+    return arguments
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
-    arguments = make_parser().parse_intermixed_args(argv) if False else _parse(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    if arguments.command in SHARED:
-        arguments.task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     config = load_dataset(arguments.dataset, arguments.overrides)
     store = open_store(config.store, create=arguments.command == "plan")
     COMMANDS[arguments.command][0](config, store.sub(config.name), arguments)

@@ -101,7 +101,9 @@ class DatasetConfig:
                 raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
             for kind in source.captions:
                 if kind not in self.caption_kinds:
-                    raise UserError(f"sources[{number}].captions: kind {kind!r} is not in caption_kinds={self.caption_kinds}: add it")
+                    raise UserError(
+                        f"sources[{number}].captions: kind {kind!r} is not in caption_kinds={self.caption_kinds}: add it"
+                    )
         if len(self.caption_kinds) > 255 or len(set(self.caption_kinds)) < len(self.caption_kinds):
             raise UserError("caption_kinds: give at most 255 different names")
         for name, least in (("part_rows", 1), ("shuffle_window", 1), ("workers", 0)):

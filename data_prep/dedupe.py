@@ -1,8 +1,8 @@
 """Duplicates across a whole dataset, found with bounded memory.
 
-Exact: equal 64-bit hash (XXH3) of the file's bytes. Near: 64-bit perceptual hashes (pHash, package ImageHash) within a Hamming distance d.
-In both cases a row goes if a row with a smaller id is a duplicate of it, so the result does not depend on any order of work.
-(Near duplicates are judged against all rows that are no exact duplicates, so of a chain a ~ b ~ c only a stays.)
+Exact: equal 64-bit hash (XXH3) of the file's bytes. Near: 64-bit perceptual hashes (pHash, package ImageHash) within a Hamming
+distance d. In both cases a row goes if a row with a smaller id is a duplicate of it, so the result does not depend on any order
+of work. (Near duplicates are judged against all rows that are no exact duplicates, so of a chain a ~ b ~ c only a stays.)
 
 Hashes lie in temporary files, cut by their value into groups of at most `GROUP_ROWS` rows; one group is in memory at a time.
 Near duplicates are found by blocks: two hashes within d bits agree on at least m of d + m blocks, so each choice of m blocks is
@@ -76,8 +76,7 @@ def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[np.
     for group in _groups(spool, lambda rows: rows["hash"], group_rows):
         order = np.lexsort((group["id"], group["hash"]))
         hashes = group["hash"][order]
-        repeated = np.concatenate([[False], hashes[1:] == hashes[:-1]])
-        yield group["id"][order][repeated]
+        yield group["id"][order][1:][hashes[1:] == hashes[:-1]]
 
 
 def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:
@@ -105,7 +104,7 @@ def _near_in_group(rows: np.ndarray, keys: np.ndarray, distance: int) -> np.ndar
     Rows are compared with the one `lag` places before; each lag looks only at rows whose key reaches that far back.
     """
     found = np.zeros(len(rows), bool)
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(rows)), bool), keys[1:] != keys[:-1]]))
     first = np.repeat(starts, np.diff(np.append(starts, len(rows))))
     place = np.arange(len(rows)) - first
     candidates = np.flatnonzero(place > 0)

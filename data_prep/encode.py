@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,7 +49,7 @@ def encode_family(dataset: Store, family: Family, encode_part: Callable[[list[Pa
         work = _Work(dataset, family, Path(folder))
         ahead = pool.submit(work.read, todo[0]) if todo else None
         behind: Future[Commit] | None = None
-        for part, following in zip(todo, [*todo[1:], None], strict=True):
+        for part, following in zip_longest(todo, todo[1:]):
             assert ahead is not None
             pairs = ahead.result()
             ahead = pool.submit(work.read, following) if following else None

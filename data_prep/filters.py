@@ -12,11 +12,10 @@
       - {name: caption_min_length, value: 3}              # letters; also caption_max_length
       - {name: caption_without, value: [shutterstock]}    # words or phrases, in any case
 
-Filters whose name starts with `caption_` leave out single captions; a row goes when its last caption goes. The others leave out the row.
-The first reason counts.
+Filters whose name starts with `caption_` leave out single captions; a row goes when its last caption goes. The others leave out
+the row. The first reason counts.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,13 @@ from typing import Any
 
 from data_prep.captions import Caption
 from data_prep.config import FilterConfig
-from data_prep.expressions import ColumnExpression
+from data_prep.expressions import ColumnExpression, finite
 from model.errors import UserError
 
 URL = re.compile(r"https?://|\bwww\.[a-z0-9-]+\.|\b[a-z0-9-]+\.(?:com|net|org|io|co\.uk|ru|cn|de)\b(?:/|$|\s)", re.IGNORECASE)
 FILE_NAME = re.compile(
-    r"\S*\.(?:jpe?g|png|gif|webp|avif|bmp|tiff?|heic|raw|cr2|nef|svg|pdf)|(?:IMG|DSC|DSCN|DSCF|PXL|MVI|PICT|Screenshot)[ _-]?\d[\w-]*",
+    r"\S*\.(?:jpe?g|png|gif|webp|avif|bmp|tiff?|heic|raw|cr2|nef|svg|pdf)"
+    r"|(?:IMG|DSC|DSCN|DSCF|PXL|MVI|PICT|Screenshot)[ _-]?\d[\w-]*",
     re.IGNORECASE,
 )
 TAG_MAX_WORDS = 3
@@ -115,7 +115,7 @@ def _expression_step(expression: ColumnExpression) -> Callable[[list[Row]], None
         records = [{**row.record, "height": row.height, "width": row.width} for row in rows]
         for row, keep in zip(rows, expression.evaluate(records), strict=True):
             if not keep:
-                row.reason = f"expression: {'no value for' if keep is None else 'not'} {expression.text}"
+                row.reason = f"expression {'without a value' if keep is None else 'false'}: {expression.text}"
 
     return step
 
@@ -144,8 +144,8 @@ def _bounded(config: FilterConfig, out: Callable[[float, float], bool], word: st
     bound, name = _number(config), _column(config)
 
     def test(row: dict[str, Any]) -> str:
-        value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = finite(row.get(name))
+        if value is None:
             return f"{config.name}: no {name}"
         return f"{config.name}: {name} {word} {bound:g}" if out(value, bound) else ""
 

@@ -14,8 +14,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from data_prep.schema import Bucket
 
-FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
-"""Formats that are read. MPO is what some phones call a JPEG; formats with a large attack surface are left out."""
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
+"""Formats that are read; those with a large attack surface are left out."""
 MAX_PIXELS = 1 << 26
 """67 megapixels: a larger image is dropped before it is decoded. 16-bit RGBA of that size needs about 0.8 GB."""
 MAX_FILE_BYTES = 256 << 20
@@ -74,6 +74,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
             height, width = at_least
             if _orientation(image) in ORIENTED_SIDEWAYS:
                 height, width = width, height
+            # MPO is how Pillow names the JPEGs of phones that hold a second picture
             image.draft(None, (width, height))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))

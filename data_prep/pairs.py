@@ -1,7 +1,8 @@
 """Pairs: the planned samples as images of their bucket's size with captions, part by part.
 
 A part is `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` a sample), `pairs.parquet` (a row a sample) and, where images
-turned out to be bad at full decode, `dropped.parquet`. Peak memory: the images of one part, encoded, and a few decoded ones a worker.
+turned out to be bad at full decode, `dropped.parquet`. Peak memory: the encoded images of one part, and in every worker a chunk
+of 16 encoded originals and one decoded image.
 """
 
 import io
@@ -18,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_prep.accounts import account, dropped_count, written_count
 from data_prep.config import DatasetConfig
 from data_prep.images import Crop, ImageError, encode_image, fit_bucket
+from data_prep.manifest import read_manifest
 from data_prep.parts import Share, commit_part, committed_parts, read_plan
-from data_prep.plan import check_settings, read_manifest, source_files
+from data_prep.plan import check_settings, source_files
 from data_prep.progress import Progress
 from data_prep.sample import Place
 from data_prep.scan import CAPTIONS, CRASHED
@@ -29,7 +32,6 @@ from data_prep.schema import PAIRS, Bucket, Commit, Part
 from data_prep.sources import OpenSources
 from data_prep.store import Store, StoreError
 from data_prep.workers import Workers
-from model.errors import UserError
 
 TAR, TABLE, DROPPED_TABLE = "pairs.tar", "pairs.parquet", "dropped.parquet"
 CHUNK_ROWS = 16
@@ -113,7 +115,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     """Make the missing parts of this share.
 
     Raises:
-        UserError: there is no plan, or it was made with other settings.
+        UserError: there is no plan, it was made with other settings, or the counts do not add up.
     """
     check_settings(config, dataset)
     mine = share.owns(read_plan(dataset).parts)
@@ -127,6 +129,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
                 continue
             for outcome, count in maker.make(part, rows).items():
                 progress.advance(count, outcome)
+    account(dataset)
 
 
 class Task(NamedTuple):
@@ -221,6 +224,8 @@ class PartMaker:
                 {
                     "planned": len(rows),
                     "image_bytes": sum(len(result.image) for _, result in kept),
+                    **{written_count(number): count for number, count in _by_file(kept).items()},
+                    **{dropped_count(number): count for number, count in _by_file(dropped).items()},
                     **{f"dropped {reason}": count for reason, count in counts.items() if reason != "written"},
                 },
             )
@@ -266,6 +271,10 @@ class PartMaker:
             "member": f"{row['id']:019d}.{suffix}",
             "bytes": len(made.image),
         }
+
+
+def _by_file(rows: list[tuple[dict[str, Any], Made]]) -> Counter[int]:
+    return Counter(row["id"] >> 32 for row, _ in rows)
 
 
 def _chunks(rows: list[dict[str, Any]], bucket: Bucket) -> Iterator[list[tuple[Task, Bucket]]]:

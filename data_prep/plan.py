@@ -20,42 +20,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
-import xxhash
 
 from data_prep.buckets import make_buckets
 from data_prep.config import DatasetConfig
 from data_prep.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.filters import Filters
+from data_prep.manifest import ManifestWriter
 from data_prep.parts import Share
 from data_prep.progress import Progress
-from data_prep.scan import CAPTIONS, SCAN, Scanner
-from data_prep.schema import Manifest, Part, canonical_json
+from data_prep.scan import SCAN, Scanner
+from data_prep.schema import Manifest, canonical_json
 from data_prep.sources import OpenSources, SourceFile, list_files
 from data_prep.store import Store
 from model.errors import UserError
 
+pc: Any = pyarrow.compute
+"""Its functions are made at import, where type checkers do not see them."""
+
 SETTINGS_KEY = "dataset.json"
 FILES_KEY = "scan/files.json"
 PLAN_KEY = "manifest/plan.json"
-PARTS_A_FILE = 16
 KEPT, SAME_FILE, LOOKS_SAME = 0, 1, 2
 
-MANIFEST = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("key", pa.string()),
-        ("captions", CAPTIONS),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("hash", pa.uint64()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("path", pa.string()),
-    ]
-)
-"""A row a planned sample, in the order of parts; `manifest/<bucket>/<n>.parquet` holds parts 16 n to 16 n + 15, a row group each."""
 DROPPED = pa.schema([(name, SCAN.field(name).type) for name in ("id", "key", "reason", "detail", "offset", "length", "path")])
 """A row a sample left out by the plan, in `dropped/<file number>.parquet`."""
 
@@ -110,24 +98,14 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
     differing = [name for name in sorted({*ours, *stored}) if ours.get(name) != stored.get(name)]
     if differing:
         what = "; ".join(f"`{name}` was {_short(stored.get(name))}, is {_short(ours.get(name))}" for name in differing)
-        raise UserError(f"{dataset.uri} was planned with other settings: {what}: put them back, or give the dataset another `name`")
+        raise UserError(
+            f"{dataset.uri} was planned with other settings: {what}: put them back, or give the dataset another `name`"
+        )
 
 
 def source_files(dataset: Store) -> list[SourceFile]:
     """The dataset's frozen list of source files."""
     return [SourceFile(*entry) for entry in json.loads(dataset.read(FILES_KEY))]
-
-
-def read_manifest(dataset: Store, part: Part) -> pa.Table:
-    """The planned rows of one part, in order (`MANIFEST`).
-
-    Raises:
-        UserError: the manifest file is not the one that the plan names.
-    """
-    number, group = divmod(part.number, PARTS_A_FILE)
-    key = _manifest_key(part.bucket, number)
-    data = dataset.read(key)
-    return pq.ParquetFile(io.BytesIO(data)).read_row_group(group)
 
 
 def read_plan_record(dataset: Store) -> dict[str, Any]:
@@ -148,10 +126,6 @@ def _scan_key(number: int) -> str:
 def dropped_key(number: int) -> str:
     """Key of the table of rows of source file `number` that the plan left out."""
     return f"dropped/{number:08d}.parquet"
-
-
-def _manifest_key(bucket: str, number: int) -> str:
-    return f"manifest/{bucket}/{number:06d}.parquet"
 
 
 def _freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
@@ -175,7 +149,9 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
             rows = 0
             with pq.ParquetWriter(path, SCAN, compression="zstd") as writer:
                 for batch in _large_batches(scanner.scan(source, file)):
-                    if batch.column("id").to_pylist() != list(range(file.number << 32 | rows, (file.number << 32 | rows) + len(batch))):
+                    if batch.column("id").to_pylist() != list(
+                        range(file.number << 32 | rows, (file.number << 32 | rows) + len(batch))
+                    ):
                         raise RuntimeError(f"{file.label}: rows were lost or came twice while scanning")
                     rows += len(batch)
                     writer.write_batch(batch)
@@ -200,7 +176,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
         starts, verdicts = _find_duplicates(config, dataset, files, Path(folder))
         if not np.any(verdicts == KEPT):
             _nothing_left(dataset, files, starts, verdicts)
-        writer = _ManifestWriter(config, dataset, _window(config))
+        writer = ManifestWriter(config, dataset, _window(config))
         counts = _Counts(config)
         order = np.random.default_rng([config.seed, 0]).permutation(len(files))
         with Progress("plan", int(starts[-1])) as progress:
@@ -215,7 +191,9 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
         del verdicts
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
     dataset.put_new(PLAN_KEY, canonical_json({**counts.record(), "manifest": hashes}))
-    manifest = Manifest(config.name, list(config.caption_kinds), {name: rows for name, rows in sorted(writer.parts.items()) if rows})
+    manifest = Manifest(
+        config.name, list(config.caption_kinds), {name: rows for name, rows in sorted(writer.parts.items()) if rows}
+    )
     dataset.put_new(Manifest.KEY, manifest.to_json())
     return manifest
 
@@ -293,64 +271,6 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
     raise UserError(f"no pairs left of {int(starts[-1]):,} rows read: {most}: correct `sources`, `filters` or `buckets`")
 
 
-class _ManifestWriter:
-    """Cuts kept rows by bucket, shuffles them in windows and writes them part by part."""
-
-    def __init__(self, config: DatasetConfig, dataset: Store, window: int) -> None:
-        self._config = config
-        self._dataset = dataset
-        self._window = window
-        self._waiting: dict[str, list[pa.Table]] = {bucket.name: [] for bucket in make_buckets(config.buckets)}
-        self._windows: Counter[str] = Counter()
-        self._ready: dict[str, list[pa.Table]] = {name: [] for name in self._waiting}
-        self.parts: dict[str, list[int]] = {name: [] for name in self._waiting}
-        self.hashes: dict[str, str] = {}
-
-    def add(self, table: pa.Table) -> None:
-        """Take in the kept rows of one source file."""
-        for name in pc.unique(table["bucket"]).to_pylist():
-            rows = table.filter(pc.equal(table["bucket"], name)).select(MANIFEST.names).cast(MANIFEST)
-            self._waiting[name].append(rows)
-            while sum(map(len, self._waiting[name])) >= self._window:
-                waiting = pa.concat_tables(self._waiting[name]).combine_chunks()
-                self._waiting[name] = [waiting.slice(self._window)]
-                self._shuffled(name, waiting.slice(0, self._window))
-
-    def finish(self) -> dict[str, str]:
-        """Write what is left; the xxh64 of every manifest file by key."""
-        for name, waiting in self._waiting.items():
-            if sum(map(len, waiting)):
-                self._shuffled(name, pa.concat_tables(waiting))
-            if self._ready[name]:
-                self._write(name, self._ready[name])
-        return self.hashes
-
-    def _shuffled(self, name: str, rows: pa.Table) -> None:
-        key = [self._config.seed, 1, *name.encode(), self._windows[name]]
-        self._windows[name] += 1
-        order = np.random.default_rng(key).permutation(len(rows))
-        rows = rows.take(pa.array(order)).combine_chunks()
-        step = self._config.part_rows
-        self._ready[name] += [rows.slice(start, step) for start in range(0, len(rows), step)]
-        while len(self._ready[name]) >= PARTS_A_FILE:
-            self._write(name, self._ready[name][:PARTS_A_FILE])
-            self._ready[name] = self._ready[name][PARTS_A_FILE:]
-
-    def _write(self, name: str, parts: list[pa.Table]) -> None:
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, MANIFEST, compression="zstd") as writer:
-            for part in parts:
-                writer.write_table(part, row_group_size=max(1, len(part)))
-        key = _manifest_key(name, len(self.parts[name]) // PARTS_A_FILE)
-        self.parts[name] += [len(part) for part in parts]
-        data = sink.getvalue()
-        if not self._dataset.put_new(key, data) and self._dataset.read(key) != data:
-            raise UserError(
-                f"{self._dataset.uri}/{key}: left by an older version of this program: delete {self._dataset.uri}/manifest and run again"
-            )
-        self.hashes[key] = xxhash.xxh64_hexdigest(data)
-
-
 class _Counts:
     """What the plan read, kept and dropped, by source file."""
 
@@ -367,10 +287,14 @@ class _Counts:
         kept = reasons.pop("", 0)
         if len(table) != kept + reasons.total():
             raise RuntimeError(f"{file.label}: {len(table)} rows read, {kept} kept and {reasons.total()} dropped")
-        self._files.append({"number": file.number, "label": file.label, "rows": len(table), "kept": kept, "dropped": dict(reasons)})
+        self._files.append(
+            {"number": file.number, "label": file.label, "rows": len(table), "kept": kept, "dropped": dict(reasons)}
+        )
         self._refused.update(itertools.chain.from_iterable(table["refused"].to_pylist()))
         captions = table.filter(pc.equal(table["reason"], ""))["captions"].combine_chunks().flatten()
-        for kind, letters in zip(captions.field("kind").to_pylist(), pc.utf8_length(captions.field("text")).to_pylist(), strict=True):
+        for kind, letters in zip(
+            captions.field("kind").to_pylist(), pc.utf8_length(captions.field("text")).to_pylist(), strict=True
+        ):
             self._captions[self._kinds[kind]] += 1
             self._letters[self._kinds[kind]] += letters
 

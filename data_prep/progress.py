@@ -60,9 +60,15 @@ class Progress:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         of = f"/{self.total:,}" if self.total is not None else ""
-        left = f", {elapsed / self.done * (self.total - self.done):,.0f} s left" if self.total and 0 < self.done < self.total else ""
+        left = (
+            f", {elapsed / self.done * (self.total - self.done):,.0f} s left" if self.total and 0 < self.done < self.total else ""
+        )
         counts = f" | {self._counts()}" if self.outcomes else ""
-        print(f"{self.title}: {self.done:,}{of} {self.unit}, {self._rate()}, {elapsed:,.0f} s{left}{counts}", file=sys.stderr, flush=True)
+        print(
+            f"{self.title}: {self.done:,}{of} {self.unit}, {self._rate()}, {elapsed:,.0f} s{left}{counts}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _make_bar() -> Bar:

@@ -25,7 +25,7 @@ class Sample:
     image: bytes | None = None
     record: dict[str, Any] = field(default_factory=dict)
     """The row's fields: captions, and columns that filters look at."""
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     reason: str = ""
     """Why the source itself cannot offer this row; a row also stands for the unreadable rest of a damaged file."""
     detail: str = ""

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import xxhash
 
 from data_prep.mds import read_mds
-from data_prep.pairs import read_pairs
+from data_prep.pairs import TABLE
 from data_prep.parts import THREADS, committed, committed_parts, hash_ids, read_commit, read_plan
 from data_prep.schema import PAIRS, Commit, Family, Manifest, Part, Snapshot, StoredFile, canonical_json
 from data_prep.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
@@ -227,16 +227,17 @@ def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: boo
     for file in commit.files:
         if dataset.size(file.key) != file.bytes:
             raise UserError(f"{file.key} does not have {file.bytes:,} bytes")
-    if not deep or not commit.files:
+    if not deep:
         return
-    if not family:
-        ids = [pair.id for pair in read_pairs(dataset, commit)]
-    else:
-        with TemporaryDirectory(prefix="li-dit-") as folder:
-            path = Path(folder) / "shard"
-            (file,) = commit.files
+    ids: list[int] = []
+    with TemporaryDirectory(prefix="li-dit-") as folder:
+        for file in commit.files:
+            path = Path(folder) / file.key.rpartition("/")[2]
             dataset.fetch(file, path)
-            ids = [row["id"] for row in read_mds(path, family.columns)]
+            if family:
+                ids = [row["id"] for row in read_mds(path, family.columns)]
+            elif path.name == TABLE:
+                ids = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
     if len(ids) != commit.rows or hash_ids(ids) != commit.ids_xxh64:
         raise UserError("the payload holds other samples than the commit says")
 

@@ -49,6 +49,10 @@ class SourceFiles:
             return fnmatch.fnmatchcase(name, self._pattern)
         return not self._suffixes or name.lower().endswith(self._suffixes)
 
+    def usable(self, name: str) -> bool:
+        """Whether a name found in a folder can be used as a key: stores refuse control characters and the like."""
+        return name.isprintable() and "\\" not in name and all(0 < len(part.encode()) <= 255 for part in name.split("/"))
+
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if it is gone."""
         return self._store.size(name)
@@ -78,13 +82,13 @@ class SourceFiles:
         if path.startswith(f"{root.rstrip('/')}/"):
             path = path[len(root.rstrip("/")) + 1 :]
         parts = path.split("/")
-        if path.startswith("/") or "://" in path or "\\" in path or "\0" in path or ".." in parts:
-            return None
         name = "/".join(part for part in parts if part not in ("", "."))
+        if path.startswith("/") or "://" in path or ".." in parts or not self.usable(name):
+            return None
         local = self._store.local_path(name)
         if local is not None and not local.resolve().is_relative_to(Path(root).resolve()):
             return None
-        return name or None
+        return name
 
 
 class _RangedFile(io.RawIOBase):

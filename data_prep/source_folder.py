@@ -18,6 +18,7 @@ from data_prep.source_files import SourceFiles
 from data_prep.source_webdataset import IMAGE_SUFFIXES, READERS
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+UNUSABLE = "source: unusable file name"
 BAD_LINE = "source: damaged metadata line"
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
@@ -84,6 +85,8 @@ class FolderSource:
             yield Sample(path, reason=UNREADABLE, detail=str(error)[:200])
 
     def _with_image(self, name: str, record: dict[str, Any]) -> Sample:
+        if not self._files.usable(name):
+            return Sample(name, None, record, reason=UNUSABLE)
         try:
             return Sample(name, self._files.read(name), record, Place(path=name))
         except (FileNotFoundError, IsADirectoryError):

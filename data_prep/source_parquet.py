@@ -45,7 +45,7 @@ class ParquetSource:
                 for group in range(parquet.num_row_groups):
                     row = 0
                     for batch in parquet.iter_batches(BATCH, [group], wanted, use_threads=False):
-                        for record in batch.to_pylist():
+                        for record in _records(batch):
                             yield self._sample(name, done, record, Place(group, row))
                             done, row = done + 1, row + 1
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -109,3 +109,21 @@ class ParquetSource:
             row += batch.num_rows
             if row > last:
                 return
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows as Python values; text that is not UTF-8 stays bytes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = {
+            name: [_value(cell) for cell in column] for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        return [{name: values[row] for name, values in columns.items()} for row in range(batch.num_rows)]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return cell.cast(pa.binary()).as_py() if pa.types.is_string(cell.type) else None

@@ -78,7 +78,7 @@ def read_tar(file: BinaryIO) -> Iterator[Sample]:
             if member is None:
                 problem = _end_problem(file, tar.offset)
                 break
-            tar.members.clear()  # tarfile would remember every header
+            vars(tar)["members"].clear()  # tarfile would remember every header
             if member.isdir():
                 continue
             key, _, suffix = _split_name(member.name)
@@ -108,7 +108,7 @@ class _Group:
         self.suffixes.add(suffix)
         if member.name.startswith("/") or ".." in member.name.split("/"):
             self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
-        elif not member.isreg():
+        elif not member.isreg() or member.issparse():
             self._sample.reason, self._sample.detail = LINK, member.name[:200]
         elif suffix in IMAGE_SUFFIXES:
             if member.size > MAX_FILE_BYTES:
@@ -173,11 +173,5 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 def _end_problem(file: BinaryIO, offset: int) -> str:
     """A tar ends with zero blocks; tarfile takes any end, and even a damaged header, for the end."""
-    file.seek(offset - offset % 512)
-    block = file.read(512)
-    # tarfile's offset is behind the block that it took for the end.
-    file.seek(max(0, offset - 512))
-    before = file.read(512)
-    if block == END_OF_TAR or before == END_OF_TAR:
-        return ""
-    return f"no end-of-archive mark at byte {offset}"
+    file.seek(offset)
+    return "" if file.read(len(END_OF_TAR)) == END_OF_TAR else f"no end-of-archive mark at byte {offset}"

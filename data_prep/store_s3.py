@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1 << 20
 LARGEST_PUT = 5 << 30
 CONNECTIONS = 32
+PAGE = 1000
 FALLBACK_SETTLE_SECONDS = 2.0
 HASH_FIELD = "xxh64"
 TRANSIENT_CODES = {"BadDigest", "ExpiredToken", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
@@ -64,6 +65,24 @@ class S3Bucket:
             expected = response["Metadata"].get(HASH_FIELD)
             if expected and expected != xxhash.xxh64_hexdigest(data):
                 raise DamagedError("the body does not match its hash")
+            return data
+
+        return self._retried(key, get)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Some of the object's bytes; fewer only at its end."""
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(f"{self.uri}/{key}")
+        end = min(start + length, size)
+        if end <= start:
+            return b""
+
+        def get() -> bytes:
+            response = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+            data = response["Body"].read()
+            if len(data) != end - start:
+                raise TransientError(f"{len(data)} bytes came where {end - start} were asked for")
             return data
 
         return self._retried(key, get)
@@ -109,13 +128,16 @@ class S3Bucket:
         return self.read(key) == data
 
     def _put_if_none_match(self, key: str, data: bytes) -> bool:
-        tries = 0
+        tries, condition = 0, {"IfNoneMatch": "*"}
 
         def put() -> bool:
             nonlocal tries
             tries += 1
             try:
-                self._put(key, data, IfNoneMatch="*")
+                self._put(key, data, **condition)
+            except DamagedError:
+                condition.clear()  # the key is ours, but holds bytes that changed on their way
+                raise
             except self.client.exceptions.ClientError as error:
                 if _status(error) != 412:
                     raise
@@ -157,7 +179,7 @@ class S3Bucket:
             self._send(key, data, md5, xxhash.xxh64_hexdigest(data), condition)
 
     def _send(self, key: str, body: Any, md5: bytes, hexdigest: str, condition: dict[str, str]) -> None:
-        self.client.put_object(
+        response = self.client.put_object(
             Bucket=self.bucket,
             Key=key,
             Body=body,
@@ -165,6 +187,14 @@ class S3Bucket:
             Metadata={HASH_FIELD: hexdigest},
             **condition,
         )
+        # Not every endpoint checks Content-MD5, and not every ETag is the MD5: where they differ, read again.
+        encrypted = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+        if response["ETag"].strip('"') != md5.hex() and not encrypted:
+            arrived = xxhash.xxh64()
+            for chunk in self.stream(key, 0):
+                arrived.update(chunk)
+            if arrived.hexdigest() != hexdigest:
+                raise DamagedError("the body changed on its way up")
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Keys that start with `prefix`, sorted, with the time of their last change."""
@@ -174,14 +204,14 @@ class S3Bucket:
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders right below `prefix`, sorted."""
-        pages: list[str] = []
+        names: list[str] = []
         for page in self._pages(prefix, Delimiter="/"):
-            pages += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])]
-        return pages
+            names += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        return names
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:
-            query = {"Bucket": self.bucket, "Prefix": prefix, **options}
+            query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE, **options}
             page = self._retried(prefix, lambda query=query: self.client.list_objects_v2(**query))
             yield page
             if not page["IsTruncated"]:

@@ -56,7 +56,7 @@ class _TensorInfo:
 class GGUFFile:
     """A GGUF file: its metadata, read at once, and its tensors, dequantised when asked for."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """Read the header of `path`.
 
         Raises:

@@ -73,7 +73,7 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
     unknown = tokens[int(file.metadata["tokenizer.ggml.unknown_token_id"])]
     model = models.BPE(vocabulary, merges_from_scores(file), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    steps = [normalizers.Replace(" ", _SPACE)]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]

@@ -90,7 +90,7 @@ class LanguageModel:
         """Run the model and read its layers: [B, T, W]."""
         read: dict[int, Tensor] = {}
 
-        def keep(index: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        def keep(index: int, output: Any) -> None:
             state = output if isinstance(output, Tensor) else output[0]
             if self.reading != "norm_mean":
                 read[index] = state
@@ -179,7 +179,7 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{config.llm}: no fast tokenizer: add its tokenizer.json to the folder")
     if not config.device_map:
-        module = module.to(device)
+        module.to(device)  # pyright: ignore[reportArgumentType]
     text = settings.get_text_config()
     owner, name = _blocks_owner(module)
     blocks = len(getattr(owner, name))
@@ -191,7 +191,9 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return LanguageModel(module, backend, tokenizer.pad_token_id, fingerprint, text.hidden_size, blocks, reading, layers)
+    pad = tokenizer.convert_tokens_to_ids(tokenizer.pad_token) if tokenizer.pad_token else None
+    assert pad is None or isinstance(pad, int)
+    return LanguageModel(module, backend, pad, fingerprint, text.hidden_size, blocks, reading, layers)
 
 
 def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,7 +15,7 @@ _CLIP = {"int8": (1.0,), "int6": (1.0, 0.9), "int4": (1.0, 0.9, 0.8, 0.7)}
 """Shares of a token's largest value tried as its range: at few bits, clipping a rare value makes the others finer."""
 
 
-def BYTES_PER_TOKEN(quantisation: str, width: int) -> int:  # noqa: N802
+def BYTES_PER_TOKEN(quantisation: str, width: int) -> int:
     """Bytes that the values of one token take; its scale (4 bytes, none for bf16) comes on top."""
     return math.ceil(width * BITS[quantisation] / 8)
 

@@ -72,7 +72,7 @@ class TextEncoder:
         counts: what was run and what was saved so far, in tokens and in tokens x blocks.
     """
 
-    def __init__(self, config: TextConfig, llm: LanguageModel, device: torch.device):
+    def __init__(self, config: TextConfig, llm: LanguageModel, device: torch.device) -> None:
         """Read the template, run the prefix, and check the packed way against the plain one."""
         self.config, self.device = config, device
         self._llm = llm
@@ -131,6 +131,16 @@ class TextEncoder:
         self.truncated += sum(was_cut for _, was_cut in cut)
         return [ids for ids, _ in cut]
 
+    @property
+    def prompt_prefix(self) -> int:
+        """Tokens that the plain way runs before every caption."""
+        return len(self._before)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the plain way runs on every token."""
+        return self._llm.blocks
+
     def prefix_states(self) -> Tensor:
         """States of the prefix, fp32 [P, W]; P = 0 where the encoder is not causal."""
         return self._prefix_states
@@ -176,7 +186,7 @@ class TextEncoder:
         kept = tokens + prefix * len(lengths) - reused
         saved_padding = padding if self.config.reuse_prefix else 0
         self.counts.update(
-            captions=len(lengths),
+            captions_encoded=len(lengths),
             tokens_run=kept,
             prefix_tokens_saved=reused,
             padding_tokens_saved=saved_padding,
@@ -209,9 +219,7 @@ class TextEncoder:
         captions = [ids + self._suffix for ids in (self._ids(self._lead + _PROBE), self._ids(self._lead + _PROBE[:10]))]
         packed = self._encode_packed(captions)
         plain = [self._encode_padded([caption], pad=0)[0] for caption in captions]
-        worst = max(
-            ((a - b).float().norm(dim=1) / b.float().norm(dim=1)).max().item() for a, b in zip(packed, plain, strict=True)
-        )
+        worst = max(relative_error(ours, theirs) for ours, theirs in zip(packed, plain, strict=True))
         if not worst <= CHECK_TOLERANCE[self.config.dtype]:
             raise UserError(
                 f"{self.config.llm}: packed captions behind a shared prefix differ from whole prompts by {worst:.2g}, so this "
@@ -250,6 +258,11 @@ class TextEncoder:
         arguments = {} if self.config.encoder != "causal" else {"use_cache": False}
         states = self._llm.states(input_ids=ids, attention_mask=mask, **arguments)  # [B, T, W]
         start = len(self._before)
-        return [
-            row[start : len(prompt)] if len(prompt) > start else row[:start] for row, prompt in zip(states, prompts, strict=True)
-        ]
+        ends = [len(prompt) for prompt in prompts]
+        return [row[start:end] if end > start else row[:start] for row, end in zip(states, ends, strict=True)]
+
+
+def relative_error(states: Tensor, reference: Tensor) -> float:
+    """Largest difference of a token's states [T, W] from the reference, relative to the length of the token's vector."""
+    difference = (states.float() - reference.float()).norm(dim=1)
+    return (difference / reference.float().norm(dim=1)).max().item()

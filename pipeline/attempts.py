@@ -5,8 +5,8 @@
     python -m pipeline.attempts begin STAGE [key=value ...]      prints the run's folder
     python -m pipeline.attempts end RUN --rc 137 --job "$(scontrol show job -o $SLURM_JOB_ID)"
 
-`begin` ends with 0, 3 (the stage is finished: nothing to do) or 2 (something to be put right). `end` ends with what the job should
-do: 85 requeue itself, 0 the stage is finished, 2 something to be put right, 1 anything else that should not be repeated.
+`begin` ends with 0, 3 (the stage is finished: nothing to do) or 2 (something to be put right). `end` ends with what the job
+should do: 85 requeue itself, 0 the stage is finished, 2 something to be put right, 1 anything else that should not be repeated.
 """
 
 import argparse
@@ -110,7 +110,9 @@ def needs_gpu(stage: StageConfig) -> bool:
 
 def queue_state(job: str) -> str:
     """State of a job in Slurm's queue, such as RUNNING; empty when it is not there any more."""
-    done = subprocess.run(["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60, check=False
+    )
     return done.stdout.strip()
 
 
@@ -262,7 +264,9 @@ def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
     kind, reason, requeue = judge(run, rc, who_ended(job, attempt.restart), why, bad_nodes)
     step = progress(run)
     kept = {"job": attempt.job, "restart": attempt.restart, "nodes": attempt.nodes, "started": attempt.started}
-    _write_ending(run, Ending(**kept, ended=time.time(), kind=kind, reason=reason, step=step, requeued=requeue or kind == "outside"))
+    _write_ending(
+        run, Ending(**kept, ended=time.time(), kind=kind, reason=reason, step=step, requeued=requeue or kind == "outside")
+    )
     if kind in ("crash", "user_error"):
         found = find_first_error(run / "logs", attempt.log_sizes)
         print(f"== first error: {found}" if found else f"== no rank wrote an error; logs are in {run / 'logs'}")

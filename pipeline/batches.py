@@ -65,7 +65,7 @@ class BucketOrder:
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.order])])
         self.total = int(self.starts[-1])
         self.batches = self.total // batch
-        self._windows: dict[int, tuple[int, int, Integers]] = {}
+        self._windows: dict[int, tuple[int, int, NDArray[np.int32]]] = {}
 
     def _span(self, lane: int) -> tuple[int, int]:
         return self.total * lane // self.lanes, self.total * (lane + 1) // self.lanes
@@ -82,7 +82,7 @@ class BucketOrder:
         end = min(begin + self.shuffle_parts, last)
         return max(low, int(self.starts[begin])), min(high, int(self.starts[end])), begin, end
 
-    def _window(self, lane: int, position: int) -> tuple[int, int, Integers]:
+    def _window(self, lane: int, position: int) -> tuple[int, int, NDArray[np.int32]]:
         """First position of the window that holds `position`, last + 1, and its permutation; one is kept a lane."""
         kept = self._windows.get(lane)
         if kept is None or not kept[0] <= position < kept[1]:
@@ -117,20 +117,17 @@ class BucketOrder:
     def ahead(self, index: int, start: int, stop: int) -> list[int]:
         """Parts to fetch while batch `index` is read: a share of the next window's for each step through this one's."""
         parts = []
-        for lane, position, end in self._lane_slices(index, start, stop):
-            low, high, _, after = self._bounds(lane, position)
-            if high >= self._span(lane)[1]:
-                continue
-            _, _, begin, last = self._bounds(lane, high)
-            assert begin == after
-            share = self.batch // self.lanes
-            # The lane's whole step, not this rank's piece of it: ranks of one lane then name the same parts once a step.
-            step = self._span(lane)[0] + index * share
-            done, doing = max(step - low, 0), min(step + share, high) - low
-            parts += [
-                int(part)
-                for part in self.order[begin:last][(last - begin) * done // (high - low) : (last - begin) * doing // (high - low)]
-            ]
+        share = self.batch // self.lanes
+        for lane, position, _ in self._lane_slices(index, start, stop):
+            low, high, _, _ = self._bounds(lane, position)
+            if high < self._span(lane)[1]:
+                # The lane's whole step, not this rank's piece of it: ranks of one lane then name the same parts once a step.
+                step = self._span(lane)[0] + index * share
+                _, _, first, last = self._bounds(lane, high)
+                begin, end = (
+                    first + (last - first) * (at - low) // (high - low) for at in (max(step, low), min(step + share, high))
+                )
+                parts += self.order[begin:end].tolist()
         return parts
 
 

@@ -23,7 +23,7 @@ from model.errors import UserError
 from model.quantise import BYTES_PER_TOKEN
 from pipeline.batches import Rows, sample_rng
 from pipeline.packing import Layout, PackedBatch, allocate, tensors_in
-from pipeline.shards import Row, Shard, ShardCache, locked
+from pipeline.shard_cache import Row, Shard, ShardCache, locked
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Request:
     rows: Rows
     index: int
     seed: int
+    last: bool = False
+    """Whether it is the last of its epoch."""
     ahead: tuple[int, ...] = ()
     """Parts of the bucket that will be needed soon."""
     drop: bool = True
@@ -230,7 +232,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         counts = {name: [length for _, length in spans[name]] for name in spans}
         for name, lengths in counts.items():
             tensors[f"{name}/lengths"][:] = torch.tensor(lengths, dtype=torch.int32)
-        return PackedBatch(planned.bucket, planned.epoch, request.index, memory, layout, counts)
+        return PackedBatch(planned.bucket, planned.epoch, request.index, request.last, memory, layout, counts)
 
     def _choose_captions(self, request: Request, rows: dict[str, list[Row]], ids: Sequence[int]) -> list[int | None]:
         """Caption of each sample, the same in every text family; None = the null caption."""
@@ -286,7 +288,7 @@ def _span(row: Row, caption: int | None) -> tuple[int, int]:
 def _copy(row: Row, column: str, start: int, target: Tensor, size: int | None = None) -> Copy:
     """The column's bytes from `start` on, into a contiguous tensor; `size` is what the whole column must have."""
     at, there = row.column(column)
-    view = memoryview(target.view(torch.uint8).numpy().reshape(-1))
+    view = target.view(torch.uint8).numpy().reshape(-1).data
     if there != (len(view) if size is None else size):
         raise StoreError(f"{row.shard.path}: `{column}` of sample {row.id} has {there} bytes: run `python -m data_prep verify`")
     return row.shard, at + start, view

@@ -30,12 +30,13 @@ class ShardedEMA:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move towards the masters: average += (1 - decay) * (master - average), as update number `updates`."""
-        torch._foreach_lerp_(self.averages, [master.detach() for master in self.masters], 1 - warm_decay(self.decay, updates))
+        weight = 1 - warm_decay(self.decay, updates)
+        torch._foreach_lerp_(self.averages, [master.detach() for master in self.masters], weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start again from the masters."""
-        torch._foreach_copy_(self.averages, [master.detach() for master in self.masters])
+        torch._foreach_copy_(self.averages, [master.detach() for master in self.masters])  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -33,8 +33,8 @@ from model.errors import UserError
 from pipeline.config import StageConfig
 from pipeline.distributed import Ranks
 from pipeline.ema import ShardedEMA
-from pipeline.optim import parameter_groups
 from pipeline.masters import Masters, ShardState, check_names
+from pipeline.optim import parameter_groups
 from pipeline.zero import cast_parameters, check_settings, deepspeed_config, take_fp32
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class Engine:
             for block in self._leaves:
                 block.forward = torch.compile(block.forward)
 
-        self._engine, optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=self._optimizer(), config=config)
-        self._zero: Any = optimizer
+        self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=self._optimizer(), config=config)
+        optimizer: Any = self._engine.optimizer
         self.masters = Masters(optimizer, self.module, stage.engine.zero_stage, self.rank, self.world)
         self.masters.fill(first)
         self.averages = [ShardedEMA(decay, self.masters.tensors) for decay in stage.ema]
@@ -103,7 +103,7 @@ class Engine:
             {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
             for group in parameter_groups(self.module, config.weight_decay)
         ]
-        return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
     # -- a training step --------------------------------------------------------------------------------------------------
 
@@ -148,8 +148,10 @@ class Engine:
         self._micro_step, self._limit, self._norm = 0, limit, float("nan")
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
-        norm = self._norm if self.stage.engine.zero_stage == 3 else float(self._engine.get_global_grad_norm() or "nan")
-        return applied, norm
+        if self.stage.engine.zero_stage != 3:
+            norm = self._engine.get_global_grad_norm()
+            self._norm = float("inf") if norm is None else float(norm)
+        return applied, self._norm
 
     def _limited_norms(self) -> list[Tensor]:
         """DeepSpeed's norms per group, made invalid when the whole is above the limit: it then skips on all ranks."""
@@ -214,7 +216,8 @@ class Engine:
             if name not in new:
                 whole = weights[name].flatten()
                 self.masters.fill(lambda _, start, stop, whole=whole: whole[start:stop], [name])
-        torch._foreach_zero_([moment for moments in self.masters.moments().values() for moment in moments])
+        for moment in (moment for moments in self.masters.moments().values() for moment in moments):
+            moment.zero_()
         for average in self.averages:
             average.reset()
         self.finish_load(0, {name: weights[name] for name in replicated if name not in new})

@@ -8,7 +8,9 @@ ECHOES = re.compile(
     r"|NCCL (error|WARN|timeout)|TCPStore|Socket Timeout|terminate called|Watchdog"
 )
 """What a rank says when a peer has gone."""
-STARTS = re.compile(r"^(Traceback \(most recent call last\):|error: |\w*(?:Error|Exception)\b.*:|Fatal Python error|.*\bout of memory\b)")
+STARTS = re.compile(
+    r"^(Traceback \(most recent call last\):|error: |\w*(?:Error|Exception)\b.*:|Fatal Python error|.*\bout of memory\b)"
+)
 LAST_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Iteration)\b")
 MOST_LINES = 30
 
@@ -20,7 +22,9 @@ def _errors(text: str) -> list[list[str]]:
     number = 0
     while number < len(lines):
         if lines[number].startswith("Traceback "):
-            stop = next((i for i in range(number + 1, len(lines)) if LAST_LINE.match(lines[i])), min(number + MOST_LINES, len(lines) - 1))
+            stop = next(
+                (i for i in range(number + 1, len(lines)) if LAST_LINE.match(lines[i])), min(number + MOST_LINES, len(lines) - 1)
+            )
             blocks.append(lines[number : stop + 1])
             number = stop
         elif STARTS.match(lines[number]):

@@ -77,7 +77,8 @@ class Masters:
     def fill(self, value: Callable[[str, int, int], Tensor], names: Sequence[str] | None = None) -> None:
         """Set the masters from `value(name, start, stop)` of flattened parameters, for `names` or all; padding becomes 0."""
         if names is None:
-            torch._foreach_zero_(self.tensors)
+            for tensor in self.tensors:
+                tensor.zero_()
         for run in self.layout.held(self.rank):
             if names is None or run.name in names:
                 target = self.tensors[run.group][run.offset : run.offset + run.length]
@@ -136,10 +137,14 @@ def check_names(
         raise UserError(f"{source}: lacks {_some(missing)}: use the model and fusion settings that it was made with")
     left_over = [name for name in given if name not in wanted]
     if left_over:
-        raise UserError(f"{source}: the network has no {_some(left_over)}: use the model and fusion settings that it was made with")
+        raise UserError(
+            f"{source}: the network has no {_some(left_over)}: use the model and fusion settings that it was made with"
+        )
     for name, shape in wanted.items():
         if name in given and tuple(given[name]) != tuple(shape):
-            raise UserError(f"{source}: {name} has shape {tuple(given[name])}, not {tuple(shape)}: use the settings it was made with")
+            raise UserError(
+                f"{source}: {name} has shape {tuple(given[name])}, not {tuple(shape)}: use the settings it was made with"
+            )
     return new
 
 

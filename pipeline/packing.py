@@ -64,6 +64,8 @@ class PackedBatch:
     bucket: str
     epoch: int
     index: int
+    last: bool
+    """Whether it is the last of its epoch."""
     memory: Tensor
     """uint8: all tensors one after another."""
     layout: Layout
@@ -78,11 +80,13 @@ class PackedBatch:
     def unpack(self, device: torch.device) -> Batch:
         """Copy to the device at once, then cut into tensors without further copies."""
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
-        texts = {
-            family: PackedText(*(tensors.pop(f"{family}/{part}") for part in ("values", "scales", "lengths")), counts)
-            for family, counts in self.counts.items()
-        }
+        texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
         return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts)
+
+
+def _packed_text(tensors: dict[str, Tensor], family: str, counts: list[int]) -> PackedText:
+    values, scales, lengths = (tensors.pop(f"{family}/{part}") for part in ("values", "scales", "lengths"))
+    return PackedText(values, scales, lengths, counts)
 
 
 def offsets(layout: Layout) -> list[int]:
@@ -108,4 +112,4 @@ def allocate(layout: Layout) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

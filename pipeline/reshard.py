@@ -10,6 +10,7 @@ Two ways to shard a sub-group of parameters over W ranks, each rank holding one 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class Layout:
 
     def runs(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """Where elements [start, stop) of a parameter lie, in order."""
-        group, offset, _, numel, piece = self._place(name)
+        group, offset, _, numel, piece = self._index[name]
         stop = numel if stop is None else stop
         while start < stop:
             if self.partition == "parameter":
@@ -83,10 +84,9 @@ class Layout:
             if start < stop:
                 yield Run(rank, group, inside, name, start, stop - start)
 
-    def _place(self, name: str) -> tuple[int, int, str, int, int]:
-        if not hasattr(self, "_index"):
-            object.__setattr__(self, "_index", {place[2]: place for place in self._places()})
-        return self._index[name]
+    @cached_property
+    def _index(self) -> dict[str, tuple[int, int, str, int, int]]:
+        return {place[2]: place for place in self._places()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest."""

@@ -13,7 +13,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +180,11 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache={root}: {error.strerror}: name a directory that can be written") from error
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a local folder, read in place."""
+        return self.dataset.local_path("any") is not None
+
     def get(self, file: StoredFile, name: str, wait_seconds: float) -> Path | None:
         """The file's path, once it is there and whole.
 
@@ -245,32 +250,34 @@ class ShardCache:
         with locked(self.root / "locks" / "evict", 600.0) as held:
             if not held:
                 raise StoreError(f"{self.root / 'locks' / 'evict'}: held for ten minutes: end the process that hangs")
-            files = []
-            for entry in _files(self.root):
-                status = entry.stat()
-                files.append((status.st_atime_ns, status.st_size, entry))
-            used = sum(size for _, size, _ in files)
+            files = _files(self.root)
+            used = sum(status.st_size for _, status in files)
             free = shutil.disk_usage(self.root).free
             # The evicted share must satisfy both the limit that was set and the disk.
             surplus = max(used + needed - self.limit if self.limit is not None else 0, needed + _SPARE_BYTES - free)
-            for _, size, entry in sorted(files, key=lambda item: item[0]):
+            for path, status in sorted(files, key=lambda item: item[1].st_atime_ns):
                 if surplus <= 0:
                     return
-                if entry.suffix == ".mds":
-                    entry.unlink(missing_ok=True)
-                    surplus -= size
+                if path.suffix == ".mds":
+                    path.unlink(missing_ok=True)
+                    surplus -= status.st_size
 
     def clean(self) -> None:
         """Remove unfinished downloads of processes that are gone."""
-        for path in _files(self.root):
-            if path.suffix == ".part" and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+        for path, status in _files(self.root):
+            if path.suffix == ".part" and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path) -> list[tuple[Path, os.stat_result]]:
     """Shards and unfinished downloads of all caches under `root`."""
-    found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
-    return [path for path in found if path.suffix in (".mds", ".part") and path.exists()]
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.endswith((".mds", ".part")):
+                with suppress(FileNotFoundError):  # evicted by another process meanwhile
+                    found.append((Path(folder, name), os.stat(os.path.join(folder, name))))
+    return found
 
 
 def _state(path: Path) -> str:

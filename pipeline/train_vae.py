@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data_prep.pairs import read_pairs
 from torch import Tensor, nn
 
 from data_prep.config import load_dataset
 from data_prep.images import decode_image
+from data_prep.pairs import read_pairs
 from data_prep.parts import committed
 from data_prep.progress import Progress
 from data_prep.schema import PAIRS
@@ -36,7 +36,7 @@ SETTINGS = "training.json"
 class Training:
     """What decides the result, with the data and the machine's arithmetic."""
 
-    steps: int = 1400
+    steps: int = 1200
     batch: int = 8
     crop: int = 64
     """Side of the squares that it trains on, in pixels; smaller images are left out."""
@@ -44,7 +44,7 @@ class Training:
     """Most images to hold in memory, from the first parts on."""
     lr: float = 0.02
     """Of Muon on the convolutions; the norms and biases have a tenth, by AdamW."""
-    kl: float = 3e-4
+    kl: float = 1e-3
     seed: int = 0
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     default = Training()
     for name, value in asdict(default).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_intermixed_args())
     config = load_dataset(arguments["dataset"], arguments["overrides"])
     training = Training(**{name: arguments[name] for name in asdict(default)})
     if training.crop % 8 or min(training.steps, training.batch, training.crop, training.images) < 1:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_prep.schema import Bucket
 from model.errors import UserError
 from model.flops import flops_per_sample
 from pipeline.assembly import build_network, latents_family, network_sizes, resolve
@@ -56,6 +57,7 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.seconds_in_steps = 0.0
+        self.usual_norm: float | None = None
         self.position: Position | None = None
         self.interval = Interval()
         self.timestep_sums = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=self.engine.device)
@@ -92,6 +94,8 @@ class Trainer:
                 if finished or stopping:
                     return self._leave(finished)
 
+                self.checkpoints.poll()
+
                 # ---------------------------------------------------------------------------------- one training step
                 begun = time.monotonic()
                 batch, self.position = next(batches)
@@ -103,8 +107,8 @@ class Trainer:
                 progress.advance(self.samples)
         finally:
             progress.close()
-            self.log.close()
             self.data.close()
+            self.log.close()
 
     def _train_step(self, batch: Batch) -> None:
         clean = clean_latents(batch, self.latents)
@@ -117,17 +121,24 @@ class Trainer:
             self.timestep_sums += loss_by_timestep(losses.detach(), timesteps[part])
 
         rate = learning_rate(self.stage.optim, self.samples, self.stage.samples)
-        applied, norm = self.engine.step(rate)
+        applied, norm = self.engine.step(rate, self._largest_norm())
         self.step += 1
         self.samples += self.stage.global_batch
         if applied:
             self.skipped_in_a_row = 0
             self.engine.update_averages(self.samples)
+            self.usual_norm = norm if self.usual_norm is None else 0.99 * self.usual_norm + 0.01 * norm
             self.interval.add("grad_norm", norm)
         else:
             self._skip(batch, norm)
         self.interval.add("lr", rate)
         self.interval.add("caption_tokens", float(sum(text.lengths.float().mean() for text in batch.texts.values())))
+
+    def _largest_norm(self) -> float:
+        """Norm above which a step is a spike and is skipped."""
+        spike = self.stage.optim.spike
+        settled = self.samples >= self.stage.optim.warmup_samples and self.usual_norm is not None
+        return spike * self.usual_norm if spike is not None and settled and self.usual_norm is not None else float("inf")
 
     def _skip(self, batch: Batch, norm: float) -> None:
         self.skipped += 1
@@ -135,13 +146,13 @@ class Trainer:
         self.log.event("skipped", step=self.step, bucket=batch.bucket, epoch=batch.epoch, batch=batch.index, grad_norm=str(norm))
         if self.skipped_in_a_row > self.stage.optim.max_skipped_steps:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had non-finite gradients: lower optim.lr, "
+                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had non-finite or spiking gradients: lower optim.lr, "
                 f"or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
             )
 
     def _batches(self) -> Iterator[tuple[Batch, Position]]:
         for batch, position in self.data.batches(self.position):
-            yield batch.to(self.engine.device), position
+            yield batch, position
 
     # -- once in a while ------------------------------------------------------------------------------------------------
 
@@ -181,12 +192,13 @@ class Trainer:
         progress.report(self.step, self.samples, values)
 
     def _flops(self, caption_tokens: float) -> float:
-        """FLOPs of a sample, forward and backward, at the stage's resolution and the mean length of its captions."""
+        """FLOPs of a sample, forward and backward, in the bucket with most pairs, at the captions' mean length."""
         dit, widths = network_sizes(self.stage, self.snapshot)
         families = [self.snapshot.families[name] for name in self.stage.fusion.families]
         tokens = [int(family.info["prefix_tokens"] + caption_tokens / len(families)) for family in families]
-        height, width = self.data.largest_latent
-        return flops_per_sample(dit, self.stage.fusion, widths, height, width, tokens)
+        largest = Bucket.parse(max(self.snapshot.buckets, key=lambda name: int(self.snapshot.buckets[name]["rows"])))
+        factor = int(self.latents.info["downsampling"])
+        return flops_per_sample(dit, self.stage.fusion, widths, largest.height // factor, largest.width // factor, tokens)
 
     def _validate(self) -> None:
         held_out = (
@@ -219,7 +231,8 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds_in_steps": self.seconds_in_steps,
-            "position": None if self.position is None else asdict(self.position),
+            "usual_norm": self.usual_norm,
+            "position": None if self.position is None else self.position.to_dict(),
             "interval": self.interval.state(),
             "stage": asdict(self.stage),
         }
@@ -237,8 +250,8 @@ class Trainer:
             state = self.checkpoints.load(self.engine, newest)
             self.step, self.samples = state["step"], state["samples"]
             self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-            self.seconds_in_steps = state["seconds_in_steps"]
-            self.position = None if state["position"] is None else Position(**state["position"])
+            self.seconds_in_steps, self.usual_norm = state["seconds_in_steps"], state["usual_norm"]
+            self.position = None if state["position"] is None else Position.from_dict(state["position"])
             self.interval.load(state["interval"])
         elif self.stage.start_from:
             weights = load_weights(self.stage.start_from, ema=0 if self.stage.start_weights == "ema" else None)

@@ -61,8 +61,9 @@ def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
     """Copy the starting values that this rank holds, for `Masters.fill`: its pieces under ZeRO-3, else all."""
     pieces, whole = {}, {}
     for name, parameter in module.named_parameters():
-        if hasattr(parameter, "ds_tensor"):
-            pieces[name] = parameter.ds_tensor.detach().clone()
+        piece: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if piece is not None:
+            pieces[name] = piece.detach().clone()
         else:
             whole[name] = parameter.detach().flatten().clone()
 
@@ -76,5 +77,6 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters, partitioned or whole, to the type that the network computes in; buffers keep theirs."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+        piece: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if piece is not None:
+            piece.data = piece.data.to(dtype)

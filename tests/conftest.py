@@ -1,6 +1,10 @@
 """Fixtures that several packages use: a real S3 API on loopback, with and without faults, and stores of both kinds."""
 
+import logging
+import resource
+import signal
 import uuid
+from contextlib import contextmanager
 
 import boto3
 import pytest
@@ -8,26 +12,29 @@ import pytest
 from data_prep.store import open_store
 from tests.s3 import FaultProxy, s3_server
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+BUCKET = "test-bucket"
+
 
 @pytest.fixture(scope="session")
 def s3_url():
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with s3_server() as url:
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket=BUCKET)
         yield url
 
 
 @pytest.fixture
 def s3(s3_url, monkeypatch):
     """The environment of a process that may use the server; yields the URI of an empty store."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("S3_ENDPOINT_URL", s3_url)
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "10")
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    bucket = f"test-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_url).create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/some/prefix"
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}/prefix"
 
 
 @pytest.fixture
@@ -39,10 +46,28 @@ def proxy(s3, s3_url, monkeypatch):
     proxy.close()
 
 
+@pytest.fixture
+def full_disk():
+    """A context in which no file may grow over a number of bytes, which a program sees as it sees a full disk."""
+
+    @contextmanager
+    def limited(size):
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+
+    return limited
+
+
 @pytest.fixture(params=["local", "s3"])
 def store_uri(request, tmp_path, monkeypatch):
     """The address of an empty store, once of each kind."""
-    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "10")
+    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "2")
     return str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3")
 
 

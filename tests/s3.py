@@ -13,6 +13,9 @@ from moto.server import ThreadedMotoServer
 
 HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive", "host", "expect"}
 
+STALL_SECONDS = 3
+CODES = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict", "403": "AccessDenied"}
+
 
 @contextmanager
 def s3_server():
@@ -31,10 +34,10 @@ class Fault:
     """What to do to the requests that match.
 
     Args:
-        do: `503`, `500`, `reset` (break off half-way through the body), `stall` (half the body, then silence), `short` (half
-            the body under a Content-Length to match), `flip` (one byte), `flip_upload` (one byte of the request's body),
-            `lose_answer` (the request is done, the connection breaks), `ignore_condition` (drop `If-None-Match`),
-            `refuse_condition` (501, as endpoints without that header do).
+        do: a status (`503`, `500`, `409`, `403`), `reset` (break off half-way through the body), `stall` (half the body, then
+            silence), `short` (half the body under a Content-Length to match), `flip` (one byte), `flip_upload` (one byte of
+            the request's body), `lose_answer` (the request is done, the connection breaks), `ignore_condition` (drop
+            `If-None-Match`), `refuse_condition` (501, as endpoints without that header do).
         method: HTTP method; empty = any.
         path: regular expression, searched in the path and query.
         times: how often, None = always.
@@ -97,8 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.choose(self.command, self.path)
-        if fault in ("500", "503"):
-            self.answer(int(fault), [], b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        if fault in CODES:
+            self.answer(int(fault), [], f"<Error><Code>{CODES[fault]}</Code><Message>fault</Message></Error>".encode())
             return
         if fault == "refuse_condition" and self.headers.get("If-None-Match"):
             self.answer(501, [], b"<Error><Code>NotImplemented</Code><Message>header</Message></Error>")
@@ -111,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault in ("reset", "stall"):
             self.answer(status, headers, data[: len(data) // 2], length=len(data))
             if fault == "stall":
-                time.sleep(5)
+                time.sleep(STALL_SECONDS)
             self.break_off()
         elif fault == "short":
             self.answer(status, headers, data[: len(data) // 2])
@@ -140,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        if self.command != "HEAD" or status >= 500:
+        if self.command != "HEAD" or not headers:
             self.send_header("Content-Length", str(len(data) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":

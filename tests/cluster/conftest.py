@@ -6,16 +6,25 @@ from pathlib import Path
 import pytest
 from slurm import MISSING, Slurm
 
+from data_prep.schema import Family, Snapshot
+from data_prep.snapshot_reader import HISTORY
+from data_prep.store import open_store
+
 ROOT = Path(__file__).parent.parent.parent
-FAKE = """#!/bin/bash
-if [ "$2" = pipeline.train ]; then shift 2; exec {python} {fake} "$@"; fi
+PYTHON = """#!/bin/bash
+case $2 in
+  pipeline.train) shift 2; exec {python} {here}/fake_train.py "$@" ;;
+  data_prep | pipeline.sample) shift; exec {python} {here}/fake_data.py "$@" ;;
+  pipeline.node_check) eval "${{FAKE_NODE:-}}" ;;
+esac
 exec {python} "$@"
 """
 STAGE = """
-name: fake
 runs: {runs}
 samples: 240
 global_batch: 8
+data: {{store: {store}, dataset: set}}
+fusion: {{families: [llm]}}
 checkpoint: {{every_samples: 80}}
 """
 
@@ -23,7 +32,6 @@ checkpoint: {{every_samples: 80}}
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
             if MISSING:
                 item.add_marker(pytest.mark.skip(reason=f"needs Slurm, missing: {', '.join(MISSING)} (Debian: slurm-wlm, munge)"))
 
@@ -44,18 +52,40 @@ class Training:
 
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
-        self.stage, self.run = folder / "fake.yaml", folder / "runs" / "fake"
-        self.stage.write_text(STAGE.format(runs=folder / "runs"))
+        self.stage, self.run = self.add_stage("fake"), folder / "runs" / "fake"
         self.python = folder / "python"
-        self.python.write_text(FAKE.format(python=sys.executable, fake=Path(__file__).parent / "fake_train.py"))
+        self.python.write_text(PYTHON.format(python=sys.executable, here=Path(__file__).parent))
         self.python.chmod(0o755)
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        families = {
+            "latents": Family("latents", "latents", {"vae": "none"}, {"channels": 16}),
+            "llm": Family("llm", "text", {"llm": "none"}, {"width": 64}),
+        }
+        snapshot = Snapshot("set", ["original"], families, {}, {})
+        dataset = open_store(str(folder / "store"), create=True).sub("set")
+        dataset.put(f"snapshots/{snapshot.id}/snapshot.json", snapshot.to_json())
+        dataset.put(f"{HISTORY}000001.json", json.dumps({"id": snapshot.id}).encode())
+
+    def add_stage(self, name):
+        path = self.folder / f"{name}.yaml"
+        path.write_text(STAGE.format(runs=self.folder / "runs", store=self.folder / "store"))
+        return path
 
     def environment(self, **environment):
-        ours = {"PYTHON": str(self.python), "PYTHONPATH": str(ROOT), "PREFLIGHT": "0"}
+        ours = {"PYTHON": str(self.python), "PYTHONPATH": str(ROOT), "PREFLIGHT": "0", "FAKE_RECORD": str(self.folder)}
         return {**ours, **{key: str(value) for key, value in environment.items()}}
 
     def submit(self, *options, overrides=(), **environment):
-        command = ["sbatch", "--parsable", f"--output={self.folder}/job-%j.txt", *options, "cluster/train.sh", str(self.stage), *overrides]
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--output={self.folder}/job-%j.txt",
+            *options,
+            "cluster/train.sh",
+            str(self.stage),
+            *overrides,
+        ]
         return int(self.cluster.run(*command, cwd=ROOT, **self.environment(**environment)))
 
     def at_step(self, step, seconds=20):
@@ -74,7 +104,7 @@ class Training:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def output(self, job):
-        return (self.folder / f"job-{job}.txt").read_text()
+        return (self.logs / f"job-{job}.txt").read_text()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from pipeline.stopping import EXIT_AGAIN, Stop
 
@@ -41,9 +42,11 @@ def main():
     step = int(saved[-1].name[5:]) if saved else 0
     total = stage.samples // stage.global_batch
     every = stage.checkpoint.every_samples // stage.global_batch
-    log = (run / "metrics.jsonl").open("a", buffering=1) if rank == 0 else open(os.devnull, "w")
+    log = (run / "metrics.jsonl" if rank == 0 else Path(os.devnull)).open("a", buffering=1)
     log.write(json.dumps({"event": "resume" if step else "start", "time": time.time(), "step": step}) + "\n")
     while True:
+        if [rank, step] == crash:
+            raise ValueError("a made-up fault")
         stopping = meet(step)
         if stopping or step == total or (step and step % every == 0):
             if rank == 0:
@@ -57,8 +60,6 @@ def main():
         if stopping:
             log.write(json.dumps({"event": "stop", "time": time.time(), "step": step, "reason": STOP.reason or "other"}) + "\n")
             sys.exit(EXIT_AGAIN)
-        if [rank, step] == crash:
-            raise ValueError("a made-up fault")
         time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
         step += 1
         loss = 1 / step

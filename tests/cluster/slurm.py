@@ -42,7 +42,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=2
 SlurmdTimeout=6
 BatchStartTimeout=10
 UnkillableStepTimeout=15
@@ -136,9 +136,11 @@ class Slurm:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", str(job))))
 
     def start_now(self, job: int | str) -> None:
-        """Skip the two minutes that Slurm lets a requeued job wait; returns once the job has left its old nodes."""
-        self.wait(lambda: self.job(job)["JobState"] == "PENDING", f"job {job} requeued")
+        """Skip the two minutes that Slurm lets a requeued job wait; returns when it has started again."""
+        self.wait(lambda: self.job(job)["Reason"] == "BeginTime", f"job {job} requeued")
+        time.sleep(1.1)  # Slurm counts in seconds when it revokes a job's credential: a start in the same one fails
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.wait(lambda: self.job(job)["JobState"] != "PENDING", f"new start of job {job}")
 
     def wait_for(self, job: int | str, *states: str, seconds: float = 40) -> dict[str, str]:
         """Wait until the job is in one of the states, or has ended."""
@@ -162,7 +164,9 @@ class Slurm:
     def processes(self) -> list[int]:
         """All processes that belong to this Slurm, by the configuration named in their environment."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}"
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in self.environ(int(entry.name))]
+        return [
+            int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in self.environ(int(entry.name))
+        ]
 
     def stop(self) -> None:
         """End every process of this Slurm."""
@@ -172,7 +176,6 @@ class Slurm:
                 self.kill(pid)
         for daemon in self.daemons.values():
             daemon.wait()
-
 
     @staticmethod
     def environ(pid: int) -> list[str]:

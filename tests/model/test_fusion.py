@@ -29,7 +29,7 @@ def test_prefix_tokens_influence_the_output_and_are_absent_from_it(config, llms)
         text.states = text.states.clone()
         text.states[:, : text.prefix] *= normal(text.prefix, 1, seed=9)
     changed, _, changed_pooled = fuse(texts, time)
-    refined = config.crop == "after" and (config.refiner != "none" or llms > 1 and config.mode == "collaborative")
+    refined = config.crop == "after" and (config.refiner != "none" or (llms > 1 and config.mode == "collaborative"))
     assert close(changed, tokens) == (not refined and config.pool == "caption")
     assert close(changed_pooled, pooled) == (config.pool == "caption")
 

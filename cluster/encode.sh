@@ -1,0 +1,39 @@
+#!/bin/bash
+#SBATCH --job-name=encode
+#SBATCH --output=cluster/logs/%x-%A_%a.txt
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+# Encode a dataset's pairs, images with its VAE and captions with its LLMs, with an array of tasks of one GPU each.
+usage() {
+  cat <<'HELP'
+usage: sbatch --array=0-63%16 --gpus-per-node=1 [sbatch options] cluster/encode.sh DATASET.yaml [key=value ...]
+       cluster/encode.sh [sbatch options] DATASET.yaml [key=value ...]
+
+Each task runs `python -m data_prep latents` and `python -m data_prep text` for its share. The second form also submits the snapshot,
+which runs when all tasks have ended; it adds ENCODE_OPTIONS of cluster/env.sh. %16 = at most 16 tasks at a time.
+
+Tasks may be killed and run again at any time: what is committed stays, and the snapshot prints the --array= list that is missing.
+HELP
+}
+
+[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
+. cluster/jobs.sh
+case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
+need_python
+
+if by_hand; then
+  split_arguments "$@"
+  need_slurm "run python -m data_prep latents, then text, then snapshot"
+  [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see cluster/encode.sh --help"
+  encode=$(submit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" cluster/encode.sh "${ARGUMENTS[@]}")
+  [ -n "$encode" ] || exit 2
+  # afterany: when a task has failed, the snapshot is what names it
+  snapshot=$(submit --job-name=snapshot --dependency="afterany:$encode" cluster/run.sh data_prep snapshot "${ARGUMENTS[@]}")
+  echo "encode $encode"
+  echo "snapshot $snapshot"
+  exit 0
+fi
+
+array_step latents "$@"
+array_step text "$@"

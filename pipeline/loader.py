@@ -1,0 +1,309 @@
+"""Training data for one rank: which batches, from where, by which processes.
+
+The order is the plan's (`batches.py`); loader processes only read what they are told to, so their number, the number of ranks
+and the moment of a restart change nothing. An exception in a loader process is raised in the trainer.
+"""
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data_prep.schema import Family
+from model.errors import UserError
+from pipeline.assembly import open_dataset, resolve
+from pipeline.batches import PLANNER, EpochPlan, Rows, sample_rng
+from pipeline.config import StageConfig, cache_root
+from pipeline.dataset import CaptionChoice, PartIndex, Request, SnapshotDataset
+from pipeline.packing import Batch, PackedBatch
+from pipeline.shard_cache import ShardCache
+from pipeline.texts import PackedText, TextConstants
+
+__all__ = ["Batch", "PackedText", "Position", "TrainingData", "sample_rng"]
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+_PREFETCHED = 2
+"""Batches that each loader process keeps ready."""
+_FIXED_SEED = 0
+"""Of validation: its batches are the same whatever the run's seed is."""
+
+
+@dataclass
+class Position:
+    """Where training data continues: the next global batch, and all that decides which one that is."""
+
+    snapshot: str
+    seed: int
+    epoch: int
+    batch: int
+    global_batch: int
+    order: dict[str, int] = field(default_factory=dict)
+    """What else decides the order: version of the planner, canonical nodes, window, held-out parts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a record for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Position":
+        """Read back what `to_dict` gave."""
+        return cls(**record)
+
+
+class TrainingData:
+    """The stage's snapshot, for one rank."""
+
+    def __init__(self, stage: StageConfig, rank: int, world: int, device: torch.device) -> None:
+        """Open the snapshot and plan.
+
+        Args:
+            stage: what to read.
+            rank: this process's number.
+            world: number of processes that share each global batch.
+            device: where batches go.
+
+        Raises:
+            UserError: store, dataset, snapshot or a family of it is missing, or the settings do not fit the data.
+        """
+        if stage.global_batch % world:
+            raise UserError(f"global_batch={stage.global_batch} is not a multiple of the number of processes ({world})")
+        self.stage, self.snapshot = resolve(stage)
+        self.rank, self.world, self.device = rank, world, device
+        data, families = stage.data, self.snapshot.families
+        dataset = open_dataset(stage)
+        self.latents: Family = families[data.latents]
+        read = stage.fusion.families if stage.fusion.encode == "families" else []
+        texts = [families[name] for name in dict.fromkeys(read)]
+        self.constants = {family.name: TextConstants.load(dataset, family, device) for family in texts}
+
+        limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
+        cache = ShardCache(dataset, cache_root(data), self.snapshot.id, limit)
+        cache.clean()
+        index = PartIndex(dataset, self.snapshot, cache.folder / "index")
+        captions = CaptionChoice(self.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
+        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions)
+        self.parts = {bucket: index.rows(bucket) for bucket in self.snapshot.buckets}
+        self.held_out = self._hold_out()
+        self._check_sizes()
+        self._closing: Any = None
+        self._loader: Iterator[PackedBatch | Exception] | None = None
+        # Runs before multiprocessing's own end, which waits for processes that do not end by themselves.
+        atexit.register(self.close)
+
+    def _hold_out(self) -> Rows:
+        """Take the validation rows out of training: the last parts of the largest bucket."""
+        count = self.stage.data.validation_parts
+        largest = max(sorted(self.parts), key=lambda bucket: int(self.parts[bucket].sum()))
+        sizes = self.parts[largest]
+        if count >= len(sizes):
+            raise UserError(f"data.validation_parts={count}: bucket {largest} has {len(sizes)} parts: hold out fewer")
+        kept = len(sizes) - count
+        self.parts[largest] = sizes[:kept]
+        parts = np.repeat(np.arange(kept, len(sizes)), sizes[kept:])
+        rows = np.concatenate([np.arange(size) for size in sizes[kept:]] or [np.zeros(0, np.int64)])
+        return Rows(largest, 0, parts, rows)
+
+    def _check_sizes(self) -> None:
+        wanted, told = self.stage.global_batch, self.rank == 0
+        small = {bucket: int(sizes.sum()) for bucket, sizes in self.parts.items() if sizes.sum() < wanted}
+        if len(small) == len(self.parts):
+            largest = max(small.values())
+            raise UserError(f"global_batch={wanted}: the largest bucket has {largest} samples: lower global_batch")
+        for bucket, rows in small.items():
+            del self.parts[bucket]
+            if told:
+                log.warning("bucket %s is left out: its %d samples are fewer than a global batch of %d", bucket, rows, wanted)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of one epoch."""
+        data = self.stage.data
+        return EpochPlan(data.seed, epoch, self.parts, self.stage.global_batch, data.canonical_nodes, data.shuffle_parts)
+
+    def start(self) -> Position:
+        """The position before the first batch."""
+        return self._position(0, 0)
+
+    def _position(self, epoch: int, batch: int) -> Position:
+        data = self.stage.data
+        order = {
+            "planner": PLANNER,
+            "canonical_nodes": data.canonical_nodes,
+            "shuffle_parts": data.shuffle_parts,
+            "validation_parts": data.validation_parts,
+        }
+        return Position(self.snapshot.id, data.seed, epoch, batch, self.stage.global_batch, order)
+
+    def _check(self, position: Position) -> None:
+        """Refuse to go on inside an epoch whose order is another now; between epochs everything may change."""
+        if position.batch == 0:
+            return
+        then, now = position.to_dict(), self._position(position.epoch, position.batch).to_dict()
+        then, now = ({**record.pop("order"), **record} for record in (then, now))
+        if changed := [f"{key} was {then.get(key)} and is {now.get(key)}" for key in now if then.get(key) != now.get(key)]:
+            raise UserError(
+                f"cannot go on at batch {position.batch} of epoch {position.epoch}: {', '.join(changed)}, which gives "
+                "this epoch another order, so that samples would be repeated and others left out: set it back, or start a "
+                "new stage from the weights (start_from)"
+            )
+
+    def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
+        """This rank's batches from `position` on, epoch after epoch without an end, each with the position after it.
+
+        Raises:
+            UserError: the position is inside an epoch of another order, or a file cannot be read or fetched.
+        """
+        at = position or self.start()
+        self._check(at)
+        self._shut_down()
+        self._loader = self._start(self._requests(at.epoch, at.batch))
+        try:
+            while self._loader is not None:
+                try:
+                    item = next(self._loader)
+                except (EOFError, OSError) as error:
+                    raise RuntimeError(f"a loader process failed or was killed: {error!r}") from error
+                if isinstance(item, Exception):
+                    raise item
+                after = self._position(item.epoch + 1, 0) if item.last else self._position(item.epoch, item.index + 1)
+                yield item.unpack(self.device), after
+        finally:
+            # At once, and not when the exception, which holds this frame, is forgotten.
+            self._shut_down()
+
+    def _requests(self, epoch: int, batch: int) -> Iterator[Request]:
+        """What to read, without an end; taken a few batches ahead of the trainer."""
+        while True:
+            plan = self.plan(epoch)
+            if self.rank == 0:
+                left = {bucket: rows for bucket, rows in plan.left_over().items() if rows}
+                log.info("epoch %d: %d batches; left over: %s", epoch, len(plan), left or "none")
+            for index in range(batch, len(plan)):
+                ahead = plan.ahead(index, self.rank, self.world)[1] if not self.dataset.cache.is_local else []
+                rows, last = plan.batch(index, self.rank, self.world), index == len(plan) - 1
+                yield Request(rows, index, self.stage.data.seed, last, tuple(ahead))
+            epoch, batch = epoch + 1, 0
+
+    def _start(self, requests: Iterator[Request]) -> Iterator[PackedBatch | Exception]:
+        workers = self.stage.data.workers
+        if not workers:
+            return iter(self._torch_loader(requests))
+        # What starts with blocked signals keeps them blocked, Python's server of processes and its tracker of resources too: a
+        # signal to the whole job step (Slurm's notice before the time limit) must reach the trainer alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the line above may have unblocked some
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_imported_once())
+            self._closing = context.Event()
+            return iter(
+                self._torch_loader(
+                    requests,
+                    num_workers=workers,
+                    multiprocessing_context=context,
+                    worker_init_fn=_WorkerStart(self._closing),
+                    prefetch_factor=_PREFETCHED,
+                )
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _torch_loader(self, requests: Iterator[Request], **processes: Any) -> DataLoader[PackedBatch | Exception]:
+        return DataLoader(
+            self.dataset,
+            batch_size=None,  # an item is a batch already
+            sampler=_Once(requests),
+            collate_fn=_unchanged,
+            pin_memory=self.device.type == "cuda",
+            **processes,
+        )
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's batches of the held-out parts: the same samples, captions and noise every time; none if none are held out.
+
+        All ranks get equally many samples; up to one batch of rows at the end is left out.
+
+        Raises:
+            UserError: fewer samples are held out than there are ranks.
+        """
+        rows = len(self.held_out.rows)
+        if not rows:
+            return
+        size = min(self.stage.global_batch, rows - rows % self.world)
+        if not size:
+            raise UserError(f"data.validation_parts holds out {rows} samples for {self.world} processes: hold out more parts")
+        share = size // self.world
+        for index in range(rows // size):
+            low = index * size + self.rank * share
+            taken = Rows(self.held_out.bucket, 0, self.held_out.parts[low : low + share], self.held_out.rows[low : low + share])
+            item = self.dataset[Request(taken, index, _FIXED_SEED, drop=False)]
+            if isinstance(item, Exception):
+                raise item
+            yield item.unpack(self.device)
+
+    def _shut_down(self) -> None:
+        if self._closing:
+            self._closing.set()
+        self._loader = None
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._shut_down()
+        self.dataset.cache.dataset.close()
+        atexit.unregister(self.close)
+
+
+class _Once:
+    """An iterator as a sampler; a `DataLoader` asks a sampler for an iterator."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _imported_once() -> list[str]:
+    """Modules that the server of loader processes imports for all of them: this one, and what the main module needs.
+
+    Loader processes come from that clean server, so they inherit no connection, lock, thread or CUDA context.
+    """
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    return [__name__, *([main.name] if main else [])]
+
+
+class _WorkerStart:
+    """How a loader process begins."""
+
+    def __init__(self, closing: Any) -> None:
+        self.closing = closing
+
+    def __call__(self, worker: int) -> None:
+        """Ignore signals that are meant for the trainer; end on SIGTERM only when the trainer is closing or gone."""
+        parent = os.getppid()
+
+        def end(number: int, frame: object) -> None:
+            if self.closing.is_set() or os.getppid() != parent:
+                os._exit(128 + number)
+
+        for number in _SIGNALS - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        torch.set_num_threads(1)

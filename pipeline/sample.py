@@ -1,0 +1,182 @@
+"""Draw pictures with a trained run: `python -m pipeline.sample RUN --prompt "a red apple"`.
+
+Started by torchrun or srun with several processes, each draws its share of the pictures on its own GPU; a picture
+depends on its prompt, its seed and the settings alone.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from rich.progress import Progress, TaskID
+
+from data_prep.schema import Bucket
+from model.errors import UserError, command
+from pipeline.config import SampleConfig
+from pipeline.console import CONSOLE
+from pipeline.distributed import Ranks
+from pipeline.pictures import make_grid, save_png, to_images
+from pipeline.sampler import DTYPES, Drawing, Sampler
+
+LARGEST_GRID = 64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw."""
+
+    file: str
+    prompt: str
+    seed: int
+
+
+def plan_pictures(prompts: Sequence[str], images: int, seed: int) -> list[Picture]:
+    """`images` pictures of each prompt; the j-th has seed + j, whatever else is drawn."""
+    return [
+        Picture(f"{number:05d}_{image:02d}.png", prompt, seed + image)
+        for number, prompt in enumerate(prompts)
+        for image in range(images)
+    ]
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts from the command line and from a file with one a line; empty lines are passed over.
+
+    Raises:
+        UserError: the file does not exist, or there is no prompt at all.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file}: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError('no prompt: give --prompt "..." or --prompts FILE')
+    return prompts
+
+
+def choose_drawing(defaults: SampleConfig, arguments: argparse.Namespace) -> Drawing:
+    """The run's own settings of sampling, with what the command line sets over them.
+
+    Raises:
+        UserError: a size that is not HxW.
+    """
+    height, width = defaults.height, defaults.width
+    if arguments.size is not None:
+        try:
+            bucket = Bucket.parse(arguments.size)
+        except ValueError as error:
+            raise UserError(f"--size {arguments.size}: write height x width, such as 256x192") from error
+        height, width = bucket.height, bucket.width
+    steps = defaults.steps if arguments.steps is None else arguments.steps
+    guidance = defaults.guidance if arguments.guidance is None else arguments.guidance
+    return Drawing(steps, guidance, height, width, arguments.scheduler, arguments.negative, arguments.quantised)
+
+
+def draw_pictures(
+    sampler: Sampler, pictures: Sequence[Picture], drawing: Drawing, batch: int, out: Path, about: dict[str, Any], shows: bool
+) -> list[dict[str, Any]]:
+    """Draw and write this process's pictures; returns a record of each, as the index has it."""
+    records: list[dict[str, Any]] = []
+    with Progress(console=CONSOLE, disable=not (shows and CONSOLE.is_terminal)) as progress:
+        task = progress.add_task("drawing", total=len(pictures) * drawing.steps)
+        for start in range(0, len(pictures), batch):
+            chunk = pictures[start : start + batch]
+            latents = sampler.latents(
+                [picture.prompt for picture in chunk],
+                [picture.seed for picture in chunk],
+                drawing,
+                partial(_advance, progress, task, len(chunk)),
+            )
+            for picture, image in zip(chunk, to_images(sampler.pixels(latents)), strict=True):
+                records.append({**asdict(picture), **asdict(drawing), **about})
+                save_png(image, out / picture.file, records[-1])
+    return records
+
+
+def _advance(progress: Progress, task: TaskID, pictures: int, *_: object) -> None:
+    progress.advance(task, pictures)
+
+
+def gather(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
+    """The records of all processes in order of their files, on rank 0; waits until all have drawn."""
+    if ranks.world == 1:
+        return records
+    dist.init_process_group("gloo")
+    shares: list[Any] = [None] * ranks.world
+    dist.all_gather_object(shares, records)
+    dist.destroy_process_group()
+    return sorted((record for share in shares for record in share), key=lambda record: record["file"])
+
+
+def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """`index.jsonl`, a line a picture, and `grid.png` of the first ones."""
+    first = records[:LARGEST_GRID]
+    images = [Image.open(out / record["file"]) for record in first]
+    make_grid(images, [record["prompt"] for record in first]).save(out / "grid.png")
+    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
+    unfinished = out / ".index.jsonl"
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    unfinished.rename(out / "index.jsonl")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.sample", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="RUN|EXPORT", help="folder of a run, or what pipeline.export wrote")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    parser.add_argument("--negative", default="", help="prompt to steer away from")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, help="of the first picture of each prompt; the next have the next seeds")
+    parser.add_argument("--images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--size", metavar="HxW")
+    parser.add_argument("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
+    parser.add_argument("--quantised", action="store_true", help="take LLM states through the family's quantisation")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--batch", type=int, default=8, help="pictures drawn at once")
+    parser.add_argument("--out", type=Path, help="default: samples/ in RUN")
+    return parser.parse_args(arguments)
+
+
+@command
+def main() -> None:
+    """Command line."""
+    arguments = parse()
+    if arguments.images < 1 or arguments.batch < 1:
+        raise UserError(f"--images {arguments.images} --batch {arguments.batch}: both have to be at least 1")
+    ranks = Ranks.from_environment()
+    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    device = (
+        torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
+    sampler = Sampler.from_run(arguments.source, arguments.weights, device, DTYPES[precision])
+    drawing = choose_drawing(sampler.stage.sample, arguments)
+    sampler.check(drawing)
+    seed = sampler.stage.sample.seed if arguments.seed is None else arguments.seed
+    pictures = plan_pictures(prompts, arguments.images, seed)
+    mine = pictures[ranks.rank :: ranks.world]
+    out = arguments.out or arguments.source / "samples"
+    out.mkdir(parents=True, exist_ok=True)
+    sampler.read([drawing.negative, *(picture.prompt for picture in mine)], keep_llms=False)
+    about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
+    records = gather(draw_pictures(sampler, mine, drawing, arguments.batch, out, about, ranks.rank == 0), ranks)
+    if ranks.rank == 0:
+        write_overview(records, out)
+        print(f"{out}: {len(records)} pictures, grid.png, index.jsonl")
+
+
+if __name__ == "__main__":
+    main()

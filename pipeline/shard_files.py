@@ -1,0 +1,111 @@
+"""Files of flat tensors: safetensors written in a stream with its hash, read by ranges, and hashes of any file."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+_CHUNK = 1 << 24
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+_TYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a manifest says of a file."""
+
+    bytes: int
+    xxh64: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """Write CPU tensors as one safetensors file and force it to disk.
+
+    The library's own writer holds Python's global lock and cannot hash on the way; this one does neither, so that training
+    goes on while a thread writes.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh64()
+    with path.open("wb", buffering=0) as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for tensor in tensors.values())):
+            view = memoryview(block)
+            for start in range(0, len(view), _CHUNK):
+                chunk = view[start : start + _CHUNK]
+                digest.update(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return Written(8 + len(text) + end, digest.hexdigest())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> Written:
+    """Size and hash of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, size = xxhash.xxh64(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return Written(size, digest.hexdigest())
+
+
+class ShardFiles:
+    """The ranks' files of one checkpoint, opened when first needed and read by ranges."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[int, safe_open] = {}
+
+    def read(self, rank: int, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flat tensor in a rank's file."""
+        if rank not in self._open:
+            self._open[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
+        return self._open[rank].get_slice(name)[start:stop]
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's file in a checkpoint."""
+    return f"rank_{rank:05d}.safetensors"

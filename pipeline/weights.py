@@ -1,0 +1,68 @@
+"""The whole weights inside a checkpoint, read without a process group."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.errors import UserError
+from pipeline.reshard import Layout
+from pipeline.shard_files import ShardFiles
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REPLICATED = "replicated.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+class ShardedWeights(Mapping[str, Tensor]):
+    """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
+
+    def __init__(self, folder: Path, ema: int | None) -> None:
+        """Read the manifest.
+
+        Args:
+            folder: a checkpoint.
+            ema: index of the average; None = the trained weights.
+
+        Raises:
+            UserError: it is no checkpoint, or does not hold that average.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder} is no checkpoint: name a run's folder, or one of its checkpoints")
+        if ema is not None and ema >= len(manifest["ema"]):
+            raise UserError(f"{folder} holds {len(manifest['ema'])} averages, not number {ema}: count from 0")
+        self._kind = "master" if ema is None else f"ema_{ema}"
+        self._layout = Layout.from_json(manifest["layout"])
+        self._files = ShardFiles(folder)
+        self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
+        self.shapes = self._layout.shapes | {name: tuple(value.shape) for name, value in self._replicated.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._replicated:
+            return self._replicated[name]
+        whole = torch.empty(self.shapes[name], dtype=torch.float32)
+        flat = whole.view(-1)
+        for run in self._layout.runs(name):
+            values = self._files.read(run.rank, f"{self._kind}.{run.group}", run.offset, run.offset + run.length)
+            flat[run.start : run.start + run.length] = values
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.utils import counters
+
+from model.config import FusionConfig
+from model.dit import LIDiT
+from model.errors import UserError
+from model.functional import patchify, unpatchify
+from model.fusion import Text
+from tests.model.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_network
+
+
+@pytest.mark.parametrize(("fusion", "llms"), SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_row_of_the_tables_trains(fusion, llms, dtype):
+    network = random_network(fusion, llms).to(dtype).train()
+    latents, timesteps, texts = random_inputs(llms)
+    prediction = network(latents.float(), timesteps, texts)
+    assert prediction.shape == latents.shape
+    assert prediction.dtype == dtype
+    prediction.float().square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2]))
+def test_any_resolution_and_aspect_runs(rows, columns, patch):
+    network = random_network(patch=patch)
+    latents, timesteps, texts = random_inputs(height=rows * patch, width=columns * patch)
+    assert network(latents, timesteps, texts).shape == latents.shape
+    if patch == 2:
+        with pytest.raises(UserError, match=f"latents of {2 * rows + 1} x {2 * columns} do not divide into patches of 2"):
+            network(normal(2, 4, 2 * rows + 1, 2 * columns), timesteps, texts)
+
+
+def test_a_fresh_network_predicts_zero():
+    latents, timesteps, texts = random_inputs()
+    assert not LIDiT(SMALL, FusionConfig(), WIDTHS[:2])(latents, timesteps, texts).any()
+
+
+@few
+@given(st.permutations(range(12)))
+def test_position_is_known_and_only_from_the_position_block(order):
+    network = random_network()
+    latents, timesteps, texts = random_inputs(height=6, width=8)
+
+    def shuffle(x):
+        return unpatchify(patchify(x, 2)[:, order], 2, 6, 8)
+
+    moved = order != sorted(order)
+    assert close(network(shuffle(latents), timesteps, texts), shuffle(network(latents, timesteps, texts))) == (not moved)
+    nn.init.zeros_(network.position.widen.weight)
+    assert close(network(shuffle(latents), timesteps, texts), shuffle(network(latents, timesteps, texts)))
+
+
+@few
+@given(st.lists(st.integers(0, 5), min_size=3, max_size=3), st.integers(0, 4), st.sampled_from(["full", "causal"]))
+def test_a_sample_depends_neither_on_padding_nor_on_its_batch(lengths, padding, refiner):
+    network = random_network(FusionConfig(refiner=refiner))
+    latents, timesteps, texts = random_inputs(lengths=[length + 1 for length in lengths], padding=padding, fill=float("nan"))
+    together = network(latents, timesteps, texts)
+    for row in range(3):
+        alone = []
+        for text in texts:
+            kept = text.mask[row]
+            alone.append(Text(text.states[row : row + 1, kept], kept[None, kept], text.prefix))
+        assert close(network(latents[row : row + 1], timesteps[row : row + 1], alone)[0], together[row])
+
+
+@pytest.mark.parametrize("changed", ["latents", "timesteps", "first text", "second text"])
+def test_every_input_matters(changed):
+    network = random_network()
+    latents, timesteps, texts = random_inputs()
+    before = network(latents, timesteps, texts)
+    if changed == "latents":
+        latents = latents + 0.1
+    elif changed == "timesteps":
+        timesteps = timesteps * 0.9
+    else:
+        text = texts[changed == "second text"]
+        text.states = text.states + normal(*text.states.shape, seed=7)
+    assert not close(network(latents, timesteps, texts), before)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_checkpointing_changes_no_bit(every):
+    gradients = []
+    for checkpoint_every in (0, every):
+        network = random_network(checkpoint_every=checkpoint_every, depth=3).float().train()
+        latents, timesteps, texts = random_inputs(lengths=(4, 1))
+        prediction = network(latents, timesteps, texts)
+        prediction.square().mean().backward()
+        gradients.append([prediction.detach(), *(parameter.grad for parameter in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+@pytest.mark.parametrize("padded", [True, False])
+def test_blocks_compile_to_one_graph(checkpoint_every, padded):
+    torch._dynamo.reset()
+    counters.clear()
+    network = random_network(checkpoint_every=checkpoint_every).float().train()
+    latents, timesteps, texts = random_inputs(lengths=(4, 4))
+    for text in texts:
+        text.padded = padded
+    wanted = network(latents, timesteps, texts)
+    for block in network.blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        got = network(latents, timesteps, texts)
+        got.square().mean().backward()
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_bf16_weights_give_the_fp32_prediction_roughly():
+    network = random_network()
+    for parameter in network.parameters():
+        parameter.data.mul_(0.3)
+    latents, timesteps, texts = random_inputs()
+    wanted = network(latents, timesteps, texts)
+    error = (network.bfloat16()(latents, timesteps, texts) - wanted).square().mean().sqrt()
+    assert error < 0.03 * wanted.square().mean().sqrt()
+
+
+def test_weights_set_after_meta_are_those_set_when_built():
+    torch.manual_seed(0)
+    built = LIDiT(SMALL, FusionConfig(), WIDTHS)
+    with torch.device("meta"):
+        later = LIDiT(SMALL, FusionConfig(), WIDTHS)
+    later = later.to_empty(device="cpu")
+    torch.manual_seed(0)
+    later.init_weights()
+    assert {name: value.tolist() for name, value in built.state_dict().items()} == {
+        name: value.tolist() for name, value in later.state_dict().items()
+    }
+
+
+def test_there_are_no_buffers_to_round_and_layers_own_every_parameter():
+    network = random_network()
+    owners = {type(module) for module in network.modules() if list(module.parameters(recurse=False))}
+    assert not list(network.buffers())
+    assert all(issubclass(owner, nn.Linear | nn.Conv2d | nn.RMSNorm) for owner in owners)

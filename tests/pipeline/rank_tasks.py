@@ -1,0 +1,214 @@
+"""What the ranks of the engine's and the checkpoints' tests do; each function runs on all of them."""
+
+import functools
+import math
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from model.errors import UserError
+from model.fusion import Text
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import CheckpointConfig
+from pipeline.distributed import rank_and_world
+from pipeline.ema import warm_decay
+from pipeline.engine import Engine
+from pipeline.optim import parameter_groups
+from tests.pipeline.small_network import GLOBAL_BATCH, Network, batch, stage
+
+LR = 0.01
+
+
+def make_engine(seed=0, network=Network, config=None, **settings):
+    torch.manual_seed(seed)
+    config = config or stage(**settings)
+    return Engine(network, config, GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]))
+
+
+def mean_over_ranks(value):
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+def own_part():
+    rank, world = rank_and_world()
+    return slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
+
+
+def train(engine, step, spoil=False, limit=math.inf):
+    """One step; its loss over the global batch, whether it was applied, its gradient norm."""
+    inputs, target = batch(step, own_part())
+    total = torch.zeros(())
+    for part in engine.micro_batches(len(target)):
+        latents, timesteps, texts = inputs
+        output = engine(latents[part].to(engine.dtype), timesteps[part], [text[part].to(engine.dtype) for text in texts])
+        loss = (output.float() - target[part]).square().mean()
+        engine.backward(loss * float("nan") if spoil else loss)
+        total += loss.detach() / engine.micro_steps
+    applied, norm = engine.step(LR, limit)
+    if applied:
+        engine.update_averages(GLOBAL_BATCH * (step + 1))
+    return mean_over_ranks(total), applied, norm
+
+
+def local_state(engine):
+    """Copies of all that the rank owns, padding left out, and what it computes with."""
+    state = engine.state()
+    kept = {
+        (kind, run.name, run.start): tensors[run.group][run.offset : run.offset + run.length].clone()
+        for kind, tensors in state.tensors.items()
+        for run in state.layout.held(engine.rank)
+    }
+    return kept | state.replicated
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_like_ddp(settings, steps):
+    """(engine's, torch DDP's) losses, and the largest difference of the averages from a gathered reference."""
+    config = stage(**settings)
+    engine = make_engine(config=config)
+    torch.manual_seed(0)
+    plain = Network()
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    reference = DistributedDataParallel(plain, broadcast_buffers=False)
+    groups = parameter_groups(plain, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups],
+        lr=LR, betas=config.optim.betas, eps=config.optim.eps,
+    )  # fmt: skip
+    assert {tensor.dtype for tensor in engine.masters.tensors} == {torch.float32}
+    first = engine.full_weights(None)
+    if engine.rank == 0:
+        frozen_in_bf16 = {"frozen": start["frozen"].to(engine.dtype).float()}
+        assert same(first, start | frozen_in_bf16), "the masters are not the plain fp32 start"
+    averages, losses, worst = None, [], 0.0
+    for step in range(steps):
+        loss, applied, _ = train(engine, step)
+        assert applied
+        (latents, timesteps, texts), target = batch(step, own_part())
+        optimizer.zero_grad()
+        expected = (reference(latents, timesteps, texts) - target).square().mean()
+        expected.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), config.optim.clip)
+        optimizer.step()
+        losses.append((loss, mean_over_ranks(expected.detach())))
+        weights, average = engine.full_weights(None), engine.full_weights(0)
+        if engine.rank == 0:
+            averages = averages or {name: value.double() for name, value in first.items()}
+            for name, value in averages.items():
+                value += (1 - warm_decay(0.9, step)) * (weights[name].double() - value)
+                if name not in ("frozen", "seen"):
+                    worst = max(worst, float((value.float() - average[name]).abs().max()))
+    return losses, worst
+
+
+def swap_and_skip(settings):
+    """The averages take the weights' place and leave no trace; a spoiled or a spiking step changes nothing on any rank."""
+    engine = make_engine(**settings)
+    for step in range(3):
+        train(engine, step)
+    inputs, _ = batch(9)
+    inputs = (inputs[0].to(engine.dtype), inputs[1], [text.to(engine.dtype) for text in inputs[2]])
+    with torch.no_grad():
+        plain_output = engine(*inputs).clone()
+    average, before = engine.full_weights(1), local_state(engine)
+    with engine.averaged(1), torch.no_grad():
+        output = engine(*inputs).float()
+    assert same(local_state(engine), before)
+    with torch.no_grad():
+        assert torch.equal(engine(*inputs), plain_output)
+    if engine.rank == 0:
+        network = Network()
+        network.load_state_dict(average)
+        expected = network.to(engine.dtype)(*inputs).float()
+        torch.testing.assert_close(
+            output,
+            expected,
+            rtol=1e-5 if engine.dtype == torch.float32 else 0.02,
+            atol=2e-2 * (engine.dtype != torch.float32) + 1e-6,
+        )
+    _, applied, norm = train(engine, 3, spoil=engine.rank == engine.world - 1)
+    assert not applied
+    assert not math.isfinite(norm)
+    kept = local_state(engine)
+    assert same({name: kept[name] for name in kept if name != "seen"}, {name: before[name] for name in before if name != "seen"})
+    if settings.get("zero_stage", 3) == 3:
+        _, applied, norm = train(engine, 3, limit=1e-6)
+        assert not applied
+        assert norm > 1e-6
+    with_grad, applied, norm = train(engine, 3)
+    assert applied
+    assert math.isfinite(norm)
+    assert engine.state().optimizer_step == 4
+    return with_grad
+
+
+def compiled_blocks():
+    """(graphs, graph breaks) of a compiled LIDiT under ZeRO-3, and its losses beside those of the eager one."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    real = torch.compile
+    torch.compile = functools.partial(real, backend="aot_eager")
+    try:
+        losses = {}
+        for compiled in (False, True):
+            config = stage(micro_batch=None)
+            config.model.compile = compiled
+            engine = make_engine(network=tiny_dit, config=config)
+            losses[compiled] = [dit_step(engine, step) for step in range(2)]
+    finally:
+        torch.compile = real
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), losses
+
+
+def tiny_dit(llms=2, width=32):
+    network = LIDiT(
+        DiTConfig(depth=3, width=width, heads=4, channels=4), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
+    )
+    return network
+
+
+def dit_step(engine, step):
+    generator = torch.Generator().manual_seed(step)
+    latents, target = torch.randn(2, GLOBAL_BATCH, 4, 8, 8, generator=generator)[:, own_part()]
+    states = [torch.randn(GLOBAL_BATCH, 6, width, generator=generator)[own_part()] for width in (24, 16)]
+    texts = [Text(value, torch.ones(value.shape[:2], dtype=torch.bool), 2) for value in states]
+    loss = (engine(latents.to(engine.dtype), torch.full((len(latents),), 0.5), texts).float() - target).square().mean()
+    engine.backward(loss)
+    engine.step(LR)
+    return mean_over_ranks(loss.detach())
+
+
+def fresh_masters_equal_plain(precision):
+    """Whether LIDiT's masters start as exactly the plain network's weights."""
+    engine = make_engine(seed=5, network=tiny_dit, precision=precision)
+    weights = engine.full_weights(None)
+    torch.manual_seed(5)
+    plain = tiny_dit().state_dict()
+    return engine.rank > 0 or same(weights, plain)
+
+
+def fail_on_rank_one():
+    if rank_and_world()[0] == 1:
+        raise RuntimeError("on purpose")
+
+
+def refusal(config):
+    """The one line that an engine of these settings ends with."""
+    try:
+        make_engine(config=config)
+    except UserError as error:
+        return str(error)
+    return ""

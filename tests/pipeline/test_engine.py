@@ -1,0 +1,89 @@
+"""The engine on two gloo processes against plain torch, and its refusals."""
+
+import shutil
+
+import pytest
+
+from model.errors import UserError
+from pipeline import engine
+from tests.distributed import on_ranks
+from tests.pipeline import rank_tasks
+from tests.pipeline.small_network import stage
+
+EXACT = {
+    "zero3": {},
+    "zero3 micro-batches, many sub-groups, all persistent": {
+        "micro_batch": 2,
+        "sub_group_size": 20,
+        "persistence_threshold": 10_000,
+    },
+    "zero2": {"zero_stage": 2, "micro_batch": 3},
+    "zero1": {"zero_stage": 1},
+}
+
+
+@pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
+def test_fp32_training_equals_plain_torch_ddp_and_the_average_its_gathered_reference(settings):
+    losses, worst = on_ranks(2, rank_tasks.train_like_ddp, settings, 6)[0]
+    for ours, expected in losses:
+        assert ours == pytest.approx(expected, rel=1e-5)
+    assert losses[-1][0] != losses[0][0]
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize("stage_number", [1, 2, 3])
+def test_bf16_training_follows_fp32_over_fp32_masters(stage_number):
+    losses, worst = on_ranks(2, rank_tasks.train_like_ddp, {"precision": "bf16", "zero_stage": stage_number}, 6)[0]
+    for ours, expected in losses:
+        assert ours == pytest.approx(expected, rel=0.02)
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16", "persistence_threshold": 0, "sub_group_size": 20},
+        {"precision": "bf16", "persistence_threshold": 10_000},
+        {"precision": "bf16", "zero_stage": 1},
+        {"zero_stage": 2},
+    ],
+    ids=str,
+)
+def test_swapping_the_average_and_skipping_a_step_leave_no_trace(settings):
+    on_ranks(2, rank_tasks.swap_and_skip, settings)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masters_start_as_exactly_the_plain_network(precision):
+    assert all(on_ranks(2, rank_tasks.fresh_masters_equal_plain, precision))
+
+
+def test_a_compiled_block_is_one_graph_without_breaks():
+    graphs, breaks, losses = on_ranks(2, rank_tasks.compiled_blocks)[0]
+    assert (graphs, breaks) == (1, 0)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+
+
+def test_a_failing_rank_ends_its_call_with_its_trace():
+    with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
+        on_ranks(2, rank_tasks.fail_on_rank_one)
+
+
+@pytest.mark.parametrize(("missing", "named"), [("compiler", "g\\+\\+"), ("headers", "python3-dev")])
+def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, missing, named):
+    monkeypatch.delenv("CXX", raising=False)
+    if missing == "compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(engine.sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(UserError, match=named):
+        engine._check_compiler()
+
+
+def test_settings_that_cannot_be_met_are_refused():
+    assert all("micro_batch" in message for message in on_ranks(1, rank_tasks.refusal, stage(micro_batch=5)))
+    assert all("zero_stage" in message for message in on_ranks(1, rank_tasks.refusal, stage(zero_stage=0)))
+    spiking = stage(zero_stage=2)
+    spiking.optim.spike = 5.0
+    assert all("optim.spike" in message for message in on_ranks(1, rank_tasks.refusal, spiking))

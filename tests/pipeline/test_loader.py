@@ -1,0 +1,201 @@
+"""The same batches on any number of ranks and loader processes, from any position; and what is refused."""
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.errors import UserError
+from pipeline.loader import Position, TrainingData
+from tests.pipeline import fake_snapshot as fake
+
+BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25], "80x48": [3]}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("snapshot")
+    fake.make(folder / "store", BUCKETS, folder)
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def summary(batch):
+    """All that a step depends on."""
+    texts = {name: (tuple(packed.counts), packed.values.tolist(), packed.scales.tolist()) for name, packed in batch.texts.items()}
+    tensors = (batch.mean, batch.std, batch.posterior_noise, batch.noise, batch.u)
+    return batch.bucket, batch.epoch, batch.index, batch.ids.tolist(), [tensor.float().tolist() for tensor in tensors], texts
+
+
+def read(stage, count, position=None, rank=0, world=1):
+    data = TrainingData(stage, rank, world, CPU)
+    taken = list(itertools.islice(data.batches(position), count))
+    data.close()
+    return [summary(batch) for batch, _ in taken], [after for _, after in taken]
+
+
+def joined(ranks):
+    """Batches of all ranks of a world -> global batches: (bucket, epoch, index, samples)."""
+    steps = []
+    for step in zip(*ranks, strict=True):
+        assert len({piece[:3] for piece in step}) == 1, "all ranks have the same bucket"
+        steps.append(
+            (
+                *step[0][:3],
+                [id for piece in step for id in piece[3]],
+                [row for piece in step for row in zip(*piece[4], strict=True)],
+            )
+        )
+    return steps
+
+
+def world_of(stage, world, count, position=None):
+    return joined([read(stage, count, position, rank, world)[0] for rank in range(world)])
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_worlds_see_the_same_global_batches(store, cache, world):
+    """1x2, 1x4 and 2x4 processes against one; `test_batches` holds it for any plan and world."""
+    stage = fake.stage(store, cache, global_batch=8, canonical_nodes=2)
+    assert world_of(stage, world, 12) == world_of(stage, 1, 12)
+
+
+def test_64_processes_on_8_nodes_see_the_same_global_batches(tmp_path):
+    fake.make(tmp_path / "store", {"64x64": [40] * 6}, tmp_path, families=[fake.LATENTS, fake.TEXTS["small"]])
+    stage = fake.stage(tmp_path / "store", tmp_path, global_batch=64, canonical_nodes=8, families=["small"])
+    assert world_of(stage, 64, 3) == world_of(stage, 1, 3)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_loader_processes_change_nothing(store, cache, workers):
+    alone = read(fake.stage(store, cache), 40)
+    assert read(fake.stage(store, cache, workers=workers), 40) == alone
+    assert {batch[1] for batch in alone[0]} == {0, 1}, "an epoch ended in between"
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_stop_and_resume_anywhere_in_another_world(store, cache, stop, before, after):
+    stage = fake.stage(store, cache, global_batch=8, canonical_nodes=2, shuffle_parts=2)
+    whole = world_of(stage, 1, stop + 6)
+    position = read(stage, stop, None, 0, before)[1][-1]
+    position = Position.from_dict(position.to_dict())
+    assert world_of(stage, before, stop) + world_of(stage, after, 6, position) == whole
+
+
+def test_each_sample_once_an_epoch(store, cache):
+    stage = fake.stage(store, cache, global_batch=4)
+    data = TrainingData(stage, 0, 1, CPU)
+    seen = [id for batch, _ in itertools.islice(data.batches(), len(data.plan(0))) for id in batch.ids.tolist()]
+    everything = {id for part, ids in fake.ids_of(BUCKETS).items() for id in ids if part.bucket != "80x48"}
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= everything
+    assert len(everything) - len(seen) == sum(data.plan(0).left_over().values())
+
+
+def test_small_buckets_are_left_out_and_reported(store, cache, caplog):
+    data = TrainingData(fake.stage(store, cache, global_batch=4), 0, 1, CPU)
+    assert set(data.parts) == {"64x64", "48x80"}
+    assert "80x48 is left out: its 3 samples" in caplog.text
+    with pytest.raises(UserError, match="largest bucket has 51 samples: lower global_batch"):
+        TrainingData(fake.stage(store, cache, global_batch=64), 0, 1, CPU)
+
+
+@pytest.mark.parametrize("change", [{"global_batch": 8}, {"seed": 1}, {"canonical_nodes": 2}, {"shuffle_parts": 3}])
+def test_another_order_inside_an_epoch_is_refused(store, cache, change):
+    position = read(fake.stage(store, cache), 3)[1][-1]
+    data = TrainingData(fake.stage(store, cache, **change), 0, 1, CPU)
+    (key,) = change
+    with pytest.raises(UserError, match=rf"{key} was \d+ and is \d+"):
+        next(data.batches(position))
+    position.batch = 0
+    assert next(data.batches(position))[1].batch == 1
+
+
+def test_another_snapshot_inside_an_epoch_is_refused(store, cache):
+    position = read(fake.stage(store, cache), 3)[1][-1]
+    position.snapshot = "0123456789abcdef"
+    with pytest.raises(UserError, match="snapshot was 0123456789abcdef and is"):
+        next(TrainingData(fake.stage(store, cache), 0, 1, CPU).batches(position))
+
+
+def test_validation_is_fixed_and_apart_from_training(store, cache):
+    def held_out(rank=0, world=1, **settings):
+        data = TrainingData(fake.stage(store, cache, validation_parts=2, **settings), rank, world, CPU)
+        return data, [summary(batch) for batch in data.validation()]
+
+    data, batches = held_out()
+    assert held_out(seed=5, caption_drop=1.0)[1] == batches
+    assert [id for batch in batches for id in batch[3]] == [(1 << 32) + 33 + row for row in range(16)]
+    assert joined([held_out(rank, 2)[1] for rank in range(2)]) == joined([batches])
+    assert len(held_out(global_batch=30)[1][0][3]) == 18
+    trained = {id for batch, _ in itertools.islice(data.batches(), 60) for id in batch.ids.tolist()}
+    assert not trained & {id for batch in batches for id in batch[3]}
+    assert not list(TrainingData(fake.stage(store, cache), 0, 1, CPU).validation())
+    with pytest.raises(UserError, match="hold out fewer"):
+        TrainingData(fake.stage(store, cache, validation_parts=4), 0, 1, CPU)
+
+
+def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
+    cases = {
+        "does not exist": fake.stage(tmp_path / "nowhere", cache),
+        "no snapshot": fake.stage(store, cache, dataset="other"),
+        "`0000`": fake.stage(store, cache, snapshot="0000"),
+        "no text family `absent`": fake.stage(store, cache, families=["small", "absent"]),
+        "no latents family `absent`": fake.stage(store, cache, latents="absent"),
+        "caption_weights": fake.stage(store, cache, caption_weights={"alt": 1.0}),
+    }
+    for text, stage in cases.items():
+        with pytest.raises(UserError) as caught:
+            TrainingData(stage, 0, 1, CPU)
+        assert text in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"global_batch=4 is not a multiple of the number of processes \(3\)"):
+        TrainingData(fake.stage(store, cache), 0, 3, CPU)
+
+
+def children(process):
+    listed = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
+    return listed + [grandchild for child in listed for grandchild in children(child)]
+
+
+def test_signals_to_the_whole_job_do_not_reach_loader_processes(store, cache):
+    data = TrainingData(fake.stage(store, cache, workers=2), 0, 1, CPU)
+    batches = data.batches()
+    taken = [summary(next(batches)[0]) for _ in range(2)]
+    for process in children(os.getpid()):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(process, number)
+    time.sleep(0.5)
+    taken += [summary(next(batches)[0]) for _ in range(20)]
+    began = time.monotonic()
+    del batches
+    data.close()
+    assert time.monotonic() - began < 20
+    assert taken == read(fake.stage(store, cache), 22)[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_a_killed_loader_process_is_an_exception(store, cache):
+    data = TrainingData(fake.stage(store, cache, workers=1), 0, 1, CPU)
+    batches = data.batches()
+    next(batches)
+    for process in children(os.getpid()):
+        if "forkserver" in Path(f"/proc/{process}/cmdline").read_text() and not children(process):
+            os.kill(process, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|failed or was killed"):
+        list(itertools.islice(batches, 1000))
+    assert time.monotonic() - began < 30
+    data.close()

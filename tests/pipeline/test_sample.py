@@ -1,0 +1,170 @@
+"""Drawing from a trained run: independence of the batch, files with their settings, and one line for each wrong input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_sampler import MAX_TOKENS, make_sampler
+
+from model.errors import UserError
+from pipeline import sample
+from pipeline.pictures import make_grid, read_settings, save_png, to_images
+from pipeline.sampler import Drawing, Sampler
+
+PROMPTS = ["a red cat", "two dogs", "", "a very blue house", "tea", "a red cat", "snow", "rain"]
+DRAWING = Drawing(steps=3, guidance=3.0, height=16, width=24)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return make_sampler()
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_batches_of_one_three_and_eight_draw_the_same_pictures(objective):
+    sampler = make_sampler(objective)
+    seeds = list(range(8))
+
+    def drawn(batch):
+        latents = [
+            sampler.latents(PROMPTS[start : start + batch], seeds[start : start + batch], DRAWING) for start in range(0, 8, batch)
+        ]
+        return torch.cat(latents)
+
+    reference = drawn(8)
+    assert reference.std(0).min() > 1e-3
+    pixels = [np.asarray(image, dtype=int) for image in to_images(sampler.pixels(reference))]
+    for batch in (1, 3):
+        latents = drawn(batch)
+        torch.testing.assert_close(latents, reference, atol=1e-4, rtol=1e-4)
+        for image, other in zip(to_images(sampler.pixels(latents)), pixels, strict=True):
+            assert abs(np.asarray(image, dtype=int) - other).max() <= 1
+
+
+def test_prompt_seed_guidance_negative_prompt_and_order_matter(sampler):
+    def one(prompt="a red cat", seed=1, **changes):
+        return sampler.latents([prompt], [seed], Drawing(**{**vars(DRAWING), **changes}))
+
+    reference = one()
+    assert torch.equal(reference, one())
+    changed = [one("a blue cat"), one(seed=2), one(guidance=1.0), one(negative="dogs"), one(steps=4), one(scheduler="dpm")]
+    assert all((each - reference).abs().max() > 1e-4 for each in changed)
+
+
+def test_the_quantisations_round_trip_changes_little(sampler):
+    plain, taken = (sampler.latents(["a red cat"], [1], Drawing(**{**vars(DRAWING), "quantised": q})) for q in (False, True))
+    assert 0 < (plain - taken).abs().max() < 0.1 * plain.std()
+
+
+def test_a_prompt_is_read_once_by_each_llm():
+    sampler = make_sampler()
+    sampler.latents(PROMPTS, range(8), DRAWING)
+    sampler.latents(PROMPTS[:3], range(3), DRAWING)
+    assert [llm.encoded for llm in sampler._llms.values()] == [6, 6]
+
+
+def test_llms_can_be_freed_after_reading():
+    sampler = make_sampler()
+    sampler.read(PROMPTS, keep_llms=False)
+    assert not sampler._llms
+    sampler.latents(PROMPTS[:2], [0, 1], DRAWING)
+    assert not sampler._llms
+
+
+@pytest.mark.parametrize(
+    ("drawing", "message"),
+    [
+        (Drawing(height=20, width=24), "multiple of 8"),
+        (Drawing(height=0, width=24), "multiple of 8"),
+        (Drawing(height=16, width=24, steps=0), "between 1 and 1000"),
+        (Drawing(height=16, width=24, scheduler="ddim"), "take one of"),
+    ],
+)
+def test_wrong_settings_are_found_before_an_llm_is_loaded(drawing, message):
+    sampler = make_sampler()
+    with pytest.raises(UserError, match=message):
+        sampler.check(drawing)
+    assert not sampler._llms
+
+
+def test_a_prompt_that_is_too_long_is_refused(sampler):
+    with pytest.raises(UserError, match=f"longer than the {MAX_TOKENS} tokens of first"):
+        sampler.read(["x" * (MAX_TOKENS + 1)])
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(Sampler, "from_run", lambda *_: make_sampler())
+    monkeypatch.setattr("sys.argv", ["sample", *map(str, arguments)])
+    for name in ("RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    sample.main()
+
+
+def test_the_command_writes_pictures_with_settings_an_index_and_a_grid(monkeypatch, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("two dogs\n\nein Haus – schön\n", encoding="utf-8")
+    out = tmp_path / "out"
+    run_main(monkeypatch, "run", "--prompt", "a red cat", "--prompts", prompts, "--images", 2, "--batch", 4, "--out", out)
+    index = [json.loads(line) for line in (out / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in index] == [p for p in ("a red cat", "two dogs", "ein Haus – schön") for _ in range(2)]
+    assert [record["seed"] for record in index] == [5, 6] * 3
+    for record in index:
+        assert read_settings(out / record["file"]) == record
+        with Image.open(out / record["file"]) as image:
+            assert image.size == (24, 16)
+            assert image.info["prompt"] == record["prompt"]
+    assert (out / "grid.png").is_file()
+    again = tmp_path / "again"
+    run_main(monkeypatch, "run", "--prompt", "two dogs", "--seed", 6, "--out", again)
+    first, second = (np.asarray(Image.open(path), dtype=int) for path in (out / "00001_01.png", again / "00000_00.png"))
+    assert abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no prompt"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompt", "a", "--size", "64"), "height x width"),
+        (("--prompt", "a", "--size", "63x64"), "multiple of 8"),
+        (("--prompt", "a", "--scheduler", "magic"), "magic"),
+        (("--prompt", "a", "--images", "0"), "at least 1"),
+        (("--prompt", "a" * 99), "longer than"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(monkeypatch, "run", "--out", tmp_path / "out", *arguments)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out" / "index.jsonl").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no stage\.yaml"):
+        Sampler.from_run(tmp_path, "ema", torch.device("cpu"), torch.float32)
+
+
+@given(st.integers(1, 12), st.text(max_size=80), st.sampled_from([(8, 8), (64, 40), (200, 300)]))
+@settings(deadline=None, max_examples=10)
+def test_a_grid_holds_any_number_of_pictures_and_any_caption(count, caption, size):
+    grid = make_grid([Image.new("RGB", size, "red")] * count, [caption] * count)
+    pixels = np.asarray(grid).reshape(-1, 3)
+    red = (pixels == [255, 0, 0]).all(1).sum()
+    factor = max(1, -(-128 // max(size)))
+    assert red >= 0.9 * count * size[0] * size[1] * factor**2
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.booleans(), max_size=4), st.text(max_size=60))
+@settings(deadline=None, max_examples=15)
+def test_a_picture_carries_its_settings(tmp_path_factory, fields, prompt):
+    path = tmp_path_factory.mktemp("png") / "picture.png"
+    settings_of = {**fields, "prompt": prompt}
+    save_png(Image.new("RGB", (8, 8)), path, settings_of)
+    assert read_settings(path) == settings_of
