@@ -13,15 +13,17 @@ _LIGHT = ["Soft morning light falls from the left", "A single lamp throws long s
 
 def short_captions(count: int, language: str = "en") -> list[str]:
     """CLDR names of emoji, without the skin tones."""
+    if language != "en":
+        emoji.config.load_language(language)
     names = (data[language].strip(":").replace("_", " ") for data in emoji.EMOJI_DATA.values() if language in data)
     plain = list(dict.fromkeys(name for name in names if "skin tone" not in name and "肤色" not in name))
     return random.Random(0).sample(plain, min(count, len(plain)))
 
 
 def dense_captions(count: int) -> list[str]:
-    """Descriptions of several sentences, 80 to 150 tokens each with the tokenizers tried here."""
+    """Descriptions of several sentences, 70 to 150 tokens each with the tokenizers tried here."""
     rng = random.Random(1)
-    return [_describe(rng, sentences=rng.randint(3, 5)) for _ in range(count)]
+    return [_describe(rng, sentences=rng.randint(1, 3)) for _ in range(count)]
 
 
 def _describe(rng: random.Random, sentences: int) -> str:

@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # The settings of this site: the one file to edit. Every job of cluster/ reads it, on the login node and on compute nodes.
+# For a second site, copy it and set LI_DIT_ENV to the copy.
 # A value that is already in the environment wins where the line says ${NAME:-...}.
 
 # -- software: modules, a virtual environment, a container ---------------------------------------------------------------

@@ -3,7 +3,8 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-. cluster/env.sh
+# shellcheck source=cluster/env.sh
+. "${LI_DIT_ENV:-cluster/env.sh}"
 export PYTHONUNBUFFERED=1
 
 # Called by hand (on a login node) or as a job? Slurm runs a copy of the script from its spool folder.
@@ -20,11 +21,11 @@ split_arguments() {
 need_python() { [ -x "$PYTHON" ] || command -v "$PYTHON" > /dev/null || fail "no Python at $PYTHON: run \`make install\`, or set PYTHON in cluster/env.sh"; }
 need_slurm() { command -v sbatch > /dev/null || fail "no sbatch here: this is no Slurm machine; without Slurm, $1"; }
 
-# gpus_offered OPTIONS...: how many node groups of the partition that these options name (or of any) have GPUs.
+# gpus_offered OPTIONS...: how many node groups with GPUs are in the partition that these options name, or in the default one.
 gpus_offered() {
   local partition=${SBATCH_PARTITION:-} option
   for option in "$@"; do case $option in --partition=*) partition=${option#*=} ;; -p?*) partition=${option#-p} ;; esac; done
-  sinfo -h -o %G ${partition:+-p "$partition"} | grep -c gpu || true
+  sinfo -h -o '%P %G' ${partition:+-p "$partition"} | awk -v named="$partition" '(named || $1 ~ /\*$/) && /gpu/' | grep -c . || true
 }
 
 # submit SBATCH_ARGUMENTS...: prints the job's number. What could never run is refused by --test-only, not queued.

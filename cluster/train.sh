@@ -71,12 +71,12 @@ launch() {
     "$@" 2>> "$RUN/logs/srun.txt" &
   SRUN=$!
   [ -z "$ASKED" ] || ask_to_stop
-  local seconds=0
+  local turns=0
   while kill -0 "$SRUN" 2> /dev/null; do
-    sleep 1 &
+    sleep 0.5 &
     wait $! || true # a signal ends this wait early, after its trap has run
-    seconds=$((seconds + 1))
-    [ $((seconds % 5)) -ne 0 ] || watch_ranks
+    turns=$((turns + 1))
+    [ $((turns % 4)) -ne 0 ] || watch_ranks
   done
   wait "$SRUN" && RC=0 || RC=$?
   SRUN=''
@@ -141,7 +141,7 @@ elif [ "$PREFLIGHT" = 0 ] || [ "$RC" -eq 0 ]; then
   MASTER_PORT=$((MASTER_PORT + 1))
   launch "$RUN/logs/rank_%5t.txt" append "$PYTHON" -m pipeline.train "$@"
 fi
-sleep 0.5 # for the last lines to pass through tail
+sleep 0.3 # for the last lines to pass through tail
 
 "$PYTHON" -m pipeline.attempts end "$RUN" --rc "$RC" --job "$(scontrol show job -o "$SLURM_JOB_ID")" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
 [ "$rc" -ne 85 ] || requeue "$BAD"

@@ -55,8 +55,9 @@ def account(dataset: Store) -> list[FileAccount]:
         one = FileAccount(file["label"], file["rows"], dropped, file["kept"], written, lost)
         if one.read != dropped + one.planned or one.pending < 0 or (complete and one.pending):
             raise UserError(
-                f"{dataset.uri}: the counts of source file {one.label} do not add up: {one.read} rows read, {dropped} dropped by the "
-                f"plan, {one.planned} planned, {written} written, {lost} dropped in parts: run `verify --deep`, then prepare it anew"
+                f"{dataset.uri}: the counts of source file {one.label} do not add up: {one.read} rows read, {dropped} dropped by "
+                f"the plan, {one.planned} planned, {written} written, {lost} dropped in parts: run `verify --deep`, then prepare "
+                "the dataset anew under another name"
             )
         accounts.append(one)
     return accounts

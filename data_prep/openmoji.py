@@ -15,6 +15,8 @@ from model.errors import UserError
 
 NO_NAME = "source: no CLDR name"
 VARIATION = "\ufe0f"
+CANCEL_TAG = 0xE007F
+"""Ends the sequence of a flag of England, Scotland or Wales."""
 
 
 class OpenMojiSource:
@@ -48,10 +50,12 @@ class OpenMojiSource:
         if known is None:
             return Sample(stem, reason=NO_NAME)
         caption = known["en"].strip(":").replace("_", " ")
+        flag = len(codes) > 1 and any(0x1F1E6 <= code <= 0x1F1FF or code == CANCEL_TAG for code in codes)
         record = {
-            "caption": caption,
+            # the package leaves out the "flag: " with which CLDR's names of countries begin
+            "caption": f"flag: {caption}" if flag else caption,
             "skin_tone": "skin tone" in caption,
-            "flag": any(0x1F1E6 <= code <= 0x1F1FF or code == 0xE007F for code in codes),
+            "flag": flag,
             "keycap": 0x20E3 in codes,
             "codes": len(codes),
         }

@@ -4,6 +4,7 @@ import base64
 import io
 import posixpath
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def _kept(row: dict[str, Any]) -> float:
     return (right - left) * (bottom - top) / (row["original_height"] * row["original_width"])
 
 
-def _bars(values: list[float]) -> list[Bar]:
+def _bars(values: Sequence[float]) -> list[Bar]:
     """A histogram of at most `BINS` bins; the last one takes the highest 1 %."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[max(0, int(len(ordered) * 0.99) - 1)]

@@ -121,7 +121,8 @@ class Scanner:
         for sample, look in zip(samples, looks, strict=True):
             captions, refused = gather_captions(sample.record, fields)
             reason = sample.reason or look.reason or ("" if captions else refused[0])
-            rows.append(Row(sample.record, captions, look.height, look.width, reason, refused))
+            # a row that its source cannot offer has no captions to judge
+            rows.append(Row(sample.record, captions, look.height, look.width, reason, [] if sample.reason else refused))
         self._filters.apply(rows)
         records = [
             self._record(file, start + number, sample, look, row)

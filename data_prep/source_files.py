@@ -78,7 +78,7 @@ class SourceFiles:
 
     def inside(self, path: str) -> str | None:
         """The name of the file that a row's `path` means, relative to the root; None if it leads out of the source."""
-        root = str(self._store.local_path("")) if not self.remote else self._store.uri
+        root = self._store.uri
         if path.startswith(f"{root.rstrip('/')}/"):
             path = path[len(root.rstrip("/")) + 1 :]
         parts = path.split("/")

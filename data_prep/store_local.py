@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.faults import StoreError, naming_full_disk
 
@@ -129,7 +130,7 @@ class LocalFolder:
         """Nothing is held open."""
 
 
-def _create(path: Path):  # noqa: ANN202
+def _create(path: Path) -> BinaryIO:
     """Open a new file, with its folders; another process may be removing a folder that it finds empty."""
     for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)

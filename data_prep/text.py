@@ -165,7 +165,8 @@ class TextJob:
         start = time.perf_counter()
         before = Counter(self._encoder.counts) + Counter(truncated=self._encoder.truncated)
         texts = [text.strip() for pair in pairs for _, text in pair.captions]
-        encoded, counts = self._encode_captions(texts)
+        new = [text for text in dict.fromkeys(texts) if text and text not in self._memory]
+        encoded, counts = self._encode_captions(texts, new)
         rows = []
         for pair in pairs:
             captions = [encoded[text.strip()] for _, text in pair.captions]
@@ -180,7 +181,7 @@ class TextJob:
             )
         after = Counter(self._encoder.counts) + Counter(truncated=self._encoder.truncated)
         counts |= {name: after[name] - before[name] for name in after}
-        counts |= self._count(texts, encoded)
+        counts |= self._count(texts, new, encoded)
         return rows, {**counts, "seconds": time.perf_counter() - start}
 
     def _kind(self, kind: str) -> int:
@@ -188,9 +189,9 @@ class TextJob:
             raise UserError(f"a caption of kind {kind!r}, which caption_kinds lacks: add it to the dataset's YAML")
         return self._kinds[kind]
 
-    def _count(self, texts: list[str], encoded: dict[str, _Caption]) -> dict[str, float]:
+    def _count(self, texts: list[str], new: list[str], encoded: dict[str, _Caption]) -> dict[str, float]:
         """Captions and tokens as stored; and what equal captions saved, which the plain way would have run whole."""
-        encoder, new = self._encoder, self._new
+        encoder = self._encoder
         tokens = [encoded[text].tokens for text in texts if text]
         prefix = encoder.prompt_prefix
         saved = sum(tokens) + prefix * len(tokens) - sum(encoded[text].tokens + prefix for text in new)
@@ -204,16 +205,15 @@ class TextJob:
             "block_tokens_saved_duplicates": saved * encoder.blocks,
         }
 
-    def _encode_captions(self, texts: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:
-        """Every distinct caption, from memory or from the LLM; the empty one has no token and stands for the null caption."""
+    def _encode_captions(self, texts: list[str], new: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:
+        """Every distinct caption, the `new` ones from the LLM, the others from memory; the empty one has no token and stands for the null caption."""
         encoded = {"": _Caption(0, b"", b"")}
         for text in dict.fromkeys(texts):
             if text in self._memory:
                 self._memory.move_to_end(text)
                 encoded[text] = self._memory[text]
-        self._new = [text for text in dict.fromkeys(texts) if text not in encoded]
         clipped, errors, error_tokens = 0, torch.zeros_like(self._mean), 0
-        for chunk, ids in self._chunks(self._new):
+        for chunk, ids in self._chunks(new):
             states = self._encoder.encode(ids)
             lengths = [len(state) for state in states]
             flat = torch.cat(states).float()  # [N, W]

@@ -77,7 +77,7 @@ class LIDiT(nn.Module):
             UserError: the settings do not fit together.
         """
         super().__init__()
-        self.config = config
+        self.sizes = config
         self.checkpoint_every = checkpoint_every
         patch_values = config.patch**2 * config.channels
         self.patch_embedding = Linear(patch_values, config.width)
@@ -118,7 +118,7 @@ class LIDiT(nn.Module):
         Raises:
             UserError: the latents do not divide into patches.
         """
-        height, width, patch = latents.shape[2], latents.shape[3], self.config.patch
+        height, width, patch = latents.shape[2], latents.shape[3], self.sizes.patch
         if height % patch or width % patch:
             raise UserError(f"latents of {height} x {width} do not divide into patches of {patch}: choose a multiple of it")
         x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, p * p * C]

@@ -208,6 +208,8 @@ def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.d
     if settings.is_encoder_decoder:
         raise UserError(f"{config.llm}: an encoder-decoder, not a causal LLM: set text.encoder: t5")
     module = AutoModel.from_pretrained(folder, **loading)
+    if getattr(settings.get_text_config(), "attn_logit_softcapping", None):
+        module.set_attn_implementation("eager")  # transformers' sdpa leaves the cap out without a word
     # A multimodal checkpoint holds the language model beside the vision tower, which is dropped here.
     inner = getattr(module, "language_model", None)
     return module if inner is None else inner

@@ -6,6 +6,7 @@ python -m pipeline.learned runs/demo
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from pipeline.config import load_run
 from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps
 from pipeline.loader import TrainingData
 
-BATCHES = 8
+PAIRS = 256
 
 
-def measure(run: Path, batches: int = BATCHES) -> dict[str, Any]:
+def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     """Losses at eight fixed timesteps on fixed training pairs, three ways.
 
     `right`: the averaged weights, each image with its caption; `shuffled`: each image with another one's caption;
@@ -35,30 +36,30 @@ def measure(run: Path, batches: int = BATCHES) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage, snapshot = resolve(load_run(run))
     stage.data.caption_drop = 0.0
+    dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
     data = TrainingData(stage, 0, 1, device)
     latents = latents_family(stage, snapshot)
     try:
         held = []
-        for batch, _ in itertools.islice(data.batches(None), batches):
+        for batch, _ in itertools.islice(data.batches(None), math.ceil(pairs / stage.global_batch)):
             moved = batch.to(device)
-            texts = batch_texts(moved, stage.fusion.families, data.constants, torch.float32)
+            texts = batch_texts(moved, stage.fusion.families, data.constants, dtype)
             held.append((clean_latents(moved, latents), moved.noise, texts))
     finally:
         data.close()
 
     def losses(network: LIDiT, shuffle_captions: bool) -> list[float]:
-        network.to(device).eval()
-        return losses_at_fixed_timesteps(network, held, stage.objective, torch.float32, shuffle_captions).tolist()
+        network.to(device, dtype).eval()
+        return losses_at_fixed_timesteps(network, held, stage.objective, dtype, shuffle_captions).tolist()
 
     torch.manual_seed(stage.data.seed)
     network = build_network(stage, snapshot)
     record: dict[str, Any] = {"untrained": losses(network, False)}
-    network.load_state_dict(load_weights(run, ema=0))
+    network.float().load_state_dict(load_weights(run, ema=0))
     record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}
     for way in ("untrained", "right", "shuffled"):
         record[f"{way}_mean"] = sum(record[way]) / len(record[way])
-    pairs = sum(len(clean) for clean, _, _ in held)
-    record["note"] = f"Averaged weights on {pairs} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
+    record["note"] = f"Averaged weights on {sum(len(clean) for clean, _, _ in held)} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
     return record
 
 

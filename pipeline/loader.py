@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
@@ -32,6 +33,9 @@ from pipeline.texts import PackedText, TextConstants
 __all__ = ["Batch", "PackedText", "Position", "TrainingData", "sample_rng"]
 
 log = logging.getLogger(__name__)
+
+# Loader processes come from a server that has imported the trainer's main module already: that is meant to be so.
+warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package.*")
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 _PREFETCHED = 2
@@ -293,9 +297,12 @@ class _WorkerStart:
 
     def __init__(self, closing: Any) -> None:
         self.closing = closing
+        self.environment = dict(os.environ)
 
     def __call__(self, worker: int) -> None:
         """Ignore signals that are meant for the trainer; end on SIGTERM only when the trainer is closing or gone."""
+        # The server of processes may have been started under an older environment than the trainer's (credentials, endpoint).
+        os.environ.update(self.environment)
         parent = os.getppid()
 
         def end(number: int, frame: object) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.progress import Progress, TaskID
+from torch import Tensor
 
 from data_prep.schema import Bucket
 from model.errors import UserError, command
@@ -103,8 +104,9 @@ def draw_pictures(
     return records
 
 
-def _advance(progress: Progress, task: TaskID, pictures: int, *_: object) -> None:
+def _advance(progress: Progress, task: TaskID, pictures: int, _: int, latents: Tensor) -> Tensor:
     progress.advance(task, pictures)
+    return latents
 
 
 def gather(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
@@ -163,14 +165,14 @@ def main() -> None:
     )
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     sampler = Sampler.from_run(arguments.source, arguments.weights, device, DTYPES[precision])
-    drawing = choose_drawing(sampler.stage.sample, arguments)
+    drawing = choose_drawing(sampler.defaults, arguments)
     sampler.check(drawing)
-    seed = sampler.stage.sample.seed if arguments.seed is None else arguments.seed
+    seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     pictures = plan_pictures(prompts, arguments.images, seed)
     mine = pictures[ranks.rank :: ranks.world]
     out = arguments.out or arguments.source / "samples"
     out.mkdir(parents=True, exist_ok=True)
-    sampler.read([drawing.negative, *(picture.prompt for picture in mine)], keep_llms=False)
+    sampler.reader.read([drawing.negative, *(picture.prompt for picture in mine)], keep_llms=False)
     about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
     records = gather(draw_pictures(sampler, mine, drawing, arguments.batch, out, about, ranks.rank == 0), ranks)
     if ranks.rank == 0:

@@ -22,6 +22,9 @@ from pipeline.objective import DDPM_BETAS, DDPM_STEPS
 Predict = Callable[[Tensor, Tensor, list[Text]], Tensor]
 """Noisy latents [B, C, h, w], times fp32 [B] in [0, 1], one `Text` per LLM -> prediction [B, C, h, w]."""
 
+OnStep = Callable[[int, Tensor], Tensor]
+"""Number of the step just done, from 1, and the latents -> the latents to go on with."""
+
 _DDPM: dict[str, Any] = {
     "num_train_timesteps": DDPM_STEPS,
     "beta_start": DDPM_BETAS[0],
@@ -116,6 +119,31 @@ def guided(predict: Predict, texts: list[Text], null_texts: list[Text], guidance
 
 
 @torch.no_grad()
+def denoise(
+    predict: Predict,
+    scheduler: Any,
+    texts: list[Text],
+    null_texts: list[Text],
+    noise: Tensor,
+    steps: int,
+    guidance: float,
+    dtype: torch.dtype,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow a scheduler from noise fp32 [B, C, h, w] to normalised latents; see `draw`.
+
+    Raises:
+        UserError: the number of steps is out of range.
+    """
+    evaluate = guided(lambda x, t, text: predict(x.to(dtype), t, text), texts, null_texts, guidance)
+    latents = noise.float()
+    for number, (timestep, time) in enumerate(set_steps(scheduler, steps, latents.device), 1):
+        latents = scheduler.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            latents = on_step(number, latents)
+    return latents
+
+
 def draw(
     predict: Predict,
     objective: ObjectiveConfig,
@@ -128,7 +156,7 @@ def draw(
     device: torch.device,
     dtype: torch.dtype,
     scheduler: str = "",
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw one image's normalised latents per seed.
 
@@ -144,7 +172,7 @@ def draw(
         device: where the network runs.
         dtype: in which precision the network gets the latents.
         scheduler: a name in `SCHEDULERS`; empty = the objective's default.
-        on_step: called after each step with its number from 1 and the latents.
+        on_step: called after each step.
 
     Returns:
         Latents fp32 [B, C, h, w] on `device`.
@@ -152,12 +180,6 @@ def draw(
     Raises:
         UserError: unknown scheduler or number of steps out of range.
     """
+    noise = initial_noise(shape, seeds).to(device)
     solver = make_scheduler(objective, scheduler)
-    evaluate = guided(lambda x, t, text: predict(x.to(dtype), t, text), texts, null_texts, guidance)
-    schedule = set_steps(solver, steps, device)
-    latents = initial_noise(shape, seeds).to(device)
-    for number, (timestep, time) in enumerate(schedule, 1):
-        latents = solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
-        if on_step is not None:
-            on_step(number, latents)
-    return latents
+    return denoise(predict, solver, texts, null_texts, noise, steps, guidance, dtype, on_step)

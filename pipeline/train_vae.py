@@ -44,7 +44,7 @@ class Training:
     """Most images to hold in memory, from the first parts on."""
     lr: float = 0.02
     """Of Muon on the convolutions; the norms and biases have a tenth, by AdamW."""
-    kl: float = 1e-3
+    kl: float = 2e-4
     seed: int = 0
 
 
@@ -90,7 +90,7 @@ def vae_loss(vae: Any, pixels: Tensor, kl_weight: float, rng: torch.Generator) -
         decoded = vae.decode(mean + (0.5 * logvar).exp() * noise, return_dict=False)[0]
     error = decoded.float() - pixels
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    return error.abs().mean() + error.square().mean() + 2.0 * F.avg_pool2d(error, 4).square().mean() + kl_weight * kl
+    return error.abs().mean() + error.square().mean() + 4.0 * F.avg_pool2d(error, 4).square().mean() + kl_weight * kl
 
 
 class VAEOptimizer:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,9 +32,8 @@ checkpoint: {{every_samples: 80}}
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("slurm"):
-            if MISSING:
-                item.add_marker(pytest.mark.skip(reason=f"needs Slurm, missing: {', '.join(MISSING)} (Debian: slurm-wlm, munge)"))
+        if item.get_closest_marker("slurm") and MISSING:
+            item.add_marker(pytest.mark.skip(reason=f"needs Slurm, missing: {', '.join(MISSING)} (Debian: slurm-wlm, munge)"))
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +56,9 @@ class Training:
         self.python = folder / "python"
         self.python.write_text(PYTHON.format(python=sys.executable, here=Path(__file__).parent))
         self.python.chmod(0o755)
+        self.settings = folder / "env.sh"
+        self.settings.write_text(". cluster/env.sh\nSHARD_OPTIONS=(--array=0-2)\nENCODE_OPTIONS=(--array=0-2)\n")
+        self.real_python = sys.executable
         self.logs = folder / "logs"
         self.logs.mkdir()
         families = {
@@ -73,20 +76,28 @@ class Training:
         return path
 
     def environment(self, **environment):
-        ours = {"PYTHON": str(self.python), "PYTHONPATH": str(ROOT), "PREFLIGHT": "0", "FAKE_RECORD": str(self.folder)}
+        ours = {
+            "PYTHON": str(self.python),
+            "PYTHONPATH": str(ROOT),
+            "PREFLIGHT": "0",
+            "FAKE_RECORD": str(self.folder),
+            "LI_DIT_ENV": str(self.settings),
+            "SBATCH_OUTPUT": f"{self.logs}/job-%j.txt",
+        }
         return {**ours, **{key: str(value) for key, value in environment.items()}}
 
     def submit(self, *options, overrides=(), **environment):
-        command = [
-            "sbatch",
-            "--parsable",
-            f"--output={self.folder}/job-%j.txt",
-            *options,
-            "cluster/train.sh",
-            str(self.stage),
-            *overrides,
-        ]
-        return int(self.cluster.run(*command, cwd=ROOT, **self.environment(**environment)))
+        script = ("cluster/train.sh", str(self.stage), *overrides)
+        return int(self.type("sbatch", "--parsable", *options, *script, **environment))
+
+    def type(self, *command, **environment):
+        """Type a command in the project's folder; returns what it printed."""
+        return self.cluster.run(*command, cwd=ROOT, **self.environment(**environment))
+
+    def attempt(self, *command, **environment):
+        """Type a command that may fail; returns its code and what it printed."""
+        environment = {**self.cluster.environment, **self.environment(**environment)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
     def at_step(self, step, seconds=20):
         """Wait until the run has reported this step."""

@@ -14,6 +14,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 PATH = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/sbin"
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
 NODES = ("n1", "n2")
+MARK = "DAEMON_OF"
+"""In the environment of a daemon and of the slurmstepds that it starts: whose they are."""
 
 CONFIG = """
 ClusterName=test
@@ -107,21 +109,31 @@ class Slurm:
         self.wait(lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * 3, "idle nodes")
 
     def _start(self, name: str, *command: str) -> None:
+        environment = {**self.environment, MARK: name}
         with (self.folder / f"{name}.out").open("ab") as out:
-            self.daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+            self.daemons[name] = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
     def kill_node(self, node: str) -> None:
-        """The machine dies: its slurmd and all that runs under it, at once."""
+        """The machine dies: its slurmd, the slurmstepds, and all that ran under them; nobody reports anything."""
         daemon = self.daemons.pop(node)
-        for pid in [daemon.pid, *(pid for pid in self.processes() if f"SLURMD_NODENAME={node}" in self.environ(pid))]:
-            self.kill(pid)
+        for mark in (f"{MARK}={node}", f"SLURMD_NODENAME={node}"):
+            for pid in self.processes():
+                if mark in self.environ(pid):
+                    self.kill(pid)
         daemon.wait()
+        # what Slurm finds out by itself after SlurmdTimeout (tried: half a minute), without the wait
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
+
+    def revive_node(self, node: str) -> None:
+        """The machine is back."""
+        self.start_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.wait(lambda: self.run("sinfo", "-N", "-h", "-n", node, "-o", "%T").strip() == "idle", f"{node} to be idle")
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
         """Run a command on the cluster and return what it printed on stdout."""

@@ -105,8 +105,9 @@ def test_node_dies_and_the_job_goes_to_another(slurm, training):
     try:
         slurm.start_now(job)
         assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
+        assert slurm.job(job)["NodeList"] != node
     finally:
-        slurm.start_node(node)
+        slurm.revive_node(node)
     assert kinds(training) == ["lost", "finished"]
     assert training.steps().count(10) == 1
 

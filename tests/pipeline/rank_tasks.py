@@ -3,9 +3,6 @@
 import functools
 import math
 import os
-import resource
-import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,8 +13,6 @@ from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.errors import UserError
 from model.fusion import Text
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import CheckpointConfig
 from pipeline.distributed import rank_and_world
 from pipeline.ema import warm_decay
 from pipeline.engine import Engine
@@ -212,3 +207,25 @@ def refusal(config):
     except UserError as error:
         return str(error)
     return ""
+
+
+def held_bytes(settings):
+    """The number of trained parameters, and the bytes that this rank holds of them from step to step, by kind."""
+    engine = make_engine(network=functools.partial(tiny_dit, width=64), config=stage(**settings))
+    dit_step(engine, 0)
+    zero, state = engine._engine.optimizer, engine.state().tensors
+    if engine.stage.engine.zero_stage == 3:
+        weights, gradients = zero.fp16_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+    else:
+        weights = getattr(zero, "bf16_groups_flat", None) or zero.bit16_groups_flat
+        gradients = getattr(zero, "fp32_groups_gradients_flat", None) or [torch.zeros_like(master) for master in state["master"]]
+    shared = {tensor.data_ptr() for tensor in weights}
+    kinds = {
+        "weights": weights,
+        "gradients": gradients,
+        "masters": [master for master in state["master"] if master.data_ptr() not in shared],
+        "moments": state["exp_avg"] + state["exp_avg_sq"],
+        "EMA": [average for kind, averages in state.items() if kind.startswith("ema_") for average in averages],
+    }
+    count = sum(math.prod(shape) for shape in engine.masters.layout.shapes.values())
+    return count, {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}

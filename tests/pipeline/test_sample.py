@@ -64,15 +64,15 @@ def test_a_prompt_is_read_once_by_each_llm():
     sampler = make_sampler()
     sampler.latents(PROMPTS, range(8), DRAWING)
     sampler.latents(PROMPTS[:3], range(3), DRAWING)
-    assert [llm.encoded for llm in sampler._llms.values()] == [6, 6]
+    assert [llm.encoded for llm in sampler.reader.llms.values()] == [6, 6]
 
 
 def test_llms_can_be_freed_after_reading():
     sampler = make_sampler()
-    sampler.read(PROMPTS, keep_llms=False)
-    assert not sampler._llms
+    sampler.reader.read(PROMPTS, keep_llms=False)
+    assert not sampler.reader.llms
     sampler.latents(PROMPTS[:2], [0, 1], DRAWING)
-    assert not sampler._llms
+    assert not sampler.reader.llms
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_wrong_settings_are_found_before_an_llm_is_loaded(drawing, message):
     sampler = make_sampler()
     with pytest.raises(UserError, match=message):
         sampler.check(drawing)
-    assert not sampler._llms
+    assert not sampler.reader.llms
 
 
 def test_a_prompt_that_is_too_long_is_refused(sampler):
     with pytest.raises(UserError, match=f"longer than the {MAX_TOKENS} tokens of first"):
-        sampler.read(["x" * (MAX_TOKENS + 1)])
+        sampler.reader.read(["x" * (MAX_TOKENS + 1)])
 
 
 def run_main(monkeypatch, *arguments):

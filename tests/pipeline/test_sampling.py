@@ -99,9 +99,12 @@ def test_only_the_network_sees_the_low_precision(dtype):
         return torch.zeros_like(noisy)
 
     config = ObjectiveConfig()
-    latents = draw(
-        predict, config, text(1.0), text(0.0), SHAPE, [1], 3, 2.0, CPU, dtype, on_step=lambda step, _: steps.append(step)
-    )
+
+    def on_step(step, latents):
+        steps.append(step)
+        return latents
+
+    latents = draw(predict, config, text(1.0), text(0.0), SHAPE, [1], 3, 2.0, CPU, dtype, on_step=on_step)
     assert latents.dtype == torch.float32
     assert seen == [(dtype, torch.float32, 2, 2)] * 3
     assert steps == [1, 2, 3]

@@ -7,6 +7,7 @@ from model.config import DiTConfig, FusionConfig, TextConfig
 from model.dit import LIDiT
 from model.vae import VAE, small_vae
 from pipeline.config import ModelConfig, SampleConfig, StageConfig
+from pipeline.prompts import PromptReader
 from pipeline.sampler import Sampler
 from pipeline.texts import TextConstants
 
@@ -72,4 +73,5 @@ def make_sampler(objective: str = "flow", dtype: torch.dtype = torch.float32) ->
     families = {name: Family(name, "text", {}, {"width": width}) for name, width in WIDTHS.items()}
     constants = {name: make_constants(width) for name, width in WIDTHS.items()}
     network = make_network(stage.fusion)
-    return Sampler(stage, network, families, constants, make_vae, lambda family: LetterLLM(WIDTHS[family.name]), CPU, dtype)
+    reader = PromptReader(families, constants, lambda family: LetterLLM(WIDTHS[family.name]))
+    return Sampler(network, reader, make_vae, stage.objective, stage.sample, CPU, dtype)

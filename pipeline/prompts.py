@@ -1,0 +1,95 @@
+"""Prompts on their way to the network: each LLM reads them as the families of its training were made."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from data_prep.schema import Family
+from model.errors import UserError
+from model.fusion import Text
+from model.quantise import quantise
+from model.text_encoder import TextEncoder, check_identity, config_from_identity, load_encoder
+from pipeline.texts import PackedText, TextConstants, text_from_states, to_text
+
+
+def load_llm(family: Family, device: torch.device) -> TextEncoder:
+    """The LLM that made a text family, and nothing but that one.
+
+    Raises:
+        UserError: it is missing, or gives other numbers.
+    """
+    llm = load_encoder(config_from_identity(family.identity), device)
+    check_identity(llm, family.name, family.identity)
+    return llm
+
+
+class PromptReader:
+    """Keeps the states of the prompts that it has read, so each distinct prompt goes through each LLM once."""
+
+    def __init__(
+        self, families: Mapping[str, Family], constants: Mapping[str, TextConstants], load: Callable[[Family], TextEncoder]
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            families: text families in fusion order.
+            constants: what all captions of each family share.
+            load: gives a family's LLM; called when the first prompt comes.
+        """
+        self.families = families
+        self.constants = constants
+        self.llms: dict[str, TextEncoder] = {}
+        self._load = load
+        self._known: dict[str, dict[str, Tensor]] = {name: {} for name in families}
+
+    def read(self, prompts: Sequence[str], keep_llms: bool = True) -> None:
+        """Run each LLM on the prompts that are new to it; `keep_llms=False` frees each one's memory before the next.
+
+        Raises:
+            UserError: a prompt is longer than the families were made for.
+        """
+        for name, family in self.families.items():
+            known = self._known[name]
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in known]
+            if not new:
+                continue
+            if name not in self.llms:
+                self.llms[name] = self._load(family)
+            for prompt in new:  # one by one, so that a prompt's states do not depend on the others
+                known[prompt] = self.llms[name].encode([_tokenise(self.llms[name], name, prompt)])[0]
+            if not keep_llms:
+                del self.llms[name]
+
+    def texts(self, prompts: Sequence[str], dtype: torch.dtype, quantised: bool = False) -> list[Text]:
+        """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption.
+
+        Args:
+            prompts: one per picture.
+            dtype: of the states.
+            quantised: take the states through the family's quantisation first, as training saw them.
+        """
+        self.read(prompts)
+        make = _quantised_text if quantised else text_from_states
+        return [
+            make([known[prompt] if prompt.strip() else None for prompt in prompts], self.constants[name], dtype)
+            for name, known in self._known.items()
+        ]
+
+
+def _tokenise(llm: TextEncoder, name: str, prompt: str) -> list[int]:
+    before = llm.truncated
+    ids = llm.tokenise([prompt])[0]
+    if llm.truncated > before:
+        raise UserError(f"prompt {prompt[:40]!r}...: longer than the {llm.config.max_tokens} tokens of {name}: shorten it")
+    return ids
+
+
+def _quantised_text(states: Sequence[Tensor | None], constants: TextConstants, dtype: torch.dtype) -> Text:
+    """`text_from_states`, with the states taken through the family's quantisation first."""
+    device = constants.mean.device
+    lengths = torch.tensor([0 if each is None else len(each) for each in states], dtype=torch.int32, device=device)
+    empty = constants.mean.new_zeros(0, constants.width)
+    tokens = torch.cat([empty, *(each.to(device).float() for each in states if each is not None)])
+    values, scales, _ = quantise(tokens, constants.quantisation, constants.mean, constants.spread)
+    return to_text(PackedText(values, scales, lengths), constants, dtype)

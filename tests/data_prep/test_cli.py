@@ -1,0 +1,98 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import COMMANDS, main, make_parser, parse
+from data_prep.buckets import make_buckets
+from data_prep.config import load_dataset
+from data_prep.filters import Filters
+from data_prep.parts import Share
+from data_prep.progress import Progress
+from tests.data_prep.raw_material import png, sample_members, write_tar
+
+SHIPPED = sorted((Path(__file__).parent.parent.parent / "data_prep/datasets").glob("*.yaml"))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    write_tar(tmp_path / "in", "a.tar", [m for n in range(5) for m in sample_members(str(n), png(n), {"caption": f"c{n}"})])
+    path = tmp_path / "dataset.yaml"
+    path.write_text(
+        f"name: ds\nstore: {tmp_path}/store\nworkers: 0\npart_rows: 2\nimage_format: png\n"
+        f"buckets: {{resolution: 32, max_aspect: 1, step: 16}}\nsources:\n  - {{path: {tmp_path}/in}}\n"
+    )
+    return str(path)
+
+
+def failed(capsys, *argv):
+    with pytest.raises(SystemExit) as exit:
+        main(list(argv))
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+def test_plan_pairs_report_verify_gc(settings, tmp_path, capsys):
+    main(["plan", settings, "--gpu-tflops", "100"])
+    assert "5 rows read, 5 planned in 3 parts of 1 buckets" in capsys.readouterr().out
+    main(["pairs", settings, "--task", "0/2", "workers=0"])
+    main(["pairs", settings])
+    main(["verify", settings, "--deep"])
+    main(["gc", settings])
+    main(["report", settings, "--out", str(tmp_path / "r.html")])
+    assert (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name):
+    parser = make_parser()._subparsers._group_actions[0].choices[name]
+    example = COMMANDS[name][1]
+    assert f"example: python -m data_prep {example}" in parser.format_help()
+    assert parse(example.split()).command == name
+
+
+def test_errors_are_one_line_with_a_way_out(settings, capsys, tmp_path):
+    assert "write I/N" in failed(capsys, "pairs", settings, "--task", "3")
+    assert "does not exist" in failed(capsys, "pairs", settings)
+    assert "no such file" in failed(capsys, "plan", str(tmp_path / "absent.yaml"))
+    assert "part_row" in failed(capsys, "plan", settings, "part_row=3")
+    assert "not understood" in failed(capsys, "plan", settings, "--wrong")
+    assert "no such filter" in failed(capsys, "plan", settings, "filters=[{name: tall}]")
+    assert "no pairs left of 5 rows read" in failed(capsys, "plan", settings, "filters=[{name: min_side, value: 999}]")
+    assert "no plan yet" in failed(capsys, "pairs", settings)
+    main(["plan", settings])
+    assert "`seed` was 0, is 1" in failed(capsys, "pairs", settings, "seed=1")
+    assert "no text family" in failed(capsys, "text", settings)
+    assert "no latents family other" in failed(capsys, "latents", settings, "--family", "other")
+
+
+def test_overrides_stand_anywhere():
+    arguments = parse(["pairs", "x.yaml", "seed=1", "--task", "1/4", "workers=3"])
+    assert arguments.overrides == ["seed=1", "workers=3"]
+    assert arguments.task == Share(1, 4)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_datasets_are_sound(path):
+    config = load_dataset(path, [])
+    Filters(config.filters)
+    assert make_buckets(config.buckets)
+    assert len({family.name for family in [*config.latents, *config.text]}) == len(config.latents) + len(config.text)
+
+
+def test_plan_and_pairs_do_without_torch(settings):
+    code = "import sys, data_prep.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr("data_prep.progress.LINE_SECONDS", 0.0)
+    with Progress("pairs", 4) as progress:
+        progress.advance(3, "written")
+        progress.advance(1, "dropped")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("pairs: 4/4 rows, ")
+    assert lines[-1].endswith("| written 3, dropped 1")

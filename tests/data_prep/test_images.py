@@ -1,0 +1,159 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from data_prep.images import (
+    DAMAGED,
+    EMPTY,
+    MAX_PIXELS,
+    TOO_LARGE,
+    UNKNOWN,
+    ImageError,
+    decode_image,
+    encode_image,
+    fit_bucket,
+    image_size,
+    resize_crop,
+)
+from data_prep.schema import Bucket
+from tests.data_prep.raw_material import bomb, encoded, picture
+
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
+
+
+def mean_colour(image):
+    return np.asarray(image.convert("RGB"), np.float64).mean((0, 1))
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_format_keeps_its_colours(image_format):
+    image = Image.new("RGB", (40, 24), (200, 40, 90))
+    decoded = decode_image(encoded(image, image_format))
+    assert decoded.mode == "RGB"
+    assert decoded.size == (40, 24)
+    assert np.abs(mean_colour(decoded) - (200, 40, 90)).max() < 6
+
+
+def test_cmyk():
+    cmyk = Image.new("RGB", (32, 32), (255, 0, 0)).convert("CMYK")
+    assert np.abs(mean_colour(decode_image(encoded(cmyk, "JPEG", quality=95))) - (255, 0, 0)).max() < 6
+
+
+def test_palette_with_transparency_lies_on_white():
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(0, (0, 0, 8, 4))
+    pixels = np.asarray(decode_image(encoded(image, "PNG", transparency=0)))
+    assert (pixels[:4] == 255).all()
+    assert (pixels[4:] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"), [("RGBA", (0, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (0, 0), 255)]
+)
+def test_alpha_lies_on_white(mode, colour, expected):
+    pixels = np.asarray(decode_image(encoded(Image.new(mode, (8, 8), colour))))
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(1, 64).repeat(8, 0)
+    pixels = np.asarray(decode_image(encoded(Image.fromarray(ramp))))
+    assert np.abs(pixels[0, :, 0].astype(int) - np.linspace(0, 255, 64)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = Image.new("RGB", (64, 32), (255, 255, 255))
+    upright.paste((255, 0, 0), (0, 0, 16, 16))
+    stored = upright.transpose(
+        {
+            2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270,
+        }[orientation]
+    ) if orientation > 1 else upright  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, "JPEG", quality=95, exif=exif)
+    assert image_size(data) == (32, 64)
+    for decoded in (decode_image(data), decode_image(data, at_least=(16, 32)), fit_bucket(data, Bucket(16, 32))[0]):
+        pixels = np.asarray(decoded.resize((64, 32)))
+        assert np.abs(pixels[4:12, 4:12].astype(int) - (255, 0, 0)).max() < 16
+        assert np.abs(pixels[20:, 20:].astype(int) - 255).max() < 16
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for image_format in ("GIF", "WEBP"):
+        data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+        assert np.abs(mean_colour(decode_image(data)) - (255, 0, 0)).max() < 8
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", EMPTY),
+        (b"no image at all", UNKNOWN),
+        (bomb(), TOO_LARGE),
+        (bomb(1, MAX_PIXELS + 1), TOO_LARGE),
+        (encoded(picture(0), "TIFF"), UNKNOWN),
+        (encoded(picture(0))[:-60], DAMAGED),
+        (encoded(picture(0), "JPEG")[:-200], DAMAGED),
+    ],
+)
+def test_bad_images_have_a_reason(data, reason):
+    with pytest.raises(ImageError) as error:
+        decode_image(data)
+    assert error.value.reason == reason
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FORMATS), st.data())
+def test_damage_never_raises_anything_else(image_format, data):
+    good = bytearray(encoded(picture(1, 24, 24), image_format))
+    for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=4)):
+        good[place] ^= 1 << data.draw(st.integers(0, 7))
+    cut = bytes(good[: data.draw(st.integers(0, len(good)))])
+    reason = ""
+    try:
+        assert decode_image(cut).mode == "RGB"
+    except ImageError as error:
+        reason = error.reason
+    assert reason in ("", EMPTY, UNKNOWN, TOO_LARGE, DAMAGED)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 200), st.integers(8, 200), st.sampled_from([Bucket(32, 32), Bucket(16, 48), Bucket(48, 16)]))
+def test_crop_is_centred_and_has_the_buckets_aspect(height, width, bucket):
+    image, crop = resize_crop(Image.new("RGB", (width, height)), bucket)
+    assert image.size == (bucket.width, bucket.height)
+    assert 0 <= crop.left < crop.right <= width
+    assert 0 <= crop.top < crop.bottom <= height
+    assert crop.left == pytest.approx(width - crop.right)
+    assert crop.top == pytest.approx(height - crop.bottom)
+    assert (crop.right - crop.left) / (crop.bottom - crop.top) == pytest.approx(bucket.width / bucket.height)
+
+
+@pytest.mark.parametrize("side", [512, 700, 1024, 1500])
+def test_scaled_decode_gives_nearly_the_same_picture(side):
+    noise = np.random.default_rng(0).normal(0, 1, (side // 4, side // 4, 3))
+    image = Image.fromarray((128 + 40 * noise).clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.LANCZOS)
+    data = encoded(image, "JPEG", quality=95)
+    quick, crop = fit_bucket(data, Bucket(256, 256))
+    plain, expected = resize_crop(decode_image(data), Bucket(256, 256))
+    error = np.asarray(quick, np.float64) - np.asarray(plain, np.float64)
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 30  # of noise, which is the worst case
+    assert (crop.right, crop.bottom) == pytest.approx((expected.right, expected.bottom))
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
+def test_encoding_round_trip(image_format):
+    data = encode_image(picture(3), image_format, 95)
+    assert Image.open(io.BytesIO(data)).format == image_format.upper()
+    difference = np.asarray(decode_image(data), float) - np.asarray(picture(3), float)
+    assert np.abs(difference).mean() < (0.01 if image_format == "png" else 4)

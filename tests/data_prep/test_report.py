@@ -1,0 +1,55 @@
+import re
+
+import pytest
+
+from data_prep.config import DedupeConfig, FilterConfig
+from data_prep.pairs import run_pairs
+from data_prep.parts import Share
+from data_prep.plan import run_plan
+from data_prep.report import write_report
+from data_prep.store import open_store
+from tests.data_prep.raw_material import ALONE, config_of, png, sample_members, write_tar
+
+
+@pytest.fixture
+def config(tmp_path):
+    members = [
+        m for n in range(12) for m in sample_members(str(n), png(n), {"caption": ["<b>fox</b> & co", f"c{n}"], "score": n})
+    ]
+    write_tar(
+        tmp_path / "in", "a.tar", [*members, *sample_members("again", png(3), {"caption": "x", "score": 9}), ("bad.png", b"?")]
+    )
+    filters = [FilterConfig("min_value", 4, "score"), FilterConfig("caption_without", ["c7"])]
+    return config_of(tmp_path, ("webdataset", tmp_path / "in"), filters=filters, dedupe=DedupeConfig(True, 2))
+
+
+def test_the_page_shows_counts_pictures_and_reasons(config, tmp_path):
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    run_pairs(config, dataset, ALONE)
+    write_report(config, dataset, tmp_path / "page/report.html")
+    page = (tmp_path / "page/report.html").read_text()
+    words = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page))
+    for text in (
+        "14 rows read",
+        "9 pairs committed",
+        "5 dropped, each with a reason",
+        "min_value: score below 4",
+        "image: not a known",
+    ):
+        assert text in words
+    assert "&lt;b&gt;fox&lt;/b&gt; &amp; co" in page
+    assert page.count('<img src="data:image/jpeg;base64,') == 4 + 4  # of the first part, and of the filter's reason
+    assert "caption_without: c7 1" in words
+    assert "not made yet" in words
+
+
+def test_the_page_of_a_job_that_still_runs(config, tmp_path):
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    run_pairs(config, dataset, Share(1, 3))
+    write_report(config, dataset, tmp_path / "report.html")
+    words = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", (tmp_path / "report.html").read_text()))
+    assert "4 pairs committed" in words
+    assert "5 planned, not made yet" in words
+    assert "1 / 3 parts committed" in words

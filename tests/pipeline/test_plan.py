@@ -1,0 +1,115 @@
+"""The planner's terms against the real tiny network and engine, and how they scale."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from model.errors import UserError
+from model.fusion import Text
+from pipeline.config import STAGES, StageConfig, load_stage
+from pipeline.plan import Setup, activation_bytes, main, make_plan, state_memory
+from tests.distributed import on_ranks
+from tests.pipeline import rank_tasks
+from tests.pipeline.small_network import stage as small_stage
+
+LLM_WIDTHS = (24, 16)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp32"},
+        {"precision": "bf16", "zero_stage": 2},
+        {"precision": "bf16", "zero_stage": 1},
+    ],
+    ids=str,
+)
+def test_state_memory_is_what_two_ranks_hold(engine):
+    parameters, held = on_ranks(2, rank_tasks.held_bytes, engine)[0]
+    planned = state_memory(small_stage(**engine), parameters, 2)
+    assert set(held) == {"weights", "gradients", "masters", "moments", "EMA"}
+    for kind, real in held.items():
+        assert planned[kind] == pytest.approx(real, rel=0.02), kind
+
+
+class Saved:
+    """Bytes of distinct tensors that autograd keeps, weights left out."""
+
+    def __init__(self, network):
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        self.kept = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.kept.values())
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_activations_are_what_autograd_keeps(size, depth):
+    stage = StageConfig(fusion=FusionConfig(families=["a", "b"]))
+    config = DiTConfig(depth=depth, width=64, heads=4, channels=4)
+    network = LIDiT(config, stage.fusion, LLM_WIDTHS).to(torch.bfloat16)
+    setup = Setup(1, height=size * 8, width=size * 8, llm_widths=LLM_WIDTHS, prefix_tokens=4, caption_tokens=12, channels=4)
+    texts = [Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False) for width in LLM_WIDTHS]
+    saved = Saved(network)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        kept = network(torch.randn(2, 4, size, size).to(torch.bfloat16), torch.rand(2), texts)
+    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(saved.bytes, rel=0.15)
+    assert kept.requires_grad
+
+
+@given(st.sampled_from(["li_dit_1b_256", "li_dit_10b_512"]), st.sampled_from([8, 16, 64]), st.floats(0.1, 0.7))
+@settings(deadline=None, derandomize=True, database=None, max_examples=10)
+def test_twice_the_gpus_take_half_the_days_and_half_the_shard(name, gpus, mfu):
+    stage = load_stage(name, [])
+    one, two = (make_plan(stage, Setup(number, mfu=mfu)) for number in (gpus, 2 * gpus))
+    assert two.days == pytest.approx(one.days / 2)
+    assert two.memory["masters"] == pytest.approx(one.memory["masters"] / 2)
+    assert two.memory["gathered"] == one.memory["gathered"]
+    assert one.read_per_node == pytest.approx(two.read_per_node)
+    assert one.local_batch == 2 * two.local_batch
+    assert one.parameters["total"] * 16 == one.checkpoint_bytes
+
+
+def test_checkpointing_and_sharding_save_memory_in_order():
+    stage = load_stage("li_dit_10b_512", [])
+    dit = stage.dit(16)
+    by_every = [
+        activation_bytes(replace(stage, model=replace(stage.model, checkpoint_every=every)), dit, Setup(8))
+        for every in (1, 2, 4, 0)
+    ]
+    assert by_every == sorted(by_every)
+    totals = [
+        sum(state_memory(replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64).values())
+        for number in (3, 2, 1)
+    ]
+    assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STAGES.glob("li_dit_*.yaml")))
+def test_every_large_stage_is_planned(name, capsys):
+    main([name, "--gpus", "8,64,512"])
+    shown = capsys.readouterr().out
+    assert "512 GPUs" in shown
+    assert "days" in shown
+
+
+def test_what_does_not_divide_is_refused():
+    stage = load_stage("li_dit_1b_256", [])
+    with pytest.raises(UserError, match="--gpus"):
+        make_plan(stage, Setup(7))
+    with pytest.raises(UserError, match="--widths"):
+        make_plan(stage, Setup(8, llm_widths=(1,)))

@@ -1,0 +1,129 @@
+"""The trainer: exact resume, the same losses on any number of processes, clear ends."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from pipeline import learned, train
+from pipeline.checkpoint import load_weights
+from pipeline.config import dump_stage
+from pipeline.metrics import read_events
+from pipeline.report import build
+from pipeline.stopping import EXIT_AGAIN
+from tests.distributed import on_ranks
+from tests.pipeline import fake_snapshot, trainer_tasks
+
+NUMBERS = ("loss", "grad_norm", "lr", "caption_tokens", "loss_t0", "loss_t3")
+BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    fake_snapshot.make(folder / "store", BUCKETS, folder)
+    return str(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory):
+    """Folder and reports of an uninterrupted run on two processes."""
+    runs = tmp_path_factory.mktemp("straight")
+    codes, reports = zip(*on_ranks(2, trainer_tasks.train, store, str(runs)), strict=True)
+    assert codes == (0, 0)
+    return runs / "small", reports[0]
+
+
+def same_weights(one, other, ema):
+    one, other = load_weights(one, ema), load_weights(other, ema)
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("stop_at", [1, 6])
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight, tmp_path, stop_at):
+    codes = [code for code, _ in on_ranks(2, trainer_tasks.train, store, str(tmp_path), stop_at)]
+    assert codes == [EXIT_AGAIN, EXIT_AGAIN]  # only the last rank was asked, both stopped
+    (code, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path))
+    assert code == 0
+    run, expected = straight
+    assert [event["step"] for event in read_events(tmp_path / "small", "start")] == [0, stop_at]
+    assert [[report[name] for name in NUMBERS] for report in reports] == [[report[name] for name in NUMBERS] for report in expected]
+    assert all(same_weights(tmp_path / "small", run, ema) for ema in (None, 0, 1))
+    validations = [[event["loss"] for event in read_events(folder, "validation")] for folder in (tmp_path / "small", run)]
+    assert validations[0] == validations[1]
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path):
+    fp32 = {"engine__precision": "fp32"}
+    losses = {}
+    for world in (1, 2, 4):
+        (code, reports), *_ = on_ranks(world, trainer_tasks.train, store, str(tmp_path / str(world)), **fp32)
+        assert code == 0
+        losses[world] = torch.tensor([report["loss"] for report in reports])
+    assert losses[1].unique().numel() > 6
+    torch.testing.assert_close(losses[2], losses[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses[4], losses[1], rtol=1e-4, atol=0)
+
+
+def test_a_finished_run_shows_what_it_did(straight):
+    run, reports = straight
+    assert len(reports) == 12
+    assert json.loads((run / "finished.json").read_text())["samples"] == 96
+    record = learned.measure(run, pairs=8)
+    # fresh weights predict zero, so their loss is the mean square of the target, about that of data plus noise
+    assert 1.5 < record["untrained_mean"] < 4.5
+    assert record["right"] != record["shuffled"] != record["untrained"]
+    page = build(run).read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("https://matplotlib.org", "")
+
+
+def say(monkeypatch, capsys, *arguments):
+    """Exit code and stderr of `python -m pipeline.train`."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.store=/nowhere/at/all", "/nowhere/at/all"),
+        ("data.dataset=other", "other"),
+        ("data.snapshot=0123456789abcdef", "0123456789abcdef"),
+        ("data.latents=small", "no latents family `small`"),
+        ("fusion.families=[small,larger]", "no text family `larger`: it has small, wide"),
+        ("fusion.expect.small.llm=another", "was made with llm=fake small, the stage expects another"),
+        ("optim.lrr=1", "Did you mean: 'lr'"),
+        ("model.preset=huge", "model.preset=huge is unknown"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_writes_nothing(store, tmp_path, monkeypatch, capsys, override, says):
+    stage = trainer_tasks.stage(store, tmp_path)
+    (tmp_path / "stage.yaml").write_text(dump_stage(stage))
+    code, error = say(monkeypatch, capsys, str(tmp_path / "stage.yaml"), "--dry-run", override)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+    assert not stage.run.exists()
+
+
+def test_a_dry_run_prints_the_stage(store, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stage.yaml").write_text(dump_stage(trainer_tasks.stage(store, tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "stage.yaml"), "--dry-run", "optim.lr=0.25"])
+    train.main()
+    printed = capsys.readouterr().out
+    assert "lr: 0.25" in printed
+    assert "100 pairs in 2 buckets" in printed
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_finished_stage_is_not_run_again(straight, monkeypatch, capsys):
+    run, _ = straight
+    monkeypatch.setattr(sys, "argv", ["train", str(run / "stage.yaml")])
+    train.main()
+    assert "already finished" in capsys.readouterr().out

@@ -1,0 +1,53 @@
+"""What the ranks of the trainer's tests run."""
+
+import logging
+
+import torch
+
+from pipeline.distributed import Ranks
+from pipeline.metrics import read_reports
+from pipeline.stopping import Stop
+from pipeline.trainer import Trainer
+from tests.pipeline import fake_snapshot
+
+
+class StopAt(Stop):
+    """Asks one rank to stop before a step."""
+
+    def __init__(self, step, rank):
+        super().__init__()
+        self.left, self.asked = step, rank == Ranks.from_environment().rank
+
+    def requested(self):
+        self.left -= 1
+        return self.asked and self.left < 0
+
+
+def stage(store, runs, **settings):
+    """A small stage on the fake snapshot; dotted settings as `optim__lr=...`."""
+    config = fake_snapshot.stage(store, f"{runs}/cache", global_batch=8, canonical_nodes=2, shuffle_parts=2)
+    config.name, config.runs, config.samples = "small", str(runs), 8 * 12
+    config.model.depth, config.model.width, config.model.heads, config.model.patch = 2, 32, 2, 2
+    config.optim.lr, config.optim.warmup_samples = 1e-2, 16
+    config.engine.reduce_bucket = config.engine.prefetch_bucket = 100_000
+    config.engine.persistence_threshold, config.engine.overlap_comm = 100, False
+    config.checkpoint.every_samples = 8 * 4
+    config.ema, config.log.every_steps, config.log.tensorboard = [0.9, 0.5], 1, False
+    config.log.validate_every_samples, config.data.validation_parts = 8 * 6, 1
+    for name, value in settings.items():
+        target, *path = config, *name.split("__")
+        for part in path[:-1]:
+            target = getattr(target, part)
+        assert hasattr(target, path[-1])
+        setattr(target, path[-1], value)
+    return config
+
+
+def train(store, runs, stop_at=None, **settings):
+    """Train on this rank; returns the exit code and the reports so far."""
+    logging.disable(logging.INFO)
+    torch.manual_seed(Ranks.from_environment().rank)  # the trainer must not depend on what was drawn before
+    config = stage(store, runs, **settings)
+    stop = Stop() if stop_at is None else StopAt(stop_at, rank=Ranks.from_environment().world - 1)
+    code = Trainer(config, Ranks.from_environment(), stop).run()
+    return code, read_reports(config.run)
