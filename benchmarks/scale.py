@@ -69,7 +69,7 @@ def hexes(rng, count):
 
 def start_rank(folder, cache, id):
     """What a rank does before its first batch; prints its figures as JSON."""
-    figures = {"imports_bytes": peak()}
+    figures: dict[str, float] = {"imports_bytes": peak()}
     begun = time.perf_counter()
     dataset = open_store(folder).sub("ds")
     snapshot = Snapshot.from_json(dataset.read(f"snapshots/{id}/snapshot.json"))
@@ -136,7 +136,7 @@ def table(results):
 
 def main():
     """Measure, write the table, print one line of JSON at the end."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How start-up time and memory of a rank's data plan grow")
     parser.add_argument("--largest", type=float, default=1e9, help="samples")
     parser.add_argument("--rank", nargs=3, metavar=("STORE", "CACHE", "SNAPSHOT"), help="be the process that is measured")
     arguments = parser.parse_args()

@@ -125,7 +125,7 @@ echo "== $RUN: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLU
 touch "$RUN/logs/rank_00000.txt" "$RUN/logs/srun.txt"
 tail -q -n 0 -s 0.2 -F "$RUN/logs/rank_00000.txt" "$RUN/logs/srun.txt" &
 TAIL=$!
-trap 'kill "$TAIL"' EXIT
+trap 'kill "$TAIL" 2> /dev/null || true' EXIT
 
 BAD=''
 if [ "$PREFLIGHT" != 0 ]; then

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,13 @@ def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> Non
 def verify_dataset(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Check what is committed: every file is there with its size, and with --deep its hash."""
     check_settings(config, dataset)
-    verify(dataset, arguments.deep)
+    found = verify(dataset, arguments.deep)
+    for kind, parts in sorted(found.parts.items()):
+        print(f"{kind}: {parts:,} parts are right, {found.bytes[kind]:,} bytes")
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    if found.problems:
+        raise UserError(f"{dataset.uri}: {len(found.problems)} problems, each named above with its way out")
 
 
 def report(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
@@ -69,7 +76,10 @@ def report(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
 
 def gc(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """List files that no commit names, left by killed tasks; with --delete remove them."""
-    collect_garbage(dataset, arguments.older_than_hours, arguments.delete)
+    garbage = collect_garbage(dataset, arguments.older_than_hours, arguments.delete)
+    for key in garbage:
+        print(key)
+    print(f"{len(garbage):,} files " + ("removed" if arguments.delete else "would be removed: add --delete"))
 
 
 COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str]] = {
@@ -175,3 +185,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    # The interpreter's own exit aborts now and then while pyarrow's threads still run: all is written, so leave at once.
+    sys.stdout.flush()
+    os._exit(0)

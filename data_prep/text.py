@@ -206,7 +206,7 @@ class TextJob:
         }
 
     def _encode_captions(self, texts: list[str], new: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:
-        """Every distinct caption, the `new` ones from the LLM, the others from memory; the empty one has no token and stands for the null caption."""
+        """Every distinct caption: the `new` ones from the LLM, the others from memory, the empty one without a token."""
         encoded = {"": _Caption(0, b"", b"")}
         for text in dict.fromkeys(texts):
             if text in self._memory:

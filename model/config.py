@@ -40,7 +40,7 @@ class FusionConfig:
     pool: Literal["caption", "all"] = "caption"
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not say)."""
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; a family made in another way is refused."""
+    """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another way is refused."""
     encode: Literal["families", "online"] = "families"
     """Read the states from text families, or run the LLMs in the trainer."""
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 BITS = {"int8": 8, "int6": 6, "int4": 4, "bf16": 16}
-_CLIP = {"int8": (1.0,), "int6": (1.0, 0.9), "int4": (1.0, 0.9, 0.8, 0.7)}
-"""Shares of a token's largest value tried as its range: at few bits, clipping a rare value makes the others finer."""
 
 
 def BYTES_PER_TOKEN(quantisation: str, width: int) -> int:
@@ -24,7 +22,8 @@ def quantise(states: Tensor, quantisation: str, mean: Tensor, spread: Tensor) ->
     """Quantise raw states fp32 [N, W] with the family's channel `mean` and `spread` [W].
 
     Returns:
-        Values uint8 [N, bytes per token], scales fp32 [N] (empty for bf16), and how many values were clipped.
+        Values uint8 [N, bytes per token], scales fp32 [N] (empty for bf16), and how many values were
+        clipped (none, as long as each token's scale follows its largest value).
 
     Raises:
         ValueError: a state is not finite.
@@ -35,15 +34,12 @@ def quantise(states: Tensor, quantisation: str, mean: Tensor, spread: Tensor) ->
         return states.to(torch.bfloat16).contiguous().view(torch.uint8), states.new_empty(0), 0
     top = 2 ** (BITS[quantisation] - 1) - 1
     standard = (states.float() - mean) / spread  # [N, W]
-    largest = standard.abs().amax(1).clamp(min=1e-12)  # [N]
-    scales, best = largest / top, torch.full_like(largest, torch.inf)
-    if len(_CLIP[quantisation]) > 1:
-        for share in _CLIP[quantisation]:
-            trial = largest * share / top
-            error = (_round(standard, trial, top) * trial[:, None] - standard).square().sum(1)
-            scales, best = torch.where(error < best, trial, scales), torch.minimum(error, best)
-    levels = _round(standard, scales, top)
-    clipped = int((standard.abs() > (scales * (top + 0.5))[:, None]).sum())
+    # The range of a token is its largest value. Cutting it at less makes the mean error of int4 smaller (13 to 12 %) but that of
+    # the worst channel larger (14 to 28 % on Gemma), since it is always the same channels that are cut.
+    scales = standard.abs().amax(1).clamp(min=1e-12) / top  # [N]
+    levels = (standard / scales[:, None]).round_()
+    clipped = int((levels.abs() > top).sum())
+    levels.clamp_(-top, top)
     return _pack(levels.to(torch.int8), BITS[quantisation]), scales, clipped
 
 
@@ -60,10 +56,6 @@ def dequantise(values: Tensor, scales: Tensor, quantisation: str, mean: Tensor, 
     levels = values.view(torch.int8) if quantisation == "int8" else _unpack(values, BITS[quantisation], width)
     output = torch.empty(levels.shape, dtype=dtype, device=values.device)
     return torch.mul(levels, scales[:, None], out=output)
-
-
-def _round(standard: Tensor, scales: Tensor, top: int) -> Tensor:
-    return (standard / scales[:, None]).round_().clamp_(-top, top)
 
 
 def _pack(levels: Tensor, bits: int) -> Tensor:

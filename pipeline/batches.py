@@ -9,6 +9,7 @@ that do not fill a batch, fewer than one batch a bucket, are left over; another 
 Memory is a few bytes a part and one byte a batch, never something per sample: a billion samples cost megabytes.
 """
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ def _permutation(seed: int, epoch: int, label: str, index: int, length: int) -> 
 def sample_rng(seed: int, epoch: int, id: int, stream: str) -> np.random.Generator:
     """The random numbers of one sample in one epoch for one purpose: Philox keyed by seed, id, epoch and `stream`."""
     return np.random.Generator(np.random.Philox(counter=[0, 0, epoch, xxhash.xxh64_intdigest(stream)], key=[seed % 2**64, id]))
+
+
+def sample_seed(seed: int, epoch: int, id: int, stream: str) -> int:
+    """The same for generators that take one number: 64 bits of a hash over all of them."""
+    return xxhash.xxh64_intdigest(struct.pack("<QQQ", seed % 2**64, epoch, id) + stream.encode())
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class Checkpoints:
         self._writing: _Work | None = None
         self._uploading: _Work | None = None
         self._host: dict[str, Tensor] = {}
+        self._stage_hash = ""
         self._newest: dict[str, Any] | None = None
         self.failures = 0
         """Saves that were given up since the start, such as for a full disk."""
@@ -83,12 +84,14 @@ class Checkpoints:
         """
         self.wait()
         folder = self.folder / f".tmp_{_name(step)}"
+        if not self._stage_hash:
+            self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
         if self._newest is not None and self._newest["step"] == step:
             return
         failures = self.failures
         if self._prepare(folder):
             state = engine.state()
-            manifest = self._manifest(engine, state, trainer_state, samples, step)
+            manifest = self._manifest(state, trainer_state, samples, step)
             tensors = {f"{kind}.{index}": tensor for kind, group in state.tensors.items() for index, tensor in enumerate(group)}
             files = {rank_file(self.rank): tensors if wait and engine.device.type == "cpu" else self._to_host(tensors)}
             if self.rank == 0:
@@ -136,9 +139,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         return {name: self._host[name] for name in tensors}
 
-    def _manifest(
-        self, engine: "Engine", state: ShardState, trainer_state: dict[str, Any], samples: int, step: int
-    ) -> dict[str, Any]:
+    def _manifest(self, state: ShardState, trainer_state: dict[str, Any], samples: int, step: int) -> dict[str, Any]:
         every = self.config.keep_every_samples
         before = self._newest["samples"] if self._newest is not None else 0
         return {
@@ -150,7 +151,7 @@ class Checkpoints:
             "optimizer": {"step": state.optimizer_step, "groups": state.groups},
             "ema": state.decays,
             "trainer": trainer_state,
-            "stage_xxh64": xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest(),
+            "stage_xxh64": self._stage_hash,
         }
 
     def poll(self) -> None:
@@ -163,6 +164,11 @@ class Checkpoints:
             status = lowest(self._uploading.status)
             if status != _WAITING:
                 self._finish_upload(status)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was started and is not committed; not collective, the same on all ranks."""
+        return self._writing is not None
 
     def wait(self) -> None:
         """Write and commit what was started, however long it takes."""

@@ -22,7 +22,7 @@ from data_prep.store import Store, StoreError
 from model.errors import UserError
 from model.quantise import BYTES_PER_TOKEN
 from pipeline.batches import Rows, sample_rng
-from pipeline.packing import Layout, PackedBatch, allocate, tensors_in
+from pipeline.packing import NOISES, Layout, PackedBatch, allocate, tensors_in
 from pipeline.shard_cache import Row, Shard, ShardCache, locked
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,26 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
     """Rows of a snapshot, batch by batch. Map-style: an item is a whole `Request`."""
 
     def __init__(
-        self, cache: ShardCache, index: PartIndex, latents: Family, texts: Sequence[Family], captions: CaptionChoice
+        self,
+        cache: ShardCache,
+        index: PartIndex,
+        latents: Family,
+        texts: Sequence[Family],
+        captions: CaptionChoice,
+        draws_noise: bool,
     ) -> None:
-        self.cache, self.index = cache, index
+        """Read these families.
+
+        Args:
+            cache: where the files are.
+            index: where the parts are.
+            latents: the latents family.
+            texts: text families.
+            captions: how captions are drawn.
+            draws_noise: put the normal numbers into the batch. Drawing them takes eight times as long as reading the sample
+                (1.3 against 0.16 ms for latents of 512 pixels), so a GPU draws its own.
+        """
+        self.cache, self.index, self.draws_noise = cache, index, draws_noise
         self.latents, self.texts, self.captions = latents, list(texts), captions
         self.families = [latents, *texts]
         self._open: OrderedDict[tuple[str, int, str], Shard] = OrderedDict()
@@ -209,7 +226,8 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         shape = (batch, *self._latent_shape(planned.bucket))
         layout: Layout = [("ids", torch.int64, (batch,)), ("u", torch.float32, (batch,))]
         layout += [(name, torch.bfloat16, shape) for name in ("mean", "std")]
-        layout += [(name, torch.float32, shape) for name in ("posterior_noise", "noise")]
+        if self.draws_noise:
+            layout += [(name, torch.float32, shape) for name in NOISES]
         spans = {family.name: [_span(row, k) for row, k in zip(rows[family.name], chosen, strict=True)] for family in self.texts}
         for family in self.texts:
             total = sum(length for _, length in spans[family.name])
@@ -232,7 +250,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         counts = {name: [length for _, length in spans[name]] for name in spans}
         for name, lengths in counts.items():
             tensors[f"{name}/lengths"][:] = torch.tensor(lengths, dtype=torch.int32)
-        return PackedBatch(planned.bucket, planned.epoch, request.index, request.last, memory, layout, counts)
+        return PackedBatch(planned.bucket, planned.epoch, request.index, request.last, memory, layout, request.seed, counts)
 
     def _choose_captions(self, request: Request, rows: dict[str, list[Row]], ids: Sequence[int]) -> list[int | None]:
         """Caption of each sample, the same in every text family; None = the null caption."""
@@ -255,11 +273,11 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         """All random numbers of the batch, each sample's from its own streams."""
         seed, epoch = request.seed, request.rows.epoch
         tensors["ids"][:] = torch.tensor(ids)
-        u, noise, posterior = (tensors[name].numpy() for name in ("u", "noise", "posterior_noise"))
-        for place, id in enumerate(ids):
-            u[place] = sample_rng(seed, epoch, id, "timestep").random(dtype=np.float32)
-            sample_rng(seed, epoch, id, "noise").standard_normal(dtype=np.float32, out=noise[place])
-            sample_rng(seed, epoch, id, "posterior").standard_normal(dtype=np.float32, out=posterior[place])
+        uniform = [sample_rng(seed, epoch, id, "timestep").random(dtype=np.float32) for id in ids]
+        tensors["u"][:] = torch.tensor(np.array(uniform))
+        for name in NOISES if self.draws_noise else ():
+            for row, id in zip(tensors[name].numpy(), ids, strict=True):
+                sample_rng(seed, epoch, id, name).standard_normal(dtype=np.float32, out=row)
 
 
 Copy = tuple[Shard, int, memoryview]

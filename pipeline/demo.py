@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_prep.pairs import read_pairs
-from data_prep.parts import committed
-from data_prep.snapshot_reader import read_snapshot
 
 from data_prep.config import load_dataset
+from data_prep.pairs import read_pairs
+from data_prep.parts import committed
 from data_prep.schema import PAIRS, Snapshot
+from data_prep.snapshot_reader import read_snapshot
 from data_prep.store import open_store
 from model.errors import UserError, command
 from pipeline import report

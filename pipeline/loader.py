@@ -97,7 +97,7 @@ class TrainingData:
         cache.clean()
         index = PartIndex(dataset, self.snapshot, cache.folder / "index")
         captions = CaptionChoice(self.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
-        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions)
+        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions, draws_noise=device.type == "cpu")
         self.parts = {bucket: index.rows(bucket) for bucket in self.snapshot.buckets}
         self.held_out = self._hold_out()
         self._check_sizes()
@@ -168,6 +168,12 @@ class TrainingData:
         Raises:
             UserError: the position is inside an epoch of another order, or a file cannot be read or fetched.
         """
+        for item in self.packed(position):
+            after = self._position(item.epoch + 1, 0) if item.last else self._position(item.epoch, item.index + 1)
+            yield item.unpack(self.device), after
+
+    def packed(self, position: Position | None = None) -> Iterator[PackedBatch]:
+        """As `batches`, before the copy to the device."""
         at = position or self.start()
         self._check(at)
         self._shut_down()
@@ -180,8 +186,7 @@ class TrainingData:
                     raise RuntimeError(f"a loader process failed or was killed: {error!r}") from error
                 if isinstance(item, Exception):
                     raise item
-                after = self._position(item.epoch + 1, 0) if item.last else self._position(item.epoch, item.index + 1)
-                yield item.unpack(self.device), after
+                yield item
         finally:
             # At once, and not when the exception, which holds this frame, is forgotten.
             self._shut_down()

@@ -5,6 +5,7 @@ descriptor and to the device as one copy; nothing is pickled but a few numbers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from pipeline.batches import sample_seed
 from pipeline.texts import PackedText
 
 _ALIGN = 64
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a block, in order."""
+
+NOISES = ("posterior_noise", "noise")
+"""Tensors of normal numbers; also the names of their random streams."""
 
 
 @dataclass
@@ -69,6 +74,8 @@ class PackedBatch:
     memory: Tensor
     """uint8: all tensors one after another."""
     layout: Layout
+    seed: int
+    """Of the noise."""
     counts: dict[str, list[int]]
     """Text family -> tokens of each caption."""
 
@@ -78,10 +85,26 @@ class PackedBatch:
         return self
 
     def unpack(self, device: torch.device) -> Batch:
-        """Copy to the device at once, then cut into tensors without further copies."""
+        """Copy to the device at once, then cut into tensors without further copies; draw there the noise that is lacking."""
+        ids = tensors_in(self.memory, self.layout)["ids"].tolist()
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
         texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
+        for name in NOISES:
+            if name not in tensors:
+                tensors[name] = draw_on(device, tensors["mean"].shape, self.seed, self.epoch, ids, name)
         return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts)
+
+
+def draw_on(device: torch.device, shape: Sequence[int], seed: int, epoch: int, ids: Sequence[int], stream: str) -> Tensor:
+    """Normal numbers fp32 [B, ...] drawn on a device, each sample's from its own generator, so whatever its batch is.
+
+    A GPU's generator is Philox too. It gives other numbers than a CPU's.
+    """
+    numbers = torch.empty(tuple(shape), device=device)
+    generator = torch.Generator(device)
+    for row, id in zip(numbers, ids, strict=True):
+        row.normal_(generator=generator.manual_seed(sample_seed(seed, epoch, id, stream)))
+    return numbers
 
 
 def _packed_text(tensors: dict[str, Tensor], family: str, counts: list[int]) -> PackedText:

@@ -119,11 +119,10 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int) -> dict[str, fl
     share = parameters / gpus
     size = 2 if engine.precision == "bf16" else 4
     shared_weights = share if engine.zero_stage == 3 else parameters
-    masters_are_weights = engine.precision == "fp32" and engine.zero_stage == 3
     memory = {
         "weights": size * shared_weights,
         "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
-        "masters": 0.0 if masters_are_weights else 4.0 * share,
+        "masters": 4.0 * share,
         "moments": 8.0 * share,
         "EMA": 4.0 * share * len(stage.ema),
         "step": 4.0 * min(share, engine.sub_group_size),

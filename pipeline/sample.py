@@ -23,6 +23,7 @@ from model.errors import UserError, command
 from pipeline.config import SampleConfig
 from pipeline.console import CONSOLE
 from pipeline.distributed import Ranks
+from pipeline.export import load_source
 from pipeline.pictures import make_grid, save_png, to_images
 from pipeline.sampler import DTYPES, Drawing, Sampler
 
@@ -164,7 +165,7 @@ def main() -> None:
         torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     )
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    sampler = Sampler.from_run(arguments.source, arguments.weights, device, DTYPES[precision])
+    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision])
     drawing = choose_drawing(sampler.defaults, arguments)
     sampler.check(drawing)
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed

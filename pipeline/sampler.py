@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep.schema import Family
 from model.dit import LIDiT
@@ -62,7 +62,7 @@ class Sampler:
             device: where to draw.
             dtype: precision of the network.
         """
-        self.network = network.eval().requires_grad_(False).to(device, dtype)
+        self.network = nn.Module.to(network.eval().requires_grad_(False), device, dtype)
         self.reader = reader
         self.objective = objective
         self.defaults = defaults

@@ -212,11 +212,13 @@ class ShardCache:
                     state = "is damaged" if place.exists() else "is missing"
                     raise StoreError(f"{path}: {state}: run `python -m data_prep verify` for a way out")
                 path.unlink(missing_ok=True)
-                self._make_room(file.bytes)
-                try:
-                    self.dataset.fetch(file, path)
-                except FileNotFoundError as error:
-                    raise StoreError(f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`") from error
+                with self._room(path, file.bytes):
+                    try:
+                        self.dataset.fetch(file, path)
+                    except FileNotFoundError as error:
+                        raise StoreError(
+                            f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`"
+                        ) from error
                 self._mark(path, name)
         self._whole.add(name)
         return path
@@ -245,39 +247,57 @@ class ShardCache:
         temporary.write_text(_state(path))
         temporary.replace(marker)
 
-    def _make_room(self, needed: int) -> None:
-        """Evict what was used longest ago until `needed` more bytes fit. Who still reads an evicted file can go on."""
+    @contextmanager
+    def _room(self, path: Path, needed: int) -> Iterator[None]:
+        """Evict what was used longest ago until `needed` more bytes fit, and keep them reserved. Who has an evicted file open
+        can go on reading it."""
+        reservation = path.with_name(f"{path.name}.reserved")
         with locked(self.root / "locks" / "evict", 600.0) as held:
             if not held:
                 raise StoreError(f"{self.root / 'locks' / 'evict'}: held for ten minutes: end the process that hangs")
-            files = _files(self.root)
+            files = _files(self.root, ".mds")
+            coming = needed + sum(_reserved(place, status) for place, status in _files(self.root, ".reserved"))
             used = sum(status.st_size for _, status in files)
             free = shutil.disk_usage(self.root).free
-            # The evicted share must satisfy both the limit that was set and the disk.
-            surplus = max(used + needed - self.limit if self.limit is not None else 0, needed + _SPARE_BYTES - free)
-            for path, status in sorted(files, key=lambda item: item[1].st_atime_ns):
-                if surplus <= 0:
-                    return
-                if path.suffix == ".mds":
-                    path.unlink(missing_ok=True)
+            # What is evicted must satisfy both the limit that was set and the disk.
+            surplus = max(used + coming - self.limit if self.limit is not None else 0, coming + _SPARE_BYTES - free)
+            for place, status in sorted(files, key=lambda item: item[1].st_atime_ns):
+                if surplus > 0:
+                    place.unlink(missing_ok=True)
                     surplus -= status.st_size
+            try:
+                reservation.parent.mkdir(parents=True, exist_ok=True)
+                reservation.write_text(str(needed))
+            except OSError as error:
+                raise StoreError(f"{path}: {error.strerror}: free space, or name another directory (data.cache)") from error
+        try:
+            yield
+        finally:
+            reservation.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Remove unfinished downloads of processes that are gone."""
-        for path, status in _files(self.root):
-            if path.suffix == ".part" and time.time() - status.st_mtime > _ABANDONED_SECONDS:
+        for path, status in _files(self.root, ".part", ".reserved"):
+            if time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
 
 
-def _files(root: Path) -> list[tuple[Path, os.stat_result]]:
-    """Shards and unfinished downloads of all caches under `root`."""
+def _files(root: Path, *suffixes: str) -> list[tuple[Path, os.stat_result]]:
+    """Files of all caches under `root`."""
     found = []
     for folder, _, names in os.walk(root):
         for name in names:
-            if name.endswith((".mds", ".part")):
-                with suppress(FileNotFoundError):  # evicted by another process meanwhile
+            if name.endswith(suffixes):
+                with suppress(FileNotFoundError):  # removed by another process meanwhile
                     found.append((Path(folder, name), os.stat(os.path.join(folder, name))))
     return found
+
+
+def _reserved(path: Path, status: os.stat_result) -> int:
+    """Bytes that a download in progress may still take; none if its process was killed."""
+    with suppress(FileNotFoundError):
+        return int(path.read_text() or 0) if time.time() - status.st_mtime < _ABANDONED_SECONDS else 0
+    return 0
 
 
 def _state(path: Path) -> str:

@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the stage's own, such as optim.lr=2e-4")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved stage, check it against its store, and stop")
     parser.add_argument("--minutes", type=float, help="save and leave with code 85 after so many minutes")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def dry_run(stage: StageConfig) -> None:

@@ -6,7 +6,6 @@ resumed repeats an uninterrupted one exactly.
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -54,6 +53,7 @@ class Trainer:
         # progress: all of it is kept in checkpoints
         self.step = 0
         self.samples = 0
+        self.samples_at_start = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.seconds_in_steps = 0.0
@@ -75,7 +75,7 @@ class Trainer:
         """
         self._resume()
         progress = TrainingProgress(self.stage.name, self.samples, self.stage.samples, shows=self.ranks.rank == 0)
-        batches = self._batches()
+        batches = self.data.batches(self.position)
         reported = time.monotonic()
         try:
             while True:
@@ -146,20 +146,16 @@ class Trainer:
         self.log.event("skipped", step=self.step, bucket=batch.bucket, epoch=batch.epoch, batch=batch.index, grad_norm=str(norm))
         if self.skipped_in_a_row > self.stage.optim.max_skipped_steps:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had non-finite or spiking gradients: lower optim.lr, "
-                f"or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
+                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had non-finite or spiking gradients: "
+                f"lower optim.lr, or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
             )
-
-    def _batches(self) -> Iterator[tuple[Batch, Position]]:
-        for batch, position in self.data.batches(self.position):
-            yield batch, position
 
     # -- once in a while ------------------------------------------------------------------------------------------------
 
     def _due(self, every: int | None) -> bool:
-        """Whether a multiple of `every` samples was passed by the last step."""
-        batch = self.stage.global_batch
-        return bool(every) and self.samples > 0 and self.samples // every > (self.samples - batch) // every
+        """Whether a multiple of `every` samples was passed by the last step, which this start has done."""
+        before = self.samples - self.stage.global_batch
+        return bool(every) and self.samples > self.samples_at_start and self.samples // every > before // every
 
     def interval_is_open(self) -> bool:
         """Whether a step was done since the last report."""
@@ -249,6 +245,7 @@ class Trainer:
         if newest is not None:
             state = self.checkpoints.load(self.engine, newest)
             self.step, self.samples = state["step"], state["samples"]
+            self.samples_at_start = self.samples
             self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
             self.seconds_in_steps, self.usual_norm = state["seconds_in_steps"], state["usual_norm"]
             self.position = None if state["position"] is None else Position.from_dict(state["position"])

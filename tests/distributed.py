@@ -13,7 +13,10 @@ import time
 import traceback
 
 from pipeline.distributed import free_port
+from pipeline.engine import start
 
+START = 240
+"""Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a machine."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.engine", "pipeline.checkpoint", "tests.distributed"])
 _pools = {}
@@ -48,6 +51,7 @@ class Pool:
             self.pipes.append(ours)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self.call(start, (10,), START)
 
     def call(self, function, args, timeout):
         self.send(function, args)

@@ -105,6 +105,7 @@ def test_no_swallowed_exceptions_and_no_unsafe_loading(path):
             assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), f"{name(path)}:{node.lineno} calls {called}"
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("trust_remote_code", "False") == "False", f"{name(path)}:{node.lineno} trusts remote code"
-            assert options.get("strict", "True") != "False" or called == "zip", f"{name(path)}:{node.lineno} loads with strict=False"
+            lenient = options.get("strict") == "False" and called != "zip"
+            assert not lenient, f"{name(path)}:{node.lineno} loads with strict=False"
             if called == "torch.load":
                 assert options.get("weights_only") == "True", f"{name(path)}:{node.lineno} unpickles"

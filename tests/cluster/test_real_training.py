@@ -9,6 +9,8 @@ from tests.pipeline import fake_snapshot, trainer_tasks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
+BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}
+
 
 def losses(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -16,12 +18,12 @@ def losses(run):
 
 
 def test_stopped_and_resumed_training_has_the_losses_of_an_uninterrupted_one(slurm, training, tmp_path):
-    fake_snapshot.make(str(tmp_path / "store"), {"64x64": [24, 16], "32x96": [16]}, tmp_path / "made")
-    stage = trainer_tasks.stage(str(tmp_path / "store"), tmp_path / "runs", samples=8 * 40)
+    fake_snapshot.make(tmp_path / "real", BUCKETS, tmp_path)
+    stage = trainer_tasks.stage(str(tmp_path / "real"), tmp_path / "runs", samples=8 * 40)
     training.stage.write_text(dump_stage(stage))
     real = {"PYTHON": training.real_python, "DS_ACCELERATOR": "cpu"}
     straight = training.submit("--nodes=2", overrides=["name=straight"], **real)
-    assert slurm.wait_for(straight, seconds=90)["JobState"] == "COMPLETED", training.output(straight)
+    assert slurm.wait_for(straight, seconds=150)["JobState"] == "COMPLETED", training.output(straight)
     training.run = tmp_path / "runs" / "small"
     job = training.submit("--nodes=2", **real)
     training.at_step(3, seconds=60)

@@ -1,5 +1,6 @@
 import hashlib
 import types
+from itertools import pairwise
 
 import gguf
 import numpy as np
@@ -61,23 +62,21 @@ def sentencepiece_ids(file, text):
         words = sorted((tokens[n] for n in np.flatnonzero(kinds == USER_DEFINED)), key=len, reverse=True)
         file.words = {word: tokens.index(word) for word in words}
         file.pattern = regex.compile("(" + "|".join(map(regex.escape, words)) + ")")
-    ids = []
+    ids, known = [], file.known
     for piece in file.pattern.split(text):
         if piece in file.words:
             ids.append(file.words[piece])
             continue
         symbols = list(piece.replace(" ", "▁"))
         while True:
-            pairs = [
-                (scores[file.known[a + b]], -at) for at, (a, b) in enumerate(zip(symbols, symbols[1:])) if a + b in file.known
-            ]
+            pairs = [(scores[known[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in known]
             if not pairs:
                 break
             at = -max(pairs)[1]
             symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
         for symbol in symbols:
             fallback = [file.bytes[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-            ids += [file.known[symbol]] if symbol in file.known else fallback
+            ids += [known[symbol]] if symbol in known else fallback
     return ids
 
 
@@ -94,7 +93,7 @@ def byte_level_ids(file, text):
     for piece in regex.split(r"(\p{N})", text):
         for word in regex.findall(pattern, piece):
             symbols = [file.letters[byte] for byte in word.encode()]
-            while ranked := [(file.ranks[pair], at) for at, pair in enumerate(zip(symbols, symbols[1:])) if pair in file.ranks]:
+            while ranked := [(file.ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in file.ranks]:
                 at = min(ranked)[1]
                 symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
             ids += [file.known[symbol] for symbol in symbols]
@@ -180,7 +179,7 @@ def split_package(tmp_path, monkeypatch):
 
 
 def test_parts_are_joined_once_and_mended(split_package):
-    _, parts, whole = split_package
+    _, _, whole = split_package
     path = find_gguf("package:pkg")
     assert path.read_bytes() == whole
     stamp = path.stat().st_mtime_ns

@@ -7,7 +7,7 @@ from model.quantise import BITS, BYTES_PER_TOKEN, dequantise, quantise
 
 KINDS = sorted(BITS)
 LOSSY = ["int4", "int6", "int8"]
-MEAN_ERROR = {"int8": 0.01, "int6": 0.04, "int4": 0.16}
+WORST_ERROR = {"int8": 0.01, "int6": 0.04, "int4": 0.16}
 
 
 def outlier_states(tokens, width, seed):
@@ -39,12 +39,8 @@ def test_sizes_and_round_trip(kind, tokens, width, seed):
     if kind == "bf16":
         torch.testing.assert_close(stored, (states.bfloat16().float() - mean) / spread)
         return
-    # quantising what came back changes nothing more than a rounding of the scale
-    again = dequantise(*quantise(stored * spread + mean, kind, mean, spread)[:2], kind, mean, spread, torch.float32)
-    steps = 2 ** (BITS[kind] - 1) - 1
-    bound = standard.abs().amax(1, keepdim=True) * (1 / steps if kind == "int8" else 0.45)
-    assert ((stored - standard).abs() <= bound + 1e-6).all()
-    assert torch.isfinite(again).all()
+    half_step = standard.abs().amax(1, keepdim=True) / (2 ** (BITS[kind] - 1) - 1) / 2
+    assert ((stored - standard).abs() <= half_step * 1.001 + 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", LOSSY)
@@ -55,13 +51,8 @@ def test_error_is_small_in_the_worst_channel(kind):
     values, scales, clipped = quantise(held_out, kind, mean, spread)
     error = dequantise(values, scales, kind, mean, spread, torch.float32) - (held_out - mean) / spread
     per_channel = error.square().mean(0).sqrt()
-    assert per_channel.max() < MEAN_ERROR[kind]
-    assert (clipped > 0) == (kind != "int8")
-
-
-def test_int8_clips_nothing():
-    states = outlier_states(500, 64, seed=1)
-    assert quantise(states, "int8", *channels(states))[2] == 0
+    assert per_channel.max() < WORST_ERROR[kind]
+    assert clipped == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,9 +67,8 @@ def gemma3(bidirectional=False):
 def llava():
     """A language model inside a multimodal checkpoint."""
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=299)
-    )
+    settings = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=299)
+    return LlavaForConditionalGeneration(settings)
 
 
 def t5():
@@ -77,10 +76,8 @@ def t5():
 
 
 def clip():
-    sizes = {**SIZES, "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2}
-    return CLIPTextModel(
-        CLIPTextConfig(**{name: sizes[name] for name in sizes if name not in ("num_key_value_heads", "head_dim")})
-    )
+    sizes = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+    return CLIPTextModel(CLIPTextConfig(**{**sizes, "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2}))
 
 
 def tokenizer(before="", after="", pad=True):

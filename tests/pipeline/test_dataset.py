@@ -15,6 +15,7 @@ from data_prep.store import open_store
 from model.errors import UserError
 from pipeline.dataset import CaptionChoice
 from pipeline.loader import TrainingData
+from pipeline.packing import draw_on
 from pipeline.shard_cache import Shard, ShardCache, locked
 from tests.pipeline import fake_snapshot as fake
 
@@ -202,3 +203,27 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     store = open_store(str(tmp_path / "store"), create=True)
     with pytest.raises(UserError, match=r"data\.cache="):
         ShardCache(store, Path(tmp_path / "file" / "below"), "abc", None)
+
+
+def test_noise_drawn_on_the_device_is_the_samples_own():
+    def noise(ids, seed=1, epoch=2, stream="noise"):
+        return dict(zip(ids, draw_on(CPU, [len(ids), 2, 8, 8], seed, epoch, ids, stream), strict=True))
+
+    one, other = noise([3, 4, 5]), noise([5, 3])
+    assert all(torch.equal(one[id], other[id]) for id in other)
+    variants = [one[3], one[4], noise([3], seed=2)[3], noise([3], epoch=3)[3], noise([3], stream="posterior_noise")[3]]
+    assert len({values.sum().item() for values in variants}) == len(variants)
+    numbers = torch.stack(list(noise(list(range(100))).values()))
+    assert abs(numbers.mean()) < 0.05
+    assert abs(numbers.std() - 1) < 0.05
+
+
+def test_noise_that_the_loader_did_not_draw_is_drawn_when_unpacking(store, tmp_path):
+    data = TrainingData(fake.stage(store, tmp_path), 0, 1, CPU)
+    drawn, _ = next(data.batches())
+    data.dataset.draws_noise = False
+    later, _ = next(data.batches())
+    assert torch.equal(drawn.ids, later.ids)
+    assert torch.equal(drawn.mean, later.mean)
+    assert later.noise.shape == later.posterior_noise.shape == later.mean.shape
+    assert not torch.equal(later.noise, later.posterior_noise)

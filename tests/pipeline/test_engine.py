@@ -84,6 +84,9 @@ def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, miss
 def test_settings_that_cannot_be_met_are_refused():
     assert all("micro_batch" in message for message in on_ranks(1, rank_tasks.refusal, stage(micro_batch=5)))
     assert all("zero_stage" in message for message in on_ranks(1, rank_tasks.refusal, stage(zero_stage=0)))
+    muon = stage()
+    muon.optim.name = "muon"
+    assert all("optim.name=muon" in message for message in on_ranks(1, rank_tasks.refusal, muon))
     spiking = stage(zero_stage=2)
     spiking.optim.spike = 5.0
     assert all("optim.spike" in message for message in on_ranks(1, rank_tasks.refusal, spiking))

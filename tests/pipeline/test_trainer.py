@@ -41,6 +41,11 @@ def same_weights(one, other, ema):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def numbers(reports):
+    """What must repeat exactly; a quarter of t that no sample fell into has no loss."""
+    return [[report.get(name) for name in NUMBERS] for report in reports]
+
+
 @pytest.mark.parametrize("stop_at", [1, 6])
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight, tmp_path, stop_at):
     codes = [code for code, _ in on_ranks(2, trainer_tasks.train, store, str(tmp_path), stop_at)]
@@ -49,7 +54,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight,
     assert code == 0
     run, expected = straight
     assert [event["step"] for event in read_events(tmp_path / "small", "start")] == [0, stop_at]
-    assert [[report[name] for name in NUMBERS] for report in reports] == [[report[name] for name in NUMBERS] for report in expected]
+    assert numbers(reports) == numbers(expected)
     assert all(same_weights(tmp_path / "small", run, ema) for ema in (None, 0, 1))
     validations = [[event["loss"] for event in read_events(folder, "validation")] for folder in (tmp_path / "small", run)]
     assert validations[0] == validations[1]
@@ -77,7 +82,9 @@ def test_a_finished_run_shows_what_it_did(straight):
     assert record["right"] != record["shuffled"] != record["untrained"]
     page = build(run).read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("https://matplotlib.org", "")
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "https://matplotlib.org", ""
+    )
 
 
 def say(monkeypatch, capsys, *arguments):

@@ -1,0 +1,314 @@
+"""Samples/s and GB/s of the loader, against what others do with the same samples.
+
+Two 4096-wide text families (int8) and latents of 512x512 pixels. Ours is measured as for a GPU, which draws its own noise, and
+with the noise drawn by the loader processes, as for training on a CPU. Beside it:
+(a) StreamingDataset over the same bytes and nothing else, (b) tensors saved by torch in WebDataset tars (dequantised, bf16),
+(c) MDS of fp16 states padded to a fixed length, as micro_diffusion stores them; and reading our files raw. All files lie in
+the page cache, each reader gives batches of one size. `python -m benchmarks.loader [--samples 384]`
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import tarfile
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data_prep.mds import write_mds
+from data_prep.parts import commit_part, register_family
+from data_prep.schema import PAIRS, Family, Manifest, Part
+from data_prep.snapshot import take_snapshot
+from data_prep.store import open_store
+from pipeline.config import StageConfig
+from pipeline.loader import TrainingData
+from pipeline.packing import NOISES, tensors_in
+
+WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
+BUCKET, CHANNELS, SIDE = "512x512", 16, 64
+PART_ROWS, BATCH = 64, 8
+RESULTS = Path(__file__).parent / "results" / "loader.md"
+
+LATENTS = Family(
+    "latents", "latents", {"model": "none"}, {"channels": CHANNELS, "downsampling": 8, "scaling_factor": 1.0, "shift_factor": 0.0}
+)
+TEXTS = [
+    Family(name, "text", {"llm": name}, {"width": WIDTH, "prefix_tokens": 20, "quantisation": "int8"})
+    for name in ("llm_a", "llm_b")
+]
+
+
+def lengths_of(id):
+    """Tokens of a sample's caption in each text family."""
+    return np.random.default_rng(id).integers(*TOKENS, len(TEXTS))
+
+
+def rows_of(family, ids):
+    """Random bytes in the shape of a family's rows."""
+    rng = np.random.default_rng(ids[0])
+    for id in ids:
+        if family.kind == "latents":
+            yield {"id": id, "mean": rng.bytes(2 * CHANNELS * SIDE**2), "std": bytes(2 * CHANNELS * SIDE**2)}
+        else:
+            tokens = int(lengths_of(id)[TEXTS.index(family)])
+            scales = np.full(tokens, 0.01, "<f4").tobytes()
+            count = np.array([tokens], "<i4").tobytes()
+            yield {"id": id, "kinds": b"\0", "tokens": count, "values": rng.bytes(tokens * WIDTH), "scales": scales}
+
+
+def write_ours(uri, samples, folder):
+    """A snapshot of `samples` samples."""
+    dataset = open_store(uri, create=True).sub("ds")
+    parts = [Part(BUCKET, number) for number in range(samples // PART_ROWS)]
+    dataset.put_new(Manifest.KEY, Manifest("ds", ["original"], {BUCKET: [PART_ROWS] * len(parts)}).to_json())
+    constants = {name: torch.zeros(20, WIDTH) for name in ("prefix_states", "null_states")}
+    constants |= {"mean": torch.zeros(WIDTH), "spread": torch.ones(WIDTH)}
+    families = [register_family(dataset, LATENTS, None), *(register_family(dataset, text, constants) for text in TEXTS)]
+    path = folder / "shard.00000.mds"
+    for part in parts:
+        ids = list(range(part.number * PART_ROWS, (part.number + 1) * PART_ROWS))
+        path.write_bytes(b"none")
+        commit_part(dataset, PAIRS, part, {"pairs.tar": path}, ids, {})
+        for family in families:
+            plain = LATENTS if family.kind == "latents" else TEXTS[[text.name for text in TEXTS].index(family.name)]
+            write_mds(path, family.columns, rows_of(plain, ids))
+            commit_part(dataset, family.name, part, {"shard.00000.mds": path}, ids, {}, family.hash)
+    path.unlink()
+    take_snapshot(dataset)
+
+
+def write_streaming(folder, samples, padded):
+    """(a) all columns of a sample as `bytes`; (c) fp16 states, padded to a fixed length, and fp16 latents."""
+    from streaming import MDSWriter
+
+    names = ["mean", "std", *(f"{part}_{text.name}" for text in TEXTS for part in ("values", "scales"))]
+    if padded:
+        names = ["latents", *(text.name for text in TEXTS)]
+    with MDSWriter(out=str(folder), columns=dict.fromkeys(names, "bytes"), size_limit=1 << 26) as writer:
+        for id in range(samples):
+            rng = np.random.default_rng(id)
+            if padded:
+                row = {text.name: rng.bytes(2 * PADDED * WIDTH) for text in TEXTS}
+                writer.write({"latents": rng.bytes(2 * CHANNELS * SIDE**2), **row})
+            else:
+                row = {"mean": rng.bytes(2 * CHANNELS * SIDE**2), "std": bytes(2 * CHANNELS * SIDE**2)}
+                for text, tokens in zip(TEXTS, lengths_of(id), strict=True):
+                    row[f"values_{text.name}"] = rng.bytes(int(tokens) * WIDTH)
+                    row[f"scales_{text.name}"] = rng.bytes(int(tokens) * 4)
+                writer.write(row)
+
+
+def write_tars(folder, samples):
+    """(b) one `.pth` a sample, as torch saves a dict of tensors: states and moments in bf16, ragged."""
+    folder.mkdir()
+    for shard in range(0, samples, PART_ROWS):
+        with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
+            for id in range(shard, min(shard + PART_ROWS, samples)):
+                tensors = {name: torch.zeros(CHANNELS, SIDE, SIDE, dtype=torch.bfloat16) for name in ("mean", "std")}
+                for text, tokens in zip(TEXTS, lengths_of(id), strict=True):
+                    tensors[text.name] = torch.randn(int(tokens), WIDTH).bfloat16()
+                data = io.BytesIO()
+                torch.save(tensors, data)
+                member = tarfile.TarInfo(f"{id:08d}.pth")
+                member.size = len(data.getvalue())
+                tar.addfile(member, io.BytesIO(data.getvalue()))
+
+
+def size_of(item):
+    """Bytes of all tensors in a batch."""
+    if isinstance(item, torch.Tensor):
+        return item.numel() * item.element_size()
+    if isinstance(item, dict):
+        return sum(map(size_of, item.values()))
+    return sum(map(size_of, item)) if isinstance(item, list | tuple) else 0
+
+
+def timed(batches, steps, warm):
+    """Samples/s over `steps` batches after `warm` ones, and GB/s of what `batches` says it read: (samples, bytes) each."""
+    for _ in range(warm):
+        next(batches)
+    begun, samples, size = time.perf_counter(), 0, 0
+    for _ in range(steps):
+        count, read = next(batches)
+        samples, size = samples + count, size + read
+    seconds = time.perf_counter() - begun
+    return {"samples_per_second": samples / seconds, "gb_per_second": size / seconds / 1e9}
+
+
+def ours(uri, cache, workers, steps, warm, noise=False):
+    """Our loader; bytes are those read from files, not the noise that it may add."""
+    stage = StageConfig(name="loader", global_batch=BATCH, samples=10**9)
+    stage.data.store, stage.data.dataset, stage.data.cache, stage.data.workers = uri, "ds", str(cache), workers
+    stage.data.caption_drop, stage.fusion.families = 0.0, [text.name for text in TEXTS]
+    data = TrainingData(stage, 0, 1, torch.device("cpu"))
+    data.dataset.draws_noise = noise
+
+    def batches():
+        for item in data.packed():
+            tensors = tensors_in(item.memory, item.layout)
+            yield len(tensors["ids"]), size_of([tensor for name, tensor in tensors.items() if name not in NOISES])
+
+    result = timed(batches(), steps, warm)
+    data.close()
+    return result
+
+
+def ragged(samples):
+    """Collate `bytes` columns with as little as it takes: one tensor a column."""
+    return {name: torch.frombuffer(bytearray(b"".join(s[name] for s in samples)), dtype=torch.uint8) for name in samples[0]}
+
+
+def fixed(samples):
+    """Collate padded fp16 states as micro_diffusion does: a tensor a sample, stacked."""
+    tensors = {}
+    for name in samples[0]:
+        shape = (CHANNELS, SIDE, SIDE) if name == "latents" else (PADDED, WIDTH)
+        column = [np.frombuffer(sample[name], np.float16).reshape(shape).copy() for sample in samples]
+        tensors[name] = torch.stack([torch.from_numpy(array) for array in column])
+    return tensors
+
+
+def padded_states(samples):
+    """Collate tensors of a tar as a trainer needs them: states padded to the longest."""
+    columns = {name: [sample[0][name] for sample in samples] for name in samples[0][0]}
+    return {
+        name: torch.stack(column) if name in ("mean", "std") else torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
+        for name, column in columns.items()
+    }
+
+
+def streaming(folder, collate, workers, steps, warm):
+    """StreamingDataset over a local folder, shuffled."""
+    from streaming import StreamingDataset
+
+    shuffle = {"shuffle": True, "shuffle_block_size": 512, "num_canonical_nodes": 1}
+    dataset = StreamingDataset(local=str(folder), batch_size=BATCH, **shuffle)
+    processes = {"num_workers": workers, "prefetch_factor": 2, "persistent_workers": True}
+    return timed(_endless(DataLoader(dataset, batch_size=BATCH, collate_fn=collate, **processes)), steps, warm)
+
+
+def webdataset(folder, workers, steps, warm):
+    """WebDataset over local tars, with a shuffle buffer."""
+    from webdataset.compat import WebDataset
+
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset: Any = WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=None).shuffle(32).map(_load).to_tuple("pth")
+    loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=padded_states, prefetch_factor=2)
+    return timed(_endless(loader), steps, warm)
+
+
+def _load(sample):
+    return {**sample, "pth": torch.load(io.BytesIO(sample["pth"]), weights_only=True)}
+
+
+def _endless(loader):
+    while True:
+        for batch in loader:
+            first = next(iter(batch.values()))
+            count = BATCH if first.dtype == torch.uint8 else len(first)
+            yield count, size_of(batch)
+
+
+def raw(folder):
+    """Reading our files from the page cache, one after another, into one buffer."""
+    paths = sorted(Path(folder).rglob("*.mds"))
+    buffer = bytearray(max(path.stat().st_size for path in paths))
+    best = 0.0
+    for _ in range(3):
+        begun, size = time.perf_counter(), 0
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                size += file.readinto(memoryview(buffer))
+        best = max(best, size / (time.perf_counter() - begun) / 1e9)
+    return best
+
+
+@contextmanager
+def s3_store():
+    """An S3 API of moto on loopback."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(keys | {"S3_ENDPOINT_URL": f"http://{host}:{port}"})
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="loader")
+    try:
+        yield "s3://loader/store"
+    finally:
+        server.stop()
+
+
+def measure(samples, folder, worker_counts):
+    """All readers; name -> figures."""
+    steps, warm, results = max(samples // BATCH, 24), 8, {}
+    write_ours(str(folder / "ours"), samples, folder)
+    results["raw files"] = {"gb_per_second": raw(folder / "ours")}
+    write_streaming(folder / "a", samples, padded=False)
+    for workers in worker_counts:
+        results[f"ours, local, {workers} workers"] = ours(str(folder / "ours"), folder / "cache", workers, steps, warm)
+        results[f"ours with noise, local, {workers} workers"] = ours(
+            str(folder / "ours"), folder / "cache", workers, steps // 2, 4, noise=True
+        )
+        results[f"(a) StreamingDataset, {workers} workers"] = streaming(folder / "a", ragged, workers, steps, warm)
+    workers = min(2, worker_counts[-1])
+    write_tars(folder / "b", samples // 2)
+    results[f"(b) torch in WebDataset, {workers} workers"] = webdataset(folder / "b", workers, steps // 2, warm)
+    write_streaming(folder / "c", samples // 3, padded=True)
+    results[f"(c) fp16 padded MDS, {workers} workers"] = streaming(folder / "c", fixed, workers, steps // 3, 4)
+    with s3_store() as uri:
+        write_ours(uri, samples // 3, folder)
+        # Counts from the first batch on, downloads included; moto serves with the cores that the loader has.
+        results[f"ours, moto S3, empty cache, {workers} workers"] = ours(uri, folder / "cache", workers, samples // 3 // BATCH, 1)
+        results[f"ours, moto S3, full cache, {workers} workers"] = ours(uri, folder / "cache", workers, steps, warm)
+    return results, workers
+
+
+def main():
+    """Measure, write the table, print one line of JSON at the end."""
+    parser = argparse.ArgumentParser(description="Samples/s and GB/s of the loader, against what others do")
+    parser.add_argument("--samples", type=int, default=384)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results, workers = measure(arguments.samples // PART_ROWS * PART_ROWS, Path(folder), arguments.workers)
+    speeds = {name: figures.get("samples_per_second", 0.0) for name, figures in results.items()}
+    mine = speeds[f"ours, local, {workers} workers"]
+    rate = {name: figures["gb_per_second"] for name, figures in results.items()}
+    ratios = [
+        rate[f"ours, local, {count} workers"] / rate[f"(a) StreamingDataset, {count} workers"] for count in arguments.workers
+    ]
+    bytes_ratio = float(np.median(ratios))
+    goals = {
+        "bytes/s against (a), goal 0.95": (bytes_ratio, 0.95),
+        "samples/s against (b), goal 2": (mine / speeds[f"(b) torch in WebDataset, {workers} workers"], 2.0),
+        "samples/s against (c), goal 3": (mine / speeds[f"(c) fp16 padded MDS, {workers} workers"], 3.0),
+    }
+    lines = ["| reader | samples/s | GB/s |", "|---|---|---|"]
+    lines += [f"| {name} | {speeds[name]:.0f} | {figures['gb_per_second']:.2f} |" for name, figures in results.items()]
+    lines += ["", "| goal | measured | |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.2f} | {'met' if value >= goal else 'MISSED'} |" for name, (value, goal) in goals.items()]
+    table = "\n".join(lines)
+    RESULTS.parent.mkdir(exist_ok=True)
+    command = f"`python -m benchmarks.loader --samples {arguments.samples}`"
+    text = f"# Loader\n\n{command}, {os.cpu_count()} cores, batches of {BATCH}.\n\n{table}\n"
+    RESULTS.write_text(text)
+    print(text)
+    met = {name: value >= goal for name, (value, goal) in goals.items()}
+    figures = {"goals": {name: value for name, (value, _) in goals.items()}, "met": met, "results": results}
+    print(json.dumps({"benchmark": "loader", **figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""LI-DiT as a diffusers pipeline: `LIDiTPipeline.from_pretrained(folder)`, with the usual call.
+
+The arithmetic is that of `pipeline.sample`: the same functions read the prompts, follow the scheduler and decode.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor, nn
+
+from data_prep.schema import Family
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from model.errors import UserError
+from model.fusion import Text
+from model.vae import VAE
+from pipeline.pictures import to_images
+from pipeline.prompts import PromptReader, load_llm
+from pipeline.sampler import decode_each, latent_shape
+from pipeline.sampling import denoise, initial_noise
+from pipeline.texts import TextConstants
+
+FORMAT = 1
+"""Of an exported folder."""
+CARD = ("README.md", "samples.png")
+"""The model card and its picture: carried from folder to folder."""
+CONSTANTS = ("prefix", "null", "mean", "spread")
+
+
+class LIDiTModel(LIDiT, ModelMixin, ConfigMixin):
+    """The network as a diffusers model; its weights have the names that they have in training."""
+
+    @register_to_config
+    def __init__(self, dit_config: Mapping[str, Any], fusion_config: Mapping[str, Any], text_widths: Sequence[int]) -> None:
+        """Build it.
+
+        Args:
+            dit_config: fields of `DiTConfig`. (A key must not be the name of a submodule: diffusers would take it for that.)
+            fusion_config: fields of `FusionConfig`.
+            text_widths: width of each LLM's states.
+        """
+        super().__init__(DiTConfig(**dit_config), FusionConfig(**fusion_config), text_widths)
+
+
+class LIDiTText(ModelMixin, ConfigMixin):
+    """The text side before the network: what all captions share, and by which name and revision each LLM is found.
+
+    The LLMs are not part of the folder. Each is loaded when the first prompt comes, checked against the family's identity
+    (weights, template, layer), and dropped when the pipeline moves to another device.
+    """
+
+    @register_to_config
+    def __init__(self, families: Sequence[Mapping[str, Any]]) -> None:
+        """Make room for the constants.
+
+        Args:
+            families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many the prefix and
+                the null caption have.
+        """
+        super().__init__()
+        self.constants = nn.ModuleDict()
+        for family in families:
+            width = family["info"]["width"]
+            shapes = ((family["tokens"]["prefix"], width), (family["tokens"]["null"], width), (width,), (width,))
+            holder = nn.Module()
+            for name, shape in zip(CONSTANTS, shapes, strict=True):
+                holder.register_buffer(name, torch.zeros(shape))
+            self.constants[family["name"]] = holder
+        self._reader: PromptReader | None = None
+
+    @classmethod
+    def from_parts(cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]) -> "LIDiTText":
+        """Take them from a run."""
+        records = [
+            {
+                "name": name,
+                "identity": family.identity,
+                "info": family.info,
+                "tokens": {"prefix": len(constants[name].prefix), "null": len(constants[name].null)},
+            }
+            for name, family in families.items()
+        ]
+        text = cls(records)
+        text.load_state_dict({f"constants.{name}.{key}": getattr(constants[name], key) for name in families for key in CONSTANTS})
+        return text
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LIDiTText":
+        """Move to a device and stay fp32: a spread in bf16 would shift every state."""
+        self._reader = None
+        return super()._apply(lambda tensor: fn(tensor).float(), recurse)
+
+    @property
+    def reader(self) -> PromptReader:
+        """Reads prompts on the device where the constants are."""
+        if self._reader is None:
+            families = {
+                each["name"]: Family(each["name"], "text", each["identity"], each["info"]) for each in self.config["families"]
+            }
+            constants = {name: self._constants(name, family) for name, family in families.items()}
+            device = next(self.buffers()).device
+            self._reader = PromptReader(families, constants, lambda family: load_llm(family, device))
+        return self._reader
+
+    def _constants(self, name: str, family: Family) -> TextConstants:
+        prefix, null, mean, spread = (self.constants.get_submodule(name).get_buffer(key) for key in CONSTANTS)
+        return TextConstants(prefix, null, mean, spread, family.info["quantisation"], family.info["width"])
+
+    def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
+        """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption."""
+        return self.reader.texts(prompts, dtype)
+
+
+class LIDiTPipeline(DiffusionPipeline):
+    """Text to image with LI-DiT."""
+
+    model_cpu_offload_seq = "text->transformer->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        transformer: LIDiTModel,
+        scheduler: Any,
+        vae: Any,
+        text: LIDiTText,
+        height: int = 256,
+        width: int = 256,
+        steps: int = 30,
+        guidance: float = 4.0,
+        format: int = FORMAT,
+    ) -> None:
+        """Put the parts together; `height`, `width`, `steps` and `guidance` are defaults of a call.
+
+        Raises:
+            UserError: the folder is of another format version.
+        """
+        super().__init__()
+        if format != FORMAT:
+            raise UserError(f"an export of format {format}: this version reads format {FORMAT}, so export the run again")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text=text)
+        self.register_to_config(height=height, width=width, steps=steps, guidance=guidance, format=format)
+        self.card: dict[str, bytes] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load as any diffusers pipeline; the model card comes along."""
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipeline.card = {
+            file: path.read_bytes() for file in CARD if (path := Path(pretrained_model_name_or_path, file)).is_file()
+        }
+        return pipeline
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as any diffusers pipeline; the model card comes along, the place that it was loaded from does not."""
+        for part in (self, *self.components.values()):
+            part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file, data in self.card.items():
+            Path(save_directory, file).write_bytes(data)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw.
+
+        Args:
+            prompt: one or several.
+            negative_prompt: to steer away from; empty = the null caption of training.
+            height: in pixels; None = the pipeline's default, as for the next three.
+            width: in pixels.
+            num_inference_steps: evaluations of the network per picture.
+            guidance_scale: 1 = no guidance.
+            num_images_per_prompt: pictures of each prompt, one after another.
+            generator: of the noise: one for all pictures or one per picture.
+            seed: instead of generators: the j-th picture of each prompt has seed + j, as in `pipeline.sample`.
+            latents: the noise itself, [B, C, h, w].
+            output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalised).
+            return_dict: an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return new latents.
+
+        Raises:
+            UserError: a size that does not divide, a prompt too long, an unknown output type, or the wrong number of generators.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type={output_type!r}: take pil, np, pt or latent")
+        config, device, dtype = self.config, self._execution_device, self.transformer.dtype
+        prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
+        vae = VAE(self.vae, "")
+        shape = latent_shape(self.transformer, vae.downsampling, height or config["height"], width or config["width"])
+        if latents is None:
+            latents = _noise(shape, len(prompts), num_images_per_prompt, generator, seed)
+        steps = num_inference_steps or config["steps"]
+        guidance = config["guidance"] if guidance_scale is None else guidance_scale
+        texts = self.text(prompts, dtype)
+        nulls = self.text([negative_prompt] * len(prompts), dtype)
+        progress: Any = self.progress_bar
+        with progress(total=steps) as bar:
+
+            def on_step(number: int, now: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return now
+                timestep = self.scheduler.timesteps[number - 1]
+                return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get("latents", now)
+
+            noise = latents.to(device)
+            drawn = denoise(self.transformer, self.scheduler, texts, nulls, noise, steps, guidance, dtype, on_step)
+        images = drawn if output_type == "latent" else _finish(decode_each(vae, drawn), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+
+
+def _noise(shape: tuple[int, int, int], pictures: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
+    """The noise that `seed` or the generators give: fp32 [pictures, *shape] on the CPU."""
+    if generator is None:
+        first = int(torch.randint(2**31, ())) if seed is None else seed
+        return initial_noise(shape, [first + number % per_prompt for number in range(pictures)])
+    generators = generator if isinstance(generator, list) else [generator] * pictures
+    if len(generators) != pictures:
+        raise UserError(f"{len(generators)} generators for {pictures} pictures: give one, or one per picture")
+    return torch.stack([torch.randn(*shape, generator=each, device=each.device).cpu() for each in generators])
+
+
+def _finish(pixels: Tensor, output_type: str) -> Any:
+    """Pixels [B, 3, H, W] in [-1, 1] as the caller wants them."""
+    if output_type == "pil":
+        return to_images(pixels)
+    unit = (pixels + 1.0) / 2.0
+    return unit if output_type == "pt" else np.asarray(unit.permute(0, 2, 3, 1).cpu())

@@ -1,0 +1,170 @@
+"""A run as a diffusers folder: `python -m pipeline.export RUN OUT`; and drawing from either.
+
+The folder holds the network as safetensors shards, scheduler and VAE as diffusers writes them, what all captions share
+under each LLM, and the LLMs by name, revision and fingerprint, not their weights.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from model.errors import UserError, command
+from model.vae import VAE
+from pipeline.assembly import resolve
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import CheckpointConfig, ObjectiveConfig, SampleConfig, dump_stage, load_run
+from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
+from pipeline.metrics import read_reports
+from pipeline.sampler import DTYPES, Sampler
+from pipeline.sampling import make_scheduler
+from pipeline.weights import read_manifest
+
+INDEX = "model_index.json"
+PARTS = {
+    "transformer": ["pipeline.diffusers_pipeline", "LIDiTModel"],
+    "text": ["pipeline.diffusers_pipeline", "LIDiTText"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""What an exported folder may name: diffusers imports whatever stands there."""
+SCHEDULER_OBJECTIVES = {"FlowMatchEulerDiscreteScheduler": "flow", "DPMSolverMultistepScheduler": "ddpm"}
+
+
+def load_source(path: Path, weights: Literal["ema", "raw"], device: torch.device, dtype: torch.dtype) -> Sampler:
+    """A sampler of a run's folder or of an exported one.
+
+    Raises:
+        UserError: it is neither, or is damaged.
+    """
+    return load_export(path, device, dtype) if (path / INDEX).is_file() else Sampler.from_run(path, weights, device, dtype)
+
+
+def load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Sampler:
+    """A sampler of an exported folder.
+
+    Raises:
+        UserError: the folder is of another model or another format version, or is damaged.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / INDEX}: not JSON: export the run again") from error
+    scheduler = (index.get("scheduler") or [None, None])[1]
+    if any(index.get(part) != value for part, value in PARTS.items()) or scheduler not in SCHEDULER_OBJECTIVES:
+        raise UserError(
+            f"{folder} holds a {index.get('_class_name')} of other parts than pipeline.export writes: name another folder"
+        )
+    try:
+        pipeline = LIDiTPipeline.from_pretrained(
+            folder, torch_dtype={"transformer": dtype, "default": torch.float32}, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: damaged or not complete: {error}") from error
+    objective = ObjectiveConfig(name="flow" if SCHEDULER_OBJECTIVES[scheduler] == "flow" else "ddpm")
+    objective.shift = pipeline.scheduler.config.get("shift", 1.0)
+    config = pipeline.config
+    defaults = SampleConfig(steps=config["steps"], guidance=config["guidance"], height=config["height"], width=config["width"])
+    reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
+    return Sampler(pipeline.transformer, reader, lambda: vae, objective, defaults, device, dtype)
+
+
+def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
+    """A sampler's parts as a diffusers pipeline."""
+    network = sampler.network
+    widths = [constants.width for constants in sampler.reader.constants.values()]
+    transformer: Any = LIDiTModel(asdict(network.sizes), asdict(network.fusion.config), widths)
+    nn.Module.to(transformer, sampler.dtype)  # diffusers' own `to` warns of modules to keep in fp32, of which there are none
+    transformer.load_state_dict(network.state_dict())
+    text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
+    scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
+    return LIDiTPipeline(
+        transformer.eval(), scheduler, sampler.vae.module, text,
+        defaults.height, defaults.width, defaults.steps, defaults.guidance,
+    )  # fmt: skip
+
+
+def export(run: Path, out: Path, weights: Literal["ema", "raw"], precision: str, shard: str) -> None:
+    """Write the folder, which appears complete or not at all.
+
+    Raises:
+        UserError: `out` exists, or the run cannot be read.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: remove it or name another folder")
+    sampler = Sampler.from_run(run, weights, torch.device("cpu"), DTYPES[precision])
+    pipeline = build_pipeline(sampler)
+    pipeline.card = make_card(run, sampler, weights, precision)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        pipeline.save_pretrained(unfinished, safe_serialization=True, max_shard_size=shard)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:
+    """README.md and, if the run has drawn pictures, samples.png: from the run's own record."""
+    stage, snapshot = resolve(load_run(run))
+    newest = Checkpoints(run / "checkpoints", CheckpointConfig()).newest()
+    manifest = (read_manifest(newest) if newest else None) or {}
+    reports = read_reports(run)
+    parameters = sum(parameter.numel() for parameter in sampler.network.parameters())
+    rows = sum(bucket["rows"] for bucket in snapshot.buckets.values())
+    llms = [f"- `{name}`: {_llm(family.identity)}" for name, family in sampler.reader.families.items()]
+    facts = {
+        "Parameters trained": f"{parameters:,}",
+        "Objective": stage.objective.name,
+        "Samples seen": f"{manifest.get('samples', 0):,} in {manifest.get('step', 0):,} steps of {stage.global_batch}",
+        "Weights": f"{weights}, {precision}",
+        "Training pairs": f"{rows:,} in {len(snapshot.buckets)} buckets, snapshot `{snapshot.id}` of `{snapshot.dataset}`",
+        "Last training loss": f"{reports[-1]['loss']:.4f}" if reports and "loss" in reports[-1] else "not recorded",
+    }
+    grids = [*sorted((run / "grids").glob("*.png"))[-1:], *(run / "samples").glob("grid.png")]
+    lines = [
+        "---", "library_name: diffusers", "pipeline_tag: text-to-image", "license: other",
+        "license_name: TO FILL IN", "license_link: TO FILL IN", "---", "",
+        f"# {stage.name}", "",
+        "LI-DiT: a diffusion transformer on the fused states of frozen LLMs (Ma et al., NeurIPS 2024, arXiv 2406.11831).", "",
+        *(["![samples](samples.png)", ""] if grids else []),
+        "```python", "from pipeline.diffusers_pipeline import LIDiTPipeline", "",
+        'pipeline = LIDiTPipeline.from_pretrained("FOLDER")', 'pipeline("a red apple", seed=0).images[0].save("apple.png")',
+        "```", "",
+        "Language models, not part of this folder, each under its own licence:", "", *llms, "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
+        "Licence of the training data: TO FILL IN. Intended use and limits: TO FILL IN.", "",
+        "## Stage", "", "```yaml", dump_stage(stage).rstrip(), "```", "",
+    ]  # fmt: skip
+    card = {"README.md": "\n".join(lines).encode()}
+    if grids:
+        card["samples.png"] = grids[0].read_bytes()
+    return card
+
+
+def _llm(identity: dict[str, Any]) -> str:
+    revision = f" at `{identity['revision']}`" if identity.get("revision") else ""
+    prefix = json.dumps(identity.get("prefix", ""), ensure_ascii=False)
+    return f"`{identity.get('llm')}`{revision}, layer {identity.get('layer')}, prefix `{prefix}`"
+
+
+@command
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--shard", default="5GB", help="largest file of weights")
+    arguments = parser.parse_args()
+    export(arguments.run, arguments.out, arguments.weights, arguments.precision, arguments.shard)
+    print(f"{arguments.out}: load it with LIDiTPipeline.from_pretrained, or draw with python -m pipeline.sample {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The exported diffusers folder: same pictures as the run, byte-identical when saved again, one line for each wrong folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler
+
+from data_prep.schema import Family
+from model.errors import UserError
+from pipeline import diffusers_pipeline, sample
+from pipeline.diffusers_pipeline import LIDiTPipeline
+from pipeline.export import build_pipeline, export, load_export, load_source
+from pipeline.sampler import Drawing
+
+PROMPTS = ["a red cat", "", "two dogs"]
+SEEDS = [4, 9, 2**40]
+
+
+def sampler_with_families(objective="flow", dtype=torch.float32):
+    sampler = make_sampler(objective, dtype)
+    info = {"quantisation": "int8", "prefix_tokens": 3}
+    sampler.reader.families = {
+        name: Family(name, "text", {"llm": "letters", "layer": "-3"}, {**info, "width": width}) for name, width in WIDTHS.items()
+    }
+    return sampler
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch):
+    monkeypatch.setattr(diffusers_pipeline, "load_llm", lambda family, device: LetterLLM(WIDTHS[family.name]))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    saved = {}
+    for objective in ("flow", "ddpm"):
+        saved[objective] = tmp_path_factory.mktemp("exports") / objective
+        pipeline = build_pipeline(sampler_with_families(objective))
+        pipeline.card = {"README.md": "a card – with ümlauts".encode()}
+        pipeline.save_pretrained(saved[objective])
+    return saved
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    target = tmp_path / "export"
+    for path in sorted(folders["flow"].rglob("*")):
+        place = target / path.relative_to(folders["flow"])
+        if path.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    return target
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_the_pipeline_draws_the_very_latents_of_the_sampler(folders, objective):
+    reference = make_sampler(objective).latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    pipeline = LIDiTPipeline.from_pretrained(folders[objective])
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(PROMPTS, generator=generators(), output_type="latent").images
+    assert torch.equal(drawn, reference)
+    loaded = load_export(folders[objective], CPU, torch.float32)
+    assert torch.equal(loaded.latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24)), reference)
+    assert torch.equal(loaded.pixels(reference), make_sampler().pixels(reference))
+
+
+def test_bf16_is_close(folders):
+    reference = make_sampler().latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    loaded = load_export(folders["flow"], CPU, torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.bfloat16}
+    assert all(constants.mean.dtype == torch.float32 for constants in loaded.reader.constants.values())
+    latents = loaded.latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    assert (latents - reference).abs().max() < 0.1 * reference.std()
+
+
+def test_saved_again_it_is_the_same_bytes_and_tells_no_path(folders, tmp_path):
+    LIDiTPipeline.from_pretrained(folders["flow"]).save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(folders["flow"])
+    assert not any(str(folders["flow"]).encode() in data for data in contents(tmp_path / "again").values())
+
+
+def test_weights_keep_the_names_of_training_and_split_into_shards(tmp_path):
+    sampler = sampler_with_families()
+    build_pipeline(sampler).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    files = [path.name for path in (tmp_path / "shards" / "transformer").glob("*.safetensors")]
+    assert len(files) > 2
+    index = json.loads((tmp_path / "shards" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == sampler.network.state_dict().keys()
+    drawing = Drawing(2, 3.0, 16, 16)
+    loaded = load_export(tmp_path / "shards", CPU, torch.float32)
+    assert torch.equal(loaded.latents(["a"], [1], drawing), sampler.latents(["a"], [1], drawing))
+
+
+def test_the_usual_arguments_of_a_call(folders):
+    pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else None
+
+    images = pipeline("tea", num_images_per_prompt=2, seed=3, num_inference_steps=2, callback_on_step_end=callback).images
+    assert [image.size for image in images] == [(24, 16)] * 2
+    assert [step for step, *_ in seen] == [0, 1]
+    assert np.array_equal(np.asarray(images[0]), np.asarray(images[1]))  # the callback set both to zero
+    first, second = pipeline("tea", num_images_per_prompt=2, seed=3, output_type="pt", return_dict=False)[0]
+    assert not torch.equal(first, second)
+    assert torch.equal(pipeline("tea", seed=4, output_type="pt").images[0].isfinite(), torch.ones_like(second, dtype=torch.bool))
+    array = pipeline(["tea"], generator=torch.Generator().manual_seed(3), height=8, width=32, output_type="np").images
+    assert array.shape == (1, 8, 32, 3)
+    for wrong in ({"height": 10}, {"output_type": "gif"}, {"generator": generators()}, {"prompt": "x" * 99}):
+        with pytest.raises(UserError):
+            pipeline(**{"prompt": "tea", **wrong})
+
+
+def test_a_compiled_network_still_draws(folders):
+    pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline("tea", seed=1, output_type="latent").images
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    torch.testing.assert_close(pipeline("tea", seed=1, output_type="latent").images, plain)
+
+
+def test_the_sample_command_reads_an_export(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample", str(folders["flow"]), "--prompt", "tea", "--out", str(tmp_path)])
+    sample.main()
+    with Image.open(tmp_path / "00000_00.png") as image:
+        assert image.size == (24, 16)
+
+
+def spoil_index(change):
+    def spoil(folder):
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return spoil
+
+
+def only_pickles(folder):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            spoil_index(lambda index: {"_class_name": "FluxPipeline", "transformer": ["os", "system"]}),
+            "holds a FluxPipeline of other parts",
+        ),
+        (spoil_index(lambda index: {**index, "text": ["os", "system"]}), "of other parts"),
+        (spoil_index(lambda index: {**index, "format": 2}), "format 2"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "not JSON"),
+        (only_pickles, "damaged or not complete"),
+        (lambda folder: (folder / "transformer" / "config.json").unlink(), "damaged or not complete"),
+    ],
+)
+def test_a_wrong_folder_is_refused(copied, spoil, message):
+    spoil(copied)
+    with pytest.raises(UserError, match=message):
+        load_source(copied, "ema", CPU, torch.float32)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    with pytest.raises(UserError, match="exists"):
+        export(tmp_path, tmp_path, "ema", "fp32", "5GB")
+
+
+def test_constants_that_are_missing_are_not_made_up(copied):
+    config = copied / "text" / "config.json"
+    record = json.loads(config.read_text())
+    record["families"][0]["name"] = "other"
+    config.write_text(json.dumps(record))
+    with pytest.raises(UserError):
+        load_source(copied, "ema", CPU, torch.float32)
