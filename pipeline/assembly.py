@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from data_prep.snapshot_reader import read_snapshot
-
 from data_prep.schema import Family, Snapshot
+from data_prep.snapshot_reader import read_snapshot
 from data_prep.store import Store, open_store
 from model.config import DiTConfig
 from model.dit import LIDiT
@@ -44,10 +43,10 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
     """
     if not stage.fusion.families:
         raise UserError("fusion.families is empty: name at least one text family of the snapshot")
-    wanted = {stage.data.latents: "latents"}
+    wanted = [(stage.data.latents, "latents")]
     if stage.fusion.encode == "families":
-        wanted |= dict.fromkeys(stage.fusion.families, "text")
-    for name, kind in wanted.items():
+        wanted += [(name, "text") for name in stage.fusion.families]
+    for name, kind in wanted:
         family = snapshot.families.get(name)
         if family is None or family.kind != kind:
             there = ", ".join(sorted(name for name, other in snapshot.families.items() if other.kind == kind)) or "none"

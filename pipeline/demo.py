@@ -163,10 +163,8 @@ def data_table(stage: StageConfig, snapshot: Snapshot) -> tuple[list[dict[str, s
         rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
     text = [row for row in rows if row["name"] in stage.fusion.families]
     note = "; ".join(f"{row['name']}: {row['bytes']} bytes a caption" for row in text)
-    return (
-        rows,
-        f"Snapshot {snapshot.id}. Text states are stored without padding and without the instruction, which is kept once: {note}.",
-    )
+    kept = "Text states are stored without padding and without the instruction, which is kept once"
+    return rows, f"Snapshot {snapshot.id}. {kept}: {note}."
 
 
 def write_report(stage: StageConfig, phases: Phases, pairs: list[dict[str, str]], learned: dict[str, Any]) -> Path:

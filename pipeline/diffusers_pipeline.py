@@ -33,7 +33,27 @@ CARD = ("README.md", "samples.png")
 CONSTANTS = ("prefix", "null", "mean", "spread")
 
 
-class LIDiTModel(LIDiT, ModelMixin, ConfigMixin):
+class StrictModel(ModelMixin):
+    """A diffusers model that refuses weights which do not fit, where diffusers would warn and make some up."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load.
+
+        Raises:
+            UserError: weights are missing, or too many, or of other shapes.
+        """
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loaded
+        wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
+        if wrong:
+            raise UserError(
+                f"{pretrained_model_name_or_path}: the weights do not fit the config, such as {wrong[0]}: export again"
+            )
+        return model
+
+
+class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     """The network as a diffusers model; its weights have the names that they have in training."""
 
     @register_to_config
@@ -48,7 +68,7 @@ class LIDiTModel(LIDiT, ModelMixin, ConfigMixin):
         super().__init__(DiTConfig(**dit_config), FusionConfig(**fusion_config), text_widths)
 
 
-class LIDiTText(ModelMixin, ConfigMixin):
+class LIDiTText(StrictModel, ConfigMixin):
     """The text side before the network: what all captions share, and by which name and revision each LLM is found.
 
     The LLMs are not part of the folder. Each is loaded when the first prompt comes, checked against the family's identity

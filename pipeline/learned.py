@@ -59,9 +59,8 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}
     for way in ("untrained", "right", "shuffled"):
         record[f"{way}_mean"] = sum(record[way]) / len(record[way])
-    record["note"] = (
-        f"Averaged weights on {sum(len(clean) for clean, _, _ in held)} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
-    )
+    seen = sum(len(clean) for clean, _, _ in held)
+    record["note"] = f"Averaged weights on {seen} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
     return record
 
 

@@ -62,7 +62,8 @@ class Sampler:
             device: where to draw.
             dtype: precision of the network.
         """
-        self.network = nn.Module.to(network.eval().requires_grad_(False), device, dtype)
+        nn.Module.to(network, device, dtype)
+        self.network = network.eval().requires_grad_(False)
         self.reader = reader
         self.objective = objective
         self.defaults = defaults

@@ -26,7 +26,7 @@ def test_stopped_and_resumed_training_has_the_losses_of_an_uninterrupted_one(slu
     assert slurm.wait_for(straight, seconds=150)["JobState"] == "COMPLETED", training.output(straight)
     training.run = tmp_path / "runs" / "small"
     job = training.submit("--nodes=2", **real)
-    training.at_step(3, seconds=60)
+    training.at_step(1, seconds=90)
     slurm.run("scancel", "--signal=USR1", "--batch", str(job))
     slurm.start_now(job)
     assert slurm.wait_for(job, seconds=90)["JobState"] == "COMPLETED", training.output(job)

@@ -48,6 +48,16 @@ def test_stopped_in_three_ways_and_no_step_is_lost(slurm, training):
     assert "SIGTERM" in training.endings()[1]["reason"]
 
 
+def test_time_limit(slurm, training):
+    """Slurm looks at limits twice a minute and may send the signal a minute early: the job has one minute, and hears of it at 50 s."""
+    job = training.submit("--nodes=1", "--time=1", "--signal=B:USR1@50", FAKE_STEP=1)
+    slurm.wait(training.endings, "the signal", seconds=70)
+    assert kinds(training) == ["stop"], training.output(job)
+    assert training.endings()[0]["requeued"]
+    assert "SIGUSR1" in training.endings()[0]["reason"]
+    assert training.endings()[0]["step"] == training.steps()[-1]
+
+
 def test_cancelled_job_stays_cancelled_even_while_it_saves(slurm, training):
     job = training.submit("--nodes=2", FAKE_STEP=0.3)
     training.at_step(2)

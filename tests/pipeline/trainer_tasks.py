@@ -43,11 +43,11 @@ def stage(store, runs, **settings):
     return config
 
 
-def train(store, runs, stop_at=None, **settings):
+def train(store, runs, stop_at=None, settings=None):
     """Train on this rank; returns the exit code and the reports so far."""
     logging.disable(logging.INFO)
     torch.manual_seed(Ranks.from_environment().rank)  # the trainer must not depend on what was drawn before
-    config = stage(store, runs, **settings)
+    config = stage(store, runs, **(settings or {}))
     stop = Stop() if stop_at is None else StopAt(stop_at, rank=Ranks.from_environment().world - 1)
     code = Trainer(config, Ranks.from_environment(), stop).run()
     return code, read_reports(config.run)

