@@ -158,24 +158,18 @@ def main() -> None:
         "ours": sum(parameter.numel() for parameter in ours.network.parameters()),
         "pixart": sum(parameter.numel() for parameter in pixart.transformer.parameters()),
     }
-    table = "\n".join(
-        [
-            f"# Sampling: {len(prompts)} prompts x {args.images} images of {args.size} px, {args.steps} steps, guidance {GUIDANCE}",
-            "",
-            f"`python -m benchmarks.sample`, {device.type}, {str(sizes.dtype)[6:]}, depth {args.depth}, width {args.width}; "
-            f"best of {args.repeats}, alternating.",
-            "",
-            "| | network, M parameters | images/s | seconds of each run |",
-            "|---|---|---|---|",
-            *(
-                f"| {name} | {parameters[name] / 1e6:.1f} | {rates[name]:.3f} | {', '.join(f'{value:.2f}' for value in seconds[name])} |"
-                for name in rates
-            ),
-            "",
-            f"Ratio {ratio:.2f}, goal {GOAL}.",
-            "",
-        ]
-    )
+    work = f"{len(prompts)} prompts x {args.images} images of {args.size} px, {args.steps} steps, guidance {GUIDANCE}"
+    machine = f"{device.type}, {torch.get_num_threads()} threads, {str(sizes.dtype)[6:]}, depth {args.depth}, width {args.width}"
+    rows = [
+        f"| {name} | {parameters[name] / 1e6:.1f} | {rates[name]:.3f} | {', '.join(f'{value:.2f}' for value in seconds[name])} |"
+        for name in rates
+    ]
+    lines = [
+        f"# Sampling: {work}", "", f"`python -m benchmarks.sample`: {machine}; best of {args.repeats}, alternating.", "",
+        "| | network, M parameters | images/s | seconds of each run |", "|---|---|---|---|", *rows, "",
+        f"Ratio {ratio:.2f}, goal {GOAL}.", "",
+    ]  # fmt: skip
+    table = "\n".join(lines)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(table)
     print(table)

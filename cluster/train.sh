@@ -95,6 +95,9 @@ watch_ranks() {
 
 requeue() {
   trap '' TERM USR1
+  case $JOB in
+    *' JobState=RUNNING '*) [ "$(job_field JobState)" = RUNNING ] || { echo "== cancelled or requeued meanwhile"; exit 0; } ;;
+  esac
   scontrol requeue "$SLURM_JOB_ID" || { echo "== could not queue itself again: submit the same command, it resumes"; exit 85; }
   if [ -n "$1" ]; then
     local excluded
@@ -143,6 +146,7 @@ elif [ "$PREFLIGHT" = 0 ] || [ "$RC" -eq 0 ]; then
 fi
 sleep 0.3 # for the last lines to pass through tail
 
-"$PYTHON" -m pipeline.attempts end "$RUN" --rc "$RC" --job "$(scontrol show job -o "$SLURM_JOB_ID")" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
+JOB=$(scontrol show job -o "$SLURM_JOB_ID")
+"$PYTHON" -m pipeline.attempts end "$RUN" --rc "$RC" --job "$JOB" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
 [ "$rc" -ne 85 ] || requeue "$BAD"
 exit "$rc"

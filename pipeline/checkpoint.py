@@ -150,7 +150,7 @@ class Checkpoints:
             "layout": state.layout.to_json(),
             "optimizer": {"step": state.optimizer_step, "groups": state.groups},
             "ema": state.decays,
-            "trainer": trainer_state,
+            "trainer": json.loads(json.dumps(trainer_state)),  # as it is now: the trainer goes on changing it
             "stage_xxh64": self._stage_hash,
         }
 
@@ -331,7 +331,9 @@ def _remove(folder: Path) -> None:
 
 
 def load_weights(path: str | Path, ema: int | None) -> Mapping[str, Tensor]:
-    """Whole fp32 weights, without a process group: for sampling, for export, and to start another stage from.
+    """Whole fp32 weights, with or without a process group: for sampling, for export, and to start another stage from.
+
+    Inside a process group, all ranks have to call it: they share the work of checking a run's newest checkpoint.
 
     Args:
         path: a run's folder (its newest good checkpoint is taken), a checkpoint, or exported safetensors (a file, or a

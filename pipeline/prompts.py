@@ -61,18 +61,25 @@ class PromptReader:
             if not keep_llms:
                 del self.llms[name]
 
-    def texts(self, prompts: Sequence[str], dtype: torch.dtype, quantised: bool = False) -> list[Text]:
+    def texts(
+        self, prompts: Sequence[str], dtype: torch.dtype, quantised: bool = False, without: Sequence[str] = ()
+    ) -> list[Text]:
         """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption.
 
         Args:
             prompts: one per picture.
             dtype: of the states.
             quantised: take the states through the family's quantisation first, as training saw them.
+            without: families that get the null caption.
         """
         self.read(prompts)
         make = _quantised_text if quantised else text_from_states
         return [
-            make([known[prompt] if prompt.strip() else None for prompt in prompts], self.constants[name], dtype)
+            make(
+                [known[prompt] if prompt.strip() and name not in without else None for prompt in prompts],
+                self.constants[name],
+                dtype,
+            )
             for name, known in self._known.items()
         ]
 

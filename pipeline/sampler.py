@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data_prep.schema import Family
 from model.dit import LIDiT
 from model.errors import UserError
+from model.fusion import Text
 from model.vae import VAE
 from pipeline.assembly import build_network, latents_family, open_dataset, resolve
 from pipeline.checkpoint import load_weights
@@ -36,6 +37,10 @@ class Drawing:
     """Prompt to steer away from; empty = the null caption of training."""
     quantised: bool = False
     """Take the LLM's states through the family's quantisation, as training saw them."""
+    instruction: bool = True
+    """False = leave out the prefix (system prompt and instruction) of every LLM."""
+    without: tuple[str, ...] = ()
+    """Text families that read the null caption instead of the prompt."""
 
 
 class Sampler:
@@ -119,12 +124,18 @@ class Sampler:
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing, on_step: OnStep | None = None) -> Tensor:
         """Draw one picture's normalised latents per prompt and seed: fp32 [B, C, h, w]."""
         shape = self.latent_shape(drawing)
-        texts = self.reader.texts(prompts, self.dtype, drawing.quantised)
-        nulls = self.reader.texts([drawing.negative] * len(prompts), self.dtype, drawing.quantised)
+        texts, nulls = self.texts(prompts, drawing), self.texts([drawing.negative] * len(prompts), drawing)
         return draw(
             self.network, self.objective, texts, nulls, shape, seeds, drawing.steps, drawing.guidance,
             self.device, self.dtype, drawing.scheduler, on_step,
         )  # fmt: skip
+
+    def texts(self, prompts: Sequence[str], drawing: Drawing) -> list[Text]:
+        """The prompts as the network reads them, one `Text` per LLM."""
+        texts = self.reader.texts(prompts, self.dtype, drawing.quantised, drawing.without)
+        if drawing.instruction:
+            return texts
+        return [Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded) for text in texts]
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Pixels fp32 [B, 3, H, W] in [-1, 1] of normalised latents."""

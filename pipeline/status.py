@@ -95,7 +95,9 @@ def read_status(run: Path, now: float) -> Status:
     if checkpoints:
         status.checkpoint = checkpoints[-1].name
         status.checkpoint_age = now - (checkpoints[-1] / "manifest.json").stat().st_mtime
-    if status.total and status.samples is not None and status.samples_per_second and status.goodput:
+    if status.state == "finished":
+        status.seconds_left = 0.0
+    elif status.total and status.samples is not None and status.samples_per_second and status.goodput:
         left = max(0, status.total - status.samples)
         status.seconds_left = left / status.samples_per_second / min(1.0, status.goodput)
     return status
@@ -139,7 +141,7 @@ def _form(value: float | None, form: str) -> str:
 def show(status: Status, endings: list[Ending], now: float, console: Console) -> None:
     """One run, a line a fact, then its starts and why they ended."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    end = None if status.seconds_left is None or status.state == "finished" else now + status.seconds_left
+    end = None if not status.seconds_left else now + status.seconds_left
     lines = {
         "state": status.state,
         "step": _form(status.step, "{:,}"),
@@ -169,7 +171,7 @@ def show_all(statuses: list[Status], console: Console) -> None:
         table.add_column(column)
     for one in statuses:
         done = one.samples / one.total if one.samples is not None and one.total else None
-        left = "-" if one.seconds_left is None else duration(one.seconds_left)
+        left = "-" if not one.seconds_left else duration(one.seconds_left)
         facts = (
             _form(one.step, "{:,}"),
             _form(done, "{:.1%}"),

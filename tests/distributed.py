@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(["pipeline.engine", "pipeline.checkpoint", "tests
 _pools = {}
 
 
-def on_ranks(world, function, *args, timeout=90):
+def on_ranks(world, function, *args, timeout=150):
     """Results of `function(*args)` on every rank; an AssertionError with the traces if a rank fails or time is up."""
     if world not in _pools:
         _pools[world] = Pool(world)

@@ -122,6 +122,14 @@ class Training:
 def training(slurm, tmp_path):
     one = Training(slurm, tmp_path)
     yield one
-    for job in slurm.run("squeue", "-h", "-o", "%A").split():
-        slurm.run("scancel", job, check=False)
-    slurm.wait(lambda: not slurm.run("squeue", "-h"), "empty queue")
+    slurm.empty()
+
+
+@pytest.fixture(scope="module")
+def out_of_time(slurm, tmp_path_factory):
+    """A training and its job, with one minute to live, of which Slurm tells it at 50 s.
+
+    Slurm looks at limits twice a minute and may tell a minute early; so the job runs aside while other tests run.
+    """
+    training = Training(slurm, tmp_path_factory.mktemp("out_of_time"))
+    return training, training.submit("--partition=aside", "--time=1", "--signal=B:USR1@50", FAKE_STEP=1)

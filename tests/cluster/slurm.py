@@ -13,7 +13,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 PATH = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/sbin"
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "g1", "t1")
 MARK = "DAEMON_OF"
 """In the environment of a daemon and of the slurmstepds that it starts: whose they are."""
 
@@ -55,6 +55,7 @@ SlurmdParameters=config_overrides
 {nodes}
 PartitionName=cpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 PartitionName=gpu Nodes=g1 MaxTime=INFINITE State=UP
+PartitionName=aside Nodes=t1 MaxTime=INFINITE State=UP
 """
 
 
@@ -71,7 +72,10 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Slurm:
-    """The cluster: nodes n1 and n2 (partition `cpu`) and g1, which has two make-believe GPUs (partition `gpu`)."""
+    """The cluster: nodes n1 and n2 (partition `cpu`), g1 with two make-believe GPUs (`gpu`), and t1 (`aside`).
+
+    What runs in `aside` goes on from test to test.
+    """
 
     folder: Path
     daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
@@ -84,16 +88,16 @@ class Slurm:
 
     def start(self) -> None:
         """Write the configuration and start the daemons; returns when the nodes are idle."""
-        for name in ("state", *(f"spool.{node}" for node in (*NODES, "g1"))):
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        ports = free_ports(4)
+        ports = free_ports(1 + len(NODES))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=500{gpus} State=UNKNOWN"
-            for node, port, gpus in zip((*NODES, "g1"), ports[1:], ("", "", " Gres=gpu:2"), strict=True)
+            for node, port, gpus in zip(NODES, ports[1:], ("", "", " Gres=gpu:2", ""), strict=True)
         )
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         config = CONFIG.format(host=host, ports=ports, user=user, folder=self.folder, nodes=nodes)
@@ -104,9 +108,9 @@ class Slurm:
         self._start("munged", "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *munge)
         self.wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
         self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-        for node in (*NODES, "g1"):
+        for node in NODES:
             self.start_node(node)
-        self.wait(lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * 3, "idle nodes")
+        self.wait(lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * len(NODES), "idle nodes")
 
     def _start(self, name: str, *command: str) -> None:
         environment = {**self.environment, MARK: name}
@@ -142,6 +146,21 @@ class Slurm:
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def queue(self) -> list[str]:
+        """Jobs of the present test that have not ended."""
+        return self.run("squeue", "-h", "-p", "cpu,gpu", "-o", "%A").split()
+
+    def empty(self) -> None:
+        """Cancel the jobs of the present test; one that was just queueing itself again, a second time."""
+
+        def cancelled() -> bool:
+            jobs = self.queue()
+            if jobs:
+                self.run("scancel", *jobs, check=False)
+            return not jobs
+
+        self.wait(cancelled, "empty queue")
 
     def job(self, job: int | str) -> dict[str, str]:
         """The fields of `scontrol show job`."""

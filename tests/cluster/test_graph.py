@@ -78,7 +78,7 @@ def test_tasks_of_a_plan_wait_for_one_another(slurm, training, dataset):
     array = training.type("sbatch", "--parsable", "--array=0-2%1", "cluster/shard.sh", str(dataset)).strip()
     for task in (0, 1):
         slurm.start_now(f"{array}_{task}")
-    slurm.wait(lambda: not slurm.run("squeue", "-h"), "the array's end")
+    slurm.wait(lambda: not slurm.queue(), "the array's end")
     assert {share for what, share in done(training) if what == "pairs"} == {(0, 3), (1, 3), (2, 3)}
     first_pairs = [what for what, _ in done(training)].index("pairs")
     assert {share for what, share in done(training)[:first_pairs] if what == "plan"} == {(0, 3), (1, 3), (2, 3)}
@@ -94,7 +94,7 @@ def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):
     assert "--array=1 " in again
     variable, *words = again.split()
     training.type(*words, **dict([variable.split("=")]))
-    slurm.wait(lambda: not slurm.run("squeue", "-h"), "the task's end")
+    slurm.wait(lambda: not slurm.queue(), "the task's end")
     assert (training.folder / "text.1").exists()
 
 

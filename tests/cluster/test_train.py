@@ -13,7 +13,7 @@ def rank_1(slurm):
     return next(pid for pid in slurm.processes() if "SLURM_PROCID=1" in slurm.environ(pid))
 
 
-def test_two_nodes_to_the_end(slurm, training):
+def test_two_nodes_to_the_end(slurm, training, out_of_time):
     job = training.submit("--nodes=2", FAKE_STEP=0.01)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
     assert training.steps() == list(range(1, 31))
@@ -46,16 +46,6 @@ def test_stopped_in_three_ways_and_no_step_is_lost(slurm, training):
     assert kinds(training)[3:] == ["finished"]
     assert "SIGUSR1" in training.endings()[0]["reason"]
     assert "SIGTERM" in training.endings()[1]["reason"]
-
-
-def test_time_limit(slurm, training):
-    """Slurm looks at limits twice a minute and may send the signal a minute early: the job has one minute, and hears of it at 50 s."""
-    job = training.submit("--nodes=1", "--time=1", "--signal=B:USR1@50", FAKE_STEP=1)
-    slurm.wait(training.endings, "the signal", seconds=70)
-    assert kinds(training) == ["stop"], training.output(job)
-    assert training.endings()[0]["requeued"]
-    assert "SIGUSR1" in training.endings()[0]["reason"]
-    assert training.endings()[0]["step"] == training.steps()[-1]
 
 
 def test_cancelled_job_stays_cancelled_even_while_it_saves(slurm, training):
@@ -146,3 +136,14 @@ def test_one_process_per_gpu(slurm, training):
     job = training.submit("--partition=gpu", "--gpus-per-node=2", FAKE_STEP=0.01)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
     assert "rank 0 of 2 on g1" in training.output(job)
+
+
+def test_time_limit(slurm, out_of_time):
+    training, job = out_of_time
+    slurm.wait(training.endings, "the signal", seconds=70)
+    assert kinds(training) == ["stop"], training.output(job)
+    assert training.endings()[0]["requeued"]
+    assert "SIGUSR1" in training.endings()[0]["reason"]
+    assert training.endings()[0]["step"] == training.steps()[-1]
+    slurm.wait(lambda: slurm.job(job)["Reason"] == "BeginTime", "the requeue")
+    slurm.run("scancel", str(job))

@@ -52,6 +52,7 @@ def test_prompt_seed_guidance_negative_prompt_and_order_matter(sampler):
     reference = one()
     assert torch.equal(reference, one())
     changed = [one("a blue cat"), one(seed=2), one(guidance=1.0), one(negative="dogs"), one(steps=4), one(scheduler="dpm")]
+    changed += [one(instruction=False), one(without=("first",)), one(without=("second",))]
     assert all((each - reference).abs().max() > 1e-4 for each in changed)
 
 
