@@ -263,6 +263,7 @@ class Trainer:
             say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
 
     def _leave(self, finished: bool) -> int:
+        self.checkpoints.close()
         reason = "finished" if finished else self.stop.reason or "asked to stop on another rank"
         self.log.event("stop", step=self.step, samples=self.samples, reason=reason)
         if self.ranks.rank == 0:
