@@ -1,14 +1,17 @@
 """What a run tells about itself: JSONL always, TensorBoard by default, W&B on request; and reading it back."""
 
+import importlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from model.errors import UserError
 from pipeline.config import LogConfig
 
 TIMESTEP_BINS = 4
@@ -74,6 +77,13 @@ def loss_by_timestep(losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Ten
     return table
 
 
+def _import_wandb() -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise UserError(f"log.wandb is set, but the package {error.name} is missing: pip install wandb") from error
+
+
 class MetricsLog:
     """Writes the reports of rank 0; on other ranks it does nothing."""
 
@@ -87,9 +97,7 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(str(run / "tensorboard"))
             self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
         if writes and log.wandb:
-            import wandb
-
-            self._wandb = wandb.init(project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run))
+            self._wandb = _import_wandb().init(project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run))
 
     def event(self, name: str, **fields: Any) -> None:
         """One line about something that happened: start, resume, save, stop."""
