@@ -24,6 +24,8 @@ _pools = {}
 
 def on_ranks(world, function, *args, timeout=150):
     """Results of `function(*args)` on every rank; an AssertionError with the traces if a rank fails or time is up."""
+    if world in _pools and not all(process.is_alive() for process in _pools[world].processes):
+        _pools.pop(world).kill()  # a test that signals all children of this process hit them
     if world not in _pools:
         _pools[world] = Pool(world)
     try:

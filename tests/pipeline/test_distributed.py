@@ -18,13 +18,14 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", 
 def environment(monkeypatch):
     """Set exactly these of the launchers' variables."""
 
-    def setting(**values):
-        for name in NAMES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
-
     with monkeypatch.context() as context:
+
+        def setting(**values):
+            for name in NAMES:
+                context.delenv(name, raising=False)
+            for name, value in values.items():
+                context.setenv(name, value)
+
         for name in NAMES:  # so that what `Ranks` exports is undone
             context.setenv(name, "")
         yield setting
