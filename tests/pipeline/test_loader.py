@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -170,7 +172,21 @@ def children(process):
     return listed + [grandchild for child in listed for grandchild in children(child)]
 
 
+def in_a_process_of_its_own(body, store, cache):
+    """Call a function where no other test has children that its signals would reach."""
+    code = f"from tests.pipeline.test_loader import {body.__name__} as body; body({str(store)!r}, {str(cache)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
 def test_signals_to_the_whole_job_do_not_reach_loader_processes(store, cache):
+    in_a_process_of_its_own(signal_all_children, store, cache)
+
+
+def test_a_killed_loader_process_is_an_exception(store, cache):
+    in_a_process_of_its_own(kill_a_loader_process, store, cache)
+
+
+def signal_all_children(store, cache):
     data = TrainingData(fake.stage(store, cache, workers=2), 0, 1, CPU)
     batches = data.batches()
     taken = [summary(next(batches)[0]) for _ in range(2)]
@@ -187,7 +203,7 @@ def test_signals_to_the_whole_job_do_not_reach_loader_processes(store, cache):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
-def test_a_killed_loader_process_is_an_exception(store, cache):
+def kill_a_loader_process(store, cache):
     data = TrainingData(fake.stage(store, cache, workers=1), 0, 1, CPU)
     batches = data.batches()
     next(batches)
