@@ -28,12 +28,12 @@ from data_prep.plan import check_settings, source_files
 from data_prep.progress import Progress
 from data_prep.sample import Place
 from data_prep.scan import CAPTIONS, CRASHED
-from data_prep.schema import PAIRS, Bucket, Commit, Part
+from data_prep.schema import PAIRS, TABLE, Bucket, Commit, Part
 from data_prep.sources import OpenSources
 from data_prep.store import Store, StoreError
 from data_prep.workers import Workers
 
-TAR, TABLE, DROPPED_TABLE = "pairs.tar", "pairs.parquet", "dropped.parquet"
+TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
 CHUNK_ROWS = 16
 GONE = "source: gone since the plan"
 CHANGED = "source: changed since the plan"

@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal
 
 FORMAT = 1
 PAIRS = "pairs"
+TABLE = "pairs.parquet"
+"""File of a part of the pairs: a row a sample, with its captions."""
 
 LATENT_COLUMNS = {"id": "int", "mean": "bytes", "std": "bytes"}
 """MDS columns of a latents family: sample id; moments of the VAE, each bf16 [C, h, w]."""

@@ -16,9 +16,8 @@ import pyarrow.parquet
 import xxhash
 
 from data_prep.mds import read_mds
-from data_prep.pairs import TABLE
 from data_prep.parts import THREADS, committed, committed_parts, hash_ids, read_commit, read_plan
-from data_prep.schema import PAIRS, Commit, Family, Manifest, Part, Snapshot, StoredFile, canonical_json
+from data_prep.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, StoredFile, canonical_json
 from data_prep.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
 from data_prep.store import Store, StoreError
 from model.errors import UserError

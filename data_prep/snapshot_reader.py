@@ -1,4 +1,4 @@
-"""Reading what a training run needs to know about a dataset: its families and its snapshots."""
+"""Reading what a training run needs to know about a dataset: its families, its snapshots, the captions of its pairs."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from data_prep.schema import Family, Snapshot
+from data_prep.schema import PAIRS, TABLE, Commit, Family, Part, Snapshot
 from data_prep.store import Store, StoreError
 from model.errors import UserError
 
@@ -100,3 +100,27 @@ def read_index(dataset: Store, snapshot: Snapshot, bucket: str) -> pyarrow.Table
     if xxhash.xxh64_hexdigest(data) != snapshot.buckets[bucket]["index_xxh64"]:
         raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and take the snapshot again")
     return pyarrow.parquet.read_table(io.BytesIO(data))
+
+
+def read_captions(dataset: Store, part: Part, ids_xxh64: str) -> dict[int, list[tuple[int, str]]]:
+    """Captions of the pairs of one part: sample id -> kinds (indices into the dataset's `caption_kinds`) and texts.
+
+    Args:
+        dataset: the dataset's store.
+        part: which part.
+        ids_xxh64: hash of its sample ids, as the snapshot has it.
+
+    Raises:
+        StoreError: the part is missing or damaged, or holds other samples.
+    """
+    key = part.commit_key(PAIRS)
+    try:
+        commit = Commit.from_json(dataset.read(key))
+        file = next(file for file in commit.files if file.key.endswith(f"/{TABLE}"))
+        data = dataset.read(file.key)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise StoreError(f"{dataset.uri}/{key}: missing or damaged: run `python -m data_prep verify`") from error
+    if commit.ids_xxh64 != ids_xxh64 or xxhash.xxh64_hexdigest(data) != file.xxh64:
+        raise StoreError(f"{dataset.uri}/{file.key}: damaged, or of other samples: run `python -m data_prep verify`")
+    rows = pyarrow.parquet.read_table(io.BytesIO(data), columns=["id", "captions"]).to_pylist()
+    return {row["id"]: [(caption["kind"], caption["text"]) for caption in row["captions"]] for row in rows}

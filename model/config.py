@@ -42,7 +42,7 @@ class FusionConfig:
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another way is refused."""
     encode: Literal["families", "online"] = "families"
-    """Read the states from text families, or run the LLMs in the trainer."""
+    """Read the states from text families, or run the LLMs in the trainer, with the settings in the stage's `text`."""
 
     def __post_init__(self) -> None:
         """Check the fields against one another.

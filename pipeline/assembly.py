@@ -9,6 +9,7 @@ from model.config import DiTConfig
 from model.dit import LIDiT
 from model.errors import UserError
 from pipeline.config import StageConfig
+from pipeline.distributed import Ranks
 
 
 def open_dataset(stage: StageConfig) -> Store:
@@ -71,10 +72,36 @@ def latents_family(stage: StageConfig, snapshot: Snapshot) -> Family:
     return snapshot.families[stage.data.latents]
 
 
+def text_families(stage: StageConfig, snapshot: Snapshot) -> dict[str, Family]:
+    """The text families in fusion order: the snapshot's, or those of the run's own encoders."""
+    if stage.fusion.encode == "families":
+        return {name: snapshot.families[name] for name in stage.fusion.families}
+    from pipeline.online import online_families  # imports transformers, which loader processes do without
+
+    return online_families(stage)
+
+
+def open_texts(stage: StageConfig) -> Store:
+    """Where the constants of the text families lie: in the dataset, or in the run that encodes online.
+
+    Raises:
+        UserError: there is no such store.
+    """
+    return open_dataset(stage) if stage.fusion.encode == "families" else open_store(str(stage.text_folder))
+
+
+def prepare_texts(stage: StageConfig, ranks: Ranks) -> None:
+    """Before a network is built: make what a run that encodes online has in place of families; nothing for the others."""
+    if stage.fusion.encode == "online":
+        from pipeline.online import register_encoders  # as above
+
+        register_encoders(stage, open_dataset(stage), ranks.device)
+
+
 def network_sizes(stage: StageConfig, snapshot: Snapshot) -> tuple[DiTConfig, list[int]]:
     """Sizes of the DiT and widths of the text families in fusion order."""
     dit = stage.dit(int(latents_family(stage, snapshot).info["channels"]))
-    return dit, [int(snapshot.families[name].info["width"]) for name in stage.fusion.families]
+    return dit, [int(family.info["width"]) for family in text_families(stage, snapshot).values()]
 
 
 def build_network(stage: StageConfig, snapshot: Snapshot) -> LIDiT:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 
-from model.config import DiTConfig, FusionConfig
+from model.config import DiTConfig, FusionConfig, TextConfig
 from model.errors import UserError
 from model.presets import PRESETS
 from model.settings import read_settings
@@ -172,6 +172,9 @@ class StageConfig:
     """Folder or hub name of the VAE, for drawing images; empty = the one that the latents family names."""
     data: DataConfig = field(default_factory=DataConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    text: list[TextConfig] = field(default_factory=list)
+    """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML describes it. The captions
+    come from the pairs, so the dataset needs pairs and latents alone."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -196,6 +199,11 @@ class StageConfig:
             raise UserError(f"data.caption_drop={self.data.caption_drop}: set a share between 0 and 1")
         if any(not 0 < decay < 1 for decay in self.ema) or not self.ema:
             raise UserError(f"ema={self.ema}: name at least one decay between 0 and 1")
+        if self.fusion.encode == "online":
+            if lacking := set(self.fusion.families) - {text.name for text in self.text}:
+                raise UserError(f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it")
+            if self.fusion.expect:
+                raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
         if self.global_batch % self.data.canonical_nodes:
             lanes = self.data.canonical_nodes
             raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
@@ -204,6 +212,11 @@ class StageConfig:
     def run(self) -> Path:
         """Folder of this run."""
         return Path(self.runs) / self.name
+
+    @property
+    def text_folder(self) -> Path:
+        """Where a run that encodes online keeps what all captions share."""
+        return self.run / "text"
 
     def dit(self, channels: int) -> DiTConfig:
         """Sizes of the DiT for latents of `channels` channels.

@@ -8,9 +8,12 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -47,6 +50,15 @@ class Ranks:
             )
         ranks._export()
         return ranks
+
+    @property
+    def device(self) -> "torch.device":
+        """This process's GPU, or the CPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def _export(self) -> None:
         """Set what torch's and DeepSpeed's `env://` start reads."""

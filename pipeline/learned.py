@@ -35,6 +35,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage, snapshot = resolve(load_run(run))
+    stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
     stage.data.caption_drop = 0.0
     dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
     data = TrainingData(stage, 0, 1, device)

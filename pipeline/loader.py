@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from pipeline.dataset import CaptionChoice, PartIndex, Request, SnapshotDataset
 from pipeline.packing import Batch, PackedBatch
 from pipeline.shard_cache import ShardCache
 from pipeline.texts import PackedText, TextConstants
+
+if TYPE_CHECKING:
+    from pipeline.online import OnlineTexts
 
 __all__ = ["Batch", "PackedText", "Position", "TrainingData", "sample_rng"]
 
@@ -88,16 +91,23 @@ class TrainingData:
         data, families = stage.data, self.snapshot.families
         dataset = open_dataset(stage)
         self.latents: Family = families[data.latents]
-        read = stage.fusion.families if stage.fusion.encode == "families" else []
-        texts = [families[name] for name in dict.fromkeys(read)]
-        self.constants = {family.name: TextConstants.load(dataset, family, device) for family in texts}
+        self.online: OnlineTexts | None = None
+        texts: list[Family] = []
+        if stage.fusion.encode == "online":
+            from pipeline import online  # imports transformers, which loader processes do without
+
+            self.online = online.OnlineTexts(stage, device)
+            self.constants = self.online.constants
+        else:
+            texts = [families[name] for name in dict.fromkeys(stage.fusion.families)]
+            self.constants = {family.name: TextConstants.load(dataset, family, device) for family in texts}
 
         limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
         cache = ShardCache(dataset, cache_root(data), self.snapshot.id, limit)
         cache.clean()
         index = PartIndex(dataset, self.snapshot, cache.folder / "index")
         captions = CaptionChoice(self.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
-        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions, draws_noise=device.type == "cpu")
+        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions, device.type == "cpu", self.online is not None)
         self.parts = {bucket: index.rows(bucket) for bucket in self.snapshot.buckets}
         self.held_out = self._hold_out()
         self._check_sizes()
@@ -170,7 +180,14 @@ class TrainingData:
         """
         for item in self.packed(position):
             after = self._position(item.epoch + 1, 0) if item.last else self._position(item.epoch, item.index + 1)
-            yield item.unpack(self.device), after
+            yield self._unpack(item), after
+
+    def _unpack(self, item: PackedBatch) -> Batch:
+        """The batch on the device, with its captions encoded if that is done here."""
+        batch = item.unpack(self.device)
+        if self.online is not None and batch.captions is not None:
+            batch.texts = self.online.encode(batch.captions)
+        return batch
 
     def packed(self, position: Position | None = None) -> Iterator[PackedBatch]:
         """As `batches`, before the copy to the device."""
@@ -260,7 +277,7 @@ class TrainingData:
             item = self.dataset[Request(taken, index, _FIXED_SEED, drop=False)]
             if isinstance(item, Exception):
                 raise item
-            yield item.unpack(self.device)
+            yield self._unpack(item)
 
     def _shut_down(self) -> None:
         if self._closing:

@@ -47,6 +47,8 @@ class Batch:
     """fp32 [B]: uniform numbers in [0, 1) that pick the timesteps."""
     texts: dict[str, PackedText] = field(default_factory=dict)
     """Text family -> captions; the same caption of a sample in each."""
+    captions: list[str] | None = None
+    """The captions themselves, empty = the null caption; only where the trainer encodes them (`fusion.encode: online`)."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
@@ -78,6 +80,8 @@ class PackedBatch:
     """Of the noise."""
     counts: dict[str, list[int]]
     """Text family -> tokens of each caption."""
+    captions: list[str] | None = None
+    """As in `Batch`."""
 
     def pin_memory(self) -> "PackedBatch":
         """The same in page-locked memory, as the loader's pinning thread asks for it."""
@@ -92,7 +96,7 @@ class PackedBatch:
         for name in NOISES:
             if name not in tensors:
                 tensors[name] = draw_on(device, tensors["mean"].shape, self.seed, self.epoch, ids, name)
-        return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts)
+        return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts, captions=self.captions)
 
 
 def draw_on(device: torch.device, shape: Sequence[int], seed: int, epoch: int, ids: Sequence[int], stream: str) -> Tensor:

@@ -103,8 +103,9 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
         if not getattr(stage.data, key):
             raise UserError(f"data.{key} is empty: set it in the stage, or give data.{key}=... on the command line")
     snapshot = read_snapshot(open_store(stage.data.store).sub(stage.data.dataset), stage.data.snapshot)
-    missing = [name for name in (stage.data.latents, *stage.fusion.families) if name not in snapshot.families]
-    if missing and stage.fusion.encode == "families":
+    wanted = [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
+    missing = [name for name in wanted if name not in snapshot.families]
+    if missing:
         there = ", ".join(sorted(snapshot.families))
         raise UserError(f"snapshot {snapshot.id} has no family {', '.join(missing)}: it has {there}")
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from data_prep.schema import Family
 from model.errors import UserError
 from model.fusion import Text
-from model.quantise import quantise
 from model.text_encoder import TextEncoder, check_identity, config_from_identity, load_encoder
-from pipeline.texts import PackedText, TextConstants, text_from_states, to_text
+from pipeline.texts import TextConstants, pack, text_from_states, to_text
 
 
 def load_llm(family: Family, device: torch.device) -> TextEncoder:
@@ -94,9 +93,4 @@ def _tokenise(llm: TextEncoder, name: str, prompt: str) -> list[int]:
 
 def _quantised_text(states: Sequence[Tensor | None], constants: TextConstants, dtype: torch.dtype) -> Text:
     """`text_from_states`, with the states taken through the family's quantisation first."""
-    device = constants.mean.device
-    lengths = torch.tensor([0 if each is None else len(each) for each in states], dtype=torch.int32, device=device)
-    empty = constants.mean.new_zeros(0, constants.width)
-    tokens = torch.cat([empty, *(each.to(device).float() for each in states if each is not None)])
-    values, scales, _ = quantise(tokens, constants.quantisation, constants.mean, constants.spread)
-    return to_text(PackedText(values, scales, lengths), constants, dtype)
+    return to_text(pack(states, constants), constants, dtype)

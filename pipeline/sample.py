@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.progress import Progress, TaskID
@@ -161,9 +160,7 @@ def main() -> None:
         raise UserError(f"--images {arguments.images} --batch {arguments.batch}: both have to be at least 1")
     ranks = Ranks.from_environment()
     prompts = read_prompts(arguments.prompt, arguments.prompts)
-    device = (
-        torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = ranks.device
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision])
     drawing = choose_drawing(sampler.defaults, arguments)

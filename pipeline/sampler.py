@@ -14,7 +14,7 @@ from model.dit import LIDiT
 from model.errors import UserError
 from model.fusion import Text
 from model.vae import VAE
-from pipeline.assembly import build_network, latents_family, open_dataset, resolve
+from pipeline.assembly import build_network, latents_family, open_texts, resolve, text_families
 from pipeline.checkpoint import load_weights
 from pipeline.config import ObjectiveConfig, SampleConfig, StageConfig, load_run
 from pipeline.prompts import PromptReader, load_llm
@@ -85,14 +85,14 @@ class Sampler:
             UserError: no run there, no checkpoint in it, or something that it was made with is gone or has changed.
         """
         stage, snapshot = resolve(load_run(run))
+        stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
         network = build_network(stage, snapshot)
         try:
             network.load_state_dict(load_weights(run, ema=0 if weights == "ema" else None))
         except RuntimeError as error:
             raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
-        families = {name: snapshot.families[name] for name in stage.fusion.families}
-        dataset = open_dataset(stage)
-        constants = {name: TextConstants.load(dataset, family, device) for name, family in families.items()}
+        families, kept = text_families(stage, snapshot), open_texts(stage)
+        constants = {name: TextConstants.load(kept, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
         latents = latents_family(stage, snapshot)
         return cls(network, reader, partial(_load_vae, stage, latents, device), stage.objective, stage.sample, device, dtype)

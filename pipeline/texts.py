@@ -15,7 +15,7 @@ from data_prep.snapshot_reader import read_constants
 from data_prep.store import Store
 from model.errors import UserError
 from model.fusion import Text
-from model.quantise import dequantise
+from model.quantise import dequantise, quantise
 
 
 @dataclass
@@ -69,6 +69,20 @@ def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) ->
     c = constants
     tokens = dequantise(packed.values, packed.scales, c.quantisation, c.mean, c.spread, dtype)  # [N, W]
     return _assemble(tokens, packed.lengths, counts, constants)
+
+
+def pack(states: Sequence[Tensor | None], constants: TextConstants) -> PackedText:
+    """Raw states of an LLM, one [T_i, W] per caption, as a family stores them; None or no tokens = the null caption.
+
+    Raises:
+        ValueError: a state is not finite.
+    """
+    device = constants.mean.device
+    counts = [0 if caption is None else len(caption) for caption in states]
+    captions = [caption.to(device).float() for caption in states if caption is not None]
+    tokens = torch.cat([*captions, constants.mean.new_zeros(0, constants.width)])  # [N, W]
+    values, scales, _ = quantise(tokens, constants.quantisation, constants.mean, constants.spread)
+    return PackedText(values, scales, torch.tensor(counts, dtype=torch.int32, device=device), counts)
 
 
 def text_from_states(states: Sequence[Tensor | None], constants: TextConstants, dtype: torch.dtype) -> Text:

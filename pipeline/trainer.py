@@ -15,7 +15,7 @@ import torch.distributed as dist
 from data_prep.schema import Bucket
 from model.errors import UserError
 from model.flops import flops_per_sample
-from pipeline.assembly import build_network, latents_family, network_sizes, resolve
+from pipeline.assembly import build_network, latents_family, network_sizes, prepare_texts, resolve, text_families
 from pipeline.checkpoint import Checkpoints, load_weights
 from pipeline.config import StageConfig, dump_stage
 from pipeline.console import TrainingProgress, say
@@ -39,6 +39,7 @@ class Trainer:
         local_batch, left = divmod(stage.global_batch, ranks.world)
         if left:
             raise UserError(f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: change one")
+        prepare_texts(self.stage, ranks)
         torch.manual_seed(stage.data.seed)
         self.engine = Engine(lambda: build_network(self.stage, self.snapshot), self.stage, local_batch)
         self.data = TrainingData(self.stage, ranks.rank, ranks.world, self.engine.device)
@@ -190,7 +191,7 @@ class Trainer:
     def _flops(self, caption_tokens: float) -> float:
         """FLOPs of a sample, forward and backward, in the bucket with most pairs, at the captions' mean length."""
         dit, widths = network_sizes(self.stage, self.snapshot)
-        families = [self.snapshot.families[name] for name in self.stage.fusion.families]
+        families = list(text_families(self.stage, self.snapshot).values())
         tokens = [int(family.info["prefix_tokens"] + caption_tokens / len(families)) for family in families]
         largest = Bucket.parse(max(self.snapshot.buckets, key=lambda name: int(self.snapshot.buckets[name]["rows"])))
         factor = int(self.latents.info["downsampling"])

@@ -35,20 +35,25 @@ def sample_ids(dataset, part):
     return list(range(first, first + manifest.buckets[part.bucket][part.number]))
 
 
-def make_pairs(dataset, share=ALONE, drop=()):
+def one_caption(id):
+    """Kind and text of each caption of a sample."""
+    return [(0, f"caption {id}")]
+
+
+def make_pairs(dataset, share=ALONE, drop=(), captions=one_caption):
     """Commit the missing pairs parts; samples in `drop` are lost at decoding."""
     done = committed_parts(dataset, PAIRS)
     for part in share.owns(read_plan(dataset).parts):
         if part not in done:
-            commit_pairs(dataset, part, [id for id in sample_ids(dataset, part) if id not in drop])
+            commit_pairs(dataset, part, [id for id in sample_ids(dataset, part) if id not in drop], captions)
 
 
-def commit_pairs(dataset, part, ids):
+def commit_pairs(dataset, part, ids, captions=one_caption):
     rows = [
         {
             "id": id,
             "key": f"k{id}",
-            "captions": [{"kind": 0, "text": f"caption {id}"}],
+            "captions": [{"kind": kind, "text": text} for kind, text in captions(id)],
             **dict.fromkeys(("height", "width", "original_height", "original_width", "bytes"), 64),
             "crop": [0.0, 0.0, 64.0, 64.0],
             "member": f"{id:019d}.jpg",
