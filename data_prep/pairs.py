@@ -1,43 +1,45 @@
 """Pairs: the planned samples as images of their bucket's size with captions, part by part.
 
 A part is `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` a sample), `pairs.parquet` (a row a sample) and, where images
-turned out to be bad at full decode, `dropped.parquet`. Peak memory: the encoded images of one part, and in every worker a chunk
-of 16 encoded originals and one decoded image.
+turned out to be bad at full decode, `dropped.parquet`.
+
+Finished images wait for the rest of their part in a temporary file, so memory holds only what is in flight: in every worker a
+chunk of 16 encoded originals (at most 32 MB, unless one alone is larger) and one decoded image, and here a few chunks and the
+planned rows of the open parts (one, or one a bucket where the source is read along).
 """
 
 import io
 import json
+import shutil
 import tarfile
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from data_prep.accounts import account, dropped_count, written_count
 from data_prep.config import DatasetConfig
-from data_prep.images import Crop, ImageError, encode_image, fit_bucket
+from data_prep.faults import naming_full_disk
+from data_prep.make_images import Made, Recipe, chunks_of, make_images, tasks_in_order
 from data_prep.manifest import read_manifest
 from data_prep.parts import Share, commit_part, committed_parts, read_plan
-from data_prep.plan import check_settings, source_files
+from data_prep.plan import check_settings, file_order, source_files
 from data_prep.progress import Progress
-from data_prep.sample import Place
 from data_prep.scan import CAPTIONS, CRASHED
 from data_prep.schema import PAIRS, TABLE, Bucket, Commit, Part
-from data_prep.sources import OpenSources
+from data_prep.sources import OpenSources, reads_along
 from data_prep.store import Store, StoreError
 from data_prep.workers import Workers
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
-CHUNK_ROWS = 16
-GONE = "source: gone since the plan"
-CHANGED = "source: changed since the plan"
-CROP = ("left", "top", "right", "bottom")
+COMMITS_BEHIND = 2
+"""Finished parts that may wait for their upload while the next ones are made."""
 
 COLUMNS = pa.schema(
     [
@@ -71,15 +73,14 @@ class Pair:
     width: int
 
 
-def read_pairs(dataset: Store, commit: Commit) -> list[Pair]:
-    """The pairs of one committed part, in order, verified against the commit's hashes.
+def read_pairs(dataset: Store, commit: Commit, caption_kinds: Sequence[str]) -> list[Pair]:
+    """The pairs of one committed part, in order, verified against the commit's hashes; `caption_kinds` is the plan's.
 
     Raises:
         StoreError: a payload file is missing or damaged.
     """
     if not commit.rows:
         return []
-    kinds = read_plan(dataset).caption_kinds
     with tempfile.TemporaryDirectory(prefix="li-dit-") as folder:
         paths = {}
         for file in commit.files:
@@ -97,7 +98,7 @@ def read_pairs(dataset: Store, commit: Commit) -> list[Pair]:
             row["id"],
             row["key"],
             images[row["member"]],
-            [(kinds[caption["kind"]], caption["text"]) for caption in row["captions"]],
+            [(caption_kinds[caption["kind"]], caption["text"]) for caption in row["captions"]],
             row["height"],
             row["width"],
         )
@@ -115,150 +116,147 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     """Make the missing parts of this share.
 
     Raises:
-        UserError: there is no plan, it was made with other settings, or the counts do not add up.
+        UserError: there is no plan, it was made with other settings, the disk is full, or the counts do not add up.
     """
     check_settings(config, dataset)
-    mine = share.owns(read_plan(dataset).parts)
+    manifest = read_plan(dataset)
+    mine = share.owns(manifest.parts)
     done = committed_parts(dataset, PAIRS)
-    maker = PartMaker(config, dataset)
-    with maker, Progress("pairs", sum(len(read_manifest(dataset, part)) for part in mine)) as progress:
-        for part in mine:
-            rows = read_manifest(dataset, part)
-            if part in done:
-                progress.advance(len(rows), "there before")
-                continue
-            for outcome, count in maker.make(part, rows).items():
-                progress.advance(count, outcome)
+    rows = {part: manifest.buckets[part.bucket][part.number] for part in mine}
+    with Progress("pairs", sum(rows.values())) as progress:
+        progress.advance(sum(rows[part] for part in mine if part in done), "there before")
+        make_parts(config, dataset, [part for part in mine if part not in done], progress)
     account(dataset)
 
 
-class Task(NamedTuple):
-    """One image to make."""
+def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], progress: Progress) -> None:
+    """Make and commit `parts`; those of one bucket stand in the order of their numbers."""
+    files = source_files(dataset)
+    ranks = [0] * len(files)
+    for rank, number in enumerate(file_order(config, files)):
+        ranks[number] = rank
+    open_parts: dict[Part, _OpenPart] = {}
+    commits: deque[Future[Counter[str]]] = deque()
+    recipe = Recipe(OpenSources(config, files), config.image_format, config.image_quality)
+    with (
+        tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
+        Workers(make_images, recipe, lambda task: Made(task.part, task.row, reason=CRASHED), config.workers) as workers,
+        ThreadPoolExecutor(1) as committer,
+    ):
 
-    row: int
-    file: int
-    place: Place
-    hash: int
+        def planned(part: Part) -> list[dict[str, Any]]:
+            open_parts[part] = _OpenPart(part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part))
+            return open_parts[part].rows
 
-
-class Made(NamedTuple):
-    """What became of it: an encoded image, or the reason for none."""
-
-    row: int
-    image: bytes = b""
-    crop: Crop | None = None
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass
-class Recipe:
-    """What a worker needs to make images; sent once."""
-
-    sources: OpenSources
-    image_format: str
-    quality: int
-
-
-def make_images(context: Recipe, chunk: Sequence[tuple[Task, Bucket]]) -> list[Made]:
-    """Read, decode, resize and encode the images of a chunk; all are of one source file."""
-    source, name = context.sources.of(chunk[0][0].file)
-    made: dict[int, Made] = {}
-    for position, data in source.fetch(name, [task.place for task, _ in chunk]):
-        task, bucket = chunk[position]
-        made[position] = _make_image(context, task, bucket, data)
-    return [made.get(position, Made(task.row, reason=GONE)) for position, (task, _) in enumerate(chunk)]
+        tasks = tasks_in_order(parts, planned, ranks, reads_along(config))
+        for _, results in workers.map(chunks_of(tasks, OpenSources(config, files))):
+            for made in results:
+                if not open_parts[made.part].add(made):
+                    continue
+                commits.append(committer.submit(open_parts.pop(made.part).commit, config, dataset))
+                while len(commits) > COMMITS_BEHIND:
+                    _count(commits.popleft(), progress)
+        while commits:
+            _count(commits.popleft(), progress)
+    if open_parts:
+        raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
 
 
-def _make_image(context: Recipe, task: Task, bucket: Bucket, data: bytes | None) -> Made:
-    if data is None:
-        return Made(task.row, reason=GONE)
-    if xxhash.xxh3_64_intdigest(data) != task.hash:
-        return Made(task.row, reason=CHANGED)
-    try:
-        image, crop = fit_bucket(data, bucket)
-    except ImageError as error:
-        return Made(task.row, reason=error.reason, detail=error.detail)
-    return Made(task.row, encode_image(image, context.image_format, context.quality), crop)
+def _count(commit: "Future[Counter[str]]", progress: Progress) -> None:
+    for outcome, count in commit.result().items():
+        progress.advance(count, outcome)
 
 
-class PartMaker:
-    """Makes parts of one dataset in worker processes."""
+class _OpenPart:
+    """A part whose images come in, in any order."""
 
-    def __init__(self, config: DatasetConfig, dataset: Store) -> None:
-        self._config = config
-        self._dataset = dataset
-        recipe = Recipe(OpenSources(config, source_files(dataset)), config.image_format, config.image_quality)
-        self._workers = Workers(make_images, recipe, lambda item: Made(item[0].row, reason=CRASHED), config.workers)
+    def __init__(self, part: Part, rows: list[dict[str, Any]], folder: Path) -> None:
+        self.rows = rows
+        self._part = part
+        self._folder = folder
+        self._made: dict[int, tuple[Made, int, int]] = {}
+        """By row: what was made, without the image; where that begins in the file of images; its bytes."""
+        self._size = 0
+        folder.mkdir(parents=True)
 
-    def __enter__(self) -> "PartMaker":
-        return self
+    def add(self, made: Made) -> bool:
+        """Take in one row; True = it was the last.
 
-    def __exit__(self, *error: object) -> None:
-        self._workers.__exit__(*error)
+        Raises:
+            UserError: the disk is full.
+        """
+        if made.row in self._made:
+            raise RuntimeError(f"pairs {self._part}: row {made.row} came twice")
+        images = self._folder / "images"
+        with naming_full_disk(images), images.open("ab") as file:
+            file.write(made.image)
+        self._made[made.row] = made._replace(image=b""), self._size, len(made.image)
+        self._size += len(made.image)
+        return len(self._made) == len(self.rows)
 
-    def make(self, part: Part, planned: pa.Table) -> dict[str, int]:
-        """Make and commit one part; counts by outcome (`written` or a reason)."""
-        rows = planned.to_pylist()
-        bucket = Bucket.parse(part.bucket)
-        made: list[Made | None] = [None] * len(rows)
-        for _, results in self._workers.map(_chunks(rows, bucket)):
-            for result in results:
-                if made[result.row] is not None:
-                    raise RuntimeError(f"pairs {part}: row {result.row} came twice")
-                made[result.row] = result
-        kept = [(row, result) for row, result in zip(rows, made, strict=True) if result and not result.reason]
-        dropped = [(row, result) for row, result in zip(rows, made, strict=True) if result and result.reason]
-        if len(kept) + len(dropped) != len(rows):
-            raise RuntimeError(f"pairs {part}: {len(rows)} rows planned, {len(kept)} made and {len(dropped)} dropped")
+    def commit(self, config: DatasetConfig, dataset: Store) -> Counter[str]:
+        """Write and commit the part; counts by outcome (`written` or a reason).
+
+        Raises:
+            UserError: the disk is full, or another task committed other samples.
+        """
+        outcomes = [(row, *self._made[number]) for number, row in enumerate(self.rows)]
+        kept = [outcome for outcome in outcomes if not outcome[1].reason]
+        dropped = [(row, made) for row, made, _, _ in outcomes if made.reason]
         counts = Counter({"written": len(kept)})
-        counts.update(result.reason for _, result in dropped)
-        with tempfile.TemporaryDirectory(prefix="li-dit-") as folder:
-            files = self._write(Path(folder), bucket, kept, dropped)
-            commit_part(
-                self._dataset,
-                PAIRS,
-                part,
-                files,
-                [row["id"] for row, _ in kept],
-                {
-                    "planned": len(rows),
-                    "image_bytes": sum(len(result.image) for _, result in kept),
-                    **{written_count(number): count for number, count in _by_file(kept).items()},
-                    **{dropped_count(number): count for number, count in _by_file(dropped).items()},
-                    **{f"dropped {reason}": count for reason, count in counts.items() if reason != "written"},
-                },
-            )
-        return dict(counts)
+        counts.update(made.reason for _, made in dropped)
+        with naming_full_disk(self._folder):
+            files = {**self._write_kept(config, kept), **self._write_dropped(dropped)}
+        commit_part(
+            dataset,
+            PAIRS,
+            self._part,
+            files,
+            [row["id"] for row, *_ in kept],
+            {
+                "planned": len(self.rows),
+                "image_bytes": self._size,
+                **{written_count(number): count for number, count in Counter(row["id"] >> 32 for row, *_ in kept).items()},
+                **{dropped_count(number): count for number, count in Counter(row["id"] >> 32 for row, _ in dropped).items()},
+                **{f"dropped {reason}": count for reason, count in counts.items() if reason != "written"},
+            },
+        )
+        shutil.rmtree(self._folder)
+        return counts
 
-    def _write(
-        self, folder: Path, bucket: Bucket, kept: list[tuple[dict[str, Any], Made]], dropped: list[tuple[dict[str, Any], Made]]
-    ) -> dict[str, Path]:
-        files = {}
-        if kept:
-            files = {TAR: folder / TAR, TABLE: folder / TABLE}
-            records = [self._record(bucket, row, made) for row, made in kept]
-            pq.write_table(pa.Table.from_pylist(records, COLUMNS), files[TABLE], compression="zstd")
-            with tarfile.open(files[TAR], "w", format=tarfile.USTAR_FORMAT) as tar:
-                for record, (row, made) in zip(records, kept, strict=True):
-                    _add_member(tar, record["member"], made.image)
-                    captions: dict[str, list[str]] = {}
-                    for caption in row["captions"]:
-                        captions.setdefault(self._config.caption_kinds[caption["kind"]], []).append(caption["text"])
-                    document = json.dumps({"key": row["key"], **captions}, ensure_ascii=False).encode()
-                    _add_member(tar, f"{record['member'].partition('.')[0]}.json", document)
-        if dropped:
-            files[DROPPED_TABLE] = folder / DROPPED_TABLE
-            records = [
-                {"id": row["id"], "key": row["key"], "reason": made.reason, "detail": _printable(made.detail)}
-                for row, made in dropped
-            ]
-            pq.write_table(pa.Table.from_pylist(records, DROPPED), files[DROPPED_TABLE], compression="zstd")
+    def _write_kept(self, config: DatasetConfig, kept: list[tuple[dict[str, Any], Made, int, int]]) -> dict[str, Path]:
+        if not kept:
+            return {}
+        files = {TAR: self._folder / TAR, TABLE: self._folder / TABLE}
+        records = [self._record(config, row, made, size) for row, made, _, size in kept]
+        pq.write_table(pa.Table.from_pylist(records, COLUMNS), files[TABLE], compression="zstd")
+        images = self._folder / "images"
+        with images.open("rb") as source, tarfile.open(files[TAR], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for record, (row, _, start, size) in zip(records, kept, strict=True):
+                source.seek(start)
+                _add_member(tar, record["member"], source.read(size))
+                captions: dict[str, list[str]] = {}
+                for caption in row["captions"]:
+                    captions.setdefault(config.caption_kinds[caption["kind"]], []).append(caption["text"])
+                document = json.dumps({"key": row["key"], **captions}, ensure_ascii=False).encode()
+                _add_member(tar, f"{record['member'].partition('.')[0]}.json", document)
         return files
 
-    def _record(self, bucket: Bucket, row: dict[str, Any], made: Made) -> dict[str, Any]:
+    def _write_dropped(self, dropped: list[tuple[dict[str, Any], Made]]) -> dict[str, Path]:
+        if not dropped:
+            return {}
+        records = [
+            {"id": row["id"], "key": row["key"], "reason": made.reason, "detail": _printable(made.detail)}
+            for row, made in dropped
+        ]
+        path = self._folder / DROPPED_TABLE
+        pq.write_table(pa.Table.from_pylist(records, DROPPED), path, compression="zstd")
+        return {DROPPED_TABLE: path}
+
+    def _record(self, config: DatasetConfig, row: dict[str, Any], made: Made, size: int) -> dict[str, Any]:
         assert made.crop is not None, "a made image has a crop"
-        suffix = {"jpeg": "jpg"}.get(self._config.image_format, self._config.image_format)
+        bucket = Bucket.parse(self._part.bucket)
+        suffix = {"jpeg": "jpg"}.get(config.image_format, config.image_format)
         return {
             "id": row["id"],
             "key": row["key"],
@@ -269,28 +267,8 @@ class PartMaker:
             "original_width": row["width"],
             "crop": [made.crop.left, made.crop.top, made.crop.right, made.crop.bottom],
             "member": f"{row['id']:019d}.{suffix}",
-            "bytes": len(made.image),
+            "bytes": size,
         }
-
-
-def _by_file(rows: list[tuple[dict[str, Any], Made]]) -> Counter[int]:
-    return Counter(row["id"] >> 32 for row, _ in rows)
-
-
-def _chunks(rows: list[dict[str, Any]], bucket: Bucket) -> Iterator[list[tuple[Task, Bucket]]]:
-    """Chunks of rows of one source file, in its order, so that reads are near one another."""
-    tasks = [
-        Task(number, row["id"] >> 32, Place(row["offset"], row["length"], row["path"]), row["hash"])
-        for number, row in enumerate(rows)
-    ]
-    chunk: list[tuple[Task, Bucket]] = []
-    for task in sorted(tasks, key=lambda task: (task.file, task.place)):
-        if chunk and (chunk[-1][0].file != task.file or len(chunk) == CHUNK_ROWS):
-            yield chunk
-            chunk = []
-        chunk.append((task, bucket))
-    if chunk:
-        yield chunk
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -33,8 +33,8 @@ THREADS = 32
 
 @dataclass(frozen=True)
 class Share:
-    """What one of `count` array tasks does: every `count`-th item, from `index` on. Needs no lock, so nothing can hang on one;
-    the commit protocol makes an overlap harmless."""
+    """What one of `count` array tasks does: the `index`-th of as many equal runs of neighbouring items. Needs no lock, so nothing
+    can hang on one; the commit protocol makes an overlap harmless."""
 
     index: int = 0
     count: int = 1
@@ -79,7 +79,12 @@ class Share:
 
     def owns(self, items: Sequence[Item]) -> list[Item]:
         """This task's items."""
-        return list(items[self.index :: self.count])
+        return list(items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count])
+
+    @staticmethod
+    def owner(item: int, items: int, count: int) -> int:
+        """Which of `count` tasks has item number `item` of `items`."""
+        return (count * (item + 1) - 1) // items
 
 
 def hash_ids(ids: Iterable[int]) -> str:

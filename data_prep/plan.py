@@ -13,7 +13,7 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from data_prep.parts import Share
 from data_prep.progress import Progress
 from data_prep.scan import SCAN, Scanner
 from data_prep.schema import Manifest, canonical_json
-from data_prep.sources import OpenSources, SourceFile, list_files
+from data_prep.sources import OpenSources, SourceFile, list_files, reads_along
 from data_prep.store import Store
 from model.errors import UserError
 
@@ -178,9 +178,8 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
             _nothing_left(dataset, files, starts, verdicts)
         writer = ManifestWriter(config, dataset, _window(config))
         counts = _Counts(config)
-        order = np.random.default_rng([config.seed, 0]).permutation(len(files))
         with Progress("plan", int(starts[-1])) as progress:
-            for number in order.tolist():
+            for number in file_order(config, files):
                 table = _judged(dataset, files[number], verdicts[starts[number] : starts[number + 1]])
                 counts.add(files[number], table)
                 dropped = table.filter(pc.not_equal(table["reason"], ""))
@@ -200,8 +199,12 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
 
 def _window(config: DatasetConfig) -> int:
     """Rows to shuffle over; where images cannot be read alone (parquet with bytes), a part takes neighbouring rows."""
-    windows = max(1, config.shuffle_window // config.part_rows)
-    return config.part_rows * (1 if any(source.kind == "parquet" for source in config.sources) else windows)
+    return config.part_rows * (1 if reads_along(config) else max(1, config.shuffle_window // config.part_rows))
+
+
+def file_order(config: DatasetConfig, files: Sequence[SourceFile]) -> list[int]:
+    """Numbers of the source files in the shuffled order in which the plan takes them."""
+    return np.random.default_rng([config.seed, 0]).permutation(len(files)).tolist()
 
 
 def _find_duplicates(

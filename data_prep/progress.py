@@ -43,7 +43,7 @@ class Progress:
     def advance(self, n: int = 1, outcome: str = "") -> None:
         """Count `n` units as done, under `outcome` if it is given."""
         self.done += n
-        if outcome:
+        if outcome and n:
             self.outcomes[outcome] += n
         if self._bar:
             self._bar.update(self._task, completed=self.done, rate=self._rate(), outcomes=self._counts())

@@ -78,7 +78,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
             parts=len(manifest.parts),
             committed_parts=len(commits),
             kinds=_kinds(dataset, commits),
-            samples=_samples(dataset, commits),
+            samples=_samples(dataset, commits, manifest.caption_kinds),
             dropped=_dropped_samples(config, dataset),
             files=accounts[:FILES_LISTED],
             more_files=max(0, len(accounts) - FILES_LISTED),
@@ -201,13 +201,13 @@ def _bars(values: Sequence[float]) -> list[Bar]:
     return [Bar(label, counts[number], 100 * counts[number] / highest) for number, label in enumerate(labels)]
 
 
-def _samples(dataset: Store, commits: dict[Part, Commit]) -> list[tuple[str, list[Tile]]]:
+def _samples(dataset: Store, commits: dict[Part, Commit], kinds: Sequence[str]) -> list[tuple[str, list[Tile]]]:
     """Pairs of the first part of every bucket."""
     first: dict[str, Commit] = {}
     for part, commit in sorted(commits.items()):
         if commit.rows:
             first.setdefault(part.bucket, commit)
-    return [(bucket, [_tile(pair) for pair in read_pairs(dataset, commit)[:SAMPLES]]) for bucket, commit in first.items()]
+    return [(bucket, [_tile(pair) for pair in read_pairs(dataset, commit, kinds)[:SAMPLES]]) for bucket, commit in first.items()]
 
 
 def _tile(pair: Pair) -> Tile:

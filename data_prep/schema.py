@@ -108,8 +108,10 @@ class Manifest:
 
     @property
     def parts(self) -> list[Part]:
-        """All parts, in the order over which array tasks share them."""
-        return [Part(bucket, number) for bucket in sorted(self.buckets) for number in range(len(self.buckets[bucket]))]
+        """All parts, in the order over which array tasks share them: along the source, as far as each bucket's rows are spread
+        evenly over it. Parts of different buckets that stand together here were cut from the same stretch of the source."""
+        parts = [Part(bucket, number) for bucket in sorted(self.buckets) for number in range(len(self.buckets[bucket]))]
+        return sorted(parts, key=lambda part: (2 * part.number + 1) / len(self.buckets[part.bucket]))
 
     def to_json(self) -> bytes:
         """Canonical JSON bytes."""

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import xxhash
 
 from data_prep.mds import read_mds
-from data_prep.parts import THREADS, committed, committed_parts, hash_ids, read_commit, read_plan
+from data_prep.parts import THREADS, Share, committed, committed_parts, hash_ids, read_commit, read_plan
 from data_prep.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, StoredFile, canonical_json
 from data_prep.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
 from data_prep.store import Store, StoreError
@@ -102,7 +102,7 @@ def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Par
     for kind, parts in missing.items():
         if parts:
             script = "shard.sh" if kind == PAIRS else "encode.sh"
-            array = array_list({order[part] % tasks for part in parts})
+            array = array_list({Share.owner(order[part], len(order), tasks) for part in parts})
             lines.append(
                 f"{kind}: {len(parts)} of {len(plan.parts)}: `LI_DIT_TASKS={tasks} sbatch --array={array} cluster/{script}`"
             )

@@ -26,8 +26,6 @@ IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 class FolderSource:
     """Image files, local or in a bucket."""
 
-    addressable = True
-
     def __init__(self, source: SourceConfig) -> None:
         self._files = SourceFiles(source.path)
 

@@ -29,8 +29,6 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 class MDSSource:
     """Uncompressed MDS shards, local or in a bucket. A file of this source is a shard."""
 
-    addressable = True
-
     def __init__(self, source: SourceConfig) -> None:
         self._path = source.path
         self._files = SourceFiles(source.path)

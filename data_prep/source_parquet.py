@@ -1,11 +1,14 @@
 """Parquet files with images as bytes or as paths, read row group by row group.
 
 The image column holds bytes, a path relative to the source's root, or Hugging Face's struct of `bytes` and `path`.
-Bytes inside a row group cannot be addressed alone: a row group is read once for every group of parts that needs rows of it.
-Small row groups (100 to 1,000 rows) keep that cheap; memory stays at a few rows whatever their size.
+Bytes inside a row group cannot be addressed alone: `walk` reads each row group that is needed once, from its start to the last
+row wanted. Memory is that of a few rows and of one data page (writers close one every 1,024 rows or sooner), whatever the size of
+file and row group.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
@@ -24,8 +27,6 @@ ODD_IMAGE = "source: image is neither bytes nor a path"
 
 class ParquetSource:
     """Parquet files, local or in a bucket."""
-
-    addressable = False
 
     def __init__(self, source: SourceConfig) -> None:
         self._files = SourceFiles(source.path, (".parquet",))
@@ -51,6 +52,7 @@ class ParquetSource:
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
+            _raise_unless_content(error)
             rest = max(1, total - done)
             for number in range(done, done + rest):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
@@ -84,31 +86,57 @@ class ParquetSource:
         paths = [position for position, place in enumerate(places) if place.path]
         for position, data in fetch_paths(self._files, [places[position] for position in paths]):
             yield paths[position], data
-        groups: dict[int, dict[int, int]] = {}
-        for position, place in enumerate(places):
-            if not place.path:
-                groups.setdefault(place.offset, {})[place.length] = position
-        if not groups:
-            return
-        try:
-            with self._files.open(name) as file, self._opened(file) as parquet:
-                for group, wanted in sorted(groups.items()):
-                    yield from self._group_rows(parquet, group, wanted)
-        except FileNotFoundError:
-            for wanted in groups.values():
-                for position in wanted.values():
-                    yield position, None
+        rows = sorted((position for position, place in enumerate(places) if not place.path), key=lambda at: places[at])
+        if rows:
+            yield from zip(rows, self.walk(name, (places[position] for position in rows)), strict=True)
 
-    def _group_rows(self, parquet: pq.ParquetFile, group: int, wanted: dict[int, int]) -> Iterator[tuple[int, bytes | None]]:
-        row, last = 0, max(wanted)
-        for batch in parquet.iter_batches(BATCH, [group], [self._image], use_threads=False):
-            for offset in range(batch.num_rows):
-                if row + offset in wanted:
-                    value = batch.column(0)[offset].as_py()
-                    yield wanted[row + offset], value.get("bytes") if isinstance(value, dict) else value
-            row += batch.num_rows
-            if row > last:
-                return
+    def walk(self, name: str, places: Iterable[Place]) -> Iterator[bytes | None]:
+        """Images at `places`, which are taken one at a time and must ascend; None where the file or its content is gone."""
+        with ExitStack() as stack:
+            rows: _Rows | None = None
+            try:
+                file = stack.enter_context(self._files.open(name))
+                rows = _Rows(stack.enter_context(self._opened(file)), self._image)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                _raise_unless_content(error)
+            for place in places:
+                image = None
+                try:
+                    image = rows.at(place) if rows else None
+                except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+                    _raise_unless_content(error)
+                    rows = None
+                yield image
+
+
+class _Rows:
+    """A column of images, read forwards."""
+
+    def __init__(self, parquet: pq.ParquetFile, column: str) -> None:
+        self._parquet = parquet
+        self._column = column
+        self._group, self._next = -1, 0
+        self._values: Iterator[pa.Scalar] = iter(())
+
+    def at(self, place: Place) -> bytes | None:
+        """The image at `place`, which lies behind the one before; None = there is none."""
+        if place.offset != self._group:
+            self._group, self._next, self._values = place.offset, 0, self._read(place.offset)
+        value = next(itertools.islice(self._values, place.length - self._next, None), None)
+        self._next = place.length + 1
+        return None if value is None else value.as_py()
+
+    def _read(self, group: int) -> Iterator[pa.Scalar]:
+        if group < self._parquet.num_row_groups:
+            for batch in self._parquet.iter_batches(BATCH, [group], [self._column], use_threads=False):
+                column = batch.column(0)
+                yield from column.field("bytes") if pa.types.is_struct(column.type) else column
+
+
+def _raise_unless_content(error: Exception) -> None:
+    """Errors of the disk have a number, those about a file's content have none: only the latter cost rows."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:

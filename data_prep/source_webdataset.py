@@ -27,8 +27,6 @@ END_OF_TAR = bytes(512)
 class WebDatasetSource:
     """Tars, local or in a bucket."""
 
-    addressable = True
-
     def __init__(self, source: SourceConfig) -> None:
         self._files = SourceFiles(source.path, (".tar",))
 

@@ -19,9 +19,6 @@ from data_prep.source_webdataset import WebDatasetSource
 class Source(Protocol):
     """One entry of `sources` in a dataset's YAML."""
 
-    addressable: bool
-    """Whether one image can be read alone; else it costs reading what lies around it, so parts are made in groups."""
-
     def files(self) -> list[str]:
         """Names of the files, sorted.
 
@@ -49,6 +46,12 @@ def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
         return OpenMojiSource(config.buckets.resolution)
     kinds = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
     return kinds[source.kind](source)
+
+
+def reads_along(config: DatasetConfig) -> bool:
+    """Whether some images can only be read along with what lies before them (bytes in parquet): parts then hold neighbouring
+    rows, and are made for all buckets together."""
+    return any(source.kind == "parquet" for source in config.sources)
 
 
 @dataclass(frozen=True)

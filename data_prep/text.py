@@ -18,7 +18,7 @@ from torch import Tensor
 from data_prep.config import DatasetConfig
 from data_prep.encode import encode_family
 from data_prep.pairs import Pair, read_pairs
-from data_prep.parts import Share, committed_parts, read_commit, register_family
+from data_prep.parts import Share, committed_parts, read_commit, read_plan, register_family
 from data_prep.schema import PAIRS, Family
 from data_prep.snapshot_reader import read_constants
 from data_prep.store import Store
@@ -107,9 +107,10 @@ def is_held_out(caption: str) -> bool:
 def calibration_captions(dataset: Store) -> list[str]:
     """The sample for the channels' mean and spread: from the first committed part of each bucket on, as many as it takes."""
     found: dict[str, None] = {}
+    kinds = read_plan(dataset).caption_kinds
     for part in sorted(committed_parts(dataset, PAIRS), key=lambda part: (part.number, part.bucket)):
         commit = read_commit(dataset, PAIRS, part)
-        for pair in read_pairs(dataset, commit) if commit.rows else []:
+        for pair in read_pairs(dataset, commit, kinds) if commit.rows else []:
             found.update((text.strip(), None) for _, text in pair.captions if text.strip())
         if sum(not is_held_out(caption) for caption in found) >= CALIBRATION_CAPTIONS:
             break

@@ -22,7 +22,7 @@ import torch
 
 from data_prep.config import load_dataset
 from data_prep.pairs import read_pairs
-from data_prep.parts import committed
+from data_prep.parts import committed, read_plan
 from data_prep.schema import PAIRS, Snapshot
 from data_prep.snapshot_reader import read_snapshot
 from data_prep.store import open_store
@@ -138,7 +138,8 @@ def check_packages() -> None:
 def training_pairs(stage: StageConfig, count: int) -> list[dict[str, str]]:
     """Write some of the training pairs as pictures into the run's folder, spread over the data."""
     dataset = open_store(stage.data.store).sub(stage.data.dataset)
-    pairs = [pair for _, commit in sorted(committed(dataset, PAIRS).items()) for pair in read_pairs(dataset, commit)]
+    kinds = read_plan(dataset).caption_kinds
+    pairs = [pair for _, commit in sorted(committed(dataset, PAIRS).items()) for pair in read_pairs(dataset, commit, kinds)]
     folder = stage.run / "pairs"
     folder.mkdir(exist_ok=True)
     chosen = []

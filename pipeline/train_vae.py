@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data_prep.config import load_dataset
 from data_prep.images import decode_image
 from data_prep.pairs import read_pairs
-from data_prep.parts import committed
+from data_prep.parts import committed, read_plan
 from data_prep.progress import Progress
 from data_prep.schema import PAIRS
 from data_prep.store import Store, open_store
@@ -55,8 +55,9 @@ def read_images(dataset: Store, crop: int, limit: int) -> list[Tensor]:
         UserError: there are none.
     """
     images: list[Tensor] = []
+    kinds = read_plan(dataset).caption_kinds
     for _, commit in sorted(committed(dataset, PAIRS).items()):
-        for pair in read_pairs(dataset, commit) if commit.rows else []:
+        for pair in read_pairs(dataset, commit, kinds) if commit.rows else []:
             if len(images) < limit and min(pair.height, pair.width) >= crop:
                 images.append(torch.from_numpy(np.array(decode_image(pair.image))).permute(2, 0, 1).contiguous())
         if len(images) >= limit:

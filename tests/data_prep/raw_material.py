@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.config import BucketConfig, DatasetConfig, SourceConfig
 from data_prep.pairs import read_pairs, run_pairs
-from data_prep.parts import Share, committed
+from data_prep.parts import Share, committed, read_plan
 from data_prep.plan import run_plan
 from data_prep.schema import PAIRS
 from data_prep.store import open_store
@@ -106,7 +106,8 @@ def prepare(config):
 
 
 def all_pairs(dataset):
-    return [pair for commit in committed(dataset, PAIRS).values() for pair in read_pairs(dataset, commit)]
+    kinds = read_plan(dataset).caption_kinds
+    return [pair for commit in committed(dataset, PAIRS).values() for pair in read_pairs(dataset, commit, kinds)]
 
 
 def reasons_of(dataset):

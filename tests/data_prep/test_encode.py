@@ -68,7 +68,7 @@ def test_shares_together_make_everything(tmp_path_factory, count, rows):
     for index in reversed(range(count)):
         make_families(dataset, Share(index, count))
     for family in FAMILIES:
-        assert sorted(committed_parts(dataset, family.name)) == read_plan(dataset).parts
+        assert committed_parts(dataset, family.name) == set(read_plan(dataset).parts)
 
 
 def test_parts_that_lost_all_rows_are_committed_empty(store):
@@ -83,8 +83,8 @@ def test_parts_that_lost_all_rows_are_committed_empty(store):
 def test_parts_without_pairs_are_named_after_the_others_are_done(store):
     dataset = store.sub("ds")
     plan(dataset, {"64x64": [1, 1, 1]})
-    make_pairs(dataset, Share(0, 2))
-    with pytest.raises(UserError, match=r"1 of 3 parts.*64x64/00001"):
+    make_pairs(dataset, Share(1, 2))
+    with pytest.raises(UserError, match=r"1 of 3 parts.*64x64/00000"):
         make_families(dataset)
     assert len(committed_parts(dataset, FAMILIES[0].name)) == 2
 

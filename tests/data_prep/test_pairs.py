@@ -1,20 +1,25 @@
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep.accounts import account
-from data_prep.config import BucketConfig
+from data_prep.config import BucketConfig, SourceConfig
 from data_prep.images import ImageError, decode_image, resize_crop
-from data_prep.pairs import CHANGED, GONE, read_pairs, run_pairs
+from data_prep.make_images import CHANGED, GONE
+from data_prep.pairs import read_pairs, run_pairs
 from data_prep.parts import Share, committed, read_plan
 from data_prep.plan import run_plan
+from data_prep.sample import Place
 from data_prep.schema import PAIRS, Bucket, Part
 from data_prep.snapshot import verify
+from data_prep.source_parquet import ParquetSource
 from data_prep.store import StoreError, open_store
 from data_prep.workers import Workers
 from model.errors import UserError
@@ -96,9 +101,9 @@ def test_the_tar_is_a_webdataset_and_the_table_tells_the_crop(ten):
 def test_shares_meet_and_repeats_do_nothing(ten):
     dataset = open_store(ten.store, create=True).sub("ds")
     run_plan(ten, dataset, ALONE)
-    run_pairs(ten, dataset, Share(1, 2))
-    assert len(committed(dataset, PAIRS)) == 1
     run_pairs(ten, dataset, Share(0, 2))
+    assert len(committed(dataset, PAIRS)) == 1
+    run_pairs(ten, dataset, Share(1, 2))
     before = committed(dataset, PAIRS)
     assert set(before) == set(read_plan(dataset).parts)
     run_pairs(ten, dataset, ALONE)
@@ -128,13 +133,13 @@ def test_sources_that_changed_since_the_plan_are_dropped_with_a_reason(tmp_path)
     assert sorted(pair.captions[0][1] for pair in all_pairs(dataset)) == ["c0", "c3", "c4", "c5"]
     empty = [commit for commit in committed(dataset, PAIRS).values() if not commit.rows]
     assert len(empty) == 2
-    assert read_pairs(dataset, empty[0]) == []
+    assert read_pairs(dataset, empty[0], ["original"]) == []
     assert [(one.written, one.dropped_in_parts, one.pending) for one in account(dataset)] == [(4, 2, 0)]
 
 
 def test_images_that_fail_only_at_full_decode_are_dropped_in_their_part(ten, monkeypatch):
     monkeypatch.setattr(
-        "data_prep.pairs.fit_bucket", lambda data, bucket: (_ for _ in ()).throw(ImageError("image: damaged", "late"))
+        "data_prep.make_images.fit_bucket", lambda data, bucket: (_ for _ in ()).throw(ImageError("image: damaged", "late"))
     )
     dataset = prepare(ten)
     assert reasons_of(dataset) == {"image: damaged": 10}
@@ -152,7 +157,7 @@ def test_damaged_parts_are_refused(ten, monkeypatch):
     data[600] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(StoreError, match=r"pairs\.tar"):
-        read_pairs(dataset, commit)
+        read_pairs(dataset, commit, ["original"])
 
 
 def test_counts_that_do_not_add_up_fail(ten, monkeypatch):
@@ -183,3 +188,95 @@ def test_a_process_that_dies_costs_one_item():
     with Workers(crash, 10, lambda item: -1, 2) as workers:
         results = list(workers.map([range(start, start + 4) for start in range(0, 24, 4)]))
     assert [n for _, numbers in results for n in numbers] == [-1 if n == 13 else 10 * n for n in range(24)]
+
+
+def along(tmp_path, files=3, rows=40, row_group=8, **settings):
+    """Parquet with bytes, of three aspects in turns, in small row groups."""
+    sides = [(48, 48), (40, 80), (80, 40)]
+    for file in range(files):
+        content = [{"image": png(rows * file + n, *sides[n % 3]), "caption": f"{file} {n}"} for n in range(rows)]
+        write_parquet(tmp_path / f"p/{file}.parquet", content, row_group)
+    buckets = BucketConfig(resolution=32, max_aspect=2.0, step=8)
+    return config_of(tmp_path, ("parquet", tmp_path / "p"), buckets=buckets, part_rows=5, **settings)
+
+
+@pytest.fixture
+def groups_read(monkeypatch):
+    """Row groups in the order in which they are read."""
+    found = []
+    real = pq.ParquetFile.iter_batches
+
+    def counting(parquet, size, groups, *arguments, **options):
+        found.append((parquet.metadata.row_group(0).column(0).total_compressed_size, parquet.metadata.num_rows, *groups))
+        return real(parquet, size, groups, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    return found
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_row_groups_are_read_once_for_all_buckets(tmp_path, groups_read, tasks):
+    config = along(tmp_path)
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    assert len(groups_read) == len(set(groups_read)) == 15
+    groups_read.clear()
+    for task in range(tasks):
+        run_pairs(config, dataset, Share(task, tasks))
+    assert len({part.bucket for part in read_plan(dataset).parts}) == 3
+    assert len(set(groups_read)) == 15
+    # Where two tasks meet, the parts of each bucket end in other row groups: some are read twice.
+    assert len(groups_read) <= 15 + (tasks - 1) * 4
+    assert sorted(pair.captions[0][1] for pair in all_pairs(dataset)) == sorted(f"{f} {n}" for f in range(3) for n in range(40))
+
+
+def test_parquet_that_changed_since_the_plan_is_dropped_with_a_reason(tmp_path):
+    config = along(tmp_path, files=4, rows=8)
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    (tmp_path / "p/0.parquet").unlink()
+    write_parquet(tmp_path / "p/1.parquet", [{"image": png(8), "caption": "only the first"}])
+    data = bytearray((tmp_path / "p/2.parquet").read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 64] = bytes(64)
+    (tmp_path / "p/2.parquet").write_bytes(data)
+    run_pairs(config, dataset, ALONE)
+    lost = reasons_of(dataset)
+    assert set(lost) <= {GONE, CHANGED}
+    assert lost[GONE] >= 8 + 7
+    texts = [pair.captions[0][1] for pair in all_pairs(dataset)]
+    assert len(texts) == 32 - sum(lost.values())
+    assert "1 0" in texts
+    assert {f"3 {n}" for n in range(8)} <= set(texts)
+
+
+def test_worker_processes_change_nothing_along_parquet(tmp_path):
+    config = along(tmp_path, files=2, rows=20)
+    alone = all_pairs(prepare(config))
+    config.workers, config.store = 2, str(tmp_path / "other")
+    assert all_pairs(prepare(config)) == alone
+
+
+def _walk_large(path, peak):
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    source = ParquetSource(SourceConfig(kind="parquet", path=str(path)))
+    (name,) = source.files()
+    samples = sum(len(sample.image) for sample in source.read(name, ["caption"]))
+    walked = sum(len(image) for image in source.walk(name, (Place(0, row) for row in range(0, 4096, 3))))
+    peak.value = pool.max_memory() if samples > 3 * walked - (1 << 20) > 0 else -1
+
+
+def test_memory_is_that_of_a_page_whatever_the_row_group(tmp_path):
+    """One row group of 134 MB in pages of 1 MB: reading it takes some pages."""
+    images = pa.array([os.urandom(32 << 10)] * 4096, pa.binary())
+    table = pa.table({"image": images, "caption": ["x"] * 4096})
+    path = tmp_path / "large.parquet"
+    pq.write_table(table, path, row_group_size=4096, use_dictionary=False, compression="none", write_batch_size=32)
+    del table, images
+    context = multiprocessing.get_context("fork")
+    peak = context.Value("q", 0)
+    child = context.Process(target=_walk_large, args=(path, peak))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert 0 < peak.value < 32 << 20

@@ -31,6 +31,8 @@ def test_shares_cover_everything_once(items, count):
     owned = [Share(index, count).owns(items) for index in range(count)]
     assert sorted(item for share in owned for item in share) == sorted(items)
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    owners = [task for task, share in enumerate(owned) for _ in share]
+    assert owners == [Share.owner(item, len(items), count) for item in range(len(items))]
 
 
 def array(monkeypatch, task, low, high, count, tasks=None):
@@ -119,7 +121,7 @@ def test_no_plan_is_an_error_of_one_line(store):
     with pytest.raises(UserError, match="plan"):
         read_plan(store)
     store.put_new(Manifest.KEY, Manifest("ds", ["a"], {"b": [2, 1], "a": [1]}).to_json())
-    assert read_plan(store).parts == [Part("a", 0), Part("b", 0), Part("b", 1)]
+    assert read_plan(store).parts == [Part("b", 0), Part("a", 0), Part("b", 1)]
 
 
 def test_families_register_once(store):

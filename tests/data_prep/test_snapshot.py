@@ -81,12 +81,12 @@ def read_snapshot_error(dataset, id):
 def test_missing_parts_are_listed_as_an_array(dataset):
     for number in (0, 2):
         dataset.delete(Part("64x64", number).commit_key("llm"))
-    with pytest.raises(UserError, match=r"llm: 2 of 4: `LI_DIT_TASKS=4 sbatch --array=1,3 cluster/encode\.sh") as error:
+    with pytest.raises(UserError, match=r"llm: 2 of 4: `LI_DIT_TASKS=4 sbatch --array=0,3 cluster/encode\.sh") as error:
         take_snapshot(dataset)
     assert "latents:" not in str(error.value)
     assert not list(dataset.list("snapshots/"))
     # The tasks of that list do just what is missing.
-    for task in (1, 3):
+    for task in (0, 3):
         make_families(dataset, Share(task, 4))
     assert take_snapshot(dataset).left_out == {}
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data_prep.pairs import Pair
-from data_prep.schema import Commit, Part
+from data_prep.schema import Commit, Manifest, Part
 from data_prep.store import open_store
 from model.errors import UserError
 from model.vae import VAE, small_vae
@@ -38,7 +38,7 @@ def dataset(monkeypatch, tmp_path):
     """A store whose committed pairs are two parts of drawings, the second smaller than a crop."""
     sizes = {Part("16x24", 0): (16, 24), Part("8x8", 0): (8, 8)}
 
-    def read_pairs(_, commit):
+    def read_pairs(dataset, commit, kinds):
         pairs = []
         for number, image in enumerate(drawings(commit.rows, sizes[commit.part])):
             data = io.BytesIO()
@@ -49,7 +49,9 @@ def dataset(monkeypatch, tmp_path):
     commits = {part: Commit("pairs", part.bucket, part.number, 6, "attempt", "", []) for part in sizes}
     monkeypatch.setattr(train_vae, "committed", lambda *_: commits)
     monkeypatch.setattr(train_vae, "read_pairs", read_pairs)
-    return open_store(str(tmp_path / "store"), create=True)
+    store = open_store(str(tmp_path / "store"), create=True)
+    store.put(Manifest.KEY, Manifest("ds", ["original"], {}).to_json())
+    return store
 
 
 def test_the_same_seed_gives_the_same_weights():
