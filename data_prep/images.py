@@ -3,6 +3,7 @@
 Every way in which a file can be bad ends in an `ImageError` with a reason from a short list, so that it can be counted.
 """
 
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from data_prep.schema import Bucket
 
@@ -19,6 +20,8 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("a
 MAX_PIXELS = 1 << 26
 """67 megapixels: a larger image is dropped before it is decoded. 16-bit RGBA of that size needs about 0.8 GB."""
 MAX_FILE_BYTES = 256 << 20
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+MAX_PROFILE_BYTES = 4 << 20
 ORIENTED_SIDEWAYS = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -61,7 +64,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decode to an upright RGB image: alpha on white, CMYK and 16 bits converted, first frame, EXIF orientation applied.
+    """Decode to an upright sRGB image: embedded profile, CMYK and 16 bits converted, alpha on white, first frame, EXIF
+    orientation applied.
 
     `at_least` (height, width) permits a smaller image of at least this size: JPEG is then decoded at 1/2, 1/4 or 1/8, which
     costs a fraction of the time.
@@ -166,14 +170,48 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+    profile = image.info.get("icc_profile") or b""
+    if image.mode == "RGB" and "transparency" not in image.info and not profile:
         return image
+    alpha = None
     if image.mode.startswith("I"):
         # Pillow clips 16 bits at 255 instead of scaling them.
         grey = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
+        alpha = colours.getchannel("A")
+        image = colours.getchannel("R") if image.mode in ("L", "LA", "La") else colours.convert("RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=alpha)
+        image = white
+    image.info = {}  # else an encoder would write the profile that no longer holds
+    return image
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert by the embedded profile; one that is broken, or not of the image's mode, is ignored, as browsers do."""
+    transform = _transform(profile, image.mode) if 0 < len(profile) <= MAX_PROFILE_BYTES else None
+    return transform.apply(image) if transform else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None if it changes nothing to speak of (most profiles in the wild are sRGB's) or is broken."""
+    relative, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, "RGB", relative, flags=flags)
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return None
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    if bands > 3:
+        return transform
+    levels = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * bands), -1).reshape(1, -1, bands)
+    probe = Image.fromarray(levels.squeeze(-1) if bands == 1 else levels, mode)
+    change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None

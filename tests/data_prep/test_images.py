@@ -1,15 +1,17 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from data_prep.images import (
     DAMAGED,
     EMPTY,
     MAX_PIXELS,
+    MAX_PROFILE_BYTES,
     TOO_LARGE,
     UNKNOWN,
     ImageError,
@@ -41,6 +43,83 @@ def test_every_format_keeps_its_colours(image_format):
 def test_cmyk():
     cmyk = Image.new("RGB", (32, 32), (255, 0, 0)).convert("CMYK")
     assert np.abs(mean_colour(decode_image(encoded(cmyk, "JPEG", quality=95))) - (255, 0, 0)).max() < 6
+
+
+def icc(space, tags, connection=b"XYZ "):
+    """A profile of version 2 for displays."""
+    body, table = b"", struct.pack(">I", len(tags))
+    start = 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    white = struct.pack(">iii", 63190, 65536, 54061)
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    header = struct.pack(">I4sI4s4s4s12x4s", start + len(body), b"", 0x02100000, kind, space, connection, b"acsp")
+    return (header + bytes(68 - len(header)) + white).ljust(128, b"\0") + table + body
+
+
+def xyz(*values):
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *[round(value * 65536) for value in values])
+
+
+def gamma(value):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
+
+
+TEXTS = {b"desc": b"desc\0\0\0\0\0\0\0\1\0".ljust(92, b"\0"), b"cprt": b"text\0\0\0\0\0", b"wtpt": xyz(0.9642, 1, 0.8249)}
+SRGB_PRIMARIES = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
+
+
+def rgb_profile(primaries, power):
+    red, green, blue = (xyz(*values) for values in primaries)
+    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(power))
+    return icc(b"RGB ", {**TEXTS, b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue, **curves})
+
+
+def cmyk_profile():
+    """Ink of the first kind alone is a middle grey, every other combination black: nothing like Pillow's own conversion."""
+    lab = bytearray(bytes([0, 128, 128]) * 16)
+    lab[0:3], lab[24:27] = bytes([255, 128, 128]), bytes([136, 128, 128])
+    ramp = bytes(range(256))
+    matrix = struct.pack(">9i", *[65536 * (n % 4 == 0) for n in range(9)])
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + bytes(lab) + ramp * 3
+    return icc(b"CMYK", {**TEXTS, b"A2B0": table, b"A2B1": table}, b"Lab ")
+
+
+SWAPPED = rgb_profile(SRGB_PRIMARIES[::-1], 2.2)
+"""Red and blue change places."""
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_embedded_profiles_are_converted_to_srgb(image_format):
+    image = Image.new("RGB", (32, 32), (230, 30, 60))
+    decoded = decode_image(encoded(image, image_format, icc_profile=SWAPPED))
+    assert np.abs(mean_colour(decoded) - (60, 30, 230)).max() < 9
+    assert "icc_profile" not in Image.open(io.BytesIO(encode_image(decoded, "png", 95))).info
+    bright = decode_image(encoded(image.convert("L"), image_format, icc_profile=icc(b"GRAY", {**TEXTS, b"kTRC": gamma(1.0)})))
+    if image_format != "WEBP":  # which has no grey images, so the profile does not fit
+        assert mean_colour(bright).min() > mean_colour(image.convert("L")).max() + 30
+
+
+def test_profiles_of_cmyk_and_under_alpha():
+    ink = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    assert np.abs(mean_colour(decode_image(encoded(ink, "JPEG", icc_profile=cmyk_profile()))) - 127).max() < 12
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 8, 4))
+    pixels = np.asarray(decode_image(encoded(half, "PNG", icc_profile=SWAPPED))).astype(int)
+    assert np.abs(pixels[:4] - 255).max() == 0
+    assert np.abs(pixels[4:] - (0, 0, 255)).max() < 4
+
+
+def test_profiles_that_are_srgb_or_broken_change_nothing():
+    image = picture(3)
+    plain = np.asarray(decode_image(encoded(image)))
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other_space = icc(b"GRAY", {**TEXTS, b"kTRC": gamma(1.0)})
+    for profile in (own, b"no profile", SWAPPED[:200], SWAPPED[:-40], other_space):
+        assert (np.asarray(decode_image(encoded(image, "PNG", icc_profile=profile))) == plain).all()
+    huge = decode_image(encoded(image, "JPEG", quality=95, icc_profile=SWAPPED + bytes(MAX_PROFILE_BYTES)))
+    assert (np.asarray(huge) == np.asarray(decode_image(encoded(image, "JPEG", quality=95)))).all()
 
 
 def test_palette_with_transparency_lies_on_white():
