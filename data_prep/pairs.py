@@ -73,7 +73,7 @@ class Pair:
     width: int
 
 
-def read_pairs(dataset: Store, commit: Commit, caption_kinds: Sequence[str]) -> list[Pair]:
+def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list[Pair]:
     """The pairs of one committed part, in order, verified against the commit's hashes; `caption_kinds` is the plan's.
 
     Raises:

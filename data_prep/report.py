@@ -201,7 +201,7 @@ def _bars(values: Sequence[float]) -> list[Bar]:
     return [Bar(label, counts[number], 100 * counts[number] / highest) for number, label in enumerate(labels)]
 
 
-def _samples(dataset: Store, commits: dict[Part, Commit], kinds: Sequence[str]) -> list[tuple[str, list[Tile]]]:
+def _samples(dataset: Store, commits: dict[Part, Commit], kinds: list[str]) -> list[tuple[str, list[Tile]]]:
     """Pairs of the first part of every bucket."""
     first: dict[str, Commit] = {}
     for part, commit in sorted(commits.items()):
