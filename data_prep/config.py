@@ -4,25 +4,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.scene_captions import CAPTION_KINDS
 from model.config import TextConfig
 from model.errors import UserError
 from model.settings import read_settings
 
 
 @dataclass
+class ScenesConfig:
+    """A set of drawn scenes, see `data_prep/scenes.py`; their size and aspect ratios are those of the buckets."""
+
+    count: int = 0
+    seed: int = 0
+    file_rows: int = 4096
+    """Scenes that count as one file: a task scans whole files."""
+
+
+@dataclass
 class SourceConfig:
     """Where image-caption pairs come from."""
 
-    kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji"] = "webdataset"
+    kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji", "scenes"] = "webdataset"
     path: str = ""
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
-    captions: dict[str, str] = field(default_factory=lambda: {"original": "caption"})
+    captions: dict[str, str] = field(default_factory=dict)
     """Caption kind -> field or column that holds it (a string or a list of strings). `txt` is the text file beside an
-    image (webdataset, folder); it also stands in for a missing `caption`."""
+    image (webdataset, folder); it also stands in for a missing `caption`. Empty = original: caption; of scenes, all kinds."""
     image: str = "image"
     """Column with image bytes or a path (parquet), with image bytes (MDS)."""
     limit: int | None = None
     """Take only the first rows of each file; for trials."""
+    scenes: ScenesConfig | None = None
+    """Of the kind `scenes`."""
+
+    def __post_init__(self) -> None:
+        """Fill in the captions that each kind of source has."""
+        if not self.captions:
+            self.captions = {"original": "caption"} if self.scenes is None else {kind: kind for kind in CAPTION_KINDS}
 
 
 @dataclass
@@ -97,7 +115,9 @@ class DatasetConfig:
             UserError: a caption kind is not declared, or a number is out of range.
         """
         for number, source in enumerate(self.sources):
-            if not source.path and source.kind != "openmoji":
+            if (source.kind == "scenes") != (source.scenes is not None):
+                raise UserError(f"sources[{number}]: `scenes` and kind=scenes go together: give both, or neither")
+            if not source.path and source.kind not in ("openmoji", "scenes"):
                 raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
             for kind in source.captions:
                 if kind not in self.caption_kinds:

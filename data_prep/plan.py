@@ -78,6 +78,9 @@ def settings_record(config: DatasetConfig) -> dict[str, Any]:
     record = asdict(config)
     for name in ("store", "workers", "latents", "text"):
         del record[name]
+    for source in record["sources"]:
+        if source["scenes"] is None:
+            del source["scenes"]  # so that the records of other sources stay what they were
     return record
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from data_prep.buckets import make_buckets
 from data_prep.config import DatasetConfig, SourceConfig
 from data_prep.openmoji import OpenMojiSource
 from data_prep.sample import Place, Sample
 from data_prep.source_folder import FolderSource
 from data_prep.source_mds import MDSSource
 from data_prep.source_parquet import ParquetSource
+from data_prep.source_scenes import ScenesSource
 from data_prep.source_webdataset import WebDatasetSource
 
 
@@ -44,6 +46,8 @@ def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
     """
     if source.kind == "openmoji":
         return OpenMojiSource(config.buckets.resolution)
+    if source.scenes is not None:
+        return ScenesSource(source.scenes, make_buckets(config.buckets))
     kinds = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
     return kinds[source.kind](source)
 

@@ -1,0 +1,174 @@
+"""Whether a picture follows its scene caption: exact, and without a network.
+
+The objects that are seen in a picture are given to the caption's segments one to one, so that as much as possible of what the
+segments say holds; an object of which less than half holds is not the segment's. An attribute of a segment is right where all
+of its objects have it; a count, where as many are there as are said, and no more that look the same. A relation is right where
+the two centres lie so.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from data_prep.scene_captions import SceneCaption
+from data_prep.scenes import Direction, Scene, Segment
+from pipeline.scene_reading import SeenObject, read_scene
+
+LEAST_OFFSET = 0.03
+"""Least distance of centres along a relation's axis, in scene units."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a caption says, and whether the picture shows it."""
+
+    picture: int
+    attribute: str
+    """`colour`, `shape`, `size`, `texture`, `count` or `relation`."""
+    position: int
+    """Of the segment in the caption; of a relation, that of its subject."""
+    length: int
+    """Segments in the caption."""
+    right: bool
+
+
+@dataclass(frozen=True)
+class SceneScores:
+    """The claims of many captions, each judged; tables give (share of right claims, number of claims)."""
+
+    claims: tuple[Claim, ...]
+
+    def table(self, by: Callable[[Claim], object]) -> dict[object, tuple[float, int]]:
+        """Share and number of claims, grouped."""
+        groups: dict[object, list[bool]] = {}
+        for claim in self.claims:
+            groups.setdefault(by(claim), []).append(claim.right)
+        return {key: (float(np.mean(groups[key])), len(groups[key])) for key in sorted(groups, key=str)}
+
+    def by_attribute(self) -> dict[object, tuple[float, int]]:
+        """Colour, shape, size, texture, count, relation."""
+        return self.table(lambda claim: claim.attribute)
+
+    def segments(self) -> list[Claim]:
+        """One claim a segment, `segment`: all that is said of it alone is right."""
+        whole: dict[tuple[int, int, int], bool] = {}
+        for claim in self.claims:
+            if claim.attribute != "relation":
+                key = claim.picture, claim.position, claim.length
+                whole[key] = whole.get(key, True) and claim.right
+        return [Claim(picture, "segment", position, length, right) for (picture, position, length), right in whole.items()]
+
+    def by_position(self) -> dict[object, tuple[float, int]]:
+        """Whole segments by their position in the caption, from 0."""
+        return SceneScores(tuple(self.segments())).table(lambda claim: claim.position)
+
+    def by_length(self) -> dict[object, tuple[float, int]]:
+        """Whole segments by the number of segments in the caption."""
+        return SceneScores(tuple(self.segments())).table(lambda claim: claim.length)
+
+    def summary(self) -> dict[str, float]:
+        """Shares of right claims by attribute, of right `segment`s, and of `caption`s of which everything is right."""
+        means = {str(name): share for name, (share, _) in self.by_attribute().items()}
+        captions = SceneScores(self.claims).table(lambda claim: claim.picture)
+        whole = {"segment": float(np.mean([claim.right for claim in self.segments()]))} if self.claims else {}
+        return means | whole | ({"caption": float(np.mean([share == 1.0 for share, _ in captions.values()]))} if captions else {})
+
+
+def score_pictures(pictures: Iterable[np.ndarray], captions: Sequence[SceneCaption]) -> SceneScores:
+    """Read pictures uint8 [H, W, 3] and judge each against its caption.
+
+    Raises:
+        ValueError: there are more or fewer pictures than captions.
+    """
+    return score_seen([read_scene(picture) for picture in pictures], captions)
+
+
+def score_seen(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption]) -> SceneScores:
+    """Judge captions against the objects that were seen in their pictures."""
+    claims: list[Claim] = []
+    for number, (objects, caption) in enumerate(zip(seen, captions, strict=True)):
+        claims += judge(number, objects, caption)
+    return SceneScores(tuple(claims))
+
+
+def judge(picture: int, seen: Sequence[SeenObject], caption: SceneCaption) -> list[Claim]:
+    """All claims of one caption."""
+    given = assign_objects(seen, caption.segments)
+    length = len(caption.segments)
+    taken = {number for numbers in given for number in numbers}
+    claims = []
+    for position, (segment, numbers) in enumerate(zip(caption.segments, given, strict=True)):
+        for name, value in segment.said.items():
+            right = bool(numbers) and all(getattr(seen[number], name) == value for number in numbers)
+            claims.append(Claim(picture, name, position, length, right))
+        if segment.count > 1:
+            more = [number for number in range(len(seen)) if number not in taken and _share(seen[number], segment) == 1.0]
+            claims.append(Claim(picture, "count", position, length, len(numbers) + len(more) == segment.count))
+    for relation in caption.relations:
+        subject, other = given[relation.subject], given[relation.other]
+        right = bool(subject and other) and lies(seen[subject[0]], relation.direction, seen[other[0]])
+        claims.append(Claim(picture, "relation", relation.subject, length, right))
+    return claims
+
+
+def assign_objects(seen: Sequence[SeenObject], segments: Sequence[Segment]) -> list[list[int]]:
+    """Numbers of the seen objects that are each segment's."""
+    owners = [position for position, segment in enumerate(segments) for _ in range(segment.count)]
+    given: list[list[int]] = [[] for _ in segments]
+    if not seen or not owners:
+        return given
+    shares = np.array([[_share(item, segments[owner]) for item in seen] for owner in owners])
+    shares[shares < 0.5] = 0.0
+    for row, column in zip(*linear_sum_assignment(shares, maximize=True), strict=True):
+        if shares[row, column] > 0:
+            given[owners[row]].append(int(column))
+    return given
+
+
+def _share(item: SeenObject, segment: Segment) -> float:
+    """How much of what is said of a segment holds for an object."""
+    said = segment.said
+    return sum(getattr(item, name) == value for name, value in said.items()) / len(said)
+
+
+def lies(subject: SeenObject, direction: Direction, other: SeenObject) -> bool:
+    """Whether one object lies in a direction of another."""
+    offset = {
+        "left of": other.x - subject.x,
+        "right of": subject.x - other.x,
+        "above": other.y - subject.y,
+        "below": subject.y - other.y,
+    }
+    return offset[direction] >= LEAST_OFFSET
+
+
+def true_objects(scene: Scene) -> list[SeenObject]:
+    """The scene's objects as a perfect reader sees them."""
+    return [SeenObject(item.colour, item.shape, item.size, item.texture, item.x, item.y) for item in scene.objects]
+
+
+def chance_level(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption], shifts: int = 16) -> dict[str, float]:
+    """What `SceneScores.summary` gives where pictures know nothing of their captions: each caption against the pictures of the
+    next `shifts` ones. With the objects of the scenes themselves it is the chance level of a set of prompts."""
+    claims: list[Claim] = []
+    number = len(captions)
+    for shift in range(1, min(shifts, number - 1) + 1):
+        for index, caption in enumerate(captions):
+            claims += judge(len(claims), seen[(index + shift) % number], caption)
+    return SceneScores(tuple(claims)).summary()
+
+
+def write_scores(scores: SceneScores, captions: Sequence[SceneCaption], path: Path) -> None:
+    """One JSON line a caption: its text, what it says, and what of that is right."""
+    claims: list[list[Claim]] = [[] for _ in captions]
+    for claim in scores.claims:
+        claims[claim.picture].append(claim)
+    with path.open("w") as file:
+        for caption, judged in zip(captions, claims, strict=True):
+            file.write(
+                json.dumps({**caption.to_json(), "claims": [asdict(claim) for claim in judged]}, ensure_ascii=False) + "\n"
+            )
