@@ -1,6 +1,8 @@
 """Work in several processes: results in order, bounded memory, and a crashed process costs one item, not the job."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -92,6 +94,15 @@ _kept: list[Any] = []
 
 def _keep(context: Any) -> None:
     _kept[:] = [context]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's processes would wait for work for ever when the process that gives it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker process"
+    parent.join()
+    os._exit(1)
 
 
 def _call(function: Callable[[Any, Sequence[Any]], list[Any]], chunk: Sequence[Any]) -> list[Any]:

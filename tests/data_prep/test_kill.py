@@ -1,94 +1,204 @@
 """Preparation killed at any moment and run again ends with the same snapshot: nothing twice, nothing missing."""
 
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from data_prep.parts import committed
+from data_prep.__main__ import main
+from data_prep.manifest import read_manifest
+from data_prep.parts import committed, read_plan
 from data_prep.schema import PAIRS
 from data_prep.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.snapshot_reader import read_snapshot
 from data_prep.store import open_store
+from data_prep.workers import Workers
 from model.errors import UserError
-from tests.data_prep.fake_dataset import FAMILIES, make_all
+from tests.data_prep.fake_dataset import make_all
+from tests.data_prep.raw_material import png, sample_members, write_tar
 
-BUCKETS = {"64x64": [3, 2, 2], "32x96": [2, 1]}
-KINDS = [PAIRS, *(family.name for family in FAMILIES)]
+JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
+"""The commands that are killed, and the kind of parts that each makes."""
 
 
-def prepare(uri):
-    """What array tasks do, one after another."""
-    os.close(2)
-    os.open(os.devnull, os.O_WRONLY)
-    dataset = open_store(uri).sub("ds")
-    make_all(dataset, BUCKETS, nap=0.002)
-    take_snapshot(dataset)
+def run(arguments, log):
+    """In a forked process: a command, then the end of the process, as `python -m data_prep` ends."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    code = 1
+    try:
+        main(arguments)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    finally:
+        os._exit(code)
+
+
+def serve(requests):
+    """A process that has imported everything, so that a command starts in milliseconds. It forks a child for every pair of
+    arguments and seconds of a request, kills it when they are over, and answers with exit codes and times."""
+    from data_prep import latents, report, text  # noqa: F401
+
+    while request := requests.recv():
+        environment, log, children = request
+        os.environ.update(environment)
+        alive, ended, start = {}, {}, time.monotonic()
+        for number, (arguments, _) in enumerate(children):
+            alive[number] = os.fork()
+            if not alive[number]:
+                run(arguments, log)
+        while alive:
+            time.sleep(0.001)
+            for number, pid in list(alive.items()):
+                if time.monotonic() - start > children[number][1]:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    ended[number] = -signal.SIGKILL
+                else:
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    if done:
+                        ended[number] = os.waitstatus_to_exitcode(status)
+                if number in ended:
+                    del alive[number]
+        requests.send(([ended[number] for number in range(len(children))], time.monotonic() - start))
+    os._exit(0)
+
+
+class Commands:
+    """`python -m data_prep`'s commands on one dataset, run by the server, killed after some seconds."""
+
+    def __init__(self, folder):
+        self.log = folder / "log.txt"
+        self.settings = folder / "dataset.yaml"
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+        self.server.start()
+        theirs.close()
+
+    def __call__(self, command, store, *seconds):
+        """Start a child for each of `seconds`; their exit codes, and how long it took."""
+        names = ("S3_ENDPOINT_URL", "LI_DIT_RETRY_SECONDS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+        environment = {name: os.environ[name] for name in names if name in os.environ}
+        arguments = [command, str(self.settings), f"store={store}"]
+        self.pipe.send((environment, str(self.log), [(arguments, limit) for limit in seconds]))
+        codes, took = self.pipe.recv()
+        assert set(codes) <= {0, -signal.SIGKILL}, self.log.read_text()[-3000:]
+        return codes, took
+
+    def close(self):
+        self.pipe.send(None)
+        self.server.join(10)
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    """Id of the snapshot of a run that nobody disturbs, and its seconds."""
-    dataset = open_store(str(tmp_path_factory.mktemp("undisturbed")), create=True).sub("ds")
-    make_all(dataset, BUCKETS)
-    return take_snapshot(dataset).id
+def commands(tmp_path_factory):
+    """A dataset of 22 pairs in two buckets, with images that fail only when they are made; a VAE; an LLM."""
+    import torch
+
+    from model.vae import small_vae
+    from tests.model import tiny_llm
+
+    folder = tmp_path_factory.mktemp("kill")
+    images = [png(n, *((48, 48), (40, 80))[n % 2]) for n in range(24)]
+    late = bytearray(images[5])
+    late[-30] ^= 0xFF
+    images[5] = bytes(late)
+    members = [m for n, image in enumerate(images) for m in sample_members(str(n), image, {"caption": [f"c {n}", f"long {n}"]})]
+    write_tar(folder / "in", "a.tar", [*members, *sample_members("again", images[0], {"caption": "twice"})])
+    torch.manual_seed(0)
+    small_vae().save_pretrained(folder / "vae")
+    tiny_llm.save(folder / "llm", tiny_llm.llama())
+    commands = Commands(folder)
+    settings = {
+        "name": "ds", "store": "x", "workers": 0, "part_rows": 4, "image_format": "png",
+        "buckets": {"resolution": 32, "max_aspect": 2, "step": 8}, "sources": [{"path": str(folder / "in")}],
+        "latents": [{"name": "latents", "vae": str(folder / "vae"), "batch": 2}],
+        "text": [{"name": "tiny", "llm": str(folder / "llm"), "suffix": "<end>", "dtype": "fp32", "instruction": "Describe: "}],
+    }  # fmt: skip
+    commands.settings.write_text(json.dumps(settings))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands, tmp_path_factory):
+    """Snapshot of a run that nobody kills, and the seconds that each command takes."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    seconds = {command: commands(command, store, 300)[1] for command in ("plan", *JOBS, "snapshot")}
+    return read_snapshot(open_store(str(store)).sub("ds")), seconds
+
+
+def ids_of(dataset):
+    """Ids in pairs and in the tables of dropped rows, in the order of the parts."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    found = []
+    for commit in committed(dataset, PAIRS).values():
+        tables = [file.key for file in commit.files if file.key.endswith(".parquet")]
+        found += [id for key in tables for id in pq.read_table(io.BytesIO(dataset.read(key)))["id"].to_pylist()]
+    return found
 
 
 def check_finished(dataset, expected):
+    """The snapshot is the expected one; every planned row is there once; what no commit names is garbage, and goes."""
     assert read_snapshot(dataset).id == expected == take_snapshot(dataset).id
-    named = {file.key for kind in KINDS for commit in committed(dataset, kind).values() for file in commit.files}
+    planned = [id for part in read_plan(dataset).parts for id in read_manifest(dataset, part)["id"].to_pylist()]
+    assert sorted(ids_of(dataset)) == sorted(planned)
+    named = {file.key for kind in JOBS.values() for commit in committed(dataset, kind).values() for file in commit.files}
     for delete in (False, True):
         orphans = set(collect_garbage(dataset, -1, delete))
         assert not orphans & named
-    assert {key for key, _ in dataset.entries("pairs/")} | {
-        key for key, _ in dataset.entries("families/") if not key.endswith("family.json")
-    } == named
+    lies = {key for key, _ in dataset.entries("pairs/")} | {key for key, _ in dataset.entries("families/")}
+    assert {key for key in lies if not key.endswith("family.json") and "/constants-" not in key} == named
     assert not [key for key, _ in dataset.entries("") if "/." in key]
     found = verify(dataset, deep=True)
-    assert (found.problems, found.parts) == ([], dict.fromkeys(KINDS, 5))
+    assert (found.problems, found.parts) == ([], dict.fromkeys(JOBS.values(), len(read_plan(dataset).parts)))
     return len(orphans)
 
 
-@pytest.mark.timeout(150)
-@pytest.mark.parametrize(("kind", "kills", "longest"), [("local", 50, 0.15), ("s3", 10, 0.8)])
-def test_killed_at_random_moments_and_run_again(request, tmp_path, expected, kind, kills, longest):
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("kind", "kills"), [("local", 17), ("s3", 4)])
+def test_commands_killed_at_random_moments_and_run_again(request, tmp_path, commands, undisturbed, kind, kills):
+    """Each command at least `kills` times: two tasks at once on the same work, each killed at its own moment, until one of
+    them ends by itself."""
     root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3")
+    expected, seconds = undisturbed
     chance = random.Random(5)
-    context = multiprocessing.get_context("fork")
-    killed = orphans = run = 0
-    while killed < kills:
-        uri = f"{root}/run{run}"
-        run += 1
-        dataset = open_store(uri, create=True).sub("ds")
-        complete = False
-        while not complete:
-            # Two tasks at once on the same work, each killed at its own moment.
-            children = [context.Process(target=prepare, args=(uri,)) for _ in range(2)]
-            for child in children:
-                child.start()
-            for child in sorted(children, key=lambda _: chance.random()):
-                child.join(chance.uniform(0, longest))
-                if child.exitcode is None:
-                    os.kill(child.pid, signal.SIGKILL)
-                    child.join(10)
-            codes = [child.exitcode for child in children]
-            assert set(codes) <= {0, -signal.SIGKILL}
-            killed += codes.count(-signal.SIGKILL)
-            complete = 0 in codes
-            if kind == "local":
-                assert verify(dataset).problems == []
-        orphans += check_finished(dataset, expected)
-    assert orphans > 0, "no kill fell between a payload and its commit: the test does not test"
+    killed, orphans = dict.fromkeys(JOBS, 0), 0
+    for attempt in range(100):
+        uri = f"{root}/run{attempt}"
+        commands("plan", uri, 300)
+        dataset = open_store(uri).sub("ds")
+        for command, makes in JOBS.items():
+            enough = False
+            while not enough:
+                longest = 300 if killed[command] >= kills else seconds[command] * (1.5 if kind == "local" else 3)
+                codes, _ = commands(command, uri, chance.uniform(0, longest), chance.uniform(0, longest))
+                killed[command] += codes.count(-signal.SIGKILL)
+                enough = 0 in codes
+                assert kind == "s3" or verify(dataset, deep=True).problems == []
+            assert set(committed(dataset, makes)) == set(read_plan(dataset).parts)
+        commands("snapshot", uri, 300)
+        orphans += check_finished(dataset, expected.id)
+        if min(killed.values()) >= kills:
+            break
+    assert min(killed.values()) >= kills
+    assert orphans > 0 or kind == "s3", "no kill fell between a payload and its commit: the test does not test"
 
 
-def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, expected, monkeypatch):
+def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, monkeypatch):
     """Stop after every single write of `take_snapshot`: `latest` is then absent or complete."""
     uri = str(tmp_path / "store")
     dataset = open_store(uri, create=True).sub("ds")
-    make_all(dataset, BUCKETS)
+    make_all(dataset, {"64x64": [3, 2, 2], "32x96": [2, 1]})
     for writes in range(5):
         left = iter(range(writes))
         real = type(dataset).put_new
@@ -106,7 +216,7 @@ def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, expected, monkey
             complete = False
         monkeypatch.undo()
         if complete:
-            assert read_snapshot(dataset).id == expected
+            assert read_snapshot(dataset).id == take_snapshot(dataset).id
         else:
             with pytest.raises(UserError, match="no snapshot yet"):
                 read_snapshot(dataset)
@@ -114,12 +224,30 @@ def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, expected, monkey
     assert complete
 
 
-def test_time_of_an_undisturbed_run_is_within_the_kills(tmp_path, expected):
-    """Else most kills would come after the end, or before the beginning."""
-    began = time.monotonic()
-    uri = str(tmp_path)
-    child = multiprocessing.get_context("fork").Process(target=prepare, args=(uri,))
-    child.start()
-    child.join(30)
-    assert child.exitcode == 0
-    assert time.monotonic() - began > 0.02
+def _nap(processes, chunk):
+    processes.put(os.getpid())
+    time.sleep(60)
+
+
+def _work(processes):
+    with Workers(_nap, processes, str, 2) as workers:
+        list(workers.map([[1], [2]]))
+
+
+@pytest.mark.timeout(120)
+def test_worker_processes_do_not_outlive_a_killed_task():
+    with multiprocessing.get_context("forkserver").Manager() as manager:
+        processes = manager.Queue()
+        task = multiprocessing.get_context("forkserver").Process(target=_work, args=(processes,))
+        task.start()
+        workers = [processes.get(timeout=60) for _ in range(2)]
+        os.kill(task.pid, signal.SIGKILL)
+        task.join()
+        for _ in range(100):
+            left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+            if not left:
+                break
+            time.sleep(0.1)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert left == []
