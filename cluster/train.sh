@@ -122,7 +122,8 @@ CPUS=$((SLURM_CPUS_ON_NODE / PER_NODE))
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node -o "$FIRST" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)}
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new one each time: the old may linger
-export MASTER_ADDR MASTER_PORT
+LI_DIT_ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} # a rank that outlives this attempt commits no checkpoint
+export MASTER_ADDR MASTER_PORT LI_DIT_ATTEMPT
 echo "== $RUN: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES x $PER_NODE processes on $SLURM_JOB_NODELIST"
 
 touch "$RUN/logs/rank_00000.txt" "$RUN/logs/srun.txt"

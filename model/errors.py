@@ -9,6 +9,11 @@ class UserError(Exception):
     """Something the user can put right: the message names the thing and the way out, on one line."""
 
 
+def tell(error: UserError) -> None:
+    """Print a `UserError` as the user sees it: one line on stderr."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's `main` so that a `UserError` prints one line on stderr and exits with code 2."""
 
@@ -17,7 +22,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            tell(error)
             sys.exit(2)
 
     return wrapped

@@ -78,6 +78,21 @@ def read_attempt(run: Path) -> Attempt | None:
     return Attempt(**json.loads(path.read_text())) if path.exists() else None
 
 
+def check_still_ours(run: Path) -> None:
+    """Look whether the attempt that this process belongs to, which cluster/train.sh exports, is still the newest one.
+
+    A rank cut off from Slurm may outlive its job, and must not write into a run that another job has since taken over.
+
+    Raises:
+        UserError: another attempt has begun.
+    """
+    ours, newest = os.environ.get("LI_DIT_ATTEMPT", ""), read_attempt(run)
+    if ours and newest is not None and newest.name != ours:
+        raise UserError(
+            f"{run}: job {newest.name} has taken this run over from {ours}: let it go on, this process writes nothing"
+        )
+
+
 def read_endings(run: Path) -> list[Ending]:
     """How the attempts so far ended, oldest first."""
     path = run / "attempts.jsonl"

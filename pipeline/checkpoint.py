@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data_prep.store import open_store
 from model.errors import UserError
+from pipeline.attempts import check_still_ours
 from pipeline.config import CheckpointConfig, dump_stage
 from pipeline.distributed import gather, lowest, rank_and_world
 from pipeline.masters import ShardState, check_names
@@ -207,6 +208,7 @@ class Checkpoints:
 
     def _commit(self, work: _Work, final: Path) -> None:
         """Manifest, rename, `latest`: each is on disk before the next begins."""
+        check_still_ours(self.folder.parent)
         write_text(work.folder / MANIFEST, json.dumps(work.manifest))
         if final.exists():  # a damaged one that was passed over, or one written by a run that was set back
             _remove(final)
@@ -298,9 +300,17 @@ class Checkpoints:
             raise UserError(
                 f"{path} holds averages of decay {manifest['ema']}, the stage asks for {state.decays}: set ema to those"
             )
+        before, now = ([group["name"] for group in groups] for groups in (manifest["optimizer"]["groups"], state.groups))
+        if before != now:
+            raise UserError(
+                f"{path} was trained with parameter groups {', '.join(before)}, the stage has {', '.join(now)}: "
+                "set optim.name as it was, or begin a new stage with start_from"
+            )
         files = ShardFiles(path)
         for source, target in moves(old, state.layout, self.rank):
             for kind, tensors in state.tensors.items():
+                if not tensors[target.group].numel():  # Muon has no second moment
+                    continue
                 values = files.read(source.rank, f"{kind}.{source.group}", source.offset, source.offset + source.length)
                 tensors[target.group][target.offset : target.offset + target.length] = values
         engine.finish_load(manifest["optimizer"]["step"], replicated)

@@ -82,6 +82,9 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest, with one learning rate and decay for both."""
+    momentum: float = 0.95
+    """Of Muon."""
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -99,9 +102,11 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """ZeRO settings; the reasons stand in pipeline/engine.py."""
+    """ZeRO settings; the reasons stand in pipeline/zero.py."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[1, 2, 3] = 3
+    """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32 gradients in
+    DeepSpeed."""
     precision: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int | None = None
     """Samples per rank and micro-step; None = the whole share of the global batch at once."""
@@ -204,6 +209,8 @@ class StageConfig:
                 raise UserError(f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it")
             if self.fusion.expect:
                 raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
+        if self.sample.every_samples and not self.sample.prompts:
+            raise UserError("sample.every_samples asks for pictures while training, and sample.prompts is empty: name prompts")
         if self.global_batch % self.data.canonical_nodes:
             lanes = self.data.canonical_nodes
             raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")

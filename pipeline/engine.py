@@ -34,6 +34,7 @@ from pipeline.config import StageConfig
 from pipeline.distributed import Ranks
 from pipeline.ema import ShardedEMA
 from pipeline.masters import Masters, ShardState, check_names
+from pipeline.muon import Muon
 from pipeline.optim import parameter_groups
 from pipeline.zero import cast_parameters, check_settings, deepspeed_config, take_fp32
 
@@ -91,6 +92,8 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=self._optimizer(), config=config)
         optimizer: Any = self._engine.optimizer
         self.masters = Masters(optimizer, self.module, stage.engine.zero_stage, self.rank, self.world)
+        if isinstance(self.masters.inner, Muon):
+            self.masters.inner.bind(self.masters.layout, self.masters.tensors)
         self.masters.fill(first)
         self.averages = [ShardedEMA(decay, self.masters.tensors) for decay in stage.ema]
         self._micro_step, self._limit, self._norm = 0, float("inf"), float("nan")
@@ -101,9 +104,15 @@ class Engine:
         config = self.stage.optim
         groups = [
             {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
-            for group in parameter_groups(self.module, config.weight_decay)
+            for group in parameter_groups(self.module, config.weight_decay, muon=config.name == "muon")
         ]
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+        settings: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": (config.betas[0], config.betas[1]),
+            "eps": config.eps,
+            "fused": True,
+        }
+        return Muon(groups, config.momentum, **settings) if config.name == "muon" else torch.optim.AdamW(groups, **settings)
 
     # -- a training step --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import UserError
+from pipeline.muon import MUON
 from pipeline.reshard import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,13 +86,15 @@ class Masters:
                 target.copy_(value(run.name, run.start, run.start + run.length))
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """The Adam moments, as zeros where no step was done yet."""
+        """The Adam moments, as zeros where no step was done yet; Muon has no second, and an empty tensor in its place."""
         for master, settings in zip(self.tensors, self._settings, strict=True):
             state = self.inner.state[master]
             if not state:
                 on_device = settings.get("fused") or settings.get("capturable")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
                 state.update({name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
+                if settings["name"] == MUON:
+                    state["exp_avg_sq"] = master.new_zeros(0, requires_grad=False)
         return {name: [self.inner.state[master][name] for master in self.tensors] for name in MOMENTS}
 
     @property

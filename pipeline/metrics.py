@@ -4,12 +4,14 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from model.errors import UserError
 from pipeline.config import LogConfig
@@ -68,13 +70,32 @@ class Interval:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
 
-def loss_by_timestep(losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """Sum and count of per-sample losses [B] in each bin of t [B], as one fp64 tensor [2, bins] that ranks can add up."""
-    bins = (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
-    table = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=losses.device)
-    table[0].index_add_(0, bins, losses.double())
-    table[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float64))
-    return table
+class RankSums:
+    """Sums and counts of named quantities on this rank's device, to be added up over the ranks once in a while."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.columns = {name: column for column, name in enumerate(names)}
+        self._table = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add observations of one quantity; nothing waits for the device."""
+        self._table[0, self.columns[name]] += values.double().sum()
+        self._table[1, self.columns[name]] += values.numel()
+
+    def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Add per-sample losses [B] to the bins `loss_t<i>` of their t [B]."""
+        columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        self._table[0].index_add_(0, columns, losses.double())
+        self._table[1].index_add_(0, columns, torch.ones_like(losses, dtype=torch.float64))
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """Mean and count of each quantity over all ranks, and start anew. Collective."""
+        table = self._table.clone()
+        self._table.zero_()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(table)
+        totals, counts = table.tolist()
+        return {name: (totals[at] / counts[at] if counts[at] else 0.0, counts[at]) for name, at in self.columns.items()}
 
 
 def _import_wandb() -> ModuleType:

@@ -7,6 +7,7 @@ from torch import nn
 
 from model.errors import UserError
 from pipeline.config import OptimConfig
+from pipeline.muon import MUON
 
 _UNDECAYED = ("gate", "modulation")
 """Modules whose weights start at zero and set how much of a sub-layer enters: decay would hold them there."""
@@ -21,19 +22,27 @@ class Group:
     weight_decay: float
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Split the trained parameters in two: matrices decay; norms, biases, gates and modulations do not.
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[Group]:
+    """Split the trained parameters: matrices decay; norms, biases, gates and modulations do not.
 
     Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters too.
+
+    Args:
+        model: the network.
+        weight_decay: of the matrices.
+        muon: put the blocks' matrices into a group of their own. First and last layers and embeddings stay out of it.
 
     Raises:
         UserError: nothing is left to train.
     """
-    decayed, kept = [], []
+    split: dict[str, list[nn.Parameter]] = {MUON: [], "decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if _decays(name, len(getattr(parameter, "ds_shape", parameter.shape))) else kept).append(parameter)
-    groups = [Group("decay", decayed, weight_decay), Group("no_decay", kept, 0.0)]
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            decays = _decays(name, dimensions)
+            in_block = muon and decays and dimensions == 2 and "blocks" in name.split(".")
+            split[MUON if in_block else "decay" if decays else "no_decay"].append(parameter)
+    groups = [Group(name, members, 0.0 if name == "no_decay" else weight_decay) for name, members in split.items()]
     groups = [group for group in groups if group.parameters]
     if not groups:
         raise UserError("the network has no parameter that requires a gradient: unfreeze some")

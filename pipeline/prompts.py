@@ -40,7 +40,8 @@ class PromptReader:
         self.constants = constants
         self.llms: dict[str, TextEncoder] = {}
         self._load = load
-        self._known: dict[str, dict[str, Tensor]] = {name: {} for name in families}
+        self.known: dict[str, dict[str, Tensor]] = {name: {} for name in families}
+        """Family -> prompt -> its states [T, W]."""
 
     def read(self, prompts: Sequence[str], keep_llms: bool = True) -> None:
         """Run each LLM on the prompts that are new to it; `keep_llms=False` frees each one's memory before the next.
@@ -49,7 +50,7 @@ class PromptReader:
             UserError: a prompt is longer than the families were made for.
         """
         for name, family in self.families.items():
-            known = self._known[name]
+            known = self.known[name]
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in known]
             if not new:
                 continue
@@ -79,7 +80,7 @@ class PromptReader:
                 self.constants[name],
                 dtype,
             )
-            for name, known in self._known.items()
+            for name, known in self.known.items()
         ]
 
 

@@ -95,7 +95,7 @@ class Sampler:
         constants = {name: TextConstants.load(kept, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
         latents = latents_family(stage, snapshot)
-        return cls(network, reader, partial(_load_vae, stage, latents, device), stage.objective, stage.sample, device, dtype)
+        return cls(network, reader, partial(load_vae, stage, latents, device), stage.objective, stage.sample, device, dtype)
 
     @property
     def vae(self) -> VAE:
@@ -159,7 +159,12 @@ def decode_each(vae: VAE, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(latent) for latent in latents.split(1)])
 
 
-def _load_vae(stage: StageConfig, latents: Family, device: torch.device) -> VAE:
+def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> VAE:
+    """The VAE that wrote a stage's latents.
+
+    Raises:
+        UserError: it is gone, or another.
+    """
     source = stage.vae or str(latents.info["vae"])
     vae = VAE.load(source, None if stage.vae else latents.info["revision"], device)
     if any(latents.identity.get(key) != value for key, value in vae.identity.items()):

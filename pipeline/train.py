@@ -7,6 +7,7 @@
 
 Exit codes: 0 the stage is finished; 85 a checkpoint was committed and the stage wants to be started again (SIGUSR1, SIGTERM,
 a `stop` file in the run's folder, or --minutes); 2 something to be put right, said in one line; 1 a crash.
+An error on one rank ends all of them within seconds; a rank that hangs is named, with what it was doing (pipeline/watchdog.py).
 """
 
 from pipeline.stopping import EXIT_AGAIN, Stop
@@ -16,16 +17,13 @@ if __name__ == "__main__":
     STOP.install()  # before the seconds that importing torch takes, so that a signal then is not lost
 
 import argparse
-import os
-import sys
-import traceback
 
-from model.errors import UserError, command
+from model.errors import command
 from pipeline.assembly import network_sizes, resolve
 from pipeline.config import StageConfig, dump_stage, load_stage
-from pipeline.distributed import Ranks
-from pipeline.engine import leave
+from pipeline.engine import leave, start
 from pipeline.trainer import Trainer
+from pipeline.watchdog import Heartbeat, Watchdog
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,15 +63,14 @@ def main() -> None:
         print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it anew")
         return
     STOP.watch(stage.run / "stop", arguments.minutes)
-    ranks = Ranks.from_environment()
+    ranks = start(stage.engine.timeout_minutes)
+    heartbeat = Heartbeat()
+    watchdog = Watchdog(ranks, heartbeat, stuck_seconds=0.9 * 60 * stage.engine.timeout_minutes)
     try:
-        code = Trainer(stage, ranks, STOP).run()
-    except UserError:
-        raise
-    except BaseException:
-        # Peers wait in a collective for a rank that died: leave at once and let the launcher end them.
-        print(f"rank {ranks.rank} of {ranks.world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        code = Trainer(stage, ranks, STOP, heartbeat).run()
+    except BaseException as error:
+        watchdog.fail(error)
+    watchdog.close()
     leave(code)
 
 

@@ -9,8 +9,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_prep.schema import Bucket
 from model.errors import UserError
@@ -22,18 +24,22 @@ from pipeline.console import TrainingProgress, say
 from pipeline.distributed import Ranks
 from pipeline.engine import Engine
 from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps, mean_over_ranks
+from pipeline.gates import GateMeter
+from pipeline.grid import Grid
 from pipeline.loader import Batch, Position, TrainingData
-from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, loss_by_timestep, peak_flops, read_events
+from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, read_events
 from pipeline.objective import corrupt, loss_per_sample
 from pipeline.optim import learning_rate
 from pipeline.stopping import EXIT_AGAIN, Stop
+from pipeline.watchdog import Heartbeat
 
 
 class Trainer:
     """One run of one stage, on every rank alike; `run` returns the process's exit code."""
 
-    def __init__(self, stage: StageConfig, ranks: Ranks, stop: Stop) -> None:
+    def __init__(self, stage: StageConfig, ranks: Ranks, stop: Stop, heartbeat: Heartbeat | None = None) -> None:
         self.begun = time.time()
+        self.heartbeat = heartbeat or Heartbeat()
         self.ranks, self.stop = ranks, stop
         self.stage, self.snapshot = resolve(stage)
         local_batch, left = divmod(stage.global_batch, ranks.world)
@@ -50,6 +56,8 @@ class Trainer:
         self.checkpoints = Checkpoints(run / "checkpoints", stage.checkpoint)
         self.log = MetricsLog(run, stage.log, dump_stage(self.stage), writes=ranks.rank == 0)
         self.peak = peak_flops(stage.log)
+        self.gates = GateMeter(self.engine.module, stage.fusion.families)
+        self.grid = Grid(self.stage, self.snapshot, self.data.constants, self.engine) if stage.sample.every_samples else None
 
         # progress: all of it is kept in checkpoints
         self.step = 0
@@ -61,7 +69,9 @@ class Trainer:
         self.usual_norm: float | None = None
         self.position: Position | None = None
         self.interval = Interval()
-        self.timestep_sums = torch.zeros(2, TIMESTEP_BINS, dtype=torch.float64, device=self.engine.device)
+        bins = [f"loss_t{index}" for index in range(TIMESTEP_BINS)]
+        buckets = [f"loss_{bucket}" for bucket in sorted(self.snapshot.buckets)]
+        self.sums = RankSums(["loss", *bins, *buckets, *self.gates.names], self.engine.device)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -74,6 +84,7 @@ class Trainer:
         Raises:
             UserError: too many steps in a row had non-finite gradients.
         """
+        self.heartbeat.enter("resume", self.step)
         self._resume()
         progress = TrainingProgress(self.stage.name, self.samples, self.stage.samples, shows=self.ranks.rank == 0)
         batches = self.data.batches(self.position)
@@ -82,11 +93,11 @@ class Trainer:
             while True:
                 # once in a while: report
                 if self.step % self.stage.log.every_steps == 0 and self.interval_is_open():
+                    self.heartbeat.enter("report", self.step)
                     self._report(progress, time.monotonic() - reported)
                     reported = time.monotonic()
-                # once in a while: validate
-                if self._due(self.stage.log.validate_every_samples):
-                    self._validate()
+                # once in a while: look at what the averaged weights can do
+                self._evaluate()
                 # once in a while: save; and always at the end
                 finished = self.samples >= self.stage.samples
                 stopping = not finished and self._agree_to_stop()
@@ -95,10 +106,12 @@ class Trainer:
                 if finished or stopping:
                     return self._leave(finished)
 
+                self.heartbeat.enter("commit", self.step)
                 self.checkpoints.poll()
 
                 # ---------------------------------------------------------------------------------- one training step
                 begun = time.monotonic()
+                self.heartbeat.enter("data", self.step)
                 batch, self.position = next(batches)
                 waited = time.monotonic() - begun
                 self._train_step(batch)
@@ -112,15 +125,19 @@ class Trainer:
             self.log.close()
 
     def _train_step(self, batch: Batch) -> None:
+        self.heartbeat.enter("forward and backward", self.step)
         clean = clean_latents(batch, self.latents)
         texts = batch_texts(batch, self.stage.fusion.families, self.data.constants, self.engine.dtype)
+        self.gates.on = (self.step + 1) % self.stage.log.every_steps == 0
         noisy, timesteps, target = corrupt(self.stage.objective, clean, batch.noise, batch.u)
         for part in self.engine.micro_batches(len(clean)):
             prediction = self.engine(noisy[part].to(self.engine.dtype), timesteps[part], [text.rows(part) for text in texts])
             losses = loss_per_sample(prediction.float(), target[part])
             self.engine.backward(losses.mean())
-            self.timestep_sums += loss_by_timestep(losses.detach(), timesteps[part])
+            self._note(batch.bucket, losses.detach(), timesteps[part])
+        self.gates.on = False
 
+        self.heartbeat.enter("step", self.step)
         rate = learning_rate(self.stage.optim, self.samples, self.stage.samples)
         applied, norm = self.engine.step(rate, self._largest_norm())
         self.step += 1
@@ -134,6 +151,14 @@ class Trainer:
             self._skip(batch, norm)
         self.interval.add("lr", rate)
         self.interval.add("caption_tokens", float(sum(text.lengths.float().mean() for text in batch.texts.values())))
+
+    def _note(self, bucket: str, losses: Tensor, timesteps: Tensor) -> None:
+        """Add a micro-batch's losses [B] at its timesteps [B], and the gates where they were measured, to the sums."""
+        self.sums.add("loss", losses)
+        self.sums.add(f"loss_{bucket}", losses)
+        self.sums.add_losses(losses, timesteps)
+        for name, magnitude in self.gates.take():
+            self.sums.add(name, magnitude)
 
     def _largest_norm(self) -> float:
         """Norm above which a step is a spike and is skipped."""
@@ -163,14 +188,9 @@ class Trainer:
         return bool(self.interval.counts)
 
     def _collect(self) -> None:
-        """Add the ranks' sums of losses into the interval."""
-        sums = self.timestep_sums.clone()
-        self.timestep_sums.zero_()
-        if self.ranks.world > 1:
-            dist.all_reduce(sums)
-        for index, (total, count) in enumerate(zip(*sums.tolist(), strict=True)):
-            self.interval.add("loss", total / count if count else 0.0, count)
-            self.interval.add(f"loss_t{index}", total / count if count else 0.0, count)
+        """Add the ranks' sums into the interval."""
+        for name, (mean, count) in self.sums.take().items():
+            self.interval.add(name, mean, count)
 
     def _report(self, progress: TrainingProgress, seconds: float) -> None:
         self._collect()
@@ -196,6 +216,24 @@ class Trainer:
         largest = Bucket.parse(max(self.snapshot.buckets, key=lambda name: int(self.snapshot.buckets[name]["rows"])))
         factor = int(self.latents.info["downsampling"])
         return flops_per_sample(dit, self.stage.fusion, widths, largest.height // factor, largest.width // factor, tokens)
+
+    def _evaluate(self) -> None:
+        """What the averaged weights can do, each look at its own interval; all ranks together, and training is as before."""
+        if self._due(self.stage.log.validate_every_samples):
+            self.heartbeat.enter("validate", self.step)
+            self._validate()
+        if self.grid is not None and self._due(self.stage.sample.every_samples):
+            self._draw(self.grid)
+
+    def _draw(self, grid: Grid) -> None:
+        self.heartbeat.enter("draw", self.step)
+        begun = time.monotonic()
+        with self.engine.averaged():
+            picture = grid.draw(self.engine)
+        if picture is not None:
+            grid.save(picture, self.samples)
+            self.log.image("samples", np.asarray(picture), self.samples)
+        self.log.event("grid", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
 
     def _validate(self) -> None:
         held_out = (
@@ -235,6 +273,7 @@ class Trainer:
         }
 
     def _save(self, wait: bool) -> None:
+        self.heartbeat.enter("save", self.step)
         begun = time.monotonic()
         self.checkpoints.save(self.engine, self._state(), self.samples, self.step, wait=wait)
         self.log.event("save", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
@@ -264,6 +303,7 @@ class Trainer:
             say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
 
     def _leave(self, finished: bool) -> int:
+        self.heartbeat.enter("leave", self.step)
         self.checkpoints.close()
         reason = "finished" if finished else self.stop.reason or "asked to stop on another rank"
         self.log.event("stop", step=self.step, samples=self.samples, reason=reason)

@@ -18,7 +18,7 @@ from pipeline.engine import start
 START = 240
 """Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a machine."""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipeline.engine", "pipeline.checkpoint", "tests.distributed"])
+CONTEXT.set_forkserver_preload(["pipeline.train", "tests.distributed"])
 _pools = {}
 
 

@@ -22,6 +22,8 @@ def gathered(engine):
     whole = {("replicated", name): value for name, value in state.replicated.items()}
     for kind, tensors in state.tensors.items():
         for name, shape in state.layout.shapes.items():
+            if not all(tensors[run.group].numel() for run in state.layout.runs(name)):  # Muon has no second moment
+                continue
             flat = torch.zeros(math.prod(shape))
             for run in state.layout.runs(name):
                 if run.rank == engine.rank:

@@ -77,11 +77,8 @@ def train_like_ddp(settings, steps):
     plain = Network()
     start = {name: value.clone() for name, value in plain.state_dict().items()}
     reference = DistributedDataParallel(plain, broadcast_buffers=False)
-    groups = parameter_groups(plain, config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(
-        [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups],
-        lr=LR, betas=config.optim.betas, eps=config.optim.eps,
-    )  # fmt: skip
+    groups = parameter_groups(plain, config.optim.weight_decay, config.optim.name == "muon")
+    optimizers = [plain_optimizer(config, group) for group in groups]
     assert {tensor.dtype for tensor in engine.masters.tensors} == {torch.float32}
     first = engine.full_weights(None)
     if engine.rank == 0:
@@ -92,11 +89,12 @@ def train_like_ddp(settings, steps):
         loss, applied, _ = train(engine, step)
         assert applied
         (latents, timesteps, texts), target = batch(step, own_part())
-        optimizer.zero_grad()
+        plain.zero_grad()
         expected = (reference(latents, timesteps, texts) - target).square().mean()
         expected.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), config.optim.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append((loss, mean_over_ranks(expected.detach())))
         weights, average = engine.full_weights(None), engine.full_weights(0)
         if engine.rank == 0:
@@ -106,6 +104,14 @@ def train_like_ddp(settings, steps):
                 if name not in ("frozen", "seen"):
                     worst = max(worst, float((value.float() - average[name]).abs().max()))
     return losses, worst
+
+
+def plain_optimizer(config, group):
+    """Torch's own optimizer for a group."""
+    settings = {"lr": LR, "weight_decay": group.weight_decay}
+    if group.name == "muon":
+        return torch.optim.Muon(group.parameters, momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings)
+    return torch.optim.AdamW(group.parameters, betas=config.optim.betas, eps=config.optim.eps, **settings)
 
 
 def swap_and_skip(settings):

@@ -15,7 +15,7 @@ class Network(nn.Module):
     def __init__(self, width=13, layers=3):
         super().__init__()
         self.inward = nn.Linear(5, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU()) for _ in range(layers))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU()) for _ in range(layers))
         self.gate = nn.Linear(1, width)
         self.outward = nn.Linear(width, 5)
         self.frozen = nn.Parameter(torch.randn(width), requires_grad=False)
@@ -27,16 +27,17 @@ class Network(nn.Module):
             self.seen += 1
         x = self.inward(latents + self.derived.to(latents.dtype)) + self.frozen
         gate = self.gate(timesteps[:, None].to(x.dtype))
-        for layer in self.layers:
+        for layer in self.blocks:
             x = x + gate * layer(x)
         return self.outward(x) + sum(texts)
 
 
-def stage(**engine):
+def stage(optimizer="adamw", **engine):
     """A stage for it; keywords are engine settings."""
     config = StageConfig(name="small", global_batch=GLOBAL_BATCH, samples=10_000, ema=[0.9, 0.99])
     config.optim.weight_decay = 0.1
     config.optim.clip = 0.5
+    config.optim.name = optimizer
     settings = {"precision": "fp32", "reduce_bucket": 1000, "persistence_threshold": 20, "overlap_comm": False, **engine}
     for name, value in settings.items():
         setattr(config.engine, name, value)

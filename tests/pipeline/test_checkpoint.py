@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from data_prep.store import open_store
 from model.errors import UserError
+from pipeline.attempts import Attempt
 from pipeline.checkpoint import Checkpoints, load_weights
 from pipeline.config import CheckpointConfig
 from pipeline.masters import ShardState
@@ -49,6 +51,18 @@ def test_a_run_resumes_exactly_on_any_number_of_processes(saved, world, settings
     assert next_loss == pytest.approx(loss, rel=1e-6)
     assert {group["name"]: group["weight_decay"] for group in groups} == {"decay": 0.1, "no_decay": 0.0}
     assert state["replicated", "seen"].tolist() == [3.0] * 3
+
+
+def test_a_run_with_muon_resumes_exactly_on_another_number_of_processes_and_not_with_adamw(tmp_path):
+    settings = {"optimizer": "muon", "sub_group_size": 200}
+    state, _, loss = on_ranks(2, tasks.train_and_save, str(tmp_path), settings)[0]
+    assert state["exp_avg", "blocks.1.1.weight"].abs().sum() > 0
+    _, resumed, next_loss, groups = on_ranks(3, tasks.resume, str(tmp_path), {"optimizer": "muon"})[0]
+    assert all(torch.equal(resumed[name], state[name]) for name in state)
+    assert next_loss == pytest.approx(loss, rel=1e-6)
+    assert [group["name"] for group in groups] == ["muon", "decay", "no_decay"]
+    with pytest.raises(AssertionError, match="parameter groups muon, decay, no_decay, the stage has decay, no_decay"):
+        on_ranks(1, tasks.resume, str(tmp_path), {})
 
 
 def test_whole_weights_are_read_without_a_process_group(saved):
@@ -211,6 +225,25 @@ def test_a_save_started_before_training_went_on_holds_the_values_of_its_step(tmp
     other = FakeEngine(5)
     assert checkpoints.load(other, checkpoints.newest()) == {"losses": [1.0]}
     assert torch.equal(other.tensors["master"][0], expected)
+
+
+def test_a_process_whose_run_another_job_has_taken_over_commits_nothing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+
+    def attempt(job, restart):
+        (tmp_path / "attempt.json").write_text(json.dumps(asdict(Attempt(job, restart, "n1", 0.0))))
+
+    attempt("7", 1)
+    monkeypatch.setenv("LI_DIT_ATTEMPT", "7.1")
+    save_steps(checkpoints, [1])
+    for job, restart in (("7", 2), ("8", 1)):
+        attempt(job, restart)
+        with pytest.raises(UserError, match=f"job {job}.{restart} has taken this run over from 7.1"):
+            save_steps(checkpoints, [2])
+    assert names(tmp_path / "checkpoints") == ["step_000000001"]
+    monkeypatch.delenv("LI_DIT_ATTEMPT")  # started by hand: nothing to compare with
+    save_steps(checkpoints, [3])
+    assert names(tmp_path / "checkpoints") == ["step_000000001", "step_000000003"]
 
 
 def test_other_averages_than_the_stages_are_refused(tmp_path):

@@ -3,8 +3,10 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import learned, train
 from pipeline.checkpoint import load_weights
@@ -15,7 +17,8 @@ from pipeline.stopping import EXIT_AGAIN
 from tests.distributed import on_ranks
 from tests.pipeline import fake_snapshot, trainer_tasks
 
-NUMBERS = ("loss", "grad_norm", "lr", "caption_tokens", "loss_t0", "loss_t3")
+NUMBERS = ("loss", "grad_norm", "lr", "caption_tokens", "loss_t0", "loss_t3", "loss_32x32", "loss_32x64")
+NUMBERS += ("gate_refiner_small_0", "gate_collaborative_wide_0")
 BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}
 
 
@@ -70,6 +73,36 @@ def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path):
     assert losses[1].unique().numel() > 6
     torch.testing.assert_close(losses[2], losses[1], rtol=1e-4, atol=0)
     torch.testing.assert_close(losses[4], losses[1], rtol=1e-4, atol=0)
+
+
+def test_losses_by_bucket_and_the_refiners_gates_are_in_the_log(straight):
+    _, reports = straight
+    for report in reports:  # a batch is of one bucket
+        assert [report[name] for name in ("loss_32x32", "loss_32x64") if name in report] == [report["loss"]]
+    assert {name for report in reports for name in report} >= {"loss_32x32", "loss_32x64"}
+    gates = [name for name in reports[0] if name.startswith("gate_")]
+    assert len(gates) == 2 * 2 + 2 * 1  # two LLMs, two blocks of their own refiners and one of the collaborative
+    assert all(reports[0][name] == 0 < reports[-1][name] for name in gates)
+
+
+def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_leave_no_trace(store, tmp_path):
+    short = {"engine__precision": "fp32", "samples": 48}
+    prompts = ["a dog", "", "two cats and a bird"]
+    grid = {"sample__every_samples": 24, "sample__prompts": prompts, "sample__height": 32, "sample__width": 64}
+    grid["sample__steps"], pictures = 3, {}
+    for world in (1, 2):
+        runs = tmp_path / str(world)
+        (code, reports, loaded), *others = on_ranks(world, trainer_tasks.train_and_draw, store, str(runs), short | grid)
+        assert code == 0
+        assert (loaded, [other[2] for other in others]) == (["small", "wide"], [[]] * (world - 1))  # one rank reads the prompts
+        paths = sorted((runs / "small" / "grids").iterdir())
+        assert [path.name for path in paths] == ["samples_000000000024.png", "samples_000000000048.png"]
+        pictures[world] = [np.asarray(Image.open(path)).astype(int) for path in paths]
+    (_, without), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path / "without"), None, short)
+    assert numbers(reports) == numbers(without)
+    for one, two in zip(*pictures.values(), strict=True):
+        assert np.abs(one - two).max() <= 2
+    assert np.abs(pictures[1][0] - pictures[1][1]).mean() > 2  # the network has moved
 
 
 def test_a_finished_run_shows_what_it_did(straight):

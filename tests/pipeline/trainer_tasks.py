@@ -4,11 +4,13 @@ import logging
 
 import torch
 
+from pipeline import grid
 from pipeline.distributed import Ranks
 from pipeline.metrics import read_reports
 from pipeline.stopping import Stop
 from pipeline.trainer import Trainer
 from tests.pipeline import fake_snapshot
+from tests.pipeline.tiny_sampler import LetterLLM
 
 
 class StopAt(Stop):
@@ -51,3 +53,27 @@ def train(store, runs, stop_at=None, settings=None):
     stop = Stop() if stop_at is None else StopAt(stop_at, rank=Ranks.from_environment().world - 1)
     code = Trainer(config, Ranks.from_environment(), stop).run()
     return code, read_reports(config.run)
+
+
+class FakeVAE:
+    """Shows latents of two channels as pixels."""
+
+    def decode(self, latents):
+        colours = latents[:, [0, 1, 0]].tanh()
+        return colours.repeat_interleave(fake_snapshot.DOWN, 2).repeat_interleave(fake_snapshot.DOWN, 3)
+
+
+def train_and_draw(store, runs, settings):
+    """`train` with a grid now and then; the LLMs that were loaded on this rank besides."""
+    loaded = []
+
+    def load_llm(family, device):
+        loaded.append(family.name)
+        return LetterLLM(family.info["width"])
+
+    real = grid.load_llm, grid.load_vae
+    grid.load_llm, grid.load_vae = load_llm, lambda stage, latents, device: FakeVAE()
+    try:
+        return *train(store, runs, None, settings), loaded
+    finally:
+        grid.load_llm, grid.load_vae = real
