@@ -73,6 +73,7 @@ class Engine:
         check_settings(stage)
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
 
+        self.module: Any
         if stage.engine.zero_stage == 3:
             # the type is told by the configuration: where fp16 is not supported, 0.19.8 overlooks the `dtype` argument
             with deepspeed.zero.Init(config_dict_or_path=config | {"bf16": {"enabled": False}}):

@@ -62,7 +62,8 @@ class Watchdog:
         self._ranks, self._heartbeat, self._interval = ranks, heartbeat, interval
         self._stuck = max(1, round(stuck_seconds / (interval * _LOOKS)))
         # a connection of its own: the process group's may be in use by a main thread that hangs
-        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store()).clone()
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore("watchdog", store).clone()  # pyright: ignore[reportPrivateImportUsage]
         self._keys = [f"{rank}" for rank in range(ranks.world)]
         self._looks = self._beat = 0
         self._beats: list[dict[str, Any]] = []
