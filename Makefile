@@ -28,10 +28,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "error: Python's venv module is missing: install it (Debian: apt install python3-venv)" >&2; exit 2; }
 	@if command -v uv >/dev/null; then \
 		uv venv --quiet --allow-existing --seed --python "$(PYTHON)" $(VENV) && \
-		VIRTUAL_ENV=$(VENV) uv pip install -c constraints.txt -e '.[demo,test]'; \
+		VIRTUAL_ENV=$(VENV) uv pip install -c constraints.txt -e '.[demo,test,web]'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,web]'; \
 	fi
 	@touch $@
 

@@ -29,6 +29,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     return out.transpose(1, 2).flatten(2).to(kind)
 
 
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The softmax inside `attention`, which torch's fused kernels never hold: fp32 [B, H, S, T]."""
+    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)
+
+
 def key_mask(mask: Tensor) -> Tensor:
     """Turn a padding mask [B, S] (True = a token) into one that broadcasts over heads and queries, [B, 1, 1, S].
 

@@ -7,7 +7,7 @@ takes each layer's parameters away as soon as the layer exists, starts from the 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.functional import attention, timestep_features
+from model.functional import attention, attention_weights, timestep_features
 
 
 class Linear(nn.Linear):
@@ -71,6 +71,12 @@ class CrossAttention(nn.Module):
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # 2 x [B, T, H, d]
         x = attention(self.query_norm(q), self.key_norm(k), v, mask)  # [B, S, D]
         return self.out(x)
+
+    def weights(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What `forward` weighs the context's tokens with, fp32 [B, H, S, T]: for looking at, far too large for training."""
+        q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
+        k = self.key_value(context).unflatten(-1, (2, self.heads, -1)).select(2, 0)  # [B, T, H, d]
+        return attention_weights(self.query_norm(q), self.key_norm(k), mask)  # [B, H, S, T]
 
 
 class MLP(nn.Module):

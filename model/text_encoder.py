@@ -131,6 +131,14 @@ class TextEncoder:
         self.truncated += sum(was_cut for _, was_cut in cut)
         return [ids for ids, _ in cut]
 
+    def spans(self, caption: str) -> list[tuple[int, int]]:
+        """Where in `caption` each token of `tokenise` stands, [start, end) in characters; of the suffix's tokens (0, 0)."""
+        begin = len(caption) - len(caption.lstrip()) - len(self._lead)
+        encoding = self._tokenizer.encode(self._lead + caption.strip(), add_special_tokens=False)
+        kept = len(self._caption_ids(encoding.ids)[0]) - len(self._suffix)
+        places = [(max(0, start + begin), max(0, end + begin)) for start, end in encoding.offsets[:kept]]
+        return places + [(0, 0)] * len(self._suffix)
+
     @property
     def prompt_prefix(self) -> int:
         """Tokens that the plain way runs before every caption."""

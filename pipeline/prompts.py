@@ -54,12 +54,23 @@ class PromptReader:
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in known]
             if not new:
                 continue
-            if name not in self.llms:
-                self.llms[name] = self._load(family)
+            llm = self._llm(name, family)
             for prompt in new:  # one by one, so that a prompt's states do not depend on the others
-                known[prompt] = self.llms[name].encode([_tokenise(self.llms[name], name, prompt)])[0]
+                known[prompt] = llm.encode([_tokenise(llm, name, prompt)])[0]
             if not keep_llms:
                 del self.llms[name]
+
+    def _llm(self, name: str, family: Family) -> TextEncoder:
+        if name not in self.llms:
+            self.llms[name] = self._load(family)
+        return self.llms[name]
+
+    def spans(self, prompt: str, without: Sequence[str] = ()) -> list[list[tuple[int, int]]]:
+        """For each LLM, where in the prompt each token stands that `texts` gives after the prefix; (0, 0) = nowhere."""
+        return [
+            [(0, 0)] * len(self.constants[name].null) if name in without else self._llm(name, family).spans(prompt)
+            for name, family in self.families.items()
+        ]
 
     def texts(
         self, prompts: Sequence[str], dtype: torch.dtype, quantised: bool = False, without: Sequence[str] = ()

@@ -15,10 +15,11 @@ from model.errors import UserError
 from model.fusion import Text
 from model.vae import VAE
 from pipeline.assembly import build_network, latents_family, open_texts, resolve, text_families
+from pipeline.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.checkpoint import load_weights
 from pipeline.config import ObjectiveConfig, SampleConfig, StageConfig, load_run
 from pipeline.prompts import PromptReader, load_llm
-from pipeline.sampling import OnStep, draw, make_scheduler, set_steps
+from pipeline.sampling import OnStep, draw, initial_noise, make_scheduler, set_steps
 from pipeline.texts import TextConstants
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,6 +130,26 @@ class Sampler:
             self.network, self.objective, texts, nulls, shape, seeds, drawing.steps, drawing.guidance,
             self.device, self.dtype, drawing.scheduler, on_step,
         )  # fmt: skip
+
+    def latents_and_words(
+        self, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing, step: int
+    ) -> tuple[Tensor, list[WordMap]]:
+        """`latents`, and what the first picture's patches look at in step `step` (from 1; 0 = nothing): a map per word."""
+        if not step:
+            return self.latents(prompts, seeds, drawing), []
+        before = initial_noise(self.latent_shape(drawing), seeds[:1]).to(self.device)
+
+        def keep(number: int, latents: Tensor) -> Tensor:
+            nonlocal before
+            if number == step - 1:
+                before = latents[:1].clone()
+            return latents
+
+        drawn = self.latents(prompts, seeds, drawing, keep)
+        _, time = set_steps(make_scheduler(self.objective, drawing.scheduler), drawing.steps, torch.device("cpu"))[step - 1]
+        texts = self.texts(prompts[:1], drawing)
+        shares = attention_to_tokens(self.network, before.to(self.dtype), time, texts)
+        return drawn, sum_over_words(prompts[0], self.reader.spans(prompts[0], drawing.without), shares)
 
     def texts(self, prompts: Sequence[str], drawing: Drawing) -> list[Text]:
         """The prompts as the network reads them, one `Text` per LLM."""

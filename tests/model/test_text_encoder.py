@@ -85,6 +85,20 @@ def test_real_template(real):
     assert ids.count(encoder._suffix[0]) == 1
 
 
+def test_real_tokens_know_where_they_stand(real):
+    encoder, _ = real
+    for caption in ("a red backpack", "  two dogs, “quoted” ", "一只蓝色的背包 😀", ""):
+        spans = encoder.spans(caption)
+        (ids,) = encoder.tokenise([caption])
+        assert len(spans) == len(ids)
+        covered = {at for start, end in spans for at in range(start, end)}
+        assert covered >= {at for at, letter in enumerate(caption) if not letter.isspace()}
+        assert all(end <= len(caption) for _, end in spans)
+        decoded = [encoder._tokenizer.decode([token]).strip() for token in ids]
+        words = [(caption[start:end].strip(), token) for (start, end), token in zip(spans, decoded, strict=True) if end]
+        assert all(word == token for word, token in words if word.isascii())
+
+
 def test_real_llm_runs_only_the_blocks_that_it_reads(real):
     encoder, plain = real
     assert len(encoder._llm.module.layers) == len(plain.layers) - 2

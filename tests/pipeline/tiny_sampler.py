@@ -29,6 +29,9 @@ class LetterLLM:
         self.truncated += sum(len(caption) > MAX_TOKENS for caption in captions)
         return [[ord(letter) for letter in caption[:MAX_TOKENS]] for caption in captions]
 
+    def spans(self, caption):
+        return [(place, place + 1) for place in range(len(caption))]
+
     def encode(self, token_ids):
         self.encoded += len(token_ids)
         channels = torch.arange(1, self.width + 1)
