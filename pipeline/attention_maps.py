@@ -31,12 +31,11 @@ class WordMap:
 def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
     """Inside, each pass of the network adds each block's attention to the text, averaged over heads: [B, patches, tokens]."""
     seen: list[Tensor] = []
-    handles = [
-        block.get_submodule("cross_attention").register_forward_pre_hook(
-            lambda layer, inputs: seen.append(layer.weights(*inputs).mean(1))
-        )
-        for block in network.blocks
-    ]
+
+    def record(layer: Any, inputs: tuple[Any, ...]) -> None:
+        seen.append(layer.weights(*inputs).mean(1))
+
+    handles = [block.get_submodule("cross_attention").register_forward_pre_hook(record) for block in network.blocks]
     try:
         yield seen
     finally:
