@@ -7,9 +7,7 @@ Phases that are done are not done again, so an interrupted demo goes on where it
 
 import argparse
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from pipeline import report
 from pipeline.config import StageConfig, load_stage
 from pipeline.console import say
 from pipeline.learned import measure
+from pipeline.local_ranks import start_ranks
 from pipeline.metrics import read_reports
 from pipeline.stopping import EXIT_AGAIN
 
@@ -52,29 +51,6 @@ def run(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", *arguments]).returncode
     if code:
         sys.exit(code)
-
-
-def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Start `python -m pipeline.train` once per rank, as srun does on a cluster."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "pipeline.train", *arguments],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": threads,
-            },
-        )
-        for rank in range(count)
-    ]
 
 
 def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> int:

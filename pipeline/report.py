@@ -37,11 +37,15 @@ def curve(
     axes: tuple[str, str],
     marks: list[float] | None = None,
     bottom: float | None = None,
+    bands: dict[str, tuple[list[float], list[float]]] | None = None,
 ) -> dict[str, str]:
-    """A plot as inline SVG: `lines` is label -> (x, y); `marks` are x positions of dashed lines."""
+    """A plot as inline SVG: `lines` is label -> (x, y); `marks` are x positions of dashed lines; `bands` is label -> (lowest,
+    highest) at each x of that line."""
     figure, plot = pyplot.subplots(figsize=(6.2, 3.3))
     for colour, (label, (x, y)) in zip(COLOURS * len(lines), lines.items(), strict=False):
         plot.plot(x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=4)
+        if bands and label in bands:
+            plot.fill_between(x, *bands[label], color=colour, alpha=0.15, linewidth=0)
     for mark in marks or []:
         plot.axvline(mark, color="#667085", linestyle="--", linewidth=1)
     plot.set_xlabel(axes[0])

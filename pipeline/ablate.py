@@ -1,0 +1,122 @@
+"""Train the rows of the paper's tables 2, 3, 5 and 6, or any others, with equal data, steps and seeds, and compare them.
+
+    python -m pipeline.ablate scenes families.a=smollm2 families.a_plain=smollm2_plain
+    python -m pipeline.ablate scenes --only a,a_both --seeds 1 samples=6400
+    python -m pipeline.ablate my_stage --rows my_rows.yaml
+    sbatch --array=0-38%8 --gpus-per-node=1 cluster/run.sh pipeline.ablate scenes
+
+Each row and seed is a run of its own in <runs>/<stage>_ablation/<row>/seed_<n>: what is trained, drawn or scored is not done
+again, and what was stopped goes on where it was. A Slurm array task, or --task I/N, does its share. Every call rewrites
+<runs>/<stage>_ablation/report.html and table.md from what is there; --report does only that.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.parts import Share
+from data_prep.snapshot_reader import read_snapshot
+from model.errors import UserError, command
+from pipeline import ablation_report
+from pipeline.ablation import PAPER_ROWS, Unit, make_units, read_ablation
+from pipeline.assembly import open_dataset
+from pipeline.config import dump_stage, load_stage
+from pipeline.console import say
+from pipeline.local_ranks import start_ranks, wait_for
+from pipeline.metrics import read_events, read_reports
+from pipeline.stopping import EXIT_AGAIN
+
+
+def train(unit: Unit, processes: int) -> None:
+    """Train the unit's run to its end, from where it was.
+
+    Raises:
+        SystemExit: with the trainer's own exit code; it has said why.
+    """
+    unit.check()
+    unit.run.parent.mkdir(parents=True, exist_ok=True)
+    stage = unit.run.with_suffix(".yaml")
+    stage.write_text(dump_stage(unit.stage))
+    code = wait_for(start_ranks(processes, str(stage)), 0, EXIT_AGAIN)
+    if code:
+        sys.exit(code)
+
+
+def draw(unit: Unit, prompts: list[str]) -> Path:
+    """Draw a picture per prompt with the run's averaged weights; returns their folder.
+
+    Raises:
+        SystemExit: with the sampler's own exit code.
+    """
+    folder, file = unit.run / "scenes", unit.run / "prompts.txt"
+    if not (folder / "index.jsonl").exists():
+        file.write_text("".join(prompt + "\n" for prompt in prompts), encoding="utf-8")
+        command = [sys.executable, "-m", "pipeline.sample", str(unit.run), "--prompts", str(file), "--out", str(folder)]
+        code = subprocess.run(command).returncode
+        if code:
+            sys.exit(code)
+    return folder
+
+
+def do(unit: Unit, processes: int, scored: int) -> None:
+    """Train, draw, score: whatever of it is not done yet."""
+    if unit.score() is not None:
+        return
+    begun = time.monotonic()
+    say(f"{unit.row}, seed {unit.seed} ...")
+    train(unit, processes)
+    record = score_run(unit, scored)
+    record["seconds"] = round(time.monotonic() - begun, 1)
+    partial = unit.run / "score.json.partial"
+    partial.write_text(json.dumps(record, indent=2))
+    partial.rename(unit.run / "score.json")
+
+
+def main_arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", help="name of a shipped stage, or path of a YAML; its data is that of all rows")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the stage, or families.ROLE=FAMILY over the rows")
+    parser.add_argument("--rows", type=Path, default=PAPER_ROWS, help="YAML of families, rows and tables; default: the paper's")
+    parser.add_argument("--only", default="", help="rows to keep, separated by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per row (default 3)")
+    parser.add_argument("--scored", type=int, default=256, help="scenes drawn and scored per run (default 256)")
+    parser.add_argument("--processes", type=int, default=0, help="ranks per run; default: one a GPU, or one on the CPU")
+    parser.add_argument("--task", help="share I/N of the runs; in a Slurm array it is the task's own")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    return parser
+
+
+@command
+def main() -> None:
+    """Entry of `python -m pipeline.ablate`."""
+    arguments = main_arguments().parse_intermixed_args()
+    roles = [word for word in arguments.settings if word.startswith("families.")]
+    settings = [word for word in arguments.settings if word not in roles]
+    ablation = read_ablation(arguments.rows, roles, [name for name in arguments.only.split(",") if name])
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds}: at least one run per row")
+    base = load_stage(arguments.stage, settings)
+    snapshot = read_snapshot(open_dataset(base), base.data.snapshot)
+    units, left_out = make_units(arguments.stage, settings, ablation, arguments.seeds, snapshot)
+    if not units:
+        raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
+    share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
+    if not arguments.report:
+        processes = arguments.processes or torch.cuda.device_count() or 1
+        for unit in units[share.index :: share.count]:
+            do(unit, processes, arguments.scored)
+    folder = Path(base.runs) / f"{base.name}_ablation"
+    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Training on this machine without Slurm: one `python -m pipeline.train` per rank, as srun starts them on a cluster."""
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Start `count` ranks of `python -m pipeline.train ARGUMENTS`, which share this machine's cores."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.train", *arguments],
+            env={
+                "OMP_NUM_THREADS": threads,
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(count)
+    ]
+
+
+def wait_for(ranks: list[subprocess.Popen[bytes]], *good: int) -> int:
+    """Wait until all ranks have left; one that fails ends the others.
+
+    Returns:
+        The exit code: one of `good`, or that of the first rank that failed.
+    """
+    left = list(ranks)
+    while left:
+        for rank in [rank for rank in left if rank.poll() is not None]:
+            left.remove(rank)
+            if rank.returncode not in good:
+                for other in left:
+                    other.kill()
+                return rank.returncode
+        if left:
+            try:
+                left[0].wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+    return ranks[0].returncode
