@@ -19,13 +19,10 @@ HELP
 
 [ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
-case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
-need_python
+open_script "$@"
 
 if by_hand; then
-  split_arguments "$@"
-  need_slurm "run python -m data_prep latents, then text, then snapshot"
-  [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see cluster/encode.sh --help"
+  read_dataset cluster/encode.sh "run python -m data_prep latents, then text, then snapshot" "$@"
   encode=$(submit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" cluster/encode.sh "${ARGUMENTS[@]}")
   [ -n "$encode" ] || exit 2
   # afterany: when a task has failed, the snapshot is what names it

@@ -18,8 +18,21 @@ split_arguments() {
   ARGUMENTS=("$@")
 }
 
-need_python() { [ -x "$PYTHON" ] || command -v "$PYTHON" > /dev/null || fail "no Python at $PYTHON: run \`make install\`, or set PYTHON in cluster/env.sh"; }
+# open_script "$@": what each script begins with: its own `usage` when asked, or for want of arguments; and is there a Python?
+open_script() {
+  case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
+  [ -x "$PYTHON" ] || command -v "$PYTHON" > /dev/null || fail "no Python at $PYTHON: run \`make install\`, or set PYTHON in cluster/env.sh"
+}
 need_slurm() { command -v sbatch > /dev/null || fail "no sbatch here: this is no Slurm machine; without Slurm, $1"; }
+
+# read_dataset SCRIPT WITHOUT_SLURM "$@": what shard.sh and encode.sh do first when called by hand.
+read_dataset() {
+  split_arguments "${@:3}"
+  need_slurm "$2"
+  need_dataset "$1"
+}
+
+need_dataset() { [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see $1 --help"; }
 
 # gpus_offered OPTIONS...: how many node groups with GPUs are in the partition that these options name, or in the default one.
 gpus_offered() {

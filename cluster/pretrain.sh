@@ -12,16 +12,14 @@ HELP
 
 [ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
-case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
-need_python
+open_script "$@"
 need_slurm "run make demo, or the commands that it prints"
 split_arguments "$@"
-DATASET=${ARGUMENTS[0]:-}
-[ -f "$DATASET" ] || fail "${DATASET:-no dataset named}: no such file; see cluster/pretrain.sh --help"
+need_dataset cluster/pretrain.sh
+DATASET=${ARGUMENTS[0]}
 split_stages "${ARGUMENTS[@]:1}"
 [ ${#STAGES[@]} -gt 0 ] || fail "no stage named; see cluster/pretrain.sh --help"
 check_stages "$DATASET"
-
 
 # queue NAME CONDITION SBATCH_ARGUMENTS...: submit one job after the last one, and print it.
 LAST=''

@@ -17,7 +17,6 @@ HELP
 
 [ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
-case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
-need_python
+open_script "$@"
 by_hand && fail "this is a job: sbatch cluster/run.sh $*"
 exec "$PYTHON" -m "$@"

@@ -20,13 +20,10 @@ HELP
 
 [ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
-case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
-need_python
+open_script "$@"
 
 if by_hand; then
-  split_arguments "$@"
-  need_slurm "run python -m data_prep plan, then python -m data_prep pairs"
-  [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see cluster/shard.sh --help"
+  read_dataset cluster/shard.sh "run python -m data_prep plan, then python -m data_prep pairs" "$@"
   plan=$(submit --job-name=plan "${SHARD_OPTIONS[@]}" "${OPTIONS[@]}" cluster/shard.sh --plan "${ARGUMENTS[@]}")
   [ -n "$plan" ] || exit 2
   pairs=$(submit --job-name=pairs --dependency="afterok:$plan" --kill-on-invalid-dep=yes "${SHARD_OPTIONS[@]}" "${OPTIONS[@]}" \

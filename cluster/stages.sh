@@ -12,8 +12,7 @@ HELP
 
 [ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
-case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
-need_python
+open_script "$@"
 need_slurm "run python -m pipeline.train for one stage after the other"
 split_arguments "$@"
 split_stages "${ARGUMENTS[@]}"
