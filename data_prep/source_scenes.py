@@ -56,7 +56,7 @@ class SceneKey:
 class ScenesSource:
     """Scenes 0 to count - 1 of a seed; a "file" is a range of them, each in one of the dataset's buckets by chance.
 
-    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); `segments` and `objects`, their numbers.
+    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); `segments` and `objects`, their numbers; `ground`, its pattern.
     """
 
     addressable = True
@@ -95,7 +95,7 @@ class ScenesSource:
         key = self.key(index)
         record = {caption.kind: caption.text for caption in key.captions}
         scene = key.scene
-        record |= {"segments": len(scene.segments), "objects": len(scene.objects)}
+        record |= {"segments": len(scene.segments), "objects": len(scene.objects), "ground": scene.ground.pattern}
         return Sample(str(key), encode_png(key.draw()), record, Place(path=str(key)))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:

@@ -21,7 +21,7 @@ FENCES = {
     "streaming": {"data_prep/mds.py", "pipeline/dataset.py"},
 }
 """Outside `benchmarks`, a third-party package is imported only in these files."""
-FROM_DATA_PREP = {"schema", "store", "snapshot_reader", "buckets", "scenes", "scene_drawing", "scene_captions"}
+FROM_DATA_PREP = {"schema", "store", "snapshot_reader", "buckets", "scenes", "scene_drawing", "scene_captions", "parts"}
 """What the training code may take from data preparation; the scenes' grammar, because the scorer reads with what draws."""
 
 
