@@ -1,9 +1,10 @@
 """Train the rows of the paper's tables 2, 3, 5 and 6, or any others, with equal data, steps and seeds, and compare them.
 
-    python -m pipeline.ablate scenes families.a=smollm2 families.a_plain=smollm2_plain
-    python -m pipeline.ablate scenes --only a,a_both --seeds 1 samples=6400
+    python -m pipeline.ablate scenes_ablation
+    python -m pipeline.ablate my_stage families.a=llama3 families.a_plain=llama3_plain families.b=qwen families.b_plain=qwen_plain
+    python -m pipeline.ablate scenes_ablation --only a,a_both --seeds 1 samples=6400
     python -m pipeline.ablate my_stage --rows my_rows.yaml
-    sbatch --array=0-38%8 --gpus-per-node=1 cluster/run.sh pipeline.ablate scenes
+    sbatch --array=0-38%8 --gpus-per-node=1 cluster/run.sh pipeline.ablate scenes_ablation
 
 Each row and seed is a run of its own in <runs>/<stage>_ablation/<row>/seed_<n>: what is trained, drawn or scored is not done
 again, and what was stopped goes on where it was. A Slurm array task, or --task I/N, does its share. Every call rewrites
@@ -18,18 +19,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from data_prep.parts import Share
+from data_prep.scene_captions import ScenePrompt, scene_prompts
 from data_prep.snapshot_reader import read_snapshot
 from model.errors import UserError, command
 from pipeline import ablation_report
-from pipeline.ablation import PAPER_ROWS, Unit, make_units, read_ablation
+from pipeline.ablation import PAPER_ROWS, Unit, make_units, prompt_following, read_ablation
 from pipeline.assembly import open_dataset
-from pipeline.config import dump_stage, load_stage
+from pipeline.config import StageConfig, dump_stage, load_stage
 from pipeline.console import say
 from pipeline.local_ranks import start_ranks, wait_for
-from pipeline.metrics import read_events, read_reports
+from pipeline.metrics import read_events
+from pipeline.scene_scorer import chance_level, score_pictures, true_objects
 from pipeline.stopping import EXIT_AGAIN
 
 
@@ -64,14 +69,37 @@ def draw(unit: Unit, prompts: list[str]) -> Path:
     return folder
 
 
-def do(unit: Unit, processes: int, scored: int) -> None:
+def scored_prompts(stage: StageConfig, count: int, longest: int) -> list[ScenePrompt]:
+    """Held-out scenes as lists of one to `longest` segments, equally many of each length, at the stage's aspect ratio."""
+    aspect = stage.sample.width / stage.sample.height
+    lengths = [index % longest + 1 for index in range(count)]
+    prompts = {length: scene_prompts(count, "list", aspect, length) for length in set(lengths)}
+    return [prompts[length][index] for index, length in enumerate(lengths)]
+
+
+def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
+    """What the run reached: scores of its drawn scenes, all in [0, 1], and its last validation loss."""
+    folder = draw(unit, [prompt.caption.text for prompt in prompts])
+    records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    pictures = [np.asarray(Image.open(folder / record["file"]).convert("RGB")) for record in records]
+    scores = score_pictures(pictures, [prompt.caption for prompt in prompts])
+    validations = read_events(unit.run, "validation")
+    return {
+        "score": prompt_following(scores.summary()),
+        "attributes": scores.summary(),
+        "positions": [share for share, _ in scores.by_position().values()],
+        "loss": validations[-1]["loss"] if validations else None,
+    }
+
+
+def do(unit: Unit, processes: int, prompts: list[ScenePrompt]) -> None:
     """Train, draw, score: whatever of it is not done yet."""
     if unit.score() is not None:
         return
     begun = time.monotonic()
     say(f"{unit.row}, seed {unit.seed} ...")
     train(unit, processes)
-    record = score_run(unit, scored)
+    record = score(unit, prompts)
     record["seconds"] = round(time.monotonic() - begun, 1)
     partial = unit.run / "score.json.partial"
     partial.write_text(json.dumps(record, indent=2))
@@ -88,7 +116,10 @@ def main_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=Path, default=PAPER_ROWS, help="YAML of families, rows and tables; default: the paper's")
     parser.add_argument("--only", default="", help="rows to keep, separated by commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs per row (default 3)")
-    parser.add_argument("--scored", type=int, default=256, help="scenes drawn and scored per run (default 256)")
+    parser.add_argument("--scored", type=int, default=256, help="held-out scenes drawn and scored per run (default 256)")
+    parser.add_argument(
+        "--segments", type=int, default=8, help="longest scene prompt, in segments (default 8); all lengths alike"
+    )
     parser.add_argument("--processes", type=int, default=0, help="ranks per run; default: one a GPU, or one on the CPU")
     parser.add_argument("--task", help="share I/N of the runs; in a Slurm array it is the task's own")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
@@ -110,12 +141,14 @@ def main() -> None:
     if not units:
         raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
+    prompts = scored_prompts(base, arguments.scored, arguments.segments)
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
         for unit in units[share.index :: share.count]:
-            do(unit, processes, arguments.scored)
+            do(unit, processes, prompts)
     folder = Path(base.runs) / f"{base.name}_ablation"
-    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
+    chance = chance_level([true_objects(prompt.scene) for prompt in prompts], [prompt.caption for prompt in prompts])
+    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out, chance)}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ class Unit:
             )
 
 
-def make_units(stage: str, settings: list[str], ablation: Ablation, seeds: int, snapshot: Snapshot) -> tuple[list[Unit], list[str]]:
+def make_units(
+    stage: str, settings: list[str], ablation: Ablation, seeds: int, snapshot: Snapshot
+) -> tuple[list[Unit], list[str]]:
     """All runs of the ablation, seed by seed, so that a table fills evenly; and the rows left out for want of a family."""
     base = load_stage(stage, settings)
     folder = f"{base.runs}/{base.name}_ablation"
@@ -115,6 +117,11 @@ def make_units(stage: str, settings: list[str], ablation: Ablation, seeds: int, 
             else:
                 units.append(Unit(name, seed, config))
     return units, [f"{ablation.rows[name].title}: no text family `{family}`" for name, family in missing.items()]
+
+
+def prompt_following(attributes: dict[str, float]) -> float:
+    """The paper's T2I-avg, on scenes: the mean of colour, shape and texture, each the share of right claims."""
+    return mean(attributes[name] for name in ("colour", "shape", "texture"))
 
 
 @dataclass(frozen=True)

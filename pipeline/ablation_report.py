@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.ablation import Ablation, Estimate, Unit, orderings
+from pipeline.ablation import Ablation, Estimate, Unit, orderings, prompt_following
 from pipeline.config import StageConfig, dump_stage
 from pipeline.report import curve, picture
 
@@ -31,10 +31,18 @@ def gather(units: Sequence[Unit]) -> Scores:
     return scores
 
 
+ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
+
+
 def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]], attributes: Sequence[str]) -> dict[str, Any]:
     """One row of a table, as text."""
     if not records:
-        return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": ["-"] * (2 + len(attributes)), "seeds": 0}
+        return {
+            "title": title,
+            "paper": "" if paper is None else f"{paper:.2f}",
+            "cells": ["-"] * (2 + len(attributes)),
+            "seeds": 0,
+        }
 
     def cell(*path: str) -> str:
         values = []
@@ -54,16 +62,22 @@ def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]],
     return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": cells, "seeds": len(records)}
 
 
-def tables_of(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
-    """Tables with their lines and the orderings that the paper has among them."""
-    attributes = sorted({name for records in scores.values() for record in records.values() for name in record["attributes"]})
+def tables_of(ablation: Ablation, scores: Scores, chance: dict[str, float]) -> list[dict[str, Any]]:
+    """Tables with their lines, the chance level last, and the orderings that the paper has among them."""
+    attributes = [name for name in ATTRIBUTES if name in chance]
     values = {row: {seed: record["score"] for seed, record in records.items()} for row, records in scores.items()}
     held = orderings(ablation, values)
     return [
         {
             "title": title,
             "columns": ["prompt following", *attributes, "validation loss"],
-            "lines": [line_of(ablation.rows[n].title, ablation.rows[n].paper, scores.get(n, {}), attributes) for n in names],
+            "lines": [
+                *(
+                    line_of(ablation.rows[name].title, ablation.rows[name].paper, scores.get(name, {}), attributes)
+                    for name in names
+                ),
+                line_of("chance", None, {0: {"score": prompt_following(chance), "attributes": chance, "loss": None}}, attributes),
+            ],
             "orderings": [
                 {
                     "text": f"{ablation.rows[pair.better].title} above {ablation.rows[pair.worse].title}",
@@ -115,13 +129,19 @@ def markdown(tables: Sequence[dict[str, Any]], left_out: Sequence[str], cost: st
     return "\n".join([*parts, cost, ""])
 
 
-def build(folder: Path, stage: StageConfig, ablation: Ablation, units: Sequence[Unit], left_out: Sequence[str]) -> Path:
-    """Write `table.md` and `report.html` into `folder` from what has been scored; returns the page's path."""
+def build(
+    folder: Path, stage: StageConfig, ablation: Ablation, units: Sequence[Unit], left_out: Sequence[str], chance: dict[str, float]
+) -> Path:
+    """Write `table.md` and `report.html` into `folder` from what has been scored, beside the chance level of the prompts.
+
+    Returns:
+        The page's path.
+    """
     scores = gather(units)
     done = [record for records in scores.values() for record in records.values()]
     hours = sum(record["seconds"] for record in done) / 3600
     cost = f"{len(done)} of {len(units)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
-    tables = tables_of(ablation, scores)
+    tables = tables_of(ablation, scores, chance)
     pictures = []
     for unit in units:
         drawn = sorted((unit.run / "scenes").glob("*.png")) if unit.seed == 0 and unit.row in scores else []
