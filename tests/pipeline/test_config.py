@@ -23,7 +23,7 @@ def keys(schema=StageConfig, path=""):
 
 
 def test_the_documented_stages_are_shipped():
-    assert SHIPPED == ["ablation_256", "demo", "li_dit_10b_1024", "li_dit_10b_512", "li_dit_1b_256"]
+    assert SHIPPED == ["ablation_256", "demo", "li_dit_10b_1024", "li_dit_10b_512", "li_dit_1b_256", "scenes_ablation"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
