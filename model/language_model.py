@@ -224,7 +224,7 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
             pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
             found = f"{pickled[0].name} is pickled" if pickled else "no weights"
             raise UserError(f"{config.llm}: {found}: only safetensors are read, so convert the weights to it")
-        return folder, _fingerprint(folder, weights)
+        return folder, fingerprint(folder, weights)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.llm) or config.llm.startswith("."):
         raise UserError(f"text.llm={config.llm!r}: no such folder: give a folder, a hub name, a .gguf file or package:NAME")
     if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
@@ -239,7 +239,7 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
     return found, f"commit:{config.revision}"
 
 
-def _fingerprint(folder: Path, weights: list[Path]) -> str:
+def fingerprint(folder: Path, weights: list[Path]) -> str:
     """Hash of settings and tokenizer, and of each weight file's size, header and 64 samples spread over it.
 
     Reading 16 GB whole at the start of every task would cost more than it finds: a fine-tune changes all tensors.
