@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BlipForQuestionAnswering
 
-from model.scorers import ScorerFiles, load_pretrained
+from model.scorers import ScorerFiles, load_model, load_pretrained
 
 QUESTION_TOKENS = 35
 """BLIP's own limit; what is longer is cut."""
@@ -32,7 +32,7 @@ class BlipVQA:
         """
         self.tokenizer: Any = load_pretrained(AutoTokenizer, files)
         self.processor: Any = load_pretrained(AutoImageProcessor, files)
-        self.model: Any = load_pretrained(BlipForQuestionAnswering, files, use_safetensors=True).to(device).eval()
+        self.model: Any = load_model(BlipForQuestionAnswering, files, device)
         self.side = side or self.model.config.vision_config.image_size
         self.start = self.model.config.text_config.bos_token_id
         self.identity = {**files.identity, "picture": f"{self.side}x{self.side}", "answer": "yes", "dtype": "float32"}
@@ -40,60 +40,52 @@ class BlipVQA:
     @torch.no_grad()
     def yes(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) of the answer's first token, per question."""
-        if not questions:
-            return []
-        states, mask = self._read(image, questions)
-        start = torch.full((len(questions), 1), self.start, device=self.model.device)
-        logits = self._decode(start, states, mask)[:, 0]
-        words = logits[:, [self._word("yes"), self._word("no")]]
-        return words.double().softmax(1)[:, 0].tolist()
+        words = [self._word("yes"), self._word("no")]
+        start = torch.tensor([[self.start]], device=self.model.device)
+        logits = [self._decode(start, states)[0, 0, words] for states in self._read(image, questions)]
+        return [float(each.double().softmax(0)[0]) for each in logits]
 
     @torch.no_grad()
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         """The answers in words, by beam search."""
-        if not questions:
-            return []
-        states, _ = self._read(image, questions)
-        states = states.repeat_interleave(BEAMS, 0)
-        tokens = self.model.text_decoder.generate(
-            input_ids=torch.full((len(questions), 1), self.start, device=self.model.device),
-            encoder_hidden_states=states,
-            encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
-            num_beams=BEAMS, max_length=ANSWER_TOKENS, min_length=1, do_sample=False,
-            eos_token_id=self.tokenizer.sep_token_id, pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        return [text.strip().lower() for text in self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)]
+        answers: list[str] = []
+        for states in self._read(image, questions):
+            seen = states.expand(BEAMS, -1, -1)
+            tokens = self.model.text_decoder.generate(
+                input_ids=torch.tensor([[self.start]], device=self.model.device),
+                encoder_hidden_states=seen, encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device),
+                num_beams=BEAMS, max_length=ANSWER_TOKENS, min_length=1, do_sample=False,
+                eos_token_id=self.tokenizer.sep_token_id, pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+            answers.append(self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True).strip().lower())
+        return answers
 
     @torch.no_grad()
     def likelihood(self, image: Image.Image, question: str, answer: str) -> float:
         """Geometric mean of the probabilities of the answer's tokens and of its end."""
-        states, mask = self._read(image, [question])
+        (states,) = self._read(image, [question])
         wanted = [*self.tokenizer(answer.lower(), add_special_tokens=False).input_ids, self.tokenizer.sep_token_id]
-        logits = self._decode(torch.tensor([[self.start, *wanted[:-1]]], device=self.model.device), states, mask)[0]
+        logits = self._decode(torch.tensor([[self.start, *wanted[:-1]]], device=self.model.device), states)[0]
         return mean_probability(logits, wanted)
 
-    def _read(self, image: Image.Image, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The questions' states that have seen the picture [B, T, C], and which of them are real [B, T]."""
+    def _read(self, image: Image.Image, questions: Sequence[str]) -> list[Tensor]:
+        """Each question's states [1, T, C] that have seen the picture; one by one, so that none is padded."""
+        if not questions:
+            return []
         pixels = self.processor(images=image, size={"height": self.side, "width": self.side}, return_tensors="pt").pixel_values
         seen = self.model.vision_model(pixel_values=pixels.to(self.model.device), interpolate_pos_encoding=True)[0]
-        seen = seen.expand(len(questions), -1, -1)
-        tokens = self.tokenizer(
-            list(questions), padding=True, truncation=True, max_length=QUESTION_TOKENS, return_tensors="pt"
-        ).to(self.model.device)
-        tokens.input_ids[:, 0] = self.start + 1  # [ENC], the token after [DEC]: what BLIP was trained to start a question with
-        states = self.model.text_encoder(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
-            return_dict=True,
-        )[0]
-        return states, tokens.attention_mask
+        read: list[Tensor] = []
+        for question in questions:
+            tokens = self.tokenizer(question, truncation=True, max_length=QUESTION_TOKENS, return_tensors="pt").to(seen.device)
+            tokens.input_ids[:, 0] = self.start + 1  # [ENC], the token after [DEC]: BLIP was trained to start a question with it
+            output = self.model.text_encoder(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen, return_dict=True
+            )
+            read.append(output[0])
+        return read
 
-    def _decode(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        return self.model.text_decoder(
-            input_ids=tokens, encoder_hidden_states=states, encoder_attention_mask=mask, return_dict=True
-        ).logits
+    def _decode(self, tokens: Tensor, states: Tensor) -> Tensor:
+        return self.model.text_decoder(input_ids=tokens, encoder_hidden_states=states, return_dict=True).logits
 
     def _word(self, word: str) -> int:
         return self.tokenizer(word, add_special_tokens=False).input_ids[0]

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
-from model.scorers import ScorerFiles, load_pretrained
+from model.scorers import ScorerFiles, load_model, load_pretrained
 
 
 class CLIPScorer:
@@ -21,7 +21,7 @@ class CLIPScorer:
             UserError: the folder holds another model.
         """
         self.processor: Any = load_pretrained(AutoProcessor, files)
-        self.model: Any = load_pretrained(CLIPModel, files, use_safetensors=True).to(device).eval()
+        self.model: Any = load_model(CLIPModel, files, device)
         self.identity = {**files.identity, "dtype": "float32"}
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from model.errors import UserError
-from model.scorers import ScorerFiles, load_pretrained
+from model.scorers import ScorerFiles, load_model, load_pretrained
 
 MOST = 100
 """Objects per picture, Mask2Former's own setting."""
@@ -67,7 +67,7 @@ class Mask2Former:
 
     def __init__(self, files: ScorerFiles, device: torch.device) -> None:
         self.processor: Any = load_pretrained(AutoImageProcessor, files)
-        self.model: Any = load_pretrained(Mask2FormerForUniversalSegmentation, files, use_safetensors=True).to(device).eval()
+        self.model: Any = load_model(Mask2FormerForUniversalSegmentation, files, device)
         self.labels: list[str] = [self.model.config.id2label[index] for index in range(len(self.model.config.id2label))]
         self.identity = {**files.identity, "kind": "mask2former", "dtype": "float32"}
 
@@ -111,7 +111,7 @@ class OWL:
 
     def __init__(self, files: ScorerFiles, device: torch.device) -> None:
         self.processor: Any = load_pretrained(AutoProcessor, files)
-        self.model: Any = load_pretrained(AutoModelForZeroShotObjectDetection, files, use_safetensors=True).to(device).eval()
+        self.model: Any = load_model(AutoModelForZeroShotObjectDetection, files, device)
         self.template = "a photo of a {}"
         self.identity = {**files.identity, "kind": "owl", "template": self.template, "nms": NMS, "dtype": "float32"}
 
@@ -127,6 +127,9 @@ class OWL:
             self.model(**inputs), threshold=above, target_sizes=[(image.height, image.width)]
         )[0]
         boxes, scores, labels = (result[key].cpu() for key in ("boxes", "scores", "labels"))
+        boxes = clip_boxes_to_image(boxes, (image.height, image.width))
+        inside = remove_small_boxes(boxes, 1.0)
+        boxes, scores, labels = boxes[inside], scores[inside], labels[inside]
         kept = batched_nms(boxes, scores, labels, NMS).tolist()
         return [Found(names[int(labels[i])], float(scores[i]), _four(boxes[i].tolist())) for i in kept]
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from model.blip_vqa import BlipVQA, mean_probability
 from model.errors import UserError
-from model.scorers import ScorerFiles, load_pretrained
+from model.scorers import ScorerFiles, load_model, load_pretrained
 
 ANSWER_TOKENS = 5
 
@@ -41,8 +41,7 @@ class ImageTextModel:
             UserError: the folder holds another kind of model, or a decoder without a chat template.
         """
         self.processor: Any = load_pretrained(AutoProcessor, files)
-        self.model: Any = load_pretrained(AutoModelForImageTextToText, files, use_safetensors=True, dtype=dtype)
-        self.model.to(device).eval()
+        self.model: Any = load_model(AutoModelForImageTextToText, files, device, dtype)
         self.tokenizer: Any = self.processor.tokenizer
         self.encodes = bool(self.model.config.get_text_config().is_encoder_decoder)
         self.chats = getattr(self.processor, "chat_template", None) is not None

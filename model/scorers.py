@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -51,12 +52,29 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
     return ScorerFiles(folder, {"name": found[1], "revision": found[2], "library": library})
 
 
-def load_pretrained(kind: Any, files: ScorerFiles, **options: Any) -> Any:
-    """`kind.from_pretrained` on a scorer's folder.
+def load_pretrained(kind: Any, files: ScorerFiles) -> Any:
+    """A config, tokenizer or processor of a scorer's folder: `kind.from_pretrained`.
 
     Raises:
         UserError: the folder holds something else.
     """
+    return _load(kind, files)
+
+
+def load_model(kind: Any, files: ScorerFiles, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a scorer's folder, from safetensors alone, ready to judge.
+
+    Raises:
+        UserError: the folder holds another model, or not all of this one's weights.
+    """
+    model, info = _load(kind, files, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{files.folder}: no {kind.__name__}: {len(missing)} weights are missing, {missing[0]} the first")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load(kind: Any, files: ScorerFiles, **options: Any) -> Any:
     try:
         return kind.from_pretrained(files.folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

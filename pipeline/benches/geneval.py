@@ -61,9 +61,8 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
             prompt = about["prompt"]
             _check(about)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--prompts {prompts}, line {number + 1}: not GenEval's evaluation_metadata.jsonl ({type(error).__name__}: {error})"
-            ) from error
+            where = f"--prompts {prompts}, line {number + 1}"
+            raise UserError(f"{where}: not GenEval's evaluation_metadata.jsonl ({type(error).__name__}: {error})") from error
         files[f"{number:05d}/metadata.jsonl"] = json.dumps(about)
         pictures += [Picture(f"{number:05d}/samples/{j:05d}.png", prompt, (seed + j,), about) for j in range(images)]
     return Plan(pictures, files)
