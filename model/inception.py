@@ -29,8 +29,10 @@ class Inception:
             UserError: torch-fidelity is not installed, or the file is missing or holds something else.
         """
         try:
-            import torch_fidelity
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            import torch_fidelity  # pyright: ignore[reportMissingImports]
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+                FeatureExtractorInceptionV3,
+            )
         except ImportError as error:
             raise UserError("FID needs torch-fidelity: pip install -c constraints.txt -e '.[eval]'") from error
         weights = _read(path)

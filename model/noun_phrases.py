@@ -29,7 +29,7 @@ class NounPhrases:
             UserError: spaCy or the pipeline is not there.
         """
         try:
-            import spacy
+            import spacy  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError("T2I-CompBench needs spaCy: pip install -c constraints.txt -e '.[eval]'") from error
         try:

@@ -83,9 +83,9 @@ def _check(about: Mapping[str, Any]) -> None:
 def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
     """Objects of the classes that are asked for, and the colours of those whose colour is."""
     clauses = [*picture.about.get("include", []), *picture.about.get("exclude", [])]
-    names = list(dict.fromkeys(clause["class"] for clause in clauses))
+    names: list[str] = list(dict.fromkeys(clause["class"] for clause in clauses))
     closed = judges.detector.identity.get("kind") == "mask2former"
-    known = {COCO_NAMES.get(name, name) if closed else name: name for name in names}
+    known: dict[str, str] = {COCO_NAMES.get(name, name) if closed else name: name for name in names}
     objects: list[dict[str, Any]] = []
     kept: dict[str, list[Found]] = {name: [] for name in names}
     for found in judges.detector.detect(image, list(known), FLOOR):
