@@ -32,7 +32,7 @@ from pipeline.distributed import gather, lowest, rank_and_world
 from pipeline.masters import ShardState, check_names
 from pipeline.reshard import Layout, moves
 from pipeline.shard_files import ShardFiles, Written, hash_file, rank_file, sync_folder, write_tensors, write_text
-from pipeline.weights import FORMAT, MANIFEST, REPLICATED, ShardedWeights, read_manifest
+from pipeline.weights import FORMAT, MANIFEST, REPLICATED, ShardedWeights, read_manifest, refuse_other_format
 
 if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
     from pipeline.engine import Engine
@@ -361,6 +361,8 @@ def load_weights(path: str | Path, ema: int | None) -> Mapping[str, Tensor]:
     if (path / "checkpoints").is_dir():
         newest = Checkpoints(path / "checkpoints", CheckpointConfig()).newest()
         if newest is None:
+            for folder in (path / "checkpoints").iterdir():
+                refuse_other_format(folder)
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
         return ShardedWeights(newest, ema)
     if (path / MANIFEST).exists():

@@ -90,9 +90,15 @@ class LIDiTText(StrictModel, ConfigMixin):
             shapes = ((family["tokens"]["prefix"], width), (family["tokens"]["null"], width), (width,), (width,))
             holder = nn.Module()
             for name, shape in zip(CONSTANTS, shapes, strict=True):
-                holder.register_buffer(name, torch.zeros(shape))
+                # Parameters, though nothing trains them: diffusers' offloading asks for a part's first parameter.
+                holder.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
             self.constants[family["name"]] = holder
         self._reader: PromptReader | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load in fp32, whatever the network's type: rounded to bf16, mean and spread would shift every state."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32})
 
     @classmethod
     def from_parts(cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]) -> "LIDiTText":
@@ -123,12 +129,12 @@ class LIDiTText(StrictModel, ConfigMixin):
                 each["name"]: Family(each["name"], "text", each["identity"], each["info"]) for each in self.config["families"]
             }
             constants = {name: self._constants(name, family) for name, family in families.items()}
-            device = next(self.buffers()).device
+            device = next(self.parameters()).device
             self._reader = PromptReader(families, constants, lambda family: load_llm(family, device))
         return self._reader
 
     def _constants(self, name: str, family: Family) -> TextConstants:
-        prefix, null, mean, spread = (self.constants.get_submodule(name).get_buffer(key) for key in CONSTANTS)
+        prefix, null, mean, spread = (self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS)
         return TextConstants(prefix, null, mean, spread, family.info["quantisation"], family.info["width"])
 
     def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
@@ -168,8 +174,8 @@ class LIDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers pipeline; the model card comes along."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """Load as any diffusers pipeline, from safetensors alone; the model card comes along."""
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         pipeline.card = {
             file: path.read_bytes() for file in CARD if (path := Path(pretrained_model_name_or_path, file)).is_file()
         }
@@ -180,8 +186,16 @@ class LIDiTPipeline(DiffusionPipeline):
         for part in (self, *self.components.values()):
             part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
         super().save_pretrained(save_directory, *args, **kwargs)
+        self._write_card(save_directory)
+
+    def _write_card(self, folder: Any) -> None:
         for file, data in self.card.items():
-            Path(save_directory, file).write_bytes(data)
+            Path(folder, file).write_bytes(data)
+
+    def _upload_folder(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`, before which diffusers has put a generated card in place of the run's own."""
+        self._write_card(working_dir)
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -62,7 +62,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Sampl
         )
     try:
         pipeline = LIDiTPipeline.from_pretrained(
-            folder, torch_dtype={"transformer": dtype, "default": torch.float32}, use_safetensors=True, low_cpu_mem_usage=False
+            folder, torch_dtype={"transformer": dtype, "default": torch.float32}, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: damaged or not complete: {error}") from error

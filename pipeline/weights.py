@@ -27,6 +27,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
+def refuse_other_format(folder: Path) -> None:
+    """Say what is wrong with a checkpoint that another version wrote.
+
+    Raises:
+        UserError: its manifest names another format.
+    """
+    try:
+        format = json.loads((folder / MANIFEST).read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if format != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: use the version of its run")
+
+
 class ShardedWeights(Mapping[str, Tensor]):
     """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
 
@@ -42,6 +56,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         """
         manifest = read_manifest(folder)
         if manifest is None:
+            refuse_other_format(folder)
             raise UserError(f"{folder} is no checkpoint: name a run's folder, or one of its checkpoints")
         if ema is not None and ema >= len(manifest["ema"]):
             raise UserError(f"{folder} holds {len(manifest['ema'])} averages, not number {ema}: count from 0")

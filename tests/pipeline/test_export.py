@@ -1,10 +1,15 @@
 """The exported diffusers folder: same pictures as the run, byte-identical when saved again, one line for each wrong folder."""
 
 import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import hub_utils
 from PIL import Image
 from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler
 
@@ -82,6 +87,13 @@ def test_bf16_is_close(folders):
     assert all(constants.mean.dtype == torch.float32 for constants in loaded.reader.constants.values())
     latents = loaded.latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
     assert (latents - reference).abs().max() < 0.1 * reference.std()
+
+
+def test_what_standardises_the_text_stays_exact_in_bf16(folders):
+    exact, loaded = (LIDiTPipeline.from_pretrained(folders["flow"], torch_dtype=kind) for kind in (torch.float32, torch.bfloat16))
+    assert loaded.transformer.dtype == torch.bfloat16
+    for ours, theirs in zip(loaded.text.parameters(), exact.text.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_saved_again_it_is_the_same_bytes_and_tells_no_path(folders, tmp_path):
@@ -185,3 +197,61 @@ def test_constants_that_are_missing_are_not_made_up(copied):
     config.write_text(json.dumps(record))
     with pytest.raises(UserError):
         load_source(copied, "ema", CPU, torch.float32)
+
+
+class Trap:
+    """A pickle that touches a file when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text", "vae"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_planted_pickle_is_never_opened(copied, tmp_path, part, alone):
+    weights = copied / part / "diffusion_pytorch_model.safetensors"
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.pt"):
+        (copied / part / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    if alone:
+        weights.unlink()
+        with pytest.raises(UserError, match="damaged or not complete"):
+            load_source(copied, "ema", CPU, torch.float32)
+        with pytest.raises((OSError, ValueError)):
+            LIDiTPipeline.from_pretrained(copied)
+    else:
+        load_source(copied, "ema", CPU, torch.float32)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_pushing_uploads_the_folder_with_the_runs_own_card(folders, tmp_path, monkeypatch, way):
+    uploaded = {}
+
+    def upload(repo_id, folder_path, **_):
+        uploaded[repo_id] = contents(Path(folder_path))
+
+    for module in (hub_utils, pipeline_utils):
+        monkeypatch.setattr(module, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+        monkeypatch.setattr(module, "load_or_create_model_card", lambda *_, **__: hub_utils.ModelCard("made up"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
+    if way == "push_to_hub":
+        pipeline.push_to_hub("someone/tiny")
+    else:
+        pipeline.save_pretrained(str(tmp_path / "tiny"), push_to_hub=True, repo_id="someone/tiny")
+    assert uploaded == {"someone/tiny": contents(folders["flow"])}
+
+
+def test_cpu_offload_draws_the_same_and_moves_the_parts_in_the_order_of_their_use(folders):
+    """The CPU stands for the accelerator here: the hooks are put in and run, though no tensor moves."""
+    pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline("tea", seed=1, output_type="pt").images
+    pipeline.enable_model_cpu_offload(device="cpu:0")
+    parts = [pipeline.text, pipeline.transformer, pipeline.vae]
+    assert [hook.model for hook in pipeline._all_hooks] == parts
+    assert [hook.hook.prev_module_hook for hook in pipeline._all_hooks] == [None, *pipeline._all_hooks[:2]]
+    assert torch.equal(pipeline("tea", seed=1, output_type="pt").images, plain)

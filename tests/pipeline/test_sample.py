@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sampler import MAX_TOKENS, make_sampler
 
+from data_prep.schema import Family
+from model.config import TextConfig
 from model.errors import UserError
+from model.text_encoder import _IDENTITY
 from pipeline import sample
+from pipeline.checkpoint import load_weights
 from pipeline.pictures import make_grid, read_settings, save_png, to_images
+from pipeline.prompts import load_llm
 from pipeline.sampler import Drawing, Sampler
 
 PROMPTS = ["a red cat", "two dogs", "", "a very blue house", "tea", "a red cat", "snow", "rain"]
@@ -150,6 +155,21 @@ def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no stage\.yaml"):
         Sampler.from_run(tmp_path, "ema", torch.device("cpu"), torch.float32)
+
+
+def test_an_llm_that_is_missing_is_one_line():
+    settings_of = {name: getattr(TextConfig(), name) for name in _IDENTITY} | {"llm": "package:no_such_llm", "prefix": ""}
+    with pytest.raises(UserError, match="no_such_llm"):
+        load_llm(Family("first", "text", settings_of), torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step_000000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 7}))
+    for path in (tmp_path, checkpoint):
+        with pytest.raises(UserError, match="format 7, this version reads format 1"):
+            load_weights(path, 0)
 
 
 @given(st.integers(1, 12), st.text(max_size=80), st.sampled_from([(8, 8), (64, 40), (200, 300)]))
