@@ -149,7 +149,6 @@ def ours(uri, cache, workers, steps, warm, noise=False):
     stage.data.store, stage.data.dataset, stage.data.cache, stage.data.workers = uri, "ds", str(cache), workers
     stage.data.caption_drop, stage.fusion.families = 0.0, [text.name for text in TEXTS]
     data = TrainingData(stage, 0, 1, torch.device("cpu"))
-    data.dataset.draws_noise = noise
 
     def batches():
         for item in data.packed():

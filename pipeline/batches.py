@@ -46,6 +46,21 @@ def sample_seed(seed: int, epoch: int, id: int, stream: str) -> int:
     return xxhash.xxh64_intdigest(struct.pack("<QQQ", seed % 2**64, epoch, id) + stream.encode())
 
 
+Origins = tuple[Integers, Integers]
+"""Of parts [P] that come from several datasets: number of the dataset, and which pass over it."""
+
+
+def _side_by_side(order: Integers, sizes: Integers, sources: Integers, passes: Integers) -> Integers:
+    """The parts in `order`, but so that each dataset's follow pass by pass, and at an even rate through the whole epoch."""
+    middles = np.empty(len(order))
+    for source in np.unique(sources):
+        mine = order[sources[order] == source]
+        mine = mine[np.argsort(passes[mine], kind="stable")]
+        ends = np.cumsum(sizes[mine])
+        middles[mine] = (ends - sizes[mine] / 2) / max(int(ends[-1]), 1)
+    return order[np.argsort(middles[order], kind="stable")]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of one bucket, in the order of the batch."""
@@ -62,12 +77,22 @@ class BucketOrder:
     """The order of one bucket's rows in one epoch."""
 
     def __init__(
-        self, seed: int, epoch: int, bucket: str, rows: Sequence[int] | Integers, batch: int, lanes: int, shuffle_parts: int
+        self,
+        seed: int,
+        epoch: int,
+        bucket: str,
+        rows: Sequence[int] | Integers,
+        batch: int,
+        lanes: int,
+        shuffle_parts: int,
+        origins: Origins | None = None,
     ) -> None:
         sizes = np.asarray(rows, np.int64)
         self.seed, self.epoch, self.bucket = seed, epoch, bucket
         self.batch, self.lanes, self.shuffle_parts = batch, lanes, shuffle_parts
         self.order = _permutation(seed, epoch, f"parts {bucket}", 0, len(sizes))
+        if origins is not None:
+            self.order = _side_by_side(self.order, sizes, *origins)
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.order])])
         self.total = int(self.starts[-1])
         self.batches = self.total // batch
@@ -148,6 +173,7 @@ class EpochPlan:
         global_batch: int | Mapping[str, int],
         lanes: int = 1,
         shuffle_parts: int = 8,
+        origins: Mapping[str, Origins] | None = None,
     ) -> None:
         """Plan an epoch.
 
@@ -158,6 +184,7 @@ class EpochPlan:
             global_batch: samples a batch, one number or one a bucket; a multiple of `lanes`.
             lanes: canonical nodes; see the module's description.
             shuffle_parts: parts whose rows are shuffled together.
+            origins: bucket -> where its parts come from, if from several datasets: each is then spread evenly over the epoch.
 
         Raises:
             ValueError: a number is out of range.
@@ -170,7 +197,8 @@ class EpochPlan:
             raise ValueError(f"shuffle_parts={shuffle_parts} is below 1")
         self.seed, self.epoch = seed, epoch
         self.orders = [
-            BucketOrder(seed, epoch, bucket, buckets[bucket], sizes[bucket], lanes, shuffle_parts) for bucket in sorted(buckets)
+            BucketOrder(seed, epoch, bucket, buckets[bucket], sizes[bucket], lanes, shuffle_parts, (origins or {}).get(bucket))
+            for bucket in sorted(buckets)
         ]
         counts = [order.batches for order in self.orders]
         labels = np.repeat(np.arange(len(counts), dtype=np.uint16 if len(counts) > 256 else np.uint8), counts)

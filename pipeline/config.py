@@ -3,6 +3,7 @@
 Progress, schedules and intervals are counted in samples, so they keep their meaning when the batch size changes.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -21,6 +22,17 @@ STAGES = Path(__file__).parent / "stages"
 
 
 @dataclass
+class DatasetShare:
+    """One dataset of a mixture."""
+
+    weight: float = 1.0
+    """Samples are drawn from each dataset in proportion to its weight; small ones are read several times over."""
+    store: str = ""
+    """Empty = `data.store`."""
+    snapshot: str = "latest"
+
+
+@dataclass
 class DataConfig:
     """What a stage reads."""
 
@@ -28,6 +40,9 @@ class DataConfig:
     dataset: str = ""
     snapshot: str = "latest"
     """Id of a snapshot, or `latest`: the newest when the run starts; the run then keeps to it."""
+    datasets: dict[str, DatasetShare] = field(default_factory=dict)
+    """A mixture, in place of `dataset` and `snapshot`: name -> weight, and its own store and snapshot where they differ. The
+    first one's constants of text families hold for all, so add others behind it."""
     latents: str = "latents"
     """Name of the latents family."""
     cache: str = ""
@@ -43,6 +58,11 @@ class DataConfig:
     """Lanes of the epoch plan: each node of a run reads whole lanes, so it downloads only its own parts."""
     shuffle_parts: int = 8
     """Parts per lane whose rows are shuffled together."""
+    tokens_per_batch: int | None = None
+    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples a step than
+    `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
+    batch_multiple: int = 1
+    """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the run may have."""
     seed: int = 0
     validation_parts: int = 0
     """Parts at the end of the snapshot's largest bucket held out from training for the validation loss."""
@@ -214,6 +234,18 @@ class StageConfig:
         if self.global_batch % self.data.canonical_nodes:
             lanes = self.data.canonical_nodes
             raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
+        mixed = self.data.datasets
+        if mixed and (self.data.dataset or self.data.snapshot != "latest"):
+            raise UserError(
+                "data.datasets stands in place of data.dataset and data.snapshot: empty data.dataset, or name one only"
+            )
+        if len(mixed) == 1:
+            raise UserError(f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed")
+        if wrong := [name for name, share in mixed.items() if not 0 < share.weight < math.inf]:
+            raise UserError(f"data.datasets.{wrong[0]}.weight={mixed[wrong[0]].weight}: set a number above 0")
+        if self.data.batch_multiple < 1 or self.global_batch % self.data.batch_multiple:
+            multiple = self.data.batch_multiple
+            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.batch_multiple={multiple}: change one")
 
     @property
     def run(self) -> Path:
@@ -224,6 +256,13 @@ class StageConfig:
     def text_folder(self) -> Path:
         """Where a run that encodes online keeps what all captions share."""
         return self.run / "text"
+
+    def batch(self, positions: int) -> int:
+        """Samples of a global batch of a bucket whose latents have `positions` = height x width; 0 = not one fits."""
+        if self.data.tokens_per_batch is None:
+            return self.global_batch
+        multiple = math.lcm(self.data.canonical_nodes, self.data.batch_multiple)
+        return min(self.global_batch, self.data.tokens_per_batch // positions // multiple * multiple)
 
     def dit(self, channels: int) -> DiTConfig:
         """Sizes of the DiT for latents of `channels` channels.

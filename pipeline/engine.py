@@ -124,12 +124,15 @@ class Engine:
     def micro_batches(self, size: int) -> Iterator[slice]:
         """The parts of a rank's batch of `size` samples, one per forward and backward pass; not collective.
 
+        A bucket may have fewer samples a batch than the engine was made for, and then has them in each part.
+
         Raises:
-            ValueError: `size` is not the engine's local batch.
+            ValueError: `size` is more than the engine's local batch, or does not divide into its micro-steps.
         """
-        if size != self.micro_batch * self.micro_steps:
+        part, left = divmod(size, self.micro_steps)
+        if left or not 0 < part <= self.micro_batch:
             raise ValueError(f"a batch of {size} samples, the engine was made for {self.micro_batch * self.micro_steps}")
-        return (slice(start, start + self.micro_batch) for start in range(0, size, self.micro_batch))
+        return (slice(start, start + part) for start in range(0, size, part))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's mean loss, scaled so that the step sees the mean over the batch."""

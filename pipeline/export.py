@@ -110,19 +110,19 @@ def export(run: Path, out: Path, weights: Literal["ema", "raw"], precision: str,
 
 def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:
     """README.md and, if the run has drawn pictures, samples.png: from the run's own record."""
-    stage, snapshot = resolve(load_run(run))
+    stage, corpus = resolve(load_run(run))
     newest = Checkpoints(run / "checkpoints", CheckpointConfig()).newest()
     manifest = (read_manifest(newest) if newest else None) or {}
     reports = read_reports(run)
     parameters = sum(parameter.numel() for parameter in sampler.network.parameters())
-    rows = sum(bucket["rows"] for bucket in snapshot.buckets.values())
+    rows = sum(corpus.rows.values())
     llms = [f"- `{name}`: {_llm(family.identity)}" for name, family in sampler.reader.families.items()]
     facts = {
         "Parameters trained": f"{parameters:,}",
         "Objective": stage.objective.name,
         "Samples seen": f"{manifest.get('samples', 0):,} in {manifest.get('step', 0):,} steps of {stage.global_batch}",
         "Weights": f"{weights}, {precision}",
-        "Training pairs": f"{rows:,} in {len(snapshot.buckets)} buckets, snapshot `{snapshot.id}` of `{snapshot.dataset}`",
+        "Training pairs": f"{rows:,} in {len(corpus.rows)} buckets: {corpus}",
         "Last training loss": f"{reports[-1]['loss']:.4f}" if reports and "loss" in reports[-1] else "not recorded",
     }
     grids = [*sorted((run / "grids").glob("*.png"))[-1:], *(run / "samples").glob("grid.png")]

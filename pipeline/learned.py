@@ -34,12 +34,12 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
         UserError: the folder is not a run's, or holds no good checkpoint.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage, snapshot = resolve(load_run(run))
+    stage, corpus = resolve(load_run(run))
     stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
     stage.data.caption_drop = 0.0
     dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
     data = TrainingData(stage, 0, 1, device)
-    latents = latents_family(stage, snapshot)
+    latents = latents_family(stage, corpus)
     try:
         held = []
         for batch, _ in itertools.islice(data.batches(None), math.ceil(pairs / stage.global_batch)):
@@ -54,7 +54,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
         return losses_at_fixed_timesteps(network, held, stage.objective, dtype, shuffle_captions).tolist()
 
     torch.manual_seed(stage.data.seed)
-    network = build_network(stage, snapshot)
+    network = build_network(stage, corpus)
     record: dict[str, Any] = {"untrained": losses(network, False)}
     network.float().load_state_dict(load_weights(run, ema=0))
     record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data_prep.schema import Family
+from data_prep.schema import Bucket, Family
 from model.errors import UserError
-from pipeline.assembly import open_dataset, resolve
-from pipeline.batches import PLANNER, EpochPlan, Rows, sample_rng
+from pipeline.assembly import resolve
+from pipeline.batches import PLANNER, EpochPlan, sample_rng
 from pipeline.config import StageConfig, cache_root
-from pipeline.dataset import CaptionChoice, PartIndex, Request, SnapshotDataset
+from pipeline.dataset import CaptionChoice, Files, PartIndex, Request, SnapshotDataset
+from pipeline.mixture import Draws, Mixture, Pieces, source_seeds
 from pipeline.packing import Batch, PackedBatch
 from pipeline.shard_cache import ShardCache
+from pipeline.sources import Source
 from pipeline.texts import PackedText, TextConstants
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Position:
     """Where training data continues: the next global batch, and all that decides which one that is."""
 
     snapshot: str
+    """Id of the snapshot; in a mixture, of all of them, with their weights."""
     seed: int
     epoch: int
     batch: int
@@ -70,10 +73,10 @@ class Position:
 
 
 class TrainingData:
-    """The stage's snapshot, for one rank."""
+    """The stage's snapshots, for one rank."""
 
     def __init__(self, stage: StageConfig, rank: int, world: int, device: torch.device) -> None:
-        """Open the snapshot and plan.
+        """Open the snapshots and plan.
 
         Args:
             stage: what to read.
@@ -84,12 +87,9 @@ class TrainingData:
         Raises:
             UserError: store, dataset, snapshot or a family of it is missing, or the settings do not fit the data.
         """
-        if stage.global_batch % world:
-            raise UserError(f"global_batch={stage.global_batch} is not a multiple of the number of processes ({world})")
-        self.stage, self.snapshot = resolve(stage)
+        self.stage, self.corpus = resolve(stage)
         self.rank, self.world, self.device = rank, world, device
-        data, families = stage.data, self.snapshot.families
-        dataset = open_dataset(stage)
+        data, families = stage.data, self.corpus.families
         self.latents: Family = families[data.latents]
         self.online: OnlineTexts | None = None
         texts: list[Family] = []
@@ -100,50 +100,93 @@ class TrainingData:
             self.constants = self.online.constants
         else:
             texts = [families[name] for name in dict.fromkeys(stage.fusion.families)]
-            self.constants = {family.name: TextConstants.load(dataset, family, device) for family in texts}
+            self.constants = {family.name: self._constants(family.name) for family in texts}
+        if unknown := set(data.caption_weights) - set(self.corpus.caption_kinds):
+            kinds = ", ".join(self.corpus.caption_kinds)
+            raise UserError(f"data.caption_weights names {', '.join(sorted(unknown))}: the dataset has {kinds}")
 
-        limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
-        cache = ShardCache(dataset, cache_root(data), self.snapshot.id, limit)
-        cache.clean()
-        index = PartIndex(dataset, self.snapshot, cache.folder / "index")
-        captions = CaptionChoice(self.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
-        self.dataset = SnapshotDataset(cache, index, self.latents, texts, captions, device.type == "cpu", self.online is not None)
-        self.parts = {bucket: index.rows(bucket) for bucket in self.snapshot.buckets}
-        self.held_out = self._hold_out()
-        self._check_sizes()
+        self.dataset = SnapshotDataset(
+            [self._files(source) for source in self.corpus.sources], self.latents, texts, self.online is not None
+        )
+        names = [source.snapshot.dataset for source in self.corpus.sources]
+        self.seeds, self.fixed_seeds = source_seeds(data.seed, names), source_seeds(_FIXED_SEED, names)
+        self.parts = [
+            {bucket: files.index.rows(bucket) for bucket in source.snapshot.buckets}
+            for files, source in zip(self.dataset.sources, self.corpus.sources, strict=True)
+        ]
+        self.held_out = [self._hold_out(number) for number in range(len(self.parts))]
+        self.batch_sizes = self._batch_sizes()
+        self.mixture = Mixture(self.parts, [source.weight for source in self.corpus.sources])
         self._closing: Any = None
         self._loader: Iterator[PackedBatch | Exception] | None = None
         # Runs before multiprocessing's own end, which waits for processes that do not end by themselves.
         atexit.register(self.close)
 
-    def _hold_out(self) -> Rows:
-        """Take the validation rows out of training: the last parts of the largest bucket."""
-        count = self.stage.data.validation_parts
-        largest = max(sorted(self.parts), key=lambda bucket: int(self.parts[bucket].sum()))
-        sizes = self.parts[largest]
+    def _constants(self, name: str) -> TextConstants:
+        """A text family's constants for all datasets."""
+        first, *others = (
+            TextConstants.load(source.dataset, source.snapshot.families[name], self.device) for source in self.corpus.sources
+        )
+        return first.for_all(others)
+
+    def _files(self, source: Source) -> Files:
+        data = self.stage.data
+        limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
+        cache = ShardCache(source.dataset, cache_root(data), source.snapshot.id, limit)
+        cache.clean()
+        captions = CaptionChoice(source.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
+        return Files(cache, PartIndex(source.dataset, source.snapshot, cache.folder / "index"), captions)
+
+    def _hold_out(self, number: int) -> Draws:
+        """Take a dataset's validation rows out of training: the last parts of its largest bucket."""
+        count, dataset = self.stage.data.validation_parts, self.parts[number]
+        largest = max(sorted(dataset), key=lambda bucket: int(dataset[bucket].sum()))
+        sizes = dataset[largest]
         if count >= len(sizes):
-            raise UserError(f"data.validation_parts={count}: bucket {largest} has {len(sizes)} parts: hold out fewer")
+            name = self.corpus.sources[number].snapshot.dataset
+            raise UserError(f"data.validation_parts={count}: bucket {largest} of {name} has {len(sizes)} parts: hold out fewer")
         kept = len(sizes) - count
-        self.parts[largest] = sizes[:kept]
+        dataset[largest] = sizes[:kept]
         parts = np.repeat(np.arange(kept, len(sizes)), sizes[kept:])
         rows = np.concatenate([np.arange(size) for size in sizes[kept:]] or [np.zeros(0, np.int64)])
-        return Rows(largest, 0, parts, rows)
+        return Draws(largest, np.full(len(rows), number), np.zeros(len(rows), np.int64), parts, rows)
 
-    def _check_sizes(self) -> None:
-        wanted, told = self.stage.global_batch, self.rank == 0
-        small = {bucket: int(sizes.sum()) for bucket, sizes in self.parts.items() if sizes.sum() < wanted}
-        if len(small) == len(self.parts):
-            largest = max(small.values())
-            raise UserError(f"global_batch={wanted}: the largest bucket has {largest} samples: lower global_batch")
-        for bucket, rows in small.items():
-            del self.parts[bucket]
-            if told:
-                log.warning("bucket %s is left out: its %d samples are fewer than a global batch of %d", bucket, rows, wanted)
+    def _batch_sizes(self) -> dict[str, int]:
+        """Samples of a global batch of each bucket; buckets that do not fill one are left out of training."""
+        stage, sizes = self.stage, {}
+        down, micro_batch = int(self.latents.info["downsampling"]), stage.engine.micro_batch
+        micro_steps = max(1, stage.global_batch // self.world // micro_batch) if micro_batch else 1
+        for name in sorted({name for dataset in self.parts for name in dataset}):
+            bucket, rows = Bucket.parse(name), sum(int(dataset[name].sum()) for dataset in self.parts if name in dataset)
+            sizes[name] = wanted = stage.batch(bucket.height // down * (bucket.width // down))
+            if not wanted:
+                raise UserError(f"data.tokens_per_batch={stage.data.tokens_per_batch}: no batch of bucket {name} fits: raise it")
+            if wanted % (self.world * micro_steps):
+                raise UserError(
+                    f"{wanted} samples a batch of bucket {name} are not a multiple of {self.world} processes of {micro_steps} "
+                    "micro-batches: change global_batch, or data.batch_multiple with data.tokens_per_batch"
+                )
+            if rows < wanted:
+                for dataset in self.parts:
+                    dataset.pop(name, None)
+                if self.rank == 0:
+                    log.warning("bucket %s is left out: its %d samples are fewer than a global batch of %d", name, rows, wanted)
+        for source, dataset in zip(self.corpus.sources, self.parts, strict=True):
+            if not any(part_sizes.any() for part_sizes in dataset.values()):
+                name = source.snapshot.dataset
+                raise UserError(f"global_batch={stage.global_batch}: no bucket of {name} has as many samples: lower global_batch")
+        return sizes
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""
+        return self._plan(self.mixture.epoch(epoch), epoch)
+
+    def _plan(self, pieces: dict[str, Pieces], epoch: int) -> EpochPlan:
         data = self.stage.data
-        return EpochPlan(data.seed, epoch, self.parts, self.stage.global_batch, data.canonical_nodes, data.shuffle_parts)
+        rows = {bucket: piece.rows for bucket, piece in pieces.items()}
+        mixed = len(self.parts) > 1
+        origins = {bucket: (piece.sources, piece.passes) for bucket, piece in pieces.items()} if mixed else None
+        return EpochPlan(data.seed, epoch, rows, self.batch_sizes, data.canonical_nodes, data.shuffle_parts, origins)
 
     def start(self) -> Position:
         """The position before the first batch."""
@@ -157,7 +200,9 @@ class TrainingData:
             "shuffle_parts": data.shuffle_parts,
             "validation_parts": data.validation_parts,
         }
-        return Position(self.snapshot.id, data.seed, epoch, batch, self.stage.global_batch, order)
+        if data.tokens_per_batch is not None:
+            order |= {"tokens_per_batch": data.tokens_per_batch, "batch_multiple": data.batch_multiple}
+        return Position(self.corpus.id, data.seed, epoch, batch, self.stage.global_batch, order)
 
     def _check(self, position: Position) -> None:
         """Refuse to go on inside an epoch whose order is another now; between epochs everything may change."""
@@ -165,7 +210,8 @@ class TrainingData:
             return
         then, now = position.to_dict(), self._position(position.epoch, position.batch).to_dict()
         then, now = ({**record.pop("order"), **record} for record in (then, now))
-        if changed := [f"{key} was {then.get(key)} and is {now.get(key)}" for key in now if then.get(key) != now.get(key)]:
+        keys = dict.fromkeys([*now, *then])
+        if changed := [f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)]:
             raise UserError(
                 f"cannot go on at batch {position.batch} of epoch {position.epoch}: {', '.join(changed)}, which gives "
                 "this epoch another order, so that samples would be repeated and others left out: set it back, or start a "
@@ -211,14 +257,16 @@ class TrainingData:
     def _requests(self, epoch: int, batch: int) -> Iterator[Request]:
         """What to read, without an end; taken a few batches ahead of the trainer."""
         while True:
-            plan = self.plan(epoch)
+            pieces = self.mixture.epoch(epoch)
+            plan = self._plan(pieces, epoch)
             if self.rank == 0:
                 left = {bucket: rows for bucket, rows in plan.left_over().items() if rows}
                 log.info("epoch %d: %d batches; left over: %s", epoch, len(plan), left or "none")
             for index in range(batch, len(plan)):
-                ahead = plan.ahead(index, self.rank, self.world)[1] if not self.dataset.cache.is_local else []
-                rows, last = plan.batch(index, self.rank, self.world), index == len(plan) - 1
-                yield Request(rows, index, self.stage.data.seed, last, tuple(ahead))
+                bucket, ahead = plan.ahead(index, self.rank, self.world)
+                soon = tuple((int(pieces[bucket].sources[at]), int(pieces[bucket].parts[at])) for at in ahead)
+                draws = pieces[bucket].draws(plan.batch(index, self.rank, self.world))
+                yield Request(draws, epoch, index, self.seeds, index == len(plan) - 1, soon)
             epoch, batch = epoch + 1, 0
 
     def _start(self, requests: Iterator[Request]) -> Iterator[PackedBatch | Exception]:
@@ -264,20 +312,20 @@ class TrainingData:
         Raises:
             UserError: fewer samples are held out than there are ranks.
         """
-        rows = len(self.held_out.rows)
-        if not rows:
-            return
-        size = min(self.stage.global_batch, rows - rows % self.world)
-        if not size:
-            raise UserError(f"data.validation_parts holds out {rows} samples for {self.world} processes: hold out more parts")
-        share = size // self.world
-        for index in range(rows // size):
-            low = index * size + self.rank * share
-            taken = Rows(self.held_out.bucket, 0, self.held_out.parts[low : low + share], self.held_out.rows[low : low + share])
-            item = self.dataset[Request(taken, index, _FIXED_SEED, drop=False)]
-            if isinstance(item, Exception):
-                raise item
-            yield self._unpack(item)
+        for held_out in self.held_out:
+            rows = len(held_out.rows)
+            if not rows:
+                return
+            size = min(self.stage.global_batch, rows - rows % self.world)
+            if not size:
+                raise UserError(f"data.validation_parts holds out {rows} samples for {self.world} processes: hold out more parts")
+            share = size // self.world
+            for index in range(rows // size):
+                low = index * size + self.rank * share
+                item = self.dataset[Request(held_out.at(low, low + share), 0, index, self.fixed_seeds, drop=False)]
+                if isinstance(item, Exception):
+                    raise item
+                yield self._unpack(item)
 
     def _shut_down(self) -> None:
         if self._closing:
@@ -287,7 +335,8 @@ class TrainingData:
     def close(self) -> None:
         """End the loader processes."""
         self._shut_down()
-        self.dataset.cache.dataset.close()
+        for source in self.corpus.sources:
+            source.dataset.close()
         atexit.unregister(self.close)
 
 

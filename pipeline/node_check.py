@@ -31,6 +31,7 @@ from model.errors import UserError, command
 from pipeline.config import StageConfig, cache_root, load_stage
 from pipeline.distributed import Ranks
 from pipeline.preflight import NodeReport, decide, read_reports, tell
+from pipeline.sources import open_datasets, shares
 
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "safetensors")
 MEETING_SECONDS = 40
@@ -134,7 +135,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_cache(stage: StageConfig) -> None:
-    if not stage.data.store.startswith("s3://"):
+    if not any(share.store.startswith("s3://") for share in shares(stage).values()):
         return
     folder = cache_root(stage.data)
     _check_writable(folder)
@@ -147,9 +148,9 @@ def _check_cache(stage: StageConfig) -> None:
 
 
 def _check_store(stage: StageConfig) -> None:
-    dataset = open_store(stage.data.store).sub(stage.data.dataset)
-    if not next(iter(dataset.folders("snapshots/")), None):
-        raise UserError(f"{dataset.uri} holds no snapshot: run `python -m data_prep snapshot DATASET.yaml`")
+    for dataset in open_datasets(stage):
+        if not next(iter(dataset.folders("snapshots/")), None):
+            raise UserError(f"{dataset.uri} holds no snapshot: run `python -m data_prep snapshot DATASET.yaml`")
     if stage.checkpoint.upload:
         store, key = open_store(stage.checkpoint.upload), f"preflight/{secrets.token_hex(8)}"
         store.put(key, b"preflight")

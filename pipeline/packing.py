@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from pipeline.batches import sample_seed
+from pipeline.batches import sample_rng, sample_seed
 from pipeline.texts import PackedText
 
 _ALIGN = 64
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a block, in order."""
-
-NOISES = ("posterior_noise", "noise")
-"""Tensors of normal numbers; also the names of their random streams."""
 
 
 @dataclass
@@ -35,6 +33,10 @@ class Batch:
     """Number of the global batch in its epoch."""
     ids: Tensor
     """int64 [B]: sample ids."""
+    sources: Tensor
+    """int64 [B]: number of each sample's dataset, in the order of `data.datasets`; 0 where there is one."""
+    passes: Tensor
+    """int64 [B]: which pass over its dataset reads the sample; the epoch where there is one."""
     mean: Tensor
     """bf16 [B, C, h, w]: means of the latents' moments."""
     std: Tensor
@@ -76,8 +78,8 @@ class PackedBatch:
     memory: Tensor
     """uint8: all tensors one after another."""
     layout: Layout
-    seed: int
-    """Of the noise."""
+    seeds: tuple[int, ...]
+    """Of the noise, one a dataset."""
     counts: dict[str, list[int]]
     """Text family -> tokens of each caption."""
     captions: list[str] | None = None
@@ -89,25 +91,41 @@ class PackedBatch:
         return self
 
     def unpack(self, device: torch.device) -> Batch:
-        """Copy to the device at once, then cut into tensors without further copies; draw there the noise that is lacking."""
-        ids = tensors_in(self.memory, self.layout)["ids"].tolist()
+        """Copy to the device at once, then cut into tensors without further copies, and draw the noise there."""
+        here = tensors_in(self.memory, self.layout)
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
+        keys = [
+            (self.seeds[source], turn, id)
+            for source, turn, id in zip(*(here[name].tolist() for name in ("sources", "passes", "ids")), strict=True)
+        ]
         texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
-        for name in NOISES:
-            if name not in tensors:
-                tensors[name] = draw_on(device, tensors["mean"].shape, self.seed, self.epoch, ids, name)
-        return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts, captions=self.captions)
+        if len(self.seeds) > 1:
+            for text in texts.values():
+                text.sources = tensors["sources"]
+        noises = {name: draw_noise(device, tensors["mean"].shape, keys, name) for name in ("posterior_noise", "noise")}
+        return Batch(self.bucket, self.epoch, self.index, **tensors, **noises, texts=texts, captions=self.captions)
 
 
-def draw_on(device: torch.device, shape: Sequence[int], seed: int, epoch: int, ids: Sequence[int], stream: str) -> Tensor:
+def draw_noise(device: torch.device, shape: Sequence[int], keys: Sequence[tuple[int, int, int]], stream: str) -> Tensor:
     """Normal numbers fp32 [B, ...] drawn on a device, each sample's from its own generator, so whatever its batch is.
 
-    A GPU's generator is Philox too. It gives other numbers than a CPU's.
+    Philox on the CPU and on a GPU, but with other numbers. The trainer draws them, not a loader process: that would take four
+    times as long as reading the sample (latents of 512 pixels), and they would be more bytes to hand over than the latents.
+
+    Args:
+        device: where to draw.
+        shape: of the result; one key for each of its first dimension.
+        keys: (seed, epoch, sample id).
+        stream: what the numbers are for.
     """
     numbers = torch.empty(tuple(shape), device=device)
+    if device.type == "cpu":
+        for row, key in zip(numbers.numpy(), keys, strict=True):
+            sample_rng(*key, stream).standard_normal(dtype=np.float32, out=row)
+        return numbers
     generator = torch.Generator(device)
-    for row, id in zip(numbers, ids, strict=True):
-        row.normal_(generator=generator.manual_seed(sample_seed(seed, epoch, id, stream)))
+    for row, key in zip(numbers, keys, strict=True):
+        row.normal_(generator=generator.manual_seed(sample_seed(*key, stream)))
     return numbers
 
 

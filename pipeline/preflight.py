@@ -18,11 +18,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from data_prep.snapshot_reader import read_snapshot
-from data_prep.store import open_store
 from model.errors import UserError, command
 from pipeline.attempts import needs_gpu
 from pipeline.config import StageConfig, load_stage
+from pipeline.sources import open_corpus, shares
 
 CLOCK_SECONDS = 5.0
 """Clocks may differ by this; S3 refuses requests that are minutes off, and logs of many nodes are read side by side."""
@@ -97,17 +96,9 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
         raise UserError(f"start_from={stage.start_from}: no such run or file")
     if made_here is not None:
         prepared = dict(OmegaConf.load(made_here))
-        if (prepared.get("store"), prepared.get("name")) == (stage.data.store, stage.data.dataset):
+        if any((prepared.get("store"), prepared.get("name")) == (share.store, name) for name, share in shares(stage).items()):
             return
-    for key in ("store", "dataset"):
-        if not getattr(stage.data, key):
-            raise UserError(f"data.{key} is empty: set it in the stage, or give data.{key}=... on the command line")
-    snapshot = read_snapshot(open_store(stage.data.store).sub(stage.data.dataset), stage.data.snapshot)
-    wanted = [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
-    missing = [name for name in wanted if name not in snapshot.families]
-    if missing:
-        there = ", ".join(sorted(snapshot.families))
-        raise UserError(f"snapshot {snapshot.id} has no family {', '.join(missing)}: it has {there}")
+    open_corpus(stage)
 
 
 def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:

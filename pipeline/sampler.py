@@ -85,17 +85,17 @@ class Sampler:
         Raises:
             UserError: no run there, no checkpoint in it, or something that it was made with is gone or has changed.
         """
-        stage, snapshot = resolve(load_run(run))
+        stage, corpus = resolve(load_run(run))
         stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
-        network = build_network(stage, snapshot)
+        network = build_network(stage, corpus)
         try:
             network.load_state_dict(load_weights(run, ema=0 if weights == "ema" else None))
         except RuntimeError as error:
             raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
-        families, kept = text_families(stage, snapshot), open_texts(stage)
+        families, kept = text_families(stage, corpus), open_texts(stage, corpus)
         constants = {name: TextConstants.load(kept, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
-        latents = latents_family(stage, snapshot)
+        latents = latents_family(stage, corpus)
         return cls(network, reader, partial(load_vae, stage, latents, device), stage.objective, stage.sample, device, dtype)
 
     @property

@@ -5,7 +5,7 @@ copy to the device, so the copy carries neither padding nor the prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class TextConstants:
     """[W]: spread of each channel."""
     quantisation: str
     width: int
+    rescale: Tensor | None = None
+    """[S, 2, W]: factor and shift that bring standardised states of each dataset of a mixture to this standardisation; None
+    where it is the same for all."""
 
     @classmethod
     def load(cls, dataset: Store, family: Family, device: torch.device) -> "TextConstants":
@@ -48,6 +51,14 @@ class TextConstants:
         width, quantisation = int(family.info["width"]), str(family.info["quantisation"])
         return cls(prefix.to(device), null.to(device), mean.to(device), spread.to(device), quantisation, width)
 
+    def for_all(self, others: "Sequence[TextConstants]") -> "TextConstants":
+        """These, for a mixture of their own dataset and then those of `others`, which were standardised with theirs."""
+        alike = all(torch.equal(self.mean, other.mean) and torch.equal(self.spread, other.spread) for other in others)
+        if alike or self.quantisation == "bf16":  # bf16 states are stored raw
+            return self
+        pairs = [torch.stack([c.spread / self.spread, (c.mean - self.mean) / self.spread]) for c in (self, *others)]
+        return replace(self, rescale=torch.stack(pairs))
+
 
 @dataclass
 class PackedText:
@@ -61,13 +72,21 @@ class PackedText:
     """int32 [B]: tokens of each caption; 0 = the null caption."""
     counts: Sequence[int] | None = None
     """`lengths` as numbers on the host, so that no shape has to be fetched from the device; None = fetch them."""
+    sources: Tensor | None = None
+    """int64 [B]: dataset of each caption in a mixture; None = there is one."""
 
 
 def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) -> Text:
     """Dequantise a batch of captions, put the prefix before each and pad on the right: states [B, T, W] of `dtype`."""
     counts = packed.lengths.tolist() if packed.counts is None else packed.counts
     c = constants
-    tokens = dequantise(packed.values, packed.scales, c.quantisation, c.mean, c.spread, dtype)  # [N, W]
+    if c.rescale is None or packed.sources is None:
+        tokens = dequantise(packed.values, packed.scales, c.quantisation, c.mean, c.spread, dtype)  # [N, W]
+    else:
+        tokens = dequantise(packed.values, packed.scales, c.quantisation, c.mean, c.spread, torch.float32)  # [N, W]
+        owner = torch.repeat_interleave(packed.sources, packed.lengths.long(), output_size=len(tokens))  # [N]
+        factor, shift = c.rescale[owner].unbind(1)  # [N, W] each
+        tokens = torch.addcmul(shift, tokens, factor).to(dtype)
     return _assemble(tokens, packed.lengths, counts, constants)
 
 

@@ -44,11 +44,11 @@ def dry_run(stage: StageConfig) -> None:
     Raises:
         UserError: the stage and the store do not fit.
     """
-    resolved, snapshot = resolve(stage)
-    dit, widths = network_sizes(resolved, snapshot)
+    resolved, corpus = resolve(stage)
+    dit, widths = network_sizes(resolved, corpus)
     print(dump_stage(resolved))
-    rows = sum(int(bucket["rows"]) for bucket in snapshot.buckets.values())
-    print(f"# snapshot {snapshot.id}: {rows:,} pairs in {len(snapshot.buckets)} buckets; LLM widths {widths}; DiT {dit}")
+    rows = sum(corpus.rows.values())
+    print(f"# {corpus}: {rows:,} pairs in {len(corpus.rows)} buckets; LLM widths {widths}; DiT {dit}")
 
 
 @command

@@ -41,15 +41,17 @@ class Trainer:
         self.begun = time.time()
         self.heartbeat = heartbeat or Heartbeat()
         self.ranks, self.stop = ranks, stop
-        self.stage, self.snapshot = resolve(stage)
+        self.stage, self.corpus = resolve(stage)
         local_batch, left = divmod(stage.global_batch, ranks.world)
         if left:
             raise UserError(f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: change one")
-        prepare_texts(self.stage, ranks)
+        prepare_texts(self.stage, self.corpus, ranks)
         torch.manual_seed(stage.data.seed)
-        self.engine = Engine(lambda: build_network(self.stage, self.snapshot), self.stage, local_batch)
+        self.engine = Engine(lambda: build_network(self.stage, self.corpus), self.stage, local_batch)
         self.data = TrainingData(self.stage, ranks.rank, ranks.world, self.engine.device)
-        self.latents = latents_family(self.stage, self.snapshot)
+        self.latents = latents_family(self.stage, self.corpus)
+        self.sizes = network_sizes(self.stage, self.corpus)
+        self.prefixes = [int(family.info["prefix_tokens"]) for family in text_families(self.stage, self.corpus).values()]
 
         run = stage.run
         run.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,7 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.samples_at_start = 0
+        self.samples_of_step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.seconds_in_steps = 0.0
@@ -141,7 +144,8 @@ class Trainer:
         rate = learning_rate(self.stage.optim, self.samples, self.stage.samples)
         applied, norm = self.engine.step(rate, self._largest_norm())
         self.step += 1
-        self.samples += self.stage.global_batch
+        self.samples_of_step = len(clean) * self.ranks.world
+        self.samples += self.samples_of_step
         if applied:
             self.skipped_in_a_row = 0
             self.engine.update_averages(self.samples)
@@ -150,7 +154,11 @@ class Trainer:
         else:
             self._skip(batch, norm)
         self.interval.add("lr", rate)
-        self.interval.add("caption_tokens", float(sum(text.lengths.float().mean() for text in batch.texts.values())))
+        caption_tokens = float(sum(text.lengths.float().mean() for text in batch.texts.values()))
+        self.interval.add("caption_tokens", caption_tokens)
+        self.interval.add("step_samples", self.samples_of_step)
+        if self.peak is not None:
+            self.interval.add("step_flops", self.samples_of_step * self._flops(batch.bucket, caption_tokens))
 
     def _note(self, bucket: str, losses: Tensor, timesteps: Tensor) -> None:
         """Add a micro-batch's losses [B] at its timesteps [B], and the gates where they were measured, to the sums."""
@@ -180,7 +188,7 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         """Whether a multiple of `every` samples was passed by the last step, which this start has done."""
-        before = self.samples - self.stage.global_batch
+        before = self.samples - self.samples_of_step
         return bool(every) and self.samples > self.samples_at_start and self.samples // every > before // every
 
     def interval_is_open(self) -> bool:
@@ -194,28 +202,24 @@ class Trainer:
 
     def _report(self, progress: TrainingProgress, seconds: float) -> None:
         self._collect()
-        steps = self.interval.counts["step_seconds"]
         values = self.interval.means()
-        in_steps = steps * values["step_seconds"]
-        values["samples_per_second"] = steps * self.stage.global_batch / in_steps
+        values["samples_per_second"] = values.pop("step_samples") / values["step_seconds"]
         values["data_wait_share"] = values.pop("data_wait") / values["step_seconds"]
         values["skipped"] = float(self.skipped)
         values["goodput"] = self.seconds_in_steps / max(time.time() - self.first_start, 1e-9)
         if self.peak is not None:
-            values["mfu"] = values["samples_per_second"] * self._flops(values["caption_tokens"]) / (self.peak * self.ranks.world)
+            values["mfu"] = values.pop("step_flops") / values["step_seconds"] / (self.peak * self.ranks.world)
         if torch.cuda.is_available():
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.log.report(self.step, self.samples, values)
         progress.report(self.step, self.samples, values)
 
-    def _flops(self, caption_tokens: float) -> float:
-        """FLOPs of a sample, forward and backward, in the bucket with most pairs, at the captions' mean length."""
-        dit, widths = network_sizes(self.stage, self.snapshot)
-        families = list(text_families(self.stage, self.snapshot).values())
-        tokens = [int(family.info["prefix_tokens"] + caption_tokens / len(families)) for family in families]
-        largest = Bucket.parse(max(self.snapshot.buckets, key=lambda name: int(self.snapshot.buckets[name]["rows"])))
-        factor = int(self.latents.info["downsampling"])
-        return flops_per_sample(dit, self.stage.fusion, widths, largest.height // factor, largest.width // factor, tokens)
+    def _flops(self, bucket: str, caption_tokens: float) -> float:
+        """FLOPs of a sample, forward and backward, at the captions' mean length in all families together."""
+        tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
+        size, factor = Bucket.parse(bucket), int(self.latents.info["downsampling"])
+        dit, widths = self.sizes
+        return flops_per_sample(dit, self.stage.fusion, widths, size.height // factor, size.width // factor, tokens)
 
     def _evaluate(self) -> None:
         """What the averaged weights can do, each look at its own interval; all ranks together, and training is as before."""
@@ -298,7 +302,7 @@ class Trainer:
         starts = read_events(run, "start")
         self.first_start = starts[0]["time"] if starts else self.begun
         how = f"resumed from {newest.name}" if newest is not None else f"started from {self.stage.start_from or 'fresh weights'}"
-        self.log.event("start", step=self.step, samples=self.samples, world=self.ranks.world, how=how, snapshot=self.snapshot.id)
+        self.log.event("start", step=self.step, samples=self.samples, world=self.ranks.world, how=how, snapshot=self.corpus.id)
         if self.ranks.rank == 0:
             say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
 

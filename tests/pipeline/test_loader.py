@@ -108,9 +108,9 @@ def test_each_sample_once_an_epoch(store, cache):
 
 def test_small_buckets_are_left_out_and_reported(store, cache, caplog):
     data = TrainingData(fake.stage(store, cache, global_batch=4), 0, 1, CPU)
-    assert set(data.parts) == {"64x64", "48x80"}
+    assert set(data.parts[0]) == {"64x64", "48x80"}
     assert "80x48 is left out: its 3 samples" in caplog.text
-    with pytest.raises(UserError, match="largest bucket has 51 samples: lower global_batch"):
+    with pytest.raises(UserError, match="no bucket of ds has as many samples: lower global_batch"):
         TrainingData(fake.stage(store, cache, global_batch=64), 0, 1, CPU)
 
 
@@ -123,6 +123,38 @@ def test_another_order_inside_an_epoch_is_refused(store, cache, change):
         next(data.batches(position))
     position.batch = 0
     assert next(data.batches(position))[1].batch == 1
+
+
+BUDGET = {"global_batch": 12, "tokens_per_batch": 700, "batch_multiple": 4}
+"""64x64 has 8x8 latents, so 8 samples a batch; 32x32 and 32x64 have less than half of that, so all 12."""
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sized")
+    fake.make(folder / "store", {"64x64": [20, 13], "32x32": [25, 5], "32x64": [40]}, folder)
+    return folder / "store"
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 12), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_batches_by_a_token_budget_on_any_number_of_processes(sized, cache, stop, before, after):
+    stage = fake.stage(sized, cache, **BUDGET)
+    whole = world_of(stage, 1, stop + 4)
+    assert {(step[0], len(step[3])) for step in world_of(stage, 1, 12)} == {("64x64", 8), ("32x32", 12), ("32x64", 12)}
+    position = read(stage, stop, None, 0, before)[1][-1]
+    assert world_of(stage, before, stop) + world_of(stage, after, 4, position) == whole
+
+
+def test_what_does_not_fit_a_token_budget_is_one_line(sized, cache):
+    with pytest.raises(UserError, match="no batch of bucket 32x64 fits"):
+        TrainingData(fake.stage(sized, cache, **{**BUDGET, "tokens_per_batch": 100}), 0, 1, CPU)
+    with pytest.raises(UserError, match="10 samples a batch of bucket 64x64 are not a multiple of 3 processes"):
+        TrainingData(fake.stage(sized, cache, **{**BUDGET, "batch_multiple": 1}), 0, 3, CPU)
+    position = read(fake.stage(sized, cache, **BUDGET), 3)[1][-1]
+    for change, text in ({"tokens_per_batch": None}, "was 700 and is None"), ({"tokens_per_batch": 1000}, "was 700 and is 1000"):
+        with pytest.raises(UserError, match=f"tokens_per_batch {text}"):
+            next(TrainingData(fake.stage(sized, cache, **{**BUDGET, **change}), 0, 1, CPU).batches(position))
 
 
 def test_another_snapshot_inside_an_epoch_is_refused(store, cache):
@@ -163,7 +195,7 @@ def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
             TrainingData(stage, 0, 1, CPU)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"global_batch=4 is not a multiple of the number of processes \(3\)"):
+    with pytest.raises(UserError, match=r"4 samples a batch of bucket 48x80 are not a multiple of 3 processes"):
         TrainingData(fake.stage(store, cache), 0, 3, CPU)
 
 

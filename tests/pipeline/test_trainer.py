@@ -1,5 +1,6 @@
 """The trainer: exact resume, the same losses on any number of processes, clear ends."""
 
+import itertools
 import json
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from pipeline import learned, train
 from pipeline.checkpoint import load_weights
 from pipeline.config import dump_stage
+from pipeline.loader import TrainingData
 from pipeline.metrics import read_events
 from pipeline.report import build
 from pipeline.stopping import EXIT_AGAIN
@@ -103,6 +105,26 @@ def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_le
     for one, two in zip(*pictures.values(), strict=True):
         assert np.abs(one - two).max() <= 2
     assert np.abs(pictures[1][0] - pictures[1][1]).mean() > 2  # the network has moved
+
+
+def test_batches_of_several_sizes_count_their_samples(store, tmp_path):
+    """By a token budget 32x64 has half the samples a step: losses, averages and intervals go by the samples seen."""
+    budget = {"data__tokens_per_batch": 128, "data__batch_multiple": 4, "log__peak_tflops": 1.0}
+    (code, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, budget)
+    assert code == 0
+    plan = TrainingData(trainer_tasks.stage(store, tmp_path, **budget), 0, 1, torch.device("cpu")).plan
+    sizes = [plan(epoch).size(index) for epoch in range(2) for index in range(len(plan(epoch)))]
+    samples = [report["samples"] for report in reports]
+    assert set(sizes) == {4, 8}
+    assert samples == list(itertools.accumulate(sizes))[: len(samples)]
+    assert samples[-2] < 96 <= samples[-1]
+    reached = [next(count for count in samples if count >= due) for due in (32, 48, 64, 96)]
+    events = read_events(tmp_path / "small")
+    assert {event["samples"] for event in events if event["event"] == "save"} == {reached[0], reached[2], reached[3]}
+    assert {event["samples"] for event in events if event["event"] == "validation"} == {reached[1], reached[3]}
+    per_sample = [(report["mfu"] / report["samples_per_second"], size) for report, size in zip(reports, sizes, strict=False)]
+    small, large = (sum(value for value, size in per_sample if size == wanted) for wanted in (8, 4))
+    assert large / sizes[: len(samples)].count(4) > 1.2 * small / sizes[: len(samples)].count(8), "larger latents, more FLOPs"
 
 
 def test_a_finished_run_shows_what_it_did(straight):
