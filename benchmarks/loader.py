@@ -1,10 +1,11 @@
-"""Samples/s and GB/s of the loader, against what others do with the same samples.
+"""Samples/s and GB/s of the loader, against what others do with the same samples; and how long a step waits for it.
 
-Two 4096-wide text families (int8) and latents of 512x512 pixels. Ours is measured as for a GPU, which draws its own noise, and
-with the noise drawn by the loader processes, as for training on a CPU. Beside it:
+Two 4096-wide text families (int8) and latents of 512x512 pixels. Ours is measured as far as the block of memory that goes to the
+device, and with the unpacking on a CPU, where the trainer draws the noise. Beside it:
 (a) StreamingDataset over the same bytes and nothing else, (b) tensors saved by torch in WebDataset tars (dequantised, bf16),
 (c) MDS of fp16 states padded to a fixed length, as micro_diffusion stores them; and reading our files raw. All files lie in
-the page cache, each reader gives batches of one size. `python -m benchmarks.loader [--samples 384]`
+the page cache, each reader gives batches of one size. The wait is that of the demo's stage, trained on two processes on a
+dataset of the demo's shape. `python -m benchmarks.loader [--samples 384]`
 """
 
 import argparse
@@ -12,6 +13,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -30,56 +33,69 @@ from data_prep.snapshot import take_snapshot
 from data_prep.store import open_store
 from pipeline.config import StageConfig
 from pipeline.loader import TrainingData
-from pipeline.packing import NOISES, tensors_in
+from pipeline.metrics import read_reports
+from pipeline.packing import tensors_in
 
 WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
-BUCKET, CHANNELS, SIDE = "512x512", 16, 64
+CHANNELS, SIDE = 16, 64
 PART_ROWS, BATCH = 64, 8
 RESULTS = Path(__file__).parent / "results" / "loader.md"
 
-LATENTS = Family(
-    "latents", "latents", {"model": "none"}, {"channels": CHANNELS, "downsampling": 8, "scaling_factor": 1.0, "shift_factor": 0.0}
-)
-TEXTS = [
-    Family(name, "text", {"llm": name}, {"width": WIDTH, "prefix_tokens": 20, "quantisation": "int8"})
-    for name in ("llm_a", "llm_b")
-]
+DEMO_WIDTHS, DEMO_TOKENS, DEMO_ROWS, DEMO_STEPS = {"smollm2": 576, "gemma": 640}, (4, 16), 1856, 60
 
 
-def lengths_of(id):
-    """Tokens of a sample's caption in each text family."""
-    return np.random.default_rng(id).integers(*TOKENS, len(TEXTS))
+def latents(channels):
+    """A latents family."""
+    info = {"channels": channels, "downsampling": 8, "scaling_factor": 1.0, "shift_factor": 0.0}
+    return Family("latents", "latents", {"model": "none"}, info)
 
 
-def rows_of(family, ids):
-    """Random bytes in the shape of a family's rows."""
+def texts(widths):
+    """Text families by name and width."""
+    info = {"prefix_tokens": 20, "quantisation": "int8"}
+    return [Family(name, "text", {"llm": name}, {"width": width, **info}) for name, width in widths.items()]
+
+
+TEXTS = texts({"llm_a": WIDTH, "llm_b": WIDTH})
+
+
+def lengths_of(id, tokens=TOKENS):
+    """Tokens of a sample's caption in each of two text families."""
+    low, high = tokens
+    return np.random.default_rng(id).integers(low, high, 2)
+
+
+def rows_of(family, number, ids, side, tokens):
+    """Random numbers in the shape of a family's rows."""
     rng = np.random.default_rng(ids[0])
     for id in ids:
         if family.kind == "latents":
-            yield {"id": id, "mean": rng.bytes(2 * CHANNELS * SIDE**2), "std": bytes(2 * CHANNELS * SIDE**2)}
+            mean = torch.from_numpy(rng.standard_normal(family.info["channels"] * side**2, np.float32)).bfloat16()
+            yield {"id": id, "mean": mean.view(torch.uint8).numpy().tobytes(), "std": bytes(2 * len(mean))}
         else:
-            tokens = int(lengths_of(id)[TEXTS.index(family)])
-            scales = np.full(tokens, 0.01, "<f4").tobytes()
-            count = np.array([tokens], "<i4").tobytes()
-            yield {"id": id, "kinds": b"\0", "tokens": count, "values": rng.bytes(tokens * WIDTH), "scales": scales}
+            count = int(lengths_of(id, tokens)[number])
+            scales, values = np.full(count, 0.01, "<f4").tobytes(), rng.bytes(count * family.info["width"])
+            yield {"id": id, "kinds": b"\0", "tokens": np.array([count], "<i4").tobytes(), "values": values, "scales": scales}
 
 
-def write_ours(uri, samples, folder):
-    """A snapshot of `samples` samples."""
+def write_ours(uri, samples, folder, side=SIDE, widths=None, tokens=TOKENS):
+    """A snapshot of `samples` samples in one bucket, with latents of `side` x `side`."""
     dataset = open_store(uri, create=True).sub("ds")
-    parts = [Part(BUCKET, number) for number in range(samples // PART_ROWS)]
-    dataset.put_new(Manifest.KEY, Manifest("ds", ["original"], {BUCKET: [PART_ROWS] * len(parts)}).to_json())
-    constants = {name: torch.zeros(20, WIDTH) for name in ("prefix_states", "null_states")}
-    constants |= {"mean": torch.zeros(WIDTH), "spread": torch.ones(WIDTH)}
-    families = [register_family(dataset, LATENTS, None), *(register_family(dataset, text, constants) for text in TEXTS)]
+    bucket = f"{8 * side}x{8 * side}"
+    parts = [Part(bucket, number) for number in range(samples // PART_ROWS)]
+    dataset.put_new(Manifest.KEY, Manifest("ds", ["original"], {bucket: [PART_ROWS] * len(parts)}).to_json())
+    families = [register_family(dataset, latents(CHANNELS), None)]
+    for text in texts(widths) if widths else TEXTS:
+        constants = {name: torch.zeros(20, text.info["width"]) for name in ("prefix_states", "null_states")}
+        constants |= {"mean": torch.zeros(text.info["width"]), "spread": torch.ones(text.info["width"])}
+        families.append(register_family(dataset, text, constants))
     path = folder / "shard.00000.mds"
     for part in parts:
         ids = list(range(part.number * PART_ROWS, (part.number + 1) * PART_ROWS))
         path.write_bytes(b"none")
         commit_part(dataset, PAIRS, part, {"pairs.tar": path}, ids, {})
-        for family in families:
-            plain = LATENTS if family.kind == "latents" else TEXTS[[text.name for text in TEXTS].index(family.name)]
-            write_mds(path, family.columns, rows_of(plain, ids))
+        for number, family in enumerate(families):
+            write_mds(path, family.columns, rows_of(family, number - 1, ids, side, tokens))
             commit_part(dataset, family.name, part, {"shard.00000.mds": path}, ids, {}, family.hash)
     path.unlink()
     take_snapshot(dataset)
@@ -143,8 +159,8 @@ def timed(batches, steps, warm):
     return {"samples_per_second": samples / seconds, "gb_per_second": size / seconds / 1e9}
 
 
-def ours(uri, cache, workers, steps, warm, noise=False):
-    """Our loader; bytes are those read from files, not the noise that it may add."""
+def ours(uri, cache, workers, steps, warm, unpack=False):
+    """Our loader; bytes are those read from files, not the noise that unpacking adds."""
     stage = StageConfig(name="loader", global_batch=BATCH, samples=10**9)
     stage.data.store, stage.data.dataset, stage.data.cache, stage.data.workers = uri, "ds", str(cache), workers
     stage.data.caption_drop, stage.fusion.families = 0.0, [text.name for text in TEXTS]
@@ -152,12 +168,23 @@ def ours(uri, cache, workers, steps, warm, noise=False):
 
     def batches():
         for item in data.packed():
+            if unpack:
+                item.unpack(data.device)
             tensors = tensors_in(item.memory, item.layout)
-            yield len(tensors["ids"]), size_of([tensor for name, tensor in tensors.items() if name not in NOISES])
+            yield len(tensors["ids"]), size_of(tensors)
 
     result = timed(batches(), steps, warm)
     data.close()
     return result
+
+
+def data_wait(folder):
+    """Share of a step that the demo's stage waits for data: a training run of its own on two processes, after its first steps."""
+    write_ours(str(folder / "demo"), DEMO_ROWS, folder, 8, DEMO_WIDTHS, DEMO_TOKENS)
+    settings = [f"data.store={folder / 'demo'}", "data.dataset=ds", f"runs={folder}", f"samples={64 * DEMO_STEPS}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train"]
+    subprocess.run([*launch, "demo", *settings], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return float(np.mean([report["data_wait_share"] for report in read_reports(folder / "demo")[1:]]))
 
 
 def ragged(samples):
@@ -257,8 +284,8 @@ def measure(samples, folder, worker_counts):
     write_streaming(folder / "a", samples, padded=False)
     for workers in worker_counts:
         results[f"ours, local, {workers} workers"] = ours(str(folder / "ours"), folder / "cache", workers, steps, warm)
-        results[f"ours with noise, local, {workers} workers"] = ours(
-            str(folder / "ours"), folder / "cache", workers, steps // 2, 4, noise=True
+        results[f"ours unpacked on a CPU, local, {workers} workers"] = ours(
+            str(folder / "ours"), folder / "cache", workers, steps // 2, 4, unpack=True
         )
         results[f"(a) StreamingDataset, {workers} workers"] = streaming(folder / "a", ragged, workers, steps, warm)
     workers = min(2, worker_counts[-1])
@@ -282,6 +309,7 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results, workers = measure(arguments.samples // PART_ROWS * PART_ROWS, Path(folder), arguments.workers)
+        wait = data_wait(Path(folder))
     speeds = {name: figures.get("samples_per_second", 0.0) for name, figures in results.items()}
     mine = speeds[f"ours, local, {workers} workers"]
     rate = {name: figures["gb_per_second"] for name, figures in results.items()}
@@ -289,23 +317,30 @@ def main():
         rate[f"ours, local, {count} workers"] / rate[f"(a) StreamingDataset, {count} workers"] for count in arguments.workers
     ]
     bytes_ratio = float(np.median(ratios))
+    against_b, against_c = (
+        mine / speeds[f"{name}, {workers} workers"] for name in ("(b) torch in WebDataset", "(c) fp16 padded MDS")
+    )
     goals = {
-        "bytes/s against (a), goal 0.95": (bytes_ratio, 0.95),
-        "samples/s against (b), goal 2": (mine / speeds[f"(b) torch in WebDataset, {workers} workers"], 2.0),
-        "samples/s against (c), goal 3": (mine / speeds[f"(c) fp16 padded MDS, {workers} workers"], 3.0),
+        "bytes/s against (a), at least 0.95": (bytes_ratio, bytes_ratio >= 0.95),
+        "samples/s against (b), at least 2": (against_b, against_b >= 2),
+        "samples/s against (c), at least 3": (against_c, against_c >= 3),
+        "share of a step of the demo's stage that waits for data, below 0.01": (wait, wait < 0.01),
     }
     lines = ["| reader | samples/s | GB/s |", "|---|---|---|"]
     lines += [f"| {name} | {speeds[name]:.0f} | {figures['gb_per_second']:.2f} |" for name, figures in results.items()]
     lines += ["", "| goal | measured | |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.2f} | {'met' if value >= goal else 'MISSED'} |" for name, (value, goal) in goals.items()]
+    lines += [f"| {name} | {value:.3g} | {'met' if met else 'MISSED'} |" for name, (value, met) in goals.items()]
     table = "\n".join(lines)
     RESULTS.parent.mkdir(exist_ok=True)
     command = f"`python -m benchmarks.loader --samples {arguments.samples}`"
     text = f"# Loader\n\n{command}, {os.cpu_count()} cores, batches of {BATCH}.\n\n{table}\n"
     RESULTS.write_text(text)
     print(text)
-    met = {name: value >= goal for name, (value, goal) in goals.items()}
-    figures = {"goals": {name: value for name, (value, _) in goals.items()}, "met": met, "results": results}
+    figures = {
+        "goals": {name: value for name, (value, _) in goals.items()},
+        "met": {name: met for name, (_, met) in goals.items()},
+    }
+    figures["results"] = results
     print(json.dumps({"benchmark": "loader", **figures}))
 
 

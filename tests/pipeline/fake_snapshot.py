@@ -56,8 +56,8 @@ def text_row(id, family):
     return {"id": id, **{name: array.tobytes() for name, array in columns.items()}}
 
 
-def constants(family):
-    width, draw = WIDTHS[family][0], rng("constants", family)
+def constants(family, dataset="ds"):
+    width, draw = WIDTHS[family][0], rng("constants", family, *([] if dataset == "ds" else [dataset]))
     shapes = {"prefix_states": (PREFIX, width), "null_states": (NULL, width), "mean": (width,)}
     tensors = {name: torch.from_numpy(draw.standard_normal(shape)).float() for name, shape in shapes.items()}
     return {**tensors, "spread": torch.from_numpy(draw.random(width) + 0.5).float()}
@@ -79,7 +79,7 @@ def make(uri, buckets, folder, families=FAMILIES, name="ds"):
     dataset = open_store(str(uri), create=True).sub(name)
     dataset.put_new(Manifest.KEY, Manifest(name, KINDS, {key: list(rows) for key, rows in buckets.items()}).to_json())
     registered = [
-        register_family(dataset, family, constants(family.name) if family.kind == "text" else None) for family in families
+        register_family(dataset, family, constants(family.name, name) if family.kind == "text" else None) for family in families
     ]
     path = folder / "shard.00000.mds"
     for part, ids in ids_of(buckets).items():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from model.errors import UserError
 from pipeline.loader import Position, TrainingData
 from tests.pipeline import fake_snapshot as fake
+from tests.pipeline.worlds import joined, read, summary, world_of
 
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25], "80x48": [3]}
 CPU = torch.device("cpu")
@@ -31,39 +32,6 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
-
-def summary(batch):
-    """All that a step depends on."""
-    texts = {name: (tuple(packed.counts), packed.values.tolist(), packed.scales.tolist()) for name, packed in batch.texts.items()}
-    tensors = (batch.mean, batch.std, batch.posterior_noise, batch.noise, batch.u)
-    return batch.bucket, batch.epoch, batch.index, batch.ids.tolist(), [tensor.float().tolist() for tensor in tensors], texts
-
-
-def read(stage, count, position=None, rank=0, world=1):
-    data = TrainingData(stage, rank, world, CPU)
-    taken = list(itertools.islice(data.batches(position), count))
-    data.close()
-    return [summary(batch) for batch, _ in taken], [after for _, after in taken]
-
-
-def joined(ranks):
-    """Batches of all ranks of a world -> global batches: (bucket, epoch, index, samples)."""
-    steps = []
-    for step in zip(*ranks, strict=True):
-        assert len({piece[:3] for piece in step}) == 1, "all ranks have the same bucket"
-        steps.append(
-            (
-                *step[0][:3],
-                [id for piece in step for id in piece[3]],
-                [row for piece in step for row in zip(*piece[4], strict=True)],
-            )
-        )
-    return steps
-
-
-def world_of(stage, world, count, position=None):
-    return joined([read(stage, count, position, rank, world)[0] for rank in range(world)])
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

@@ -128,7 +128,7 @@ def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path)
         assert online.texts["first"].counts == stored.texts["first"].counts
     assert 0 in lengths  # the null caption
     assert len(lengths) > 3
-    stage, snapshot = data["families"].stage, data["families"].snapshot
+    stage, snapshot = data["families"].stage, data["families"].corpus
     (right, shuffled), (expected, _) = (make_losses(stage, snapshot, texts, stored) for texts in (fresh, read))
     torch.testing.assert_close(right, expected, rtol=1e-4, atol=0)
     assert not torch.allclose(shuffled, expected, rtol=1e-3, atol=0)
