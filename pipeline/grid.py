@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from PIL import Image
 
-from data_prep.schema import Snapshot
 from pipeline.assembly import latents_family, text_families
 from pipeline.config import StageConfig
 from pipeline.distributed import gather
@@ -21,6 +20,7 @@ from pipeline.pictures import make_grid, to_images
 from pipeline.prompts import PromptReader, load_llm
 from pipeline.sampler import decode_each, latent_shape, load_vae
 from pipeline.sampling import draw
+from pipeline.sources import Corpus
 from pipeline.texts import TextConstants
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Grid:
     """One picture of `sample.prompts`; every method is collective unless it says otherwise."""
 
-    def __init__(self, stage: StageConfig, snapshot: Snapshot, constants: Mapping[str, TextConstants], engine: Engine) -> None:
+    def __init__(self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine) -> None:
         """Let the first rank's LLMs read the prompts, and load the VAE on each rank.
 
         Raises:
@@ -37,10 +37,10 @@ class Grid:
         """
         self.stage = stage
         self.prompts = stage.sample.prompts
-        latents = latents_family(stage, snapshot)
+        latents = latents_family(stage, corpus)
         size = stage.sample.height, stage.sample.width
         self.shape = latent_shape(engine.module, int(latents.info["downsampling"]), *size)
-        reader = PromptReader(text_families(stage, snapshot), constants, partial(load_llm, device=engine.device))
+        reader = PromptReader(text_families(stage, corpus), constants, partial(load_llm, device=engine.device))
         if engine.rank == 0:
             reader.read(self.prompts, keep_llms=False)
         reader.known = gather(_to_host(reader.known) if engine.rank == 0 else None)[0]

@@ -59,7 +59,7 @@ class Trainer:
         self.log = MetricsLog(run, stage.log, dump_stage(self.stage), writes=ranks.rank == 0)
         self.peak = peak_flops(stage.log)
         self.gates = GateMeter(self.engine.module, stage.fusion.families)
-        self.grid = Grid(self.stage, self.snapshot, self.data.constants, self.engine) if stage.sample.every_samples else None
+        self.grid = Grid(self.stage, self.corpus, self.data.constants, self.engine) if stage.sample.every_samples else None
 
         # progress: all of it is kept in checkpoints
         self.step = 0
@@ -73,7 +73,7 @@ class Trainer:
         self.position: Position | None = None
         self.interval = Interval()
         bins = [f"loss_t{index}" for index in range(TIMESTEP_BINS)]
-        buckets = [f"loss_{bucket}" for bucket in sorted(self.snapshot.buckets)]
+        buckets = [f"loss_{bucket}" for bucket in sorted(self.corpus.rows)]
         self.sums = RankSums(["loss", *bins, *buckets, *self.gates.names], self.engine.device)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
