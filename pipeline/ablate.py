@@ -29,12 +29,12 @@ from data_prep.snapshot_reader import read_snapshot
 from model.errors import UserError, command
 from pipeline import ablation_report
 from pipeline.ablation import PAPER_ROWS, Unit, make_units, prompt_following, read_ablation
-from pipeline.assembly import open_dataset
 from pipeline.config import StageConfig, dump_stage, load_stage
 from pipeline.console import say
 from pipeline.local_ranks import start_ranks, wait_for
 from pipeline.metrics import read_events
 from pipeline.scene_scorer import chance_level, score_pictures, true_objects
+from pipeline.sources import open_datasets
 from pipeline.stopping import EXIT_AGAIN
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds}: at least one run per row")
     base = load_stage(arguments.stage, settings)
-    snapshot = read_snapshot(open_dataset(base), base.data.snapshot)
+    snapshot = read_snapshot(open_datasets(base)[0], base.data.snapshot)
     units, left_out = make_units(arguments.stage, settings, ablation, arguments.seeds, snapshot)
     if not units:
         raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
