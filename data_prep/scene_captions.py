@@ -209,7 +209,7 @@ class ScenePrompt:
 
 
 def scene_prompts(
-    count: int, kind: CaptionKind | None = None, aspect: float = 1.0, segments: int | None = None, seed: int = HELD_OUT_SEED
+    count: int, kind: CaptionKind | None = None, aspect: float = 1.0, segments: Sequence[int] = (), seed: int = HELD_OUT_SEED
 ) -> list[ScenePrompt]:
     """Prompts 0 to count - 1 of a seed.
 
@@ -217,11 +217,11 @@ def scene_prompts(
         count: how many.
         kind: of all captions; None = the kinds in turn.
         aspect: width / height of the pictures.
-        segments: exactly this many single objects each; None = as it comes.
+        segments: exactly so many single objects, these numbers in turn; empty = as it comes.
         seed: of the set.
     """
     prompts = []
     for index in range(count):
-        scene = sample_scene(seed, index, aspect, segments)
+        scene = sample_scene(seed, index, aspect, segments[index % len(segments)] if segments else None)
         prompts.append(ScenePrompt(scene, caption_scene(scene, kind or CAPTION_KINDS[index % len(CAPTION_KINDS)], seed, index)))
     return prompts

@@ -66,7 +66,7 @@ def test_captions_say_each_segment_once_and_only_true_relations(seed, index, kin
 
 def test_the_order_of_mention_does_not_tell_the_place():
     x, y, order = [], [], []
-    for prompt in scene_prompts(400, segments=6):
+    for prompt in scene_prompts(400, segments=[6]):
         place = {prompt.scene.segments[item.group]: item for item in prompt.scene.objects}
         for number, segment in enumerate(prompt.caption.segments):
             x.append(place[segment].x)
