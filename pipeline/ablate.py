@@ -72,9 +72,7 @@ def draw(unit: Unit, prompts: list[str]) -> Path:
 def scored_prompts(stage: StageConfig, count: int, longest: int) -> list[ScenePrompt]:
     """Held-out scenes as lists of one to `longest` segments, equally many of each length, at the stage's aspect ratio."""
     aspect = stage.sample.width / stage.sample.height
-    lengths = [index % longest + 1 for index in range(count)]
-    prompts = {length: scene_prompts(count, "list", aspect, length) for length in set(lengths)}
-    return [prompts[length][index] for index, length in enumerate(lengths)]
+    return scene_prompts(count, "list", aspect, range(1, longest + 1))
 
 
 def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
