@@ -5,7 +5,8 @@
     python -m pipeline.follow score follow/scenes
 
 `write` leaves `prompts.txt` and `prompts.json` in the folder; pictures are drawn by the ordinary command, on any number of
-GPUs; `score` reads them and writes `scores.json` and `positional_bias.png`.
+GPUs; `score` reads them and writes `scores.json` and `positional_bias.png`. Prompts are `scenes`, judged exactly, or
+`natural`, judged by BLIP (`score --vqa FOLDER or OWNER/NAME@COMMIT`).
 """
 
 import argparse
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_prep.scene_captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
+from model.blip_vqa import BlipVQA
 from model.errors import UserError, command
+from model.scorers import find_scorer
 from pipeline.natural_prompts import NaturalPrompt, natural_prompts
 from pipeline.positional_bias import PositionalBias, plot_positional_bias, positional_bias, scene_segment_scores
 from pipeline.scene_scorer import chance_level, score_pictures, true_objects
@@ -127,7 +131,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
         pictures = (np.asarray(Image.open(file).convert("RGB")) for file in files)
         result = score_scenes(pictures, [prompt for prompt in prompts if isinstance(prompt, ScenePrompt)], images)
     elif vqa is None:
-        raise UserError("natural prompts are judged by a VQA model")
+        raise UserError("natural prompts are judged by a VQA model: give --vqa FOLDER or OWNER/NAME@COMMIT")
     else:
         result = score_natural(files, natural, images, vqa)
     plot_positional_bias({out.name: result["positional_bias"]}, out / "positional_bias.png", "score of a segment")
@@ -144,7 +148,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="write prompts")
     write.add_argument("out", type=Path, metavar="FOLDER")
-    write.add_argument("--prompts", choices=("scenes",), default="scenes")
+    write.add_argument("--prompts", choices=("scenes", "natural"), default="scenes")
     write.add_argument("--count", type=int, default=256)
     write.add_argument("--segments", type=int, help="in every prompt; default: 2 to 8 in turn")
     write.add_argument("--kind", choices=CAPTION_KINDS, default="list", help="style of the scenes' captions")
@@ -152,6 +156,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     score = commands.add_parser("score", help="judge the pictures in FOLDER/pictures")
     score.add_argument("out", type=Path, metavar="FOLDER")
+    score.add_argument("--vqa", help="BLIP for natural prompts: a folder, or OWNER/NAME@COMMIT on the hub")
     return parser.parse_args(arguments)
 
 
@@ -165,7 +170,9 @@ def main() -> None:
         out = arguments.out
         print(f"{out}/prompts.txt: draw it with pipeline.sample RUN --prompts {out}/prompts.txt --out {out}/pictures")
         return
-    result = score_folder(arguments.out, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vqa = BlipVQA(find_scorer(arguments.vqa, "--vqa"), device) if arguments.vqa else None
+    result = score_folder(arguments.out, vqa)
     print(json.dumps({name: result[name] for name in ("summary", "chance") if name in result}, indent=1))
 
 

@@ -103,7 +103,7 @@ def test_scenes_go_through_the_pipeline_and_their_truth_comes_back(tmp_path):
     run_pairs(config, dataset, Share(0, 1))
     keys = set()
     for commit in committed(dataset, PAIRS).values():
-        for pair in read_pairs(dataset, commit):
+        for pair in read_pairs(dataset, commit, config.caption_kinds):
             key = SceneKey.parse(pair.key)
             assert (key.bucket.height, key.bucket.width) == (pair.height, pair.width)
             assert dict(pair.captions) == {caption.kind: caption.text for caption in key.captions}

@@ -120,5 +120,5 @@ def test_natural_prompts_are_judged_segment_by_segment(tmp_path):
     write_pictures(tmp_path, [np.zeros((32, 32, 3), np.uint8)] * 14)
     result = score_folder(tmp_path, Early())
     assert result["positional_bias"].gap.mean == -1.0
-    with pytest.raises(UserError, match="VQA model"):
+    with pytest.raises(UserError, match="--vqa"):
         score_folder(tmp_path, None)
