@@ -56,7 +56,8 @@ class SceneKey:
 class ScenesSource:
     """Scenes 0 to count - 1 of a seed; a "file" is a range of them, each in one of the dataset's buckets by chance.
 
-    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); `segments` and `objects`, their numbers; `ground`, its pattern.
+    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); numbers of `segments`,
+    `objects`; `ground`, its pattern.
     """
 
     addressable = True
