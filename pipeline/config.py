@@ -160,6 +160,8 @@ class SampleConfig:
     every_samples: int = 0
     """0 = no grids while training."""
     prompts: list[str] = field(default_factory=list)
+    scenes: int = 0
+    """Held-out scenes that are drawn too and scored, so that prompt following is a curve; `data_prep/scenes.py`."""
     steps: int = 30
     guidance: float = 4.0
     seed: int = 0
@@ -229,7 +231,7 @@ class StageConfig:
                 raise UserError(f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it")
             if self.fusion.expect:
                 raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
-        if self.sample.every_samples and not self.sample.prompts:
+        if self.sample.every_samples and not (self.sample.prompts or self.sample.scenes):
             raise UserError("sample.every_samples asks for pictures while training, and sample.prompts is empty: name prompts")
         if self.global_batch % self.data.canonical_nodes:
             lanes = self.data.canonical_nodes

@@ -1,4 +1,5 @@
-"""Pictures while training: the same prompts and seeds, drawn again and again with the averaged weights.
+"""Pictures while training: the same prompts and seeds, drawn again and again with the averaged weights, and how well those
+of scenes follow their captions.
 
 Under ZeRO-3 no rank has a network of its own, so all ranks draw together: each its share of the prompts, all with the same
 number of forward passes. The LLMs read the prompts once, before the first step, and are freed.
@@ -8,10 +9,13 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.scene_captions import scene_prompts
 from pipeline.assembly import latents_family, text_families
 from pipeline.config import StageConfig
 from pipeline.distributed import gather
@@ -20,14 +24,27 @@ from pipeline.pictures import make_grid, to_images
 from pipeline.prompts import PromptReader, load_llm
 from pipeline.sampler import decode_each, latent_shape, load_vae
 from pipeline.sampling import draw
+from pipeline.scene_scorer import score_pictures
 from pipeline.sources import Corpus
 from pipeline.texts import TextConstants
 
 log = logging.getLogger(__name__)
 
+SCENES_SHOWN = 16
+"""In the grid; all are scored."""
+
+
+class Drawn(NamedTuple):
+    """What was drawn, on rank 0."""
+
+    picture: Image.Image
+    """A grid of `sample.prompts` and the first scenes."""
+    scores: dict[str, float]
+    """`SceneScores.summary` of all scenes; empty without scenes."""
+
 
 class Grid:
-    """One picture of `sample.prompts`; every method is collective unless it says otherwise."""
+    """The pictures of `sample.prompts` and of held-out scenes; every method is collective unless it says otherwise."""
 
     def __init__(self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine) -> None:
         """Let the first rank's LLMs read the prompts, and load the VAE on each rank.
@@ -36,7 +53,10 @@ class Grid:
             UserError: an LLM or the VAE is gone or has changed, a prompt is too long, or the size does not divide.
         """
         self.stage = stage
-        self.prompts = stage.sample.prompts
+        self.scenes = [
+            prompt.caption for prompt in scene_prompts(stage.sample.scenes, "list", stage.sample.width / stage.sample.height)
+        ]
+        self.prompts = [*stage.sample.prompts, *(caption.text for caption in self.scenes)]
         latents = latents_family(stage, corpus)
         size = stage.sample.height, stage.sample.width
         self.shape = latent_shape(engine.module, int(latents.info["downsampling"]), *size)
@@ -49,8 +69,8 @@ class Grid:
         self.reader = reader
         self.vae = load_vae(stage, latents, engine.device)
 
-    def draw(self, engine: Engine) -> Image.Image | None:
-        """The grid, on rank 0; None on the others."""
+    def draw(self, engine: Engine) -> Drawn | None:
+        """What rank 0 gets; None on the others."""
         share = -(-len(self.prompts) // engine.world)
         own = range(engine.rank * share, (engine.rank + 1) * share)  # beyond the end: drawn, so that all run alike, not shown
         drawn: list[Image.Image] = []
@@ -58,7 +78,11 @@ class Grid:
             drawn += self._draw(engine, own[start : start + engine.micro_batch])
         shown = [image for image, index in zip(drawn, own, strict=True) if index < len(self.prompts)]
         images = [image for images in gather(shown) for image in images]
-        return make_grid(images, self.prompts) if engine.rank == 0 else None
+        if engine.rank > 0:
+            return None
+        shown = len(self.stage.sample.prompts) + SCENES_SHOWN
+        scenes = [np.asarray(image) for image in images[len(self.prompts) - len(self.scenes) :]]
+        return Drawn(make_grid(images[:shown], self.prompts[:shown]), score_pictures(scenes, self.scenes).summary())
 
     def _draw(self, engine: Engine, indices: range) -> list[Image.Image]:
         config = self.stage.sample

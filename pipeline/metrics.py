@@ -137,6 +137,18 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({"samples": samples, **values}, step=step)
 
+    def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
+        """What an evaluation found: an event in the file, a curve each, `<name>/<key>`, elsewhere."""
+        if not values:
+            return
+        self.event(name, step=step, samples=samples, **values)
+        named = {f"{name}/{key}": value for key, value in values.items()}
+        if self._tensorboard is not None:
+            for key, value in named.items():
+                self._tensorboard.add_scalar(key, value, samples)
+        if self._wandb is not None:
+            self._wandb.log({"samples": samples, **named}, step=step)
+
     def image(self, name: str, pixels: Any, samples: int) -> None:
         """A picture, uint8 [H, W, 3]."""
         if self._tensorboard is not None:

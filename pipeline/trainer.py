@@ -233,10 +233,11 @@ class Trainer:
         self.heartbeat.enter("draw", self.step)
         begun = time.monotonic()
         with self.engine.averaged():
-            picture = grid.draw(self.engine)
-        if picture is not None:
-            grid.save(picture, self.samples)
-            self.log.image("samples", np.asarray(picture), self.samples)
+            drawn = grid.draw(self.engine)
+        if drawn is not None:
+            grid.save(drawn.picture, self.samples)
+            self.log.image("samples", np.asarray(drawn.picture), self.samples)
+            self.log.scores("scenes", self.step, self.samples, drawn.scores)
         self.log.event("grid", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
 
     def _validate(self) -> None:

@@ -91,7 +91,7 @@ def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_le
     short = {"engine__precision": "fp32", "samples": 48}
     prompts = ["a dog", "", "two cats and a bird"]
     grid = {"sample__every_samples": 24, "sample__prompts": prompts, "sample__height": 32, "sample__width": 64}
-    grid["sample__steps"], pictures = 3, {}
+    grid["sample__steps"], grid["sample__scenes"], pictures, scores = 3, 3, {}, {}
     for world in (1, 2):
         runs = tmp_path / str(world)
         (code, reports, loaded), *others = on_ranks(world, trainer_tasks.train_and_draw, store, str(runs), short | grid)
@@ -99,6 +99,11 @@ def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_le
         assert (loaded, [other[2] for other in others]) == (["small", "wide"], [[]] * (world - 1))  # one rank reads the prompts
         paths = sorted((runs / "small" / "grids").iterdir())
         assert [path.name for path in paths] == ["samples_000000000024.png", "samples_000000000048.png"]
+        scores[world] = [
+            {key: value for key, value in event.items() if key != "time"} for event in read_events(runs / "small", "scenes")
+        ]
+        assert [event["samples"] for event in scores[world]] == [24, 48]
+        assert all(0 <= event["segment"] <= event["colour"] <= 1 for event in scores[world])
         pictures[world] = [np.asarray(Image.open(path)).astype(int) for path in paths]
     (_, without), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path / "without"), None, short)
     assert numbers(reports) == numbers(without)
