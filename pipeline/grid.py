@@ -80,9 +80,9 @@ class Grid:
         images = [image for images in gather(shown) for image in images]
         if engine.rank > 0:
             return None
-        shown = len(self.stage.sample.prompts) + SCENES_SHOWN
+        first = len(self.stage.sample.prompts) + SCENES_SHOWN
         scenes = [np.asarray(image) for image in images[len(self.prompts) - len(self.scenes) :]]
-        return Drawn(make_grid(images[:shown], self.prompts[:shown]), score_pictures(scenes, self.scenes).summary())
+        return Drawn(make_grid(images[:first], self.prompts[:first]), score_pictures(scenes, self.scenes).summary())
 
     def _draw(self, engine: Engine, indices: range) -> list[Image.Image]:
         config = self.stage.sample

@@ -19,15 +19,16 @@ MAX_TOKENS = 24
 class LetterLLM:
     """Stands for an LLM: a token a letter, whose state follows from the letter alone."""
 
-    def __init__(self, width: int) -> None:
-        self.config = TextConfig(max_tokens=MAX_TOKENS)
+    def __init__(self, width: int, longest: int = MAX_TOKENS) -> None:
+        self.config = TextConfig(max_tokens=longest)
         self.width = width
         self.truncated = 0
         self.encoded = 0
 
     def tokenise(self, captions):
-        self.truncated += sum(len(caption) > MAX_TOKENS for caption in captions)
-        return [[ord(letter) for letter in caption[:MAX_TOKENS]] for caption in captions]
+        longest = self.config.max_tokens
+        self.truncated += sum(len(caption) > longest for caption in captions)
+        return [[ord(letter) for letter in caption[:longest]] for caption in captions]
 
     def spans(self, caption):
         return [(place, place + 1) for place in range(len(caption))]

@@ -69,7 +69,7 @@ def train_and_draw(store, runs, settings):
 
     def load_llm(family, device):
         loaded.append(family.name)
-        return LetterLLM(family.info["width"])
+        return LetterLLM(family.info["width"], longest=400)
 
     real = grid.load_llm, grid.load_vae
     grid.load_llm, grid.load_vae = load_llm, lambda stage, latents, device: FakeVAE()
