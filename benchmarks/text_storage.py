@@ -2,25 +2,52 @@
 
 Bytes are counted for encoders 4096 wide, from the token counts of real tokenizers; errors are measured on the states of
 real LLMs, a channel at a time, in units of that channel's spread, on captions that the calibration did not see.
+
+`--training runs/demo/store` asks instead what quantising costs the network: a small LI-DiT on the demo's pairs, `SEEDS` times
+from int8 and from bf16 states, seed by seed on the same batches and noise.
 """
 
 import argparse
 import json
+import shutil
+import statistics
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from benchmarks.captions import dense_captions, short_captions
 from benchmarks.text_encoding import ENCODERS, hardware, versions
-from data_prep.text import is_held_out, measure_channels
+from data_prep.config import load_dataset
+from data_prep.parts import Share
+from data_prep.snapshot import take_snapshot
+from data_prep.store import open_store
+from data_prep.text import is_held_out, measure_channels, run_text
+from model.errors import UserError, command
 from model.quantise import BYTES_PER_TOKEN, dequantise, quantise
 from model.text_encoder import load_encoder
+from pipeline.config import load_stage
+from pipeline.distributed import Ranks
+from pipeline.metrics import read_events, read_reports
+from pipeline.stopping import Stop
+from pipeline.trainer import Trainer
 
 TABLE = Path(__file__).parent / "results" / "text_storage.md"
 WIDTH = 4096
 QUANTISATIONS = ["bf16", "int8", "int6", "int4"]
+DEMO = Path(__file__).parent.parent / "data_prep" / "datasets" / "demo.yaml"
+SEEDS = 3
+BATCH = 16
+LAST_REPORTS = 10
+"""Training loss is the mean of the last reports, 100 steps."""
+SMALLER = [
+    "model.depth=3", "model.width=128", "fusion.width=64", f"global_batch={BATCH}", "optim.warmup_samples=800",
+    "data.workers=0", "data.validation_parts=1", "log.tensorboard=false", "log.every_steps=10",
+]  # fmt: skip
+"""The demo's stage, small enough for six runs in minutes."""
 
 
 def caption_bytes(quantisation: str, tokens: float) -> float:
@@ -42,16 +69,79 @@ def channel_errors(states: Tensor, mean: Tensor, spread: Tensor) -> dict[str, Te
     return errors
 
 
+def train(store: Path, families: list[str], seed: int, steps: int, runs: Path) -> tuple[float, float]:
+    """Losses of one run: in training at its end, and on held-out pairs with the averaged weights."""
+    name = f"{families[0]}-{seed}"
+    samples = steps * BATCH
+    settings = [
+        f"name={name}", f"runs={runs}", f"data.store={store}", f"data.seed={seed}", f"fusion.families=[{','.join(families)}]",
+        f"samples={samples}", f"checkpoint.every_samples={samples}", f"log.validate_every_samples={samples}",
+    ]  # fmt: skip
+    stage = load_stage("demo", SMALLER + settings)
+    Trainer(stage, Ranks.from_environment(), Stop()).run()
+    last = [report["loss"] for report in read_reports(stage.run)[-LAST_REPORTS:]]
+    return statistics.mean(last), read_events(stage.run, "validation")[-1]["loss"]
+
+
+def compare_training(store: Path, steps: int) -> tuple[list[str], dict[str, dict[str, object]]]:
+    """Rows of the table and goals: losses from int8 against those from bf16 states, on a copy of the demo's store.
+
+    Raises:
+        UserError: the store is not a finished demo's.
+    """
+    if not (store / "openmoji" / "commits").is_dir():
+        raise UserError(f"{store}: not the store of a finished demo: run `make demo`, then give runs/demo/store")
+    losses: dict[str, list[tuple[float, float]]] = {}
+    with TemporaryDirectory(prefix="li-dit-") as folder:
+        copy = Path(folder) / "store"
+        shutil.copytree(store, copy)
+        config = load_dataset(DEMO, [f"store={copy}"])
+        dataset = open_store(str(copy)).sub(config.name)
+        for quantisation in ("int8", "bf16"):
+            texts = [replace(text, name=f"{text.name}_{quantisation}", quantisation=quantisation) for text in config.text]
+            for text in texts:
+                run_text(config, text, dataset, Share())
+            take_snapshot(dataset)
+            names = [text.name for text in texts]
+            losses[quantisation] = [train(copy, names, seed, steps, Path(folder) / "runs") for seed in range(SEEDS)]
+    rows, goals = [], {}
+    for place, what in enumerate(("training", "held-out")):
+        ours, theirs = ([pair[place] for pair in losses[quantisation]] for quantisation in ("int8", "bf16"))
+        difference, noise = statistics.mean(ours) - statistics.mean(theirs), statistics.stdev(theirs)
+        worst = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+        for way, values in (("int8", ours), ("bf16", theirs)):
+            mean, spread = statistics.mean(values), statistics.stdev(values)
+            shown = ", ".join(f"{value:.4f}" for value in values)
+            rows.append(f"{way} | {what} loss after {steps} steps, seeds: {shown} | mean {mean:.4f} | spread {spread:.4f} |")
+        rows.append(
+            f"int8 against bf16 | {what} loss | difference of means {difference:+.5f} | largest of one seed {worst:.5f} |"
+        )
+        goals[f"{what} loss, int8 - bf16"] = {
+            "value": round(difference, 5),
+            "goal": round(noise, 5),
+            "met": abs(difference) <= noise,
+        }
+    return rows, goals
+
+
+@command
 def main() -> None:
     """Measure, add the results to the table, and print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--short", type=int, default=500)
     parser.add_argument("--dense", type=int, default=24)
     parser.add_argument("--no-table", action="store_true", help="leave the table of results as it is")
+    parser.add_argument("--training", type=Path, metavar="STORE", help="compare training losses, on a finished demo's store")
+    parser.add_argument("--steps", type=int, default=500, help="of each run of --training")
     arguments = parser.parse_args()
-    kinds = {"short": short_captions(arguments.short), "dense": dense_captions(arguments.dense)}
-    rows, goals = [], {}
     stamp = f"{date.today()} | {hardware()} | {versions()}"
+    if arguments.training:
+        found, goals = compare_training(arguments.training, arguments.steps)
+        finish([f"| {stamp} | demo's pairs, smaller LI-DiT | {row}" for row in found], goals, not arguments.no_table)
+        return
+    kinds = {"short": short_captions(arguments.short), "dense": dense_captions(arguments.dense)}
+    rows: list[str] = []
+    goals: dict[str, dict[str, object]] = {}
     for config in ENCODERS:
         encoder = load_encoder(config, torch.device("cpu"))
         prefix = len(encoder.prefix_ids)
@@ -82,8 +172,13 @@ def main() -> None:
             if way == "int8":
                 value = round(error.max().item(), 4)
                 goals[f"{config.name} int8 worst channel"] = {"value": value, "goal": 0.01, "met": value <= 0.01}
+    finish(rows, goals, not arguments.no_table)
+
+
+def finish(rows: list[str], goals: dict[str, dict[str, object]], writes: bool) -> None:
+    """Print the rows, add them to the table if wanted, and print one line of JSON."""
     print("\n".join(rows))
-    if not arguments.no_table:
+    if writes:
         with TABLE.open("a") as table:
             table.write("".join(row + "\n" for row in rows))
     print(json.dumps({"benchmark": "text_storage", "goals": goals}))

@@ -105,3 +105,4 @@ class TextConfig:
     reuse_prefix: bool = True
     tokens_per_batch: int = 4096
     device_map: str | None = None
+    """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate spreads it; None = one device."""

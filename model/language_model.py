@@ -41,6 +41,8 @@ from model.packed_attention import packed_attention
 PACKED = "li_dit_packed"
 Reading = Literal["one", "concat", "norm_mean"]
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_OTHER_FILES = ["*/*", "consolidated*"]
+"""The same weights once more, for other programs."""
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -97,7 +99,7 @@ class LanguageModel:
             elif 0 not in read:
                 read[0] = _normalise(state)
             else:
-                read[0] += _normalise(state)
+                read[0] += _normalise(state).to(read[0].device)
 
         blocks = list_blocks(self.module)
         inner = [index for index in self.layers_read if index < self.blocks]
@@ -157,6 +159,8 @@ def parse_layer(layer: str, blocks: int) -> tuple[Reading, list[int]]:
 def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     if config.encoder != "causal":
         raise UserError(f"{config.llm}: GGUF files are read as causal LLMs only: give encoder={config.encoder} a model folder")
+    if config.device_map:
+        raise UserError(f"{config.llm}: a GGUF file is read to one device: leave device_map out, or give a model folder")
     file = GGUFFile(path)
     blocks = count_blocks(file)
     reading, layers = parse_layer(config.layer, blocks)
@@ -230,7 +234,7 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
     if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
         raise UserError(f"{config.llm}: a hub name needs text.revision: its 40-digit commit hash")
     try:
-        found = Path(snapshot_download(config.llm, revision=config.revision, allow_patterns=_FILES))
+        found = Path(snapshot_download(config.llm, revision=config.revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{config.llm}: cannot be downloaded ({reason}): check name, revision and network") from error

@@ -40,7 +40,10 @@ def load_encoder(config: TextConfig, device: torch.device) -> "TextEncoder":
             f"text {config.name}: encoder={config.encoder} is not causal, so its prefix states depend on the caption: "
             "set reuse_prefix: false"
         )
-    return TextEncoder(config, load_language_model(config, DTYPES[config.dtype], device), device)
+    llm = load_language_model(config, DTYPES[config.dtype], device)
+    if config.device_map:  # tokens go where its first layer is; what is offloaded to disk lies on no device
+        device = next((weights.device for weights in llm.module.parameters() if weights.device.type != "meta"), device)
+    return TextEncoder(config, llm, device)
 
 
 def config_from_identity(identity: dict[str, Any]) -> TextConfig:

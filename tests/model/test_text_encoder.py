@@ -290,6 +290,26 @@ def test_layers_that_do_not_exist(layer):
         parse_layer(layer, 5)
 
 
+@pytest.mark.parametrize("build", [tiny_llm.llama, tiny_llm.gemma3, tiny_llm.llava], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("layer", ["-2", "norm_mean"])
+def test_a_model_spread_over_devices_gives_the_same_states(tmp_path, build, layer):
+    """accelerate's dispatch: here every other block lies on disk and comes to the processor when it is run."""
+    config = tiny_llm.make(tmp_path, build, layer=layer)
+    whole = load_encoder(config, CPU)
+    ids = whole.tokenise(CAPTIONS)
+    inside = "language_model." if build is tiny_llm.llava else ""
+    pieces = {f"{inside}layers.{block}": "disk" if block % 2 else "cpu" for block in range(5)}
+    pieces |= {f"{inside}{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    if inside:
+        pieces |= {"vision_tower": "cpu", "multi_modal_projector": "disk"}
+    for device_map in ("auto", pieces):
+        spread = load_encoder(replace(config, device_map=device_map), CPU)
+        assert ("meta" in {weights.device.type for weights in spread._llm.module.parameters()}) == (device_map is pieces)
+        assert spread.device == CPU
+        assert worst(spread.encode(ids), whole.encode(ids)) < 1e-6
+        assert spread.identity == whole.identity
+
+
 def test_models_that_cannot_be_packed_are_refused(tmp_path):
     config = tiny_llm.make(tmp_path, lambda: tiny_llm.gemma3(bidirectional=True))
     with pytest.raises(UserError, match="not purely causal"):
@@ -306,6 +326,8 @@ def test_wrong_use_is_named(tmp_path):
         "no such folder": replace(config, llm=str(tmp_path / "missing")),
         "commit hash": replace(config, llm="org/model", revision="main"),
         "at most 512": replace(config, max_tokens=600),
+        "cannot load it": replace(config, device_map="everywhere"),
+        "read to one device": replace(ENCODERS[0], device_map="auto"),
     }
     for message, wrong in cases.items():
         with pytest.raises(UserError, match=message):
