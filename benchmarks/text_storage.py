@@ -11,8 +11,10 @@ import argparse
 import json
 import shutil
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,7 +46,7 @@ BATCH = 16
 LAST_REPORTS = 10
 """Training loss is the mean of the last reports, 100 steps."""
 SMALLER = [
-    "model.depth=3", "model.width=128", "fusion.width=64", f"global_batch={BATCH}", "optim.warmup_samples=800",
+    "model.depth=3", "model.width=96", "fusion.width=64", f"global_batch={BATCH}", "optim.warmup_samples=800",
     "data.workers=0", "data.validation_parts=1", "log.tensorboard=false", "log.every_steps=10",
 ]  # fmt: skip
 """The demo's stage, small enough for six runs in minutes."""
@@ -71,6 +73,7 @@ def channel_errors(states: Tensor, mean: Tensor, spread: Tensor) -> dict[str, Te
 
 def train(store: Path, families: list[str], seed: int, steps: int, runs: Path) -> tuple[float, float]:
     """Losses of one run: in training at its end, and on held-out pairs with the averaged weights."""
+    torch.set_num_threads(1)
     name = f"{families[0]}-{seed}"
     samples = steps * BATCH
     settings = [
@@ -80,7 +83,9 @@ def train(store: Path, families: list[str], seed: int, steps: int, runs: Path) -
     stage = load_stage("demo", SMALLER + settings)
     Trainer(stage, Ranks.from_environment(), Stop()).run()
     last = [report["loss"] for report in read_reports(stage.run)[-LAST_REPORTS:]]
-    return statistics.mean(last), read_events(stage.run, "validation")[-1]["loss"]
+    found = statistics.mean(last), read_events(stage.run, "validation")[-1]["loss"]
+    print(f"{name}: training loss {found[0]:.5f}, held-out {found[1]:.5f}", flush=True)
+    return found
 
 
 def compare_training(store: Path, steps: int) -> tuple[list[str], dict[str, dict[str, object]]]:
@@ -91,19 +96,20 @@ def compare_training(store: Path, steps: int) -> tuple[list[str], dict[str, dict
     """
     if not (store / "openmoji" / "commits").is_dir():
         raise UserError(f"{store}: not the store of a finished demo: run `make demo`, then give runs/demo/store")
-    losses: dict[str, list[tuple[float, float]]] = {}
-    with TemporaryDirectory(prefix="li-dit-") as folder:
-        copy = Path(folder) / "store"
+    with TemporaryDirectory(prefix="li-dit-") as folder, ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        copy, runs = Path(folder) / "store", Path(folder) / "runs"
         shutil.copytree(store, copy)
         config = load_dataset(DEMO, [f"store={copy}"])
         dataset = open_store(str(copy)).sub(config.name)
-        for quantisation in ("int8", "bf16"):
-            texts = [replace(text, name=f"{text.name}_{quantisation}", quantisation=quantisation) for text in config.text]
-            for text in texts:
-                run_text(config, text, dataset, Share())
-            take_snapshot(dataset)
-            names = [text.name for text in texts]
-            losses[quantisation] = [train(copy, names, seed, steps, Path(folder) / "runs") for seed in range(SEEDS)]
+        names = {"int8": [text.name for text in config.text], "bf16": [f"{text.name}_bf16" for text in config.text]}
+        for text, name in zip(config.text, names["bf16"], strict=True):
+            run_text(config, replace(text, name=name, quantisation="bf16"), dataset, Share())
+        take_snapshot(dataset)
+        waiting = {
+            quantisation: [pool.submit(train, copy, families, seed, steps, runs) for seed in range(SEEDS)]
+            for quantisation, families in names.items()
+        }
+        losses = {quantisation: [run.result() for run in found] for quantisation, found in waiting.items()}
     rows, goals = [], {}
     for place, what in enumerate(("training", "held-out")):
         ours, theirs = ([pair[place] for pair in losses[quantisation]] for quantisation in ("int8", "bf16"))

@@ -46,6 +46,7 @@ def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     run_text = _load("data_prep.text", "run_text")
     for entry in _chosen(config.text, arguments.family, "text"):
         run_text(config, entry, dataset, arguments.task)
+        _load("data_prep.text_report", "print_text_report")(dataset, entry.name, arguments.task)
 
 
 def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:

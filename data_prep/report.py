@@ -24,6 +24,7 @@ from data_prep.schema import PAIRS, TABLE, Commit, Manifest, Part
 from data_prep.snapshot_reader import read_families
 from data_prep.sources import OpenSources
 from data_prep.store import Store
+from data_prep.text_report import SAVINGS, text_reports
 
 SAMPLES = 24
 DROPPED_SAMPLES = 8
@@ -78,6 +79,8 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
             parts=len(manifest.parts),
             committed_parts=len(commits),
             kinds=_kinds(dataset, commits),
+            texts=text_reports(dataset),
+            savings=SAVINGS,
             samples=_samples(dataset, commits, manifest.caption_kinds),
             dropped=_dropped_samples(config, dataset),
             files=accounts[:FILES_LISTED],

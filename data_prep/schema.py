@@ -74,7 +74,7 @@ class Commit:
     files: list[StoredFile]
     family_hash: str = ""
     counts: dict[str, float] = field(default_factory=dict)
-    """Whatever the writer counted: tokens, clipped values, seconds."""
+    """Whatever the writer counted: tokens, outliers, seconds."""
     format: int = FORMAT
 
     @property

@@ -25,7 +25,7 @@ from data_prep.store import Store
 from model.config import TextConfig
 from model.errors import UserError
 from model.quantise import dequantise, quantise
-from model.text_encoder import TextEncoder, load_encoder, relative_error
+from model.text_encoder import TextEncoder, load_encoder, padding_tokens, relative_error
 
 CALIBRATION_CAPTIONS = 2048
 """Captions behind the channels' mean and spread: 10,000 to 300,000 tokens."""
@@ -191,11 +191,13 @@ class TextJob:
         return self._kinds[kind]
 
     def _count(self, texts: list[str], new: list[str], encoded: dict[str, _Caption]) -> dict[str, float]:
-        """Captions and tokens as stored; and what equal captions saved, which the plain way would have run whole."""
+        """Captions and tokens as stored; what equal captions saved, which the plain way would have run whole; and what packing
+        saved: the plain way pads captions as they come, equal ones too, while the encoder has seen them sorted."""
         encoder = self._encoder
         tokens = [encoded[text].tokens for text in texts if text]
         prefix = encoder.prompt_prefix
         saved = sum(tokens) + prefix * len(tokens) - sum(encoded[text].tokens + prefix for text in new)
+        padding = padding_tokens(tokens) if encoder.config.reuse_prefix else 0
         return {
             "captions": len(texts),
             "empty_captions": len(texts) - len(tokens),
@@ -204,6 +206,8 @@ class TextJob:
             "duplicate_captions": len(tokens) - len(new),
             "duplicate_tokens_saved": saved,
             "block_tokens_saved_duplicates": saved * encoder.blocks,
+            "padding_tokens_saved": padding,
+            "block_tokens_saved_padding": padding * encoder.blocks,
         }
 
     def _encode_captions(self, texts: list[str], new: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:
@@ -213,19 +217,19 @@ class TextJob:
             if text in self._memory:
                 self._memory.move_to_end(text)
                 encoded[text] = self._memory[text]
-        clipped, errors, error_tokens = 0, torch.zeros_like(self._mean), 0
+        outliers, errors, error_tokens = 0, torch.zeros_like(self._mean), 0
         for chunk, ids in self._chunks(new):
             states = self._encoder.encode(ids)
             lengths = [len(state) for state in states]
             flat = torch.cat(states).float()  # [N, W]
-            values, scales, clipped_here = self._quantise(flat)
-            clipped += clipped_here
+            values, scales, outliers_here = self._quantise(flat)
+            outliers += outliers_here
             held_out = torch.tensor([is_held_out(text) for text in chunk]).repeat_interleave(torch.tensor(lengths))
             rows = held_out.nonzero().flatten()[: ERROR_TOKENS - error_tokens].to(flat.device)
             errors += self._squared_error(flat, values, scales, rows)
             error_tokens += len(rows)
             encoded |= self._store(chunk, lengths, values.cpu().numpy(), scales.cpu().numpy())
-        counts: dict[str, float] = {"clipped": clipped, "error_tokens": error_tokens}
+        counts: dict[str, float] = {"outlier_tokens": outliers, "error_tokens": error_tokens}
         if error_tokens:
             error = (errors / error_tokens).sqrt()
             counts |= {"error_mean": error.mean().item(), "error_worst": error.max().item()}

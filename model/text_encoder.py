@@ -188,11 +188,10 @@ class TextEncoder:
         return batches
 
     def _count(self, lengths: list[int]) -> None:
-        """Add to the counts; the plain way would pad every 64 captions, as they come, to the longest."""
+        """Add to the counts."""
         total, run = self._llm.blocks, self._llm.blocks_run
         tokens, prefix = sum(lengths), len(self._before)
-        chunks = [lengths[start : start + 64] for start in range(0, len(lengths), 64)]
-        padding = sum(max(chunk) * len(chunk) - sum(chunk) for chunk in chunks)
+        padding = padding_tokens(lengths)
         reused = prefix * len(lengths) if self.config.reuse_prefix else 0
         kept = tokens + prefix * len(lengths) - reused
         saved_padding = padding if self.config.reuse_prefix else 0
@@ -271,6 +270,12 @@ class TextEncoder:
         start = len(self._before)
         ends = [len(prompt) for prompt in prompts]
         return [row[start:end] if end > start else row[:start] for row, end in zip(states, ends, strict=True)]
+
+
+def padding_tokens(lengths: Sequence[int]) -> int:
+    """Tokens that the plain way adds: it pads every 64 captions, as they come, to the longest of them."""
+    chunks = [lengths[start : start + 64] for start in range(0, len(lengths), 64)]
+    return sum(max(chunk) * len(chunk) - sum(chunk) for chunk in chunks)
 
 
 def relative_error(states: Tensor, reference: Tensor) -> float:

@@ -11,6 +11,7 @@ from data_prep.filters import Filters
 from data_prep.parts import Share
 from data_prep.progress import Progress
 from tests.data_prep.raw_material import png, sample_members, write_tar
+from tests.model import tiny_llm
 
 SHIPPED = sorted((Path(__file__).parent.parent.parent / "data_prep/datasets").glob("*.yaml"))
 
@@ -43,6 +44,20 @@ def test_plan_pairs_report_verify_gc(settings, tmp_path, capsys):
     main(["gc", settings])
     main(["report", settings, "--out", str(tmp_path / "r.html")])
     assert (tmp_path / "r.html").exists()
+
+
+def test_a_plan_says_what_the_text_will_cost(settings, tmp_path, capsys):
+    """5 captions of 2 letters and a suffix of 5: 1.75 tokens of 48 values and a scale each; 5 blocks of 4 w^2 + 3 w f weights."""
+    tiny_llm.make(tmp_path / "llm", tiny_llm.llama)
+    entries = [f"{{name: one, llm: {tmp_path}/llm, suffix: <end>}}", f"{{name: half, llm: {tmp_path}/llm, quantisation: bf16}}"]
+    main(["plan", settings, f"text=[{','.join(entries)}, {{name: away, llm: org/model}}]", "--gpu-tflops", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    one, half, away = (next(line for line in lines if f"text family {name}:" in line) for name in ("one", "half", "away"))
+    tokens, weights = (2 + 5) / 4, 5 * (4 * 48 * 48 + 3 * 48 * 64)
+    assert f"{tokens * 52 / 1e3:,.1f} kB a caption (2 tokens x 48, int8), {5 * tokens * 52 / 1e12:.3g} TB in all" in one
+    assert f"{2 * 5 * tokens * weights / 2e12 / 3600:.3g} GPU-hours at 2 TFLOP/s" in one
+    assert f"{0.5 * 96 / 1e3:,.1f} kB a caption (0 tokens x 48, bf16)" in half
+    assert "no estimate" in away
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,12 +8,13 @@ import torch
 from data_prep import text
 from data_prep.config import DatasetConfig
 from data_prep.mds import read_mds
-from data_prep.pairs import Pair
-from data_prep.parts import Share, committed
+from data_prep.pairs import Pair, read_pairs
+from data_prep.parts import Share, committed, read_commit
 from data_prep.schema import TEXT_COLUMNS, Family
 from data_prep.snapshot_reader import read_constants, read_family
 from data_prep.store import open_store
 from data_prep.text import TextJob, calibration_captions, measure_channels, run_text
+from data_prep.text_report import print_text_report, text_reports
 from model.errors import UserError
 from model.quantise import BITS, dequantise
 from model.text_encoder import load_encoder
@@ -92,6 +93,37 @@ def test_commits_say_what_was_saved(dataset, llm):
         assert counts["prefix_tokens_saved"] > 0
         assert counts["error_worst"] >= counts["error_mean"] > 0
         assert counts["error_worst"] < 0.05
+
+
+@pytest.mark.parametrize("reuse_prefix", [True, False])
+def test_the_report_adds_up_to_the_plain_way(dataset, llm, reuse_prefix, capsys):
+    """What was run and the four savings are together what whole prompts, padded as they come, would have cost."""
+    llm = replace(llm, reuse_prefix=reuse_prefix, max_tokens=12)
+    for task in range(2):
+        run_text(DATASET, llm, dataset, Share(task, 2))
+        print_text_report(dataset, "tiny", Share(task, 2))
+    assert capsys.readouterr().out.count("text family tiny: ") == 2
+    (report,) = text_reports(dataset)
+    encoder = load_encoder(llm, CPU)
+    commits = committed(dataset, "tiny").values()
+    run = sum(commit.counts["block_tokens_run"] for commit in commits)
+    plain = 0
+    for commit in commits:
+        pairs = read_pairs(dataset, read_commit(dataset, "pairs", commit.part))
+        ids = encoder.tokenise([caption for pair in pairs for _, caption in pair.captions])
+        assert len(ids) < 64
+        widest = max(map(len, ids)) * len(ids) if reuse_prefix else sum(map(len, ids))
+        plain += 5 * (widest + encoder.prompt_prefix * len(ids))
+    assert report.work == pytest.approx(run / plain)
+    assert report.work + sum(report.saved.values()) == pytest.approx(1)
+    assert (report.saved["prefix"] > 0.3) == reuse_prefix
+    assert report.saved["layers"] > 0.1
+    assert report.captions == 39
+    assert report.truncated == encoder.truncated > 0
+    assert report.bytes == sum(file.bytes for commit in commits for file in commit.files)
+    assert report.bytes_per_caption > report.tokens / 39 * 52
+    assert report.tokens_per_second > 0
+    assert 0 < report.error_mean <= report.error_worst < 0.05
 
 
 def test_a_second_run_does_nothing(dataset, llm):

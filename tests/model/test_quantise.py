@@ -48,11 +48,11 @@ def test_error_is_small_in_the_worst_channel(kind):
     states = outlier_states(4000, 640, seed=0)
     mean, spread = channels(states[:2000])
     held_out = states[2000:]
-    values, scales, clipped = quantise(held_out, kind, mean, spread)
+    values, scales, outliers = quantise(held_out, kind, mean, spread)
     error = dequantise(values, scales, kind, mean, spread, torch.float32) - (held_out - mean) / spread
     per_channel = error.square().mean(0).sqrt()
     assert per_channel.max() < WORST_ERROR[kind]
-    assert clipped == 0
+    assert outliers == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,3 +81,16 @@ def test_dequantised_type(kind):
     states = outlier_states(6, 10, seed=3)
     values, scales, _ = quantise(states, kind, *channels(states))
     assert dequantise(values, scales, kind, *channels(states), torch.bfloat16).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_outliers_are_counted_and_not_clipped(kind):
+    states = outlier_states(300, 64, seed=4)
+    mean, spread = channels(states)
+    states[[5, 9], 3] = mean[3] + spread[3] * torch.tensor([-40.0, 9.0])
+    values, scales, outliers = quantise(states, kind, mean, spread)
+    assert outliers == 2
+    stored = dequantise(values, scales, kind, mean, spread, torch.float32)
+    torch.testing.assert_close(stored[[5, 9], 3], torch.tensor([-40.0, 9.0]), rtol=1e-3, atol=0)
+    half_step = scales[5] / 2
+    assert ((stored[5] - (states[5] - mean) / spread).abs() <= half_step * 1.001).all()

@@ -15,7 +15,7 @@ from data_prep.store import open_store
 from data_prep.text import run_text
 from model.errors import UserError
 from pipeline import learned, sampler, train
-from pipeline.assembly import build_network, latents_family
+from pipeline.assembly import build_network, latents_family, resolve
 from pipeline.config import dump_stage
 from pipeline.evaluation import batch_texts, clean_latents, losses_at_fixed_timesteps
 from pipeline.export import export, load_export
@@ -194,6 +194,18 @@ def test_captions_that_are_gone_are_named(prepared, tmp_path):
         for path, content in whole.items():
             path.write_bytes(content)
         data.close()
+
+
+def test_families_made_in_another_way_are_refused(prepared, tmp_path):
+    store, _, texts = prepared
+    stage = trainer_tasks.stage(store, tmp_path, **settings(prepared, "families"))
+    right = {"llm": texts[0].llm, "revision": None, "layer": "-3", "prefix": "Describe:  "}
+    stage.fusion.expect = {"first": right}
+    resolve(stage)
+    for key, value in {"llm": "org/other", "revision": "a" * 40, "layer": -2, "prefix": ""}.items():
+        stage.fusion.expect = {"first": {**right, key: value}}
+        with pytest.raises(UserError, match=rf"family `first` .* was made with {key}="):
+            resolve(stage)
 
 
 def test_a_dry_run_and_settings_that_lack_something(prepared, tmp_path, monkeypatch, capsys):
