@@ -166,6 +166,8 @@ def main() -> None:
                 rows.append(f"| {stamp} | {config.name}, {kind} ({tokens:.1f} tokens) | {way} | {size:,.0f} B | {shares} |")
             share = round(ways["ours, int8"] / base, 3)
             goals[f"{config.name} {kind} int8 bytes / bf16 unpadded"] = {"value": share, "goal": 0.5, "met": share <= 0.5}
+            alone = round(ways["ours, int8"] / ways["ours, bf16"], 4)
+            goals[f"{config.name} {kind} int8 bytes / bf16 captions alone"] = {"value": alone, "goal": 0.5, "met": alone <= 0.5}
         texts = kinds["short"] + kinds["dense"]
         states = encoder.encode(ids["short"] + ids["dense"])
         mean, spread = measure_channels([state for state, text in zip(states, texts, strict=True) if not is_held_out(text)])
