@@ -109,7 +109,7 @@ def random_encoder(shape: str, device: torch.device) -> tuple[TextEncoder, trans
     """A model of that shape with random weights in bf16, as an encoder of the third-to-last block, and whole."""
     torch.manual_seed(0)
     with torch.device(device):
-        whole = transformers.LlamaModel(SHAPES[shape]).to(torch.bfloat16).eval().requires_grad_(False)
+        whole = transformers.LlamaModel(SHAPES[shape]).eval().requires_grad_(False).bfloat16()
     with torch.device("meta"):
         cut = transformers.LlamaModel(SHAPES[shape])
     blocks = SHAPES[shape].num_hidden_layers
