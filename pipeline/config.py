@@ -232,7 +232,7 @@ class StageConfig:
             if self.fusion.expect:
                 raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
         if self.sample.every_samples and not (self.sample.prompts or self.sample.scenes):
-            raise UserError("sample.every_samples asks for pictures while training, and there are none: set sample.prompts or sample.scenes")
+            raise UserError("sample.every_samples asks for pictures, and there are none: set sample.prompts or sample.scenes")
         if self.global_batch % self.data.canonical_nodes:
             lanes = self.data.canonical_nodes
             raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
