@@ -3,8 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from data_prep.parts import committed, read_plan
-from data_prep.plan import read_plan_record
+from data_prep.parts import committed, read_plan, read_plan_record
 from data_prep.schema import PAIRS
 from data_prep.store import Store
 from model.errors import UserError

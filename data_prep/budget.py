@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.config import DatasetConfig
-from data_prep.plan import read_plan_record
+from data_prep.parts import read_plan_record
 from data_prep.schema import Manifest
 from data_prep.store import Store
 from model.config import TextConfig

@@ -5,6 +5,7 @@ conditional put. The record is the part's existence, so a reader sees a part who
 wins; a writer killed anywhere leaves files that no commit names, which `gc` removes. Nothing is overwritten.
 """
 
+import json
 import os
 import re
 import secrets
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+PLAN_KEY = "manifest/plan.json"
 THREADS = 32
 """Commits read at once."""
 
@@ -102,6 +104,12 @@ def read_plan(dataset: Store) -> Manifest:
         return Manifest.from_json(dataset.read(Manifest.KEY))
     except FileNotFoundError as error:
         raise UserError(f"{dataset.uri}: no plan yet: run `python -m data_prep plan DATASET.yaml` first") from error
+
+
+def read_plan_record(dataset: Store) -> dict[str, Any]:
+    """What the plan counted: `files` (a record a source file: label, rows, kept, dropped by reason), `captions` (kept by kind,
+    letters by kind, refused by reason), `manifest` (xxh64 by key)."""
+    return json.loads(dataset.read(PLAN_KEY))
 
 
 def read_commit(dataset: Store, kind: str, part: Part) -> Commit:

@@ -28,7 +28,7 @@ from data_prep.config import DatasetConfig
 from data_prep.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.filters import Filters
 from data_prep.manifest import ManifestWriter
-from data_prep.parts import Share
+from data_prep.parts import PLAN_KEY, Share
 from data_prep.progress import Progress
 from data_prep.scan import SCAN, Scanner
 from data_prep.schema import Manifest, canonical_json
@@ -41,7 +41,6 @@ pc: Any = pyarrow.compute
 
 SETTINGS_KEY = "dataset.json"
 FILES_KEY = "scan/files.json"
-PLAN_KEY = "manifest/plan.json"
 KEPT, SAME_FILE, LOOKS_SAME = 0, 1, 2
 
 DROPPED = pa.schema([(name, SCAN.field(name).type) for name in ("id", "key", "reason", "detail", "offset", "length", "path")])
@@ -109,12 +108,6 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
 def source_files(dataset: Store) -> list[SourceFile]:
     """The dataset's frozen list of source files."""
     return [SourceFile(*entry) for entry in json.loads(dataset.read(FILES_KEY))]
-
-
-def read_plan_record(dataset: Store) -> dict[str, Any]:
-    """What the plan counted: `files` (a record a source file: label, rows, kept, dropped by reason), `captions` (kept by kind,
-    letters by kind, refused by reason), `manifest` (xxh64 by key)."""
-    return json.loads(dataset.read(PLAN_KEY))
 
 
 def _short(value: Any) -> str:

@@ -17,8 +17,8 @@ from data_prep.accounts import FileAccount, account
 from data_prep.config import DatasetConfig
 from data_prep.images import ImageError, decode_image
 from data_prep.pairs import Pair, read_pairs
-from data_prep.parts import committed, read_plan
-from data_prep.plan import dropped_key, read_plan_record, source_files
+from data_prep.parts import committed, read_plan, read_plan_record
+from data_prep.plan import dropped_key, source_files
 from data_prep.sample import Place
 from data_prep.schema import PAIRS, TABLE, Commit, Manifest, Part
 from data_prep.snapshot_reader import read_families

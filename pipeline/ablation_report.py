@@ -10,7 +10,8 @@ import jinja2
 
 from pipeline.ablation import Ablation, Estimate, Unit, orderings, prompt_following
 from pipeline.config import StageConfig, dump_stage
-from pipeline.report import curve, picture
+from pipeline.report import picture
+from pipeline.report_curves import curve
 
 TEMPLATE = Path(__file__).with_name("ablation.html")
 POSITION_ROWS = ("a", "a_causal", "a_refiner", "ab_collaborative")

@@ -21,8 +21,7 @@ import torch
 from data_prep.config import load_dataset
 from data_prep.pairs import read_pairs
 from data_prep.parts import committed, read_plan
-from data_prep.schema import PAIRS, Snapshot
-from data_prep.snapshot_reader import read_snapshot
+from data_prep.schema import PAIRS
 from data_prep.store import open_store
 from model.errors import UserError, command
 from pipeline import report
@@ -128,26 +127,8 @@ def training_pairs(stage: StageConfig, count: int) -> list[dict[str, str]]:
     return chosen
 
 
-def data_table(stage: StageConfig, snapshot: Snapshot) -> tuple[list[dict[str, str]], str]:
-    """What the report says of the data: a row a family, and a sentence."""
-    dataset = open_store(stage.data.store).sub(stage.data.dataset)
-    rows = []
-    for name in ["pairs", *snapshot.families]:
-        commits = committed(dataset, name).values()
-        pairs, size = sum(commit.rows for commit in commits), sum(file.bytes for commit in commits for file in commit.files)
-        identity = snapshot.families[name].identity if name in snapshot.families else {}
-        made_with = str(identity.get("llm") or identity.get("vae") or "images and captions").removeprefix("package:")
-        rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
-    text = [row for row in rows if row["name"] in stage.fusion.families]
-    note = "; ".join(f"{row['name']}: {row['bytes']} bytes a caption" for row in text)
-    kept = "Text states are stored without padding and without the instruction, which is kept once"
-    return rows, f"Snapshot {snapshot.id}. {kept}: {note}."
-
-
 def write_report(stage: StageConfig, phases: Phases, pairs: list[dict[str, str]], learned: dict[str, Any]) -> Path:
     """The run's report with the demo's own parts: pictures beside training pairs, phases, what was learned."""
-    snapshot = read_snapshot(open_store(stage.data.store).sub(stage.data.dataset), stage.data.snapshot)
-    families, note = data_table(stage, snapshot)
     drawn = [json.loads(line) for line in (stage.run / "samples" / "index.jsonl").read_text().splitlines()]
     gap = learned["shuffled_mean"] - learned["right_mean"]
     extra = {
@@ -166,8 +147,6 @@ def write_report(stage: StageConfig, phases: Phases, pairs: list[dict[str, str]]
         ),
         "learned": learned,
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
-        "families": families,
-        "data_note": note,
         "licences": "Made with " + "; ".join(PACKAGES.values()) + ".",
     }
     (stage.run / "report_extra.json").write_text(json.dumps(extra, indent=2))

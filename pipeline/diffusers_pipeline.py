@@ -25,6 +25,7 @@ from pipeline.prompts import PromptReader, load_llm
 from pipeline.sampler import decode_each, latent_shape
 from pipeline.sampling import denoise, initial_noise
 from pipeline.texts import TextConstants
+from pipeline.weights import apply_umask
 
 FORMAT = 1
 """Of an exported folder."""
@@ -186,6 +187,7 @@ class LIDiTPipeline(DiffusionPipeline):
         for part in (self, *self.components.values()):
             part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
         super().save_pretrained(save_directory, *args, **kwargs)
+        apply_umask(Path(save_directory))
         self._write_card(save_directory)
 
     def _write_card(self, folder: Any) -> None:

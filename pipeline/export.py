@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from model.errors import UserError, command
 from model.vae import VAE
 from pipeline.assembly import resolve
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import CheckpointConfig, ObjectiveConfig, SampleConfig, dump_stage, load_run
+from pipeline.config import CheckpointConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.metrics import read_reports
 from pipeline.sampler import DTYPES, Sampler
@@ -138,12 +138,28 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
         "Language models, not part of this folder, each under its own licence:", "", *llms, "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
         "Licence of the training data: TO FILL IN. Intended use and limits: TO FILL IN.", "",
-        "## Stage", "", "```yaml", dump_stage(stage).rstrip(), "```", "",
+        "## Stage", "", "```yaml", dump_stage(without_folders(stage)).rstrip(), "```", "",
     ]  # fmt: skip
     card = {"README.md": "\n".join(lines).encode()}
     if grids:
         card["samples.png"] = grids[0].read_bytes()
     return card
+
+
+def without_folders(stage: StageConfig) -> StageConfig:
+    """The stage as others may read it: of an absolute path, the last name alone."""
+
+    def name(path: str) -> str:
+        return Path(path).name if path.startswith(("/", "~")) else path
+
+    return replace(
+        stage,
+        runs=name(stage.runs),
+        start_from=name(stage.start_from),
+        vae=name(stage.vae),
+        data=replace(stage.data, store=name(stage.data.store), cache=name(stage.data.cache)),
+        checkpoint=replace(stage.checkpoint, upload=name(stage.checkpoint.upload)),
+    )
 
 
 def _llm(identity: dict[str, Any]) -> str:

@@ -171,7 +171,7 @@ def main() -> None:
     out = arguments.out or arguments.source / "samples"
     out.mkdir(parents=True, exist_ok=True)
     sampler.reader.read([drawing.negative, *(picture.prompt for picture in mine)], keep_llms=False)
-    about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
+    about = {"source": arguments.source.absolute().name, "weights": arguments.weights, "precision": precision}
     records = gather(draw_pictures(sampler, mine, drawing, arguments.batch, out, about, ranks.rank == 0), ranks)
     if ranks.rank == 0:
         write_overview(records, out)

@@ -135,7 +135,7 @@ class Studio:
         files: list[Path] = []
         for seed, image in zip(seeds, images, strict=True):
             path = self.out / f"{time.time_ns()}_{seed}.png"
-            save_png(image, path, {"prompt": prompt, "seed": seed, "source": name, **asdict(drawing)})
+            save_png(image, path, {"prompt": prompt, "seed": seed, "source": Path(name).absolute().name, **asdict(drawing)})
             files.append(path)
         words = [(overlay(images[0], each.shares), f"{each.word} {each.shares.mean().item():.1%}") for each in maps[:MOST_WORDS]]
         return Column(files, words)

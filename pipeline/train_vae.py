@@ -28,6 +28,7 @@ from data_prep.schema import PAIRS
 from data_prep.store import Store, open_store
 from model.errors import UserError, command
 from model.vae import small_vae
+from pipeline.weights import apply_umask
 
 SETTINGS = "training.json"
 
@@ -191,6 +192,7 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         vae.save_pretrained(unfinished, safe_serialization=True)
+        apply_umask(unfinished)
         (unfinished / SETTINGS).write_text(json.dumps({"settings": record, "psnr": quality}, indent=2) + "\n")
         unfinished.rename(out)
     finally:

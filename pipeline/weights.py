@@ -1,6 +1,8 @@
 """The whole weights inside a checkpoint, read without a process group."""
 
 import json
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,13 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder's weights the mode of a newly made file; safetensors lets nobody but their owner read them."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode") as place:
+        new = Path(place, "new")
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)

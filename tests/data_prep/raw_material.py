@@ -112,7 +112,7 @@ def all_pairs(dataset):
 
 def reasons_of(dataset):
     """Reason -> rows, over plan and parts."""
-    from data_prep.plan import read_plan_record
+    from data_prep.parts import read_plan_record
 
     found = {}
     for file in read_plan_record(dataset)["files"]:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data_prep.config import BucketConfig, DedupeConfig, FilterConfig
 from data_prep.manifest import read_manifest
-from data_prep.parts import Share, read_plan
-from data_prep.plan import dropped_key, read_plan_record, run_plan, source_files
+from data_prep.parts import Share, read_plan, read_plan_record
+from data_prep.plan import dropped_key, run_plan, source_files
 from data_prep.schema import Manifest
 from data_prep.store import open_store
 from model.errors import UserError

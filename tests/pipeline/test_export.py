@@ -1,7 +1,9 @@
 """The exported diffusers folder: same pictures as the run, byte-identical when saved again, one line for each wrong folder."""
 
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +13,14 @@ import torch
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import hub_utils
 from PIL import Image
-from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler
+from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
 
-from data_prep.schema import Family
+from data_prep.schema import Family, Snapshot
 from model.errors import UserError
 from pipeline import diffusers_pipeline, sample
+from pipeline.config import dump_stage
 from pipeline.diffusers_pipeline import LIDiTPipeline
-from pipeline.export import build_pipeline, export, load_export, load_source
+from pipeline.export import build_pipeline, export, load_export, load_source, make_card
 from pipeline.sampler import Drawing
 
 PROMPTS = ["a red cat", "", "two dogs"]
@@ -197,6 +200,35 @@ def test_constants_that_are_missing_are_not_made_up(copied):
     config.write_text(json.dumps(record))
     with pytest.raises(UserError):
         load_source(copied, "ema", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_follow_the_umask(folders, tmp_path, umask):
+    pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
+    before = os.umask(umask)
+    try:
+        pipeline.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+
+
+def test_the_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "small"
+    stage = make_stage()
+    stage.name, stage.runs, stage.data.store, stage.start_from = "small", str(run.parent), str(tmp_path / "store"), "runs/before"
+    stage.checkpoint.upload = "s3://bucket/kept"
+    snapshot = Snapshot("ds", [], {}, {"16x24": {"parts": 1, "rows": 7, "content": "", "index_xxh64": ""}}, {})
+    monkeypatch.setattr("pipeline.export.resolve", lambda stage: (stage, snapshot))
+    run.mkdir(parents=True)
+    (run / "stage.yaml").write_text(dump_stage(stage))
+    card = make_card(run, sampler_with_families(), "ema", "fp32")["README.md"].decode()
+    assert str(tmp_path) not in card
+    assert "| Training pairs | 7 in 1" in card
+    for line in ("runs: runs", "store: store", "start_from: runs/before", "upload: s3://bucket/kept"):
+        assert line in card
 
 
 class Trap:

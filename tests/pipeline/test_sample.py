@@ -19,6 +19,8 @@ from pipeline.checkpoint import load_weights
 from pipeline.pictures import make_grid, read_settings, save_png, to_images
 from pipeline.prompts import load_llm
 from pipeline.sampler import Drawing, Sampler
+from tests.distributed import on_ranks
+from tests.pipeline import drawing_tasks
 
 PROMPTS = ["a red cat", "two dogs", "", "a very blue house", "tea", "a red cat", "snow", "rain"]
 DRAWING = Drawing(steps=3, guidance=3.0, height=16, width=24)
@@ -128,6 +130,24 @@ def test_the_command_writes_pictures_with_settings_an_index_and_a_grid(monkeypat
     run_main(monkeypatch, "run", "--prompt", "two dogs", "--seed", 6, "--out", again)
     first, second = (np.asarray(Image.open(path), dtype=int) for path in (out / "00001_01.png", again / "00000_00.png"))
     assert abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_two_processes_share_the_pictures_and_draw_the_same_as_one(tmp_path, batch):
+    arguments = ("--prompt", "a red cat", "--prompt", "two dogs", "--prompt", "tea", "--images", 2, "--batch", batch, "--out")
+    written = {world: on_ranks(world, drawing_tasks.draw, *arguments, str(tmp_path / str(world))) for world in (1, 2)}
+    one, two = (
+        [json.loads(line) for line in (tmp_path / str(world) / "index.jsonl").read_text().splitlines()] for world in (1, 2)
+    )
+    assert one == two
+    names = [record["file"] for record in one]
+    assert (written[1], written[2]) == ([names], [names[0::2], names[1::2]])
+    for name in [*names, "grid.png"]:
+        first, second = (tmp_path / str(world) / name for world in (1, 2))
+        if batch == 1:
+            assert first.read_bytes() == second.read_bytes()
+        pixels = [np.asarray(Image.open(path), dtype=int) for path in (first, second)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1
 
 
 @pytest.mark.parametrize(

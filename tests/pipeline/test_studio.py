@@ -45,7 +45,7 @@ def test_the_second_column_differs_in_one_thing(studio):
 
 
 def test_other_weights_can_be_compared(tmp_path):
-    studio = Studio({"one": make_sampler(), "two": make_sampler()}, tmp_path, Limits())
+    studio = Studio({str(tmp_path / "one"): make_sampler(), "runs/two": make_sampler()}, tmp_path, Limits())
     left, right = (column.files for column in studio.draw(replace(REQUEST, compare=OTHER)))
     assert [read_settings(path)["source"] for path in (left[0], right[0])] == ["one", "two"]
     assert (pixels(left[0]) == pixels(right[0])).all()
