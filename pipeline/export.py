@@ -157,7 +157,12 @@ def without_folders(stage: StageConfig) -> StageConfig:
         runs=name(stage.runs),
         start_from=name(stage.start_from),
         vae=name(stage.vae),
-        data=replace(stage.data, store=name(stage.data.store), cache=name(stage.data.cache)),
+        data=replace(
+            stage.data,
+            store=name(stage.data.store),
+            cache=name(stage.data.cache),
+            datasets={dataset: replace(share, store=name(share.store)) for dataset, share in stage.data.datasets.items()},
+        ),
         checkpoint=replace(stage.checkpoint, upload=name(stage.checkpoint.upload)),
     )
 

@@ -5,53 +5,50 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.parts import read_plan, read_plan_record
-from data_prep.schema import Snapshot
-from data_prep.snapshot_reader import read_index, read_snapshot
-from data_prep.store import Store
+from data_prep.snapshot_reader import read_index
 from model.errors import UserError
-from pipeline.assembly import open_dataset
 from pipeline.config import StageConfig
+from pipeline.sources import Corpus, open_corpus, read_families
 
 
 def data_of(stage: StageConfig) -> dict[str, Any]:
     """`note`, `families` (rows of a table) and `steps` (from rows read to rows used); the note alone where the store cannot be
     read from here."""
     try:
-        dataset = open_dataset(stage)
-        snapshot = read_snapshot(dataset, stage.data.snapshot)
-        families, steps = _families(dataset, snapshot, stage), _steps(dataset, snapshot)
+        corpus = open_corpus(stage)
+        families, steps = _families(corpus, stage), _steps(corpus)
     except UserError as error:
         return {"note": f"Not known here: {error}.", "families": [], "steps": []}
     kept = " Text states are stored without padding and without the instruction, which is kept once."
-    note = f"Snapshot {snapshot.id} of {snapshot.dataset}.{kept if stage.fusion.encode == 'families' else ''}"
+    note = f"Reads {corpus}.{kept if stage.fusion.encode == 'families' else ''}"
     return {"note": note, "families": families, "steps": steps}
 
 
-def _families(dataset: Store, snapshot: Snapshot, stage: StageConfig) -> list[dict[str, str]]:
-    indexes = [read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets]
+def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
+    indexes = [read_index(one.dataset, one.snapshot, bucket) for one in corpus.sources for bucket in one.snapshot.buckets]
     rows = []
-    for name in [stage.data.latents, *stage.fusion.families]:
-        if name not in snapshot.families:  # the trainer runs this LLM itself
-            continue
-        identity = snapshot.families[name].identity
+    for name in read_families(stage):
+        identity = corpus.families[name].identity
         made_with = str(identity.get("llm") or identity.get("vae") or identity.get("model") or "").removeprefix("package:")
         pairs, size = (sum(sum(index[column].to_pylist()) for index in indexes) for column in ("rows", f"{name}.bytes"))
         rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
     return rows
 
 
-def _steps(dataset: Store, snapshot: Snapshot) -> list[dict[str, str]]:
-    """From the rows of the sources to those of the snapshot: what each reason took, and what was left."""
-    planned = sum(sum(rows) for rows in read_plan(dataset).buckets.values())
-    used = sum(int(bucket["rows"]) for bucket in snapshot.buckets.values())
+def _steps(corpus: Corpus) -> list[dict[str, str]]:
+    """From the rows of the sources to those that the run reads: what each reason took, and what was left."""
+    planned, used = 0, sum(corpus.rows.values())
     taken: Counter[str] = Counter()
-    try:
-        files = read_plan_record(dataset)["files"]
-    except FileNotFoundError:  # parts that were not made by `data_prep plan`
-        files = []
-    for file in files:
-        taken.update(file["dropped"])
-    missing = Counter(snapshot.left_out)
+    missing: Counter[str] = Counter()
+    for one in corpus.sources:
+        planned += sum(sum(rows) for rows in read_plan(one.dataset).buckets.values())
+        missing.update(one.snapshot.left_out)
+        try:
+            files = read_plan_record(one.dataset)["files"]
+        except FileNotFoundError:  # parts that were not made by `data_prep plan`
+            files = []
+        for file in files:
+            taken.update(file["dropped"])
     missing["dropped when decoded in full"] = planned - used - missing.total()
     left = planned + taken.total()
     steps = [{"name": "rows of the sources", "taken": "", "left": f"{left:,}"}]

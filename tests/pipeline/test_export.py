@@ -16,12 +16,14 @@ from PIL import Image
 from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
 
 from data_prep.schema import Family, Snapshot
+from data_prep.store import open_store
 from model.errors import UserError
 from pipeline import diffusers_pipeline, sample
 from pipeline.config import dump_stage
 from pipeline.diffusers_pipeline import LIDiTPipeline
 from pipeline.export import build_pipeline, export, load_export, load_source, make_card
 from pipeline.sampler import Drawing
+from pipeline.sources import Corpus, Source
 
 PROMPTS = ["a red cat", "", "two dogs"]
 SEEDS = [4, 9, 2**40]
@@ -221,7 +223,8 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     stage.name, stage.runs, stage.data.store, stage.start_from = "small", str(run.parent), str(tmp_path / "store"), "runs/before"
     stage.checkpoint.upload = "s3://bucket/kept"
     snapshot = Snapshot("ds", [], {}, {"16x24": {"parts": 1, "rows": 7, "content": "", "index_xxh64": ""}}, {})
-    monkeypatch.setattr("pipeline.export.resolve", lambda stage: (stage, snapshot))
+    corpus = Corpus([Source(open_store(str(tmp_path)), snapshot)])
+    monkeypatch.setattr("pipeline.export.resolve", lambda stage: (stage, corpus))
     run.mkdir(parents=True)
     (run / "stage.yaml").write_text(dump_stage(stage))
     card = make_card(run, sampler_with_families(), "ema", "fp32")["README.md"].decode()
