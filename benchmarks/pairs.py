@@ -1,11 +1,15 @@
 """Images a second of `pairs` against a plain loop and against img2dataset's resizer, on the same JPEGs in one run.
 
-    python -m benchmarks.pairs [--images 600] [--workers 2] [--resolution 512]
+    python -m benchmarks.pairs [--images 600] [--workers 2] [--resolution 512] [--img2dataset FOLDER]
 
 Makes JPEGs of about 1024 px by code (smooth fields with fine detail, quality 90), packs them as a tar, and measures: a plain
 loop in one process (open, convert, resize with the same filter, crop, write JPEG of the same quality); img2dataset's resizer
-in one process, if that package is installed; and the whole `pairs` step, from the tar to committed parts. The `plan` step,
-which no peer has, is timed beside it. Peak memory is the sum over all processes of the step, sampled every 20 ms.
+in one process; and the whole `pairs` step, from the tar to committed parts, also over a source four times as large, which must
+not take more memory. The `plan` step, which no peer has, is timed beside it. Peak memory is the sum over all processes of the
+step, sampled every 20 ms.
+
+img2dataset may stand in an environment of its own: `python -m venv e && e/bin/pip install img2dataset`, then
+`--img2dataset e/lib/python3.11/site-packages` (of the same Python version).
 """
 
 import argparse
@@ -13,11 +17,14 @@ import importlib.util
 import io
 import json
 import os
+import shutil
+import sys
 import tarfile
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +32,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.captions import dense_captions
-from data_prep.config import BucketConfig, DatasetConfig, SourceConfig
+from data_prep.config import BucketConfig, DatasetConfig, DedupeConfig, SourceConfig
 from data_prep.images import resize_crop
 from data_prep.pairs import run_pairs
 from data_prep.parts import Share
@@ -35,6 +42,8 @@ from data_prep.store import open_store
 
 QUALITY = 95
 GOAL = 1.5
+OURS = "ours: pairs, from tar to commit"
+FOUR_TIMES = "ours: pairs, four times the source"
 
 
 def make_jpegs(count: int) -> list[bytes]:
@@ -127,15 +136,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--img2dataset", help="the site-packages folder of an environment that has img2dataset")
     arguments = parser.parse_args()
+    if arguments.img2dataset:
+        sys.path.append(arguments.img2dataset)
     images = make_jpegs(arguments.images)
     captions = dense_captions(arguments.images)
     results: dict[str, dict[str, float]] = {}
 
-    def record(name: str, processes: int, step: Callable[[], object]) -> None:
+    def record(name: str, processes: int, step: Callable[[], object], count: int = arguments.images) -> None:
         seconds, busy, memory = timed(step)
-        rate = len(images) / seconds
-        cpu = busy / len(images) * 1e3
+        rate = count / seconds
+        cpu = busy / count * 1e3
         results[name] = {"images_per_s": rate, "per_core": rate / processes, "cpu_ms": cpu, "peak_mb": memory}
         print(f"| {name} | {processes} | {rate:.1f} | {rate / processes:.1f} | {cpu:.1f} | {memory:.0f} |", flush=True)
 
@@ -166,8 +178,14 @@ def main() -> None:
         )
         dataset = open_store(config.store, create=True).sub(config.name)
         record("ours: plan", arguments.workers, lambda: run_plan(config, dataset, Share()))
-        record("ours: pairs, from tar to commit", arguments.workers, lambda: run_pairs(config, dataset, Share()))
-    ours, plain = results["ours: pairs, from tar to commit"], results["plain loop: open, resize, write"]
+        record(OURS, arguments.workers, lambda: run_pairs(config, dataset, Share()))
+        for number in range(1, 4):
+            shutil.copy(folder / "in/00000.tar", folder / f"in/{number:05d}.tar")
+        large = replace(config, name="large", dedupe=DedupeConfig(exact=False))
+        larger = open_store(config.store).sub(large.name)
+        run_plan(large, larger, Share())
+        record(FOUR_TIMES, arguments.workers, lambda: run_pairs(large, larger, Share()), 4 * len(images))
+    ours, plain = results[OURS], results["plain loop: open, resize, write"]
     ratio = ours["images_per_s"] / plain["images_per_s"]
     print(f"pairs / plain loop: {ratio:.2f} (goal {GOAL} on 2 cores); cores here: {os.cpu_count()}")
     print(

@@ -93,6 +93,13 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
     "report": (report, "report data_prep/datasets/demo.yaml --out runs/demo_data.html"),
     "gc": (gc, "gc data_prep/datasets/demo.yaml --older-than-hours 48 --delete"),
 }
+NOTES = {
+    "plan": [
+        "The last task to scan finds the duplicates, in under 1 GB of memory; for 1 billion pairs it needs 33 GB of disk below",
+        "TMPDIR (see data_prep/dedupe.py).",
+        "",
+    ]
+}
 SHARED = ("plan", "pairs", "latents", "text")
 """Commands whose work an array of tasks can share."""
 
@@ -106,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=run.__doc__,
             description=run.__doc__,
-            epilog=f"example: python -m data_prep {example}",
+            epilog="\n".join([*NOTES.get(name, []), f"example: python -m data_prep {example}"]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("dataset", type=Path, metavar="DATASET.yaml", help="the dataset's settings")

@@ -8,8 +8,8 @@ Hashes lie in temporary files, cut by their value into groups of at most `GROUP_
 Near duplicates are found by blocks: two hashes within d bits agree on at least m of d + m blocks, so each choice of m blocks is
 one pass in which only rows with equal key are compared; m grows with the number of rows so that keys stay selective.
 
-For 1 billion rows: 16 GB of temporary disk (24 GB more with `near`), 1 GB (a byte a row, in a file) for the verdicts, and
-0.5 GB of memory at most; XXH3's 64 bits give an expected 0.03 false duplicates. Smaller sets stay below that in proportion.
+For 1 billion rows: 33 GB of temporary disk (the hashes, the same cut into groups, and a byte a row for the verdicts) and 0.5 GB
+of memory; XXH3's 64 bits give an expected 0.03 false duplicates. Smaller sets take less disk in proportion.
 """
 
 import itertools

@@ -5,7 +5,8 @@ task that finds all of them there finishes: duplicates across the dataset go, so
 bucket and shuffled in windows, and `manifest.json`, written last, makes the plan exist. All of it is a function of the settings
 and the scan tables alone, so two tasks that finish together write the same bytes.
 
-Memory: a window of rows (about 500 bytes each) for every bucket, and dedupe's bound; so under 1 GB, whatever the source's size.
+Memory: a window of rows (about 500 bytes each) for every bucket, one source file's scan table as compressed (some 60 bytes a row
+and its captions), and dedupe's bound; so under 1 GB as long as no source file has millions of rows.
 """
 
 import io
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from data_prep.buckets import make_buckets
 from data_prep.config import DatasetConfig
 from data_prep.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
+from data_prep.faults import naming_full_disk
 from data_prep.filters import Filters
 from data_prep.manifest import ManifestWriter
 from data_prep.parts import PLAN_KEY, Share
@@ -41,7 +43,8 @@ pc: Any = pyarrow.compute
 
 SETTINGS_KEY = "dataset.json"
 FILES_KEY = "scan/files.json"
-KEPT, SAME_FILE, LOOKS_SAME = 0, 1, 2
+KEPT, SAME_FILE, LOOKS_SAME, FILTERED = 0, 1, 2, 3
+CHUNK = 1 << 24
 
 DROPPED = pa.schema([(name, SCAN.field(name).type) for name in ("id", "key", "reason", "detail", "offset", "length", "path")])
 """A row a sample left out by the plan, in `dropped/<file number>.parquet`."""
@@ -170,18 +173,20 @@ def _large_batches(batches: Iterator[pa.RecordBatch], rows: int = 8192) -> Itera
 def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> Manifest:
     with tempfile.TemporaryDirectory(prefix="li-dit-plan-") as folder:
         starts, verdicts = _find_duplicates(config, dataset, files, Path(folder))
-        if not np.any(verdicts == KEPT):
+        if not any(KEPT in verdicts[start : start + CHUNK] for start in range(0, len(verdicts), CHUNK)):
             _nothing_left(dataset, files, starts, verdicts)
         writer = ManifestWriter(config, dataset, _window(config))
-        counts = _Counts(config)
+        counts = _Counts(config, files)
         with Progress("plan", int(starts[-1])) as progress:
             for number in file_order(config, files):
-                table = _judged(dataset, files[number], verdicts[starts[number] : starts[number + 1]])
-                counts.add(files[number], table)
-                dropped = table.filter(pc.not_equal(table["reason"], ""))
-                dataset.put_new(dropped_key(number), _parquet_bytes(dropped.select(DROPPED.names), len(dropped)))
-                writer.add(table.filter(pc.equal(table["reason"], "")))
-                progress.advance(len(table))
+                path = Path(folder) / "dropped.parquet"
+                with pq.ParquetWriter(path, DROPPED, compression="zstd") as out:
+                    for table in _judged(dataset, number, verdicts[starts[number] : starts[number + 1]]):
+                        counts.add(files[number], table)
+                        out.write_table(table.filter(pc.not_equal(table["reason"], "")).select(DROPPED.names))
+                        writer.add(table.filter(pc.equal(table["reason"], "")))
+                        progress.advance(len(table))
+                dataset.put_new(dropped_key(number), path.read_bytes())
         hashes = writer.finish()
         del verdicts
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
@@ -212,12 +217,14 @@ def _find_duplicates(
     path = folder / "verdicts"
     with path.open("wb") as out:
         for file in files:
-            table = _read_scan(dataset, file.number, ["id", "reason", "hash"])
-            keep = pc.equal(table["reason"], "").to_numpy()
-            spool.add(table["hash"].to_numpy()[keep], table["id"].to_numpy()[keep])
-            # A row that a filter dropped is no longer judged, nor does it make another a duplicate.
-            out.write(np.where(keep, KEPT, 255).astype(np.uint8).tobytes())
-            starts.append(starts[-1] + len(table))
+            starts.append(starts[-1])
+            for table in _read_scan(dataset, file.number, ["id", "reason", "hash"]):
+                keep = pc.equal(table["reason"], "").to_numpy()
+                spool.add(table["hash"].to_numpy()[keep], table["id"].to_numpy()[keep])
+                # A row that a filter dropped is no longer judged, nor does it make another a duplicate.
+                with naming_full_disk(path):
+                    out.write(np.where(keep, KEPT, FILTERED).astype(np.uint8).tobytes())
+                starts[-1] += len(table)
     offsets = np.array(starts, np.int64)
     if not starts[-1]:
         return offsets, np.empty(0, np.uint8)
@@ -229,9 +236,11 @@ def _find_duplicates(
     if config.dedupe.near is not None:
         spool = Spool(folder, "phashes")
         for file in files:
-            table = _read_scan(dataset, file.number, ["id", "phash"])
-            keep = verdicts[offsets[file.number] : offsets[file.number + 1]] == KEPT
-            spool.add(table["phash"].to_numpy()[keep].astype(np.uint64), table["id"].to_numpy()[keep])
+            row = starts[file.number]
+            for table in _read_scan(dataset, file.number, ["id", "phash"]):
+                keep = verdicts[row : row + len(table)] == KEPT
+                spool.add(table["phash"].to_numpy()[keep].astype(np.uint64), table["id"].to_numpy()[keep])
+                row += len(table)
         for ids in near_duplicates(spool, config.dedupe.near):
             verdicts[_positions(ids, offsets)] = LOOKS_SAME
         spool.close()
@@ -242,17 +251,22 @@ def _positions(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return starts[ids >> 32] + (ids & 0xFFFFFFFF)
 
 
-def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(dataset.read(_scan_key(number))), columns=columns)
+def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A source file's scan table, some thousand rows at a time."""
+    table = pq.ParquetFile(io.BytesIO(dataset.read(_scan_key(number))))
+    return (table.read_row_group(group, columns) for group in range(table.num_row_groups))
 
 
-def _judged(dataset: Store, file: SourceFile, verdicts: np.ndarray) -> pa.Table:
-    """The file's scan table with the duplicates' reasons filled in."""
-    table = _read_scan(dataset, file.number)
-    reasons = np.array(table["reason"].to_pylist(), object)
-    reasons[verdicts == SAME_FILE] = EXACT
-    reasons[verdicts == LOOKS_SAME] = NEAR
-    return table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(reasons.tolist(), pa.string()))
+def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Table]:
+    """A source file's scan table with the duplicates' reasons filled in."""
+    row = 0
+    for table in _read_scan(dataset, number):
+        here = verdicts[row : row + len(table)]
+        reasons = np.array(table["reason"].to_pylist(), object)
+        reasons[here == SAME_FILE] = EXACT
+        reasons[here == LOOKS_SAME] = NEAR
+        row += len(table)
+        yield table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(reasons.tolist(), pa.string()))
 
 
 def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, verdicts: np.ndarray) -> None:
@@ -263,7 +277,8 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
     """
     reasons: Counter[str] = Counter()
     for file in files:
-        reasons.update(_judged(dataset, file, verdicts[starts[file.number] : starts[file.number + 1]])["reason"].to_pylist())
+        for table in _judged(dataset, file.number, verdicts[starts[file.number] : starts[file.number + 1]]):
+            reasons.update(table["reason"].to_pylist())
     for key in [_scan_key(file.number) for file in files] + [FILES_KEY, SETTINGS_KEY]:
         dataset.delete(key)
     most = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(4)) or "the sources are empty"
@@ -271,24 +286,22 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
 
 
 class _Counts:
-    """What the plan read, kept and dropped, by source file."""
+    """What the plan read, kept and dropped, by source file; a file comes in pieces that follow one another."""
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, files: Sequence[SourceFile]) -> None:
         self._kinds = config.caption_kinds
-        self._files: list[dict[str, Any]] = []
+        self._files = [{"number": file.number, "label": file.label, "rows": 0, "kept": 0, "dropped": {}} for file in files]
         self._captions: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
     def add(self, file: SourceFile, table: pa.Table) -> None:
-        """Count one source file."""
+        """Count some rows of a source file."""
         reasons = Counter(table["reason"].to_pylist())
-        kept = reasons.pop("", 0)
-        if len(table) != kept + reasons.total():
-            raise RuntimeError(f"{file.label}: {len(table)} rows read, {kept} kept and {reasons.total()} dropped")
-        self._files.append(
-            {"number": file.number, "label": file.label, "rows": len(table), "kept": kept, "dropped": dict(reasons)}
-        )
+        count = self._files[file.number]
+        count["rows"] += len(table)
+        count["kept"] += reasons.pop("", 0)
+        count["dropped"] = dict(Counter(count["dropped"]) + reasons)
         self._refused.update(itertools.chain.from_iterable(table["refused"].to_pylist()))
         captions = table.filter(pc.equal(table["reason"], ""))["captions"].combine_chunks().flatten()
         for kind, letters in zip(
@@ -298,7 +311,10 @@ class _Counts:
             self._letters[self._kinds[kind]] += letters
 
     def check(self, planned: int) -> None:
-        """Hold what was kept against what the parts hold."""
+        """Hold what was kept against what the parts hold, and what was read against both."""
+        for file in self._files:
+            if file["rows"] != file["kept"] + sum(file["dropped"].values()):
+                raise RuntimeError(f"{file['label']}: {file['rows']} rows read, {file['kept']} kept, {file['dropped']} dropped")
         kept = sum(file["kept"] for file in self._files)
         if kept != planned:
             raise RuntimeError(f"{kept} rows were kept but {planned} are planned")
@@ -306,12 +322,6 @@ class _Counts:
     def record(self) -> dict[str, Any]:
         """For `manifest/plan.json`."""
         return {
-            "files": sorted(self._files, key=lambda file: file["number"]),
+            "files": self._files,
             "captions": {"kept": dict(self._captions), "letters": dict(self._letters), "refused": dict(self._refused)},
         }
-
-
-def _parquet_bytes(table: pa.Table, group: int) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=max(1, group))
-    return sink.getvalue()

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.accounts import FileAccount, account
 from data_prep.config import DatasetConfig
 from data_prep.images import ImageError, decode_image
-from data_prep.pairs import Pair, read_pairs
+from data_prep.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.parts import committed, read_plan, read_plan_record
 from data_prep.plan import dropped_key, source_files
 from data_prep.sample import Place
@@ -82,7 +82,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
             texts=text_reports(dataset),
             savings=SAVINGS,
             samples=_samples(dataset, commits, manifest.caption_kinds),
-            dropped=_dropped_samples(config, dataset),
+            dropped=_dropped_samples(config, dataset, commits),
             files=accounts[:FILES_LISTED],
             more_files=max(0, len(accounts) - FILES_LISTED),
             near=config.dedupe.near,
@@ -124,7 +124,7 @@ def _steps(accounts: list[FileAccount], record: dict[str, Any], commits: dict[Pa
 
 def _stage(reason: str) -> int:
     """The order in which a row meets its judges."""
-    order = ("source", "image", "caption:", "caption_", "bucket", "dedupe")
+    order = ("source", "image", "caption:", "caption_", "bucket", "dedupe: same", "dedupe")
     found = next((number for number, start in enumerate(order) if reason.startswith(start)), None)
     return 3 if found is None else found
 
@@ -230,8 +230,9 @@ def _thumbnail(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _dropped_samples(config: DatasetConfig, dataset: Store) -> list[tuple[str, list[Tile]]]:
-    """For every reason, some of the samples that the plan left out; those that have an image are fetched from the source."""
+def _dropped_samples(config: DatasetConfig, dataset: Store, commits: dict[Part, Commit]) -> list[tuple[str, list[Tile]]]:
+    """For every reason, some of the samples left out, by the plan or while their part was made; the plan's that have an image
+    are fetched from the source."""
     files = source_files(dataset)
     sources = OpenSources(config, files)
     found: dict[str, list[Tile]] = {}
@@ -248,4 +249,9 @@ def _dropped_samples(config: DatasetConfig, dataset: Store) -> list[tuple[str, l
         for reason, row in wanted:
             data = images.get(id(row))
             found[reason].append(Tile(_thumbnail(data) if data else "", row["detail"] or row["key"], row["key"]))
+    tables = [file.key for commit in commits.values() for file in commit.files if posixpath.basename(file.key) == DROPPED_TABLE]
+    for key in tables[:PARTS_LOOKED_AT]:
+        for row in pq.read_table(io.BytesIO(dataset.read(key))).to_pylist():
+            if len(tiles := found.setdefault(row["reason"], [])) < DROPPED_SAMPLES:
+                tiles.append(Tile("", row["detail"] or row["key"], row["key"]))
     return sorted(found.items(), key=lambda item: (_stage(item[0]), item[0]))

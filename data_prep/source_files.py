@@ -3,14 +3,18 @@
 import fnmatch
 import io
 import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep.sample import Place
 from data_prep.store import Store, open_store
 from model.errors import UserError
 
 BUFFER = 8 << 20
 """Bytes of one ranged read: large enough to hide the latency of object storage."""
+READERS = 8
 GLOB = re.compile(r"[*?\[]")
 
 
@@ -24,11 +28,6 @@ class SourceFiles:
         if not self._pattern and path.endswith(suffixes) and suffixes:
             root, _, self._pattern = path.rpartition("/")
         self._store: Store = open_store(root or ".")
-
-    @property
-    def remote(self) -> bool:
-        """Whether reads cross a network, so that several at once pay."""
-        return self._store.local_path("x") is None
 
     def names(self) -> list[str]:
         """All matching names below the root, sorted.
@@ -68,6 +67,22 @@ class SourceFiles:
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes from `start` on; fewer at the end of the file."""
         return self._store.read_range(name, start, length)
+
+    def fetch(self, places: Sequence[Place], read: Callable[[Place], bytes]) -> Iterator[tuple[int, bytes | None]]:
+        """What `read` gives for each place, with the place's number; several at once where reads cross a network; None where
+        the file is gone."""
+
+        def get(place: Place) -> bytes | None:
+            try:
+                return read(place)
+            except (FileNotFoundError, IsADirectoryError):
+                return None
+
+        if self._store.local_path("x") is not None:
+            yield from enumerate(map(get, places))
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from enumerate(pool.map(get, places))
 
     def open(self, name: str) -> BinaryIO:
         """The file for sequential or random reading, without holding it in memory."""

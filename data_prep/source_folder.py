@@ -9,13 +9,12 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data_prep.config import SourceConfig
 from data_prep.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
 from data_prep.source_files import SourceFiles
-from data_prep.source_webdataset import IMAGE_SUFFIXES, READERS
+from data_prep.source_webdataset import IMAGE_SUFFIXES, parse_fields
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 UNUSABLE = "source: unusable file name"
@@ -55,11 +54,8 @@ class FolderSource:
                 yield sample
         for path in sorted(images - named):
             stem = posixpath.splitext(path)[0]
-            record = {}
-            if f"{stem}.txt" in texts:
-                text = self._files.read(f"{stem}.txt").decode("utf-8", "surrogateescape")
-                record = {"txt": text, "caption": text}
-            yield self._with_image(path, record)
+            text = self._files.read(f"{stem}.txt") if f"{stem}.txt" in texts else None
+            yield self._with_image(path, parse_fields(None, text))
 
     def _metadata_rows(self, path: str) -> Iterator[Sample]:
         folder = posixpath.dirname(path)
@@ -92,23 +88,7 @@ class FolderSource:
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Images by their path."""
-        yield from fetch_paths(self._files, places)
-
-
-def fetch_paths(files: SourceFiles, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-    """Whole files named by `places`, several at once where they cross a network."""
-
-    def get(place: Place) -> bytes | None:
-        try:
-            return files.read(place.path)
-        except (FileNotFoundError, IsADirectoryError):
-            return None
-
-    if not files.remote:
-        yield from enumerate(map(get, places))
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from enumerate(pool.map(get, places))
+        yield from self._files.fetch(places, lambda place: self._files.read(place.path))
 
 
 def _jsonl(data: bytes) -> Iterator[dict[str, Any] | None]:

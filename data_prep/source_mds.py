@@ -11,7 +11,6 @@ import numpy as np
 from data_prep.config import SourceConfig
 from data_prep.sample import NO_IMAGE, UNREADABLE, Place, Sample
 from data_prep.source_files import SourceFiles
-from data_prep.source_webdataset import fetch_ranges
 from model.errors import UserError
 
 SCALARS = {"uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}
@@ -102,7 +101,7 @@ class MDSSource:
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Images by ranged reads."""
-        yield from fetch_ranges(self._files, name, places)
+        yield from self._files.fetch(places, lambda place: self._files.read_range(name, place.offset, place.length))
 
 
 def _split_row(shard: dict[str, Any], data: bytes) -> dict[str, tuple[int, int]]:

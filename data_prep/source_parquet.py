@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from data_prep.config import SourceConfig
 from data_prep.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
 from data_prep.source_files import SourceFiles
-from data_prep.source_folder import fetch_paths
 
 BATCH = 16
 READ_AHEAD = 1 << 20
@@ -84,7 +83,7 @@ class ParquetSource:
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Images by path, or by streaming the row groups that hold them."""
         paths = [position for position, place in enumerate(places) if place.path]
-        for position, data in fetch_paths(self._files, [places[position] for position in paths]):
+        for position, data in self._files.fetch([places[at] for at in paths], lambda place: self._files.read(place.path)):
             yield paths[position], data
         rows = sorted((position for position, place in enumerate(places) if not place.path), key=lambda at: places[at])
         if rows:

@@ -6,7 +6,6 @@ Nothing is ever extracted: names are only keys, images are read by their offset.
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from data_prep.config import SourceConfig
@@ -15,7 +14,6 @@ from data_prep.sample import CUT_SHORT, NO_IMAGE, UNREADABLE, Place, Sample
 from data_prep.source_files import SourceFiles
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp")
-READERS = 8
 MAX_FIELD_BYTES = 16 << 20
 LINK = "source: link or device in a tar"
 UNSAFE = "source: unsafe name in a tar"
@@ -41,23 +39,7 @@ class WebDatasetSource:
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Images by ranged reads."""
-        yield from fetch_ranges(self._files, name, places)
-
-
-def fetch_ranges(files: SourceFiles, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-    """Images by offset and length, several at once where they cross a network; None where the file is gone."""
-
-    def get(place: Place) -> bytes | None:
-        try:
-            return files.read_range(name, place.offset, place.length)
-        except FileNotFoundError:
-            return None
-
-    if not files.remote:
-        yield from enumerate(map(get, places))
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from enumerate(pool.map(get, places))
+        yield from self._files.fetch(places, lambda place: self._files.read_range(name, place.offset, place.length))
 
 
 def read_tar(file: BinaryIO) -> Iterator[Sample]:

@@ -24,14 +24,14 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_prep.store import open_store
+from data_prep.store import hash_file, open_store
 from model.errors import UserError
 from pipeline.attempts import check_still_ours
 from pipeline.config import CheckpointConfig, dump_stage
 from pipeline.distributed import gather, lowest, rank_and_world
 from pipeline.masters import ShardState, check_names
 from pipeline.reshard import Layout, moves
-from pipeline.shard_files import ShardFiles, Written, hash_file, rank_file, sync_folder, write_tensors, write_text
+from pipeline.shard_files import ShardFiles, Written, rank_file, sync_folder, write_tensors, write_text
 from pipeline.weights import FORMAT, MANIFEST, REPLICATED, ShardedWeights, read_manifest, refuse_other_format
 
 if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
@@ -271,7 +271,7 @@ class Checkpoints:
             return "its manifest is missing or damaged"
         for name in sorted(manifest["files"])[self.rank :: self.world]:
             try:
-                found = hash_file(folder / name)
+                found = Written((folder / name).stat().st_size, hash_file(folder / name))
             except OSError as error:
                 return f"{name}: {error}"
             if asdict(found) != manifest["files"][name]:

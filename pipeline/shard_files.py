@@ -1,4 +1,4 @@
-"""Files of flat tensors: safetensors written in a stream with its hash, read by ranges, and hashes of any file."""
+"""Files of flat tensors: safetensors written in a stream with its hash, and read by ranges."""
 
 import json
 import os
@@ -76,20 +76,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def hash_file(path: Path) -> Written:
-    """Size and hash of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, size = xxhash.xxh64(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return Written(size, digest.hexdigest())
 
 
 class ShardFiles:

@@ -1,14 +1,15 @@
 """What networks and endpoints do to requests is survived, or a clear error: never wrong data."""
 
+import itertools
 import logging
 import multiprocessing
-import os
 import random
 import time
 
 import pytest
 import xxhash
 
+from data_prep.faults import TransientError, retry_seconds, retrying
 from data_prep.parts import commit_part, committed
 from data_prep.schema import Part, StoredFile
 from data_prep.snapshot import take_snapshot, verify
@@ -60,9 +61,10 @@ def test_a_broken_download_goes_on_where_it_broke(store, proxy, tmp_path):
     assert [fault for _, _, fault in proxy.requests] == ["reset"] * 4 + [""]
 
 
-@pytest.mark.parametrize("do", ["503", "500", "409", "lose_answer", "flip_upload"])
-def test_faults_on_the_way_up_are_survived(store, proxy, tmp_path, do):
-    data = os.urandom(SMALL)
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("do", ["503", "500", "409", "lose_answer", "flip_upload", "stall"])
+def test_faults_on_the_way_up_are_survived(store, proxy, tmp_path, do, size):
+    data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)
     assert store.put_new("probed", b"")
     for number, source in enumerate((data, tmp_path / "file")):
@@ -83,12 +85,62 @@ def test_faults_in_listings_are_survived(store, proxy, do):
     assert list(store.list("list/")) == [f"list/{number}" for number in range(3)]
 
 
-def test_a_storm_is_waited_out(store, proxy, tmp_path):
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_ranged_reads_of_a_source_are_survived(store, proxy, size):
+    """Nothing vouches for a source's bytes but their number: a flipped one shows against the plan's hash of the image."""
+    data, _ = put(store, "payload", size)
+    for do in ("503", "500", "reset", "short", "lose_answer"):
+        proxy.faults = [Fault(do, "GET", "payload", times=2)]
+        assert store.read_range("payload", 17, size // 2) == data[17 : 17 + size // 2]
+        assert proxy.faults[0].hits == 2
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_storm_is_waited_out(s3, proxy, tmp_path, monkeypatch, seconds):
+    """Every request fails for `seconds`: at one minute with the ten minutes of retries of a real job."""
+    if seconds == 3:
+        monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "12")
+    else:
+        monkeypatch.delenv("LI_DIT_RETRY_SECONDS", raising=False)
+    store = open_store(s3)
+    dataset = store.sub("ds")
     data, file = put(store, "payload", SMALL)
-    proxy.faults = [Fault("503", seconds=3)]
+    make_all(dataset, {"64x64": [2]})
+    proxy.faults = [Fault("503", seconds=seconds)]
+    began = time.monotonic()
     store.fetch(file, tmp_path / "payload")
-    assert store.put_new("commit", b"c")
-    assert store.read("payload") == data
+    assert time.monotonic() - began > seconds
+    assert (tmp_path / "payload").read_bytes() == data
+    proxy.faults = [Fault("503", seconds=seconds)]
+    began = time.monotonic()
+    snapshot = take_snapshot(dataset)
+    assert time.monotonic() - began > seconds
+    proxy.faults = []
+    assert take_snapshot(dataset).id == snapshot.id
+    assert verify(dataset, deep=True).problems == []
+    store.close()
+
+
+def test_retries_go_on_for_ten_minutes_unless_shortened(monkeypatch):
+    monkeypatch.delenv("LI_DIT_RETRY_SECONDS", raising=False)
+    assert retry_seconds() == 600
+    clock = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    waits = []
+
+    def fail():
+        waits.append(clock[0])
+        raise TransientError("503")
+
+    with pytest.raises(StoreError, match="tries in 6"):
+        retrying("s3://bucket/key")(fail)
+    steps = [after - before for before, after in itertools.pairwise(waits)]
+    assert clock[0] >= 600
+    assert max(steps) <= 30
+    assert len({round(step, 6) for step in steps}) > len(steps) / 2, "waits have jitter"
+    assert sum(steps[:3]) < 8, "and begin short"
 
 
 def test_a_fault_that_stays_is_an_error_that_names_the_object(store, proxy, tmp_path, monkeypatch, caplog):

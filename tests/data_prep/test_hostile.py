@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.accounts import account
 from data_prep.config import FilterConfig
-from data_prep.images import DAMAGED, EMPTY, TOO_LARGE, UNKNOWN
+from data_prep.images import DAMAGED, EMPTY, FORMATS, TOO_LARGE, UNKNOWN
 from data_prep.sample import CUT_SHORT, NO_IMAGE, UNREADABLE
 from data_prep.source_webdataset import BAD_JSON, LINK, TWICE, UNSAFE
 from tests.data_prep.raw_material import (
@@ -65,6 +65,25 @@ def test_bad_images_of_every_kind(tmp_path):
     assert captions == ["a good one"]
     expected = [reason for _, reason in hostile.values()]
     assert reasons == {reason: expected.count(reason) for reason in expected}
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_truncated_and_flipped_images_of_each_format(tmp_path, image_format):
+    whole = encoded(picture(1), image_format)
+    members = []
+    for n in range(24):
+        flipped = bytearray(whole)
+        flipped[len(whole) * n // 24] ^= 1 << n % 8
+        members += sample_members(f"flipped{n}", bytes(flipped), {"caption": f"flipped {n}"})
+        if n < 12:
+            members += sample_members(f"cut{n}", whole[: len(whole) * n // 12], {"caption": f"cut {n}"})
+    write_tar(tmp_path / "in", "a.tar", members + GOOD)
+    captions, reasons = prepared(tmp_path)
+    assert "a good one" in captions
+    assert len(captions) + sum(reasons.values()) == 24 + 12 + 1
+    known = {EMPTY, UNKNOWN, DAMAGED, TOO_LARGE}
+    assert all(reason in known or reason.startswith("bucket:") for reason in reasons)
+    assert not [caption for caption in captions if caption.startswith("cut")]
 
 
 def test_tar_with_evil_names_links_and_repeats(tmp_path):

@@ -4,8 +4,12 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import subprocess
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -26,17 +30,31 @@ JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
 """The commands that are killed, and the kind of parts that each makes."""
 
 
-def run(arguments, log):
+def run(arguments, log, largest_file):
     """In a forked process: a command, then the end of the process, as `python -m data_prep` ends."""
+    # A program of its own writes the log, for the limit on files holds for this process.
+    tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) if largest_file else None
+    target = tee.stdin.fileno() if tee else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(target, descriptor)
+    if tee:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     code = 1
     try:
         main(arguments)
         code = 0
     except SystemExit as error:
         code = error.code
+    except BaseException:
+        traceback.print_exc()
     finally:
+        if tee:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor in (1, 2, target):
+                os.close(descriptor)
+            tee.wait()
         os._exit(code)
 
 
@@ -46,13 +64,13 @@ def serve(requests):
     from data_prep import latents, report, text  # noqa: F401
 
     while request := requests.recv():
-        environment, log, children = request
+        environment, log, largest_file, children = request
         os.environ.update(environment)
         alive, ended, start = {}, {}, time.monotonic()
         for number, (arguments, _) in enumerate(children):
             alive[number] = os.fork()
             if not alive[number]:
-                run(arguments, log)
+                run(arguments, log, largest_file)
         while alive:
             time.sleep(0.001)
             for number, pid in list(alive.items()):
@@ -81,14 +99,15 @@ class Commands:
         self.server.start()
         theirs.close()
 
-    def __call__(self, command, store, *seconds):
-        """Start a child for each of `seconds`; their exit codes, and how long it took."""
+    def __call__(self, command, store, *seconds, largest_file=None):
+        """Start a child for each of `seconds`; their exit codes, and how long it took. With `largest_file` bytes, they see a
+        full disk beyond."""
         names = ("S3_ENDPOINT_URL", "LI_DIT_RETRY_SECONDS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         arguments = [command, str(self.settings), f"store={store}"]
-        self.pipe.send((environment, str(self.log), [(arguments, limit) for limit in seconds]))
+        self.pipe.send((environment, str(self.log), largest_file, [(arguments, limit) for limit in seconds]))
         codes, took = self.pipe.recv()
-        assert set(codes) <= {0, -signal.SIGKILL}, self.log.read_text()[-3000:]
+        assert set(codes) <= ({2} if largest_file else {0, -signal.SIGKILL}), self.log.read_text()[-3000:]
         return codes, took
 
     def close(self):
@@ -145,6 +164,23 @@ def ids_of(dataset):
         tables = [file.key for file in commit.files if file.key.endswith(".parquet")]
         found += [id for key in tables for id in pq.read_table(io.BytesIO(dataset.read(key)))["id"].to_pylist()]
     return found
+
+
+@pytest.mark.parametrize("command", ["plan", *JOBS])
+def test_a_full_disk_ends_each_command_with_the_path(commands, undisturbed, tmp_path, command):
+    """Files may not grow over 2 kB: what a command then says is one line that names where, and running it again completes it."""
+    order = ["plan", *JOBS]
+    for earlier in order[: order.index(command)]:
+        commands(earlier, tmp_path, 300)
+    before = len(commands.log.read_text())
+    assert commands(command, tmp_path, 300, largest_file=2000)[0] == [2]
+    said = commands.log.read_text()[before:]
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert "File too large: free space there" in line
+    for later in [*order[order.index(command) :], "snapshot"]:
+        commands(later, tmp_path, 300)
+    check_finished(open_store(str(tmp_path)).sub("ds"), undisturbed[0].id)
 
 
 def check_finished(dataset, expected):

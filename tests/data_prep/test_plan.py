@@ -7,16 +7,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep.accounts import account
 from data_prep.config import BucketConfig, DedupeConfig, FilterConfig
 from data_prep.manifest import read_manifest
-from data_prep.parts import Share, read_plan, read_plan_record
+from data_prep.pairs import run_pairs
+from data_prep.parts import Share, committed, read_plan, read_plan_record
 from data_prep.plan import dropped_key, run_plan, source_files
-from data_prep.schema import Manifest
+from data_prep.schema import PAIRS, Manifest
 from data_prep.store import open_store
 from model.errors import UserError
 from tests.data_prep.raw_material import ALONE, config_of, encoded, picture, png, sample_members, write_parquet, write_tar
 
-IMAGES = [png(n) for n in range(8)] + [png(20, 40, 80), png(21, 80, 40), png(22, 8, 8), b"broken", b""]
+LATE = bytearray(png(23))
+LATE[-30] ^= 0xFF  # which only a full decode finds
+IMAGES = [*map(png, range(8)), png(20, 40, 80), png(21, 80, 40), png(22, 8, 8), b"broken", b"", bytes(LATE)]
 CAPTIONS = ["a fox", "see http://a.org/", "", None, ["one", "two"], "IMG_1.jpg"]
 KINDS = BucketConfig(resolution=32, max_aspect=2.0, step=8)
 
@@ -37,7 +41,14 @@ filters = st.lists(
 
 def write_sources(folder, files):
     for number, content in enumerate(files):
-        if number % 2:
+        if number % 3 == 2:
+            (folder / f"f/{number}").mkdir(parents=True)
+            lines = []
+            for n, (image, text, score) in enumerate(content):
+                (folder / f"f/{number}/{n}.png").write_bytes(IMAGES[image])
+                lines.append(json.dumps({"file_name": f"{n}.png", "caption": text, "score": score}))
+            (folder / f"f/{number}/metadata.jsonl").write_text("\n".join(lines))
+        elif number % 3:
             records = [{"image": IMAGES[image], "caption": json.dumps(text), "score": score} for image, text, score in content]
             write_parquet(folder / f"p/{number}.parquet", records or [{"image": IMAGES[0], "caption": "x", "score": 1.0}])
         else:
@@ -53,19 +64,19 @@ def planned_ids(dataset):
     return [id for part in read_plan(dataset).parts for id in read_manifest(dataset, part)["id"].to_pylist()]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.lists(rows, max_size=7), min_size=2, max_size=4),
+    st.lists(st.lists(rows, max_size=7), min_size=3, max_size=4),
     filters,
     st.booleans(),
     st.sampled_from([None, 4]),
     st.integers(1, 5),
 )
-def test_every_row_is_planned_or_dropped_with_a_reason(tmp_path_factory, files, filters, exact, near, part_rows):
+def test_every_row_is_committed_or_dropped_with_a_reason(tmp_path_factory, files, filters, exact, near, part_rows):
     folder = tmp_path_factory.mktemp("plan")
     write_sources(folder, files)
     config = config_of(
-        folder, ("webdataset", folder / "t"), ("parquet", folder / "p"),
+        folder, ("webdataset", folder / "t"), ("parquet", folder / "p"), ("folder", folder / "f"),
         filters=filters, dedupe=DedupeConfig(exact, near), buckets=KINDS, part_rows=part_rows,
     )  # fmt: skip
     dataset = open_store(config.store, create=True).sub("ds")
@@ -88,6 +99,15 @@ def test_every_row_is_planned_or_dropped_with_a_reason(tmp_path_factory, files, 
         assert counts["rows"] == len(mine) + len(table)
         assert sorted([*mine, *(row["id"] for row in table)]) == [file.number << 32 | n for n in range(counts["rows"])]
         assert all(row["reason"] for row in table)
+    run_pairs(config, dataset, Share(0, 2))
+    run_pairs(config, dataset, Share(1, 2))
+    made = []
+    for commit in committed(dataset, PAIRS).values():
+        tables = [file.key for file in commit.files if file.key.endswith(".parquet")]
+        made += [id for key in tables for id in pq.read_table(io.BytesIO(dataset.read(key)))["id"].to_pylist()]
+    assert sorted(made) == sorted(ids)
+    for one in account(dataset):
+        assert (one.read, one.pending) == (one.written + one.dropped_by_plan + one.dropped_in_parts, 0)
     for bucket, parts in manifest.buckets.items():
         assert all(rows == part_rows for rows in parts[:-1]), "only a bucket's last part may be short"
         assert 1 <= parts[-1] <= part_rows, bucket

@@ -101,6 +101,19 @@ def test_parquet_with_paths(tmp_path):
     check_fetch(source)
 
 
+def test_parquet_with_paths_in_a_bucket(s3, tmp_path):
+    store = open_store(s3)
+    store.put("in/images/0.png", IMAGES[0])
+    paths = ["images/0.png", f"{s3}/in/images/0.png", "gone.png", "../in/images/0.png", "s3://other/0.png", "/etc/passwd"]
+    write_parquet(tmp_path / "a.parquet", [{"image": path, "caption": "x"} for path in paths])
+    store.put("in/a.parquet", tmp_path / "a.parquet")
+    source = ParquetSource(SourceConfig(kind="parquet", path=f"{s3}/in"))
+    found = [sample for _, sample in rows_of(source)]
+    assert [sample.reason for sample in found] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE]
+    assert [sample.image for sample in found[:2]] == [IMAGES[0]] * 2
+    check_fetch(source)
+
+
 def test_parquet_without_the_image_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"caption": "x"}] * 5)
     found = [sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))]
@@ -146,17 +159,20 @@ def test_folder_with_texts(tmp_path):
     assert [sample.record.get("caption") for _, sample in rows_of(source)] == ["zero", "one\nline two", None]
 
 
-def test_mds(tmp_path):
+def test_mds(store_uri, tmp_path):
     rows = [{"image": image, "caption": f"picture {n}", "extra": n} for n, image in enumerate(IMAGES)]
-    write_mds_folder(tmp_path, rows, {"image": "bytes", "caption": "str", "extra": "int"})
-    source = MDSSource(SourceConfig(kind="mds", path=str(tmp_path)))
+    write_mds_folder(tmp_path / "written", rows, {"image": "bytes", "caption": "str", "extra": "int"})
+    store = open_store(store_uri, create=True)
+    for path in (tmp_path / "written").iterdir():
+        store.put(f"in/{path.name}", path)
+    source = MDSSource(SourceConfig(kind="mds", path=f"{store_uri}/in"))
     assert len(source.files()) > 1
     found = [sample for _, sample in rows_of(source)]
     assert [sample.image for sample in found] == IMAGES
     assert [sample.record for sample in found] == [{"caption": f"picture {n}", "extra": n} for n in range(7)]
     check_fetch(source)
-    shard = tmp_path / source.files()[-1]
-    shard.write_bytes(shard.read_bytes()[:-100])
+    shard = f"in/{source.files()[-1]}"
+    store.put(shard, store.read(shard)[:-100])
     found = [sample for _, sample in rows_of(source)]
     assert len(found) == 7
     assert found[-1].reason == UNREADABLE
