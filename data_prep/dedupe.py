@@ -9,7 +9,8 @@ Near duplicates are found by blocks: two hashes within d bits agree on at least 
 one pass in which only rows with equal key are compared; m grows with the number of rows so that keys stay selective.
 
 For 1 billion rows: 33 GB of temporary disk (the hashes, the same cut into groups, and a byte a row for the verdicts) and 0.5 GB
-of memory; XXH3's 64 bits give an expected 0.03 false duplicates. Smaller sets take less disk in proportion.
+of memory, which a full group takes whatever the number of rows (measured with 8 million: 0.3 GB exact, 0.47 GB near with d = 3;
+12 s and 151 s on a busy core). XXH3's 64 bits give an expected 0.03 false duplicates.
 """
 
 import itertools
