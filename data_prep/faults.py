@@ -85,5 +85,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: {error.strerror}: free space there, or use another disk, and run again") from error
+            raise UserError(
+                f"{path}: {os.strerror(error.errno)}: free space there, or use another disk, and run again"
+            ) from error
         raise

@@ -146,7 +146,7 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
             source, _ = sources.of(file.number)
             path = Path(folder) / "scan.parquet"
             rows = 0
-            with pq.ParquetWriter(path, SCAN, compression="zstd") as writer:
+            with naming_full_disk(path), pq.ParquetWriter(path, SCAN, compression="zstd") as writer:
                 for batch in _large_batches(scanner.scan(source, file)):
                     if batch.column("id").to_pylist() != list(
                         range(file.number << 32 | rows, (file.number << 32 | rows) + len(batch))
@@ -180,7 +180,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
         with Progress("plan", int(starts[-1])) as progress:
             for number in file_order(config, files):
                 path = Path(folder) / "dropped.parquet"
-                with pq.ParquetWriter(path, DROPPED, compression="zstd") as out:
+                with naming_full_disk(path), pq.ParquetWriter(path, DROPPED, compression="zstd") as out:
                     for table in _judged(dataset, number, verdicts[starts[number] : starts[number + 1]]):
                         counts.add(files[number], table)
                         out.write_table(table.filter(pc.not_equal(table["reason"], "")).select(DROPPED.names))
