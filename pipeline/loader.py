@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -380,6 +381,10 @@ class _WorkerStart:
             if self.closing.is_set() or os.getppid() != parent:
                 os._exit(128 + number)
 
+        # torch watches the server of processes instead, which in its turn waits for this process: both would outlive a kill.
+        trainer = multiprocessing.parent_process()
+        if trainer is not None:
+            threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
         for number in _SIGNALS - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, end)
