@@ -12,6 +12,7 @@ rename that follows the manifest there is only a folder `.tmp_*`, which no reade
 
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -321,6 +322,8 @@ class Checkpoints:
 def _start(folder: Path, manifest: dict[str, Any], job: Callable[[], dict[str, Written]]) -> _Work:
     def run() -> None:
         try:
+            # of this thread alone (Linux): where cores are few, writing takes what the steps leave
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             work.result = job()
         except Exception as error:  # told to the training thread, which agrees on it with the other ranks
             work.error = error

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,13 @@ def peak_flops(log: LogConfig) -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb() -> float:
+    """Most memory that this rank has held so far, in GiB: of its GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Interval:

@@ -15,7 +15,7 @@ from rich.table import Table
 from model.config import DiTConfig
 from model.errors import UserError, command
 from model.flops import count_parameters, flops_per_sample
-from model.fusion import refiner_size
+from model.fusion import collaborates, refiner_size
 from pipeline.config import StageConfig, load_stage
 
 _PATCH_VALUES, _TEXT_VALUES, _BLOCK_VECTORS = 47, 8, 12
@@ -90,7 +90,8 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
     flops = flops_per_sample(dit, stage.fusion, widths, rows, columns, tokens, [setup.prefix_tokens] * len(widths))
     micro_batch = stage.engine.micro_batch or local_batch
-    memory = state_memory(stage, parameters["total"], setup.gpus)
+    matrices = muon_parameters(stage, dit, len(widths))
+    memory = state_memory(stage, parameters["total"], setup.gpus, matrices)
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
     speed = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu / flops
     pair_bytes = bytes_per_pair(setup)
@@ -105,15 +106,28 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         bytes_per_pair=pair_bytes,
         store_bytes=pair_bytes * setup.pairs,
         read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
-        checkpoint_bytes=parameters["total"] * 4.0 * (3 + len(stage.ema)),
+        checkpoint_bytes=parameters["total"] * 4.0 * (3 + len(stage.ema)) - 4.0 * matrices,
     )
 
 
-def state_memory(stage: StageConfig, parameters: int, gpus: int) -> dict[str, float]:
+def muon_parameters(stage: StageConfig, dit: DiTConfig, llms: int) -> int:
+    """Parameters that Muon trains: the matrices of the blocks of DiT and refiners; 0 with AdamW."""
+    if stage.optim.name != "muon":
+        return 0
+    width, _ = refiner_size(stage.fusion, dit)
+    own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
+    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, llms) else 0
+    refiner_block = 4 * width**2 + 2 * width * int(dit.mlp_ratio * width)  # attention, feed-forward layer
+    dit_block = 8 * dit.width**2 + 2 * dit.width * int(dit.mlp_ratio * dit.width)  # two attentions
+    return dit.depth * dit_block + llms * (own + across) * refiner_block
+
+
+def state_memory(stage: StageConfig, parameters: int, gpus: int, matrices: int = 0) -> dict[str, float]:
     """Bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
     ZeRO-3 shards all; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and fp32 gradients. `step` is the fp32 copy of one
-    sub-group's gradients, `gathered` the whole weights that ZeRO-3 has at a time.
+    sub-group's gradients, `gathered` the whole weights that ZeRO-3 has at a time. Of the parameters, Muon trains `matrices`, with
+    one moment.
     """
     engine = stage.engine
     share = parameters / gpus
@@ -123,7 +137,7 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int) -> dict[str, fl
         "weights": size * shared_weights,
         "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
         "masters": 4.0 * share,
-        "moments": 8.0 * share,
+        "moments": 8.0 * share - 4.0 * matrices / gpus,
         "EMA": 4.0 * share * len(stage.ema),
         "step": 4.0 * min(share, engine.sub_group_size),
         "reduce bucket": 4.0 * min(engine.reduce_bucket, parameters),
@@ -147,7 +161,7 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     blocks = (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
     refiner_width, _ = refiner_size(stage.fusion, dit)
     own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
-    across = stage.fusion.collaborative_blocks if stage.fusion.mode == "collaborative" and len(setup.llm_widths) > 1 else 0
+    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
     refined = (setup.prefix_tokens + setup.caption_tokens) * len(setup.llm_widths)
     refiners = _REFINER_VALUES * refiner_width * refined * (own + across)
     return size * float(blocks + refiners)

@@ -12,7 +12,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 _TYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
 

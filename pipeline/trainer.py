@@ -27,11 +27,11 @@ from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, los
 from pipeline.gates import GateMeter
 from pipeline.grid import Grid
 from pipeline.loader import Batch, Position, TrainingData
-from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, read_events
+from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, peak_memory_gb, read_events
 from pipeline.objective import corrupt, loss_per_sample
 from pipeline.optim import learning_rate
 from pipeline.stopping import EXIT_AGAIN, Stop
-from pipeline.watchdog import Heartbeat
+from pipeline.watchdog import LEAVING, Heartbeat
 
 
 class Trainer:
@@ -209,8 +209,7 @@ class Trainer:
         values["goodput"] = self.seconds_in_steps / max(time.time() - self.first_start, 1e-9)
         if self.peak is not None:
             values["mfu"] = values.pop("step_flops") / values["step_seconds"] / (self.peak * self.ranks.world)
-        if torch.cuda.is_available():
-            values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        values["memory_gb"] = peak_memory_gb()
         self.log.report(self.step, self.samples, values)
         progress.report(self.step, self.samples, values)
 
@@ -281,6 +280,7 @@ class Trainer:
         self.heartbeat.enter("save", self.step)
         begun = time.monotonic()
         self.checkpoints.save(self.engine, self._state(), self.samples, self.step, wait=wait)
+        self.interval.add("checkpoint_stall", time.monotonic() - begun)  # seconds a save
         self.log.event("save", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
 
     def _resume(self) -> None:
@@ -308,7 +308,7 @@ class Trainer:
             say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
 
     def _leave(self, finished: bool) -> int:
-        self.heartbeat.enter("leave", self.step)
+        self.heartbeat.enter(LEAVING, self.step)
         self.checkpoints.close()
         reason = "finished" if finished else self.stop.reason or "asked to stop on another rank"
         self.log.event("stop", step=self.step, samples=self.samples, reason=reason)

@@ -33,6 +33,8 @@ _SILENT = 6
 """Readings without a sign of life after which a peer is taken for dead. Counted, not timed: a job that Slurm suspends and
 resumes as a whole has then missed one."""
 _FAILED, _LEFT = "failed", "left"
+LEAVING = "leave"
+"""A phase that may last: the last checkpoint's upload."""
 
 
 class Heartbeat:
@@ -155,7 +157,8 @@ class Watchdog:
         if here and self._still >= self._stuck:
             fewest = min(beats[rank]["count"] for rank in here)
             behind = [rank for rank in here if beats[rank]["count"] == fewest]
-            self._name(f"{self._where(*behind)} hangs: no rank has gone on for {self._still * _LOOKS * self._interval:.0f} s")
+            if beats[behind[0]]["phase"] != LEAVING:
+                self._name(f"{self._where(*behind)} hangs: no rank has gone on for {self._still * _LOOKS * self._interval:.0f} s")
 
     def _where(self, *ranks: int) -> str:
         if not self._beats:

@@ -12,7 +12,8 @@ from model.dit import LIDiT
 from model.errors import UserError
 from model.fusion import Text
 from pipeline.config import STAGES, StageConfig, load_stage
-from pipeline.plan import Setup, activation_bytes, main, make_plan, state_memory
+from pipeline.optim import parameter_groups
+from pipeline.plan import Setup, activation_bytes, main, make_plan, muon_parameters, state_memory
 from tests.distributed import on_ranks
 from tests.pipeline import rank_tasks
 from tests.pipeline.small_network import stage as small_stage
@@ -27,15 +28,28 @@ LLM_WIDTHS = (24, 16)
         {"precision": "fp32"},
         {"precision": "bf16", "zero_stage": 2},
         {"precision": "bf16", "zero_stage": 1},
+        {"precision": "bf16", "optimizer": "muon"},
     ],
     ids=str,
 )
 def test_state_memory_is_what_two_ranks_hold(engine):
     parameters, held = on_ranks(2, rank_tasks.held_bytes, engine)[0]
-    planned = state_memory(small_stage(**engine), parameters, 2)
+    stage = small_stage(**engine)
+    dit = DiTConfig(depth=3, width=64, heads=4, channels=4)
+    planned = state_memory(stage, parameters, 2, muon_parameters(stage, dit, llms=2))
     assert set(held) == {"weights", "gradients", "masters", "moments", "EMA"}
     for kind, real in held.items():
         assert planned[kind] == pytest.approx(real, rel=0.02), kind
+
+
+@pytest.mark.parametrize("fusion", [{}, {"refiner": "none"}, {"mode": "concat", "refiner_blocks": 1}, {"width": 48, "heads": 4}])
+def test_muons_share_is_the_group_that_it_trains(fusion):
+    stage = StageConfig(fusion=FusionConfig(families=["a", "b"], **fusion))
+    stage.optim.name = "muon"
+    config = DiTConfig(depth=2, width=64, heads=4, channels=4)
+    group = parameter_groups(LIDiT(config, stage.fusion, LLM_WIDTHS), 0.1, muon=True)[0]
+    assert group.name == "muon"
+    assert sum(parameter.numel() for parameter in group.parameters) == muon_parameters(stage, config, llms=2)
 
 
 class Saved:
@@ -103,8 +117,12 @@ def test_checkpointing_and_sharding_save_memory_in_order():
 def test_every_large_stage_is_planned(name, capsys):
     main([name, "--gpus", "8,64,512"])
     shown = capsys.readouterr().out
-    assert "512 GPUs" in shown
-    assert "days" in shown
+    for row in (
+        "8 GPUs", "64 GPUs", "512 GPUs", "parameters in the DiT", "TFLOP per sample", "MFU 50%", "weights, GB", "gradients, GB",
+        "masters, GB", "moments, GB", "EMA, GB", "activations, no checkpointing, GB", "activations, every block, GB",
+        "memory per GPU, GB", "samples/s", "days", "store ", "read per node, MB/s",
+    ):  # fmt: skip
+        assert row in shown
 
 
 def test_what_does_not_divide_is_refused():
