@@ -109,7 +109,7 @@ def test_the_report_adds_up_to_the_plain_way(dataset, llm, reuse_prefix, capsys)
     run = sum(commit.counts["block_tokens_run"] for commit in commits)
     plain = 0
     for commit in commits:
-        pairs = read_pairs(dataset, read_commit(dataset, "pairs", commit.part))
+        pairs = read_pairs(dataset, read_commit(dataset, "pairs", commit.part), DATASET.caption_kinds)
         ids = encoder.tokenise([caption for pair in pairs for _, caption in pair.captions])
         assert len(ids) < 64
         widest = max(map(len, ids)) * len(ids) if reuse_prefix else sum(map(len, ids))
