@@ -153,7 +153,7 @@ def test_what_comes_after_training_reads_prompts_alike(prepared, online_run, tmp
     moved = tmp_path / "moved"
     folder.rename(moved)
     try:
-        monkeypatch.setattr(sampler, "_load_vae", lambda *_: tiny_sampler.make_vae())
+        monkeypatch.setattr(sampler, "load_vae", lambda *_: tiny_sampler.make_vae())
         drawing = Sampler.from_run(moved, "ema", CPU, torch.float32)
         prompts = ["a red cat", "", "two dogs"]
         texts = drawing.reader.texts(prompts, torch.float32)
