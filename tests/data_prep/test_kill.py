@@ -201,7 +201,7 @@ def check_finished(dataset, expected):
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize(("kind", "kills"), [("local", 17), ("s3", 4)])
+@pytest.mark.parametrize(("kind", "kills"), [("local", 17), ("s3", 4), pytest.param("s3", 17, marks=pytest.mark.slow)])
 def test_commands_killed_at_random_moments_and_run_again(request, tmp_path, commands, undisturbed, kind, kills):
     """Each command at least `kills` times: two tasks at once on the same work, each killed at its own moment, until one of
     them ends by itself."""
