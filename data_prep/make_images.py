@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import xxhash
 
 from data_prep.images import Crop, ImageError, encode_image, fit_bucket
-from data_prep.sample import Place
+from data_prep.sample import Place, in_chunks
 from data_prep.schema import Bucket, Part
 from data_prep.source_parquet import ParquetSource
 from data_prep.sources import OpenSources
 
 CHUNK_ROWS = 16
-CHUNK_BYTES = 32 << 20
 GONE = "source: gone since the plan"
 CHANGED = "source: changed since the plan"
 
@@ -94,16 +93,7 @@ def chunks_of(tasks: Iterable[Task], sources: OpenSources) -> Iterator[list[Task
             run, places = itertools.tee(run)
             images = source.walk(name, (task.place for task in places))
             run = (task._replace(image=image) for task, image in zip(run, images, strict=False))
-        chunk: list[Task] = []
-        size = 0
-        for task in run:
-            chunk.append(task)
-            size += len(task.image or b"")
-            if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
+        yield from in_chunks(run, CHUNK_ROWS)
 
 
 def make_images(recipe: Recipe, chunk: Sequence[Task]) -> list[Made]:

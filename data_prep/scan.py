@@ -6,7 +6,7 @@ header (and, for near duplicates, a scaled thumbnail).
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,11 @@ from data_prep.config import DatasetConfig
 from data_prep.dedupe import HASH_SIDE, perceptual_hash
 from data_prep.filters import Filters, Row
 from data_prep.images import ImageError, decode_image, image_size
-from data_prep.sample import Sample
+from data_prep.sample import Sample, in_chunks
 from data_prep.sources import Source, SourceFile
 from data_prep.workers import Workers
 
 CHUNK_ROWS = 32
-CHUNK_BYTES = 32 << 20
 CRASHED = "image: crashed the decoder"
 
 CAPTIONS = pa.list_(pa.struct([("kind", pa.uint8()), ("text", pa.string())]))
@@ -104,7 +103,7 @@ class Scanner:
         waiting: deque[list[Sample]] = deque()
 
         def images() -> Iterator[list[bytes | None]]:
-            for chunk in _chunks(samples):
+            for chunk in in_chunks(samples, CHUNK_ROWS):
                 waiting.append([replace(sample, image=None) for sample in chunk])
                 yield [None if sample.reason else sample.image for sample in chunk]
 
@@ -155,20 +154,6 @@ class Scanner:
             "length": sample.place.length,
             "path": sample.place.path,
         }
-
-
-def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-    """Chunks of a bounded number of rows and bytes."""
-    chunk: list[Sample] = []
-    size = 0
-    for sample in samples:
-        chunk.append(sample)
-        size += len(sample.image or b"")
-        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _printable(text: str) -> str:
