@@ -343,7 +343,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def load_weights(path: str | Path, ema: int | None) -> Mapping[str, Tensor]:
+def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
     """Whole fp32 weights, with or without a process group: for sampling, for export, and to start another stage from.
 
     Inside a process group, all ranks have to call it: they share the work of checking a run's newest checkpoint.
@@ -351,8 +351,8 @@ def load_weights(path: str | Path, ema: int | None) -> Mapping[str, Tensor]:
     Args:
         path: a run's folder (its newest good checkpoint is taken), a checkpoint, or exported safetensors (a file, or a
             folder of them).
-        ema: index of the average to take from a checkpoint; None = the trained weights. An export holds one set, which is
-            what it was exported as.
+        which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`. Exported
+            safetensors hold one set, which is what they were exported as.
 
     Returns:
         Tensors by name; those of a checkpoint are read when they are asked for.
@@ -367,9 +367,9 @@ def load_weights(path: str | Path, ema: int | None) -> Mapping[str, Tensor]:
             for folder in (path / "checkpoints").iterdir():
                 refuse_other_format(folder)
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
-        return ShardedWeights(newest, ema)
+        return ShardedWeights(newest, which)
     if (path / MANIFEST).exists():
-        return ShardedWeights(path, ema)
+        return ShardedWeights(path, which)
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors")

@@ -191,7 +191,8 @@ class StageConfig:
     """Folder of runs; this one's is `<runs>/<name>`."""
     start_from: str = ""
     """Run folder or exported weights of an earlier stage to start from; empty = fresh weights."""
-    start_weights: Literal["ema", "raw"] = "ema"
+    start_weights: str = "ema"
+    """`ema` = the earlier stage's first average, `raw`, or the decay of an average."""
     samples: int = 1_000_000
     """Length of the stage."""
     global_batch: int = 256

@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
     add("--negative", default="", help="prompt to steer away from")
     add("--quantised", action="store_true", help="take LLM states through the family's quantisation")
-    add("--weights", choices=("ema", "raw"), default="ema")
+    add("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     add("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
     add("--batch", type=int, default=8, help="images drawn at once")
     answers = parser.add_argument_group("answers: folders, or OWNER/NAME@COMMIT on the hub")

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,13 +36,17 @@ PARTS = {
 SCHEDULER_OBJECTIVES = {"FlowMatchEulerDiscreteScheduler": "flow", "DPMSolverMultistepScheduler": "ddpm"}
 
 
-def load_source(path: Path, weights: Literal["ema", "raw"], device: torch.device, dtype: torch.dtype) -> Sampler:
-    """A sampler of a run's folder or of an exported one.
+def load_source(path: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Sampler:
+    """A sampler of a run's folder, with the weights `ema`, `raw` or an average's by its decay, or of an exported folder.
 
     Raises:
-        UserError: it is neither, or is damaged.
+        UserError: it is neither, is damaged, or does not hold these weights.
     """
-    return load_export(path, device, dtype) if (path / INDEX).is_file() else Sampler.from_run(path, weights, device, dtype)
+    if not (path / INDEX).is_file():
+        return Sampler.from_run(path, weights, device, dtype)
+    if weights != "ema":
+        raise UserError(f"{path} is an export, with one set of weights: leave out --weights {weights}, or give the run's folder")
+    return load_export(path, device, dtype)
 
 
 def load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Sampler:
@@ -89,8 +93,15 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     )  # fmt: skip
 
 
-def export(run: Path, out: Path, weights: Literal["ema", "raw"], precision: str, shard: str) -> None:
+def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> None:
     """Write the folder, which appears complete or not at all.
+
+    Args:
+        run: a run's folder.
+        out: the folder to write.
+        weights: `ema`, `raw`, or the decay of an average.
+        precision: `bf16` or `fp32`.
+        shard: largest file of weights.
 
     Raises:
         UserError: `out` exists, or the run cannot be read.
@@ -179,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--shard", default="5GB", help="largest file of weights")
     arguments = parser.parse_args()

@@ -56,7 +56,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     torch.manual_seed(stage.data.seed)
     network = build_network(stage, corpus)
     record: dict[str, Any] = {"untrained": losses(network, False)}
-    network.float().load_state_dict(load_weights(run, ema=0))
+    network.float().load_state_dict(load_weights(run, "ema"))
     record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}
     for way in ("untrained", "right", "shuffled"):
         record[f"{way}_mean"] = sum(record[way]) / len(record[way])

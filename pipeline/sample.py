@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", metavar="HxW")
     parser.add_argument("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
     parser.add_argument("--quantised", action="store_true", help="take LLM states through the family's quantisation")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn at once")
     parser.add_argument("--out", type=Path, help="default: samples/ in RUN")

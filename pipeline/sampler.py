@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +78,14 @@ class Sampler:
         self._vae: VAE | None = None
 
     @classmethod
-    def from_run(cls, run: Path, weights: Literal["ema", "raw"], device: torch.device, dtype: torch.dtype) -> "Sampler":
+    def from_run(cls, run: Path, weights: str, device: torch.device, dtype: torch.dtype) -> "Sampler":
         """Load the newest checkpoint of a run.
+
+        Args:
+            run: its folder.
+            weights: `ema`, `raw`, or the decay of an average.
+            device: where to draw.
+            dtype: precision of the network.
 
         Raises:
             UserError: no run there, no checkpoint in it, or something that it was made with is gone or has changed.
@@ -89,7 +94,7 @@ class Sampler:
         stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
         network = build_network(stage, corpus)
         try:
-            network.load_state_dict(load_weights(run, ema=0 if weights == "ema" else None))
+            network.load_state_dict(load_weights(run, weights))
         except RuntimeError as error:
             raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
         families, kept = text_families(stage, corpus), open_texts(stage, corpus)

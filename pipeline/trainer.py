@@ -296,7 +296,7 @@ class Trainer:
             self.position = None if state["position"] is None else Position.from_dict(state["position"])
             self.interval.load(state["interval"])
         elif self.stage.start_from:
-            weights = load_weights(self.stage.start_from, ema=0 if self.stage.start_weights == "ema" else None)
+            weights = load_weights(self.stage.start_from, self.stage.start_weights)
             self.engine.load_full(weights, new_branches=True)
         if self.ranks.rank == 0:
             (run / "stage.yaml").write_text(dump_stage(self.stage))

@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.web", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, metavar="RUN|EXPORT")
     parser.add_argument("--compare", type=Path, metavar="RUN|EXPORT", help="other weights, for a second column")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
     parser.add_argument("--port", type=int, default=7860)

@@ -3,7 +3,7 @@
 import json
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ def refuse_other_format(folder: Path) -> None:
 class ShardedWeights(Mapping[str, Tensor]):
     """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
 
-    def __init__(self, folder: Path, ema: int | None) -> None:
+    def __init__(self, folder: Path, which: str) -> None:
         """Read the manifest.
 
         Args:
             folder: a checkpoint.
-            ema: index of the average; None = the trained weights.
+            which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`.
 
         Raises:
             UserError: it is no checkpoint, or does not hold that average.
@@ -60,9 +60,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         if manifest is None:
             refuse_other_format(folder)
             raise UserError(f"{folder} is no checkpoint: name a run's folder, or one of its checkpoints")
-        if ema is not None and ema >= len(manifest["ema"]):
-            raise UserError(f"{folder} holds {len(manifest['ema'])} averages, not number {ema}: count from 0")
-        self._kind = "master" if ema is None else f"ema_{ema}"
+        self._kind = _kind(folder, which, manifest["ema"])
         self._layout = Layout.from_json(manifest["layout"])
         self._files = ShardFiles(folder)
         self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
@@ -83,6 +81,17 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _kind(folder: Path, which: str, decays: Sequence[float]) -> str:
+    """What the tensors of these weights are called in a checkpoint."""
+    if which == "raw":
+        return "master"
+    try:
+        return f"ema_{0 if which == 'ema' else decays.index(float(which))}"
+    except ValueError as error:
+        kept = ", ".join(map(str, decays))
+        raise UserError(f"{folder}: no weights `{which}` there: choose raw, ema, or the decay of an average: {kept}") from error
 
 
 def apply_umask(folder: Path) -> None:

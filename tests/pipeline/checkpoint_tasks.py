@@ -75,7 +75,7 @@ def start_next_stage(folder):
     kept = first.full_weights(None)
     engine = make_engine(seed=2, network=three_llms)
     fresh = engine.full_weights(None)
-    weights = load_weights(folder, ema=0)
+    weights = load_weights(folder, "ema")
     try:
         engine.load_full(weights)
         refused = ""

@@ -68,14 +68,15 @@ def test_a_run_with_muon_resumes_exactly_on_another_number_of_processes_and_not_
 def test_whole_weights_are_read_without_a_process_group(saved):
     folder, _, (trained, averaged), _ = saved
     for source in (folder.parent, next(folder.glob("step_*"))):
-        for ema, expected in ((None, trained), (1, averaged)):
-            weights = load_weights(source, ema)
+        for which, expected in (("raw", trained), ("0.99", averaged)):
+            weights = load_weights(source, which)
             assert weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    with pytest.raises(UserError, match="2 averages"):
-        load_weights(folder.parent, 2)
+    for absent in ("0.5", "emma", "2"):
+        with pytest.raises(UserError, match=f"no weights `{absent}` there: choose raw, ema, or .*: 0.9, 0.99$"):
+            load_weights(folder.parent, absent)
     with pytest.raises(UserError, match="no weights there"):
-        load_weights(folder.parent / "nowhere", None)
+        load_weights(folder.parent / "nowhere", "raw")
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(saved):

@@ -157,6 +157,11 @@ def test_the_sample_command_reads_an_export(folders, tmp_path, monkeypatch):
         assert image.size == (24, 16)
 
 
+def test_an_export_has_no_other_weights_to_choose(folders):
+    with pytest.raises(UserError, match=r"one set of weights: leave out --weights 0\.5"):
+        load_source(folders["flow"], "0.5", CPU, torch.float32)
+
+
 def spoil_index(change):
     def spoil(folder):
         path = folder / "model_index.json"

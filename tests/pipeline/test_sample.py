@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 7}))
     for path in (tmp_path, checkpoint):
         with pytest.raises(UserError, match="format 7, this version reads format 1"):
-            load_weights(path, 0)
+            load_weights(path, "ema")
 
 
 @given(st.integers(1, 12), st.text(max_size=80), st.sampled_from([(8, 8), (64, 40), (200, 300)]))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from model.errors import UserError
 from pipeline import learned, train
 from pipeline.checkpoint import load_weights
 from pipeline.config import dump_stage
 from pipeline.loader import TrainingData
 from pipeline.metrics import read_events
 from pipeline.report import build
+from pipeline.sampler import Sampler
 from pipeline.stopping import EXIT_AGAIN
 from tests.distributed import on_ranks
 from tests.pipeline import fake_snapshot, trainer_tasks
@@ -40,8 +42,8 @@ def straight(store, tmp_path_factory):
     return runs / "small", reports[0]
 
 
-def same_weights(one, other, ema):
-    one, other = load_weights(one, ema), load_weights(other, ema)
+def same_weights(one, other, which):
+    one, other = load_weights(one, which), load_weights(other, which)
     assert one.keys() == other.keys()
     return all(torch.equal(one[name], other[name]) for name in one)
 
@@ -60,7 +62,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight,
     run, expected = straight
     assert [event["step"] for event in read_events(tmp_path / "small", "start")] == [0, stop_at]
     assert numbers(reports) == numbers(expected)
-    assert all(same_weights(tmp_path / "small", run, ema) for ema in (None, 0, 1))
+    assert all(same_weights(tmp_path / "small", run, which) for which in ("raw", "ema", "0.5"))
     validations = [[event["loss"] for event in read_events(folder, "validation")] for folder in (tmp_path / "small", run)]
     assert validations[0] == validations[1]
 
@@ -144,6 +146,18 @@ def test_a_finished_run_shows_what_it_did(straight):
     assert "<svg" in page
     for attribute in ('src="http', '<a href="http', "url(http"):
         assert attribute not in page  # the page needs no other file and no network
+
+
+def test_any_average_of_a_run_is_drawn_with_by_its_decay(straight):
+    run, _ = straight
+    networks = {which: Sampler.from_run(run, which, torch.device("cpu"), torch.float32).network for which in ("ema", "0.5")}
+    weights = {which: network.state_dict() for which, network in networks.items()}
+    for which in weights:
+        expected = load_weights(run, which)
+        assert all(torch.equal(weights[which][name], expected[name]) for name in expected)
+    assert not torch.equal(weights["ema"]["final.linear.weight"], weights["0.5"]["final.linear.weight"])
+    with pytest.raises(UserError, match=r"no weights `0.7` there: choose raw, ema, or the decay of an average: 0.9, 0.5$"):
+        Sampler.from_run(run, "0.7", torch.device("cpu"), torch.float32)
 
 
 def say(monkeypatch, capsys, *arguments):
