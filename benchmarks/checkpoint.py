@@ -10,18 +10,17 @@ slower than steps without. The two take turns, since a noisy machine slows both 
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.reporting import at_most, conditions, print_goals
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.fusion import Text
@@ -103,12 +102,12 @@ def report(options: argparse.Namespace, result: dict[str, float]) -> None:
     """Print the table and the line of JSON, and keep the table."""
     ratio = result["ours"] / result["theirs"]
     with_slowdown = (result["ours"] + max(0.0, result["slower"])) / result["theirs"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    goals = {"stall of a save / DeepSpeed's": at_most(ratio, GOAL)}
     lines = [
         "# Seconds that training stands still per save",
         "",
         f"`python -m benchmarks.checkpoint --processes {options.processes} --width {options.width} --depth {options.depth} "
-        f"--saves {options.saves}`, {date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"--saves {options.saves}`, {conditions()}",
         "",
         f"LI-DiT of {result['parameters'] / 1e6:.0f}M parameters, ZeRO-3, {options.processes} processes; medians of "
         f"{options.saves} saves; a step takes {result['step']:.2f} s.",
@@ -124,7 +123,7 @@ def report(options: argparse.Namespace, result: dict[str, float]) -> None:
     ]
     TABLE.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    print(json.dumps({"benchmark": "checkpoint", "ratio": ratio, "with_slowdown": with_slowdown, "goal": GOAL, **result}))
+    print_goals("checkpoint", goals, with_slowdown=with_slowdown, **result)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ dataset of the demo's shape. `python -m benchmarks.loader [--samples 384]`
 
 import argparse
 import io
-import json
 import logging
 import os
 import subprocess
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.reporting import at_least, at_most, conditions, print_goals
 from data_prep.mds import write_mds
 from data_prep.parts import commit_part, register_family
 from data_prep.schema import PAIRS, Family, Manifest, Part
@@ -321,27 +321,21 @@ def main():
         mine / speeds[f"{name}, {workers} workers"] for name in ("(b) torch in WebDataset", "(c) fp16 padded MDS")
     )
     goals = {
-        "bytes/s against (a), at least 0.95": (bytes_ratio, bytes_ratio >= 0.95),
-        "samples/s against (b), at least 2": (against_b, against_b >= 2),
-        "samples/s against (c), at least 3": (against_c, against_c >= 3),
-        "share of a step of the demo's stage that waits for data, below 0.01": (wait, wait < 0.01),
+        "bytes/s against (a)": at_least(bytes_ratio, 0.95),
+        "samples/s against (b)": at_least(against_b, 2),
+        "samples/s against (c)": at_least(against_c, 3),
+        "share of a step of the demo's stage that waits for data": at_most(wait, 0.01),
     }
     lines = ["| reader | samples/s | GB/s |", "|---|---|---|"]
     lines += [f"| {name} | {speeds[name]:.0f} | {figures['gb_per_second']:.2f} |" for name, figures in results.items()]
-    lines += ["", "| goal | measured | |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.3g} | {'met' if met else 'MISSED'} |" for name, (value, met) in goals.items()]
+    lines += ["", "| what | measured |", "|---|---|", *(f"| {name} | {goal} |" for name, goal in goals.items())]
     table = "\n".join(lines)
     RESULTS.parent.mkdir(exist_ok=True)
     command = f"`python -m benchmarks.loader --samples {arguments.samples}`"
-    text = f"# Loader\n\n{command}, {os.cpu_count()} cores, batches of {BATCH}.\n\n{table}\n"
+    text = f"# Loader\n\n{command}; {conditions()}; batches of {BATCH}.\n\n{table}\n"
     RESULTS.write_text(text)
     print(text)
-    figures = {
-        "goals": {name: value for name, (value, _) in goals.items()},
-        "met": {name: met for name, (_, met) in goals.items()},
-    }
-    figures["results"] = results
-    print(json.dumps({"benchmark": "loader", **figures}))
+    print_goals("loader", goals, results=results)
 
 
 if __name__ == "__main__":

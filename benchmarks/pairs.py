@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import io
 import json
-import os
 import shutil
 import sys
 import tarfile
@@ -32,6 +31,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.captions import dense_captions
+from benchmarks.reporting import at_least, conditions, print_goals
 from data_prep.config import BucketConfig, DatasetConfig, DedupeConfig, SourceConfig
 from data_prep.images import resize_crop
 from data_prep.pairs import run_pairs
@@ -187,19 +187,10 @@ def main() -> None:
         record(FOUR_TIMES, arguments.workers, lambda: run_pairs(large, larger, Share()), 4 * len(images))
     ours, plain = results[OURS], results["plain loop: open, resize, write"]
     ratio = ours["images_per_s"] / plain["images_per_s"]
-    print(f"pairs / plain loop: {ratio:.2f} (goal {GOAL} on 2 cores); cores here: {os.cpu_count()}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "pairs",
-                "images": len(images),
-                "workers": arguments.workers,
-                "cores": os.cpu_count(),
-                "ratio_to_plain_loop": round(ratio, 3),
-                "results": {name: {key: round(value, 2) for key, value in row.items()} for name, row in results.items()},
-            }
-        )
-    )
+    goals = {"images/s of pairs / plain loop, 2 cores": at_least(ratio, GOAL)}
+    print(f"pairs / plain loop: {goals['images/s of pairs / plain loop, 2 cores']}; {conditions()}")
+    figures = {name: {key: round(value, 2) for key, value in row.items()} for name, row in results.items()}
+    print_goals("pairs", goals, images=len(images), workers=arguments.workers, results=figures)
 
 
 def write_source(folder: Path, images: list[bytes], captions: list[str]) -> None:

@@ -10,9 +10,7 @@ multiplication it reaches. `--shape tiny` runs the same code on a small model an
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.captions import dense_captions, short_captions
+from benchmarks.reporting import Goal, at_least, hardware, print_goals, versions
 from model.config import TextConfig
 from model.gguf import GGUFFile, build_model, count_blocks, find_gguf
 from model.gguf_tokenizer import build_tokenizer
@@ -49,7 +48,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 TOKENS_PER_BATCH = {"llama3_8b": 16384, "tiny": 1024}
-Goals = dict[str, dict[str, float | bool]]
+Goals = dict[str, Goal]
 MATMUL_GOAL = 0.6
 """Share of the measured rate of matrix multiplication that encoding reaches on a GPU."""
 
@@ -143,28 +142,22 @@ def measure_shape(shape: str, device: torch.device, captions: dict[str, list[str
     """Rows of the table and goals for a model of random weights."""
     encoder, plain = random_encoder(shape, device)
     rate = matmul_rate(device, 8192 if device.type == "cuda" else 512)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
     for kind, texts in captions.items():
         ids = encoder.tokenise(texts)
         compare(encoder, plain, texts, 1)  # the first round chooses kernels
         result = compare(encoder, plain, texts, rounds)
         share = encoding_flops(encoder, plain, ids) * result["ours"] / len(texts) / rate
-        row = describe(where, f"{shape} random bf16", f"{kind}, {len(texts)}", encoder, result)
-        goals = {f"{shape} {kind}": goal(result["speedup"], GOALS[kind])}
+        row = describe(f"{shape} random bf16", f"{kind}, {len(texts)}", encoder, result)
+        goals = {f"{shape} {kind}": at_least(result["speedup"], GOALS[kind])}
         if device.type == "cuda":
-            goals[f"{shape} {kind}, share of {rate / 1e12:.0f} TFLOP/s"] = goal(share, MATMUL_GOAL)
+            goals[f"{shape} {kind}, share of {rate / 1e12:.0f} TFLOP/s"] = at_least(share, MATMUL_GOAL)
         yield f"{row} {share:.0%} of {rate / 1e12:.3g} TFLOP/s |", goals
 
 
-def goal(value: float, least: float) -> dict[str, float | bool]:
-    """A measured value beside what it should reach."""
-    return {"value": round(value, 2), "goal": least, "met": value >= least}
-
-
-def describe(where: str, model: str, what: str, encoder: TextEncoder, result: dict[str, float]) -> str:
+def describe(model: str, what: str, encoder: TextEncoder, result: dict[str, float]) -> str:
     """A row of the table, up to the last column."""
     return (
-        f"| {date.today()} | {where} | {versions()} | {model} | {what} "
+        f"| {date.today()} | {hardware()}, {torch.get_num_threads()} threads | {versions()} | {model} | {what} "
         f"| {result['tokens']:.1f} | {len(encoder.prefix_ids)} | {result['plain']:.1f} | {result['ours']:.1f} "
         f"| **{result['speedup']:.2f}x** | {result['processor']:.2f}x | {result['error']:.1e} |"
     )
@@ -175,15 +168,15 @@ def measure_real(config: TextConfig, captions: dict[str, list[str]], rounds: int
     encoder, plain = load_encoder(config, torch.device("cpu")), load_plain(config)
     for kind, texts in captions.items():
         result = compare(encoder, plain, texts, rounds)
-        row = describe(hardware(), f"{config.name} {config.dtype}", f"{kind}, {len(texts)}", encoder, result)
-        yield f"{row} not measured |", {f"{config.name} {kind}": goal(result["speedup"], GOALS[kind])}
+        row = describe(f"{config.name} {config.dtype}", f"{kind}, {len(texts)}", encoder, result)
+        yield f"{row} not measured |", {f"{config.name} {kind}": at_least(result["speedup"], GOALS[kind])}
 
 
 def main() -> None:
     """Measure, add the results to the table, and print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--short", type=int, help="CLDR names to encode (default 128, on a GPU 4,096)")
-    parser.add_argument("--dense", type=int, help="dense captions to encode (default 16, on a GPU 1,024)")
+    parser.add_argument("--dense", type=int, help="dense captions to encode (default 48, on a GPU 1,024)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the real LLMs")
     parser.add_argument("--shape", choices=list(SHAPES), help="a model of random weights (default on a GPU: llama3_8b)")
@@ -195,7 +188,7 @@ def main() -> None:
     shape = arguments.shape or ("llama3_8b" if gpu else None)
     captions = {
         "short": short_captions(arguments.short or (4096 if gpu else 128)),
-        "dense": dense_captions(arguments.dense or (1024 if gpu else 16)),
+        "dense": dense_captions(arguments.dense or (1024 if gpu else 48)),
     }
     if shape:
         found = measure_shape(shape, torch.device("cuda" if gpu else "cpu"), captions, arguments.rounds)
@@ -209,19 +202,7 @@ def main() -> None:
         if not arguments.no_table:
             with TABLE.open("a") as table:
                 table.write(row + "\n")
-    print(json.dumps({"benchmark": "text_encoding", "goals": goals}))
-
-
-def hardware() -> str:
-    """Processor and threads."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def versions() -> str:
-    """Libraries that the numbers depend on."""
-    return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+    print_goals("text_encoding", goals)
 
 
 if __name__ == "__main__":

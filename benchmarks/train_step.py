@@ -13,13 +13,11 @@ refiners, which PixArt has not. Each network runs in processes of its own, in tu
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import deepspeed
@@ -28,6 +26,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.reporting import at_least, conditions, print_goals
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
@@ -177,16 +176,14 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
     """Print the table and the line of JSON, and keep the table."""
     config = sizes(options)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores; not measured on a GPU"
     ours = results[OURS]["samples_per_second"]
     lines = [
         "# Training step against diffusers' PixArtTransformer2DModel under plain ZeRO-3",
         "",
-        f"{date.today()}, {device}, {options.processes} processes, {options.precision}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; width {config.width}, {config.depth} blocks, {config.heads} heads, patch "
-        f"{config.patch}; latents {CHANNELS} x {options.side} x {options.side}, {options.tokens} text tokens, {options.batch} "
-        f"samples per process; compile {options.compile}, checkpoint_every {options.checkpoint_every}; medians of "
-        f"{options.rounds} x {options.steps} steps.",
+        f"{conditions()}; {options.processes} processes, {options.precision}; width {config.width}, {config.depth} blocks, "
+        f"{config.heads} heads, patch {config.patch}; latents {CHANNELS} x {options.side} x {options.side}, {options.tokens} "
+        f"text tokens, {options.batch} samples per process; compile {options.compile}, "
+        f"checkpoint_every {options.checkpoint_every}; medians of {options.rounds} x {options.steps} steps.",
         "",
         "| | parameters | samples/s | ours is | peak memory per process |",
         "|---|---|---|---|---|",
@@ -201,20 +198,22 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     record = {name: ours / result["samples_per_second"] for name, result in results.items() if name != OURS}
-    goal = 1.3 if torch.cuda.is_available() else 1.0
-    lines += ["", f"Goal with equal parameters: at least {goal}x. PixArt's memory has no average of the weights, ours has one."]
+    gpu = torch.cuda.is_available()
+    goals = {"samples/s / PixArt's, equal parameters": at_least(record[SAME_PARAMETERS], 1.3 if gpu else 1.0)}
     flops = flops_per_sample(config, FUSION, [LLM_WIDTH], options.side, options.side, [options.tokens])
-    peak, mfu = peak_flops(LogConfig()), None
+    peak = peak_flops(LogConfig())
     if peak is not None:
         mfu = ours * flops / (peak * options.processes)
         formula = "6 x parameters x vectors + 12 x width x queries x keys, nothing recomputed counted"
-        lines.append(f"MFU {mfu:.1%}: {flops / 1e12:.3f} TFLOP per sample ({formula}), peak {peak / 1e12:g} TFLOP/s.")
+        lines += ["", f"MFU {mfu:.1%}: {flops / 1e12:.3f} TFLOP per sample ({formula}), peak {peak / 1e12:g} TFLOP/s."]
         if options.preset == "li_dit_1b" and options.side in GOAL_MFU:
-            lines.append(f"Goal {GOAL_MFU[options.side]:.0%}.")
+            goals["MFU"] = at_least(mfu, GOAL_MFU[options.side])
+    lines += ["", *(f"{what}: {goal}." for what, goal in goals.items()), ""]
+    lines.append(f"PixArt's memory has no average of the weights, ours has one.{'' if gpu else ' Not measured on a GPU.'}")
     name = f"train_step_{options.preset}_{8 * options.side}px.md" if options.preset else "train_step.md"
     (RESULTS / name).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    print(json.dumps({"benchmark": "train_step", "ratio": record[SAME_PARAMETERS], "goal": goal, "mfu": mfu, "ratios": record}))
+    print_goals("train_step", goals, ratios=record)
 
 
 def main() -> None:

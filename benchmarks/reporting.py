@@ -1,0 +1,57 @@
+"""What every benchmark says at its end: where it ran, and its goals as one line of JSON."""
+
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+
+class Goal(NamedTuple):
+    """A measured value beside the bound that it should keep."""
+
+    value: float
+    goal: float
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} (goal {self.goal:g}: {'met' if self.met else 'missed'})"
+
+
+def at_least(value: float, bound: float) -> Goal:
+    """A goal from below."""
+    return Goal(value, bound, value >= bound)
+
+
+def at_most(value: float, bound: float) -> Goal:
+    """A goal from above."""
+    return Goal(value, bound, value <= bound)
+
+
+def print_goals(benchmark: str, goals: dict[str, Goal], **figures: object) -> None:
+    """The last line of a benchmark: its goals, and whatever else a program might read, as JSON."""
+    found = {what: goal._asdict() | {"value": float(f"{goal.value:.4g}")} for what, goal in goals.items()}
+    print(json.dumps({"benchmark": benchmark, "goals": found, **figures}))
+
+
+def hardware() -> str:
+    """The accelerator, or else the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    """Libraries that the numbers depend on."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def conditions() -> str:
+    """Date, hardware and versions of a run, for the head of its table."""
+    return f"{date.today()}; {hardware()}; {versions()}"
