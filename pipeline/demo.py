@@ -28,7 +28,7 @@ from pipeline import report
 from pipeline.config import StageConfig, load_stage
 from pipeline.console import say
 from pipeline.learned import measure
-from pipeline.local_ranks import start_ranks
+from pipeline.local_ranks import start_ranks, wait_for
 from pipeline.metrics import read_reports
 from pipeline.stopping import EXIT_AGAIN
 
@@ -63,18 +63,18 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
     """
     ranks = start_ranks(torch.cuda.device_count() or 2, *arguments)
     sent = False
-    while any(rank.poll() is None for rank in ranks):
-        time.sleep(0.2)
-        failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0, EXIT_AGAIN)]
-        if failed:
-            for rank in ranks:
-                rank.kill()
-            sys.exit(failed[0])
+
+    def stop_half_way() -> None:
+        nonlocal sent
         reports = read_reports(stage.run) if stop_after is not None and not sent else []
         if reports and stop_after is not None and reports[-1]["samples"] >= stop_after:
             ranks[-1].send_signal(signal.SIGTERM)
             sent = True
-    return ranks[0].returncode
+
+    code = wait_for(ranks, 0, EXIT_AGAIN, meanwhile=stop_half_way)
+    if code not in (0, EXIT_AGAIN):
+        sys.exit(code)
+    return code
 
 
 class Phases:

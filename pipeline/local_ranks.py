@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 
 def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
@@ -29,8 +30,13 @@ def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def wait_for(ranks: list[subprocess.Popen[bytes]], *good: int) -> int:
+def wait_for(ranks: list[subprocess.Popen[bytes]], *good: int, meanwhile: Callable[[], None] = lambda: None) -> int:
     """Wait until all ranks have left; one that fails ends the others.
+
+    Args:
+        ranks: from `start_ranks`.
+        good: exit codes that are no failure.
+        meanwhile: called several times a second as long as one runs.
 
     Returns:
         The exit code: one of `good`, or that of the first rank that failed.
@@ -44,6 +50,7 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], *good: int) -> int:
                     other.kill()
                 return rank.returncode
         if left:
+            meanwhile()
             try:
                 left[0].wait(timeout=0.2)
             except subprocess.TimeoutExpired:
