@@ -80,7 +80,7 @@ class ModelConfig:
     checkpoint_every: int = 0
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     compile: bool = False
-    """`torch.compile` each block's forward."""
+    """`torch.compile` each block's forward, for all buckets before the first step."""
 
 
 @dataclass

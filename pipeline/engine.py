@@ -30,6 +30,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from model.dit import DiTBlock
 from model.errors import UserError
+from pipeline.compiled import compile_blocks, make_graphs
 from pipeline.config import StageConfig
 from pipeline.distributed import Ranks
 from pipeline.ema import ShardedEMA
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 
 NEW_BRANCHES = "fusion."
 """Where a later stage may add branches, each of which starts as the identity."""
-_RECOMPILE_LIMIT = 64
-"""Bucket shapes and text lengths that one block may be compiled for before it falls back to eager."""
 
 
 class Engine:
@@ -86,9 +85,7 @@ class Engine:
         if self._leaves and stage.engine.zero_stage == 3:
             set_z3_leaf_modules(self.module, [DiTBlock])
         if stage.model.compile:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-            for block in self._leaves:
-                block.forward = torch.compile(block.forward)
+            compile_blocks(self._leaves)
 
         self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=self._optimizer(), config=config)
         optimizer: Any = self._engine.optimizer
@@ -114,6 +111,17 @@ class Engine:
             "fused": True,
         }
         return Muon(groups, config.momentum, **settings) if config.name == "muon" else torch.optim.AdamW(groups, **settings)
+
+    def warm_up(self, samples: int, patches: int) -> None:
+        """Compile the blocks for a batch of `samples` on this rank, of `patches` patches each; changes nothing else.
+
+        Raises:
+            ValueError: as `micro_batches`.
+        """
+        part = next(self.micro_batches(samples))
+        block = self._leaves[0]
+        with deepspeed.zero.GatheredParameters(list(block.parameters())):
+            make_graphs(block, part.stop, patches)
 
     # -- a training step --------------------------------------------------------------------------------------------------
 

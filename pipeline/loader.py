@@ -153,7 +153,7 @@ class TrainingData:
         return Draws(largest, np.full(len(rows), number), np.zeros(len(rows), np.int64), parts, rows)
 
     def _batch_sizes(self) -> dict[str, int]:
-        """Samples of a global batch of each bucket; buckets that do not fill one are left out of training."""
+        """Bucket -> samples of a global batch; buckets that do not fill one are left out of training."""
         stage, sizes = self.stage, {}
         down, micro_batch = int(self.latents.info["downsampling"]), stage.engine.micro_batch
         micro_steps = max(1, stage.global_batch // self.world // micro_batch) if micro_batch else 1
@@ -168,6 +168,7 @@ class TrainingData:
                     "micro-batches: change global_batch, or data.batch_multiple with data.tokens_per_batch"
                 )
             if rows < wanted:
+                del sizes[name]
                 for dataset in self.parts:
                     dataset.pop(name, None)
                 if self.rank == 0:

@@ -89,6 +89,8 @@ class Trainer:
         """
         self.heartbeat.enter("resume", self.step)
         self._resume()
+        if self.stage.model.compile:
+            self._warm_up()
         progress = TrainingProgress(self.stage.name, self.samples, self.stage.samples, shows=self.ranks.rank == 0)
         batches = self.data.batches(self.position)
         reported = time.monotonic()
@@ -126,6 +128,17 @@ class Trainer:
             progress.close()
             self.data.close()
             self.log.close()
+
+    def _warm_up(self) -> None:
+        """Compile the network for the batches of every bucket, so that no step waits for it."""
+        dit, _ = self.sizes
+        down = int(self.latents.info["downsampling"]) * dit.patch
+        sizes = [(Bucket.parse(bucket), size // self.ranks.world) for bucket, size in self.data.batch_sizes.items()]
+        begun = time.monotonic()
+        for samples, patches in sorted({(samples, size.height // down * (size.width // down)) for size, samples in sizes}):
+            self.heartbeat.enter("compile", self.step)
+            self.engine.warm_up(samples, patches)
+        self.log.event("compile", step=self.step, samples=self.samples, seconds=time.monotonic() - begun)
 
     def _train_step(self, batch: Batch) -> None:
         self.heartbeat.enter("forward and backward", self.step)

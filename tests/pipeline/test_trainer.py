@@ -89,6 +89,24 @@ def test_losses_by_bucket_and_the_refiners_gates_are_in_the_log(straight):
     assert all(reports[0][name] == 0 < reports[-1][name] for name in gates)
 
 
+@pytest.mark.parametrize(
+    ("world", "settings"), [(1, {"model__checkpoint_every": 2}), (2, {"engine__micro_batch": 2, "engine__precision": "fp32"})]
+)
+def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(store, tmp_path, world, settings):
+    """Buckets of two shapes in batches of two sizes, with and without padding, captions of all lengths."""
+    settings = {"data__tokens_per_batch": 128, "data__batch_multiple": 4, "samples": 48, **settings}
+    runs = {}
+    for warms in (True, False):
+        ranks = on_ranks(world, trainer_tasks.train_compiled, store, str(tmp_path / str(warms)), settings, warms)
+        runs[warms] = ranks[0][0]
+        for _, after_warm_up, at_the_end, breaks in ranks:
+            assert breaks == 0
+            assert after_warm_up == ((4, 4) if warms else (0, 0))
+            assert (after_warm_up == at_the_end) == warms
+    assert numbers(runs[True]) == numbers(runs[False])
+    assert all(same_weights(*(tmp_path / str(warms) / "small" for warms in runs), which) for which in ("raw", "ema", "0.5"))
+
+
 def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_leave_no_trace(store, tmp_path):
     short = {"engine__precision": "fp32", "samples": 48}
     prompts = ["a dog", "", "two cats and a bird"]

@@ -1,8 +1,11 @@
 """What the ranks of the trainer's tests run."""
 
 import logging
+from functools import partial
 
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from pipeline import grid
 from pipeline.distributed import Ranks
@@ -77,3 +80,56 @@ def train_and_draw(store, runs, settings):
         return *train(store, runs, None, settings), loaded
     finally:
         grid.load_llm, grid.load_vae = real
+
+
+class Compilations:
+    """A backend of `torch.compile` that runs graphs as they are, and counts those of forward and of backward passes."""
+
+    def __init__(self):
+        self.forward = self.backward = 0
+        self.compile = partial(torch.compile, backend=aot_autograd(fw_compiler=self._forward, bw_compiler=self._backward))
+
+    def _forward(self, graph, inputs):
+        self.forward += 1
+        return make_boxed_func(graph.forward)
+
+    def _backward(self, graph, inputs):
+        self.backward += 1
+        return make_boxed_func(graph.forward)
+
+
+class WatchedWarmUp(Trainer):
+    """Warms up or not, and holds that this changes nothing that training could see."""
+
+    warms, compilations, after = True, None, None
+
+    def _warm_up(self):
+        def state():
+            owned = [tensor for tensors in self.engine.state().tensors.values() for tensor in tensors]
+            gradients = [parameter.grad for parameter in self.engine.module.parameters()]
+            return [tensor.clone() for tensor in (*owned, torch.get_rng_state())] + gradients
+
+        before = state()
+        if self.warms:
+            super()._warm_up()
+        assert all(one is other or torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+        self.after = self.compilations.forward, self.compilations.backward
+
+
+def train_compiled(store, runs, settings, warms):
+    """`train` with compiled blocks: reports, graphs (forward, backward) after the warm-up and at the end, graph breaks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    logging.disable(logging.INFO)
+    ranks = Ranks.from_environment()
+    config = stage(store, runs, model__compile=True, log__validate_every_samples=0, **settings)
+    compilations, real = Compilations(), torch.compile
+    torch.compile = compilations.compile
+    try:
+        trainer = WatchedWarmUp(config, ranks, Stop())
+        trainer.warms, trainer.compilations = warms, compilations
+        assert trainer.run() == 0
+    finally:
+        torch.compile = real
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return read_reports(config.run), trainer.after, (compilations.forward, compilations.backward), breaks
