@@ -21,6 +21,8 @@ from pipeline.config import StageConfig, load_stage
 _PATCH_VALUES, _TEXT_VALUES, _BLOCK_VECTORS = 47, 8, 12
 """Values that a DiT block keeps for its backward pass without compiling: per patch and channel, per text token and channel,
 per sample and channel (modulation)."""
+_OUTER_VALUES = 11
+"""The same of the layers before and after the blocks, per patch and channel."""
 _REFINER_VALUES = 33
 """The same of a refiner's block, per token and channel of the refiners' width."""
 
@@ -89,7 +91,7 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     rows, columns = setup.height // setup.downsampling, setup.width // setup.downsampling
     tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
     flops = flops_per_sample(dit, stage.fusion, widths, rows, columns, tokens, [setup.prefix_tokens] * len(widths))
-    micro_batch = stage.engine.micro_batch or local_batch
+    micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
     matrices = muon_parameters(stage, dit, len(widths))
     memory = state_memory(stage, parameters["total"], setup.gpus, matrices)
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
@@ -164,7 +166,7 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
     refined = (setup.prefix_tokens + setup.caption_tokens) * len(setup.llm_widths)
     refiners = _REFINER_VALUES * refiner_width * refined * (own + across)
-    return size * float(blocks + refiners)
+    return size * float(blocks + _OUTER_VALUES * patches * dit.width + refiners)
 
 
 def bytes_per_pair(setup: Setup) -> float:
@@ -196,7 +198,7 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         row = [activation_bytes(other, dit, setup) * plan.micro_batch / 1e9 for setup, plan in zip(setups, plans, strict=True)]
         table.add_row(f"activations, {label}, GB", *[f"{value:.1f}" for value in row])
     table.add_row("samples/s", *[f"{plan.samples_per_second:,.0f}" for plan in plans])
-    table.add_row("days", *[f"{plan.days:.1f}" for plan in plans], style="bold")
+    table.add_row("days", *[f"{plan.days:.2f}" for plan in plans], style="bold")
     table.add_row("read per node, MB/s", *[f"{plan.read_per_node / 1e6:.0f}" for plan in plans])
     console.print(table)
 

@@ -121,8 +121,10 @@ def crash_and_resume(folder, kills, seed):
     assert (losses, total) == expected[:2]
 
 
-def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path):
-    crash_and_resume(tmp_path, kills=2, seed=0)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path, kills):
+    crash_and_resume(tmp_path, kills, seed=kills)
 
 
 # -- one process, no network: what happens to files ------------------------------------------------------------------------

@@ -70,6 +70,15 @@ class Saved:
         return sum(storage.nbytes() for storage in self.kept.values())
 
 
+def kept_for_backward(network, forward):
+    """Bytes that autograd keeps of a forward pass."""
+    saved = Saved(network)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return saved.bytes
+
+
 @pytest.mark.parametrize("size", [8, 16, 24])
 @pytest.mark.parametrize("depth", [2, 4])
 def test_activations_are_what_autograd_keeps(size, depth):
@@ -78,11 +87,23 @@ def test_activations_are_what_autograd_keeps(size, depth):
     network = LIDiT(config, stage.fusion, LLM_WIDTHS).to(torch.bfloat16)
     setup = Setup(1, height=size * 8, width=size * 8, llm_widths=LLM_WIDTHS, prefix_tokens=4, caption_tokens=12, channels=4)
     texts = [Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False) for width in LLM_WIDTHS]
-    saved = Saved(network)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        kept = network(torch.randn(2, 4, size, size).to(torch.bfloat16), torch.rand(2), texts)
-    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(saved.bytes, rel=0.15)
-    assert kept.requires_grad
+    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, size, size), torch.rand(2), texts))
+    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.09)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 3, 5])
+def test_checkpointed_activations_are_what_autograd_keeps_and_one_recomputed_block(every):
+    stage = StageConfig(fusion=FusionConfig(families=["a"], mode="none", refiner="none"))
+    stage.model.checkpoint_every = every
+    config = DiTConfig(depth=6, width=64, heads=4, channels=4)
+    network = LIDiT(config, stage.fusion, [24], checkpoint_every=every).to(torch.bfloat16)
+    setup = Setup(1, height=256, width=256, llm_widths=(24,), prefix_tokens=4, caption_tokens=12, channels=4)
+    text = Text(torch.randn(2, 16, 24), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
+    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, 32, 32), torch.rand(2), [text]))
+    if every:  # recomputed one after another in the backward pass, where each keeps what it would have kept
+        x, words, c = (torch.randn(2, size, 64).bfloat16().requires_grad_() for size in (256, 12, 1))
+        kept += kept_for_backward(network, lambda: network.blocks[0](x, words, None, c[:, 0]))
+    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.05)
 
 
 @given(st.sampled_from(["li_dit_1b_256", "li_dit_10b_512"]), st.sampled_from([8, 16, 64]), st.floats(0.1, 0.7))
@@ -96,6 +117,7 @@ def test_twice_the_gpus_take_half_the_days_and_half_the_shard(name, gpus, mfu):
     assert one.read_per_node == pytest.approx(two.read_per_node)
     assert one.local_batch == 2 * two.local_batch
     assert one.parameters["total"] * 16 == one.checkpoint_bytes
+    assert all(plan.micro_batch <= plan.local_batch for plan in (one, two, make_plan(stage, Setup(512))))
 
 
 def test_checkpointing_and_sharding_save_memory_in_order():
