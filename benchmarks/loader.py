@@ -17,12 +17,14 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
@@ -39,18 +41,19 @@ from pipeline.packing import tensors_in
 WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
 CHANNELS, SIDE = 16, 64
 PART_ROWS, BATCH = 64, 8
+Figures = dict[str, float]
 RESULTS = Path(__file__).parent / "results" / "loader.md"
 
 DEMO_WIDTHS, DEMO_TOKENS, DEMO_ROWS, DEMO_STEPS = {"smollm2": 576, "gemma": 640}, (4, 16), 1856, 60
 
 
-def latents(channels):
+def latents(channels: int) -> Family:
     """A latents family."""
     info = {"channels": channels, "downsampling": 8, "scaling_factor": 1.0, "shift_factor": 0.0}
     return Family("latents", "latents", {"model": "none"}, info)
 
 
-def texts(widths):
+def texts(widths: dict[str, int]) -> list[Family]:
     """Text families by name and width."""
     info = {"prefix_tokens": 20, "quantisation": "int8"}
     return [Family(name, "text", {"llm": name}, {"width": width, **info}) for name, width in widths.items()]
@@ -59,13 +62,13 @@ def texts(widths):
 TEXTS = texts({"llm_a": WIDTH, "llm_b": WIDTH})
 
 
-def lengths_of(id, tokens=TOKENS):
+def lengths_of(id: int, tokens: tuple[int, int] = TOKENS) -> np.ndarray:
     """Tokens of a sample's caption in each of two text families."""
     low, high = tokens
     return np.random.default_rng(id).integers(low, high, 2)
 
 
-def rows_of(family, number, ids, side, tokens):
+def rows_of(family: Family, number: int, ids: list[int], side: int, tokens: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """Random numbers in the shape of a family's rows."""
     rng = np.random.default_rng(ids[0])
     for id in ids:
@@ -78,7 +81,14 @@ def rows_of(family, number, ids, side, tokens):
             yield {"id": id, "kinds": b"\0", "tokens": np.array([count], "<i4").tobytes(), "values": values, "scales": scales}
 
 
-def write_ours(uri, samples, folder, side=SIDE, widths=None, tokens=TOKENS):
+def write_ours(
+    uri: str,
+    samples: int,
+    folder: Path,
+    side: int = SIDE,
+    widths: dict[str, int] | None = None,
+    tokens: tuple[int, int] = TOKENS,
+) -> None:
     """A snapshot of `samples` samples in one bucket, with latents of `side` x `side`."""
     dataset = open_store(uri, create=True).sub("ds")
     bucket = f"{8 * side}x{8 * side}"
@@ -101,7 +111,7 @@ def write_ours(uri, samples, folder, side=SIDE, widths=None, tokens=TOKENS):
     take_snapshot(dataset)
 
 
-def write_streaming(folder, samples, padded):
+def write_streaming(folder: Path, samples: int, padded: bool) -> None:
     """(a) all columns of a sample as `bytes`; (c) fp16 states, padded to a fixed length, and fp16 latents."""
     from streaming import MDSWriter
 
@@ -122,7 +132,7 @@ def write_streaming(folder, samples, padded):
                 writer.write(row)
 
 
-def write_tars(folder, samples):
+def write_tars(folder: Path, samples: int) -> None:
     """(b) one `.pth` a sample, as torch saves a dict of tensors: states and moments in bf16, ragged."""
     folder.mkdir()
     for shard in range(0, samples, PART_ROWS):
@@ -138,16 +148,16 @@ def write_tars(folder, samples):
                 tar.addfile(member, io.BytesIO(data.getvalue()))
 
 
-def size_of(item):
+def size_of(item: object) -> int:
     """Bytes of all tensors in a batch."""
-    if isinstance(item, torch.Tensor):
+    if isinstance(item, Tensor):
         return item.numel() * item.element_size()
     if isinstance(item, dict):
         return sum(map(size_of, item.values()))
     return sum(map(size_of, item)) if isinstance(item, list | tuple) else 0
 
 
-def timed(batches, steps, warm):
+def timed(batches: Iterator[tuple[int, int]], steps: int, warm: int) -> Figures:
     """Samples/s over `steps` batches after `warm` ones, and GB/s of what `batches` says it read: (samples, bytes) each."""
     for _ in range(warm):
         next(batches)
@@ -159,14 +169,14 @@ def timed(batches, steps, warm):
     return {"samples_per_second": samples / seconds, "gb_per_second": size / seconds / 1e9}
 
 
-def ours(uri, cache, workers, steps, warm, unpack=False):
+def ours(uri: str, cache: Path, workers: int, steps: int, warm: int, unpack: bool = False) -> Figures:
     """Our loader; bytes are those read from files, not the noise that unpacking adds."""
     stage = StageConfig(name="loader", global_batch=BATCH, samples=10**9)
     stage.data.store, stage.data.dataset, stage.data.cache, stage.data.workers = uri, "ds", str(cache), workers
     stage.data.caption_drop, stage.fusion.families = 0.0, [text.name for text in TEXTS]
     data = TrainingData(stage, 0, 1, torch.device("cpu"))
 
-    def batches():
+    def batches() -> Iterator[tuple[int, int]]:
         for item in data.packed():
             if unpack:
                 item.unpack(data.device)
@@ -178,7 +188,7 @@ def ours(uri, cache, workers, steps, warm, unpack=False):
     return result
 
 
-def data_wait(folder):
+def data_wait(folder: Path) -> float:
     """Share of a step that the demo's stage waits for data: a training run of its own on two processes, after its first steps."""
     write_ours(str(folder / "demo"), DEMO_ROWS, folder, 8, DEMO_WIDTHS, DEMO_TOKENS)
     settings = [f"data.store={folder / 'demo'}", "data.dataset=ds", f"runs={folder}", f"samples={64 * DEMO_STEPS}"]
@@ -187,12 +197,12 @@ def data_wait(folder):
     return float(np.mean([report["data_wait_share"] for report in read_reports(folder / "demo")[1:]]))
 
 
-def ragged(samples):
+def ragged(samples: list[dict[str, bytes]]) -> dict[str, Tensor]:
     """Collate `bytes` columns with as little as it takes: one tensor a column."""
     return {name: torch.frombuffer(bytearray(b"".join(s[name] for s in samples)), dtype=torch.uint8) for name in samples[0]}
 
 
-def fixed(samples):
+def fixed(samples: list[dict[str, bytes]]) -> dict[str, Tensor]:
     """Collate padded fp16 states as micro_diffusion does: a tensor a sample, stacked."""
     tensors = {}
     for name in samples[0]:
@@ -202,7 +212,7 @@ def fixed(samples):
     return tensors
 
 
-def padded_states(samples):
+def padded_states(samples: list[tuple[dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Collate tensors of a tar as a trainer needs them: states padded to the longest."""
     columns = {name: [sample[0][name] for sample in samples] for name in samples[0][0]}
     return {
@@ -211,7 +221,7 @@ def padded_states(samples):
     }
 
 
-def streaming(folder, collate, workers, steps, warm):
+def streaming(folder: Path, collate: Callable[..., dict[str, Tensor]], workers: int, steps: int, warm: int) -> Figures:
     """StreamingDataset over a local folder, shuffled."""
     from streaming import StreamingDataset
 
@@ -221,7 +231,7 @@ def streaming(folder, collate, workers, steps, warm):
     return timed(_endless(DataLoader(dataset, batch_size=BATCH, collate_fn=collate, **processes)), steps, warm)
 
 
-def webdataset(folder, workers, steps, warm):
+def webdataset(folder: Path, workers: int, steps: int, warm: int) -> Figures:
     """WebDataset over local tars, with a shuffle buffer."""
     from webdataset.compat import WebDataset
 
@@ -231,11 +241,11 @@ def webdataset(folder, workers, steps, warm):
     return timed(_endless(loader), steps, warm)
 
 
-def _load(sample):
+def _load(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "pth": torch.load(io.BytesIO(sample["pth"]), weights_only=True)}
 
 
-def _endless(loader):
+def _endless(loader: DataLoader) -> Iterator[tuple[int, int]]:
     while True:
         for batch in loader:
             first = next(iter(batch.values()))
@@ -243,7 +253,7 @@ def _endless(loader):
             yield count, size_of(batch)
 
 
-def raw(folder):
+def raw(folder: Path) -> float:
     """Reading our files from the page cache, one after another, into one buffer."""
     paths = sorted(Path(folder).rglob("*.mds"))
     buffer = bytearray(max(path.stat().st_size for path in paths))
@@ -258,7 +268,7 @@ def raw(folder):
 
 
 @contextmanager
-def s3_store():
+def s3_store() -> Iterator[str]:
     """An S3 API of moto on loopback."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -276,9 +286,10 @@ def s3_store():
         server.stop()
 
 
-def measure(samples, folder, worker_counts):
-    """All readers; name -> figures."""
-    steps, warm, results = max(samples // BATCH, 24), 8, {}
+def measure(samples: int, folder: Path, worker_counts: list[int]) -> tuple[dict[str, Figures], int]:
+    """All readers, name -> figures; and how many workers (b) and (c) had."""
+    steps, warm = max(samples // BATCH, 24), 8
+    results: dict[str, Figures] = {}
     write_ours(str(folder / "ours"), samples, folder)
     results["raw files"] = {"gb_per_second": raw(folder / "ours")}
     write_streaming(folder / "a", samples, padded=False)
@@ -301,7 +312,7 @@ def measure(samples, folder, worker_counts):
     return results, workers
 
 
-def main():
+def main() -> None:
     """Measure, write the table, print one line of JSON at the end."""
     parser = argparse.ArgumentParser(description="Samples/s and GB/s of the loader, against what others do")
     parser.add_argument("--samples", type=int, default=384)
