@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results, workers = measure(arguments.samples // PART_ROWS * PART_ROWS, Path(folder), arguments.workers)
+        results, workers = measure(max(3, arguments.samples // PART_ROWS) * PART_ROWS, Path(folder), arguments.workers)
         wait = data_wait(Path(folder))
     speeds = {name: figures.get("samples_per_second", 0.0) for name, figures in results.items()}
     mine = speeds[f"ours, local, {workers} workers"]
