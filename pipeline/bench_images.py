@@ -8,6 +8,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 from rich.progress import Progress, TaskID
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.schema import canonical_json
 from model.errors import UserError
@@ -29,12 +30,13 @@ _VALUES = 64
 """Of each parameter, that tell one set of weights from another: a step of training changes them all."""
 
 
-def hash_weights(network: nn.Module) -> str:
-    """A hash of some values of each parameter."""
+def hash_weights(sampler: Sampler) -> str:
+    """A hash of some values of each parameter of the network."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
+    for name, parameter in sorted(sampler.network.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:_VALUES].float().cpu().numpy().tobytes())
+        with sampler.sharded.whole(parameter) if sampler.sharded else nullcontext():
+            digest.update(parameter.detach().flatten()[:_VALUES].float().cpu().numpy().tobytes())
     return f"sampled-sha256:{digest.hexdigest()}"
 
 
@@ -94,8 +96,6 @@ def draw_missing(
 ) -> int:
     """Draw this process's pictures that are not there; returns how many those were."""
     missing = [picture for picture in pictures if not (out / IMAGES / picture.file).is_file()]
-    if not missing:
-        return 0
     sampler.reader.read([drawing.negative, *(picture.prompt for picture in missing)], keep_llms=False)
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
     with Progress(console=CONSOLE, disable=not (shows and CONSOLE.is_terminal)) as progress:
@@ -113,6 +113,7 @@ def draw_missing(
                 grid = _grid([next(images) for _ in picture.seeds])
                 record = {"prompt": picture.prompt, "seeds": picture.seeds, **asdict(drawing), **about}
                 _save(grid, out, picture.file, record)
+        sampler.keep_pace(drawing)
     return len(missing)
 
 

@@ -33,7 +33,7 @@ from pipeline.distributed import gather, lowest, rank_and_world
 from pipeline.masters import ShardState, check_names
 from pipeline.reshard import Layout, moves
 from pipeline.shard_files import ShardFiles, Written, rank_file, sync_folder, write_tensors, write_text
-from pipeline.weights import FORMAT, MANIFEST, REPLICATED, ShardedWeights, read_manifest, refuse_other_format
+from pipeline.weights import FORMAT, MANIFEST, REPLICATED, ExportedWeights, ShardedWeights, read_manifest, refuse_other_format
 
 if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
     from pipeline.engine import Engine
@@ -355,7 +355,7 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
             safetensors hold one set, which is what they were exported as.
 
     Returns:
-        Tensors by name; those of a checkpoint are read when they are asked for.
+        Tensors by name, read when they are asked for.
 
     Raises:
         UserError: there are no weights at `path`, or not that average.
@@ -373,4 +373,4 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors")
-    return {name: value.float() for file in files for name, value in load_file(file).items()}
+    return ExportedWeights(files)

@@ -29,6 +29,12 @@ from pipeline.weights import apply_umask
 
 FORMAT = 1
 """Of an exported folder."""
+PARTS = {
+    "transformer": ["pipeline.diffusers_pipeline", "LIDiTModel"],
+    "text": ["pipeline.diffusers_pipeline", "LIDiTText"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""What an exported folder names beside a scheduler: diffusers imports whatever stands there."""
 CARD = ("README.md", "samples.png")
 """The model card and its picture: carried from folder to folder."""
 CONSTANTS = ("prefix", "null", "mean", "spread")
@@ -161,21 +167,37 @@ class LIDiTPipeline(DiffusionPipeline):
         guidance: float = 4.0,
         format: int = FORMAT,
     ) -> None:
-        """Put the parts together; `height`, `width`, `steps` and `guidance` are defaults of a call.
-
-        Raises:
-            UserError: the folder is of another format version.
-        """
+        """Put the parts together; `height`, `width`, `steps` and `guidance` are defaults of a call."""
         super().__init__()
-        if format != FORMAT:
-            raise UserError(f"an export of format {format}: this version reads format {FORMAT}, so export the run again")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text=text)
         self.register_to_config(height=height, width=width, steps=steps, guidance=guidance, format=format)
         self.card: dict[str, bytes] = {}
 
     @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read which parts a folder has, before any of them is imported or loaded.
+
+        Raises:
+            UserError: it is of another model or of another format version.
+        """
+        config: Any = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        folder, kind, version = pretrained_model_name_or_path, index.get("_class_name"), index.get("format")
+        package, scheduler = index.get("scheduler") or ("", "")
+        others = any(index.get(part) != value for part, value in PARTS.items())
+        if others or package != "diffusers" or "Scheduler" not in scheduler:
+            raise UserError(f"{folder} holds a {kind} of other parts than pipeline.export writes: name another folder")
+        if version != FORMAT:
+            raise UserError(f"{folder}: an export of format {version}, this version reads format {FORMAT}: export the run again")
+        return config
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers pipeline, from safetensors alone; the model card comes along."""
+        """Load as any diffusers pipeline, from safetensors alone; the model card comes along.
+
+        Raises:
+            UserError: a folder of another model or format version, or weights that do not fit.
+        """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         pipeline.card = {
             file: path.read_bytes() for file in CARD if (path := Path(pretrained_model_name_or_path, file)).is_file()

@@ -13,7 +13,8 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from model.dit import DiTBlock
 from model.errors import UserError
 from pipeline.compiled import compile_blocks, make_graphs
-from pipeline.config import StageConfig
+from pipeline.config import EngineConfig, StageConfig
 from pipeline.distributed import Ranks
 from pipeline.ema import ShardedEMA
 from pipeline.masters import Masters, ShardState, check_names
@@ -74,16 +75,12 @@ class Engine:
 
         self.module: Any
         if stage.engine.zero_stage == 3:
-            # the type is told by the configuration: where fp16 is not supported, 0.19.8 overlooks the `dtype` argument
-            with deepspeed.zero.Init(config_dict_or_path=config | {"bf16": {"enabled": False}}):
-                self.module = build()
+            self.module = _build_in_shards(build, config)
         else:
             self.module = build().to(self.device)
         first = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
         self._leaves = [block for block in self.module.modules() if isinstance(block, DiTBlock)]
-        if self._leaves and stage.engine.zero_stage == 3:
-            set_z3_leaf_modules(self.module, [DiTBlock])
         if stage.model.compile:
             compile_blocks(self._leaves)
 
@@ -293,6 +290,61 @@ class Engine:
             if name in values:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(values[name])
+
+
+class ShardedNetwork:
+    """A network to draw with under ZeRO-3: each rank holds a share of every parameter, and neither gradients nor an optimizer.
+
+    The ranks have to run `module` equally often, since each pass gathers its parameters from all of them.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
+    ) -> None:
+        """Build it in shards, in the process group that `start` made.
+
+        Args:
+            build: makes the network.
+            weights: by name; read one after another, so the mapping may read lazily.
+            dtype: in which the network computes.
+            settings: of ZeRO-3; stage, precision and `hpz` are not read.
+
+        Raises:
+            UserError: the weights are those of another network.
+        """
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        stage = StageConfig(engine=replace(settings, zero_stage=3, precision=precision, hpz=1))
+        config = deepspeed_config(stage, 1, 1)
+        self.module: Any = _build_in_shards(build, config).requires_grad_(False)
+        cast_parameters(self.module, dtype)
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        shapes = getattr(weights, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        check_names({name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}, shapes, "weights to draw with")
+        for name, parameter in parameters.items():
+            piece = parameter.ds_tensor
+            own = weights[name].flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
+            piece.data[: len(own)].copy_(own)
+        self._engine = deepspeed.initialize(model=self.module, config=config)[0]  # its end would take the hooks away
+
+    def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        """Inside, the parameter is whole. Collective."""
+        return deepspeed.zero.GatheredParameters([parameter])
+
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of parameters that this rank holds now, and those of the whole network; not collective."""
+        parameters: list[Any] = list(self.module.parameters())
+        held = sum(parameter.data.nbytes + parameter.ds_tensor.nbytes for parameter in parameters)
+        return held, sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+
+
+def _build_in_shards(build: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
+    """The network in fp32, each layer partitioned as soon as it is built."""
+    # the type is told by the configuration: where fp16 is not supported, 0.19.8 overlooks the `dtype` argument
+    with deepspeed.zero.Init(config_dict_or_path=config | {"bf16": {"enabled": False}}):
+        module = build()
+    if any(isinstance(block, DiTBlock) for block in module.modules()):
+        set_z3_leaf_modules(module, [DiTBlock])
+    return module
 
 
 def start(timeout_minutes: int) -> Ranks:

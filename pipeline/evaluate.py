@@ -28,7 +28,7 @@ from pipeline.benches.common import Bench, Picture
 from pipeline.console import CONSOLE
 from pipeline.distributed import Ranks
 from pipeline.export import load_source
-from pipeline.sample import choose_drawing
+from pipeline.sample import begin, choose_drawing
 from pipeline.sampler import DTYPES
 
 BENCHES: dict[str, Bench] = {
@@ -62,6 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     add("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
     add("--batch", type=int, default=8, help="images drawn at once")
+    add("--zero3", action="store_true", help="share the weights out over the processes, as in training")
     answers = parser.add_argument_group("answers: folders, or OWNER/NAME@COMMIT on the hub")
     add = answers.add_argument
     add("--vqa", help="dpg, genai_bench, t2i_compbench: BLIP, or an image-text-to-text model of transformers")
@@ -111,7 +112,7 @@ def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: 
     prompts = find_prompts(arguments.prompts, bench)
     bench.plan(prompts, images, 0)  # wrong prompts are found before the network is loaded
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision])
+    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
     drawing = choose_drawing(sampler.defaults, arguments)
     sampler.check(drawing)
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
@@ -120,9 +121,7 @@ def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: 
         raise UserError(f"--prompts {arguments.prompts}: no prompt in it")
     about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
     settings = {"bench": bench.name, **about, "drawing": asdict(drawing), "images": images, "seed": seed}
-    write_plan(
-        out, plan, {**settings, "weights_hash": hash_weights(sampler.network), "prompts": Path(str(arguments.prompts)).name}
-    )
+    write_plan(out, plan, {**settings, "weights_hash": hash_weights(sampler), "prompts": Path(str(arguments.prompts)).name})
     drawn = draw_missing(sampler, share.owns(plan.pictures), drawing, arguments.batch, out, about, shows)
     if shows:
         print(f"{out / 'images'}: {drawn} pictures drawn by this process, {len(plan.pictures)} in all")
@@ -215,10 +214,10 @@ def show(result: dict[str, Any]) -> None:
 
 def _meet(ranks: Ranks) -> None:
     """Wait until all processes of this start are here."""
-    if ranks.world > 1:
+    if ranks.world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+    if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 @command
@@ -230,8 +229,7 @@ def main() -> None:
     ranks = Ranks.from_environment()
     task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     share = Share(task.index * ranks.world + ranks.rank, task.count * ranks.world)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    device = begin(ranks, arguments.zero3)
     out = arguments.out or arguments.source / "bench" / bench.name
     if arguments.stage in ("images", "all"):
         draw_images(bench, arguments, share, out, device, ranks.rank == 0)
@@ -246,6 +244,8 @@ def main() -> None:
             else:
                 show(result)
                 print(f"{out / RESULT}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,73 +9,78 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 from torch import nn
 
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
 from model.errors import UserError, command
 from model.vae import VAE
 from pipeline.assembly import resolve
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import CheckpointConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
+from pipeline.checkpoint import Checkpoints, load_weights
+from pipeline.config import CheckpointConfig, EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.metrics import read_reports
-from pipeline.sampler import DTYPES, Sampler
+from pipeline.sampler import DTYPES, Sampler, shard
 from pipeline.sampling import make_scheduler
 from pipeline.weights import read_manifest
 
+if TYPE_CHECKING:
+    from pipeline.engine import ShardedNetwork
+
 INDEX = "model_index.json"
-PARTS = {
-    "transformer": ["pipeline.diffusers_pipeline", "LIDiTModel"],
-    "text": ["pipeline.diffusers_pipeline", "LIDiTText"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-"""What an exported folder may name: diffusers imports whatever stands there."""
-SCHEDULER_OBJECTIVES = {"FlowMatchEulerDiscreteScheduler": "flow", "DPMSolverMultistepScheduler": "ddpm"}
 
 
-def load_source(path: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Sampler:
+def load_source(path: Path, weights: str, device: torch.device, dtype: torch.dtype, shards: bool = False) -> Sampler:
     """A sampler of a run's folder, with the weights `ema`, `raw` or an average's by its decay, or of an exported folder.
+
+    With `shards` its network is sharded over the processes.
 
     Raises:
         UserError: it is neither, is damaged, or does not hold these weights.
     """
     if not (path / INDEX).is_file():
-        return Sampler.from_run(path, weights, device, dtype)
+        return Sampler.from_run(path, weights, device, dtype, shards)
     if weights != "ema":
         raise UserError(f"{path} is an export, with one set of weights: leave out --weights {weights}, or give the run's folder")
-    return load_export(path, device, dtype)
+    return load_export(path, device, dtype, shards)
 
 
-def load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Sampler:
-    """A sampler of an exported folder.
+def load_export(folder: Path, device: torch.device, dtype: torch.dtype, shards: bool = False) -> Sampler:
+    """A sampler of an exported folder; with `shards` its network is sharded over the processes.
 
     Raises:
         UserError: the folder is of another model or another format version, or is damaged.
     """
+    logging.disable_progress_bar()
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / INDEX}: not JSON: export the run again") from error
-    scheduler = (index.get("scheduler") or [None, None])[1]
-    if any(index.get(part) != value for part, value in PARTS.items()) or scheduler not in SCHEDULER_OBJECTIVES:
-        raise UserError(
-            f"{folder} holds a {index.get('_class_name')} of other parts than pipeline.export writes: name another folder"
-        )
-    try:
-        pipeline = LIDiTPipeline.from_pretrained(
-            folder, torch_dtype={"transformer": dtype, "default": torch.float32}, low_cpu_mem_usage=False
-        )
+        parts: dict[str, Any] = {"transformer": None} if shards else {}
+        types = {"transformer": dtype, "default": torch.float32}
+        pipeline = LIDiTPipeline.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
+        sharded = _shard_export(folder / "transformer", dtype) if shards else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: damaged or not complete: {error}") from error
-    objective = ObjectiveConfig(name="flow" if SCHEDULER_OBJECTIVES[scheduler] == "flow" else "ddpm")
-    objective.shift = pipeline.scheduler.config.get("shift", 1.0)
+    finally:
+        logging.enable_progress_bar()
+    scheduler = pipeline.scheduler.config
+    flow = "shift" in scheduler or scheduler.get("prediction_type") == "flow_prediction"
+    objective = ObjectiveConfig(name="flow" if flow else "ddpm", shift=scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
     config = pipeline.config
     defaults = SampleConfig(steps=config["steps"], guidance=config["guidance"], height=config["height"], width=config["width"])
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
-    return Sampler(pipeline.transformer, reader, lambda: vae, objective, defaults, device, dtype)
+    network = sharded.module if sharded else pipeline.transformer
+    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
+
+
+def _shard_export(folder: Path, dtype: torch.dtype) -> "ShardedNetwork":
+    config: Any = LIDiTModel.load_config(folder)
+    dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
+    return shard(partial(LIDiT, dit, fusion, config["text_widths"]), load_weights(folder, "ema"), dtype, EngineConfig())
 
 
 def build_pipeline(sampler: Sampler) -> LIDiTPipeline:

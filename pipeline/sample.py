@@ -1,7 +1,8 @@
 """Draw pictures with a trained run: `python -m pipeline.sample RUN --prompt "a red apple"`.
 
 Started by torchrun or srun with several processes, each draws its share of the pictures on its own GPU; a picture
-depends on its prompt, its seed and the settings alone.
+depends on its prompt, its seed and the settings alone. With --zero3 the processes share the network's weights too, for one
+that does not fit a GPU.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.progress import Progress, TaskID
@@ -21,12 +23,14 @@ from data_prep.schema import Bucket
 from model.errors import UserError, command
 from pipeline.config import SampleConfig
 from pipeline.console import CONSOLE
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, gather
 from pipeline.export import load_source
 from pipeline.pictures import make_grid, save_png, to_images
 from pipeline.sampler import DTYPES, Drawing, Sampler
 
 LARGEST_GRID = 64
+TIMEOUT = 60
+"""Minutes that ranks with shared weights wait for one another: as long as reading the prompts may take."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def draw_pictures(
             for picture, image in zip(chunk, to_images(sampler.pixels(latents)), strict=True):
                 records.append({**asdict(picture), **asdict(drawing), **about})
                 save_png(image, out / picture.file, records[-1])
+        sampler.keep_pace(drawing)
     return records
 
 
@@ -109,15 +114,24 @@ def _advance(progress: Progress, task: TaskID, pictures: int, _: int, latents: T
     return latents
 
 
-def gather(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
-    """The records of all processes in order of their files, on rank 0; waits until all have drawn."""
-    if ranks.world == 1:
-        return records
-    dist.init_process_group("gloo")
-    shares: list[Any] = [None] * ranks.world
-    dist.all_gather_object(shares, records)
-    dist.destroy_process_group()
-    return sorted((record for share in shares for record in share), key=lambda record: record["file"])
+def begin(ranks: Ranks, zero3: bool) -> torch.device:
+    """This process's device; with `zero3` join the process group of the ranks that share the weights.
+
+    Raises:
+        UserError: this machine lacks what DeepSpeed needs.
+    """
+    if zero3:
+        from pipeline.engine import start  # imports deepspeed, for seconds
+
+        start(timeout_minutes=TIMEOUT)
+    return ranks.device
+
+
+def gather_records(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
+    """The records of all processes in order of their files; waits until all have drawn."""
+    if ranks.world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return sorted((record for share in gather(records) for record in share), key=lambda record: record["file"])
 
 
 def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
@@ -148,6 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn at once")
+    parser.add_argument("--zero3", action="store_true", help="share the weights out over the processes, as in training")
     parser.add_argument("--out", type=Path, help="default: samples/ in RUN")
     return parser.parse_args(arguments)
 
@@ -160,9 +175,9 @@ def main() -> None:
         raise UserError(f"--images {arguments.images} --batch {arguments.batch}: both have to be at least 1")
     ranks = Ranks.from_environment()
     prompts = read_prompts(arguments.prompt, arguments.prompts)
-    device = ranks.device
+    device = begin(ranks, arguments.zero3)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision])
+    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
     drawing = choose_drawing(sampler.defaults, arguments)
     sampler.check(drawing)
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
@@ -172,10 +187,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     sampler.reader.read([drawing.negative, *(picture.prompt for picture in mine)], keep_llms=False)
     about = {"source": arguments.source.absolute().name, "weights": arguments.weights, "precision": precision}
-    records = gather(draw_pictures(sampler, mine, drawing, arguments.batch, out, about, ranks.rank == 0), ranks)
+    records = gather_records(draw_pictures(sampler, mine, drawing, arguments.batch, out, about, ranks.rank == 0), ranks)
     if ranks.rank == 0:
         write_overview(records, out)
         print(f"{out}: {len(records)} pictures, grid.png, index.jsonl")
+        if sampler.sharded:
+            held, all_bytes = sampler.sharded.bytes()
+            print(f"each of {ranks.world} processes held {held / 2**20:,.1f} of the network's {all_bytes / 2**20:,.1f} MiB")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

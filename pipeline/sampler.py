@@ -1,9 +1,10 @@
 """A trained run, ready to draw: the network, the LLMs that read prompts as its families were made, and the VAE."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,14 @@ from model.vae import VAE
 from pipeline.assembly import build_network, latents_family, open_texts, resolve, text_families
 from pipeline.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.checkpoint import load_weights
-from pipeline.config import ObjectiveConfig, SampleConfig, StageConfig, load_run
+from pipeline.config import EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, load_run
+from pipeline.distributed import lowest
 from pipeline.prompts import PromptReader, load_llm
 from pipeline.sampling import OnStep, draw, initial_noise, make_scheduler, set_steps
 from pipeline.texts import TextConstants
+
+if TYPE_CHECKING:
+    from pipeline.engine import ShardedNetwork
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,7 +49,10 @@ class Drawing:
 
 
 class Sampler:
-    """Draws pictures with one network; LLMs and the VAE are loaded when they are first needed."""
+    """Draws pictures with one network; LLMs and the VAE are loaded when they are first needed.
+
+    With a sharded network the ranks draw together: each calls `latents` for its own pictures, then `keep_pace`.
+    """
 
     def __init__(
         self,
@@ -55,6 +63,7 @@ class Sampler:
         defaults: SampleConfig,
         device: torch.device,
         dtype: torch.dtype,
+        sharded: "ShardedNetwork | None" = None,
     ) -> None:
         """Move the network to the device.
 
@@ -66,8 +75,11 @@ class Sampler:
             defaults: settings of sampling that hold where nothing else is asked for.
             device: where to draw.
             dtype: precision of the network.
+            sharded: what keeps the network in shards, if it is; it has its device and type already.
         """
-        nn.Module.to(network, device, dtype)
+        if sharded is None:
+            nn.Module.to(network, device, dtype)
+        self.sharded = sharded
         self.network = network.eval().requires_grad_(False)
         self.reader = reader
         self.objective = objective
@@ -78,7 +90,7 @@ class Sampler:
         self._vae: VAE | None = None
 
     @classmethod
-    def from_run(cls, run: Path, weights: str, device: torch.device, dtype: torch.dtype) -> "Sampler":
+    def from_run(cls, run: Path, weights: str, device: torch.device, dtype: torch.dtype, shards: bool = False) -> "Sampler":
         """Load the newest checkpoint of a run.
 
         Args:
@@ -86,22 +98,22 @@ class Sampler:
             weights: `ema`, `raw`, or the decay of an average.
             device: where to draw.
             dtype: precision of the network.
+            shards: shard the network over the processes.
 
         Raises:
             UserError: no run there, no checkpoint in it, or something that it was made with is gone or has changed.
         """
         stage, corpus = resolve(load_run(run))
         stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
-        network = build_network(stage, corpus)
-        try:
-            network.load_state_dict(load_weights(run, weights))
-        except RuntimeError as error:
-            raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
+        build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)
+        sharded = shard(build, loaded, dtype, stage.engine) if shards else None
+        network = sharded.module if sharded else _load(run, build(), loaded)
         families, kept = text_families(stage, corpus), open_texts(stage, corpus)
         constants = {name: TextConstants.load(kept, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
         latents = latents_family(stage, corpus)
-        return cls(network, reader, partial(load_vae, stage, latents, device), stage.objective, stage.sample, device, dtype)
+        find_vae = partial(load_vae, stage, latents, device)
+        return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, sharded)
 
     @property
     def vae(self) -> VAE:
@@ -129,6 +141,19 @@ class Sampler:
 
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing, on_step: OnStep | None = None) -> Tensor:
         """Draw one picture's normalised latents per prompt and seed: fp32 [B, C, h, w]."""
+        missing = self._most(len(prompts)) - len(prompts)
+        return self._latents([*prompts, *[""] * missing], [*seeds, *[0] * missing], drawing, on_step)[: len(prompts)]
+
+    def keep_pace(self, drawing: Drawing) -> None:
+        """With a sharded network: run it along with the ranks that still draw, until none does."""
+        while most := self._most(0):
+            self._latents([""] * most, [0] * most, drawing, None)
+
+    def _most(self, pictures: int) -> int:
+        """How many pictures this pass draws: of a sharded network as many as the rank that draws most of them."""
+        return pictures if self.sharded is None else -lowest(-pictures)
+
+    def _latents(self, prompts: Sequence[str], seeds: Sequence[int], drawing: Drawing, on_step: OnStep | None) -> Tensor:
         shape = self.latent_shape(drawing)
         texts, nulls = self.texts(prompts, drawing), self.texts([drawing.negative] * len(prompts), drawing)
         return draw(
@@ -166,6 +191,27 @@ class Sampler:
     def pixels(self, latents: Tensor) -> Tensor:
         """Pixels fp32 [B, 3, H, W] in [-1, 1] of normalised latents."""
         return decode_each(self.vae, latents)
+
+
+def shard(
+    build: Callable[[], LIDiT], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
+) -> "ShardedNetwork":
+    """A network in shards over the processes of this start (ZeRO-3).
+
+    Raises:
+        UserError: the weights are those of another network.
+    """
+    from pipeline.engine import ShardedNetwork  # imports deepspeed, for seconds
+
+    return ShardedNetwork(build, weights, dtype, settings)
+
+
+def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
+    return network
 
 
 def latent_shape(network: LIDiT, downsampling: int, height: int, width: int) -> tuple[int, int, int]:

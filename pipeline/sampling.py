@@ -1,7 +1,8 @@
 """From noise to latents: diffusers' schedulers, with classifier-free guidance in one batch.
 
 The scheduler's state and the latents stay fp32; only the network runs in a lower precision. Each image has its own
-seed and its own noise generator, so an image does not depend on which batch it was drawn in.
+seed and its own noise generator, so it is the same in a batch of any size and at any place in it: on the CPU bit for bit, since
+the network takes one image at a time there; on a GPU up to rounding, and bit for bit in batches of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,37 +87,49 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def stack_texts(first: Text, second: Text) -> Text:
-    """The samples of two batches of one LLM after one another, padded on the right to the longer."""
-    length = max(first.states.shape[1], second.states.shape[1])
-
-    def pad(text: Text) -> tuple[Tensor, Tensor]:
-        missing = length - text.states.shape[1]
-        return F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
-
-    (states_a, mask_a), (states_b, mask_b) = pad(first), pad(second)
-    padded = first.padded or second.padded or first.states.shape[1] != second.states.shape[1]
-    return Text(torch.cat([states_a, states_b]), torch.cat([mask_a, mask_b]), first.prefix, padded)
+def stack_texts(*texts: Text) -> Text:
+    """The samples of batches of one LLM after one another, padded on the right to the longest."""
+    length = max(text.states.shape[1] for text in texts)
+    states = torch.cat([F.pad(text.states, (0, 0, 0, length - text.states.shape[1])) for text in texts])
+    mask = torch.cat([F.pad(text.mask, (0, length - text.mask.shape[1])) for text in texts])
+    return Text(states, mask, texts[0].prefix, any(text.padded or text.states.shape[1] < length for text in texts))
 
 
 def guided(predict: Predict, texts: list[Text], null_texts: list[Text], guidance: float) -> Callable[[Tensor, float], Tensor]:
     """A prediction with classifier-free guidance (Ho and Salimans 2022), both branches in one batch; none at guidance 1.
 
+    On the CPU each image is a batch of its own. Of all operations two depend on the other images there: matrix products of few
+    rows (of the conditions, a row an image) and attention to padded texts; both sum in another order for other shapes. Batches
+    gain nothing on the CPU, where one image's patches fill a product.
+
     The returned function takes noisy latents [B, C, h, w] and a time in [0, 1] and returns fp32 [B, C, h, w].
     """
-    if guidance != 1.0:
-        texts = [stack_texts(text, null) for text, null in zip(texts, null_texts, strict=True)]
+    branches = [texts] if guidance == 1.0 else [texts, null_texts]
+    if texts[0].states.device.type == "cpu":
+        groups = [[[_one(text, row) for text in branch] for branch in branches] for row in range(len(texts[0].states))]
+    else:
+        groups = [branches]
+    stacked = [[stack_texts(*of_llm) for of_llm in zip(*group, strict=True)] for group in groups]
 
     def evaluate(latents: Tensor, time: float) -> Tensor:
-        batch = latents if guidance == 1.0 else torch.cat([latents, latents])
+        return torch.cat([of_group(part, time, group) for part, group in zip(latents.chunk(len(stacked)), stacked, strict=True)])
+
+    def of_group(latents: Tensor, time: float, group: list[Text]) -> Tensor:
+        batch = torch.cat([latents] * len(branches))
         times = torch.full((len(batch),), time, dtype=torch.float32, device=batch.device)
-        prediction = predict(batch, times, texts).float()
+        prediction = predict(batch, times, group).float()
         if guidance == 1.0:
             return prediction
         with_text, without = prediction.chunk(2)
         return without + guidance * (with_text - without)
 
     return evaluate
+
+
+def _one(text: Text, row: int) -> Text:
+    """One sample of a batch, without its padding."""
+    tokens = int(text.mask[row].sum())
+    return Text(text.states[row : row + 1, :tokens], text.mask[row : row + 1, :tokens], text.prefix, padded=False)
 
 
 @torch.no_grad()

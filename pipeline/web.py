@@ -58,7 +58,7 @@ def build_page(studio: Studio) -> Any:
                     guidance = gr.Slider(0, 30, defaults.guidance, step=0.1, label="Guidance")
                 with gr.Row():
                     seed = gr.Number(defaults.seed, precision=0, label="Seed", elem_id="seed")
-                    images = gr.Slider(1, limits.images, 1, step=1, label="Pictures")
+                    images = gr.Slider(1, limits.images, 1, step=1, label="Pictures", elem_id="images")
                 with gr.Row():
                     known = list(SCHEDULERS[sampler.objective.name])
                     scheduler = gr.Dropdown(known, value=known[0], label="Scheduler")

@@ -1,4 +1,4 @@
-"""The whole weights inside a checkpoint, read without a process group."""
+"""The whole weights inside a checkpoint or an export, read without a process group, each when it is asked for."""
 
 import json
 import stat
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -92,6 +93,36 @@ def _kind(folder: Path, which: str, decays: Sequence[float]) -> str:
     except ValueError as error:
         kept = ", ".join(map(str, decays))
         raise UserError(f"{folder}: no weights `{which}` there: choose raw, ema, or the decay of an average: {kept}") from error
+
+
+class ExportedWeights(Mapping[str, Tensor]):
+    """The weights of safetensors files, as fp32."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read names and shapes.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                        self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise UserError(f"{path}: damaged: {error}: export again") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def apply_umask(folder: Path) -> None:

@@ -95,9 +95,12 @@ class Oracle:
         stage = make_stage()
         self.numbers = {prompt: number for number, prompt in enumerate(prompts, start=1)}
         self.network, self.defaults = make_network(stage.fusion), stage.sample
-        self.reader = SimpleNamespace(read=lambda prompts, keep_llms: None)
+        self.reader, self.sharded = SimpleNamespace(read=lambda prompts, keep_llms: None), None
 
     def check(self, drawing):
+        pass
+
+    def keep_pace(self, drawing):
         pass
 
     def latents(self, prompts, seeds, drawing, on_step):

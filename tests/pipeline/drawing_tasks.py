@@ -1,10 +1,19 @@
-"""What the ranks of the test of drawing do."""
+"""What the ranks of the tests of drawing do."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
-from pipeline import sample
-from tests.pipeline.tiny_sampler import make_sampler
+import torch
+import torch.distributed as dist
+
+from pipeline import diffusers_pipeline, evaluate, export, sample, sampler
+from pipeline.sampler import Drawing, Sampler
+from tests.pipeline.fake_snapshot import DOWN, WIDTHS
+from tests.pipeline.tiny_sampler import WIDTHS as LETTERS
+from tests.pipeline.tiny_sampler import LetterLLM, make_sampler
 
 
 def draw(*arguments):
@@ -20,8 +29,45 @@ def draw(*arguments):
         patch.object(sys, "argv", ["sample", "run", *map(str, arguments)]),
         patch.object(sample, "load_source", lambda *_: make_sampler()),
         patch.object(sample, "save_png", save_png),
-        patch.object(sample.dist, "init_process_group"),
-        patch.object(sample.dist, "destroy_process_group"),
+        patch.object(dist, "destroy_process_group"),
     ):
         sample.main()
     return files
+
+
+def shard_all(build, weights, dtype, settings):
+    """`sampler.shard`, which leaves small parameters whole, for a network all of whose parameters are small."""
+    return sampler.shard(build, weights, dtype, replace(settings, persistence_threshold=0, max_live_parameters=0))
+
+
+def draw_export(program, *arguments):
+    """`python -m pipeline.<program>` on this rank with an exported folder; bytes of it that this rank holds, and all."""
+    used = []
+
+    def load_export(*given):
+        used.append(load(*given))
+        return used[-1]
+
+    load = export.load_export
+    with (
+        patch.object(sys, "argv", [program, *map(str, arguments)]),
+        patch.object(diffusers_pipeline, "load_llm", lambda family, device: LetterLLM(LETTERS[family.name])),
+        patch.object(export, "shard", shard_all),
+        patch.object(export, "load_export", load_export),
+        patch.object(dist, "destroy_process_group"),
+    ):
+        {"sample": sample, "evaluate": evaluate}[program].main()
+    return used[0].sharded.bytes() if used[0].sharded else None
+
+
+def latents_of_run(run, shards, prompts):
+    """Latents that this rank draws with the newest checkpoint of a run on the fake snapshot."""
+    loaded = Sampler.from_run(Path(run), "ema", torch.device("cpu"), torch.float32, shards)
+    loaded._load_vae = lambda: SimpleNamespace(downsampling=DOWN)
+    for name, (width, _) in WIDTHS.items():
+        rng = torch.Generator().manual_seed(width)
+        loaded.reader.known[name] = {prompt: torch.randn(len(prompt), width, generator=rng) for prompt in prompts}
+    drawing = Drawing(2, 3.0, 8 * DOWN, 4 * DOWN)
+    latents = [loaded.latents([prompt], [len(prompt)], drawing) for prompt in prompts]
+    loaded.keep_pace(drawing)
+    return torch.cat(latents)

@@ -184,7 +184,7 @@ def only_pickles(folder):
         ),
         (spoil_index(lambda index: {**index, "text": ["os", "system"]}), "of other parts"),
         (spoil_index(lambda index: {**index, "format": 2}), "format 2"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "not a valid JSON"),
         (only_pickles, "damaged or not complete"),
         (lambda folder: (folder / "transformer" / "config.json").unlink(), "damaged or not complete"),
     ],
