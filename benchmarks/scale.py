@@ -25,6 +25,7 @@ from data_prep.schema import Family, Snapshot
 from data_prep.store import open_store
 from pipeline.batches import EpochPlan
 from pipeline.dataset import PartIndex
+from pipeline.shard_cache import ShardCache
 
 PART_ROWS, BUCKETS, FAMILIES = 4096, 11, ("latents", "llm_a", "llm_b")
 GLOBAL_BATCH, LANES, WORLD = 2048, 64, 512
@@ -74,7 +75,7 @@ def start_rank(folder, cache, id):
     begun = time.perf_counter()
     dataset = open_store(folder).sub("ds")
     snapshot = Snapshot.from_json(dataset.read(f"snapshots/{id}/snapshot.json"))
-    index = PartIndex(dataset, snapshot, Path(cache) / id / "index")
+    index = PartIndex(ShardCache(dataset, Path(cache), id, None), snapshot)
     parts = {bucket: index.rows(bucket) for bucket in snapshot.buckets}
     figures["index_seconds"] = time.perf_counter() - begun
     begun = time.perf_counter()

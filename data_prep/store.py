@@ -17,7 +17,7 @@ from data_prep.store_local import CHUNK, LocalFolder
 from data_prep.store_s3 import S3Bucket
 from model.errors import UserError
 
-__all__ = ["Store", "StoreError", "hash_file", "open_store"]
+__all__ = ["Store", "StoreError", "hash_file", "naming_full_disk", "open_store"]
 
 
 class Backend(Protocol):

@@ -1,6 +1,7 @@
 """From planned rows to a packed batch: what a loader process does. Bytes go from the files straight into the batch's block."""
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,13 @@ from torch.utils.data import Dataset
 
 from data_prep.schema import Bucket, Family, Part, Snapshot, StoredFile
 from data_prep.snapshot_reader import read_captions, read_index
-from data_prep.store import Store, StoreError
+from data_prep.store import StoreError, naming_full_disk
 from model.errors import UserError
 from model.quantise import BYTES_PER_TOKEN
 from pipeline.batches import sample_rng
 from pipeline.mixture import Draws
 from pipeline.packing import Layout, PackedBatch, allocate, tensors_in
-from pipeline.shard_cache import Row, Shard, ShardCache, locked
+from pipeline.shard_cache import Row, Shard, ShardCache
 
 log = logging.getLogger(__name__)
 
@@ -53,24 +54,28 @@ class Request:
 class PartIndex:
     """Where the parts of each bucket lie: columns that all processes of a machine map from one file each."""
 
-    def __init__(self, dataset: Store, snapshot: Snapshot, folder: Path) -> None:
-        """Prepare the index files in `folder` unless another process did.
+    def __init__(self, cache: ShardCache, snapshot: Snapshot) -> None:
+        """Put the index files into the cache unless another process did.
 
         Raises:
             StoreError: an index is missing or damaged.
+            UserError: the disk is full.
         """
-        self.paths = {
-            bucket: folder / f"{bucket}-{record['index_xxh64']}.arrow" for bucket, record in sorted(snapshot.buckets.items())
-        }
-        for bucket, path in self.paths.items():
-            with locked(path.with_suffix(".lock"), _WAIT_SECONDS) as held:
+        self.paths: dict[str, Path] = {}
+        for bucket, record in sorted(snapshot.buckets.items()):
+            name = f"index/{bucket}-{record['index_xxh64']}"
+            self.paths[bucket] = path = cache.folder / f"{name}.arrow"
+            with naming_full_disk(path), cache.locked(name, _WAIT_SECONDS) as held:
                 if not held:
                     raise StoreError(f"{path}: another process holds its lock for an hour: end it")
                 if not path.exists():
-                    table = read_index(dataset, snapshot, bucket).combine_chunks()
+                    table = read_index(cache.dataset, snapshot, bucket).combine_chunks()
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     temporary = path.with_suffix(".part")
-                    with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
-                        writer.write_table(table)
+                    with temporary.open("wb") as file:
+                        with pyarrow.ipc.new_file(file, table.schema) as writer:
+                            writer.write_table(table)
+                        os.fsync(file.fileno())
                     temporary.replace(path)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,6 +157,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         self.sources, self.reads_captions = list(sources), reads_captions
         self.latents, self.texts = latents, list(texts)
         self.families = [latents, *texts]
+        self._columns = {family.name: family.columns for family in self.families}
         self._open: OrderedDict[tuple[int, str, int, str], Shard] = OrderedDict()
         self._ahead: ThreadPoolExecutor | None = None
         self._captions: OrderedDict[tuple[int, str, int], dict[int, list[tuple[int, str]]]] = OrderedDict()
@@ -199,9 +205,8 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
                     self._open.move_to_end((source, bucket, part, name))
                     found[source, part, name] = shard
         if missing:
-            opener: Callable[[tuple[int, int, str]], Shard] = lambda key: self._opened(bucket, *key)  # noqa: E731
             with ThreadPoolExecutor(min(8, len(missing)), thread_name_prefix="fetch") as pool:
-                opened = dict(zip(missing, pool.map(opener, missing), strict=True))
+                opened = dict(zip(missing, pool.map(lambda key: self._opened(bucket, *key), missing), strict=True))
             found |= opened
             self._open |= {(source, bucket, part, name): shard for (source, part, name), shard in opened.items()}
         for shard in found.values():
@@ -217,14 +222,13 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
 
     def _opened(self, bucket: str, source: int, part: int, name: str) -> Shard:
         files = self.sources[source]
-        (columns,) = (family.columns for family in self.families if family.name == name)
         file, place = files.index.file(bucket, part, name)
         for _ in range(10):
             path = files.cache.get(file, place, _WAIT_SECONDS)
             if path is None:
                 raise StoreError(f"{file.key}: another process has been fetching it for an hour: end it")
             try:
-                return Shard(path, columns)
+                return Shard(path, self._columns[name])
             except FileNotFoundError:
                 continue  # evicted between the two steps
         raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")

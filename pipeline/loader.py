@@ -136,7 +136,7 @@ class TrainingData:
         cache = ShardCache(source.dataset, cache_root(data), source.snapshot.id, limit)
         cache.clean()
         captions = CaptionChoice(source.snapshot.caption_kinds, data.caption_weights, data.caption_drop)
-        return Files(cache, PartIndex(source.dataset, source.snapshot, cache.folder / "index"), captions)
+        return Files(cache, PartIndex(cache, source.snapshot), captions)
 
     def _hold_out(self, number: int) -> Draws:
         """Take a dataset's validation rows out of training: the last parts of its largest bucket."""

@@ -2,7 +2,8 @@
 
 A file of a local store is read in place. A file of a remote store is downloaded into a cache directory that all processes
 of a machine share; it gets its name there only after size and hash were checked. Locks are `flock`s, so they end with the
-process that held them, and nothing is kept in shared memory: a killed job leaves nothing that could block the next one.
+process that held them, and nothing is kept in shared memory: a killed job leaves nothing that could block the next one. What
+it leaves unfinished is told from a live job's by the lock: who is at work on a file holds it.
 """
 
 import fcntl
@@ -13,22 +14,20 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from data_prep.schema import StoredFile
-from data_prep.store import Store, StoreError, hash_file
+from data_prep.store import Store, StoreError, hash_file, naming_full_disk
 from model.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _STRIPES = 256
 _TOUCH_SECONDS = 30.0
-_ABANDONED_SECONDS = 3600.0
-"""A download that was not written to for so long has no living owner."""
 _SPARE_BYTES = 256 << 20
 """Disk space that the cache leaves free for others."""
 _HEAD_BYTES = 4096
@@ -204,24 +203,32 @@ class ShardCache:
         path = place or self.folder / f"{name}.mds"
         if name in self._whole and path.exists():
             return path
-        with locked(self.root / "locks" / f"{xxhash.xxh64_intdigest(str(path)) % _STRIPES:03d}", wait_seconds) as held:
+        with naming_full_disk(path), self.locked(name, wait_seconds) as held:
             if not held:
                 return None
             if not self._is_whole(path, file, name):
                 if place is not None:
                     state = "is damaged" if place.exists() else "is missing"
                     raise StoreError(f"{path}: {state}: run `python -m data_prep verify` for a way out")
-                path.unlink(missing_ok=True)
-                with self._room(path, file.bytes):
-                    try:
-                        self.dataset.fetch(file, path)
-                    except FileNotFoundError as error:
-                        raise StoreError(
-                            f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`"
-                        ) from error
-                self._mark(path, name)
+                self._download(path, file, name)
         self._whole.add(name)
         return path
+
+    def locked(self, name: str, wait_seconds: float) -> AbstractContextManager[bool]:
+        """Hold the lock of a file of this cache, as `locked` does; a few files share each lock."""
+        return self._locked(self.folder / name, wait_seconds)
+
+    def _locked(self, place: Path, wait_seconds: float) -> AbstractContextManager[bool]:
+        return locked(self.root / "locks" / f"{xxhash.xxh64_intdigest(str(place)) % _STRIPES:03d}", wait_seconds)
+
+    def _download(self, path: Path, file: StoredFile, name: str) -> None:
+        path.unlink(missing_ok=True)
+        with self._room(path, file.bytes):
+            try:
+                self.dataset.fetch(file, path)
+            except FileNotFoundError as error:
+                raise StoreError(f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`") from error
+        self._mark(path, name)
 
     def _is_whole(self, path: Path, file: StoredFile, name: str) -> bool:
         """Whether the file is there with the right size and hash; hashed once per state of the file and boot of the machine."""
@@ -243,7 +250,7 @@ class ShardCache:
     def _mark(self, path: Path, name: str) -> None:
         marker = self._marker(name)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        temporary = marker.with_name(f"{marker.name}.{os.getpid()}.part")
+        temporary = marker.with_name(f"{marker.name}.part")
         temporary.write_text(_state(path))
         temporary.replace(marker)
 
@@ -256,7 +263,7 @@ class ShardCache:
             if not held:
                 raise StoreError(f"{self.root / 'locks' / 'evict'}: held for ten minutes: end the process that hangs")
             files = _files(self.root, ".mds")
-            coming = needed + sum(_reserved(place, status) for place, status in _files(self.root, ".reserved"))
+            coming = needed + sum(self._reserved(place) for place, _ in _files(self.root, ".reserved"))
             used = sum(status.st_size for _, status in files)
             free = shutil.disk_usage(self.root).free
             # What is evicted must satisfy both the limit that was set and the disk.
@@ -265,21 +272,29 @@ class ShardCache:
                 if surplus > 0:
                     place.unlink(missing_ok=True)
                     surplus -= status.st_size
-            try:
-                reservation.parent.mkdir(parents=True, exist_ok=True)
-                reservation.write_text(str(needed))
-            except OSError as error:
-                raise StoreError(f"{path}: {error.strerror}: free space, or name another directory (data.cache)") from error
+            reservation.parent.mkdir(parents=True, exist_ok=True)
+            reservation.write_text(str(needed))
         try:
             yield
         finally:
             reservation.unlink(missing_ok=True)
 
+    def _reserved(self, reservation: Path) -> int:
+        """Bytes that a download in progress may still take; none if its process is gone."""
+        with self._left_behind(reservation) as dead, suppress(FileNotFoundError):
+            return 0 if dead else int(reservation.read_text() or 0)
+        return 0
+
     def clean(self) -> None:
-        """Remove unfinished downloads of processes that are gone."""
-        for path, status in _files(self.root, ".part", ".reserved"):
-            if time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)
+        """Remove what processes that are gone left unfinished, in the caches of all snapshots; never a living one's."""
+        for path, _ in _files(self.root, ".part", ".reserved"):
+            with self._left_behind(path) as dead:
+                if dead:
+                    path.unlink(missing_ok=True)
+
+    def _left_behind(self, path: Path) -> AbstractContextManager[bool]:
+        """Whether nobody is at work on the file that this unfinished one belongs to: then its lock can be had."""
+        return self._locked(path.with_name(path.name.partition(".")[0]), 0.0)
 
 
 def _files(root: Path, *suffixes: str) -> list[tuple[Path, os.stat_result]]:
@@ -291,13 +306,6 @@ def _files(root: Path, *suffixes: str) -> list[tuple[Path, os.stat_result]]:
                 with suppress(FileNotFoundError):  # removed by another process meanwhile
                     found.append((Path(folder, name), os.stat(os.path.join(folder, name))))
     return found
-
-
-def _reserved(path: Path, status: os.stat_result) -> int:
-    """Bytes that a download in progress may still take; none if its process was killed."""
-    with suppress(FileNotFoundError):
-        return int(path.read_text() or 0) if time.time() - status.st_mtime < _ABANDONED_SECONDS else 0
-    return 0
 
 
 def _state(path: Path) -> str:

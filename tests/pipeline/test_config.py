@@ -72,11 +72,19 @@ def test_a_mistyped_key_is_named(key, typo):
         ("data.canonical_nodes=3", "data.canonical_nodes"),
         ("ema=[1.0]", "ema"),
         ("name=../x", "name"),
+        ("data.workers=", "data.workers"),
+        ("data.workers", "write key=value"),
     ],
 )
 def test_a_wrong_value_is_named(override, says):
     with pytest.raises(UserError, match=says.replace(".", r"\.")):
         load_stage("demo", [override])
+
+
+def test_an_override_without_a_value_empties_text_and_unsets_what_may_be_unset():
+    stage = load_stage("demo", ["data.dataset=", "data.store=", "data.tokens_per_batch=", "data.datasets={a: {}, b: {store: x}}"])
+    assert (stage.data.dataset, stage.data.store, stage.data.tokens_per_batch) == ("", "", None)
+    assert list(stage.data.datasets) == ["a", "b"]
 
 
 def test_an_unknown_stage_or_preset_names_the_nearest():

@@ -1,6 +1,9 @@
 """What a loader process makes of the files: right bytes, drawn captions, and errors that name the file."""
 
+import gc
 import itertools
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from data_prep.mds import read_mds, write_mds
 from data_prep.store import open_store
 from model.errors import UserError
+from pipeline import shard_cache
 from pipeline.dataset import CaptionChoice
 from pipeline.loader import TrainingData
 from pipeline.packing import draw_noise
@@ -137,31 +141,36 @@ def test_damaged_local_file_is_an_error_every_time(tmp_path, how, workers):
         assert "\n" not in str(caught.value)
 
 
-def test_reading_with_mosaicml_streaming_gives_the_same(tmp_path):
-    """The shards are MDS: streaming's own reader decodes them alike, and ours reads what its writer wrote."""
-    from streaming import MDSWriter
-    from streaming.base.format.mds.reader import FileInfo, MDSReader
+def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path):
+    """The shards are MDS: mosaicml's own StreamingDataset gives the rows that ours hold, and ours reads what its writer wrote."""
+    from streaming import MDSWriter, StreamingDataset
 
     columns = fake.TEXTS["small"].columns
     rows = [fake.text_row(id, "small") for id in range(20)]
-    with MDSWriter(out=str(tmp_path), columns=columns, size_limit=None) as writer:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    with MDSWriter(out=str(theirs), columns=columns, size_limit=None) as writer:
         for row in rows:
             writer.write(row)
-    write_mds(tmp_path / "ours.mds", columns, rows)
-    names = sorted(columns)
-    sizes = [8 if columns[name] == "int" else None for name in names]
-    encodings = [columns[name] for name in names]
-    for name in ("shard.00000.mds", "ours.mds"):
-        path = tmp_path / name
-        info = FileInfo(name, path.stat().st_size, {})
-        theirs = MDSReader(str(tmp_path), None, encodings, names, sizes, None, [], info, len(rows), None, None)
-        shard = Shard(path, columns)
+    fake.make(tmp_path / "store", {"64x64": [20]}, tmp_path)
+    (part,) = (tmp_path / "store/ds/families/small").rglob("*.mds")
+    ours.mkdir()
+    shutil.copy(part, ours / "shard.00000.mds")
+    # What StreamingDataset needs beside the file: an index, as its writer made it, but for the file's size.
+    index = json.loads((theirs / "index.json").read_text())
+    index["shards"][0]["raw_data"]["bytes"] = part.stat().st_size
+    (ours / "index.json").write_text(json.dumps(index))
+    for folder in (theirs, ours):
+        path = folder / "shard.00000.mds"
+        dataset = StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
+        assert [dataset[number] for number in range(len(dataset))] == rows
         assert list(read_mds(path, columns)) == rows
-        assert [theirs[index] for index in range(20)] == rows
-        for index, row in enumerate(rows):
-            ours = shard.row(index)
-            assert ours.id == row["id"]
-            assert all(ours.read(column) == row[column] for column in columns if column != "id")
+        shard = Shard(path, columns)
+        assert len(shard) == len(rows)
+        for number, row in enumerate(rows):
+            assert shard.row(number).id == row["id"]
+            assert all(shard.row(number).read(column) == row[column] for column in columns if column != "id")
+        del dataset
+        gc.collect()  # its shared memory
 
 
 def test_columns_longer_than_the_first_read(tmp_path):
@@ -182,18 +191,21 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         assert held
 
 
-def test_abandoned_downloads_are_removed_live_ones_are_not(tmp_path):
-    import os
-
+def test_what_dead_processes_left_unfinished_is_removed_and_a_live_ones_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_STRIPES", 1 << 62)  # no two files share a lock
     store = open_store(str(tmp_path / "store"), create=True)
-    cache = ShardCache(store, tmp_path / "cache", "abc", None)
-    old, live = cache.folder / "a.mds.1234.part", cache.folder / "b.mds.1234.part"
-    for path in (old, live):
-        path.write_bytes(b"x")
-    os.utime(old, (0, 0))
-    cache.clean()
-    assert not old.exists()
-    assert live.exists()
+    caches = [ShardCache(store, tmp_path / "cache", snapshot, None) for snapshot in ("abc", "def")]
+    suffixes = ("small/64x64/00007.mds.1f2e.part", "small/64x64/00007.mds.reserved", "small/64x64/00007.whole.part")
+    suffixes += ("index/64x64-ff.part",)
+    paths = [cache.folder / suffix for cache in caches for suffix in suffixes]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+    with caches[0].locked("small/64x64/00007", 0.0), caches[0].locked("index/64x64-ff", 0.0):
+        caches[1].clean()
+        assert [path.exists() for path in paths] == [True] * 4 + [False] * 4
+    caches[1].clean()
+    assert not any(path.exists() for path in paths)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -1,12 +1,6 @@
 """The same batches on any number of ranks and loader processes, from any position; and what is refused."""
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,53 +159,3 @@ def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"4 samples a batch of bucket 48x80 are not a multiple of 3 processes"):
         TrainingData(fake.stage(store, cache), 0, 3, CPU)
-
-
-def children(process):
-    listed = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
-    return listed + [grandchild for child in listed for grandchild in children(child)]
-
-
-def in_a_process_of_its_own(body, store, cache):
-    """Call a function where no other test has children that its signals would reach."""
-    code = f"from tests.pipeline.test_loader import {body.__name__} as body; body({str(store)!r}, {str(cache)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
-
-
-def test_signals_to_the_whole_job_do_not_reach_loader_processes(store, cache):
-    in_a_process_of_its_own(signal_all_children, store, cache)
-
-
-def test_a_killed_loader_process_is_an_exception(store, cache):
-    in_a_process_of_its_own(kill_a_loader_process, store, cache)
-
-
-def signal_all_children(store, cache):
-    data = TrainingData(fake.stage(store, cache, workers=2), 0, 1, CPU)
-    batches = data.batches()
-    taken = [summary(next(batches)[0]) for _ in range(2)]
-    for process in children(os.getpid()):
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(process, number)
-    time.sleep(0.5)
-    taken += [summary(next(batches)[0]) for _ in range(20)]
-    began = time.monotonic()
-    del batches
-    data.close()
-    assert time.monotonic() - began < 20
-    assert taken == read(fake.stage(store, cache), 22)[0]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
-
-
-def kill_a_loader_process(store, cache):
-    data = TrainingData(fake.stage(store, cache, workers=1), 0, 1, CPU)
-    batches = data.batches()
-    next(batches)
-    for process in children(os.getpid()):
-        if "forkserver" in Path(f"/proc/{process}/cmdline").read_text() and not children(process):
-            os.kill(process, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"exited unexpectedly|failed or was killed"):
-        list(itertools.islice(batches, 1000))
-    assert time.monotonic() - began < 30
-    data.close()

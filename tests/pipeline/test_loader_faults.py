@@ -1,27 +1,34 @@
-"""A remote store that misbehaves: right data or a clear error on every rank, with any number of loader processes."""
+"""A remote store that misbehaves, and jobs that are killed: right data or a clear error on every rank."""
 
 import itertools
 import json
 import os
+import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from model.errors import UserError
+from data_prep.snapshot_reader import read_snapshot
+from data_prep.store import hash_file, open_store
 from pipeline.loader import TrainingData
 from tests.pipeline import fake_snapshot as fake
+from tests.pipeline.loader_rank import Job, line, lines, processes_with, shared_memory
+from tests.pipeline.worlds import CPU
 from tests.s3 import Fault
 
+ROOT = Path(__file__).parents[2]
 BUCKETS = {"64x64": [9, 8], "48x80": [7]}
-CPU = torch.device("cpu")
-STEPS = 8
+FILES = 9  # 3 parts of 3 families
+STEPS = 8  # an epoch has 5
+ANY, WIDE, ONE = r"\.mds", r"families/wide/.*\.mds", r"families/small/48x80/.*\.mds"
 
 
 @pytest.fixture
@@ -31,175 +38,267 @@ def remote(s3, tmp_path, monkeypatch):
     return s3
 
 
-def ids(stage, rank=0, world=1, steps=STEPS):
-    data = TrainingData(stage, rank, world, CPU)
-    try:
-        return [batch.ids.tolist() for batch, _ in itertools.islice(data.batches(), steps)]
-    finally:
-        data.close()
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    fake.make(folder / "store", BUCKETS, folder)
+    return folder / "store"
 
 
-@pytest.fixture
-def expected(tmp_path):
-    fake.make(tmp_path / "local", BUCKETS, tmp_path)
-    return ids(fake.stage(tmp_path / "local", tmp_path / "local-cache"))
+@pytest.fixture(scope="module")
+def expected(local, tmp_path_factory):
+    """What each rank of each world must read."""
+    stage = fake.stage(local, tmp_path_factory.mktemp("cache"))
+    return {(rank, world): lines(stage, STEPS, rank, world) for world in (1, 2) for rank in range(world)}
 
 
 def shards(cache):
-    return sorted(path for path in Path(cache).rglob("*.mds"))
+    return sorted(Path(cache).rglob("*.mds"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_remote_store_gives_the_same_batches(remote, expected, tmp_path, workers):
-    stage = fake.stage(remote, tmp_path / "cache", workers=workers)
-    assert ids(stage) == expected
-    assert len(shards(tmp_path / "cache")) == 9  # 3 parts of 3 families, each once
-    assert not list((tmp_path / "cache").rglob("*.part"))
+def unfinished(cache):
+    return [path for path in Path(cache).rglob("*") if path.suffix in (".part", ".reserved")]
 
 
-def test_both_ranks_of_a_node_share_one_download(remote, proxy, expected, tmp_path):
-    stage = fake.stage(remote, tmp_path / "cache")
-    halves = [ids(stage, rank, 2) for rank in range(2)]
-    assert [left + right for left, right in zip(*halves, strict=True)] == expected
-    payloads = [path for method, path, _ in proxy.requests if method == "GET" and ".mds" in path]
-    assert len(payloads) == len(set(payloads)) == 9
+def payloads(proxy):
+    """Keys of the payload files that were asked for."""
+    return [path for method, path, _ in proxy.requests if method == "GET" and ".mds" in path]
 
 
-@pytest.mark.parametrize(("do", "workers"), [("503", 0), ("reset", 0), ("short", 1), ("flip", 2), ("stall", 0)])
-def test_faults_that_pass_are_not_noticed(remote, proxy, expected, tmp_path, do, workers):
-    proxy.faults.append(Fault(do, method="GET", path=r"\.mds", times=2))
-    assert ids(fake.stage(remote, tmp_path / "cache", workers=workers)) == expected
-    assert any(fault == do for _, _, fault in proxy.requests)
+def wait_until(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("do", "workers"), [("503", 2), ("flip", 0)])
-def test_faults_that_stay_are_an_error_that_names_the_shard_on_each_rank_and_restart(remote, proxy, tmp_path, do, workers):
-    proxy.faults.append(Fault(do, method="GET", path=r"families/wide/.*\.mds"))
-    stage = fake.stage(remote, tmp_path / "cache", workers=workers)
-    for rank in range(2):  # the second one finds what the first one left
-        began = time.monotonic()
-        with pytest.raises(UserError, match=r"families/wide/.*shard\.00000\.mds") as caught:
-            ids(stage, rank, 2)
-        assert "\n" not in str(caught.value)
-        assert time.monotonic() - began < 40
-    assert not [path for path in shards(tmp_path / "cache") if "wide" in str(path)], "a bad file never gets its name"
+# -- the table: research on what breaks streaming readers, row by row -----------------------------------------------------
 
 
-def test_a_missing_shard_is_named(remote, tmp_path):
-    from data_prep.store import open_store
+@dataclass
+class Case:
+    """A job on the remote store."""
 
-    dataset = open_store(remote).sub("ds")
-    (key,) = (key for key in dataset.list("families/small/48x80/"))
-    dataset.delete(key)
-    for workers in (0, 1):
-        with pytest.raises(UserError, match=f"{key}: is missing"):
-            ids(fake.stage(remote, tmp_path / "cache", workers=workers))
+    remote: str
+    proxy: object
+    folder: Path
+    workers: int
+    ranks: int
+
+    @property
+    def cache(self):
+        return self.folder / "cache"
+
+    def job(self, steps=STEPS, **change):
+        settings = {"cache": str(self.cache), "workers": self.workers}
+        return Job(self.folder, self.remote, settings, steps, self.ranks, **change)
+
+    def fill_cache(self):
+        lines(fake.stage(self.remote, self.cache), STEPS)
+
+    def replace(self, change):
+        """Do `change` to the bytes of one object in the bucket; None deletes it."""
+        dataset = open_store(self.remote).sub("ds")
+        (key,) = dataset.list("families/small/48x80/")
+        data = change(dataset.read(key))
+        dataset.delete(key)
+        if data is not None:
+            dataset.put(key, data)
 
 
-def test_a_damaged_file_in_the_cache_is_fetched_anew(remote, expected, tmp_path):
-    stage = fake.stage(remote, tmp_path / "cache")
-    ids(stage)
-    for path, size in zip(shards(tmp_path / "cache"), (0, 10, None, 0, 10, None, 0, 10, None), strict=True):
+def damage_object(case):
+    case.replace(lambda data: data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def cut_object(case):
+    case.replace(lambda data: data[:-1])
+
+
+def lose_object(case):
+    case.replace(lambda data: None)
+
+
+def damage_cache(case):
+    """Each file there is emptied, cut, changed or lost."""
+    case.fill_cache()
+    for path, how in zip(shards(case.cache), itertools.cycle(range(4)), strict=False):
         data = path.read_bytes()
-        path.write_bytes(data[:size] if size is not None else data[:-1] + bytes([data[-1] ^ 1]))
-    assert ids(stage) == expected
+        path.write_bytes([b"", data[:10], data[:-1] + bytes([data[-1] ^ 1]), b""][how])
+        if how == 3:
+            path.unlink()
+
+
+def make_anew(case):
+    """Another dataset lay at the same place when the cache was filled."""
+    store = open_store(case.remote)
+    for buckets in ({"64x64": [6], "48x80": [9, 8]}, BUCKETS):
+        for key in list(store.list("")):
+            store.delete(key)
+        fake.make(case.remote, buckets, case.folder)
+        if buckets != BUCKETS:
+            case.fill_cache()
+
+
+def kill(case):
+    """All ranks, while they fetch."""
+    job = case.job(steps=10**6)
+    wait_until(lambda: len(payloads(case.proxy)) > FILES // 2, 60)
+    job.kill()
+    case.proxy.requests.clear()
+
+
+@dataclass
+class Row:
+    """A fault, and what it must come to."""
+
+    faults: list = ()
+    """(what, path, how often; None = always) of the proxy."""
+    says: str | None = ""
+    """What every rank says in its error; empty = right data on every rank, None = either."""
+    before: Callable = lambda case: None
+    again: bool = False
+    """Whether a restart must end in the same way."""
+    largest_file: int | None = None
+
+
+TABLE = {
+    "503 twice": Row([("503", ANY, 2)]),
+    "503 twice, index and records": Row([("503", r"/snapshots/|constants", 4)]),
+    "503 always": Row([("503", WIDE, None)], r"families/wide/\S*\.mds: 503 SlowDown"),
+    "no access": Row([("403", WIDE, None)], r"families/wide/\S*\.mds: 403 AccessDenied: check the credentials"),
+    "reset twice": Row([("reset", ANY, 2)]),
+    "reset always": Row([("reset", WIDE, None)], None),
+    "stall once": Row([("stall", ANY, 1)]),
+    "stall always": Row([("stall", WIDE, None)], None),
+    "short body twice": Row([("short", ANY, 2)]),
+    "short body always": Row([("short", WIDE, None)], None),
+    "flipped byte twice": Row([("flip", ANY, 2)]),
+    "flipped byte always": Row([("flip", WIDE, None)], r"families/wide/\S*\.mds: .* the object is damaged", again=True),
+    "flipped byte in a range": Row([("reset", ONE, 1), ("flip", ONE, 1)]),
+    "damaged object": Row([], r"families/small/48x80/\S*\.mds: .* the object is damaged", damage_object, again=True),
+    "cut object": Row([], r"families/small/48x80/\S*\.mds: .* the object is damaged", cut_object, again=True),
+    "missing object": Row([], r"families/small/48x80/\S*\.mds: is missing", lose_object, again=True),
+    "full disk": Row([], r"cache/\S*\.mds: .*free space", largest_file=4300),
+    "damaged cache": Row([], before=damage_cache),
+    "dataset made anew": Row([], before=make_anew),
+    "killed": Row([], before=kill),
+}
+BY_DEFAULT = {
+    ("503 always", 2, 2),
+    ("flipped byte in a range", 0, 2),
+    ("full disk", 1, 1),
+    ("missing object", 0, 2),
+    ("damaged cache", 0, 1),
+}
+"""(row, workers, ranks) of the quick suite; `pytest -m slow` runs all the others."""
+COMBINATIONS = [
+    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow, id="{}-{}-{}".format(*case))
+    for case in itertools.product(TABLE, (0, 1, 2), (1, 2))
+]
+
+
+@pytest.mark.parametrize(("row", "workers", "ranks"), COMBINATIONS)
+def test_right_data_or_a_clear_error_on_every_rank(remote, local, proxy, expected, tmp_path, row, workers, ranks):
+    row, case = TABLE[row], Case(remote, proxy, tmp_path, workers, ranks)
+    row.before(case)
+    for _ in range(1 + row.again):
+        proxy.faults[:] = [Fault(do, "GET", path, times) for do, path, times in row.faults]
+        ended = case.job(largest_file=row.largest_file).end(60)
+        assert len({code for code, _, _ in ended}) == 1, "all ranks end alike"
+        for rank, (code, printed, error) in enumerate(ended):
+            wanted = expected[rank, ranks]
+            assert printed == wanted[: len(printed)], "no wrong batch, not before an error either"
+            assert code in ({0, 2} if row.says is None else {2} if row.says else {0}), error
+            if code:
+                told = [text for text in error.splitlines() if re.search(row.says or r"families/wide/\S*\.mds: ", text)]
+                assert [text for text in told if text.startswith(("error: ", f"rank {rank} ends: "))], error
+            else:
+                assert printed == wanted
+        assert all(fault.hits for fault in proxy.faults)
+    right = {hash_file(path) for path in local.rglob("*.mds")}
+    cached = {hash_file(path) for path in shards(case.cache / read_snapshot(open_store(remote).sub("ds")).id)}
+    assert cached <= right, "no bad file gets its name"
+    if code == 0:
+        assert cached == right
+        assert not unfinished(case.cache)
+
+
+# -- several ranks and jobs on one cache ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "world"), [(2, 1), (0, 2)])
+def test_all_processes_of_a_node_share_one_download(remote, proxy, expected, tmp_path, workers, world):
+    stage = fake.stage(remote, tmp_path / "cache", workers=workers)
+    for rank in range(world):
+        assert lines(stage, STEPS, rank, world) == expected[rank, world]
+    assert len(payloads(proxy)) == len(set(payloads(proxy))) == len(shards(tmp_path / "cache")) == FILES
+
+
+@pytest.mark.slow
+def test_eight_workers_start_fifty_times_over_plain_http(remote, expected, tmp_path):
+    """A connection that two processes share hands one the other's bytes."""
+    for start in range(50):
+        stage = fake.stage(remote, tmp_path / f"cache_{start}", workers=8)
+        assert lines(stage, STEPS) == expected[0, 1]
 
 
 def test_a_small_cache_evicts_what_was_used_longest_ago(remote, expected, tmp_path):
-    stage = fake.stage(remote, tmp_path / "free")
-    ids(stage)
+    lines(fake.stage(remote, tmp_path / "free"), STEPS)
     whole = [path.stat().st_size for path in shards(tmp_path / "free")]
     limit = sum(whole) - max(whole)
     small = fake.stage(remote, tmp_path / "small", cache_limit_gb=limit / 1e9)
     for _ in range(2):
-        assert ids(small) == expected
+        assert lines(small, STEPS) == expected[0, 1]
         assert sum(path.stat().st_size for path in shards(tmp_path / "small")) <= limit
 
 
-def test_a_full_disk_is_an_error_that_names_the_path(remote, full_disk, tmp_path):
+def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp_path):
     stage = fake.stage(remote, tmp_path / "cache")
-    ids(stage, steps=0)
-    batches = TrainingData(stage, 0, 1, CPU).batches()
-    with full_disk(600), pytest.raises(UserError, match=r"cache/.*\.mds"):
-        next(batches)
+    lines(stage, STEPS)
+    lost, *kept = shards(tmp_path / "cache")
+    lost.unlink()
+    times = [path.stat().st_mtime_ns for path in kept]
+    data = TrainingData(stage, 0, 1, CPU)
+    lost.with_name(f"{lost.name}.reserved").write_text(str(10**15))  # after the start, which cleans
+    assert [line(batch) for batch, _ in itertools.islice(data.batches(), STEPS)] == expected[0, 1]
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    data.close()
 
 
-def test_another_snapshot_has_its_own_cache(remote, tmp_path):
-    ids(fake.stage(remote, tmp_path / "cache"))
-    first = {path.parent for path in (tmp_path / "cache").glob("*/latents")}
-    other = remote + "/other"
-    fake.make(other, {"64x64": [8]}, tmp_path)
-    ids(fake.stage(other, tmp_path / "cache"), steps=2)
-    assert len(set((tmp_path / "cache").glob("*/latents"))) == len(first) + 1
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_restarted_unattended(remote, proxy, expected, tmp_path, kills):
+    """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the cache."""
+    cache, moments = tmp_path / "cache", random.Random(kills)
+    live = TrainingData(fake.stage(remote, cache), 0, 1, CPU)
+    living = live.batches()
 
+    def start(number, steps):
+        mark, temporary = uuid.uuid4().hex, tmp_path / f"tmp_{number % 2}"  # the same TMPDIR, and another
+        temporary.mkdir(exist_ok=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MARK": mark}
+        settings = {"cache": str(cache), "workers": 1 + number % 2}
+        command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([remote, settings, steps])]
+        return mark, subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
-PROGRAM = """
-import itertools, sys, torch
-from pipeline.loader import TrainingData
-from tests.pipeline import fake_snapshot as fake
-
-if __name__ == "__main__":
-    store, cache = sys.argv[1:3]
-    steps, workers, rank, world = map(int, sys.argv[3:])
-    data = TrainingData(fake.stage(store, cache, workers=workers), rank, world, torch.device("cpu"))
-    for batch, _ in itertools.islice(data.batches(), steps):
-        print(batch.ids.tolist(), flush=True)
-    print("done", flush=True)
-    if steps > 100:
-        data.close()
-"""
-
-
-@pytest.fixture
-def start(remote, tmp_path):
-    """Start a program that prints its rank's batches."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-
-    def started(steps, workers=1, rank=0, world=1):
-        numbers = map(str, (steps, workers, rank, world))
-        command = [sys.executable, str(tmp_path / "program.py"), remote, str(tmp_path / "cache"), *numbers]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)
-
-    return started
-
-
-def test_two_live_ranks_get_right_data_or_both_an_error(remote, proxy, start, expected):
-    proxy.faults.append(Fault("reset", method="GET", path=r"\.mds", times=2))
-    ranks = [start(STEPS, 0, rank, 2) for rank in range(2)]
-    halves = [[json.loads(line) for line in rank.communicate(timeout=120)[0].split("\n")[:STEPS]] for rank in ranks]
-    assert [left + right for left, right in zip(*halves, strict=True)] == expected
-    shutil.rmtree(next(Path(ranks[0].args[3]).glob("*/wide")))
-    proxy.faults[:] = [Fault("503", method="GET", path=r"families/wide/.*\.mds")]
-    for rank in [start(STEPS, 0, rank, 2) for rank in range(2)]:
-        printed, error = rank.communicate(timeout=120)
-        assert rank.returncode
-        assert "done" not in printed
-        assert re.search(r"families/wide/.*shard\.00000\.mds", error)
-
-
-def test_killed_and_restarted_again_and_again(remote, expected, tmp_path):
-    """SIGKILL at any moment leaves nothing behind that stops the next start."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    cache = tmp_path / "cache"
-
-    def start(steps):
-        command = [sys.executable, str(tmp_path / "program.py"), remote, str(cache), str(steps), "1", "0", "1"]
-        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
-
-    for delay in (0.0, 0.1):
-        process = start(100000)
-        line = process.stdout.readline()
-        assert line.strip() == str(expected[0])
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=20)
-        process.stdout.close()
-        shutil.rmtree(next(cache.glob("*/wide")))  # some of it is fetched again, now and then
-    process = start(STEPS)
-    assert process.communicate(timeout=60)[0].split("\n")[:STEPS] == [str(batch) for batch in expected]
+    for number in range(kills):
+        for folder in cache.glob("*/wide"):
+            shutil.rmtree(folder)
+        proxy.requests.clear()
+        proxy.faults[:] = [Fault("stall", "GET", WIDE, times=2)]
+        mark, process = start(number, 10**6)
+        asked = moments.randrange(3)
+        wait_until(lambda asked=asked: len(payloads(proxy)) > asked, 60)
+        time.sleep(moments.random())
+        shared = shared_memory(processes_with(mark))
+        process.kill()
+        process.communicate()
+        wait_until(lambda mark=mark: not processes_with(mark), 10)
+        wait_until(lambda shared=shared: not any(path.exists() for path in shared), 10)
+        if number < STEPS:
+            assert line(next(living)[0]) == expected[0, 1][number], "a live job goes on"
+    _, process = start(kills, STEPS)
+    assert process.communicate(timeout=60)[0].splitlines() == expected[0, 1]
     assert process.returncode == 0
+    assert len(shards(cache)) == FILES
+    assert not unfinished(cache)
+    live.close()

@@ -191,6 +191,8 @@ def say(monkeypatch, capsys, *arguments):
     [
         ("data.store=/nowhere/at/all", "/nowhere/at/all"),
         ("data.dataset=other", "other"),
+        ("data.dataset=", "data.dataset is empty: set it"),
+        ("data.store=", "data.store is empty: set it"),
         ("data.snapshot=0123456789abcdef", "0123456789abcdef"),
         ("data.latents=small", "no latents family `small`"),
         ("fusion.families=[small,larger]", "no text family `larger`: it has small, wide"),

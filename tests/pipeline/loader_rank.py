@@ -1,0 +1,118 @@
+"""A rank that reads its data as the trainer does: a collective in each step, a watchdog beside it.
+
+In a process of its own, by `Job`; or alone and without an end of its own making, by `python -m tests.pipeline.loader_rank JSON`.
+"""
+
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from pipeline.distributed import Ranks, free_port
+from pipeline.loader import TrainingData
+from pipeline.watchdog import Heartbeat, Watchdog
+from tests.distributed import CONTEXT
+from tests.pipeline import fake_snapshot as fake
+from tests.pipeline.worlds import CPU, summary
+
+PASSED_ON = ("AWS_", "S3_", "LI_DIT_")
+
+
+def line(batch):
+    """All that a step depends on, as a line to compare."""
+    return json.dumps([batch.ids.tolist(), xxhash.xxh64_hexdigest(repr(summary(batch)))])
+
+
+def lines(stage, steps, rank=0, world=1):
+    """A rank's batches, read in this process."""
+    data = TrainingData(stage, rank, world, CPU)
+    try:
+        return [line(batch) for batch, _ in itertools.islice(data.batches(), steps)]
+    finally:
+        data.close()
+
+
+class Job:
+    """The ranks of one job, each a process; their batches and errors go into files."""
+
+    def __init__(self, folder, store, settings, steps, world=1, largest_file=None):
+        """Start; `largest_file`: bytes over which no file may grow once the store is open, as on a full disk."""
+        self.logs = [Path(folder) / f"rank_{rank}" for rank in range(world)]
+        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        fixed = (world, free_port(), environment, store, settings, steps, largest_file)
+        self.processes = [CONTEXT.Process(target=_rank, args=(rank, log, *fixed)) for rank, log in enumerate(self.logs)]
+        for process in self.processes:
+            process.start()
+
+    def end(self, seconds=60):
+        """Exit code, lines and stderr of each rank."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        self.kill()
+        assert not late, f"ranks {late} were not done in {seconds} s"
+        return [
+            (process.exitcode, log.with_suffix(".txt").read_text().splitlines(), log.with_suffix(".err").read_text())
+            for process, log in zip(self.processes, self.logs, strict=True)
+        ]
+
+    def kill(self):
+        """SIGKILL to all ranks."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _rank(rank, log, world, port, environment, store, settings, steps, largest_file):
+    os.environ.update(environment)
+    os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world, rank)
+    watchdog = Watchdog(Ranks(rank, world, rank), Heartbeat(), stuck_seconds=60, interval=0.1)
+    try:
+        data = TrainingData(fake.stage(store, **settings), rank, world, CPU)
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with log.with_suffix(".txt").open("w", buffering=1) as printed:
+            for batch, _ in itertools.islice(data.batches(), steps):
+                dist.all_reduce(torch.ones(()))
+                print(line(batch), file=printed)
+        data.close()
+    except BaseException as error:
+        watchdog.fail(error)
+    watchdog.close()
+    dist.barrier()
+    os._exit(0)
+
+
+def processes_with(text):
+    """Ids of the living processes that were started with `text` in their environment, whoever their parent is now."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or gone
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and text.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def shared_memory(processes):
+    """Files in /dev/shm that these processes have mapped."""
+    maps = [entry for process in processes for entry in Path(f"/proc/{process}/maps").read_text().splitlines()]
+    return {Path(entry.split(maxsplit=5)[5]) for entry in maps if "/dev/shm/" in entry and not entry.endswith("(deleted)")}
+
+
+if __name__ == "__main__":
+    store, settings, steps = json.loads(sys.argv[1])
+    data = TrainingData(fake.stage(store, **settings), 0, 1, CPU)
+    for batch, _ in itertools.islice(data.batches(), steps):
+        print(line(batch), flush=True)
