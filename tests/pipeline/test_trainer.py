@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from model.errors import UserError
 from pipeline import learned, train
 from pipeline.checkpoint import load_weights
-from pipeline.config import dump_stage
+from pipeline.config import DatasetShare, dump_stage
 from pipeline.loader import TrainingData
 from pipeline.metrics import read_events
 from pipeline.report import build
@@ -30,6 +31,7 @@ BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     fake_snapshot.make(folder / "store", BUCKETS, folder)
+    fake_snapshot.make(folder / "store", {"32x32": [10, 9], "32x64": [8]}, folder, name="second")
     return str(folder / "store")
 
 
@@ -67,14 +69,32 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight,
     assert validations[0] == validations[1]
 
 
-def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path):
-    fp32 = {"engine__precision": "fp32"}
+def test_a_mixture_of_datasets_trains_and_resumes_bit_for_bit_on_one_process(store, tmp_path):
+    shares = {"ds": DatasetShare(0.6), "second": DatasetShare(0.4)}
+    mixed, ended = {"data__dataset": "", "data__datasets": shares}, {}
+    for name, stops in (("straight", [None]), ("resumed", [5, 2, None])):
+        for stop_at in stops:
+            ((code, reports),) = on_ranks(1, trainer_tasks.train, store, str(tmp_path / name), stop_at, mixed)
+            assert code == (0 if stop_at is None else EXIT_AGAIN)
+        ended[name] = numbers(reports)
+    assert ended["straight"] == ended["resumed"]
+    assert all(same_weights(tmp_path / "straight/small", tmp_path / "resumed/small", ema) for ema in (None, 0, 1))
+    snapshots = {event["snapshot"] for name in ended for event in read_events(tmp_path / name / "small", "start")}
+    assert re.fullmatch(r"\{'0\.6 ds@\w+ \+ 0\.4 second@\w+'\}", str(snapshots))
+
+
+TINY = {f"model__{size}": None for size in ("depth", "width", "heads", "patch")} | {"model__preset": "tiny", "optim__lr": 1e-3}
+
+
+@pytest.mark.parametrize("model", [{}, pytest.param(TINY, marks=pytest.mark.slow, id="tiny")])
+def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path, model):
+    fp32 = {"engine__precision": "fp32", "samples": 8 * 20, "checkpoint__every_samples": 8 * 20, "ema": [0.9], **model}
     losses = {}
     for world in (1, 2, 4):
         (code, reports), *_ = on_ranks(world, trainer_tasks.train, store, str(tmp_path / str(world)), None, fp32)
         assert code == 0
         losses[world] = torch.tensor([report["loss"] for report in reports])
-    assert losses[1].unique().numel() > 6
+    assert losses[1].unique().numel() == 20
     torch.testing.assert_close(losses[2], losses[1], rtol=1e-4, atol=0)
     torch.testing.assert_close(losses[4], losses[1], rtol=1e-4, atol=0)
 
