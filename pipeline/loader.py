@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
+from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class TrainingData:
         self.held_out = [self._hold_out(number) for number in range(len(self.parts))]
         self.batch_sizes = self._batch_sizes()
         self.mixture = Mixture(self.parts, [source.weight for source in self.corpus.sources])
-        self._closing: Any = None
+        self._closing: Event | None = None
         self._loader: Iterator[PackedBatch | Exception] | None = None
         # Runs before multiprocessing's own end, which waits for processes that do not end by themselves.
         atexit.register(self.close)
@@ -330,9 +331,10 @@ class TrainingData:
                 yield self._unpack(item)
 
     def _shut_down(self) -> None:
-        if self._closing:
+        if self._closing is not None:
             self._closing.set()
-        self._loader = None
+        self._loader = None  # which waits for its processes
+        self._closing = None
 
     def close(self) -> None:
         """End the loader processes."""
@@ -368,7 +370,7 @@ def _imported_once() -> list[str]:
 class _WorkerStart:
     """How a loader process begins."""
 
-    def __init__(self, closing: Any) -> None:
+    def __init__(self, closing: Event) -> None:
         self.closing = closing
         self.environment = dict(os.environ)
 

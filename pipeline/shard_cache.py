@@ -263,7 +263,8 @@ class ShardCache:
             if not held:
                 raise StoreError(f"{self.root / 'locks' / 'evict'}: held for ten minutes: end the process that hangs")
             files = _files(self.root, ".mds")
-            coming = needed + sum(self._reserved(place) for place, _ in _files(self.root, ".reserved"))
+            others = (place for place, _ in _files(self.root, ".reserved") if place != reservation)
+            coming = needed + sum(map(self._reserved, others))
             used = sum(status.st_size for _, status in files)
             free = shutil.disk_usage(self.root).free
             # What is evicted must satisfy both the limit that was set and the disk.

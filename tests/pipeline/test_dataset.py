@@ -173,6 +173,21 @@ def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path):
         gc.collect()  # its shared memory
 
 
+@pytest.mark.parametrize(("rows", "says"), [(5, "families disagree on rows"), (6, "hold other sample ids")])
+def test_families_that_do_not_belong_together_are_not_joined(tmp_path, monkeypatch, rows, says):
+    """A store whose commits are wrong; what the snapshot checks is what the commits say."""
+    text_row, write = fake.text_row, fake.write_mds
+
+    def written(path, columns, all):
+        write(path, columns, all if columns == fake.LATENTS.columns else all[:rows])
+
+    monkeypatch.setattr(fake, "write_mds", written)
+    monkeypatch.setattr(fake, "text_row", lambda id, family: {**text_row(id, family), "id": id + (family == "wide")})
+    fake.make(tmp_path / "store", {"64x64": [6]}, tmp_path)
+    with pytest.raises(UserError, match=rf"shard\.00000\.mds.*{says}"):
+        first_batches(fake.stage(tmp_path / "store", tmp_path), 1)
+
+
 def test_columns_longer_than_the_first_read(tmp_path):
     row = {"id": 5, "kinds": bytes(9000), "scales": b"", "tokens": bytes(range(200)), "values": bytes(range(256)) * 100}
     write_mds(tmp_path / "a.mds", fake.TEXTS["small"].columns, [row])

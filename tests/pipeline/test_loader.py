@@ -43,9 +43,11 @@ def test_64_processes_on_8_nodes_see_the_same_global_batches(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_loader_processes_change_nothing(store, cache, workers):
-    alone = read(fake.stage(store, cache), 40)
-    assert read(fake.stage(store, cache, workers=workers), 40) == alone
-    assert {batch[1] for batch in alone[0]} == {0, 1}, "an epoch ended in between"
+    batches, positions = read(fake.stage(store, cache), 40)
+    stage = fake.stage(store, cache, workers=workers)
+    assert read(stage, 40) == (batches, positions)
+    assert read(stage, 27, positions[12]) == (batches[13:], positions[13:]), "nor after a resume"
+    assert {batch[1] for batch in batches} == {0, 1}, "an epoch ended in between"
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
