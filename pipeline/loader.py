@@ -301,8 +301,7 @@ class TrainingData:
         return DataLoader(
             self.dataset,
             batch_size=None,  # an item is a batch already
-            sampler=_Once(requests),
-            collate_fn=_unchanged,
+            sampler=requests,
             pin_memory=self.device.type == "cuda",
             **processes,
         )
@@ -342,20 +341,6 @@ class TrainingData:
         for source in self.corpus.sources:
             source.dataset.close()
         atexit.unregister(self.close)
-
-
-class _Once:
-    """An iterator as a sampler; a `DataLoader` asks a sampler for an iterator."""
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self.requests
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 def _imported_once() -> list[str]:

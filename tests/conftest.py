@@ -10,10 +10,7 @@ import boto3
 import pytest
 
 from data_prep.store import open_store
-from tests.s3 import FaultProxy, s3_server
-
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-BUCKET = "test-bucket"
+from tests.s3 import BUCKET, CREDENTIALS, FaultProxy, s3_server
 
 
 @pytest.fixture(scope="session")

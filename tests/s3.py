@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from moto.server import ThreadedMotoServer
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+BUCKET = "test-bucket"
 HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive", "host", "expect"}
 
 STALL_SECONDS = 3

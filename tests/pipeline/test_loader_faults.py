@@ -22,7 +22,7 @@ from pipeline.loader import TrainingData
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline.loader_rank import Job, line, lines, processes_with, shared_memory
 from tests.pipeline.worlds import CPU
-from tests.s3 import Fault
+from tests.s3 import BUCKET, CREDENTIALS, Fault
 
 ROOT = Path(__file__).parents[2]
 BUCKETS = {"64x64": [9, 8], "48x80": [7]}
@@ -31,11 +31,21 @@ STEPS = 8  # an epoch has 5
 ANY, WIDE, ONE = r"\.mds", r"families/wide/.*\.mds", r"families/small/48x80/.*\.mds"
 
 
+@pytest.fixture(scope="module")
+def stored(s3_url, tmp_path_factory):
+    """The dataset in a bucket, to be read only."""
+    uri = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**CREDENTIALS, "S3_ENDPOINT_URL": s3_url}.items():
+            environment.setenv(name, value)
+        fake.make(uri, BUCKETS, tmp_path_factory.mktemp("stored"))
+    return uri
+
+
 @pytest.fixture
-def remote(s3, tmp_path, monkeypatch):
+def remote(s3, stored, monkeypatch):
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "3")
-    fake.make(s3, BUCKETS, tmp_path)
-    return s3
+    return stored
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +170,11 @@ class Row:
     """Whether a restart must end in the same way."""
     largest_file: int | None = None
 
+    @property
+    def writes(self):
+        """Whether `before` changes the store."""
+        return self.before in (damage_object, cut_object, lose_object, make_anew)
+
 
 TABLE = {
     "503 twice": Row([("503", ANY, 2)]),
@@ -198,8 +213,11 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("row", "workers", "ranks"), COMBINATIONS)
-def test_right_data_or_a_clear_error_on_every_rank(remote, local, proxy, expected, tmp_path, row, workers, ranks):
-    row, case = TABLE[row], Case(remote, proxy, tmp_path, workers, ranks)
+def test_right_data_or_a_clear_error_on_every_rank(s3, remote, local, proxy, expected, tmp_path, row, workers, ranks):
+    row = TABLE[row]
+    case = Case(s3 if row.writes else remote, proxy, tmp_path, workers, ranks)
+    if row.writes:
+        fake.make(s3, BUCKETS, tmp_path)
     row.before(case)
     for _ in range(1 + row.again):
         proxy.faults[:] = [Fault(do, "GET", path, times) for do, path, times in row.faults]
@@ -216,7 +234,7 @@ def test_right_data_or_a_clear_error_on_every_rank(remote, local, proxy, expecte
                 assert printed == wanted
         assert all(fault.hits for fault in proxy.faults)
     right = {hash_file(path) for path in local.rglob("*.mds")}
-    cached = {hash_file(path) for path in shards(case.cache / read_snapshot(open_store(remote).sub("ds")).id)}
+    cached = {hash_file(path) for path in shards(case.cache / read_snapshot(open_store(case.remote).sub("ds")).id)}
     assert cached <= right, "no bad file gets its name"
     if code == 0:
         assert cached == right
@@ -235,6 +253,7 @@ def test_all_processes_of_a_node_share_one_download(remote, proxy, expected, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_eight_workers_start_fifty_times_over_plain_http(remote, expected, tmp_path):
     """A connection that two processes share hands one the other's bytes."""
     for start in range(50):
@@ -267,7 +286,7 @@ def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp
     data.close()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_killed_and_restarted_unattended(remote, proxy, expected, tmp_path, kills):
     """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the cache."""
     cache, moments = tmp_path / "cache", random.Random(kills)
