@@ -37,18 +37,21 @@ def retry_seconds() -> float:
 def retrying(what: str) -> tenacity.Retrying:
     """Policy for one operation on the object named by `what`: exponential waits with full jitter, up to 30 s each.
 
-    Use it as `retrying(uri)(function, *arguments)`. Only `TransientError` is tried again.
+    Use it as `retrying(uri)(function, *arguments)`. Only `TransientError` is tried again. Time counts from the first fault, so
+    that what takes long by itself is tried again too.
 
     Raises:
         StoreError: the time is up, or the body was damaged `DAMAGED_TRIES` times.
     """
     budget = retry_seconds()
-    damaged = 0
+    damaged, first = 0, None
 
     def stop(state: tenacity.RetryCallState) -> bool:
-        nonlocal damaged
+        nonlocal damaged, first
         damaged += isinstance(_error(state), DamagedError)
-        return damaged >= DAMAGED_TRIES or (state.seconds_since_start or 0) >= budget
+        seconds = state.seconds_since_start or 0
+        first = seconds if first is None else first
+        return damaged >= DAMAGED_TRIES or seconds - first >= budget
 
     def give_up(state: tenacity.RetryCallState) -> None:
         error = _error(state)

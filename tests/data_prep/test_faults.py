@@ -143,6 +143,20 @@ def test_retries_go_on_for_ten_minutes_unless_shortened(monkeypatch):
     assert sum(steps[:3]) < 8, "and begin short"
 
 
+def test_what_took_longer_than_the_retries_before_its_first_fault_is_tried_again(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def download():
+        clock[0] += 1000
+        if clock[0] < 1500:
+            raise TransientError("reset")
+        return "all of it"
+
+    assert retrying("s3://bucket/key")(download) == "all of it"
+
+
 def test_a_fault_that_stays_is_an_error_that_names_the_object(store, proxy, tmp_path, monkeypatch, caplog):
     _, file = put(store, "payload", SMALL)
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "1")

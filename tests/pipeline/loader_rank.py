@@ -47,6 +47,8 @@ class Job:
     def __init__(self, folder, store, settings, steps, world=1, largest_file=None):
         """Start; `largest_file`: bytes over which no file may grow once the store is open, as on a full disk."""
         self.logs = [Path(folder) / f"rank_{rank}" for rank in range(world)]
+        for log in self.logs:
+            log.with_suffix(".txt").unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         fixed = (world, free_port(), environment, store, settings, steps, largest_file)
         self.processes = [CONTEXT.Process(target=_rank, args=(rank, log, *fixed)) for rank, log in enumerate(self.logs)]
@@ -54,17 +56,24 @@ class Job:
             process.start()
 
     def end(self, seconds=60):
-        """Exit code, lines and stderr of each rank."""
+        """Exit code, lines and stderr of each rank; they have `seconds` from when all have opened the store."""
+        opened = time.monotonic() + 2 * seconds
+        while time.monotonic() < opened and not all(self._is_open(rank) for rank in range(len(self.logs))):
+            time.sleep(0.05)
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
         self.kill()
         assert not late, f"ranks {late} were not done in {seconds} s"
+        printed, errors = ([log.with_suffix(end) for log in self.logs] for end in (".txt", ".err"))
         return [
-            (process.exitcode, log.with_suffix(".txt").read_text().splitlines(), log.with_suffix(".err").read_text())
-            for process, log in zip(self.processes, self.logs, strict=True)
+            (process.exitcode, path.read_text().splitlines() if path.exists() else [], error.read_text())
+            for process, path, error in zip(self.processes, printed, errors, strict=True)
         ]
+
+    def _is_open(self, rank):
+        return self.logs[rank].with_suffix(".txt").exists() or self.processes[rank].exitcode is not None
 
     def kill(self):
         """SIGKILL to all ranks."""
