@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
 
 log = logging.getLogger(__name__)
 
-_WAITING, _DONE, _FAILED = 1, 2, 0
+_FAILED, _WAITING, _DONE = 0, 1, 2
+"""Of a rank's work; that of all ranks is the lowest."""
 
 
 @dataclass
@@ -85,12 +86,11 @@ class Checkpoints:
                 the checkpoints that are there.
         """
         self.wait()
-        folder = self.folder / f".tmp_{_name(step)}"
-        if not self._stage_hash:
-            self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
         if self._newest is not None and self._newest["step"] == step:
             return
-        failures = self.failures
+        if not self._stage_hash:
+            self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
+        folder, failures = self.folder / f".tmp_{_name(step)}", self.failures
         if self._prepare(folder):
             state = engine.state()
             manifest = self._manifest(state, trainer_state, samples, step)

@@ -243,26 +243,6 @@ class Engine:
             log.warning("new branches keep their starting weights: %s", ", ".join(new))
         return new
 
-    @torch.no_grad()
-    def full_weights(self, ema: int | None) -> dict[str, Tensor]:
-        """All weights as fp32 on the CPU of rank 0, gathered tensor by tensor; empty on the other ranks.
-
-        Args:
-            ema: index of the average to gather; None = the trained weights.
-        """
-        sources = self.masters.tensors if ema is None else self.averages[ema].averages
-        layout, weights = self.masters.layout, {}
-        for name, shape in layout.shapes.items():
-            whole = torch.zeros(shape, dtype=torch.float32, device=self.device).flatten()
-            for run in layout.runs(name):
-                if run.rank == self.rank:
-                    whole[run.start : run.start + run.length] = sources[run.group][run.offset : run.offset + run.length]
-            dist.reduce(whole, dst=0)
-            if self.rank == 0:
-                weights[name] = whole.view(shape).cpu()
-        replicated = self._replicated()
-        return weights | {name: value.float() for name, value in replicated.items()} if self.rank == 0 else {}
-
     def _buffers(self) -> dict[str, Tensor]:
         return {
             f"{path}.{name}" if path else name: buffer

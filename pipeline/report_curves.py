@@ -143,7 +143,7 @@ def curves_of(run: Path) -> list[dict[str, str]]:
         ("Gates", "Mean magnitude of the refiners' gates, which start at zero.", gate_lines(reports), "|gate|", 0),
         ("Gradient norm", "Before clipping.", {"": series(reports, "grad_norm")}, "norm", 0),
         ("Speed", "Samples a second, all processes.", {"": series(reports, "samples_per_second")}, "1/s", 0),
-        ("MFU", "Model FLOPs of the steps over the devices' bf16 peak.", {"": series(reports, "mfu")}, "share", 0),
+        ("MFU", "FLOPs of the model, recomputation left out, over the devices' peak.", {"": series(reports, "mfu")}, "share", 0),
         ("Goodput", "Time in steps that count over all time since the first start.", goodput, "share", 0),
     ]
     return [

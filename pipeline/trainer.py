@@ -93,14 +93,12 @@ class Trainer:
             self._warm_up()
         progress = TrainingProgress(self.stage.name, self.samples, self.stage.samples, shows=self.ranks.rank == 0)
         batches = self.data.batches(self.position)
-        reported = time.monotonic()
         try:
             while True:
                 # once in a while: report
-                if self.step % self.stage.log.every_steps == 0 and self.interval_is_open():
+                if self.step % self.stage.log.every_steps == 0 and self.interval.counts:
                     self.heartbeat.enter("report", self.step)
-                    self._report(progress, time.monotonic() - reported)
-                    reported = time.monotonic()
+                    self._report(progress)
                 # once in a while: look at what the averaged weights can do
                 self._evaluate()
                 # once in a while: save; and always at the end
@@ -204,16 +202,12 @@ class Trainer:
         before = self.samples - self.samples_of_step
         return bool(every) and self.samples > self.samples_at_start and self.samples // every > before // every
 
-    def interval_is_open(self) -> bool:
-        """Whether a step was done since the last report."""
-        return bool(self.interval.counts)
-
     def _collect(self) -> None:
         """Add the ranks' sums into the interval."""
         for name, (mean, count) in self.sums.take().items():
             self.interval.add(name, mean, count)
 
-    def _report(self, progress: TrainingProgress, seconds: float) -> None:
+    def _report(self, progress: TrainingProgress) -> None:
         self._collect()
         values = self.interval.means()
         values["samples_per_second"] = values.pop("step_samples") / values["step_seconds"]
@@ -231,7 +225,8 @@ class Trainer:
         tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
         size, factor = Bucket.parse(bucket), int(self.latents.info["downsampling"])
         dit, widths = self.sizes
-        return flops_per_sample(dit, self.stage.fusion, widths, size.height // factor, size.width // factor, tokens)
+        rows, columns = size.height // factor, size.width // factor
+        return flops_per_sample(dit, self.stage.fusion, widths, rows, columns, tokens, self.prefixes)
 
     def _evaluate(self) -> None:
         """What the averaged weights can do, each look at its own interval; all ranks together, and training is as before."""

@@ -1,14 +1,18 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.config import FusionConfig
 from model.dit import LIDiT
 from model.errors import UserError
-from model.functional import patchify, unpatchify
+from model.functional import attention_weights, patchify, unpatchify
 from model.fusion import Text
 from tests.model.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_network
 
@@ -98,6 +102,37 @@ def test_checkpointing_changes_no_bit(every):
         prediction.square().mean().backward()
         gradients.append([prediction.detach(), *(parameter.grad for parameter in network.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Shapes(TorchDispatchMode):
+    """The last two sizes of every tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape[-2:]) for leaf in tree_leaves(made) if isinstance(leaf, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_no_matrix_of_queries_by_keys_is_made_for_scores_or_masks(padded):
+    network = random_network().float().train()
+    latents, timesteps, texts = random_inputs(lengths=(15, 5) if padded else (15, 15), height=10, width=14)
+    for text in texts:
+        text.padded = padded
+    with Shapes() as shapes:
+        network(latents, timesteps, texts).square().mean().backward()
+    patches, words = 35, 2 * 15  # no other size of this network is one of these
+    lengths = [text.states.shape[1] for text in texts]
+    pairs = {(patches, patches), (patches, words), (words, patches), *itertools.product((*lengths, words, 15), repeat=2)}
+    assert (patches, 32) in shapes.seen
+    assert not shapes.seen & pairs
+    with Shapes() as shapes:  # and they would have been seen
+        attention_weights(*(torch.zeros(2, size, 2, 16) for size in (patches, words)))
+    assert shapes.seen & pairs
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 1])

@@ -1,59 +1,49 @@
 """What the ranks of the checkpoints' tests do; each function runs on all of them."""
 
-import math
 import resource
 import signal
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from model.errors import UserError
 from pipeline.checkpoint import Checkpoints, load_weights
 from pipeline.config import CheckpointConfig
-from tests.pipeline.rank_tasks import make_engine, same, tiny_dit, train
+from tests.pipeline.rank_tasks import full_weights, gathered, make_engine, same, tiny_dit, train
 from tests.pipeline.small_network import GLOBAL_BATCH, stage
 
 
-def gathered(engine):
+def everything(engine):
     """Every kind of tensor that a checkpoint holds, whole, on rank 0."""
     state = engine.state()
     whole = {("replicated", name): value for name, value in state.replicated.items()}
-    for kind, tensors in state.tensors.items():
-        for name, shape in state.layout.shapes.items():
-            if not all(tensors[run.group].numel() for run in state.layout.runs(name)):  # Muon has no second moment
-                continue
-            flat = torch.zeros(math.prod(shape))
-            for run in state.layout.runs(name):
-                if run.rank == engine.rank:
-                    flat[run.start : run.start + run.length] = tensors[run.group][run.offset : run.offset + run.length]
-            dist.reduce(flat, dst=0)
-            whole[kind, name] = flat
+    for kind in state.tensors:
+        whole |= {(kind, name): value for name, value in gathered(engine, kind).items()}
     return whole | {"step": torch.tensor(state.optimizer_step)} if engine.rank == 0 else {}
 
 
 def train_and_save(folder, settings):
-    """Save after 3 steps; the gathered state, the trained and the averaged weights, and the loss of the step after it."""
+    """Save after 3 steps; the whole state, the trained and the averaged weights, and the loss of the step after it."""
     engine = make_engine(**settings)
     checkpoints = Checkpoints(Path(folder), CheckpointConfig())
     for step in range(3):
         train(engine, step)
-    state = gathered(engine)
+    state = everything(engine)
     checkpoints.save(engine, {"position": [1, 2]}, 3 * GLOBAL_BATCH, 3, wait=False)
-    weights = engine.full_weights(None), engine.full_weights(1)
+    weights = full_weights(engine, "master"), full_weights(engine, "ema_1")
     loss = train(engine, 3)[0]  # while the save is being written
     checkpoints.close()
     return state, weights, loss
 
 
 def resume(folder, settings):
-    """The trainer's state, the gathered state, the next loss, and the settings of the groups."""
+    """The trainer's state, the whole state, the next loss, and the settings of the groups."""
     engine = make_engine(seed=99, **settings)
     checkpoints = Checkpoints(Path(folder), CheckpointConfig())
     newest = checkpoints.newest()
     trainer = checkpoints.load(engine, newest)
-    state = gathered(engine)
+    state = everything(engine)
     groups = [{key: value for key, value in group.items() if key != "lr"} for group in engine.state().groups]
     return trainer, state, train(engine, 3)[0], groups
 
@@ -72,9 +62,9 @@ def start_next_stage(folder):
     """Weights of one stage into the next, with one LLM more; and the refusal where that is not asked for."""
     first = make_engine(seed=1, network=tiny_dit)
     Checkpoints(Path(folder) / "checkpoints", CheckpointConfig()).save(first, {}, 0, 0, wait=True)
-    kept = first.full_weights(None)
+    kept = full_weights(first, "master")
     engine = make_engine(seed=2, network=three_llms)
-    fresh = engine.full_weights(None)
+    fresh = full_weights(engine, "master")
     weights = load_weights(folder, "ema")
     try:
         engine.load_full(weights)
@@ -82,7 +72,7 @@ def start_next_stage(folder):
     except UserError as error:
         refused = str(error)
     new = engine.load_full(weights, new_branches=True)
-    loaded, average = engine.full_weights(None), engine.full_weights(0)
+    loaded, average = full_weights(engine, "master"), full_weights(engine, "ema_0")
     if engine.rank == 0:
         assert same({name: loaded[name] for name in kept}, kept)
         assert same({name: loaded[name] for name in new}, {name: fresh[name] for name in new})
@@ -136,5 +126,5 @@ def crashing_run(folder, steps, every):
             checkpoints.save(engine, {"losses": losses}, GLOBAL_BATCH * len(losses), len(losses), wait=False)
         time.sleep(0.01)
     checkpoints.close()
-    total = sum(float(value.double().sum()) for value in engine.full_weights(0).values())
+    total = sum(float(value.double().sum()) for value in full_weights(engine, "ema_0").values())
     return losses, total, newest.name if newest is not None else ""

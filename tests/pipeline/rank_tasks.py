@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import dit
 from model.config import DiTConfig, FusionConfig
-from model.dit import LIDiT
+from model.dit import DiTBlock, LIDiT
 from model.errors import UserError
 from model.fusion import Text
 from pipeline.distributed import rank_and_world
@@ -54,6 +55,26 @@ def train(engine, step, spoil=False, limit=math.inf):
     return mean_over_ranks(total), applied, norm
 
 
+def gathered(engine, kind):
+    """A kind of tensor of the engine's state, put together from all ranks' on rank 0; zeros for what Muon has not."""
+    state, weights = engine.state(), {}
+    flats = state.tensors[kind]
+    for name, shape in state.layout.shapes.items():
+        whole = torch.zeros(math.prod(shape))
+        for run in state.layout.runs(name):
+            if run.rank == engine.rank and flats[run.group].numel():
+                whole[run.start : run.start + run.length] = flats[run.group][run.offset : run.offset + run.length]
+        dist.reduce(whole, dst=0)
+        weights[name] = whole.view(shape)
+    return weights
+
+
+def full_weights(engine, kind):
+    """All weights, `master` or `ema_<i>`, as fp32 on rank 0; nothing on other ranks."""
+    weights = gathered(engine, kind) | {name: value.float() for name, value in engine.state().replicated.items()}
+    return weights if engine.rank == 0 else {}
+
+
 def local_state(engine):
     """Copies of all that the rank owns, padding left out, and what it computes with."""
     state = engine.state()
@@ -80,7 +101,7 @@ def train_like_ddp(settings, steps):
     groups = parameter_groups(plain, config.optim.weight_decay, config.optim.name == "muon")
     optimizers = [plain_optimizer(config, group) for group in groups]
     assert {tensor.dtype for tensor in engine.masters.tensors} == {torch.float32}
-    first = engine.full_weights(None)
+    first = full_weights(engine, "master")
     if engine.rank == 0:
         frozen_in_bf16 = {"frozen": start["frozen"].to(engine.dtype).float()}
         assert same(first, start | frozen_in_bf16), "the masters are not the plain fp32 start"
@@ -96,7 +117,7 @@ def train_like_ddp(settings, steps):
         for optimizer in optimizers:
             optimizer.step()
         losses.append((loss, mean_over_ranks(expected.detach())))
-        weights, average = engine.full_weights(None), engine.full_weights(0)
+        weights, average = full_weights(engine, "master"), full_weights(engine, "ema_0")
         if engine.rank == 0:
             averages = averages or {name: value.double() for name, value in first.items()}
             for name, value in averages.items():
@@ -123,7 +144,7 @@ def swap_and_skip(settings):
     inputs = (inputs[0].to(engine.dtype), inputs[1], [text.to(engine.dtype) for text in inputs[2]])
     with torch.no_grad():
         plain_output = engine(*inputs).clone()
-    average, before = engine.full_weights(1), local_state(engine)
+    average, before = full_weights(engine, "ema_1"), local_state(engine)
     with engine.averaged(1), torch.no_grad():
         output = engine(*inputs).float()
     assert same(local_state(engine), before)
@@ -174,6 +195,41 @@ def compiled_blocks():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), losses
 
 
+def whole_while_building(settings):
+    """Most elements of parameters that this rank had at once while the network was built, its share of them, all of them."""
+    built, at_once = [], []
+
+    class WatchedBlock(DiTBlock):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            built.append(self)
+            at_once.append(sum(parameter.numel() for block in built for parameter in block.parameters()))
+
+    def build():
+        real, dit.DiTBlock = dit.DiTBlock, WatchedBlock
+        try:
+            return tiny_dit()
+        finally:
+            dit.DiTBlock = real
+
+    engine = make_engine(network=build, config=stage(**settings))
+    blocks = [name for name in engine.masters.layout.shapes if name.startswith("blocks.")]
+    held = sum(run.length for run in engine.masters.layout.held(engine.rank) if run.name in blocks)
+    return max(at_once), held, sum(math.prod(engine.masters.layout.shapes[name]) for name in blocks)
+
+
+def checkpointed_losses(every):
+    """Losses of a LIDiT under ZeRO-3 that recomputes every n-th block."""
+
+    def build():
+        network = tiny_dit()
+        network.checkpoint_every = every
+        return network
+
+    engine = make_engine(network=build, config=stage(micro_batch=None))
+    return [dit_step(engine, step) for step in range(3)]
+
+
 def tiny_dit(llms=2, width=32):
     network = LIDiT(
         DiTConfig(depth=3, width=width, heads=4, channels=4), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
@@ -195,7 +251,7 @@ def dit_step(engine, step):
 def fresh_masters_equal_plain(precision):
     """Whether LIDiT's masters start as exactly the plain network's weights."""
     engine = make_engine(seed=5, network=tiny_dit, precision=precision)
-    weights = engine.full_weights(None)
+    weights = full_weights(engine, "master")
     torch.manual_seed(5)
     plain = tiny_dit().state_dict()
     return engine.rank > 0 or same(weights, plain)

@@ -1,11 +1,15 @@
 """The engine on two gloo processes against plain torch, and its refusals."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from model.errors import UserError
 from pipeline import engine
+from pipeline.masters import Masters
 from tests.distributed import on_ranks
 from tests.pipeline import rank_tasks
 from tests.pipeline.small_network import stage
@@ -66,6 +70,32 @@ def test_swapping_the_average_and_skipping_a_step_leave_no_trace(settings):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_masters_start_as_exactly_the_plain_network(precision):
     assert all(on_ranks(2, rank_tasks.fresh_masters_equal_plain, precision))
+
+
+def test_no_rank_ever_holds_the_network_while_it_is_built():
+    for at_once, held, whole in on_ranks(2, rank_tasks.whole_while_building, {}):
+        assert at_once == 0
+        assert held == pytest.approx(whole / 2, rel=0.01)
+    for at_once, _, whole in on_ranks(2, rank_tasks.whole_while_building, {"zero_stage": 2}):
+        assert at_once == whole  # so it would have been seen
+
+
+def test_masters_that_are_not_fp32_end_the_start():
+    network = nn.Linear(2, 2)
+    master = torch.zeros(6, dtype=torch.bfloat16)
+    adam = torch.optim.AdamW([master])
+    zero = SimpleNamespace(
+        optimizer=adam, fp16_groups=[list(network.parameters())], fp32_partitioned_groups_flat=[master],
+        fp16_partitioned_groups_flat=[master], sub_group_to_group_id={0: 0},
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match=r"master weights are \{torch.bfloat16\}, not fp32"):
+        Masters(zero, network, 3, 0, 1)
+
+
+def test_checkpointed_blocks_train_alike_under_zero3():
+    none, *others = (on_ranks(2, rank_tasks.checkpointed_losses, every)[0] for every in (0, 1, 2))
+    assert none[0] != none[-1]
+    assert others == [none, none]
 
 
 def test_a_compiled_block_is_one_graph_without_breaks():

@@ -1,7 +1,9 @@
 """What a run writes about itself can be read back: JSONL always, TensorBoard by default, W&B only where asked for."""
 
+import io
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.errors import UserError
+from pipeline import console
 from pipeline.config import LogConfig
 from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, read_events, read_reports
 
@@ -94,3 +98,17 @@ def test_an_interval_that_a_checkpoint_cut_in_two_reports_as_a_whole_one():
             interval.add("loss", step, weight=1 + step)
     assert rest.means() == whole.means()
     assert not whole.counts
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(monkeypatch, terminal):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=screen, force_terminal=terminal, width=160, soft_wrap=True))
+    progress = console.TrainingProgress("small", 0, 100, shows=True)
+    progress.advance(48)
+    progress.report(6, 48, {"loss": 1.5, "samples_per_second": 12.0, "mfu": 0.41, "other": 1.0})
+    progress.close()
+    shown = screen.getvalue()
+    assert ("48/100 samples" in shown) == terminal
+    assert ("step 6  samples 48" in shown) == (not terminal)
+    assert "loss 1.5000  12.0/s  mfu 41.0%" in re.sub(r"\x1b\[[\d;?]*\w", "", shown)

@@ -1,13 +1,17 @@
 """What the ranks of the trainer's tests run."""
 
 import logging
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from model.errors import UserError
 from pipeline import grid
+from pipeline import train as train_command
 from pipeline.distributed import Ranks
 from pipeline.metrics import read_reports
 from pipeline.stopping import Stop
@@ -56,6 +60,51 @@ def train(store, runs, stop_at=None, settings=None):
     stop = Stop() if stop_at is None else StopAt(stop_at, rank=Ranks.from_environment().world - 1)
     code = Trainer(config, Ranks.from_environment(), stop).run()
     return code, read_reports(config.run)
+
+
+class SpoiledTrainer(Trainer):
+    """Multiplies the noise of some steps on the last rank."""
+
+    factor, steps = 1.0, ()
+
+    def _train_step(self, batch):
+        if self.step in self.steps and self.ranks.rank == self.ranks.world - 1:
+            batch.noise.mul_(self.factor)
+        super()._train_step(batch)
+
+
+def train_spoiled(store, runs, factor, steps, settings):
+    """Exit code of such a run, or the line that it ends with."""
+    logging.disable(logging.INFO)
+    trainer = SpoiledTrainer(stage(store, runs, **settings), Ranks.from_environment(), Stop())
+    trainer.factor, trainer.steps = factor, steps
+    try:
+        return trainer.run()
+    except UserError as error:
+        return str(error)
+
+
+def start_next_stage(store, runs, settings):
+    """Save before the first step; what was warned of."""
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("pipeline.engine").addHandler(handler)
+    try:
+        code, _ = train(store, runs, 0, settings)
+    finally:
+        logging.getLogger("pipeline.engine").removeHandler(handler)
+    return code, warned
+
+
+def command(folder, path, factor=1.0, steps=()):
+    """`python -m pipeline.train`, with stderr in a file as on a cluster."""
+    SpoiledTrainer.factor, SpoiledTrainer.steps = factor, steps
+    sys.stderr = (Path(folder) / f"rank_{Ranks.from_environment().rank:05d}.txt").open("w", buffering=1)
+    train_command.Trainer = SpoiledTrainer
+    train_command.STOP.install()
+    sys.argv = ["train", path]
+    train_command.main()
 
 
 class FakeVAE:
