@@ -308,6 +308,8 @@ def _translated(what: str) -> Iterator[None]:
             raise UserError(f"{what}: there is no such bucket: make it, or correct the URI") from error
         if status == 404:
             raise FileNotFoundError(what) from error
+        if status == 416:  # a download that is continued behind the object's end
+            raise DamagedError("the object is shorter than its commit says") from error
         if (status >= 500 and status != 501) or status in (408, 409, 429) or code in TRANSIENT_CODES:
             raise TransientError(f"{status} {code}") from error
         if status in (401, 403):
