@@ -24,7 +24,14 @@ HISTORY = 48
 QUEUE = 8
 HIDDEN = "hidden"
 """There, but not shown: gradio 6.17 never shows in a row what it was first told to leave out."""
-WORDS = "Attention of the first picture per word: share of the whole text"
+STYLE = """
+.gallery-container .grid-wrap.grid-wrap { padding-top: 2.4em; min-height: 0; }
+.small .grid-container.grid-container { grid-template: auto / repeat(auto-fill, minmax(116px, 1fr)); }
+.small .caption-label.caption-label { max-width: 100%; font-size: 0.75rem; padding: 0 4px; }
+.min_value.min_value, .max_value.max_value, #files .label-clear-button { display: none; }
+"""
+"""Labels above pictures, not over them; as many small pictures in a row as fit, with their words; no room for what is cut off."""
+WORDS = "Attention per word: share of the whole text"
 
 
 def show(column: Column) -> tuple[list[str], Any]:
@@ -40,39 +47,40 @@ def build_page(studio: Studio) -> Any:
     defaults, limits = sampler.defaults, studio.limits
     step = sampler.vae.downsampling * sampler.network.sizes.patch
     gallery = partial(gr.Gallery, format="png", object_fit="contain", buttons=["download", "fullscreen"])
-    small = partial(gallery, fit_columns=False, height="auto", visible=HIDDEN)
+    small = partial(gallery, fit_columns=False, height="auto", visible=HIDDEN, elem_classes="small")
+    slider = partial(gr.Slider, buttons=[])
     title = ", ".join(Path(name).name for name in studio.samplers)
     with gr.Blocks(title=f"LI-DiT: {title}", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(f"# LI-DiT: {title}")
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
-                prompt = gr.Textbox(label="Prompt", lines=3, max_length=LONGEST_PROMPT, elem_id="prompt")
-                negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT, elem_id="negative")
+                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, max_length=LONGEST_PROMPT, elem_id="prompt")
+                negative = gr.Textbox(label="Negative prompt", max_lines=4, max_length=LONGEST_PROMPT, elem_id="negative")
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Row():
-                    height = gr.Slider(step, limits.side, defaults.height, step=step, label="Height", elem_id="height")
-                    width = gr.Slider(step, limits.side, defaults.width, step=step, label="Width", elem_id="width")
+                    height = slider(step, limits.side, defaults.height, step=step, label="Height", elem_id="height")
+                    width = slider(step, limits.side, defaults.width, step=step, label="Width", elem_id="width")
                 with gr.Row():
                     steps_now = min(defaults.steps, limits.steps)
-                    steps = gr.Slider(1, limits.steps, steps_now, step=1, label="Steps", elem_id="steps")
-                    guidance = gr.Slider(0, 30, defaults.guidance, step=0.1, label="Guidance")
+                    steps = slider(1, limits.steps, steps_now, step=1, label="Steps", elem_id="steps")
+                    guidance = slider(0, 30, defaults.guidance, step=0.1, label="Guidance")
                 with gr.Row():
                     seed = gr.Number(defaults.seed, precision=0, label="Seed", elem_id="seed")
-                    images = gr.Slider(1, limits.images, 1, step=1, label="Pictures", elem_id="images")
+                    images = slider(1, limits.images, 1, step=1, label="Pictures", elem_id="images")
                 with gr.Row():
                     known = list(SCHEDULERS[sampler.objective.name])
                     scheduler = gr.Dropdown(known, value=known[0], label="Scheduler")
                     compare = gr.Dropdown(studio.comparisons, value=NOTHING, label="Compare with", elem_id="compare")
-                label = "Attention per word, at step (0 = not shown)"
-                attention = gr.Slider(0, steps_now, 0, step=1, label=label, elem_id="attention")
+                label = "Attention per word, at step (0: none)"
+                attention = slider(0, steps_now, 0, step=1, label=label, elem_id="attention")
             with gr.Column(scale=3, min_width=320):
                 first = gallery(label="Pictures", elem_id="pictures")
-                words = small(label=WORDS, elem_id="words", columns=4)
+                words = small(label=WORDS, elem_id="words")
             with gr.Column(scale=3, min_width=320, visible=HIDDEN) as beside:
                 second = gallery(label="To compare", elem_id="compared")
-                other_words = small(label=WORDS, elem_id="compared-words", columns=4)
+                other_words = small(label=WORDS, elem_id="compared-words")
         files = gr.Files(label="Download (PNG with prompt and settings)", elem_id="files", interactive=False, visible=HIDDEN)
-        history = small(label="History", columns=8, elem_id="history")
+        history = small(label="History", elem_id="history")
         past = gr.State([])
 
         def run(past_files: list[tuple[str, str]], *values: Any) -> tuple[Any, ...]:
@@ -117,7 +125,7 @@ def serve(studio: Studio, host: str, port: int | None, **options: Any) -> tuple[
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, allowed_paths=[str(studio.out)], footer_links=[], theme=theme,
-            ssr_mode=False, max_file_size=0, **options,
+            css=STYLE, ssr_mode=False, max_file_size=0, **options,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port} of {host}: {error}: choose another by --port") from error
