@@ -89,6 +89,17 @@ class Share:
         return (count * (item + 1) - 1) // items
 
 
+def array_list(numbers: Iterable[int]) -> str:
+    """Numbers as Slurm's `--array=` takes them: `0-3,7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
 def hash_ids(ids: Iterable[int]) -> str:
     """xxh64 of sample ids in row order."""
     return xxhash.xxh64_hexdigest(np.fromiter(ids, "<i8").tobytes())

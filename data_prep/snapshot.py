@@ -16,7 +16,7 @@ import pyarrow.parquet
 import xxhash
 
 from data_prep.mds import read_mds
-from data_prep.parts import THREADS, Share, committed, committed_parts, hash_ids, read_commit, read_plan
+from data_prep.parts import THREADS, Share, array_list, committed, committed_parts, hash_ids, read_commit, read_plan
 from data_prep.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, StoredFile, canonical_json
 from data_prep.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
 from data_prep.store import Store, StoreError
@@ -107,17 +107,6 @@ def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Par
                 f"{kind}: {len(parts)} of {len(plan.parts)}: `LI_DIT_TASKS={tasks} sbatch --array={array} cluster/{script}`"
             )
     return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(lines)
-
-
-def array_list(numbers: Iterable[int]) -> str:
-    """Numbers as Slurm's `--array=` takes them: `0-3,7`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[str, str | int]:

@@ -4,15 +4,17 @@
     python -m pipeline.ablate my_stage families.a=llama3 families.a_plain=llama3_plain families.b=qwen families.b_plain=qwen_plain
     python -m pipeline.ablate scenes_ablation --only a,a_both --seeds 1 samples=6400
     python -m pipeline.ablate my_stage --rows my_rows.yaml
-    sbatch --array=0-38%8 --gpus-per-node=1 cluster/run.sh pipeline.ablate scenes_ablation
+    python -m pipeline.ablate scenes_ablation --dry-run
 
 Each row and seed is a run of its own in <runs>/<stage>_ablation/<row>/seed_<n>: what is trained, drawn or scored is not done
-again, and what was stopped goes on where it was. A Slurm array task, or --task I/N, does its share. Every call rewrites
-<runs>/<stage>_ablation/report.html and table.md from what is there; --report does only that.
+again, and what was stopped goes on where it was. A Slurm array task, or --task I/N, does its share; --dry-run prints the runs and
+the `sbatch --array=...` line of those that are not done. Every call writes <runs>/<stage>_ablation/report.html and table.md anew
+from what is there; --report does only that.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.parts import Share
+from data_prep.parts import Share, array_list
 from data_prep.scene_captions import ScenePrompt, scene_prompts
 from data_prep.snapshot_reader import read_snapshot
 from model.errors import UserError, command
@@ -33,7 +35,8 @@ from pipeline.config import StageConfig, dump_stage, load_stage
 from pipeline.console import say
 from pipeline.local_ranks import start_ranks, wait_for
 from pipeline.metrics import read_events
-from pipeline.scene_scorer import chance_level, score_pictures, true_objects
+from pipeline.positional_bias import scene_segment_scores
+from pipeline.scene_scorer import chance_level, score_pictures
 from pipeline.sources import open_datasets
 from pipeline.stopping import EXIT_AGAIN
 
@@ -44,7 +47,6 @@ def train(unit: Unit, processes: int) -> None:
     Raises:
         SystemExit: with the trainer's own exit code; it has said why.
     """
-    unit.check()
     unit.run.parent.mkdir(parents=True, exist_ok=True)
     stage = unit.run.with_suffix(".yaml")
     stage.write_text(dump_stage(unit.stage))
@@ -59,9 +61,9 @@ def draw(unit: Unit, prompts: list[str]) -> Path:
     Raises:
         SystemExit: with the sampler's own exit code.
     """
-    folder, file = unit.run / "scenes", unit.run / "prompts.txt"
+    folder, file = unit.run / "scenes", unit.prompts
     if not (folder / "index.jsonl").exists():
-        file.write_text("".join(prompt + "\n" for prompt in prompts), encoding="utf-8")
+        file.write_text("\n".join(prompts), encoding="utf-8")
         command = [sys.executable, "-m", "pipeline.sample", str(unit.run), "--prompts", str(file), "--out", str(folder)]
         code = subprocess.run(command).returncode
         if code:
@@ -85,7 +87,7 @@ def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
     return {
         "score": prompt_following(scores.summary()),
         "attributes": scores.summary(),
-        "positions": [share for share, _ in scores.by_position().values()],
+        "segments": scene_segment_scores(scores),
         "loss": validations[-1]["loss"] if validations else None,
     }
 
@@ -120,8 +122,31 @@ def main_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--processes", type=int, default=0, help="ranks per run; default: one a GPU, or one on the CPU")
     parser.add_argument("--task", help="share I/N of the runs; in a Slurm array it is the task's own")
-    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--report", action="store_true", help="only write the report of what is there")
+    only.add_argument("--dry-run", action="store_true", help="only print the runs, and how to do them as a Slurm array")
     return parser
+
+
+def show_runs(units: list[Unit], left_out: list[str], words: list[str]) -> None:
+    """Print the runs, which of them are done, and the line that does the others as a Slurm array.
+
+    Args:
+        units: all runs.
+        left_out: rows that cannot be trained.
+        words: the command line.
+    """
+    done = [unit.score() is not None for unit in units]
+    for name in dict.fromkeys(unit.row for unit in units):
+        seeds = [finished for unit, finished in zip(units, done, strict=True) if unit.row == name]
+        print(f"{name:20} {sum(seeds)} of {len(seeds)} runs done")
+    for reason in left_out:
+        print(f"left out: {reason}")
+    if not all(done):
+        tasks = array_list(index for index, finished in enumerate(done) if not finished)
+        again = shlex.join(word for word in words if word != "--dry-run")
+        script = "cluster/run.sh pipeline.ablate"
+        print(f"LI_DIT_TASKS={len(units)} sbatch --array={tasks} --gpus-per-node=1 {script} {again}")
 
 
 @command
@@ -138,15 +163,20 @@ def main() -> None:
     units, left_out = make_units(arguments.stage, settings, ablation, arguments.seeds, snapshot)
     if not units:
         raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
+    if arguments.dry_run:
+        show_runs(units, left_out, sys.argv[1:])
+        return
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     prompts = scored_prompts(base, arguments.scored, arguments.segments)
+    texts = [prompt.caption.text for prompt in prompts]
+    for unit in units:
+        unit.check(texts)
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
         for unit in units[share.index :: share.count]:
             do(unit, processes, prompts)
     folder = Path(base.runs) / f"{base.name}_ablation"
-    chance = chance_level([true_objects(prompt.scene) for prompt in prompts], [prompt.caption for prompt in prompts])
-    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out, chance)}")
+    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out, chance_level(prompts))}")
 
 
 if __name__ == "__main__":

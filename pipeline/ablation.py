@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from data_prep.schema import Snapshot
 from model.errors import UserError
 from model.settings import read_settings
-from pipeline.config import StageConfig, dump_stage, load_stage
+from pipeline.config import StageConfig, load_run, load_stage
 
 PAPER_ROWS = Path(__file__).with_name("ablations") / "paper.yaml"
 
@@ -81,22 +81,37 @@ class Unit:
         file = self.run / "score.json"
         return json.loads(file.read_text()) if file.exists() else None
 
-    def check(self) -> None:
-        """Hold the settings against those that an earlier start of this run kept.
+    @property
+    def prompts(self) -> Path:
+        """What the run was asked to draw, one prompt a line."""
+        return self.run / "prompts.txt"
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Hold settings and prompts against those that an earlier start of this run kept.
 
         Raises:
-            UserError: they differ, so the rows of the table would not have equal data, steps and seeds.
+            UserError: they differ, so the rows of the table would not have equal data, steps, seeds and prompts.
         """
-        kept = self.run / "stage.yaml"
-        if not kept.exists():
-            return
-        before, now = kept.read_text().splitlines(), dump_stage(self.stage).splitlines()
-        changed = [line.strip() for line in now if line not in before]
-        if changed:
+        if (self.run / "stage.yaml").exists():
+            now, before = _flat(asdict(self.stage)), _flat(asdict(load_run(self.run)))
+            changed = [f"{key}={value}" for key, value in now.items() if before.get(key) != value]
+            if changed:
+                raise UserError(
+                    f"{self.run} was trained with other settings than are asked for now ({changed[0]}): "
+                    "remove that folder, or give name=... for another ablation"
+                )
+        if self.prompts.exists() and self.prompts.read_text(encoding="utf-8").splitlines() != list(prompts):
             raise UserError(
-                f"{self.run} was trained with other settings than are asked for now ({changed[0]}): "
-                "remove that folder, or give name=... for another ablation"
+                f"{self.run} drew other prompts: give --scored and --segments as then, or remove that folder"
             )
+
+
+def _flat(settings: Any, above: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(settings, dict):
+        return {above: settings}
+    parts = [_flat(value, f"{above}.{key}".lstrip(".")) for key, value in settings.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def make_units(
@@ -140,9 +155,14 @@ class Estimate:
             return cls(mean(given), math.inf, len(given))
         return cls(mean(given), float(student.ppf(0.975, len(given) - 1)) * stdev(given) / math.sqrt(len(given)), len(given))
 
+    def text(self, scale: float, decimals: int) -> str:
+        """Mean ± half width, times `scale`."""
+        half = "" if math.isinf(self.half) else f" ± {scale * self.half:.{decimals}f}"
+        return f"{scale * self.mean:.{decimals}f}{half}"
+
     def __str__(self) -> str:
         """Percent."""
-        return f"{100 * self.mean:.1f}" + ("" if math.isinf(self.half) else f" ± {100 * self.half:.1f}")
+        return self.text(100, 1)
 
 
 def paired_difference(better: dict[int, float], worse: dict[int, float]) -> Estimate | None:

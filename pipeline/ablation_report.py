@@ -1,15 +1,17 @@
 """An ablation's result: `table.md`, and `report.html` with tables, orderings, figure 3's curve and pictures."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from pipeline.ablation import Ablation, Estimate, Unit, orderings, prompt_following
+from pipeline.bench_images import write_whole
 from pipeline.config import StageConfig, dump_stage
+from pipeline.positional_bias import PositionalBias, positional_bias
 from pipeline.report import picture
 from pipeline.report_curves import curve
 
@@ -36,30 +38,12 @@ ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
 
 
 def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]], attributes: Sequence[str]) -> dict[str, Any]:
-    """One row of a table, as text."""
-    if not records:
-        return {
-            "title": title,
-            "paper": "" if paper is None else f"{paper:.2f}",
-            "cells": ["-"] * (2 + len(attributes)),
-            "seeds": 0,
-        }
-
-    def cell(*path: str) -> str:
-        values = []
-        for record in records.values():
-            value: Any = record
-            for key in path:
-                value = value[key]
-            values.append(value)
-        return str(Estimate.of(values))
-
-    losses = [record["loss"] for record in records.values() if record["loss"] is not None]
-    loss = "-"
-    if losses:
-        estimate = Estimate.of(losses)
-        loss = f"{estimate.mean:.4f}" + ("" if math.isinf(estimate.half) else f" ± {estimate.half:.4f}")
-    cells = [cell("score"), *(cell("attributes", name) for name in attributes), loss]
+    """One row of a table, as text; `-` for what has not been measured."""
+    found = list(records.values())
+    shares = [[each["score"] for each in found], *([each["attributes"][name] for each in found] for name in attributes)]
+    losses = [each["loss"] for each in found if each["loss"] is not None]
+    cells = [str(Estimate.of(values)) if values else "-" for values in shares]
+    cells.append(Estimate.of(losses).text(1, 4) if losses else "-")
     return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": cells, "seeds": len(records)}
 
 
@@ -92,31 +76,27 @@ def tables_of(ablation: Ablation, scores: Scores, chance: dict[str, float]) -> l
     ]
 
 
-def position_curve(ablation: Ablation, scores: Scores) -> dict[str, str] | None:
-    """Score over the position of a segment in its caption (the paper's figure 3), mean and 95 % band over seeds."""
-    rows = [name for name in POSITION_ROWS if name in scores] or list(scores)[:4]
-    lines, bands = {}, {}
-    for name in rows:
-        longest = min(len(record["positions"]) for record in scores[name].values())
-        estimates = [Estimate.of(record["positions"][i] for record in scores[name].values()) for i in range(longest)]
-        if not estimates:
-            continue
-        x = [float(position) for position in range(1, longest + 1)]
-        title = ablation.rows[name].title
-        lines[title] = (x, [estimate.mean for estimate in estimates])
-        halves = [0.0 if math.isinf(estimate.half) else estimate.half for estimate in estimates]
-        bands[title] = (
-            [estimate.mean - half for estimate, half in zip(estimates, halves, strict=True)],
-            [estimate.mean + half for estimate, half in zip(estimates, halves, strict=True)],
-        )
-    if not lines:
-        return None
-    note = "Share of segments drawn right, by their position in the caption; bands: 95 % over seeds (paper, figure 3)."
-    return curve("Positional bias", note, lines, ("position of the segment", "score"), bottom=0.0, bands=bands)
+def positional_biases(ablation: Ablation, scores: Scores) -> dict[str, PositionalBias]:
+    """Title -> figure 3's curve of some rows, each segment's score being the mean over the seeds."""
+    biases = {}
+    for name in [name for name in POSITION_ROWS if name in scores] or list(scores)[:4]:
+        by_seed = [record["segments"] for record in scores[name].values()]
+        means = [np.mean(segments, axis=0).tolist() for segments in zip(*by_seed, strict=True)]
+        if any(len(each) > 1 for each in means):
+            biases[ablation.rows[name].title] = positional_bias(means)
+    return biases
 
 
-def markdown(tables: Sequence[dict[str, Any]], left_out: Sequence[str], cost: str) -> str:
-    """The tables as text."""
+def position_curve(biases: dict[str, PositionalBias]) -> dict[str, str]:
+    """The paper's figure 3."""
+    lines = {title: (bias.positions, [point.mean for point in bias.curve]) for title, bias in biases.items()}
+    bands = {title: ([point.low for point in bias.curve], [point.high for point in bias.curve]) for title, bias in biases.items()}
+    note = "Share of right claims by where in the prompt a segment stands, mean over the seeds; bands: 95 % over prompts."
+    return curve("Positional bias", note, lines, ("relative position in the prompt", "score"), bottom=0.0, bands=bands)
+
+
+def markdown(tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias], left_out: Sequence[str], cost: str) -> str:
+    """The tables and the positional bias as text."""
     parts = []
     for table in tables:
         columns = ["row", "paper", *table["columns"], "seeds"]
@@ -126,6 +106,8 @@ def markdown(tables: Sequence[dict[str, Any]], left_out: Sequence[str], cost: st
             for line in table["lines"]
         ]
         parts += ["", *(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**" for pair in table["orderings"]), ""]
+    if biases:
+        parts += ["### Positional bias (figure 3)", "", *(f"- {title}: {bias}" for title, bias in biases.items()), ""]
     parts += [f"Left out: {reason}." for reason in left_out]
     return "\n".join([*parts, cost, ""])
 
@@ -142,31 +124,28 @@ def build(
     done = [record for records in scores.values() for record in records.values()]
     hours = sum(record["seconds"] for record in done) / 3600
     cost = f"{len(done)} of {len(units)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
-    tables = tables_of(ablation, scores, chance)
+    tables, biases = tables_of(ablation, scores, chance), positional_biases(ablation, scores)
     pictures = []
     for unit in units:
         drawn = sorted((unit.run / "scenes").glob("*.png")) if unit.seed == 0 and unit.row in scores else []
         images = [picture(path) for path in drawn if path.name != "grid.png"][:PICTURES]
         if images:
             pictures.append({"title": ablation.rows[unit.row].title, "images": images})
-    prompts_file = next((unit.run / "prompts.txt" for unit in units if unit.row in scores), None)
+    prompts_file = next((unit.prompts for unit in units if unit.row in scores), None)
     prompts = prompts_file.read_text(encoding="utf-8").splitlines()[:PICTURES] if prompts_file is not None else []
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(tables, left_out, cost), encoding="utf-8")
-    out = folder / "report.html"
-    out.write_text(
-        page.render(
-            name=folder.name,
-            written=time.strftime("%Y-%m-%d %H:%M"),
-            cost=cost,
-            tables=tables,
-            curve=position_curve(ablation, scores),
-            pictures=pictures,
-            prompts=prompts,
-            left_out=left_out,
-            stage=dump_stage(stage),
-        ),
-        encoding="utf-8",
+    write_whole(folder / "table.md", markdown(tables, biases, left_out, cost).encode())
+    text = page.render(
+        name=folder.name,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        cost=cost,
+        tables=tables,
+        curve=position_curve(biases) if biases else None,
+        biases=biases,
+        pictures=pictures,
+        prompts=prompts,
+        left_out=left_out,
+        stage=dump_stage(stage),
     )
-    return out
+    write_whole(folder / "report.html", text.encode())
+    return folder / "report.html"

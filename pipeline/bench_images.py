@@ -62,7 +62,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     wanted = json.loads(canonical_json(settings))
     differ = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
     if differ:
-        raise UserError(f"{path.parent} was made otherwise ({', '.join(differ)} differ): give another --out, or remove it")
+        raise UserError(f"{path.parent} was made otherwise ({', '.join(differ)} differ): take another folder, or remove it")
 
 
 def write_plan(out: Path, plan: Plan, settings: Mapping[str, Any]) -> None:

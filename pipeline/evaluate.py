@@ -127,8 +127,8 @@ def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: 
         print(f"{out / 'images'}: {drawn} pictures drawn by this process, {len(plan.pictures)} in all")
 
 
-def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[list[Picture], dict[str, Any]]:
-    """What is to be answered about: the drawn pictures, for FID the reference too; and how they were drawn.
+def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[list[Picture], list[Picture], dict[str, Any]]:
+    """What is to be answered about: the drawn pictures, and FID's reference; and how they were drawn.
 
     Raises:
         UserError: nothing was drawn, or for another benchmark; FID without a reference.
@@ -139,13 +139,13 @@ def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[li
     if bench is fid.BENCH:
         if reference is None:
             raise UserError("--bench fid needs --reference: a folder of pictures to compare with")
-        pictures = pictures + fid.reference_pictures(reference)
-    return pictures, settings
+        return pictures, fid.reference_pictures(reference), settings
+    return pictures, [], settings
 
 
 def ask_models(bench: Bench, arguments: argparse.Namespace, share: Share, out: Path, device: torch.device, shows: bool) -> None:
     """Second stage."""
-    pictures, _ = judged_pictures(bench, out, arguments.reference)
+    drawn, reference, _ = judged_pictures(bench, out, arguments.reference)
     if "{}" not in arguments.question:
         raise UserError(f"--question {arguments.question!r}: {{}} has to stand in it for the prompt")
     sources = {name: getattr(arguments, name) for name in ("vqa", "detector", "clip", "phrases", "inception")}
@@ -155,10 +155,11 @@ def ask_models(bench: Bench, arguments: argparse.Namespace, share: Share, out: P
         settings |= {"template": arguments.question, "answer": arguments.answer}
     if bench is fid.BENCH:
         settings["reference"] = str(arguments.reference.resolve())
-    keep_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(pictures))})
-    answered = answer_missing(bench, judges, share.owns(pictures), out, f"{share.index:05d}-of-{share.count:05d}", shows)
+    keep_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(drawn))})
+    own = share.owns(drawn) + share.owns(reference)  # of the drawn ones those that this process drew: others may be under way
+    answered = answer_missing(bench, judges, own, out, f"{share.index:05d}-of-{share.count:05d}", shows)
     if shows:
-        print(f"{out / ANSWERS}: {answered} pictures answered by this process, {len(pictures)} in all")
+        print(f"{out / ANSWERS}: {answered} pictures answered by this process, {len(drawn) + len(reference)} in all")
 
 
 def score_answers(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str, Any] | None:
@@ -177,17 +178,17 @@ def score_answers(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[s
         scorer: dict[str, Any] = json.loads((out / ANSWERS / SCORER).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{out}: no answers there: run with --stage answers first") from error
-    pictures, drawn = judged_pictures(bench, out, Path(scorer["reference"]) if "reference" in scorer else None)
+    drawn, reference, how = judged_pictures(bench, out, Path(scorer["reference"]) if "reference" in scorer else None)
     answers = read_answers(out)
-    missing = sum(picture.file not in answers for picture in pictures)
+    judged = drawn + reference
+    missing = sum(picture.file not in answers for picture in judged)
     if missing and complete:
-        raise UserError(f"{out}: {missing} of {len(pictures)} answers are missing: run --stage answers on every share")
+        raise UserError(f"{out}: {missing} of {len(judged)} answers are missing: run --stage answers on every share")
     if missing:
         return None
-    prompts = len({picture.prompt for picture in pictures})
     result = {
-        "bench": bench.name, "scores": bench.score(pictures, answers, rules), "rules": asdict(rules),
-        "pictures": len(pictures), "prompts": prompts, "scorer": scorer, "drawn": drawn,
+        "bench": bench.name, "scores": bench.score(judged, answers, rules), "rules": asdict(rules),
+        "pictures": len(drawn), "prompts": len({picture.prompt for picture in drawn}), "scorer": scorer, "drawn": how,
     }  # fmt: skip
     write_whole(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
     return result

@@ -6,38 +6,30 @@
 
 `write` leaves `prompts.txt` and `prompts.json` in the folder; pictures are drawn by the ordinary command, on any number of
 GPUs; `score` reads them and writes `scores.json` and `positional_bias.png`. Prompts are `scenes`, judged exactly, or
-`natural`, judged by BLIP (`score --vqa FOLDER or OWNER/NAME@COMMIT`).
+`natural`, judged by BLIP or another VQA model (`score --vqa FOLDER or OWNER/NAME@COMMIT`).
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from data_prep.scene_captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
-from model.blip_vqa import BlipVQA
 from model.errors import UserError, command
+from model.image_text import load_vqa
 from model.scorers import find_scorer
-from pipeline.natural_prompts import NaturalPrompt, natural_prompts
+from pipeline.bench_images import keep_settings
+from pipeline.benches.common import VQA
+from pipeline.natural_prompts import MOST_SEGMENTS, NaturalPrompt, natural_prompts
 from pipeline.positional_bias import PositionalBias, plot_positional_bias, positional_bias, scene_segment_scores
-from pipeline.scene_scorer import chance_level, score_pictures, true_objects
+from pipeline.scene_scorer import chance_level, score_pictures
 
-MOST_SEGMENTS = 8
-
-
-class VQA(Protocol):
-    """A model that answers questions about a picture."""
-
-    identity: dict[str, Any]
-
-    def yes(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """How sure it is that the answer to each question is yes, 0 to 1."""
-        ...
+QUESTION = "{segment}?"
 
 
 def make_prompts(settings: dict[str, Any]) -> list[ScenePrompt] | list[NaturalPrompt]:
@@ -57,46 +49,43 @@ def score_scenes(pictures: Iterable[np.ndarray], prompts: Sequence[ScenePrompt],
         prompts: the scenes and captions that were asked for.
         images: pictures a prompt.
     """
-    captions = [prompt.caption for prompt in prompts]
-    scores = score_pictures(pictures, [caption for caption in captions for _ in range(images)])
-    tables: dict[str, Callable[[], Any]] = {
-        "attribute": scores.by_attribute, "position": scores.by_position, "length": scores.by_length
-    }  # fmt: skip
+    scores = score_pictures(pictures, [prompt.caption for prompt in prompts for _ in range(images)])
+    tables = {"attribute": scores.by_attribute(), "position": scores.by_position(), "length": scores.by_length()}
     return {
         "summary": scores.summary(),
-        "chance": chance_level([true_objects(prompt.scene) for prompt in prompts], captions),
-        **{f"by_{name}": {str(key): list(entry) for key, entry in table().items()} for name, table in tables.items()},
+        "chance": chance_level(prompts),
+        **{f"by_{name}": {str(key): list(entry) for key, entry in table.items()} for name, table in tables.items()},
         "positional_bias": positional_bias(scene_segment_scores(scores, images)),
     }
 
 
 def score_natural(files: Sequence[Path], prompts: Sequence[NaturalPrompt], images: int, vqa: VQA) -> dict[str, Any]:
-    """Mean answer by segment, and positional curve; the question is the segment itself, as in T2I-CompBench's BLIP-VQA."""
+    """Mean answer by segment, and positional curve; `QUESTION` is what T2I-CompBench's BLIP-VQA asks."""
     scores = []
     for number, prompt in enumerate(prompts):
-        questions = [f"{segment}?" for segment in prompt.segments]
+        questions = [QUESTION.format(segment=segment) for segment in prompt.segments]
         answers = []
         for file in files[number * images : (number + 1) * images]:
             with Image.open(file) as image:
                 answers.append(vqa.yes(image.convert("RGB"), questions))
         scores.append(np.mean(answers, axis=0).tolist())
     mean = float(np.mean([score for each in scores for score in each]))
-    return {"summary": {"segment": mean}, "vqa": vqa.identity, "positional_bias": positional_bias(scores)}
+    scorer = {**vqa.identity, "template": QUESTION}
+    return {"summary": {"segment": mean}, "vqa": scorer, "positional_bias": positional_bias(scores)}
 
 
 def write_prompts(out: Path, settings: dict[str, Any]) -> None:
     """`prompts.txt`, one a line, and `prompts.json`, from which they can be made again with their truth.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or the folder is of other prompts.
     """
-    if settings["count"] < 1 or not 1 <= (settings["segments"] or 1) <= MOST_SEGMENTS:
-        raise UserError(f"--count {settings['count']} --segments {settings['segments']}: at least 1, and 1 to {MOST_SEGMENTS}")
+    if settings["count"] < 1 or not 2 <= (settings["segments"] or 2) <= MOST_SEGMENTS:
+        raise UserError(f"--count {settings['count']} --segments {settings['segments']}: at least 1, and 2 to {MOST_SEGMENTS}")
     prompts = make_prompts(settings)
-    out.mkdir(parents=True, exist_ok=True)
+    keep_settings(out / "prompts.json", settings)
     texts = [prompt.caption.text if isinstance(prompt, ScenePrompt) else prompt.text for prompt in prompts]
     (out / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    (out / "prompts.json").write_text(json.dumps(settings))
 
 
 def find_pictures(folder: Path, prompts: int) -> tuple[list[Path], int]:
@@ -156,7 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     score = commands.add_parser("score", help="judge the pictures in FOLDER/pictures")
     score.add_argument("out", type=Path, metavar="FOLDER")
-    score.add_argument("--vqa", help="BLIP for natural prompts: a folder, or OWNER/NAME@COMMIT on the hub")
+    score.add_argument("--vqa", help="for natural prompts: BLIP or another VQA model, a folder or OWNER/NAME@COMMIT")
     return parser.parse_args(arguments)
 
 
@@ -171,9 +160,13 @@ def main() -> None:
         print(f"{out}/prompts.txt: draw it with pipeline.sample RUN --prompts {out}/prompts.txt --out {out}/pictures")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vqa = BlipVQA(find_scorer(arguments.vqa, "--vqa"), device) if arguments.vqa else None
+    vqa = load_vqa(find_scorer(arguments.vqa, "--vqa"), device, None) if arguments.vqa else None
     result = score_folder(arguments.out, vqa)
-    print(json.dumps({name: result[name] for name in ("summary", "chance") if name in result}, indent=1))
+    chance = result.get("chance", {})
+    for name, share in result["summary"].items():
+        print(f"{name:9}{share:7.1%}" + (f"  chance {chance[name]:.1%}" if name in chance else ""))
+    print(result["positional_bias"])
+    print(arguments.out / "scores.json")
 
 
 if __name__ == "__main__":

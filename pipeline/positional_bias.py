@@ -33,6 +33,10 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """`-12.3 [-20.1, -4.5]`, in points of a hundred."""
+        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
 
 @dataclass(frozen=True)
 class PositionalBias:
@@ -51,6 +55,10 @@ class PositionalBias:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """The curve's two numbers."""
+        return f"last minus first segment {self.gap} points, slope {self.slope} per prompt ({self.prompts} prompts)"
 
 
 def positional_bias(scores: Sequence[Sequence[float]], seed: int = 0) -> PositionalBias:
@@ -98,7 +106,7 @@ def plot_positional_bias(curves: dict[str, PositionalBias], path: Path, what: st
     """Draw the curves of several models with their bands, as the paper's figure 3 does, into a PNG or SVG file."""
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, bias in curves.items():
-        label = f"{name}: last - first {bias.gap.mean:+.3f} [{bias.gap.low:+.3f}, {bias.gap.high:+.3f}]"
+        label = f"{name}: last - first {bias.gap}"
         (line,) = axes.plot(bias.positions, [point.mean for point in bias.curve], marker="o", label=label)
         low, high = ([getattr(point, side) for point in bias.curve] for side in ("low", "high"))
         axes.fill_between(bias.positions, low, high, alpha=0.2, color=line.get_color(), linewidth=0)

@@ -6,15 +6,13 @@ of its objects have it; a count, where as many are there as are said, and no mor
 the two centres lie so.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data_prep.scene_captions import SceneCaption
+from data_prep.scene_captions import SceneCaption, ScenePrompt
 from data_prep.scenes import Direction, Scene, Segment
 from pipeline.scene_reading import SeenObject, read_scene
 
@@ -73,7 +71,7 @@ class SceneScores:
     def summary(self) -> dict[str, float]:
         """Shares of right claims by attribute, of right `segment`s, and of `caption`s of which everything is right."""
         means = {str(name): share for name, (share, _) in self.by_attribute().items()}
-        captions = SceneScores(self.claims).table(lambda claim: claim.picture)
+        captions = self.table(lambda claim: claim.picture)
         whole = {"segment": float(np.mean([claim.right for claim in self.segments()]))} if self.claims else {}
         return means | whole | ({"caption": float(np.mean([share == 1.0 for share, _ in captions.values()]))} if captions else {})
 
@@ -151,24 +149,9 @@ def true_objects(scene: Scene) -> list[SeenObject]:
     return [SeenObject(item.colour, item.shape, item.size, item.texture, item.x, item.y) for item in scene.objects]
 
 
-def chance_level(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption], shifts: int = 16) -> dict[str, float]:
-    """What `SceneScores.summary` gives where pictures know nothing of their captions: each caption against the pictures of the
-    next `shifts` ones. With the objects of the scenes themselves it is the chance level of a set of prompts."""
-    claims: list[Claim] = []
-    number = len(captions)
-    for shift in range(1, min(shifts, number - 1) + 1):
-        for index, caption in enumerate(captions):
-            claims += judge(len(claims), seen[(index + shift) % number], caption)
-    return SceneScores(tuple(claims)).summary()
-
-
-def write_scores(scores: SceneScores, captions: Sequence[SceneCaption], path: Path) -> None:
-    """One JSON line a caption: its text, what it says, and what of that is right."""
-    claims: list[list[Claim]] = [[] for _ in captions]
-    for claim in scores.claims:
-        claims[claim.picture].append(claim)
-    with path.open("w") as file:
-        for caption, judged in zip(captions, claims, strict=True):
-            file.write(
-                json.dumps({**caption.to_json(), "claims": [asdict(claim) for claim in judged]}, ensure_ascii=False) + "\n"
-            )
+def chance_level(prompts: Sequence[ScenePrompt], shifts: int = 16) -> dict[str, float]:
+    """What `SceneScores.summary` gives for true pictures of other prompts: each caption is held against the scenes of the next
+    `shifts` ones. A model that draws scenes but does not read scores so; one that draws none scores less, down to 0."""
+    seen = [true_objects(prompt.scene) for prompt in prompts]
+    pairs = [(i, (i + shift) % len(prompts)) for shift in range(1, min(shifts + 1, len(prompts))) for i in range(len(prompts))]
+    return score_seen([seen[other] for _, other in pairs], [prompts[i].caption for i, _ in pairs]).summary()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from data_prep.encode import SHARD
 from data_prep.mds import write_mds
-from data_prep.parts import Share, commit_part, committed, read_commit, read_plan
+from data_prep.parts import Share, array_list, commit_part, committed, read_commit, read_plan
 from data_prep.schema import PAIRS, Part
-from data_prep.snapshot import array_list, collect_garbage, take_snapshot, verify
+from data_prep.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.snapshot_reader import read_index, read_snapshot
 from data_prep.store import StoreError, open_store
 from model.errors import UserError

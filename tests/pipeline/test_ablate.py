@@ -1,79 +1,142 @@
-"""An ablation from scenes to its report, with the real programs, at the smallest size."""
+"""An ablation from scenes to its report, with the real programs, at the smallest size; and all rows of the paper."""
 
 import json
+import logging
+import math
+import re
 
 import pytest
 
 from data_prep.__main__ import main as data_prep
-from model.vae import small_vae
+from data_prep.snapshot_reader import read_snapshot
 from pipeline import ablate
+from pipeline.ablation import PAPER_ROWS, make_units, read_ablation
+from pipeline.checkpoint import load_weights
+from pipeline.config import load_stage
+from pipeline.distributed import Ranks
+from pipeline.metrics import read_reports
+from pipeline.sources import open_datasets
+from pipeline.stopping import Stop
+from pipeline.trainer import Trainer
+from tests.distributed import on_ranks
 from tests.model import tiny_llm
+from tests.tiny_dataset import CAUSAL, write_dataset, write_stage
 
 pytestmark = pytest.mark.timeout(240)
 
-DATASET = """
-name: set
-store: {here}/store
-sources: [{{kind: scenes, scenes: {{count: 16, seed: 0}}, captions: {{list: list}}}}]
-caption_kinds: [list]
-buckets: {{resolution: 32, max_aspect: 1.0, step: 16}}
-part_rows: 8
-image_format: png
-workers: 0
-latents: [{{name: latents, vae: {here}/vae}}]
-text: [{{name: tiny, llm: {here}/llm, dtype: fp32, prefix: "{{instruction}} ", suffix: "<end>"}}]
-"""
-STAGE = """
-name: small
-runs: {here}/runs
-samples: 16
-global_batch: 8
-data: {{store: {here}/store, dataset: set, workers: 0}}
-fusion: {{families: [tiny], mode: none, width: 32, heads: 2}}
-model: {{depth: 1, width: 32, heads: 2, patch: 1}}
-engine: {{reduce_bucket: 100000, prefetch_bucket: 100000, overlap_comm: false}}
-sample: {{steps: 2, height: 32, width: 32}}
-log: {{tensorboard: false, every_steps: 1}}
-"""
+PLAIN = 'prefix: "", suffix: "<end>"'
+NOT_CAUSAL = 'prefix: "", reuse_prefix: false, layer: "-1", max_tokens: 70'
+FAMILIES = {
+    "a": (tiny_llm.llama, CAUSAL),
+    "a_plain": (tiny_llm.llama, PLAIN),
+    "b": (tiny_llm.gemma3, CAUSAL),
+    "b_plain": (tiny_llm.gemma3, PLAIN),
+    "t5": (tiny_llm.t5, f"encoder: t5, {NOT_CAUSAL}"),
+    "clip": (tiny_llm.clip, f"encoder: clip, {NOT_CAUSAL}"),
+}
+ROLES = [f"families.{role}={role}" for role in FAMILIES]
 ROWS = """
-families: {a: tiny}
+families: {role: a}
 rows:
-  full: {title: Full refiner, paper: 2.0, settings: ["fusion.families=[${families.a}]", fusion.refiner_blocks=1]}
+  full: {title: Full refiner, paper: 2.0, settings: ["fusion.families=[${families.role}]", fusion.refiner_blocks=1]}
   other: {title: Another LLM, paper: 1.0, settings: ["fusion.families=[absent]"]}
 """
 
 
-def test_from_scenes_to_a_report(tmp_path, capfd, monkeypatch):
-    for name, text in (("set", DATASET), ("stage", STAGE)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(here=tmp_path))
-    (tmp_path / "rows.yaml").write_text(ROWS)
-    small_vae().save_pretrained(tmp_path / "vae")
-    tiny_llm.make(tmp_path / "llm", tiny_llm.llama)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder of a dataset of scenes with all the paper's families, and of a stage."""
+    folder = tmp_path_factory.mktemp("ablation")
+    source = "{kind: scenes, scenes: {count: 16, seed: 0}, captions: {list: list}}"
+    dataset = write_dataset(folder, source, "list", FAMILIES)
     for step in ("plan", "pairs", "latents", "text", "snapshot"):
-        data_prep([step, str(tmp_path / "set.yaml")])
+        data_prep([step, str(dataset)])
+    write_stage(folder, "small", family="a")
+    (folder / "rows.yaml").write_text(ROWS)
+    return folder
 
-    arguments = [str(tmp_path / "stage.yaml"), "--rows", str(tmp_path / "rows.yaml")]
-    arguments += ["--seeds", "1", "--scored", "4", "--segments", "2"]
-    monkeypatch.setattr("sys.argv", ["ablate", *arguments])
-    ablate.main()
-    folder = tmp_path / "runs" / "small_ablation"
+
+@pytest.fixture
+def run(world, monkeypatch):
+    def run(*arguments):
+        words = [str(world / "small.yaml"), "--scored", "4", "--segments", "2", *arguments]
+        monkeypatch.setattr("sys.argv", ["ablate", *words])
+        ablate.main()
+
+    return run
+
+
+def refused(run, capfd, says, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments)
+    assert exit.value.code == 2
+    assert says in capfd.readouterr().err
+
+
+def test_from_scenes_to_a_report(world, run, capfd):
+    arguments = ["--rows", str(world / "rows.yaml"), "--seeds", "1"]
+    run(*arguments)
+    folder = world / "runs" / "small_ablation"
     score = json.loads((folder / "full/seed_0/score.json").read_text())
     assert 0 <= score["score"] <= 1
-    assert len(score["positions"]) == 2
+    assert [len(segments) for segments in score["segments"]] == [1, 2, 1, 2]
     assert len(list((folder / "full/seed_0/scenes").glob("0*.png"))) == 4
     table = (folder / "table.md").read_text()
     assert "| Full refiner | 2.00 |" in table
     assert "| chance | - |" in table
+    assert "- Full refiner: last minus first segment " in table
     assert "Left out: Another LLM: no text family `absent`." in table
-    assert "<img" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<img" in page
+    assert "Positional bias" in page
 
-    # nothing is done again, and what was trained cannot be mixed with other settings
+    # nothing is done again, and what was trained cannot be mixed with other settings or prompts
     before = (folder / "full/seed_0/metrics.jsonl").read_text()
-    ablate.main()
+    run(*arguments)
     assert (folder / "full/seed_0/metrics.jsonl").read_text() == before
-    (folder / "full/seed_0/score.json").unlink()
-    monkeypatch.setattr("sys.argv", ["ablate", *arguments, "optim.lr=0.5"])
-    with pytest.raises(SystemExit) as exit:
-        ablate.main()
-    assert exit.value.code == 2
-    assert "was trained with other settings" in capfd.readouterr().err
+    refused(run, capfd, "drew other prompts", *arguments, "--scored", "5")
+    refused(run, capfd, "was trained with other settings than are asked for now (optim.lr=0.5)", *arguments, "optim.lr=0.5")
+    run(*arguments, "--dry-run")
+    printed = capfd.readouterr().out
+    assert "1 of 1 runs done" in printed
+    assert "sbatch" not in printed
+
+
+PARTS = {
+    **dict.fromkeys(("a", "a_instruction", "b", "t5", "clip"), (1, 0, 0, 0)),
+    **dict.fromkeys(("a_refiner", "a_both", "a_causal", "b_refiner", "b_both", "t5_refiner", "clip_refiner"), (1, 2, 2, 0)),
+    "a_refiner_1": (1, 1, 1, 0), "a_refiner_3": (1, 3, 3, 0), "a_refiner_plain": (1, 2, 0, 0),
+    "ab_concat": (2, 4, 4, 0), "ab_collaborative": (2, 4, 4, 1),
+}  # fmt: skip
+"""Row -> LLMs, blocks of their refiners, gated ones among them, collaborative blocks: in the weights of its checkpoint."""
+
+
+def parts_of(run):
+    names = load_weights(run, None).keys()
+
+    def count(pattern):
+        return len({match[0] for name in names if (match := re.match(rf"fusion\.{pattern}", name))})
+
+    block = r"refiners\.\d+\.blocks\.\d+\."
+    return count(r"projections\.\d+"), count(block), count(rf"{block}gates"), count(r"collaborative\.blocks\.\d+")
+
+
+def train_all(configs):
+    """Train each stage on this rank; the exit codes."""
+    logging.disable(logging.INFO)
+    return [Trainer(config, Ranks.from_environment(), Stop()).run() for config in configs]
+
+
+def test_every_row_of_the_paper_trains(world):
+    """With encoders of each row's kind, T5 and CLIP among them: two steps by the real trainer, of the row's own network."""
+    stage = str(world / "small.yaml")
+    ablation = read_ablation(PAPER_ROWS, ROLES, [])
+    base = load_stage(stage, [])
+    settings = ["name=rows", "engine.precision=fp32", "optim.warmup_samples=0"]
+    units, left_out = make_units(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], ""))
+    assert (len(units), left_out) == (len(ablation.rows), [])
+    assert on_ranks(1, train_all, [unit.stage for unit in units]) == [[0] * len(units)]
+    losses = {unit.row: [report["loss"] for report in read_reports(unit.run)] for unit in units}
+    assert all(len(each) == 2 and all(map(math.isfinite, each)) for each in losses.values())
+    assert {unit.row: parts_of(unit.run) for unit in units} == PARTS
+    assert [unit.row for unit in units if unit.stage.fusion.refiner == "causal"] == ["a_causal"]

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from data_prep.schema import Family, Snapshot
 from model.errors import UserError
 from pipeline.ablation import PAPER_ROWS, Ablation, Estimate, Row, make_units, orderings, read_ablation
+from pipeline.config import dump_stage
 
 ROLES = [f"families.{role}={role}" for role in ("a", "a_plain", "b", "b_plain", "t5", "clip")]
 PAPER = {  # T2I-avg of tables 2, 3, 5 and 6
     "Table 2": [38.72, 48.41, 54.02, 56.79, 60.31],
-    "Table 3": [48.82, 49.52, None, 38.11, 53.81, 38.72, 45.84, 54.02],
+    "Table 3": [48.82, 49.52, None, None, 38.11, 53.81, 38.72, 45.84, 54.02],
     "Table 5": [48.25, 54.02, 55.13, 53.47],
     "Table 6": [56.79, 56.13, 58.32, 60.31],
 }
@@ -34,7 +35,10 @@ def test_the_papers_rows_are_its_tables():
 def test_rows_differ_only_in_their_settings_and_seeds():
     ablation = read_ablation(PAPER_ROWS, ROLES, [])
     units, left_out = make_units("demo", ["samples=640"], ablation, 2, snapshot("a", "a_plain", "b", "b_plain"))
-    assert left_out == ["T5: no text family `t5`", "T5, refiner: no text family `t5`", "CLIP: no text family `clip`"]
+    assert left_out == [
+        "T5: no text family `t5`", "T5, refiner: no text family `t5`",
+        "CLIP: no text family `clip`", "CLIP, refiner: no text family `clip`",
+    ]  # fmt: skip
     assert len(units) == 2 * 13
     assert len({unit.run for unit in units}) == len(units)
     first = units[0].stage
@@ -61,14 +65,17 @@ def test_an_unknown_row_is_named(only, says):
 def test_changed_settings_are_refused(tmp_path):
     ablation = Ablation(rows={"one": Row("one", ["fusion.families=[a]", "fusion.mode=none"])})
     (unit,), _ = make_units("demo", [f"runs={tmp_path}"], ablation, 1, snapshot("a"))
-    from pipeline.config import dump_stage
-
+    unit.check([])
     unit.run.mkdir(parents=True)
     (unit.run / "stage.yaml").write_text(dump_stage(unit.stage))
-    unit.check()
+    unit.check(["a circle"])
     (other,), _ = make_units("demo", [f"runs={tmp_path}", "optim.lr=0.5"], ablation, 1, snapshot("a"))
-    with pytest.raises(UserError, match=r"other settings than are asked for now \(lr: 0.5\)"):
-        other.check()
+    with pytest.raises(UserError, match=r"other settings than are asked for now \(optim.lr=0.5\)"):
+        other.check(["a circle"])
+    unit.prompts.write_text("a circle\na star")
+    unit.check(["a circle", "a star"])
+    with pytest.raises(UserError, match="drew other prompts"):
+        unit.check(["a circle"])
 
 
 def test_the_interval_is_students():
