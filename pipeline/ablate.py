@@ -31,6 +31,7 @@ from data_prep.snapshot_reader import read_snapshot
 from model.errors import UserError, command
 from pipeline import ablation_report
 from pipeline.ablation import PAPER_ROWS, Unit, make_units, prompt_following, read_ablation
+from pipeline.bench_images import write_whole
 from pipeline.config import StageConfig, dump_stage, load_stage
 from pipeline.console import say
 from pipeline.local_ranks import start_ranks, wait_for
@@ -101,9 +102,7 @@ def do(unit: Unit, processes: int, prompts: list[ScenePrompt]) -> None:
     train(unit, processes)
     record = score(unit, prompts)
     record["seconds"] = round(time.monotonic() - begun, 1)
-    partial = unit.run / "score.json.partial"
-    partial.write_text(json.dumps(record, indent=2))
-    partial.rename(unit.run / "score.json")
+    write_whole(unit.run / "score.json", json.dumps(record).encode())
 
 
 def main_arguments() -> argparse.ArgumentParser:

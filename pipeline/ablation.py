@@ -101,9 +101,7 @@ class Unit:
                     "remove that folder, or give name=... for another ablation"
                 )
         if self.prompts.exists() and self.prompts.read_text(encoding="utf-8").splitlines() != list(prompts):
-            raise UserError(
-                f"{self.run} drew other prompts: give --scored and --segments as then, or remove that folder"
-            )
+            raise UserError(f"{self.run} drew other prompts: give --scored and --segments as then, or remove that folder")
 
 
 def _flat(settings: Any, above: str = "") -> dict[str, Any]:

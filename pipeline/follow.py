@@ -42,7 +42,7 @@ def make_prompts(settings: dict[str, Any]) -> list[ScenePrompt] | list[NaturalPr
 
 
 def score_scenes(pictures: Iterable[np.ndarray], prompts: Sequence[ScenePrompt], images: int) -> dict[str, Any]:
-    """Tables (share of right claims, number of claims), chance level and `PositionalBias` of scenes.
+    """Tables (share of right claims, number of claims), chance level, scores by segment, and `PositionalBias` of scenes.
 
     Args:
         pictures: uint8 [H, W, 3], `images` of each prompt one after another.
@@ -50,12 +50,14 @@ def score_scenes(pictures: Iterable[np.ndarray], prompts: Sequence[ScenePrompt],
         images: pictures a prompt.
     """
     scores = score_pictures(pictures, [prompt.caption for prompt in prompts for _ in range(images)])
+    segments = scene_segment_scores(scores, images)
     tables = {"attribute": scores.by_attribute(), "position": scores.by_position(), "length": scores.by_length()}
     return {
         "summary": scores.summary(),
         "chance": chance_level(prompts),
         **{f"by_{name}": {str(key): list(entry) for key, entry in table.items()} for name, table in tables.items()},
-        "positional_bias": positional_bias(scene_segment_scores(scores, images)),
+        "segments": segments,
+        "positional_bias": positional_bias(segments),
     }
 
 
@@ -71,7 +73,7 @@ def score_natural(files: Sequence[Path], prompts: Sequence[NaturalPrompt], image
         scores.append(np.mean(answers, axis=0).tolist())
     mean = float(np.mean([score for each in scores for score in each]))
     scorer = {**vqa.identity, "template": QUESTION}
-    return {"summary": {"segment": mean}, "vqa": scorer, "positional_bias": positional_bias(scores)}
+    return {"summary": {"segment": mean}, "vqa": scorer, "segments": scores, "positional_bias": positional_bias(scores)}
 
 
 def write_prompts(out: Path, settings: dict[str, Any]) -> None:

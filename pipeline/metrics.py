@@ -139,23 +139,21 @@ class MetricsLog:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, "samples": samples, "time": time.time(), **finite}) + "\n")
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, samples)
-        if self._wandb is not None:
-            self._wandb.log({"samples": samples, **values}, step=step)
+        self._curves(step, samples, values)
 
     def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
         """What an evaluation found: an event in the file, a curve each, `<name>/<key>`, elsewhere."""
         if not values:
             return
         self.event(name, step=step, samples=samples, **values)
-        named = {f"{name}/{key}": value for key, value in values.items()}
+        self._curves(step, samples, {f"{name}/{key}": value for key, value in values.items()})
+
+    def _curves(self, step: int, samples: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
-            for key, value in named.items():
+            for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, samples)
         if self._wandb is not None:
-            self._wandb.log({"samples": samples, **named}, step=step)
+            self._wandb.log({"samples": samples, **values}, step=step)
 
     def image(self, name: str, pixels: Any, samples: int) -> None:
         """A picture, uint8 [H, W, 3]."""

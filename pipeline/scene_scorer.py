@@ -51,29 +51,32 @@ class SceneScores:
         """Colour, shape, size, texture, count, relation."""
         return self.table(lambda claim: claim.attribute)
 
-    def segments(self) -> list[Claim]:
+    def segments(self) -> "SceneScores":
         """One claim a segment, `segment`: all that is said of it alone is right."""
         whole: dict[tuple[int, int, int], bool] = {}
         for claim in self.claims:
             if claim.attribute != "relation":
                 key = claim.picture, claim.position, claim.length
                 whole[key] = whole.get(key, True) and claim.right
-        return [Claim(picture, "segment", position, length, right) for (picture, position, length), right in whole.items()]
+        return SceneScores(
+            tuple(Claim(picture, "segment", place, length, right) for (picture, place, length), right in whole.items())
+        )
 
     def by_position(self) -> dict[object, tuple[float, int]]:
         """Whole segments by their position in the caption, from 0."""
-        return SceneScores(tuple(self.segments())).table(lambda claim: claim.position)
+        return self.segments().table(lambda claim: claim.position)
 
     def by_length(self) -> dict[object, tuple[float, int]]:
         """Whole segments by the number of segments in the caption."""
-        return SceneScores(tuple(self.segments())).table(lambda claim: claim.length)
+        return self.segments().table(lambda claim: claim.length)
 
     def summary(self) -> dict[str, float]:
         """Shares of right claims by attribute, of right `segment`s, and of `caption`s of which everything is right."""
-        means = {str(name): share for name, (share, _) in self.by_attribute().items()}
-        captions = self.table(lambda claim: claim.picture)
-        whole = {"segment": float(np.mean([claim.right for claim in self.segments()]))} if self.claims else {}
-        return means | whole | ({"caption": float(np.mean([share == 1.0 for share, _ in captions.values()]))} if captions else {})
+        if not self.claims:
+            return {}
+        tables = {**self.by_attribute(), **self.segments().by_attribute()}
+        captions = [share == 1.0 for share, _ in self.table(lambda claim: claim.picture).values()]
+        return {**{str(name): share for name, (share, _) in tables.items()}, "caption": float(np.mean(captions))}
 
 
 def score_pictures(pictures: Iterable[np.ndarray], captions: Sequence[SceneCaption]) -> SceneScores:

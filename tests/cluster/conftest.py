@@ -16,6 +16,7 @@ PYTHON = """#!/bin/bash
 case $2 in
   pipeline.train) shift 2; exec {python} {here}/fake_train.py "$@" ;;
   data_prep | pipeline.sample) shift; exec {python} {here}/fake_data.py "$@" ;;
+  pipeline.ablate) shift 2; exec {python} {here}/fake_ablate.py "$@" ;;
   pipeline.node_check) eval "${{FAKE_NODE:-}}" ;;
 esac
 exec {python} "$@"

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tiny_sampler import make_network, make_stage
 
 from model.detectors import Found
 from model.noun_phrases import Parsed
 from pipeline.benches.geneval import COLORS
+from tests.pipeline.tiny_sampler import make_network, make_stage
 
 ANIMALS = ("cat", "dog", "cow", "hen", "ant", "bee")
 SEEN = ("red", "blue", "pink", "black")
@@ -187,3 +187,10 @@ class Judges:
 
     def features(self, images):
         return torch.tensor(np.array([squares(image).mean(1) for image in images]), dtype=torch.float32)
+
+
+def make_judges(world):
+    """What stands for `ScorerModels`."""
+    judges = Judges(world)
+    roles = dict.fromkeys(("vqa", "detector", "clip", "phrases", "inception"), judges)
+    return SimpleNamespace(**roles, question="{}", answer="Yes", identity=judges.identities)

@@ -6,10 +6,10 @@ import sys
 from unittest.mock import patch
 
 import torch
-from bench_worlds import WORLDS, make_judges
-from tiny_sampler import make_sampler
 
 from pipeline import bench_answers, bench_images, evaluate
+from tests.pipeline.bench_worlds import make_judges
+from tests.pipeline.tiny_sampler import make_sampler
 
 
 def killed_after(count, function):
@@ -24,12 +24,11 @@ def killed_after(count, function):
     return counted
 
 
-def run(rank, world, port, bench, folder, arguments, pictures=None, answers=None):
+def run(rank, world, port, truth, arguments, pictures=None, answers=None):
     """This process as `rank` of `world` that meet at a port; killed after so many pictures or answers."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    _, truth = WORLDS[bench](folder)
     save, opened = bench_images._save, bench_answers._open
     with (
         patch.object(sys, "argv", ["evaluate", *map(str, arguments)]),

@@ -1,14 +1,10 @@
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from data_prep.scene_drawing import draw_scene
 from model.errors import UserError
-from pipeline.follow import make_prompts, score_folder, write_prompts
+from pipeline.follow import make_prompts
 from pipeline.natural_prompts import ADJECTIVES, NOUNS, natural_prompts
 from pipeline.positional_bias import positional_bias, scene_segment_scores
 from pipeline.scene_scorer import score_seen, true_objects
@@ -80,45 +76,3 @@ def test_natural_prompts_name_their_segments_in_order(seed, segments):
     words = [segment.split()[1:] for segment in prompt.segments]
     assert len({noun for _, noun in words}) == segments
     assert all(adjective in ADJECTIVES and noun in NOUNS for adjective, noun in words)
-
-
-def write_pictures(folder, pictures):
-    (folder / "pictures").mkdir()
-    for number, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / "pictures" / f"{number:05d}_00.png")
-
-
-def test_a_folder_of_true_pictures_scores_full(tmp_path):
-    write_prompts(tmp_path, SETTINGS)
-    prompts = make_prompts(SETTINGS)
-    assert (tmp_path / "prompts.txt").read_text().splitlines() == [prompt.caption.text for prompt in prompts]
-    write_pictures(tmp_path, [draw_scene(prompt.scene, 64, 64) for prompt in prompts])
-    result = score_folder(tmp_path, None)
-    assert result["summary"]["segment"] == 1.0
-    assert result["chance"]["segment"] < 0.1
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["positional_bias"]["gap"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert Image.open(tmp_path / "positional_bias.png").width > 100
-    (tmp_path / "pictures" / "00003_00.png").unlink()
-    with pytest.raises(UserError, match="13 pictures for 14"):
-        score_folder(tmp_path, None)
-
-
-class Early:
-    """Sees what is said first and nothing else."""
-
-    def __init__(self):
-        self.identity = {"name": "early"}
-
-    def yes(self, image, questions):
-        assert all(question.endswith("?") for question in questions)
-        return [1.0, *[0.0] * (len(questions) - 1)]
-
-
-def test_natural_prompts_are_judged_segment_by_segment(tmp_path):
-    write_prompts(tmp_path, {**SETTINGS, "prompts": "natural"})
-    write_pictures(tmp_path, [np.zeros((32, 32, 3), np.uint8)] * 14)
-    result = score_folder(tmp_path, Early())
-    assert result["positional_bias"].gap.mean == -1.0
-    with pytest.raises(UserError, match="--vqa"):
-        score_folder(tmp_path, None)

@@ -30,7 +30,7 @@ def worn(picture):
 def test_pictures_of_the_truth_score_full(side, wear, least):
     pictures = [draw_scene(prompt.scene, side, side) for prompt in PROMPTS]
     scores = score_pictures(map(wear, pictures) if wear else pictures, CAPTIONS)
-    assert len(scores.segments()) > 80
+    assert len(scores.segments().claims) > 80
     assert scores.summary()["segment"] >= least
     assert scores.by_attribute()["relation"][0] >= (1.0 if wear is None else 0.9)
 

@@ -72,10 +72,10 @@ def make_stage(objective: str = "flow") -> StageConfig:
     return stage
 
 
-def make_sampler(objective: str = "flow", dtype: torch.dtype = torch.float32) -> Sampler:
+def make_sampler(objective: str = "flow", dtype: torch.dtype = torch.float32, longest: int = MAX_TOKENS) -> Sampler:
     stage = make_stage(objective)
     families = {name: Family(name, "text", {}, {"width": width}) for name, width in WIDTHS.items()}
     constants = {name: make_constants(width) for name, width in WIDTHS.items()}
     network = make_network(stage.fusion)
-    reader = PromptReader(families, constants, lambda family: LetterLLM(WIDTHS[family.name]))
+    reader = PromptReader(families, constants, lambda family: LetterLLM(WIDTHS[family.name], longest))
     return Sampler(network, reader, make_vae, stage.objective, stage.sample, CPU, dtype)
