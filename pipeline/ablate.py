@@ -30,14 +30,15 @@ from data_prep.scene_captions import ScenePrompt, scene_prompts
 from data_prep.snapshot_reader import read_snapshot
 from model.errors import UserError, command
 from pipeline import ablation_report
-from pipeline.ablation import PAPER_ROWS, Unit, make_units, prompt_following, read_ablation
+from pipeline.ablation import PAPER_ROWS, Unit, make_units, read_ablation
 from pipeline.bench_images import write_whole
 from pipeline.config import StageConfig, dump_stage, load_stage
 from pipeline.console import say
 from pipeline.local_ranks import start_ranks, wait_for
 from pipeline.metrics import read_events
 from pipeline.positional_bias import scene_segment_scores
-from pipeline.scene_scorer import chance_level, score_pictures
+from pipeline.scene_reading import read_scene
+from pipeline.scene_scorer import chance_level, prompt_following, score_seen
 from pipeline.sources import open_datasets
 from pipeline.stopping import EXIT_AGAIN
 
@@ -79,15 +80,17 @@ def scored_prompts(stage: StageConfig, count: int, longest: int) -> list[ScenePr
 
 
 def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
-    """What the run reached: scores of its drawn scenes, all in [0, 1], and its last validation loss."""
+    """What the run reached: scores of its drawn scenes and their chance level, all in [0, 1], and its last validation loss."""
     folder = draw(unit, [prompt.caption.text for prompt in prompts])
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    pictures = [np.asarray(Image.open(folder / record["file"]).convert("RGB")) for record in records]
-    scores = score_pictures(pictures, [prompt.caption for prompt in prompts])
+    seen = [read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records]
+    captions = [prompt.caption for prompt in prompts]
+    scores = score_seen(seen, captions)
     validations = read_events(unit.run, "validation")
     return {
         "score": prompt_following(scores.summary()),
         "attributes": scores.summary(),
+        "chance": chance_level(seen, captions),
         "segments": scene_segment_scores(scores),
         "loss": validations[-1]["loss"] if validations else None,
     }
@@ -175,7 +178,7 @@ def main() -> None:
         for unit in units[share.index :: share.count]:
             do(unit, processes, prompts)
     folder = Path(base.runs) / f"{base.name}_ablation"
-    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out, chance_level(prompts))}")
+    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
 
 
 if __name__ == "__main__":

@@ -132,11 +132,6 @@ def make_units(
     return units, [f"{ablation.rows[name].title}: no text family `{family}`" for name, family in missing.items()]
 
 
-def prompt_following(attributes: dict[str, float]) -> float:
-    """The paper's T2I-avg, on scenes: the mean of colour, shape and texture, each the share of right claims."""
-    return mean(attributes[name] for name in ("colour", "shape", "texture"))
-
-
 @dataclass(frozen=True)
 class Estimate:
     """Mean of a score over seeds, with the half width of its 95 % interval (Student's t)."""

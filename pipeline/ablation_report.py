@@ -8,12 +8,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.ablation import Ablation, Estimate, Unit, orderings, prompt_following
+from pipeline.ablation import Ablation, Estimate, Unit, orderings
 from pipeline.bench_images import write_whole
 from pipeline.config import StageConfig, dump_stage
 from pipeline.positional_bias import PositionalBias, positional_bias
 from pipeline.report import picture
 from pipeline.report_curves import curve
+from pipeline.scene_scorer import prompt_following
 
 TEMPLATE = Path(__file__).with_name("ablation.html")
 POSITION_ROWS = ("a", "a_causal", "a_refiner", "ab_collaborative")
@@ -47,9 +48,12 @@ def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]],
     return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": cells, "seeds": len(records)}
 
 
-def tables_of(ablation: Ablation, scores: Scores, chance: dict[str, float]) -> list[dict[str, Any]]:
-    """Tables with their lines, the chance level last, and the orderings that the paper has among them."""
-    attributes = [name for name in ATTRIBUTES if name in chance]
+def tables_of(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
+    """Tables with their lines, the rows' mean chance level last, and the orderings that the paper has among them."""
+    records = [record for row in scores.values() for record in row.values()]
+    attributes = [name for name in ATTRIBUTES if any(name in record["attributes"] for record in records)]
+    means = {name: float(np.mean([record["chance"][name] for record in records])) for name in attributes}
+    chance = {0: {"score": prompt_following(means), "attributes": means, "loss": None}} if records else {}
     values = {row: {seed: record["score"] for seed, record in records.items()} for row, records in scores.items()}
     held = orderings(ablation, values)
     return [
@@ -61,7 +65,7 @@ def tables_of(ablation: Ablation, scores: Scores, chance: dict[str, float]) -> l
                     line_of(ablation.rows[name].title, ablation.rows[name].paper, scores.get(name, {}), attributes)
                     for name in names
                 ),
-                line_of("chance", None, {0: {"score": prompt_following(chance), "attributes": chance, "loss": None}}, attributes),
+                line_of("chance", None, chance, attributes),
             ],
             "orderings": [
                 {
@@ -112,10 +116,8 @@ def markdown(tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias]
     return "\n".join([*parts, cost, ""])
 
 
-def build(
-    folder: Path, stage: StageConfig, ablation: Ablation, units: Sequence[Unit], left_out: Sequence[str], chance: dict[str, float]
-) -> Path:
-    """Write `table.md` and `report.html` into `folder` from what has been scored, beside the chance level of the prompts.
+def build(folder: Path, stage: StageConfig, ablation: Ablation, units: Sequence[Unit], left_out: Sequence[str]) -> Path:
+    """Write `table.md` and `report.html` into `folder` from what has been scored.
 
     Returns:
         The page's path.
@@ -124,7 +126,7 @@ def build(
     done = [record for records in scores.values() for record in records.values()]
     hours = sum(record["seconds"] for record in done) / 3600
     cost = f"{len(done)} of {len(units)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
-    tables, biases = tables_of(ablation, scores, chance), positional_biases(ablation, scores)
+    tables, biases = tables_of(ablation, scores), positional_biases(ablation, scores)
     pictures = []
     for unit in units:
         drawn = sorted((unit.run / "scenes").glob("*.png")) if unit.seed == 0 and unit.row in scores else []

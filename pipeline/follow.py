@@ -27,7 +27,8 @@ from pipeline.bench_images import keep_settings
 from pipeline.benches.common import VQA
 from pipeline.natural_prompts import MOST_SEGMENTS, NaturalPrompt, natural_prompts
 from pipeline.positional_bias import PositionalBias, plot_positional_bias, positional_bias, scene_segment_scores
-from pipeline.scene_scorer import chance_level, score_pictures
+from pipeline.scene_reading import read_scene
+from pipeline.scene_scorer import chance_level, score_seen
 
 QUESTION = "{segment}?"
 
@@ -49,12 +50,14 @@ def score_scenes(pictures: Iterable[np.ndarray], prompts: Sequence[ScenePrompt],
         prompts: the scenes and captions that were asked for.
         images: pictures a prompt.
     """
-    scores = score_pictures(pictures, [prompt.caption for prompt in prompts for _ in range(images)])
+    captions = [prompt.caption for prompt in prompts]
+    seen = [read_scene(picture) for picture in pictures]
+    scores = score_seen(seen, [caption for caption in captions for _ in range(images)])
     segments = scene_segment_scores(scores, images)
     tables = {"attribute": scores.by_attribute(), "position": scores.by_position(), "length": scores.by_length()}
     return {
         "summary": scores.summary(),
-        "chance": chance_level(prompts),
+        "chance": chance_level(seen[::images], captions),
         **{f"by_{name}": {str(key): list(entry) for key, entry in table.items()} for name, table in tables.items()},
         "segments": segments,
         "positional_bias": positional_bias(segments),

@@ -24,7 +24,8 @@ from pipeline.pictures import make_grid, to_images
 from pipeline.prompts import PromptReader, load_llm
 from pipeline.sampler import decode_each, latent_shape, load_vae
 from pipeline.sampling import draw
-from pipeline.scene_scorer import score_pictures
+from pipeline.scene_reading import read_scene
+from pipeline.scene_scorer import chance_level, prompt_following, score_seen
 from pipeline.sources import Corpus
 from pipeline.texts import TextConstants
 
@@ -40,7 +41,7 @@ class Drawn(NamedTuple):
     picture: Image.Image
     """A grid of `sample.prompts` and the first scenes."""
     scores: dict[str, float]
-    """`SceneScores.summary` of all scenes; empty without scenes."""
+    """`SceneScores.summary` of all scenes, `prompt_following`, and what that is by chance; empty without scenes."""
 
 
 class Grid:
@@ -81,8 +82,11 @@ class Grid:
         if engine.rank > 0:
             return None
         first = len(self.stage.sample.prompts) + SCENES_SHOWN
-        scenes = [np.asarray(image) for image in images[len(self.prompts) - len(self.scenes) :]]
-        return Drawn(make_grid(images[:first], self.prompts[:first]), score_pictures(scenes, self.scenes).summary())
+        seen = [read_scene(np.asarray(image)) for image in images[len(self.prompts) - len(self.scenes) :]]
+        scores, chance = score_seen(seen, self.scenes).summary(), chance_level(seen, self.scenes)
+        if chance:
+            scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
+        return Drawn(make_grid(images[:first], self.prompts[:first]), scores)
 
     def _draw(self, engine: Engine, indices: range) -> list[Image.Image]:
         config = self.stage.sample

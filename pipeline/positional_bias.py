@@ -35,7 +35,7 @@ class Estimate:
 
     def __str__(self) -> str:
         """`-12.3 [-20.1, -4.5]`, in points of a hundred."""
-        return f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return f"{100 * self.mean:+z.1f} [{100 * self.low:+z.1f}, {100 * self.high:+z.1f}]"
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from data_prep.scene_drawing import PALETTE, coverage
-from data_prep.scenes import COLOURS, EXTENTS, SHAPES, SIZES, TEXTURES, Colour, Shape, Size, Texture
+from data_prep.scenes import COLOURS, EXTENTS, MAX_OBJECTS, SHAPES, SIZES, TEXTURES, Colour, Shape, Size, Texture
 
 CHROMA = 36.0
 """Levels of chroma from which a pixel belongs to an object: half of what the palest dark mark has."""
 LEAST_AREA = 0.0035
 """Area of the smallest region that is looked at, in squared scene units; a third of the smallest object's."""
+MOST_REGIONS = 2 * MAX_OBJECTS
+"""The largest ones that are looked at: a picture with more shows no scene, and noise has hundreds."""
 ONE_HUE = 0.85
 """Share of a region's pixels of one hue from which it is one object, whatever the rest."""
 WINDOW = 1.15
@@ -69,10 +71,8 @@ def read_scene(picture: np.ndarray) -> list[SeenObject]:
     chroma -= np.median(chroma[ground], axis=0)  # a picture may have a tint
     strength = np.linalg.norm(chroma, axis=2)
     hues = np.argmax(chroma @ (_CHROMA_OF / np.linalg.norm(_CHROMA_OF, axis=1, keepdims=True)).T, axis=2)
-    seen = []
-    for region, hue in _regions(strength > CHROMA, hues, LEAST_AREA * scale**2):
-        seen.append(_recognise(pixels, region, COLOURS[hue], scale))
-    return seen
+    regions = sorted(_regions(strength > CHROMA, hues, LEAST_AREA * scale**2), key=lambda region: -region[0].sum())
+    return [_recognise(pixels, region, COLOURS[hue], scale) for region, hue in regions[:MOST_REGIONS]]
 
 
 def _regions(foreground: np.ndarray, hues: np.ndarray, least: float) -> list[tuple[np.ndarray, int]]:

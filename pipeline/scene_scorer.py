@@ -6,15 +6,15 @@ of its objects have it; a count, where as many are there as are said, and no mor
 the two centres lie so.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data_prep.scene_captions import SceneCaption, ScenePrompt
+from data_prep.scene_captions import SceneCaption
 from data_prep.scenes import Direction, Scene, Segment
-from pipeline.scene_reading import SeenObject, read_scene
+from pipeline.scene_reading import SeenObject
 
 LEAST_OFFSET = 0.03
 """Least distance of centres along a relation's axis, in scene units."""
@@ -79,17 +79,12 @@ class SceneScores:
         return {**{str(name): share for name, (share, _) in tables.items()}, "caption": float(np.mean(captions))}
 
 
-def score_pictures(pictures: Iterable[np.ndarray], captions: Sequence[SceneCaption]) -> SceneScores:
-    """Read pictures uint8 [H, W, 3] and judge each against its caption.
+def score_seen(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption]) -> SceneScores:
+    """Judge each caption against the objects that were seen in its picture.
 
     Raises:
         ValueError: there are more or fewer pictures than captions.
     """
-    return score_seen([read_scene(picture) for picture in pictures], captions)
-
-
-def score_seen(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption]) -> SceneScores:
-    """Judge captions against the objects that were seen in their pictures."""
     claims: list[Claim] = []
     for number, (objects, caption) in enumerate(zip(seen, captions, strict=True)):
         claims += judge(number, objects, caption)
@@ -152,9 +147,15 @@ def true_objects(scene: Scene) -> list[SeenObject]:
     return [SeenObject(item.colour, item.shape, item.size, item.texture, item.x, item.y) for item in scene.objects]
 
 
-def chance_level(prompts: Sequence[ScenePrompt], shifts: int = 16) -> dict[str, float]:
-    """What `SceneScores.summary` gives for true pictures of other prompts: each caption is held against the scenes of the next
-    `shifts` ones. A model that draws scenes but does not read scores so; one that draws none scores less, down to 0."""
-    seen = [true_objects(prompt.scene) for prompt in prompts]
-    pairs = [(i, (i + shift) % len(prompts)) for shift in range(1, min(shifts + 1, len(prompts))) for i in range(len(prompts))]
-    return score_seen([seen[other] for _, other in pairs], [prompts[i].caption for i, _ in pairs]).summary()
+def chance_level(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption], shifts: int = 16) -> dict[str, float]:
+    """What `SceneScores.summary` gives where pictures know nothing of their captions: each caption is held against the pictures
+    of the next `shifts` ones. It belongs to the pictures, not to the prompts alone: one that is full of things, noise too, has
+    something for more captions than one with few."""
+    pairs = [(i, (i + shift) % len(seen)) for shift in range(1, min(shifts + 1, len(seen))) for i in range(len(seen))]
+    return score_seen([seen[other] for _, other in pairs], [captions[i] for i, _ in pairs]).summary()
+
+
+def prompt_following(summary: dict[str, float]) -> float:
+    """The paper's T2I-avg, on scenes: the mean of colour, shape and texture, each the share of right claims; of those that the
+    captions say."""
+    return float(np.mean([summary[name] for name in ("colour", "shape", "texture") if name in summary]))

@@ -10,11 +10,16 @@ from PIL import Image, ImageFilter
 from data_prep.scene_captions import CAPTION_KINDS, caption_scene, scene_prompts
 from data_prep.scene_drawing import draw_scene
 from data_prep.scenes import COLOURS, SHAPES, SIZES, TEXTURES, change_object, sample_scene
-from pipeline.scene_scorer import chance_level, judge, score_pictures, score_seen, true_objects
+from pipeline.scene_reading import read_scene
+from pipeline.scene_scorer import chance_level, judge, score_seen, true_objects
 
 VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "texture": TEXTURES}
 PROMPTS = scene_prompts(28)
 CAPTIONS = [prompt.caption for prompt in PROMPTS]
+
+
+def score_pictures(pictures, captions):
+    return score_seen([read_scene(picture) for picture in pictures], captions)
 
 
 def worn(picture):
@@ -44,7 +49,7 @@ def test_other_aspects_score_full_too():
 def test_shuffled_captions_score_at_chance():
     pictures = [draw_scene(prompt.scene, 64, 64) for prompt in PROMPTS]
     shuffled = score_pictures(pictures, CAPTIONS[1:] + CAPTIONS[:1]).summary()
-    chance = chance_level(PROMPTS)
+    chance = chance_level([true_objects(prompt.scene) for prompt in PROMPTS], CAPTIONS)
     assert chance["segment"] < 0.05
     assert 0.1 < chance["colour"] < 0.3
     for name in ("colour", "shape", "size", "texture", "segment"):

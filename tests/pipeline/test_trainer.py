@@ -248,6 +248,7 @@ def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_le
         ]
         assert [event["samples"] for event in scores[world]] == [24, 48]
         assert all(0 <= event["segment"] <= event["colour"] <= 1 for event in scores[world])
+        assert all(0 <= event[name] <= 1 for event in scores[world] for name in ("following", "chance"))
         pictures[world] = [np.asarray(Image.open(path)).astype(int) for path in paths]
     (_, without), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path / "without"), None, short)
     assert numbers(reports) == numbers(without)
