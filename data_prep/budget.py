@@ -44,7 +44,7 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
     for text in config.text:
         size = model_size(text)
         if size is None:
-            print(f"text family {text.name}: {text.llm} is not here, so its width is not known: no estimate")
+            print(f"text family {text.name}: {text.llm} is not here, or does not say its sizes: no estimate")
             continue
         count = min(tokens + len(text.suffix) / LETTERS_PER_TOKEN, text.max_tokens)
         per_caption = count * (
@@ -67,7 +67,7 @@ def _reasons(record: dict) -> dict[str, int]:  # type: ignore[type-arg]
 
 
 def model_size(text: TextConfig) -> Size | None:
-    """Sizes from a GGUF's header or a local folder's `config.json`; None for a model that is not on this machine.
+    """Sizes from a GGUF's header or a local folder's `config.json`; None for a model that is not on this machine or names them otherwise.
 
     Raises:
         UserError: a package or file that is named does not exist.
@@ -82,7 +82,10 @@ def model_size(text: TextConfig) -> Size | None:
         return None
     config = json.loads(settings.read_text())
     config = config.get("text_config", config)
-    return _size(config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"])
+    for names in (("hidden_size", "num_hidden_layers", "intermediate_size"), ("d_model", "num_layers", "d_ff")):  # the second: T5
+        if all(name in config for name in names):
+            return _size(*(config[name] for name in names))
+    return None
 
 
 def _size(width: int, depth: int, feed_forward: int) -> Size:
