@@ -133,7 +133,7 @@ def test_every_row_of_the_paper_trains(world):
     ablation = read_ablation(PAPER_ROWS, ROLES, [])
     base = load_stage(stage, [])
     settings = ["name=rows", "engine.precision=fp32", "optim.warmup_samples=0"]
-    units, left_out = make_units(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], ""))
+    units, left_out = make_units(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], base.data.snapshot))
     assert (len(units), left_out) == (len(ablation.rows), [])
     assert on_ranks(1, train_all, [unit.stage for unit in units]) == [[0] * len(units)]
     losses = {unit.row: [report["loss"] for report in read_reports(unit.run)] for unit in units}
