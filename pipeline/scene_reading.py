@@ -71,8 +71,9 @@ def read_scene(picture: np.ndarray) -> list[SeenObject]:
     chroma -= np.median(chroma[ground], axis=0)  # a picture may have a tint
     strength = np.linalg.norm(chroma, axis=2)
     hues = np.argmax(chroma @ (_CHROMA_OF / np.linalg.norm(_CHROMA_OF, axis=1, keepdims=True)).T, axis=2)
-    regions = sorted(_regions(strength > CHROMA, hues, LEAST_AREA * scale**2), key=lambda region: -region[0].sum())
-    return [_recognise(pixels, region, COLOURS[hue], scale) for region, hue in regions[:MOST_REGIONS]]
+    regions = _regions(strength > CHROMA, hues, LEAST_AREA * scale**2)
+    largest = sorted(range(len(regions)), key=lambda number: -regions[number][0].sum())[:MOST_REGIONS]
+    return [_recognise(pixels, regions[number][0], COLOURS[regions[number][1]], scale) for number in sorted(largest)]
 
 
 def _regions(foreground: np.ndarray, hues: np.ndarray, least: float) -> list[tuple[np.ndarray, int]]:
