@@ -112,7 +112,7 @@ PARTS = {
 
 
 def parts_of(run):
-    names = load_weights(run, None).keys()
+    names = load_weights(run, "raw").keys()
 
     def count(pattern):
         return len({match[0] for name in names if (match := re.match(rf"fusion\.{pattern}", name))})
