@@ -14,6 +14,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 PATH = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/sbin"
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
 NODES = ("n1", "n2", "g1", "t1")
+LAUNCHERS = ("SLURM", "SBATCH", "SQUEUE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+"""How variables begin that Slurm or torchrun set, and so do commands that other tests ran in this process."""
 MARK = "DAEMON_OF"
 """In the environment of a daemon and of the slurmstepds that it starts: whose they are."""
 
@@ -83,7 +85,7 @@ class Slurm:
     @property
     def environment(self) -> dict[str, str]:
         """What a command needs in order to talk to this Slurm and no other."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SQUEUE"))}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
         return {**kept, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def start(self) -> None:
