@@ -67,7 +67,7 @@ def _reasons(record: dict) -> dict[str, int]:  # type: ignore[type-arg]
 
 
 def model_size(text: TextConfig) -> Size | None:
-    """Sizes from a GGUF's header or a local folder's `config.json`; None for a model that is not on this machine or names them otherwise.
+    """Sizes from a GGUF's header or a local folder's `config.json`; None where they are not found.
 
     Raises:
         UserError: a package or file that is named does not exist.
