@@ -83,12 +83,13 @@ def build_page(studio: Studio) -> Any:
         history = small(label="History", elem_id="history")
         past = gr.State([])
 
-        def run(past_files: list[tuple[str, str]], *values: Any) -> tuple[Any, ...]:
+        def run(past_files: list[tuple[str, str]], *values: Any) -> Any:
             request = Request(*values)
             try:
                 columns = studio.draw(request)
             except UserError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                gr.Warning(str(error), title="Error")  # gr.Error would leave gradio 6.17's spinners on the pictures for ever
+                return gr.skip()
             kept = [str(path) for column in columns for path in column.files]
             past_files = [*((path, request.prompt) for path in kept), *past_files][:HISTORY]
             shown = [*show(columns[0]), gr.Column(visible=len(columns) > 1 or HIDDEN), *show(columns[-1])]

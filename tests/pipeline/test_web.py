@@ -102,6 +102,10 @@ def test_a_person_draws_and_compares(view, tmp_path):
 
 
 def test_a_wrong_prompt_is_one_line_on_the_page(view):
+    view.locator("#draw").click()
+    wait_for_pictures(view, "pictures", 1)
     view.locator("#prompt textarea").fill("x" * 30)
     view.locator("#draw").click()
     view.get_by_text("longer than the 24 tokens of first").first.wait_for(timeout=30_000)
+    view.get_by_text("processing").first.wait_for(state="hidden", timeout=10_000)
+    assert view.locator("#pictures img").first.is_visible()
