@@ -199,7 +199,7 @@ TABLE = {
     "killed": Row([], before=kill),
 }
 BY_DEFAULT = {
-    ("503 always", 2, 2),
+    ("503 always", 2, 1),
     ("flipped byte in a range", 0, 2),
     ("full disk", 1, 1),
     ("missing object", 0, 2),
