@@ -16,8 +16,8 @@ def test_a_model_of_random_weights_is_compared():
     assert [list(goals) for _, goals in rows] == [["tiny short"], ["tiny dense"]]
     for (row, goals), kind in zip(rows, captions, strict=True):
         (reached,) = goals.values()
-        assert reached["goal"] == GOALS[kind]
-        assert reached["met"] == (reached["value"] >= reached["goal"])
+        assert reached.goal == GOALS[kind]
+        assert reached.met == (reached.value >= reached.goal)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 13
         assert float(cells[11]) < 0.05  # the same states, up to bf16

@@ -313,7 +313,8 @@ def test_killed_and_restarted_unattended(remote, proxy, expected, tmp_path, kill
         proxy.faults[:] = [Fault("stall", "GET", WIDE, times=2)]
         mark, process = start(number, 10**6)
         asked = moments.randrange(3)
-        wait_until(lambda asked=asked: len(payloads(proxy)) > asked, 60)
+        wait_until(lambda asked=asked, process=process: len(payloads(proxy)) > asked or process.poll() is not None, 60)
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(moments.random())
         shared = shared_memory(processes_with(mark))
         process.kill()
