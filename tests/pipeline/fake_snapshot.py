@@ -92,6 +92,12 @@ def make(uri, buckets, folder, families=FAMILIES, name="ds"):
     return take_snapshot(dataset)
 
 
+def make_local(folder, buckets):
+    """`make` in a folder; gives the store's path."""
+    make(folder / "store", buckets, folder)
+    return folder / "store"
+
+
 def stage(uri, cache, **settings):
     """A stage that reads such a snapshot; settings of its data by name, or `global_batch`, `families`."""
     config = StageConfig(name="test", global_batch=settings.pop("global_batch", 4), samples=1000)

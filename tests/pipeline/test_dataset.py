@@ -29,9 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("snapshot")
-    fake.make(folder / "store", BUCKETS, folder)
-    return folder / "store"
+    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
 
 
 def first_batches(stage, count):

@@ -3,24 +3,20 @@
 import itertools
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
 from pipeline.loader import Position, TrainingData
 from tests.pipeline import fake_snapshot as fake
-from tests.pipeline.worlds import joined, read, summary, world_of
+from tests.pipeline.worlds import CPU, joined, read, summary, world_of
 
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25], "80x48": [3]}
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("snapshot")
-    fake.make(folder / "store", BUCKETS, folder)
-    return folder / "store"
+    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -50,9 +51,7 @@ def remote(s3, stored, monkeypatch):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("local")
-    fake.make(folder / "store", BUCKETS, folder)
-    return folder / "store"
+    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
 
 
 @pytest.fixture(scope="module")
@@ -290,17 +289,24 @@ def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp
     data.close()
 
 
+@pytest.fixture
+def temporaries():
+    """Two folders for TMPDIR, with short paths: that of the socket in it may have 107 letters."""
+    with TemporaryDirectory() as one, TemporaryDirectory() as other:
+        yield one, other
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_killed_and_restarted_unattended(remote, proxy, expected, tmp_path, kills):
+def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, tmp_path, kills):
     """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the cache."""
     cache, moments = tmp_path / "cache", random.Random(kills)
     live = TrainingData(fake.stage(remote, cache), 0, 1, CPU)
     living = live.batches()
 
     def start(number, steps):
-        mark, temporary = uuid.uuid4().hex, tmp_path / f"tmp_{number % 2}"  # the same TMPDIR, and another
-        temporary.mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MARK": mark}
+        mark = uuid.uuid4().hex
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporaries[number % 2], "MARK": mark}
+        environment["LI_DIT_RETRY_SECONDS"] = "30"  # faults here end by themselves; it must outlast a busy machine
         settings = {"cache": str(cache), "workers": 1 + number % 2}
         command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([remote, settings, steps])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

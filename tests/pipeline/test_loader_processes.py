@@ -25,9 +25,7 @@ BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25]}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("snapshot")
-    fake.make(folder / "store", BUCKETS, folder)
-    return folder / "store"
+    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
 
 
 @pytest.fixture(scope="module")
