@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 MARGIN = 12
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+"""With accents, Greek and Cyrillic, which Pillow's own font lacks."""
 SMALLEST_SHOWN = 128
 """Pictures smaller than this are enlarged in a grid, so that a caption fits below."""
 
@@ -40,7 +43,7 @@ def make_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: i
     factor = max(1, math.ceil(SMALLEST_SHOWN / max(max(image.size) for image in images)))
     width = max(image.width for image in images) * factor
     height = max(image.height for image in images) * factor
-    font = ImageFont.load_default(size=max(11.0, width / 20))
+    font = ImageFont.truetype(FONT, size=max(11.0, width / 20))
     lines = [_wrap(caption, font, width, most=3) for caption in captions]
     line_height = math.ceil(font.getbbox("Ag")[3] * 1.25)
     below = max(len(each) for each in lines) * line_height + MARGIN
