@@ -27,11 +27,6 @@ BUCKETS = {"64x64": [7, 5], "48x80": [6]}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
-
-
 def first_batches(stage, count):
     data = TrainingData(stage, 0, 1, CPU)
     batches = [batch for batch, _ in itertools.islice(data.batches(), count)]

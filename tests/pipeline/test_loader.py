@@ -14,16 +14,6 @@ from tests.pipeline.worlds import CPU, joined, read, summary, world_of
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25], "80x48": [3]}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_worlds_see_the_same_global_batches(store, cache, world):
     """1x2, 1x4 and 2x4 processes against one; `test_batches` holds it for any plan and world."""

@@ -23,16 +23,6 @@ from tests.pipeline.worlds import CPU, read, summary
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25]}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return fake.make_local(tmp_path_factory.mktemp("snapshot"), BUCKETS)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def children(process):
     listed = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
     return listed + [grandchild for child in listed for grandchild in children(child)]

@@ -35,11 +35,6 @@ def store(tmp_path_factory):
     return folder / "store"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def mixed(store, cache, weights=(1.0, 1.0), **change):
     datasets = {name: DatasetShare(weight) for name, weight in zip(("ds", "small"), weights, strict=True)}
     return fake.stage(store, cache, dataset="", datasets=datasets, **change)
