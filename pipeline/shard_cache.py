@@ -274,16 +274,24 @@ class ShardCache:
                     place.unlink(missing_ok=True)
                     surplus -= status.st_size
             reservation.parent.mkdir(parents=True, exist_ok=True)
-            reservation.write_text(str(needed))
+            file = reservation.open("w")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(str(needed))
+            file.flush()
         try:
             yield
         finally:
             reservation.unlink(missing_ok=True)
+            file.close()
 
-    def _reserved(self, reservation: Path) -> int:
-        """Bytes that a download in progress may still take; none if its process is gone."""
-        with self._left_behind(reservation) as dead, suppress(FileNotFoundError):
-            return 0 if dead else int(reservation.read_text() or 0)
+    @staticmethod
+    def _reserved(reservation: Path) -> int:
+        """Bytes that a download in progress may still take; none if its process, which locks the reservation, is gone."""
+        with suppress(FileNotFoundError), reservation.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0)
         return 0
 
     def clean(self) -> None:

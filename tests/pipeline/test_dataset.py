@@ -216,6 +216,24 @@ def test_what_dead_processes_left_unfinished_is_removed_and_a_live_ones_is_not(t
     assert not any(path.exists() for path in paths)
 
 
+def test_a_download_in_progress_keeps_its_bytes_and_a_finished_one_does_not(tmp_path):
+    store = open_store(str(tmp_path / "store"), create=True)
+    cache = ShardCache(store, tmp_path / "cache", "abc", limit=100)
+    whole = cache.folder / "whole.mds"
+
+    def remains():
+        whole.write_bytes(bytes(40))
+        with cache._room(cache.folder / "second.mds", 30):
+            return whole.exists()
+
+    with cache._room(cache.folder / "first.mds", 30):
+        assert remains()
+    with cache._room(cache.folder / "first.mds", 31):
+        assert not remains()
+    assert remains()
+    assert not list(cache.folder.rglob("*.reserved"))
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     store = open_store(str(tmp_path / "store"), create=True)
