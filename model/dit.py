@@ -108,7 +108,7 @@ class LIDiT(nn.Module):
         """Predict the objective's target.
 
         Args:
-            latents: noisy latents [B, C, h, w].
+            latents: noisy latents [B, C, h, w]; fewer if they come again for each branch of guidance, [B / branches, C, h, w].
             timesteps: fp32 [B] in [0, 1], 1 = pure noise.
             texts: one per LLM, in the order of `text_widths`.
 
@@ -123,6 +123,8 @@ class LIDiT(nn.Module):
             raise UserError(f"latents of {height} x {width} do not divide into patches of {patch}: choose a multiple of it")
         x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, p * p * C]
         x = self.position(self.patch_embedding(x), height // patch, width // patch)  # [B, N, D]
+        if len(x) < len(timesteps):
+            x = x.repeat(len(timesteps) // len(x), 1, 1)  # [B, N, D]
         time = self.time_embedding(timesteps)  # [B, D]
         text, mask, pooled = self.fusion(texts, time)  # [B, S, D], [B, S], [B, D]
         text_mask = key_mask(mask) if any(text.padded for text in texts) else None  # [B, 1, 1, S]

@@ -105,16 +105,17 @@ def _refiners(
 ) -> Iterator[Layer]:
     width, heads = refiner_size(fusion, config)
     refined = captions if fusion.crop == "before" else tokens
-    for states, total, inside in zip(text_widths, tokens, refined, strict=True):
+    queries_of_llms = _refinements(fusion, refined, captions)
+    for states, total, inside, queries_of_blocks in zip(text_widths, tokens, refined, queries_of_llms, strict=True):
         yield _gains("refiners", states, width)
         yield _linear("refiners", states, width, total)
         yield _linear("refiners", width, width, 1)
         yield _linear("refiners", width, width, 1)
-        for _ in range(fusion.refiner_blocks if fusion.refiner != "none" else 0):
+        for queries in queries_of_blocks:
             yield _gains("refiners", width, width, width // heads, width // heads)
             yield _linear("refiners", width, 3 * width, inside)
-            yield _linear("refiners", width, width, inside)
-            yield from _feed_forward("refiners", width, config.mlp_ratio, inside)
+            yield _linear("refiners", width, width, queries)
+            yield from _feed_forward("refiners", width, config.mlp_ratio, queries)
             if fusion.gate:
                 yield _linear("refiners", width, 2 * width, 1)
     for queries, keys in _collaborations(fusion, refined, captions):
@@ -131,6 +132,14 @@ def _refiners(
             yield _linear("refiners", config.width, width, 1)
 
 
+def _refinements(fusion: FusionConfig, refined: Sequence[int], captions: Sequence[int]) -> list[list[int]]:
+    """Queries of each block of each token refiner; where no LLM reads another, the last computes the captions alone."""
+    if fusion.refiner == "none":
+        return [[] for _ in refined]
+    last = refined if collaborates(fusion, len(refined)) else captions
+    return [[inside] * (fusion.refiner_blocks - 1) + [own] for inside, own in zip(refined, last, strict=True)]
+
+
 def _collaborations(fusion: FusionConfig, refined: Sequence[int], captions: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Queries and keys of each branch of each block of the collaborative refiner; the last computes the captions alone."""
     if collaborates(fusion, len(refined)):
@@ -143,6 +152,5 @@ def _refiner_attention(config: DiTConfig, fusion: FusionConfig, tokens: Sequence
     """Width x queries x keys, over all attentions of the refiners."""
     width, _ = refiner_size(fusion, config)
     refined = captions if fusion.crop == "before" else tokens
-    blocks = fusion.refiner_blocks if fusion.refiner != "none" else 0
-    own = blocks * sum(length**2 for length in refined)
+    own = sum(length * sum(queries) for length, queries in zip(refined, _refinements(fusion, refined, captions), strict=True))
     return width * (own + sum(queries * keys for queries, keys in _collaborations(fusion, refined, captions)))

@@ -16,7 +16,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         k: keys [B, T, H, d].
         v: values [B, T, H, d].
         mask: what `key_mask` gives, or None where every key is a token.
-        causal: hide later keys; with padding on the right this hides the padding too, so it excludes `mask`.
+        causal: hide later keys, the last query being as late as the last key; with padding on the right this hides the
+            padding too, so it excludes `mask`.
 
     Returns:
         The heads side by side, [B, S, H * d].
@@ -25,6 +26,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if kind == torch.bfloat16 and q.device.type == "cpu":  # where torch's bf16 backward pass is 3 to 14 times slower than fp32's
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    queries, keys = q.shape[2], k.shape[2]
+    if causal and queries < keys:  # torch would take the first query for as early as the first key
+        mask, causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries), False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, S, d]
     return out.transpose(1, 2).flatten(2).to(kind)
 

@@ -141,13 +141,14 @@ class TextFusion(nn.Module):
 
         if self.config.crop == "before":
             tokens, masks, prefixes = _cut(tokens, prefixes), _cut(masks, prefixes), [0] * len(texts)
+        unread = prefixes if self.collaborative is None else [0] * len(texts)  # after the token refiners
         if self.refiners is not None:
-            branches = zip(self.refiners, tokens, masks, conditions, strict=True)
-            tokens = [refine(x, mask if padded else None, c) for refine, x, mask, c in branches]  # [B, T_i, R]
+            branches = zip(self.refiners, tokens, masks, conditions, unread, strict=True)
+            tokens = [refine(x, mask if padded else None, c, cut) for refine, x, mask, c, cut in branches]  # [B, T_i, R]
+        else:
+            tokens = _cut(tokens, unread)  # [B, T_i, R]
         if self.collaborative is not None:
             tokens = self.collaborative(tokens, masks if padded else None, conditions, prefixes)  # [B, S_i, R]
-        else:
-            tokens = _cut(tokens, prefixes)  # [B, S_i, R]
 
         tokens = torch.cat([norm(x) for norm, x in zip(self.norms, tokens, strict=True)], dim=1)  # [B, S, R]
         mask = torch.cat(_cut(masks, prefixes), dim=1)  # [B, S]

@@ -46,10 +46,10 @@ class SelfAttention(nn.Module):
         self.key_norm = RMSNorm(width // heads)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Let each token of x [B, S, D] attend to the tokens that `mask` [B, 1, 1, S] shows."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int = 0) -> Tensor:
+        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S] shows."""
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
-        x = attention(self.query_norm(q), self.key_norm(k), v, mask, causal)  # [B, S, D]
+        x = attention(self.query_norm(q[:, first:]), self.key_norm(k), v, mask, causal)  # [B, S - first, D]
         return self.out(x)
 
 

@@ -17,10 +17,11 @@ class TokenRefinerBlock(nn.Module):
         self.mlp = MLP(width, hidden)
         self.gates = Modulation(width, 2) if gate else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, causal: bool) -> Tensor:
-        """Refine tokens x [B, T, R] under the condition c [B, R]; `mask` is what `key_mask` gives."""
+    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, causal: bool, first: int) -> Tensor:
+        """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is what `key_mask` gives."""
         gate_attention, gate_mlp = self.gates(c) if self.gates is not None else (None, None)
-        x = residual(x, self.attention(self.attention_norm(x), mask, causal), gate_attention)
+        change = self.attention(self.attention_norm(x), mask, causal, first)  # [B, T - first, R]
+        x = residual(x[:, first:], change, gate_attention)
         return residual(x, self.mlp(self.mlp_norm(x)), gate_mlp)
 
 
@@ -36,9 +37,21 @@ class TokenRefiner(nn.Module):
         self.causal = causal
         self.blocks = nn.ModuleList(TokenRefinerBlock(width, heads, hidden, gate) for _ in range(blocks))
 
-    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor) -> Tensor:
-        """Refine tokens x [B, T, R], padded on the right as `mask` [B, T] says, under the condition c [B, R]."""
+    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, first: int = 0) -> Tensor:
+        """Refine an LLM's tokens and cut off those before `first`, which nobody reads any more.
+
+        The last block computes only the tokens that stay: as a query, another changes no token but itself.
+
+        Args:
+            x: tokens [B, T, R], padded on the right.
+            mask: bool [B, T], or None if nothing is padded.
+            c: condition [B, R].
+            first: how many tokens to cut off at the front.
+
+        Returns:
+            [B, T - first, R].
+        """
         keys = None if mask is None or self.causal else key_mask(mask)  # padding on the right is later than any token
-        for block in self.blocks:
-            x = block(x, keys, c, self.causal)
+        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            x = block(x, keys, c, self.causal, 0 if left else first)
         return x

@@ -20,7 +20,7 @@ from pipeline.config import ObjectiveConfig
 from pipeline.objective import DDPM_BETAS, DDPM_STEPS
 
 Predict = Callable[[Tensor, Tensor, list[Text]], Tensor]
-"""Noisy latents [B, C, h, w], times fp32 [B] in [0, 1], one `Text` per LLM -> prediction [B, C, h, w]."""
+"""Noisy latents [B / branches, C, h, w], times fp32 [B] in [0, 1], one `Text` per LLM -> prediction [B, C, h, w]."""
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Number of the step just done, from 1, and the latents -> the latents to go on with."""
@@ -115,9 +115,8 @@ def guided(predict: Predict, texts: list[Text], null_texts: list[Text], guidance
         return torch.cat([of_group(part, time, group) for part, group in zip(latents.chunk(len(stacked)), stacked, strict=True)])
 
     def of_group(latents: Tensor, time: float, group: list[Text]) -> Tensor:
-        batch = torch.cat([latents] * len(branches))
-        times = torch.full((len(batch),), time, dtype=torch.float32, device=batch.device)
-        prediction = predict(batch, times, group).float()
+        times = torch.full((len(branches) * len(latents),), time, dtype=torch.float32, device=latents.device)
+        prediction = predict(latents, times, group).float()
         if guidance == 1.0:
             return prediction
         with_text, without = prediction.chunk(2)

@@ -43,6 +43,14 @@ def test_any_resolution_and_aspect_runs(rows, columns, patch):
             network(normal(2, 4, 2 * rows + 1, 2 * columns), timesteps, texts)
 
 
+def test_latents_serve_each_branch_of_guidance():
+    network = random_network()
+    latents, timesteps, texts = random_inputs(lengths=(4, 2, 3, 1, 5, 2))
+    twice = latents[:3].repeat(2, 1, 1, 1)
+    assert close(network(latents[:3], timesteps, texts), network(twice, timesteps, texts))
+    assert not close(network(twice, timesteps, texts), network(latents, timesteps, texts))
+
+
 def test_a_fresh_network_predicts_zero():
     latents, timesteps, texts = random_inputs()
     assert not LIDiT(SMALL, FusionConfig(), WIDTHS[:2])(latents, timesteps, texts).any()

@@ -49,6 +49,15 @@ def test_padding_changes_no_token(lengths, causal):
         assert close(together[row, :length], alone[0])
 
 
+@few
+@given(st.integers(1, 3), st.integers(0, 7), st.booleans(), st.integers(1, 7))
+def test_what_is_cut_off_changes_nothing_in_what_stays(blocks, first, causal, length):
+    refine, c = randomise(refiner(blocks, causal=causal)), normal(2, 32)
+    x, mask = normal(2, 7, 32), torch.arange(7) < torch.tensor([7, length])[:, None]
+    stays = mask[:, first:, None]
+    assert close(refine(x, mask, c, first).where(stays, 0), refine(x, mask, c)[:, first:].where(stays, 0))
+
+
 def test_gates_follow_the_condition():
     refine, x = randomise(refiner()), normal(2, 7, 32)
     assert not close(refine(x, full_mask, normal(2, 32)), refine(x, full_mask, normal(2, 32, seed=1)))
