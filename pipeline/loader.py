@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ warnings.filterwarnings("ignore", message=".*found in sys.modules after import o
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 _PREFETCHED = 2
 """Batches that each loader process keeps ready."""
+_LONGEST_TMPDIR = 75
+"""Letters: a socket's path has at most 107, of which Python's server of processes takes 32."""
 _FIXED_SEED = 0
 """Of validation: its batches are the same whatever the run's seed is."""
 
@@ -276,6 +279,11 @@ class TrainingData:
         workers = self.stage.data.workers
         if not workers:
             return iter(self._torch_loader(requests))
+        if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+            raise UserError(
+                f"TMPDIR={tempfile.gettempdir()}: over {_LONGEST_TMPDIR} letters, too many for the sockets of loader processes: "
+                "set a shorter one, or data.workers=0"
+            )
         # What starts with blocked signals keeps them blocked, Python's server of processes and its tracker of resources too: a
         # signal to the whole job step (Slurm's notice before the time limit) must reach the trainer alone.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

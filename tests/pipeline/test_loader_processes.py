@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from pipeline.packing import tensors_in
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline.worlds import CPU, read, summary
 
+ROOT = Path(__file__).parents[2]
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25]}
 
 
@@ -183,3 +186,22 @@ def kill_a_loader_process(store, cache):
         list(itertools.islice(batches, 1000))
     assert time.monotonic() - began < 30
     data.close()
+
+
+@pytest.mark.parametrize("letters", [75, 76])
+def test_a_temporary_folder_too_long_for_sockets_is_named(store, cache, letters):
+    with TemporaryDirectory() as short:
+        folder = Path(short, "long" * 20).as_posix()[:letters]
+        Path(folder).mkdir()
+        start = [
+            sys.executable,
+            "-m",
+            "tests.pipeline.loader_rank",
+            json.dumps([str(store), {"cache": str(cache), "workers": 1}, 1]),
+        ]
+        environment = {**os.environ, "TMPDIR": folder}
+        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    if letters == 75:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert f"UserError: TMPDIR={folder}: over 75 letters" in done.stderr
