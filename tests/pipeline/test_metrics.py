@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.errors import UserError
 from pipeline import console
 from pipeline.config import LogConfig
-from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, read_events, read_reports
+from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_memory_gb, read_events, read_reports
 
 REPORTS = {1: {"loss": 3.0, "lr": 0.5}, 2: {"loss": math.nan, "lr": 0.25}, 3: {"loss": 1.0, "lr": 0.125}}
 
@@ -98,6 +99,12 @@ def test_an_interval_that_a_checkpoint_cut_in_two_reports_as_a_whole_one():
             interval.add("loss", step, weight=1 + step)
     assert rest.means() == whole.means()
     assert not whole.counts
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is the GPU's memory")
+def test_memory_is_the_most_that_the_process_has_held():
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak_memory_gb() == pytest.approx(int(kilobytes) / 2**20, rel=0.05)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

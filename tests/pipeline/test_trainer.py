@@ -120,6 +120,7 @@ def test_goodput_is_the_time_in_steps_over_all_since_the_first_start(store, tmp_
         kept = sum(each["step_seconds"] for each in reports[:number])
         assert report["goodput"] == pytest.approx(kept / (report["time"] - first["time"]), rel=0.1)
     assert 0 < reports[-1]["goodput"] < 1
+    assert all(report["memory_gb"] > 0 for report in reports)
 
 
 def test_a_stage_starts_from_another_at_another_resolution_with_one_llm_more(store, straight, tmp_path):
