@@ -297,13 +297,9 @@ class ShardCache:
     def clean(self) -> None:
         """Remove what processes that are gone left unfinished, in the caches of all snapshots; never a living one's."""
         for path, _ in _files(self.root, ".part", ".reserved"):
-            with self._left_behind(path) as dead:
-                if dead:
+            with self._locked(path.with_name(path.name.partition(".")[0]), 0.0) as left_behind:  # nobody is at work on it
+                if left_behind:
                     path.unlink(missing_ok=True)
-
-    def _left_behind(self, path: Path) -> AbstractContextManager[bool]:
-        """Whether nobody is at work on the file that this unfinished one belongs to: then its lock can be had."""
-        return self._locked(path.with_name(path.name.partition(".")[0]), 0.0)
 
 
 def _files(root: Path, *suffixes: str) -> list[tuple[Path, os.stat_result]]:
