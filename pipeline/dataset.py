@@ -209,8 +209,9 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
                 opened = dict(zip(missing, pool.map(lambda key: self._opened(bucket, *key), missing), strict=True))
             found |= opened
             self._open |= {(source, bucket, part, name): shard for (source, part, name), shard in opened.items()}
-        for shard in found.values():
-            shard.touch()
+        for (source, _, _), shard in found.items():
+            if not self.sources[source].cache.is_local:  # a store's own files may be another user's
+                shard.touch()
         for source, part in parts:
             rows = {len(found[source, part, name]) for name in names}
             if rows != {int(self.sources[source].index.tables[bucket].column("rows")[part].as_py())}:

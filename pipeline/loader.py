@@ -14,7 +14,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.synchronize import Event
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from pipeline.config import StageConfig, cache_root
 from pipeline.dataset import CaptionChoice, Files, PartIndex, Request, SnapshotDataset
 from pipeline.mixture import Draws, Mixture, Pieces, source_seeds
 from pipeline.packing import Batch, PackedBatch
+from pipeline.position import Position
 from pipeline.shard_cache import ShardCache
 from pipeline.sources import Source
 from pipeline.texts import PackedText, TextConstants
@@ -38,7 +38,7 @@ from pipeline.texts import PackedText, TextConstants
 if TYPE_CHECKING:
     from pipeline.online import OnlineTexts
 
-__all__ = ["Batch", "PackedText", "Position", "TrainingData", "sample_rng"]
+__all__ = ["Batch", "PackedText", "TrainingData", "sample_rng"]
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +52,6 @@ _LONGEST_TMPDIR = 75
 """Letters: a socket's path has at most 107, of which Python's server of processes takes 32."""
 _FIXED_SEED = 0
 """Of validation: its batches are the same whatever the run's seed is."""
-
-
-@dataclass
-class Position:
-    """Where training data continues: the next global batch, and all that decides which one that is."""
-
-    snapshot: str
-    """Id of the snapshot; in a mixture, of all of them, with their weights."""
-    seed: int
-    epoch: int
-    batch: int
-    global_batch: int
-    order: dict[str, int] = field(default_factory=dict)
-    """What else decides the order: version of the planner, canonical nodes, window, held-out parts."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a record for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Position":
-        """Read back what `to_dict` gave."""
-        return cls(**record)
 
 
 class TrainingData:
@@ -196,9 +173,10 @@ class TrainingData:
 
     def start(self) -> Position:
         """The position before the first batch."""
-        return self._position(0, 0)
+        return self.position(0, 0)
 
-    def _position(self, epoch: int, batch: int) -> Position:
+    def position(self, epoch: int, batch: int) -> Position:
+        """The position before global batch `batch` of an epoch."""
         data = self.stage.data
         order = {
             "planner": PLANNER,
@@ -210,19 +188,13 @@ class TrainingData:
             order |= {"tokens_per_batch": data.tokens_per_batch, "batch_multiple": data.batch_multiple}
         return Position(self.corpus.id, data.seed, epoch, batch, self.stage.global_batch, order)
 
-    def _check(self, position: Position) -> None:
-        """Refuse to go on inside an epoch whose order is another now; between epochs everything may change."""
-        if position.batch == 0:
-            return
-        then, now = position.to_dict(), self._position(position.epoch, position.batch).to_dict()
-        then, now = ({**record.pop("order"), **record} for record in (then, now))
-        keys = dict.fromkeys([*now, *then])
-        if changed := [f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)]:
-            raise UserError(
-                f"cannot go on at batch {position.batch} of epoch {position.epoch}: {', '.join(changed)}, which gives "
-                "this epoch another order, so that samples would be repeated and others left out: set it back, or start a "
-                "new stage from the weights (start_from)"
-            )
+    def draws(self, epoch: int, first: int = 0) -> Iterator[Draws]:
+        """The rows of all ranks for each global batch of an epoch, from batch `first` on."""
+        pieces = self.mixture.epoch(epoch)
+        plan = self._plan(pieces, epoch)
+        for index in range(first, len(plan)):
+            rows = plan.batch(index)
+            yield pieces[rows.bucket].draws(rows)
 
     def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
         """This rank's batches from `position` on, epoch after epoch without an end, each with the position after it.
@@ -231,7 +203,7 @@ class TrainingData:
             UserError: the position is inside an epoch of another order, or a file cannot be read or fetched.
         """
         for item in self.packed(position):
-            after = self._position(item.epoch + 1, 0) if item.last else self._position(item.epoch, item.index + 1)
+            after = self.position(item.epoch + 1, 0) if item.last else self.position(item.epoch, item.index + 1)
             yield self._unpack(item), after
 
     def _unpack(self, item: PackedBatch) -> Batch:
@@ -244,7 +216,7 @@ class TrainingData:
     def packed(self, position: Position | None = None) -> Iterator[PackedBatch]:
         """As `batches`, before the copy to the device."""
         at = position or self.start()
-        self._check(at)
+        at.check(self.position(at.epoch, at.batch))
         self._shut_down()
         self._loader = self._start(self._requests(at.epoch, at.batch))
         try:
@@ -360,6 +332,17 @@ def _imported_once() -> list[str]:
     return [__name__, *([main.name] if main else [])]
 
 
+def end_with_trainer() -> None:
+    """Let this loader process end as soon as the trainer does, however that ends.
+
+    torch watches the parent instead, which may be a server of processes that in its turn waits for this process: both would
+    outlive a kill.
+    """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
+
+
 class _WorkerStart:
     """How a loader process begins."""
 
@@ -377,10 +360,7 @@ class _WorkerStart:
             if self.closing.is_set() or os.getppid() != parent:
                 os._exit(128 + number)
 
-        # torch watches the server of processes instead, which in its turn waits for this process: both would outlive a kill.
-        trainer = multiprocessing.parent_process()
-        if trainer is not None:
-            threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
+        end_with_trainer()
         for number in _SIGNALS - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, end)

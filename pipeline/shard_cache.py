@@ -101,11 +101,28 @@ class Shard:
         os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def touch(self) -> None:
-        """Note that the file is in use, so that others are evicted first; writes at most every half minute."""
-        now = time.time()
-        if now - self._touched > _TOUCH_SECONDS:
-            self._touched = now
-            os.utime(self._file.fileno(), ns=(int(now * 1e9), os.fstat(self._file.fileno()).st_mtime_ns))
+        """Note that the file is in use, so that others are evicted first."""
+        self._touched = touch(self._file.fileno(), self._touched)
+
+
+def touch(file: int | Path, last: float) -> float:
+    """Note that a file of the cache is in use; at most every half minute.
+
+    Args:
+        file: descriptor or path.
+        last: time of the last note, as this function gave it; 0 = none.
+
+    Returns:
+        The time of the last note now.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    status, now = os.stat(file), time.time()
+    if now - last <= _TOUCH_SECONDS:
+        return last
+    os.utime(file, ns=(int(now * 1e9), status.st_mtime_ns))
+    return now
 
 
 class Row:

@@ -26,10 +26,11 @@ from pipeline.engine import Engine
 from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps, mean_over_ranks
 from pipeline.gates import GateMeter
 from pipeline.grid import Grid
-from pipeline.loader import Batch, Position, TrainingData
+from pipeline.loader import Batch, TrainingData
 from pipeline.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, peak_memory_gb, read_events
 from pipeline.objective import corrupt, loss_per_sample
 from pipeline.optim import learning_rate
+from pipeline.position import Position
 from pipeline.stopping import EXIT_AGAIN, Stop
 from pipeline.watchdog import LEAVING, Heartbeat
 

@@ -13,3 +13,21 @@ def store(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def wrong_store(tmp_path, monkeypatch):
+    """Makes a store whose texts hold `rows` of 6 rows, and one of them other ids; its commits do not say so."""
+    text_row, write = fake.text_row, fake.write_mds
+
+    def make(rows):
+        monkeypatch.setattr(
+            fake,
+            "write_mds",
+            lambda path, columns, all: write(path, columns, all if columns == fake.LATENTS.columns else all[:rows]),
+        )
+        monkeypatch.setattr(fake, "text_row", lambda id, family: {**text_row(id, family), "id": id + (family == "wide")})
+        fake.make(tmp_path / "store", {"64x64": [6]}, tmp_path)
+        return tmp_path / "store"
+
+    return make

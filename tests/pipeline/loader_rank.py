@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.utils.data import DataLoader
 
 from pipeline.distributed import Ranks, free_port
 from pipeline.loader import TrainingData
@@ -32,25 +33,62 @@ def line(batch):
     return json.dumps([batch.ids.tolist(), xxhash.xxh64_hexdigest(repr(summary(batch)))])
 
 
-def lines(stage, steps, rank=0, world=1):
+def lines(stage, steps, rank=0, world=1, of=line):
     """A rank's batches, read in this process."""
     data = TrainingData(stage, rank, world, CPU)
     try:
-        return [line(batch) for batch, _ in itertools.islice(data.batches(), steps)]
+        return [of(batch) for batch, _ in itertools.islice(data.batches(), steps)]
     finally:
         data.close()
+
+
+def streaming_line(rows):
+    """The same for a batch of mosaicml-streaming's rows."""
+    return json.dumps([[row["id"] for row in rows], xxhash.xxh64_hexdigest(repr([sorted(row.items()) for row in rows]))])
+
+
+def fake_row(id, bucket):
+    """A row of all families as mosaicml-streaming must give it."""
+    rows = {"latents": fake.latents_row(id, bucket), **{name: fake.text_row(id, name) for name in fake.TEXTS}}
+    columns = {f"{name}/{column}": value for name, row in rows.items() for column, value in row.items() if column != "id"}
+    return {"id": id, **columns}
+
+
+def fake_rows(batch):
+    """What `streaming_line` gives for a batch of ours."""
+    return streaming_line([fake_row(id, batch.bucket) for id in batch.ids.tolist()])
+
+
+def _read_by_loader(stage, rank, world):
+    return (line(batch) for batch, _ in TrainingData(stage, rank, world, CPU).batches())
+
+
+def _read_by_streaming(stage, rank, world):
+    from pipeline.streaming_snapshot import StreamingSnapshot  # takes seconds to import
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    dataset = StreamingSnapshot(stage)
+    # As a process that was not itself started by multiprocessing has it.
+    context = "fork" if stage.data.workers else None
+    loader = DataLoader(
+        dataset, dataset.batch_size, num_workers=stage.data.workers, collate_fn=list, multiprocessing_context=context
+    )
+    return (streaming_line(rows) for _ in itertools.count() for rows in loader)
+
+
+READERS = {"loader": _read_by_loader, "streaming": _read_by_streaming}
 
 
 class Job:
     """The ranks of one job, each a process; their batches and errors go into files."""
 
-    def __init__(self, folder, store, settings, steps, world=1, largest_file=None):
+    def __init__(self, folder, store, settings, steps, world=1, largest_file=None, reader="loader"):
         """Start; `largest_file`: bytes over which no file may grow once the store is open, as on a full disk."""
         self.logs = [Path(folder) / f"rank_{rank}" for rank in range(world)]
         for log in self.logs:
             log.with_suffix(".txt").unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        fixed = (world, free_port(), environment, store, settings, steps, largest_file)
+        fixed = (world, free_port(), environment, store, settings, steps, largest_file, reader)
         self.processes = [CONTEXT.Process(target=_rank, args=(rank, log, *fixed)) for rank, log in enumerate(self.logs)]
         for process in self.processes:
             process.start()
@@ -82,25 +120,31 @@ class Job:
             process.join()
 
 
-def _rank(rank, log, world, port, environment, store, settings, steps, largest_file):
+def _rank(rank, log, world, port, environment, store, settings, steps, largest_file, reader):
     os.environ.update(environment)
     os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world, rank)
     watchdog = Watchdog(Ranks(rank, world, rank), Heartbeat(), stuck_seconds=60, interval=0.1)
     try:
-        data = TrainingData(fake.stage(store, **settings), rank, world, CPU)
+        batches = READERS[reader](fake.stage(store, **settings), rank, world)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         with log.with_suffix(".txt").open("w", buffering=1) as printed:
-            for batch, _ in itertools.islice(data.batches(), steps):
+            for batch in itertools.islice(batches, steps):
                 dist.all_reduce(torch.ones(()))
-                print(line(batch), file=printed)
-        data.close()
+                print(batch, file=printed)
     except BaseException as error:
         watchdog.fail(error)
     watchdog.close()
     dist.barrier()
     os._exit(0)
+
+
+def wait_until(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def processes_with(text):
@@ -121,7 +165,6 @@ def shared_memory(processes):
 
 
 if __name__ == "__main__":
-    store, settings, steps = json.loads(sys.argv[1])
-    data = TrainingData(fake.stage(store, **settings), 0, 1, CPU)
-    for batch, _ in itertools.islice(data.batches(), steps):
-        print(line(batch), flush=True)
+    store, settings, steps, reader = json.loads(sys.argv[1])
+    for batch in itertools.islice(READERS[reader](fake.stage(store, **settings), 0, 1), steps):
+        print(batch, flush=True)

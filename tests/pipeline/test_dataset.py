@@ -167,18 +167,9 @@ def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "says"), [(5, "families disagree on rows"), (6, "hold other sample ids")])
-def test_families_that_do_not_belong_together_are_not_joined(tmp_path, monkeypatch, rows, says):
-    """A store whose commits are wrong; what the snapshot checks is what the commits say."""
-    text_row, write = fake.text_row, fake.write_mds
-
-    def written(path, columns, all):
-        write(path, columns, all if columns == fake.LATENTS.columns else all[:rows])
-
-    monkeypatch.setattr(fake, "write_mds", written)
-    monkeypatch.setattr(fake, "text_row", lambda id, family: {**text_row(id, family), "id": id + (family == "wide")})
-    fake.make(tmp_path / "store", {"64x64": [6]}, tmp_path)
+def test_families_that_do_not_belong_together_are_not_joined(wrong_store, tmp_path, rows, says):
     with pytest.raises(UserError, match=rf"shard\.00000\.mds.*{says}"):
-        first_batches(fake.stage(tmp_path / "store", tmp_path), 1)
+        first_batches(fake.stage(wrong_store(rows), tmp_path), 1)
 
 
 def test_columns_longer_than_the_first_read(tmp_path):

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
-from pipeline.loader import Position, TrainingData
+from pipeline.loader import TrainingData
+from pipeline.position import Position
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline.worlds import CPU, joined, read, summary, world_of
 

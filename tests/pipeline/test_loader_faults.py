@@ -22,7 +22,7 @@ from data_prep.store import hash_file, open_store
 from pipeline import shard_cache
 from pipeline.loader import TrainingData
 from tests.pipeline import fake_snapshot as fake
-from tests.pipeline.loader_rank import Job, line, lines, processes_with, shared_memory
+from tests.pipeline.loader_rank import READERS, Job, fake_rows, line, lines, processes_with, shared_memory, wait_until
 from tests.pipeline.worlds import CPU
 from tests.s3 import BUCKET, CREDENTIALS, Fault
 
@@ -62,6 +62,13 @@ def expected(local, tmp_path_factory):
     return {(rank, world): lines(stage, STEPS, rank, world) for world in (1, 2) for rank in range(world)}
 
 
+@pytest.fixture(scope="module")
+def expected_rows(local, tmp_path_factory):
+    """The same as rows of mosaicml-streaming."""
+    stage = fake.stage(local, tmp_path_factory.mktemp("cache"))
+    return {(rank, world): lines(stage, STEPS, rank, world, fake_rows) for world in (1, 2) for rank in range(world)}
+
+
 def shards(cache):
     return sorted(Path(cache).rglob("*.mds"))
 
@@ -75,13 +82,6 @@ def payloads(proxy):
     return [path for method, path, _ in proxy.requests if method == "GET" and ".mds" in path]
 
 
-def wait_until(true, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # -- the table: research on what breaks streaming readers, row by row -----------------------------------------------------
 
 
@@ -92,6 +92,7 @@ class Case:
     remote: str
     proxy: object
     folder: Path
+    reader: str
     workers: int
     ranks: int
 
@@ -101,7 +102,7 @@ class Case:
 
     def job(self, steps=STEPS, **change):
         settings = {"cache": str(self.cache), "workers": self.workers}
-        return Job(self.folder, self.remote, settings, steps, self.ranks, **change)
+        return Job(self.folder, self.remote, settings, steps, self.ranks, reader=self.reader, **change)
 
     def fill_cache(self):
         lines(fake.stage(self.remote, self.cache), STEPS)
@@ -199,27 +200,30 @@ TABLE = {
     "killed": Row([], before=kill),
 }
 BY_DEFAULT = {
-    ("503 always", 2, 1),
-    ("flipped byte in a range", 0, 2),
-    ("full disk", 1, 1),
-    ("missing object", 0, 2),
-    ("damaged cache", 0, 1),
+    ("loader", "503 always", 2, 1),
+    ("loader", "flipped byte in a range", 0, 2),
+    ("loader", "full disk", 1, 1),
+    ("loader", "missing object", 0, 2),
+    ("loader", "damaged cache", 0, 1),
+    ("streaming", "503 twice", 2, 1),
+    ("streaming", "damaged object", 0, 2),
+    ("streaming", "missing object", 1, 1),
 }
-"""(row, workers, ranks) of the quick suite; `pytest -m slow` runs all the others."""
+"""(reader, row, workers, ranks) of the quick suite; `pytest -m slow` runs all the others."""
 COMBINATIONS = [
-    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow, id="{}-{}-{}".format(*case))
-    for case in itertools.product(TABLE, (0, 1, 2), (1, 2))
+    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.slow, id="{}-{}-{}-{}".format(*case))
+    for case in itertools.product(READERS, TABLE, (0, 1, 2), (1, 2))
 ]
 
 
-@pytest.mark.parametrize(("row", "workers", "ranks"), COMBINATIONS)
+@pytest.mark.parametrize(("reader", "row", "workers", "ranks"), COMBINATIONS)
 def test_right_data_or_a_clear_error_on_every_rank(
-    s3, remote, local, proxy, expected, tmp_path, monkeypatch, row, workers, ranks
+    s3, remote, local, proxy, expected, expected_rows, tmp_path, monkeypatch, reader, row, workers, ranks
 ):
-    row = TABLE[row]
+    row, right_data = TABLE[row], {"loader": expected, "streaming": expected_rows}[reader]
     if row.says == "":  # a machine that is busy with other things takes its time
         monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "20")
-    case = Case(s3 if row.writes else remote, proxy, tmp_path, workers, ranks)
+    case = Case(s3 if row.writes else remote, proxy, tmp_path, reader, workers, ranks)
     if row.writes:
         fake.make(s3, BUCKETS, tmp_path)
     row.before(case)
@@ -228,7 +232,7 @@ def test_right_data_or_a_clear_error_on_every_rank(
         ended = case.job(largest_file=row.largest_file).end(60)
         assert len({code for code, _, _ in ended}) == 1, "all ranks end alike"
         for rank, (code, printed, error) in enumerate(ended):
-            wanted = expected[rank, ranks]
+            wanted = right_data[rank, ranks]
             assert printed == wanted[: len(printed)], "no wrong batch, not before an error either"
             assert code in ({0, 2} if row.says is None else {2} if row.says else {0}), error
             if code:
@@ -310,7 +314,7 @@ def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, t
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporaries[number % 2], "MARK": mark}
         environment["LI_DIT_RETRY_SECONDS"] = "30"  # faults here end by themselves; it must outlast a busy machine
         settings = {"cache": str(cache), "workers": 1 + number % 2}
-        command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([remote, settings, steps])]
+        command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([remote, settings, steps, "loader"])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return mark, subprocess.Popen(command, env=environment, text=True, **pipes)
 

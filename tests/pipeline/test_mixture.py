@@ -15,8 +15,9 @@ from model.quantise import quantise
 from pipeline.assembly import resolve
 from pipeline.batches import EpochPlan
 from pipeline.config import DatasetShare, StageConfig
-from pipeline.loader import Position, TrainingData
+from pipeline.loader import TrainingData
 from pipeline.mixture import Mixture
+from pipeline.position import Position
 from pipeline.texts import PackedText, TextConstants, to_text
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline.worlds import CPU, read, world_of
