@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
 from data_prep.mds import write_mds
@@ -169,12 +169,17 @@ def timed(batches: Iterator[tuple[int, int]], steps: int, warm: int) -> Figures:
     return {"samples_per_second": samples / seconds, "gb_per_second": size / seconds / 1e9}
 
 
-def ours(uri: str, cache: Path, workers: int, steps: int, warm: int, unpack: bool = False) -> Figures:
-    """Our loader; bytes are those read from files, not the noise that unpacking adds."""
+def stage_of(uri: str, cache: Path, workers: int) -> StageConfig:
+    """A stage that reads a snapshot of `write_ours`."""
     stage = StageConfig(name="loader", global_batch=BATCH, samples=10**9)
     stage.data.store, stage.data.dataset, stage.data.cache, stage.data.workers = uri, "ds", str(cache), workers
     stage.data.caption_drop, stage.fusion.families = 0.0, [text.name for text in TEXTS]
-    data = TrainingData(stage, 0, 1, torch.device("cpu"))
+    return stage
+
+
+def ours(uri: str, cache: Path, workers: int, steps: int, warm: int, unpack: bool = False) -> Figures:
+    """Our loader; bytes are those read from files, not the noise that unpacking adds."""
+    data = TrainingData(stage_of(uri, cache, workers), 0, 1, torch.device("cpu"))
 
     def batches() -> Iterator[tuple[int, int]]:
         for item in data.packed():
@@ -199,7 +204,8 @@ def data_wait(folder: Path) -> float:
 
 def ragged(samples: list[dict[str, bytes]]) -> dict[str, Tensor]:
     """Collate `bytes` columns with as little as it takes: one tensor a column."""
-    return {name: torch.frombuffer(bytearray(b"".join(s[name] for s in samples)), dtype=torch.uint8) for name in samples[0]}
+    names = [name for name, value in samples[0].items() if isinstance(value, bytes)]
+    return {name: torch.frombuffer(bytearray(b"".join(s[name] for s in samples)), dtype=torch.uint8) for name in names}
 
 
 def fixed(samples: list[dict[str, bytes]]) -> dict[str, Tensor]:
@@ -221,12 +227,23 @@ def padded_states(samples: list[tuple[dict[str, Tensor]]]) -> dict[str, Tensor]:
     }
 
 
-def streaming(folder: Path, collate: Callable[..., dict[str, Tensor]], workers: int, steps: int, warm: int) -> Figures:
+def streaming_folder(folder: Path) -> Dataset:
     """StreamingDataset over a local folder, shuffled."""
     from streaming import StreamingDataset
 
     shuffle = {"shuffle": True, "shuffle_block_size": 512, "num_canonical_nodes": 1}
-    dataset = StreamingDataset(local=str(folder), batch_size=BATCH, **shuffle)
+    return StreamingDataset(local=str(folder), batch_size=BATCH, **shuffle)
+
+
+def streaming_ours(uri: str, cache: Path) -> Dataset:
+    """StreamingDataset over our snapshot."""
+    from pipeline.streaming_snapshot import StreamingSnapshot
+
+    return StreamingSnapshot(stage_of(uri, cache, 0))
+
+
+def streaming(dataset: Dataset, collate: Callable[..., dict[str, Tensor]], workers: int, steps: int, warm: int) -> Figures:
+    """A StreamingDataset in torch's DataLoader."""
     processes = {"num_workers": workers, "prefetch_factor": 2, "persistent_workers": True}
     return timed(_endless(DataLoader(dataset, batch_size=BATCH, collate_fn=collate, **processes)), steps, warm)
 
@@ -298,12 +315,15 @@ def measure(samples: int, folder: Path, worker_counts: list[int]) -> tuple[dict[
         results[f"ours unpacked on a CPU, local, {workers} workers"] = ours(
             str(folder / "ours"), folder / "cache", workers, steps // 2, 4, unpack=True
         )
-        results[f"(a) StreamingDataset, {workers} workers"] = streaming(folder / "a", ragged, workers, steps, warm)
+        dataset = streaming_folder(folder / "a")
+        results[f"(a) StreamingDataset, {workers} workers"] = streaming(dataset, ragged, workers, steps, warm)
+        dataset = streaming_ours(str(folder / "ours"), folder / "cache")
+        results[f"StreamingSnapshot on ours, {workers} workers"] = streaming(dataset, ragged, workers, steps, warm)
     workers = min(2, worker_counts[-1])
     write_tars(folder / "b", samples // 2)
     results[f"(b) torch in WebDataset, {workers} workers"] = webdataset(folder / "b", workers, steps // 2, warm)
     write_streaming(folder / "c", samples // 3, padded=True)
-    results[f"(c) fp16 padded MDS, {workers} workers"] = streaming(folder / "c", fixed, workers, steps // 3, 4)
+    results[f"(c) fp16 padded MDS, {workers} workers"] = streaming(streaming_folder(folder / "c"), fixed, workers, steps // 3, 4)
     with s3_store() as uri:
         write_ours(uri, samples // 3, folder)
         # Counts from the first batch on, downloads included; moto serves with the cores that the loader has.

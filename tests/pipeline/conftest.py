@@ -1,5 +1,7 @@
 """Fixtures of the tests that read a snapshot: a local store with the module's BUCKETS, and a cache."""
 
+import os
+
 import pytest
 
 from tests.pipeline import fake_snapshot as fake
@@ -31,3 +33,18 @@ def wrong_store(tmp_path, monkeypatch):
         return tmp_path / "store"
 
     return make
+
+
+@pytest.fixture
+def store_of_another(tmp_path, monkeypatch):
+    """A local store whose files' times may not be set."""
+    store, set_times = fake.make_local(tmp_path, {"64x64": [9]}), os.utime
+
+    def utime(path, *arguments, **times):
+        name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
+        if name.startswith(str(store)):
+            raise PermissionError(name)
+        set_times(path, *arguments, **times)
+
+    monkeypatch.setattr(os, "utime", utime)
+    return store

@@ -172,6 +172,11 @@ def test_families_that_do_not_belong_together_are_not_joined(wrong_store, tmp_pa
         first_batches(fake.stage(wrong_store(rows), tmp_path), 1)
 
 
+def test_a_local_store_is_only_read(store_of_another, tmp_path):
+    """Its files may be another user's, who alone may set their times."""
+    assert first_batches(fake.stage(store_of_another, tmp_path / "cache"), 2)
+
+
 def test_columns_longer_than_the_first_read(tmp_path):
     row = {"id": 5, "kinds": bytes(9000), "scales": b"", "tokens": bytes(range(200)), "values": bytes(range(256)) * 100}
     write_mds(tmp_path / "a.mds", fake.TEXTS["small"].columns, [row])

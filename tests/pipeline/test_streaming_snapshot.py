@@ -187,6 +187,10 @@ def test_families_that_do_not_belong_together_are_not_joined(wrong_store, tmp_pa
         list(read(StreamingSnapshot(fake.stage(wrong_store(rows), tmp_path / "cache"))))
 
 
+def test_a_local_store_is_only_read(store_of_another, tmp_path):
+    assert len(list(read(StreamingSnapshot(fake.stage(store_of_another, tmp_path / "cache"))))) == 2
+
+
 # -- what is left behind --------------------------------------------------------------------------------------------------
 
 
