@@ -256,6 +256,8 @@ class StreamingSnapshot(StreamingDataset):
         self._failure.buf[0] = 1
 
     def _raise_failure(self) -> None:
+        if isinstance(self._error, UserError):
+            raise self._error.with_traceback(None) from None  # a DataLoader would print the rest before the line that says it
         if self._error is not None:
             raise self._error
         if self._failure.buf[0]:
@@ -282,7 +284,6 @@ class StreamingSnapshot(StreamingDataset):
             raise
         except UserError as error:
             self._tell(error)
-            raise
         self._raise_failure()  # after one, streaming ends an epoch as if it were complete
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
