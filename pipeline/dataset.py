@@ -159,18 +159,22 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         self.families = [latents, *texts]
         self._columns = {family.name: family.columns for family in self.families}
         self._open: OrderedDict[tuple[int, str, int, str], Shard] = OrderedDict()
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, ThreadPoolExecutor] | None = None
         self._captions: OrderedDict[tuple[int, str, int], dict[int, list[tuple[int, str]]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None, "_open": OrderedDict()}
 
     def __getitem__(self, request: Request) -> PackedBatch | Exception:
         """Read a batch; what the user can put right is returned, not raised, so that it keeps its one line."""
         try:
-            self._fetch_ahead(request)
+            self.fetch_ahead(request)
             return self._read(request)
         except UserError as error:
             return error
 
-    def _fetch_ahead(self, request: Request) -> None:
+    def fetch_ahead(self, request: Request) -> None:
+        """Begin to fetch what a request names as needed soon."""
         wanted = [
             (source, request.draws.bucket, part, family.name)
             for source, part in request.ahead
@@ -179,10 +183,10 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         ]
         if not wanted:
             return
-        if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
+        if self._ahead is None or self._ahead[0] != os.getpid():  # threads do not come along over a fork
+            self._ahead = os.getpid(), ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
         for place in wanted:
-            self._ahead.submit(self._fetch_quietly, *place)
+            self._ahead[1].submit(self._fetch_quietly, *place)
 
     def _fetch_quietly(self, source: int, bucket: str, part: int, family: str) -> None:
         files = self.sources[source]

@@ -188,14 +188,6 @@ class TrainingData:
             order |= {"tokens_per_batch": data.tokens_per_batch, "batch_multiple": data.batch_multiple}
         return Position(self.corpus.id, data.seed, epoch, batch, self.stage.global_batch, order)
 
-    def draws(self, epoch: int, first: int = 0) -> Iterator[Draws]:
-        """The rows of all ranks for each global batch of an epoch, from batch `first` on."""
-        pieces = self.mixture.epoch(epoch)
-        plan = self._plan(pieces, epoch)
-        for index in range(first, len(plan)):
-            rows = plan.batch(index)
-            yield pieces[rows.bucket].draws(rows)
-
     def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
         """This rank's batches from `position` on, epoch after epoch without an end, each with the position after it.
 
@@ -235,17 +227,21 @@ class TrainingData:
     def _requests(self, epoch: int, batch: int) -> Iterator[Request]:
         """What to read, without an end; taken a few batches ahead of the trainer."""
         while True:
-            pieces = self.mixture.epoch(epoch)
-            plan = self._plan(pieces, epoch)
-            if self.rank == 0:
-                left = {bucket: rows for bucket, rows in plan.left_over().items() if rows}
-                log.info("epoch %d: %d batches; left over: %s", epoch, len(plan), left or "none")
-            for index in range(batch, len(plan)):
-                bucket, ahead = plan.ahead(index, self.rank, self.world)
-                soon = tuple((int(pieces[bucket].sources[at]), int(pieces[bucket].parts[at])) for at in ahead)
-                draws = pieces[bucket].draws(plan.batch(index, self.rank, self.world))
-                yield Request(draws, epoch, index, self.seeds, index == len(plan) - 1, soon)
+            yield from self.requests(epoch, batch)
             epoch, batch = epoch + 1, 0
+
+    def requests(self, epoch: int, first: int = 0, step: int = 1) -> Iterator[Request]:
+        """This rank's share of an epoch's global batches from `first` on, or of each `step`th."""
+        pieces = self.mixture.epoch(epoch)
+        plan = self._plan(pieces, epoch)
+        if self.rank == 0:
+            left = {bucket: rows for bucket, rows in plan.left_over().items() if rows}
+            log.info("epoch %d: %d batches; left over: %s", epoch, len(plan), left or "none")
+        for index in range(first, len(plan), step):
+            bucket, ahead = plan.ahead(index, self.rank, self.world)
+            soon = tuple((int(pieces[bucket].sources[at]), int(pieces[bucket].parts[at])) for at in ahead)
+            draws = pieces[bucket].draws(plan.batch(index, self.rank, self.world))
+            yield Request(draws, epoch, index, self.seeds, index == len(plan) - 1, soon)
 
     def _start(self, requests: Iterator[Request]) -> Iterator[PackedBatch | Exception]:
         workers = self.stage.data.workers

@@ -167,7 +167,10 @@ def locked(path: Path, wait_seconds: float) -> Iterator[bool]:
                     return
                 time.sleep(0.05)
             else:
-                yield True
+                try:
+                    yield True
+                finally:
+                    fcntl.flock(file, fcntl.LOCK_UN)  # and not by closing: a process forked meanwhile has the file open too
                 return
 
 

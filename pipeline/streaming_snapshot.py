@@ -1,54 +1,51 @@
-"""A stage's snapshots as a dataset of mosaicml-streaming, for trainers that are built on that. The only file that imports it.
+"""A stage's snapshots for trainers that are built on mosaicml-streaming. The only file that imports it.
 
-    dist.init_process_group(...)  # where there are several processes
     dataset = StreamingSnapshot(load_stage("li_dit_1b_256", ["data.store=s3://bucket/prefix"]))
-    loader = DataLoader(dataset, dataset.batch_size, num_workers=8, collate_fn=...)
+    for batch in SnapshotLoader(dataset, num_workers=8, collate_fn=...):
 
-A part is one streaming shard: a row joins the columns of all families of the stage, as they are stored, under
-`family/column`, beside the sample's `id`. Order, batches and files are those of our own loader (`loader.py`): each step has one
-bucket on all ranks, on any number of them, and every file is checked before it is read. Where streaming 0.13 would go on without
-data, or wait for ever, this raises. Its plan of an epoch takes 8 bytes a sample, and a part costs each process a kilobyte: from
-about a hundred million samples on, our own loader is the one to use.
+A part is one streaming shard: a row joins the columns of all families of the stage, as they are stored, under `family/column`,
+beside the sample's `id`. Order, batches, cache and position are those of our own loader (`loader.py`): each step has one bucket
+on all ranks, on any number of them, every file is checked before it is read, and an epoch goes on where it stopped.
+
+To its users this is a StreamingDataset with a StreamingDataLoader, and streaming reads and decodes the rows. How streaming 0.13
+shares work does not come along: shared memory that outlives a kill and meets the next job, barriers that wait for processes that
+have failed, 8 bytes of plan a sample. Each process works out its rows from the plan by itself.
 """
 
-import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
-from streaming.base.batching import batching_methods
-from streaming.base.dataset import _ShardState
+from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
-from streaming.base.shared import SharedMemory, _get_path
 from streaming.base.world import World
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import get_worker_info
 
 from data_prep.schema import Family
 from data_prep.store import StoreError
 from model.errors import UserError
-from pipeline.config import StageConfig, cache_root
+from pipeline.config import StageConfig
 from pipeline.dataset import Files
 from pipeline.loader import TrainingData, end_with_trainer
-from pipeline.mixture import Draws
 from pipeline.position import Position
 from pipeline.shard_cache import Shard, touch
-from pipeline.streaming_leftovers import JobFolder
-
-log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-_PLANNED = "planned"
 _WAIT_SECONDS = 3600.0
 _TRIES = 10
-_FAILURE_BYTES = 4096
+_READERS = 256
+"""Parts that a process keeps at hand."""
+_MOST_WORKERS = 1024
+_END = object()
+_FAILURE = "failure"
 
 
 class JoinedReader(Reader):
@@ -76,17 +73,12 @@ class JoinedReader(Reader):
             StoreError: a file cannot be had, is damaged, or belongs to other rows; the message names it.
             UserError: the disk is full.
         """
-        for _ in range(_TRIES):
-            if (opened := self._opened) is None:
-                with ThreadPoolExecutor(len(self._families), thread_name_prefix="fetch") as pool:
-                    opened = self._opened = list(pool.map(self._open, self._families))
-            try:
-                if not self._files.cache.is_local:
-                    self._touched = max([touch(_path(reader), self._touched) for reader in opened])
-                return opened
-            except FileNotFoundError:
-                self._opened = None  # evicted since
-        raise self._evicted()
+        if self._opened is None:
+            with ThreadPoolExecutor(len(self._families), thread_name_prefix="fetch") as pool:
+                self._opened = list(pool.map(self._open, self._families))
+        if not self._files.cache.is_local:
+            self._touched = max([touch(_path(reader), self._touched) for reader in self._opened])
+        return self._opened
 
     def _open(self, family: Family) -> MDSReader:
         file, name = self._files.index.file(self._bucket, self._part, family.name)
@@ -110,206 +102,230 @@ class JoinedReader(Reader):
             zip_data=None,
         )
 
-    def _evicted(self) -> StoreError:
-        file, _ = self._files.index.file(self._bucket, self._part, self._families[0].name)
-        return StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
-
     def get_sample_data(self, idx: int) -> list[bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The bytes of a row in each family's file."""
+        """The bytes of a row in each family's file.
+
+        Raises:
+            StoreError: as `prepare`, or the cache is too small to keep the file until it is read.
+            UserError: the disk is full.
+        """
         for _ in range(_TRIES):
             try:
-                return [reader.get_sample_data(idx) for reader in self._opened or self.prepare()]
+                return [reader.get_sample_data(idx) for reader in self.prepare()]
             except FileNotFoundError:
-                self._opened = None
-        raise self._evicted()
+                self._opened = None  # evicted since
+        file, _ = self._files.index.file(self._bucket, self._part, self._families[0].name)
+        raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
 
     def decode_sample(self, data: list[bytes]) -> Row:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The row with the columns of all families.
 
         Raises:
-            StoreError: the families hold other samples.
+            StoreError: a row is damaged, or the families hold other samples.
         """
+        row: Row = {}
         readers = self._opened or self.prepare()
-        rows = [reader.decode_sample(part) for reader, part in zip(readers, data, strict=True)]
-        ids = [row.pop("id") for row in rows]
-        if len(set(ids)) > 1:
-            paths = " and ".join(str(_path(reader)) for reader in readers)
-            raise StoreError(f"{paths} hold other sample ids: run `python -m data_prep verify`")
-        named = zip(self._families, rows, strict=True)
-        return {"id": ids[0]} | {f"{family.name}/{name}": value for family, row in named for name, value in row.items()}
+        for family, reader, stored in zip(self._families, readers, data, strict=True):
+            variable = reader.column_sizes.count(None)
+            sizes = np.frombuffer(stored[: 4 * variable], "<u4")
+            fixed = sum(size for size in reader.column_sizes if size is not None)
+            if len(stored) != 4 * variable + int(sizes.sum()) + fixed:  # which streaming would not notice
+                raise StoreError(f"{_path(reader)}: a row is damaged: delete the file, or run `python -m data_prep verify`")
+            columns = reader.decode_sample(stored)
+            id = columns.pop("id")
+            if id != row.setdefault("id", id):
+                paths = f"{_path(readers[0])} and {_path(reader)}"
+                raise StoreError(f"{paths} hold other sample ids: run `python -m data_prep verify`")
+            row |= {f"{family.name}/{name}": value for name, value in columns.items()}
+        return row
 
 
 def _path(reader: MDSReader) -> Path:
     return Path(reader.dirname, reader.raw_data.basename)
 
 
-class _BucketStream(Stream):
-    """The parts of one bucket of one dataset. Its index is the snapshot's, its cache the one that our loader uses too."""
-
-    def __init__(self, local: Path, files: Files, families: Sequence[Family], bucket: str, parts: NDArray[np.int64]) -> None:
-        super().__init__(local=str(local))
-        self._shards = [
-            JoinedReader(files, families, bucket, part, rows) for part, rows in enumerate(parts.tolist()) if rows
-        ]  # fmt: skip
-
-    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """The parts that have rows."""
-        return list(self._shards)
-
-    def get_index_size(self) -> int:
-        """Nothing: the index is not in streaming's own cache."""
-        return 0
-
-    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Take no file that lies there for granted: each process checks what it reads."""
-        cache_usage_per_shard[:] = 0
-
-
 class StreamingSnapshot(StreamingDataset):
     """The samples of a stage, batch by batch in the order of our own loader, as rows of stored columns."""
 
-    def __init__(self, stage: StageConfig, predownload: int | None = None) -> None:
-        """Open the snapshots and plan; on every rank, with the same settings.
+    def __init__(self, stage: StageConfig) -> None:
+        """Open the snapshots and plan; on every rank by itself, with the same settings.
 
         Args:
             stage: what to read: data, families, global batch. Its batches all have one size.
-            predownload: samples whose files each loader process fetches ahead; None = those of eight batches.
 
         Raises:
             UserError: what the stage reads is missing or does not fit, or cannot be given as streaming's rows.
         """
+        # Not the constructor of StreamingDataset, which makes the shared memory; see the module's description.
         world = World.detect()
-        if world.num_ranks > 1 and not dist.is_initialized():
-            raise UserError("several processes: call torch.distributed.init_process_group before StreamingSnapshot")
+        if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (world.rank, world.num_ranks):
+            raise UserError(
+                f"torch.distributed knows rank {dist.get_rank()} of {dist.get_world_size()}, the environment rank {world.rank} "
+                f"of {world.num_ranks}: set RANK and WORLD_SIZE, by which streaming shares the samples"
+            )
         if stage.data.tokens_per_batch is not None or stage.fusion.encode == "online":
             raise UserError(
                 "streaming's batches have one size, and rows no captions: leave data.tokens_per_batch empty and "
                 "fusion.encode=families, or use pipeline.loader"
             )
         self.data = TrainingData(stage, world.rank, world.num_ranks, torch.device("cpu"))
-        self._folder = JobFolder(cache_root(stage.data))
-        streams: list[Stream] = []
-        starts: dict[tuple[int, str], NDArray[np.int64]] = {}
-        at = 0
-        for source, (files, dataset) in enumerate(zip(self.data.dataset.sources, self.data.parts, strict=True)):
-            for bucket, rows in sorted(dataset.items()):
-                if rows.any():
-                    local = self._folder.path / f"{source}-{bucket}"
-                    streams.append(_BucketStream(local, files, self.data.dataset.families, bucket, rows))
-                    starts[source, bucket] = at + np.cumsum(rows) - rows
-                    at += int(rows.sum())
-        self._starts = starts
-        super().__init__(streams=streams, batch_size=stage.global_batch // world.num_ranks, predownload=predownload)
-        self.batching_method = _PLANNED  # which the constructor does not know
-        self.length = len(self.data.plan(0)) * stage.global_batch // world.num_ranks
-        # Streaming's locks lie where they go with the job, not in the machine's folder for temporary files.
-        self._shared_barrier.filelock_path = str(self._folder.path / "barrier")
-        self._cache_filelock_path = str(self._folder.path / "cache")
-        self._failure = SharedMemory(_get_path(self._shm_prefix_int, "failure"), size=_FAILURE_BYTES)
-        self._error: BaseException | None = None
-        self._ends_with_trainer = False
+        self.batch_size = stage.global_batch // world.num_ranks
+        self.replication = None
+        self._places = [(source, bucket) for source, dataset in enumerate(self.data.parts) for bucket in sorted(dataset)]
+        self._ends = np.cumsum([int(self.data.parts[source][bucket].sum()) for source, bucket in self._places])
+        self.num_samples = int(self._ends[-1])
+        self.length = len(self.data.plan(0)) * self.batch_size
+        self._readers: OrderedDict[tuple[int, str, int], JoinedReader] = OrderedDict()
+        self._upcoming = 0, 0
+        # Number of the turn, epoch, batch. A loader process is made with its turn, and looks here for others if it is kept. This
+        # memory's file has no name, so it goes with the last process.
+        self._turn = [0, 0, 0]
+        self._shared_turn = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._taken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
+        self._is_kept = False
 
-    def work(self, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """The samples of an epoch from a place in it on.
+    @property
+    def next_epoch(self) -> int:
+        """The epoch that the next turn reads."""
+        return self._upcoming[0]
 
-        Returns:
-            [nodes, ranks of a node, workers of a rank, batches of a worker, samples of a batch]; -1 = none.
-        """
-        size = self.data.stage.global_batch
-        batches = [self._samples(draws) for draws in self.data.draws(epoch, sample_in_epoch // size)]
-        rounds = -(-len(batches) // world.workers_per_rank)
-        ids = np.full((rounds, world.workers_per_rank, world.num_nodes, world.ranks_per_node, size // world.num_ranks), -1)
-        ids.reshape(-1, size)[: len(batches)] = np.array(batches, np.int64).reshape(-1, size)
-        return ids.transpose(2, 3, 1, 0, 4)
+    @next_epoch.setter
+    def next_epoch(self, next_epoch: int) -> None:
+        self._upcoming = next_epoch, 0
 
-    def _samples(self, draws: Draws) -> NDArray[np.int64]:
-        """Streaming's numbers of a batch's rows: all rows counted through, stream by stream."""
-        ids = draws.rows.copy()
-        for source in np.unique(draws.sources).tolist():
-            mine = draws.sources == source
-            ids[mine] += self._starts[source, draws.bucket][draws.parts[mine]]
-        return ids
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Bring a part's files here, whole; every process by itself, so that none waits for one that has failed.
-
-        Raises:
-            StoreError: a file cannot be had in spite of all retries, or is damaged.
-            UserError: the disk is full.
-        """
-        self.shards[shard_id].prepare()
-        self._shard_states[shard_id] = _ShardState.LOCAL
-
-    def on_exception(self, future: Future) -> None:
-        """End this process's iteration for what a thread of it met."""
-        error = future.exception()
-        if error is not None:
-            self._tell(error)
-            self._event.set()
-            self._iterator.on_exit()  # the thread did not, and the end of the epoch waits for it
-
-    def _tell(self, error: BaseException) -> None:
-        """Leave the error where the other processes of the machine look for one."""
-        self._error = error
-        text = " ".join(str(error).split()).encode()[: _FAILURE_BYTES - 2]
-        self._failure.buf[1 : 1 + len(text)] = text
-        self._failure.buf[0] = 1
-
-    def _raise_failure(self) -> None:
-        if isinstance(self._error, UserError):
-            raise self._error.with_traceback(None) from None  # a DataLoader would print the rest before the line that says it
-        if self._error is not None:
-            raise self._error
-        if self._failure.buf[0]:
-            text = bytes(self._failure.buf[1:]).rstrip(b"\0").decode(errors="replace")
-            raise StoreError(f"{text} (another process of this machine)")
+    def begin(self) -> None:
+        """Start a turn: an epoch, or the rest of one. Before each iteration; `SnapshotLoader` does it."""
+        self._turn = [self._turn[0] + 1, *self._upcoming]
+        self._shared_turn.copy_(torch.tensor(self._turn))
+        self._upcoming = self._upcoming[0] + 1, 0
 
     def __iter__(self) -> Iterator[Row]:
-        """This process's samples of the next epoch.
+        """This process's samples of the turn.
 
         Raises:
-            StoreError: a file cannot be had or is damaged, here or in another process of the machine; the message names it.
-            UserError: the disk is full.
+            StoreError: a file cannot be had in spite of all retries, or is damaged; the message names it.
+            UserError: the disk is full, or no turn was begun.
         """
-        if get_worker_info() is not None and not self._ends_with_trainer:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker and not self._is_kept:
             end_with_trainer()
-            self._ends_with_trainer = True
-        self._raise_failure()
-        try:
-            for sample in super().__iter__():
-                self._raise_failure()
-                yield sample
-        except RuntimeError:
-            self._raise_failure()  # streaming's own message says only that there was one
-            raise
-        except UserError as error:
-            self._tell(error)
-        self._raise_failure()  # after one, streaming ends an epoch as if it were complete
+        turn, epoch, first = self._shared_turn.tolist() if self._is_kept else self._turn
+        self._is_kept = worker is not None
+        if self._taken[number] == turn:
+            raise UserError("StreamingSnapshot: use SnapshotLoader, or call begin() before each epoch")
+        self._taken[number] = turn
+        for request in self.data.requests(epoch, first + number, count):
+            self.data.dataset.fetch_ahead(request)
+            draws = request.draws
+            for source, part, row in zip(draws.sources.tolist(), draws.parts.tolist(), draws.rows.tolist(), strict=True):
+                yield self._reader(source, draws.bucket, part)[row]
+
+    def _reader(self, source: int, bucket: str, part: int) -> JoinedReader:
+        place = source, bucket, part
+        if place not in self._readers:
+            files, rows = self.data.dataset.sources[source], int(self.data.parts[source][bucket][part])
+            self._readers[place] = JoinedReader(files, self.data.dataset.families, bucket, part, rows)
+        self._readers.move_to_end(place)
+        while len(self._readers) > _READERS:
+            self._readers.popitem(last=False)
+        return self._readers[place]
+
+    def get_item(self, sample_id: int, retry: int = 0) -> Row:
+        """A row by its number: dataset after dataset, bucket after bucket, part after part."""
+        place = int(np.searchsorted(self._ends, sample_id, side="right"))
+        source, bucket = self._places[place]
+        ends = np.cumsum(self.data.parts[source][bucket])
+        at = sample_id - int(self._ends[place] - ends[-1])
+        part = int(np.searchsorted(ends, at, side="right"))
+        return self._reader(source, bucket, part)[at - int(ends[part] - self.data.parts[source][bucket][part])]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where to go on; as streaming's, with the position that our loader saves.
+        """Where to go on, as the position that our loader saves.
+
+        Args:
+            num_samples: samples that all ranks have taken since the turn began.
+            from_beginning: count them from the epoch's beginning instead.
 
         Raises:
             UserError: `num_samples` is no whole number of global batches.
         """
-        state = super().state_dict(num_samples, from_beginning)
+        _, epoch, first = self._turn
         size = self.data.stage.global_batch
-        if state["sample_in_epoch"] % size:
-            raise UserError(
-                f"{state['sample_in_epoch']} samples are not whole batches of {size}: StreamingDataLoader counts them by the "
-                "first value of a batch, which must have one entry a sample"
-            )
-        return state | {"position": self.data.position(state["epoch"], state["sample_in_epoch"] // size).to_dict()}
+        if num_samples % size:
+            raise UserError(f"{num_samples} samples are not whole batches of {size}: count with SnapshotLoader")
+        batch = num_samples // size + (0 if from_beginning else first)
+        if batch == len(self.data.plan(epoch)):
+            epoch, batch = epoch + 1, 0
+        return self.data.position(epoch, batch).to_dict()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on any number of ranks and workers.
+        """Go on with the next turn where `state_dict` was taken, on any number of ranks and loader processes.
 
         Raises:
             UserError: the position is inside an epoch whose order is another now.
         """
-        position = Position.from_dict(obj["position"])
+        position = Position.from_dict(obj)
         position.check(self.data.position(position.epoch, position.batch))
-        super().load_state_dict({name: value for name, value in obj.items() if name != "position"})
+        self._upcoming = position.epoch, position.batch
+
+    def close(self) -> None:
+        """Drop the connections to the store."""
+        self.data.close()
 
 
-batching_methods[_PLANNED] = StreamingSnapshot.work  # pyright: ignore[reportArgumentType]
+class SnapshotLoader(StreamingDataLoader):
+    """A DataLoader for `StreamingSnapshot`: each iteration is its next epoch, and an error of one rank is every rank's."""
+
+    def __init__(self, dataset: StreamingSnapshot, **options: Any) -> None:
+        """Set up; nothing is read yet.
+
+        Args:
+            dataset: what to read.
+            options: of torch's DataLoader, such as `num_workers` and `collate_fn`; the batch size is the dataset's.
+        """
+        super().__init__(dataset, batch_size=dataset.batch_size, **options)
+        self._snapshot = dataset
+        self._others: PrefixStore | None = None
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateImportUsage]
+            self._others = PrefixStore("streaming-snapshot", store)
+
+    def _get_batch_size(self, batch: Any) -> int:
+        return self._snapshot.batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the next epoch, or of the rest of one after `load_state_dict`.
+
+        Raises:
+            StoreError: a file cannot be had in spite of all retries, or is damaged, on this rank or, since its last batch, on
+                another; the message names it.
+            UserError: the disk is full.
+        """
+        self._snapshot.begin()
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches, _END)
+            except UserError as error:
+                line = _without_traceback(error)
+                self._tell(str(line))
+                raise line from None
+            except Exception as error:
+                self._tell(repr(error))
+                raise
+            if self._others is not None and self._others.check([_FAILURE]):
+                raise StoreError(self._others.get(_FAILURE).decode())
+            if batch is _END:
+                return
+            yield batch
+
+    def _tell(self, error: str) -> None:
+        if self._others is not None:
+            self._others.set(_FAILURE, f"{error} (on rank {dist.get_rank()})")
+
+
+def _without_traceback(error: UserError) -> UserError:
+    """The error's own line, before which torch puts the traceback of a loader process."""
+    line = str(error).rstrip().rpartition("\n")[2]
+    return type(error)(line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: "))

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import xxhash
-from torch.utils.data import DataLoader
 
 from pipeline.distributed import Ranks, free_port
 from pipeline.loader import TrainingData
@@ -64,14 +63,13 @@ def _read_by_loader(stage, rank, world):
 
 
 def _read_by_streaming(stage, rank, world):
-    from pipeline.streaming_snapshot import StreamingSnapshot  # takes seconds to import
+    from pipeline.streaming_snapshot import SnapshotLoader, StreamingSnapshot  # takes seconds to import
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    dataset = StreamingSnapshot(stage)
+    workers = stage.data.workers
     # As a process that was not itself started by multiprocessing has it.
-    context = "fork" if stage.data.workers else None
-    loader = DataLoader(
-        dataset, dataset.batch_size, num_workers=stage.data.workers, collate_fn=list, multiprocessing_context=context
+    loader = SnapshotLoader(
+        StreamingSnapshot(stage), num_workers=workers, collate_fn=list, multiprocessing_context="fork" if workers else None
     )
     return (streaming_line(rows) for _ in itertools.count() for rows in loader)
 
