@@ -305,15 +305,17 @@ class SnapshotLoader(StreamingDataLoader):
         self._snapshot.begin()
         batches = super().__iter__()
         while True:
+            batch, failed = _END, None
             try:
                 batch = next(batches, _END)
             except UserError as error:
-                line = _without_traceback(error)
-                self._tell(str(line))
-                raise line from None
+                failed = _without_traceback(error)
             except Exception as error:
                 self._tell(repr(error))
                 raise
+            if failed is not None:
+                self._tell(str(failed))
+                raise failed
             if self._others is not None and self._others.check([_FAILURE]):
                 raise StoreError(self._others.get(_FAILURE).decode())
             if batch is _END:
@@ -326,6 +328,10 @@ class SnapshotLoader(StreamingDataLoader):
 
 
 def _without_traceback(error: UserError) -> UserError:
-    """The error's own line, before which torch puts the traceback of a loader process."""
+    """The error's own line, before which torch puts the traceback of a loader process.
+
+    The error lets go of its frames: loader processes end at once only if nothing but the iterator that fails holds them.
+    """
+    error.__traceback__ = None
     line = str(error).rstrip().rpartition("\n")[2]
     return type(error)(line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: "))

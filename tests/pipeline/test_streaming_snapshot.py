@@ -5,6 +5,7 @@ The faults of stores are in `test_loader_faults.py`, for both readers.
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -214,10 +215,9 @@ def test_ranks_that_the_environment_does_not_know_are_refused(store, cache):
         assert "set RANK and WORLD_SIZE" in says
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_does_not_begin_its_epochs_is_refused(stage, expected, workers):
+def test_a_loader_that_does_not_begin_its_epochs_is_refused(stage, expected):
     dataset = StreamingSnapshot(stage)
-    plain = DataLoader(dataset, dataset.batch_size, num_workers=workers, collate_fn=list)
+    plain = DataLoader(dataset, dataset.batch_size, collate_fn=list)
     with pytest.raises(UserError, match=r"call begin\(\) before each epoch"):
         next(iter(plain))
     for epoch in range(2):
@@ -225,6 +225,14 @@ def test_a_loader_that_does_not_begin_its_epochs_is_refused(stage, expected, wor
         assert [streaming_line(rows) for rows in plain] == expected[EPOCH * epoch : EPOCH * (epoch + 1)]
         with pytest.raises(UserError, match=r"call begin\(\) before each epoch"):
             next(iter(plain))
+
+
+def test_an_error_of_a_loader_process_is_one_line_and_ends_the_others(wrong_store, tmp_path):
+    before = multiprocessing.active_children()
+    dataset = StreamingSnapshot(fake.stage(wrong_store(5), tmp_path / "cache"))
+    with pytest.raises(StoreError, match=r"^\S*shard\.00000\.mds: families disagree on rows: take the snapshot again$"):
+        read(dataset, 2)
+    assert multiprocessing.active_children() == before
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
