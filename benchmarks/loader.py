@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
 from data_prep.mds import write_mds
@@ -42,6 +42,7 @@ WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
 CHANNELS, SIDE = 16, 64
 PART_ROWS, BATCH = 64, 8
 Figures = dict[str, float]
+Collate = Callable[..., dict[str, Tensor]]
 RESULTS = Path(__file__).parent / "results" / "loader.md"
 
 DEMO_WIDTHS, DEMO_TOKENS, DEMO_ROWS, DEMO_STEPS = {"smollm2": 576, "gemma": 640}, (4, 16), 1856, 60
@@ -227,25 +228,23 @@ def padded_states(samples: list[tuple[dict[str, Tensor]]]) -> dict[str, Tensor]:
     }
 
 
-def streaming_folder(folder: Path) -> Dataset:
+def streaming(folder: Path, collate: Collate, workers: int, steps: int, warm: int) -> Figures:
     """StreamingDataset over a local folder, shuffled."""
     from streaming import StreamingDataset
 
     shuffle = {"shuffle": True, "shuffle_block_size": 512, "num_canonical_nodes": 1}
-    return StreamingDataset(local=str(folder), batch_size=BATCH, **shuffle)
-
-
-def streaming_ours(uri: str, cache: Path) -> Dataset:
-    """StreamingDataset over our snapshot."""
-    from pipeline.streaming_snapshot import StreamingSnapshot
-
-    return StreamingSnapshot(stage_of(uri, cache, 0))
-
-
-def streaming(dataset: Dataset, collate: Callable[..., dict[str, Tensor]], workers: int, steps: int, warm: int) -> Figures:
-    """A StreamingDataset in torch's DataLoader."""
+    dataset = StreamingDataset(local=str(folder), batch_size=BATCH, **shuffle)
     processes = {"num_workers": workers, "prefetch_factor": 2, "persistent_workers": True}
     return timed(_endless(DataLoader(dataset, batch_size=BATCH, collate_fn=collate, **processes)), steps, warm)
+
+
+def streaming_ours(uri: str, cache: Path, workers: int, steps: int, warm: int) -> Figures:
+    """Our snapshot as a StreamingDataset."""
+    from pipeline.streaming_snapshot import SnapshotLoader, StreamingSnapshot
+
+    processes = {"num_workers": workers, "prefetch_factor": 2, "persistent_workers": True}
+    loader = SnapshotLoader(StreamingSnapshot(stage_of(uri, cache, workers)), collate_fn=ragged, **processes)
+    return timed(_endless(loader), steps, warm)
 
 
 def webdataset(folder: Path, workers: int, steps: int, warm: int) -> Figures:
@@ -315,15 +314,15 @@ def measure(samples: int, folder: Path, worker_counts: list[int]) -> tuple[dict[
         results[f"ours unpacked on a CPU, local, {workers} workers"] = ours(
             str(folder / "ours"), folder / "cache", workers, steps // 2, 4, unpack=True
         )
-        dataset = streaming_folder(folder / "a")
-        results[f"(a) StreamingDataset, {workers} workers"] = streaming(dataset, ragged, workers, steps, warm)
-        dataset = streaming_ours(str(folder / "ours"), folder / "cache")
-        results[f"StreamingSnapshot on ours, {workers} workers"] = streaming(dataset, ragged, workers, steps, warm)
+        results[f"(a) StreamingDataset, {workers} workers"] = streaming(folder / "a", ragged, workers, steps, warm)
+        results[f"ours as a StreamingDataset, {workers} workers"] = streaming_ours(
+            str(folder / "ours"), folder / "cache", workers, steps, warm
+        )
     workers = min(2, worker_counts[-1])
     write_tars(folder / "b", samples // 2)
     results[f"(b) torch in WebDataset, {workers} workers"] = webdataset(folder / "b", workers, steps // 2, warm)
     write_streaming(folder / "c", samples // 3, padded=True)
-    results[f"(c) fp16 padded MDS, {workers} workers"] = streaming(streaming_folder(folder / "c"), fixed, workers, steps // 3, 4)
+    results[f"(c) fp16 padded MDS, {workers} workers"] = streaming(folder / "c", fixed, workers, steps // 3, 4)
     with s3_store() as uri:
         write_ours(uri, samples // 3, folder)
         # Counts from the first batch on, downloads included; moto serves with the cores that the loader has.

@@ -191,7 +191,10 @@ class StreamingSnapshot(StreamingDataset):
 
     @next_epoch.setter
     def next_epoch(self, next_epoch: int) -> None:
-        self._upcoming = next_epoch, 0
+        self._go_to(next_epoch, 0)
+
+    def _go_to(self, epoch: int, batch: int) -> None:
+        self._turn[1:] = self._upcoming = epoch, batch
 
     def begin(self) -> None:
         """Start a turn: an epoch, or the rest of one. Before each iteration; `SnapshotLoader` does it."""
@@ -267,7 +270,7 @@ class StreamingSnapshot(StreamingDataset):
         """
         position = Position.from_dict(obj)
         position.check(self.data.position(position.epoch, position.batch))
-        self._upcoming = position.epoch, position.batch
+        self._go_to(position.epoch, position.batch)
 
     def close(self) -> None:
         """Drop the connections to the store."""
@@ -321,6 +324,11 @@ class SnapshotLoader(StreamingDataLoader):
             if batch is _END:
                 return
             yield batch
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; see `StreamingSnapshot.load_state_dict`."""
+        super().load_state_dict(obj)
+        self.num_samples_yielded = 0
 
     def _tell(self, error: str) -> None:
         if self._others is not None:

@@ -3,7 +3,9 @@
 import gc
 import itertools
 import json
+import multiprocessing
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -184,6 +186,19 @@ def test_columns_longer_than_the_first_read(tmp_path):
     assert {name: shard.row(0).read(name) for name in row if name != "id"} == {name: row[name] for name in row if name != "id"}
     with pytest.raises(UserError, match="has columns"):
         Shard(tmp_path / "a.mds", fake.LATENTS.columns)
+
+
+def test_a_lock_is_free_again_although_a_forked_process_has_its_file(tmp_path):
+    with locked(tmp_path / "lock", 0.0) as held:
+        assert held
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        with locked(tmp_path / "lock", 0.0) as held:
+            assert held
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):

@@ -288,6 +288,7 @@ def test_resume_repeats_an_uninterrupted_run(stage, expected, epoch, stop, befor
     for resumed in (new, dataset):  # in another process, and in the one that went on
         batches = loader(resumed, after)
         batches.load_state_dict(state)
+        assert batches.state_dict() == state
         rest = [streaming_line(rows) for _ in range(2) for rows in batches]
         assert rest == expected[EPOCH * epoch + stop :][: len(rest)]
         assert len(rest) > EPOCH
