@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import xxhash
@@ -223,6 +224,7 @@ class ShardCache:
         path = place or self.folder / f"{name}.mds"
         if name in self._whole and path.exists():
             return path
+        begun = time.time()
         with naming_full_disk(path), self.locked(name, wait_seconds) as held:
             if not held:
                 return None
@@ -230,6 +232,7 @@ class ShardCache:
                 if place is not None:
                     state = "is damaged" if place.exists() else "is missing"
                     raise StoreError(f"{path}: {state}: run `python -m data_prep verify` for a way out")
+                self._raise_failure(name, begun)
                 self._download(path, file, name)
         self._whole.add(name)
         return path
@@ -247,8 +250,30 @@ class ShardCache:
             try:
                 self.dataset.fetch(file, path)
             except FileNotFoundError as error:
-                raise StoreError(f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`") from error
+                self._tell_failure(name, f"{self.dataset.uri}/{file.key}: is missing: run `python -m data_prep verify`", error)
+            except StoreError as error:
+                self._tell_failure(name, str(error), error)
+        self._failure(name).unlink(missing_ok=True)
         self._mark(path, name)
+
+    def _tell_failure(self, name: str, why: str, cause: Exception) -> NoReturn:
+        """Fail, and so that who waits for the file in another process or thread fails with it, not after ten minutes more."""
+        failure = self._failure(name)
+        with suppress(OSError):  # a full disk hides no other error
+            temporary = failure.with_name(f"{failure.name}.part")
+            temporary.write_text(json.dumps([time.time(), why]))  # a file's own time may be milliseconds behind
+            temporary.replace(failure)
+        raise StoreError(why) from cause
+
+    def _raise_failure(self, name: str, since: float) -> None:
+        """Fail if another has failed to fetch the file since then."""
+        with suppress(FileNotFoundError):
+            when, why = json.loads(self._failure(name).read_text())
+            if when >= since:
+                raise StoreError(why)
+
+    def _failure(self, name: str) -> Path:
+        return self.folder / f"{name}.failed"
 
     def _is_whole(self, path: Path, file: StoredFile, name: str) -> bool:
         """Whether the file is there with the right size and hash; hashed once per state of the file and boot of the machine."""

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +20,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from data_prep.snapshot_reader import read_snapshot
-from data_prep.store import hash_file, open_store
+from data_prep.store import StoreError, hash_file, open_store
 from pipeline import shard_cache
 from pipeline.loader import TrainingData
 from tests.pipeline import fake_snapshot as fake
@@ -258,6 +260,42 @@ def test_all_processes_of_a_node_share_one_download(remote, proxy, expected, tmp
     for rank in range(world):
         assert lines(stage, STEPS, rank, world) == expected[rank, world]
     assert len(payloads(proxy)) == len(set(payloads(proxy))) == len(shards(tmp_path / "cache")) == FILES
+
+
+def test_who_waits_for_a_download_fails_with_it(remote, expected, tmp_path, monkeypatch):
+    """Not after as many retries again; who asks later tries anew."""
+    stage = fake.stage(remote, tmp_path / "cache")
+    data = TrainingData(stage, 0, 1, CPU)
+    (files,) = data.dataset.sources
+    file, name = files.index.file("48x80", 0, "small")
+    cache, waiting, tries = files.cache, threading.Event(), []
+    locked, fetch = cache.locked, cache.dataset.fetch
+
+    def failing(*arguments):
+        tries.append(arguments)
+        assert waiting.wait(30)
+        raise StoreError(f"{file.key}: 503 SlowDown")
+
+    def noted(*arguments):
+        if tries:
+            waiting.set()
+        return locked(*arguments)
+
+    monkeypatch.setattr(cache, "locked", noted)
+    monkeypatch.setattr(cache.dataset, "fetch", failing)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.get, file, name, 60.0)
+        wait_until(lambda: tries)
+        second = pool.submit(cache.get, file, name, 60.0)
+        for outcome in (first, second):
+            with pytest.raises(StoreError, match=f"^{file.key}: 503 SlowDown$"):
+                outcome.result()
+    assert len(tries) == 1
+    monkeypatch.setattr(cache.dataset, "fetch", fetch)
+    assert cache.get(file, name, 60.0)
+    assert lines(stage, STEPS) == expected[0, 1]
+    assert not list((tmp_path / "cache").rglob("*.failed*"))
+    data.close()
 
 
 @pytest.mark.slow
