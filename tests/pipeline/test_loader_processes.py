@@ -197,7 +197,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_named(store, cache, letters)
             sys.executable,
             "-m",
             "tests.pipeline.loader_rank",
-            json.dumps([str(store), {"cache": str(cache), "workers": 1}, 1]),
+            json.dumps([str(store), {"cache": str(cache), "workers": 1}, 1, "loader"]),
         ]
         environment = {**os.environ, "TMPDIR": folder}
         done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=100, cwd=ROOT)
