@@ -6,6 +6,7 @@ Progress, schedules and intervals are counted in samples, so they keep their mea
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -286,7 +287,7 @@ def _unknown(key: str, value: str, known: list[str]) -> str:
     return f"{key}={value} is unknown: {hint}known are {', '.join(sorted(known))}"
 
 
-def load_stage(stage: str, overrides: list[str]) -> StageConfig:
+def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     """Read a stage by the name of a shipped one or by the path of a YAML, and apply `key=value` overrides.
 
     Raises:
@@ -298,7 +299,7 @@ def load_stage(stage: str, overrides: list[str]) -> StageConfig:
         path = STAGES / f"{stage}.yaml"
         if not path.exists():
             raise UserError(_unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
-    config: StageConfig = read_settings(StageConfig, path, overrides)
+    config: StageConfig = read_settings(StageConfig, path, list(overrides))
     config.name = config.name or path.stem
     return config
 

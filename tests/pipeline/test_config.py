@@ -28,7 +28,7 @@ def test_the_documented_stages_are_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_stage_is_consistent(name):
-    stage = load_stage(name, [])
+    stage = load_stage(name)
     dit = stage.dit(16)
     assert stage.name == name
     assert stage.fusion.families
@@ -41,12 +41,12 @@ def test_shipped_stage_is_consistent(name):
 
 @pytest.mark.parametrize(("name", "depth", "width", "heads"), [("li_dit_1b_256", 28, 1152, 16), ("li_dit_10b_512", 48, 2816, 44)])
 def test_sizes_are_the_papers(name, depth, width, heads):
-    dit = load_stage(name, []).dit(16)
+    dit = load_stage(name).dit(16)
     assert (dit.depth, dit.width, dit.heads, dit.patch) == (depth, width, heads, 2)
 
 
 def test_a_chain_starts_from_the_run_before():
-    assert load_stage("li_dit_10b_1024", []).start_from == str(load_stage("li_dit_10b_512", []).run)
+    assert load_stage("li_dit_10b_1024").start_from == str(load_stage("li_dit_10b_512").run)
 
 
 @settings(max_examples=60, deadline=None)
