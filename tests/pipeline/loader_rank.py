@@ -158,7 +158,10 @@ def processes_with(text):
 
 def shared_memory(processes):
     """Files in /dev/shm that these processes have mapped."""
-    maps = [entry for process in processes for entry in Path(f"/proc/{process}/maps").read_text().splitlines()]
+    maps = []
+    for process in processes:
+        with suppress(OSError):  # gone
+            maps += Path(f"/proc/{process}/maps").read_text().splitlines()
     return {Path(entry.split(maxsplit=5)[5]) for entry in maps if "/dev/shm/" in entry and not entry.endswith("(deleted)")}
 
 
