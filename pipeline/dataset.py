@@ -141,6 +141,24 @@ class Files:
     index: PartIndex
     captions: CaptionChoice
 
+    def open(self, bucket: str, part: int, family: str, columns: dict[str, str]) -> Shard:
+        """The shard of a part in a family, once its file is on this machine and whole.
+
+        Raises:
+            StoreError: it cannot be had, is damaged, or is evicted again and again; the message names it.
+            UserError: the disk is full.
+        """
+        file, place = self.index.file(bucket, part, family)
+        for _ in range(10):
+            path = self.cache.get(file, place, _WAIT_SECONDS)
+            if path is None:
+                raise StoreError(f"{file.key}: another process has been fetching it for an hour: end it")
+            try:
+                return Shard(path, columns)
+            except FileNotFoundError:
+                continue  # evicted between the two steps
+        raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
+
 
 class SnapshotDataset(Dataset[PackedBatch | Exception]):
     """Rows of one or more snapshots, batch by batch. Map-style: an item is a whole `Request`."""
@@ -210,7 +228,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
                     found[source, part, name] = shard
         if missing:
             with ThreadPoolExecutor(min(8, len(missing)), thread_name_prefix="fetch") as pool:
-                opened = dict(zip(missing, pool.map(lambda key: self._opened(bucket, *key), missing), strict=True))
+                opened = dict(zip(missing, pool.map(lambda key: self._shard(bucket, *key), missing), strict=True))
             found |= opened
             self._open |= {(source, bucket, part, name): shard for (source, part, name), shard in opened.items()}
         for (source, _, _), shard in found.items():
@@ -225,18 +243,8 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             self._open.popitem(last=False)
         return found
 
-    def _opened(self, bucket: str, source: int, part: int, name: str) -> Shard:
-        files = self.sources[source]
-        file, place = files.index.file(bucket, part, name)
-        for _ in range(10):
-            path = files.cache.get(file, place, _WAIT_SECONDS)
-            if path is None:
-                raise StoreError(f"{file.key}: another process has been fetching it for an hour: end it")
-            try:
-                return Shard(path, self._columns[name])
-            except FileNotFoundError:
-                continue  # evicted between the two steps
-        raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
+    def _shard(self, bucket: str, source: int, part: int, name: str) -> Shard:
+        return self.sources[source].open(bucket, part, name, self._columns[name])
 
     def _read(self, request: Request) -> PackedBatch:
         draws = request.draws

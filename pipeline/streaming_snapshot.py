@@ -35,11 +35,10 @@ from pipeline.config import StageConfig
 from pipeline.dataset import Files
 from pipeline.loader import TrainingData, end_with_trainer
 from pipeline.position import Position
-from pipeline.shard_cache import Shard, touch
+from pipeline.shard_cache import touch
 
 Row = dict[str, Any]
 
-_WAIT_SECONDS = 3600.0
 _TRIES = 10
 _READERS = 256
 """Parts that a process keeps at hand."""
@@ -81,11 +80,10 @@ class JoinedReader(Reader):
         return self._opened
 
     def _open(self, family: Family) -> MDSReader:
-        file, name = self._files.index.file(self._bucket, self._part, family.name)
-        path = self._files.cache.get(file, name, _WAIT_SECONDS)
-        if path is None:
-            raise StoreError(f"{file.key}: another process has been fetching it for an hour: end it")
-        if len(Shard(path, family.columns)) != self.samples:
+        file, _ = self._files.index.file(self._bucket, self._part, family.name)
+        shard = self._files.open(self._bucket, self._part, family.name, family.columns)
+        path = shard.path
+        if len(shard) != self.samples:
             raise StoreError(f"{path}: families disagree on rows: take the snapshot again")
         names = sorted(family.columns)
         return MDSReader(
