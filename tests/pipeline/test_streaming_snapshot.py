@@ -232,7 +232,7 @@ def test_an_error_of_a_loader_process_is_one_line_and_ends_the_others(wrong_stor
     dataset = StreamingSnapshot(fake.stage(wrong_store(5), tmp_path / "cache"))
     with pytest.raises(StoreError, match=r"^\S*shard\.00000\.mds: families disagree on rows: take the snapshot again$"):
         read(dataset, 2)
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) <= set(before), "none of its own; processes of other tests may end meanwhile"
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
