@@ -31,7 +31,12 @@ def test_a_missing_package_is_named(missing, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("missing", "says"), [("g++", "install g++ (Debian: apt install g++)"), ("python", "no Python 3.11 to 3.13 found")]
+    ("missing", "says"),
+    [
+        ("g++", "install g++ (Debian: apt install g++)"),
+        ("python", "no Python 3.11 to 3.13 found"),
+        ("disk", "11.9 GB of disk free here, the packages need 12 GB while they are installed: make room"),
+    ],
 )
 def test_make_names_what_the_machine_lacks(missing, says, tmp_path):
     programs = tmp_path / "bin"
@@ -43,9 +48,13 @@ def test_make_names_what_the_machine_lacks(missing, says, tmp_path):
         (programs / "python3").symlink_to(sys.executable)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run(
-        ["make", "-s", "demo"], cwd=tmp_path, env={"PATH": str(programs)}, capture_output=True, text=True, timeout=60
-    )
+    env = {"PATH": str(programs)}
+    if missing == "disk":
+        (tmp_path / "sitecustomize.py").write_text(
+            "import shutil\nfull = shutil.disk_usage('/')._replace(free=11_900_000_000)\nshutil.disk_usage = lambda path: full\n"
+        )
+        env["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run(["make", "-s", "demo"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert says in done.stderr
     assert not (tmp_path / ".venv").exists()
