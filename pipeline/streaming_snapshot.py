@@ -170,8 +170,10 @@ class StreamingSnapshot(StreamingDataset):
         self.batch_size = stage.global_batch // world.num_ranks
         self.replication = None
         self._places = [(source, bucket) for source, dataset in enumerate(self.data.parts) for bucket in sorted(dataset)]
-        self._ends = np.cumsum([int(self.data.parts[source][bucket].sum()) for source, bucket in self._places])
-        self.num_samples = int(self._ends[-1])
+        sizes = [self.data.parts[source][bucket] for source, bucket in self._places]
+        self._first_parts = np.cumsum([0, *map(len, sizes)])  # of each place, and
+        self._first_rows = np.cumsum([0, *np.concatenate(sizes)])  # of each part
+        self.num_samples = int(self._first_rows[-1])
         self.length = len(self.data.plan(0)) * self.batch_size
         self._readers: OrderedDict[tuple[int, str, int], JoinedReader] = OrderedDict()
         self._upcoming = 0, 0
@@ -234,12 +236,10 @@ class StreamingSnapshot(StreamingDataset):
 
     def get_item(self, sample_id: int, retry: int = 0) -> Row:
         """A row by its number: dataset after dataset, bucket after bucket, part after part."""
-        place = int(np.searchsorted(self._ends, sample_id, side="right"))
-        source, bucket = self._places[place]
-        ends = np.cumsum(self.data.parts[source][bucket])
-        at = sample_id - int(self._ends[place] - ends[-1])
-        part = int(np.searchsorted(ends, at, side="right"))
-        return self._reader(source, bucket, part)[at - int(ends[part] - self.data.parts[source][bucket][part])]
+        part = int(np.searchsorted(self._first_rows, sample_id, side="right")) - 1
+        place = int(np.searchsorted(self._first_parts, part, side="right")) - 1
+        row = sample_id - int(self._first_rows[part])
+        return self._reader(*self._places[place], part - int(self._first_parts[place]))[row]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where to go on, as the position that our loader saves.

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import shutil
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -136,10 +137,11 @@ def test_damaged_local_file_is_an_error_every_time(tmp_path, how, workers):
         assert "\n" not in str(caught.value)
 
 
-def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path):
+def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path, monkeypatch):
     """The shards are MDS: mosaicml's own StreamingDataset gives the rows that ours hold, and ours reads what its writer wrote."""
     from streaming import MDSWriter, StreamingDataset
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where it leaves files of locks
     columns = fake.TEXTS["small"].columns
     rows = [fake.text_row(id, "small") for id in range(20)]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
