@@ -2,11 +2,12 @@
 
 import logging
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         self.families = [latents, *texts]
         self._columns = {family.name: family.columns for family in self.families}
         self._open: OrderedDict[tuple[int, str, int, str], Shard] = OrderedDict()
-        self._ahead: tuple[int, ThreadPoolExecutor] | None = None
+        self._ahead: tuple[int, ThreadPool] | None = None
         self._captions: OrderedDict[tuple[int, str, int], dict[int, list[tuple[int, str]]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,9 +203,11 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         if not wanted:
             return
         if self._ahead is None or self._ahead[0] != os.getpid():  # threads do not come along over a fork
-            self._ahead = os.getpid(), ThreadPoolExecutor(2, thread_name_prefix="fetch-ahead")
+            # Not those of concurrent.futures, for which the end of a process waits, however long their downloads are retried.
+            self._ahead = os.getpid(), ThreadPool(2)
+            weakref.finalize(self, self._ahead[1].terminate)
         for place in wanted:
-            self._ahead[1].submit(self._fetch_quietly, *place)
+            self._ahead[1].apply_async(self._fetch_quietly, place)
 
     def _fetch_quietly(self, source: int, bucket: str, part: int, family: str) -> None:
         files = self.sources[source]
@@ -227,8 +230,8 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
                     self._open.move_to_end((source, bucket, part, name))
                     found[source, part, name] = shard
         if missing:
-            with ThreadPoolExecutor(min(8, len(missing)), thread_name_prefix="fetch") as pool:
-                opened = dict(zip(missing, pool.map(lambda key: self._shard(bucket, *key), missing), strict=True))
+            with ThreadPool(min(8, len(missing))) as pool:
+                opened = dict(zip(missing, pool.map(lambda key: self._shard(bucket, *key), missing, 1), strict=True))
             found |= opened
             self._open |= {(source, bucket, part, name): shard for (source, part, name), shard in opened.items()}
         for (source, _, _), shard in found.items():

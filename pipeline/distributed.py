@@ -8,12 +8,15 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -94,28 +97,51 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def lowest(value: int) -> int:
+def lowest(value: int, group: "dist.ProcessGroup | None" = None) -> int:
     """The smallest of all ranks' values: how the ranks agree that all have succeeded. Collective; alone, the value."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     number = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
     return int(number.item())
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
     """All ranks' small values in rank order, on every rank. Collective; alone, just the value."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
+
+
+def first_failure(failure: str) -> str:
+    """What has failed on the first rank on which something has; "" = nothing on any. Collective; alone, the rank's own.
+
+    In a group of its own on the CPU, beside what the caller does with others; a rank may come two hours after the rest.
+    """
+    import torch.distributed as dist
+
+    rank, world = rank_and_world()
+    if world == 1:
+        return failure
+    group = _cpu_group(dist.group.WORLD)
+    first = lowest(rank if failure else world, group)
+    return f"{gather(failure, group)[first]} (on rank {first})" if first < world else ""
+
+
+@lru_cache(maxsize=1)
+def _cpu_group(world: object) -> "dist.ProcessGroup":
+    """All ranks of the process group `world`."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # pyright: ignore[reportReturnType]
 
 
 def rank_and_world() -> tuple[int, int]:

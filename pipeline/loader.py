@@ -328,8 +328,8 @@ def _imported_once() -> list[str]:
     return [__name__, *([main.name] if main else [])]
 
 
-def end_with_trainer() -> None:
-    """Let this loader process end as soon as the trainer does, however that ends.
+def become_loader_process() -> None:
+    """Ignore signals that are meant for the trainer, and end as soon as it does, however that ends.
 
     torch watches the parent instead, which may be a server of processes that in its turn waits for this process: both would
     outlive a kill.
@@ -337,6 +337,8 @@ def end_with_trainer() -> None:
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
+    for number in _SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _WorkerStart:
@@ -356,9 +358,7 @@ class _WorkerStart:
             if self.closing.is_set() or os.getppid() != parent:
                 os._exit(128 + number)
 
-        end_with_trainer()
-        for number in _SIGNALS - {signal.SIGTERM}:
-            signal.signal(number, signal.SIG_IGN)
+        become_loader_process()
         signal.signal(signal.SIGTERM, end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         torch.set_num_threads(1)

@@ -25,8 +25,15 @@ class Position:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Position":
-        """Read back what `to_dict` gave."""
-        return cls(**record)
+        """Read back what `to_dict` gave.
+
+        Raises:
+            UserError: it was something else that gave the record.
+        """
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise UserError(f"not a position in a snapshot: a record of {', '.join(record)}") from error
 
     def check(self, now: "Position") -> None:
         """Refuse to go on inside an epoch whose order is another now; between epochs everything may change.

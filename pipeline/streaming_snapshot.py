@@ -9,12 +9,14 @@ on all ranks, on any number of them, every file is checked before it is read, an
 
 To its users this is a StreamingDataset with a StreamingDataLoader, and streaming reads and decodes the rows. How streaming 0.13
 shares work does not come along: shared memory that outlives a kill and meets the next job, barriers that wait for processes that
-have failed, 8 bytes of plan a sample. Each process works out its rows from the plan by itself.
+have failed, 8 bytes of plan a sample. Each process works out its rows from the plan by itself, and the ranks only agree, batch
+by batch, that none has failed.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ import torch.distributed as dist
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
-from streaming.base.world import World
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.utils.data import get_worker_info
 
 from data_prep.schema import Family
@@ -33,7 +33,8 @@ from data_prep.store import StoreError
 from model.errors import UserError
 from pipeline.config import StageConfig
 from pipeline.dataset import Files
-from pipeline.loader import TrainingData, end_with_trainer
+from pipeline.distributed import first_failure, rank_and_world
+from pipeline.loader import TrainingData, become_loader_process
 from pipeline.position import Position
 from pipeline.shard_cache import touch
 
@@ -44,7 +45,6 @@ _READERS = 256
 """Parts that a process keeps at hand."""
 _MOST_WORKERS = 1024
 _END = object()
-_FAILURE = "failure"
 
 
 class JoinedReader(Reader):
@@ -73,8 +73,8 @@ class JoinedReader(Reader):
             UserError: the disk is full.
         """
         if self._opened is None:
-            with ThreadPoolExecutor(len(self._families), thread_name_prefix="fetch") as pool:
-                self._opened = list(pool.map(self._open, self._families))
+            with ThreadPool(len(self._families)) as pool:  # left at once on Ctrl-C
+                self._opened = pool.map(self._open, self._families)
         if not self._files.cache.is_local:
             self._touched = max([touch(_path(reader), self._touched) for reader in self._opened])
         return self._opened
@@ -109,7 +109,7 @@ class JoinedReader(Reader):
         """
         for _ in range(_TRIES):
             try:
-                return [reader.get_sample_data(idx) for reader in self.prepare()]
+                return [_stored(reader, idx) for reader in self.prepare()]
             except FileNotFoundError:
                 self._opened = None  # evicted since
         file, _ = self._files.index.file(self._bucket, self._part, self._families[0].name)
@@ -125,10 +125,10 @@ class JoinedReader(Reader):
         readers = self._opened or self.prepare()
         for family, reader, stored in zip(self._families, readers, data, strict=True):
             variable = reader.column_sizes.count(None)
-            sizes = np.frombuffer(stored[: 4 * variable], "<u4")
             fixed = sum(size for size in reader.column_sizes if size is not None)
+            sizes = np.frombuffer(stored[: 4 * variable].ljust(4 * variable), "<u4")
             if len(stored) != 4 * variable + int(sizes.sum()) + fixed:  # which streaming would not notice
-                raise StoreError(f"{_path(reader)}: a row is damaged: delete the file, or run `python -m data_prep verify`")
+                raise _damaged(reader)
             columns = reader.decode_sample(stored)
             id = columns.pop("id")
             if id != row.setdefault("id", id):
@@ -136,6 +136,17 @@ class JoinedReader(Reader):
                 raise StoreError(f"{paths} hold other sample ids: run `python -m data_prep verify`")
             row |= {f"{family.name}/{name}": value for name, value in columns.items()}
         return row
+
+
+def _stored(reader: MDSReader, index: int) -> bytes:
+    try:
+        return reader.get_sample_data(index)
+    except (IndexError, ValueError) as error:  # the file is too short for its own offsets
+        raise _damaged(reader) from error
+
+
+def _damaged(reader: MDSReader) -> StoreError:
+    return StoreError(f"{_path(reader)}: a row is damaged: delete the file, or run `python -m data_prep verify`")
 
 
 def _path(reader: MDSReader) -> Path:
@@ -155,52 +166,72 @@ class StreamingSnapshot(StreamingDataset):
             UserError: what the stage reads is missing or does not fit, or cannot be given as streaming's rows.
         """
         # Not the constructor of StreamingDataset, which makes the shared memory; see the module's description.
-        world = World.detect()
-        if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (world.rank, world.num_ranks):
-            raise UserError(
-                f"torch.distributed knows rank {dist.get_rank()} of {dist.get_world_size()}, the environment rank {world.rank} "
-                f"of {world.num_ranks}: set RANK and WORLD_SIZE, by which streaming shares the samples"
-            )
+        rank, world = _rank_and_world()
         if stage.data.tokens_per_batch is not None or stage.fusion.encode == "online":
             raise UserError(
                 "streaming's batches have one size, and rows no captions: leave data.tokens_per_batch empty and "
                 "fusion.encode=families, or use pipeline.loader"
             )
-        self.data = TrainingData(stage, world.rank, world.num_ranks, torch.device("cpu"))
-        self.batch_size = stage.global_batch // world.num_ranks
+        self.data = TrainingData(stage, rank, world, torch.device("cpu"))
+        self.batch_size = stage.global_batch // world
         self.replication = None
         self._places = [(source, bucket) for source, dataset in enumerate(self.data.parts) for bucket in sorted(dataset)]
         sizes = [self.data.parts[source][bucket] for source, bucket in self._places]
         self._first_parts = np.cumsum([0, *map(len, sizes)])  # of each place, and
         self._first_rows = np.cumsum([0, *np.concatenate(sizes)])  # of each part
         self.num_samples = int(self._first_rows[-1])
-        self.length = len(self.data.plan(0)) * self.batch_size
+        self._batches = 0, len(self.data.plan(0))
+        self.length = self._batches[1] * self.batch_size
         self._readers: OrderedDict[tuple[int, str, int], JoinedReader] = OrderedDict()
-        self._upcoming = 0, 0
-        # Number of the turn, epoch, batch. A loader process is made with its turn, and looks here for others if it is kept. This
-        # memory's file has no name, so it goes with the last process.
+        self.upcoming = 0, 0
+        """Epoch and batch with which the next turn begins."""
+        self.jumps = 0
+        """How often `upcoming` was set from outside."""
+        self.is_over = False
+        """Whether the turn was read to its end; `SnapshotLoader` sees to it."""
+        # Number, epoch, batch. A loader process is made with its turn, and looks at the shared one for others if it is kept.
         self._turn = [0, 0, 0]
         self._shared_turn = torch.zeros(3, dtype=torch.int64).share_memory_()
         self._taken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
         self._is_kept = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        for shared in (self._shared_turn, self._taken):
+            shared.share_memory_()
+
     @property
     def next_epoch(self) -> int:
         """The epoch that the next turn reads."""
-        return self._upcoming[0]
+        return self.upcoming[0]
 
     @next_epoch.setter
     def next_epoch(self, next_epoch: int) -> None:
         self._go_to(next_epoch, 0)
 
     def _go_to(self, epoch: int, batch: int) -> None:
-        self._turn[1:] = self._upcoming = epoch, batch
+        self._turn[1:] = self.upcoming = epoch, batch
+        self.jumps += 1
 
-    def begin(self) -> None:
-        """Start a turn: an epoch, or the rest of one. Before each iteration; `SnapshotLoader` does it."""
-        self._turn = [self._turn[0] + 1, *self._upcoming]
+    def begin(self) -> tuple[int, int]:
+        """Start a turn: an epoch, or the rest of one. Before each iteration; `SnapshotLoader` does it.
+
+        Returns:
+            Epoch and batch with which it begins.
+
+        Raises:
+            UserError: this process is another rank than it was when the dataset was opened.
+        """
+        now, opened = _rank_and_world(), (self.data.rank, self.data.world)
+        if now != opened:
+            raise UserError(
+                f"StreamingSnapshot was opened as rank {opened[0]} of {opened[1]}, and this is rank {now[0]} of {now[1]}: open "
+                "it after init_process_group, or set RANK and WORLD_SIZE before"
+            )
+        self._turn = [self._turn[0] + 1, *self.upcoming]
         self._shared_turn.copy_(torch.tensor(self._turn))
-        self._upcoming = self._upcoming[0] + 1, 0
+        begun, self.upcoming, self.is_over = self.upcoming, (self.upcoming[0] + 1, 0), False
+        return begun
 
     def __iter__(self) -> Iterator[Row]:
         """This process's samples of the turn.
@@ -210,15 +241,19 @@ class StreamingSnapshot(StreamingDataset):
             UserError: the disk is full, or no turn was begun.
         """
         worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker and not self._is_kept:
-            end_with_trainer()
-        turn, epoch, first = self._shared_turn.tolist() if self._is_kept else self._turn
+            become_loader_process()
+        # Now, and not when the first row is taken: by then another turn may have begun.
+        number, epoch, first = self._shared_turn.tolist() if self._is_kept else self._turn
         self._is_kept = worker is not None
-        if self._taken[number] == turn:
+        return self._rows((number, epoch, first), *((worker.id, worker.num_workers) if worker else (0, 1)))
+
+    def _rows(self, turn: tuple[int, int, int], process: int, processes: int) -> Iterator[Row]:
+        number, epoch, first = turn
+        if self._taken[process] == number:
             raise UserError("StreamingSnapshot: use SnapshotLoader, or call begin() before each epoch")
-        self._taken[number] = turn
-        for request in self.data.requests(epoch, first + number, count):
+        self._taken[process] = number
+        for request in self.data.requests(epoch, first + process, processes):
             self.data.dataset.fetch_ahead(request)
             draws = request.draws
             for source, part, row in zip(draws.sources.tolist(), draws.parts.tolist(), draws.rows.tolist(), strict=True):
@@ -241,11 +276,17 @@ class StreamingSnapshot(StreamingDataset):
         row = sample_id - int(self._first_rows[part])
         return self._reader(*self._places[place], part - int(self._first_parts[place]))[row]
 
+    def position(self, epoch: int, batch: int) -> Position:
+        """The position before a global batch; after an epoch's last one, that is the next epoch."""
+        if self._batches[0] != epoch:
+            self._batches = epoch, len(self.data.plan(epoch))
+        return self.data.position(epoch + 1, 0) if batch == self._batches[1] else self.data.position(epoch, batch)
+
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where to go on, as the position that our loader saves.
+        """Where to go on, as the position that our loader saves. For who counts samples; `SnapshotLoader` has one of its own.
 
         Args:
-            num_samples: samples that all ranks have taken since the turn began.
+            num_samples: samples that all ranks have taken since the turn began; 0 after its end: none of the next.
             from_beginning: count them from the epoch's beginning instead.
 
         Raises:
@@ -255,10 +296,9 @@ class StreamingSnapshot(StreamingDataset):
         size = self.data.stage.global_batch
         if num_samples % size:
             raise UserError(f"{num_samples} samples are not whole batches of {size}: count with SnapshotLoader")
-        batch = num_samples // size + (0 if from_beginning else first)
-        if batch == len(self.data.plan(epoch)):
-            epoch, batch = epoch + 1, 0
-        return self.data.position(epoch, batch).to_dict()
+        if self.is_over and not num_samples:
+            return self.position(*self.upcoming).to_dict()
+        return self.position(epoch, num_samples // size + (0 if from_beginning else first)).to_dict()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on with the next turn where `state_dict` was taken, on any number of ranks and loader processes.
@@ -276,7 +316,12 @@ class StreamingSnapshot(StreamingDataset):
 
 
 class SnapshotLoader(StreamingDataLoader):
-    """A DataLoader for `StreamingSnapshot`: each iteration is its next epoch, and an error of one rank is every rank's."""
+    """A DataLoader for `StreamingSnapshot`: each iteration is its next epoch, and an error of one rank is every rank's.
+
+    All ranks iterate alike: they agree on each batch that all have it. To look at rows on one rank, index the dataset.
+    """
+
+    _iterator = None
 
     def __init__(self, dataset: StreamingSnapshot, **options: Any) -> None:
         """Set up; nothing is read yet.
@@ -284,13 +329,17 @@ class SnapshotLoader(StreamingDataLoader):
         Args:
             dataset: what to read.
             options: of torch's DataLoader, such as `num_workers` and `collate_fn`; the batch size is the dataset's.
+
+        Raises:
+            UserError: an option would give other batches, or in another order.
         """
-        super().__init__(dataset, batch_size=dataset.batch_size, **options)
+        for name, value in {"batch_size": dataset.batch_size, "in_order": True}.items():
+            if options.setdefault(name, value) != value:
+                raise UserError(f"{name}={options[name]}: the stage's batches have {name}={value}: leave it out")
+        super().__init__(dataset, **options)
         self._snapshot = dataset
-        self._others: PrefixStore | None = None
-        if dist.is_initialized():
-            store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateImportUsage]
-            self._others = PrefixStore("streaming-snapshot", store)
+        # Jumps of the dataset when the iteration began, and the epoch and batch that comes next in it.
+        self._next: tuple[int, int, int] | None = None
 
     def _get_batch_size(self, batch: Any) -> int:
         return self._snapshot.batch_size
@@ -299,38 +348,45 @@ class SnapshotLoader(StreamingDataLoader):
         """The batches of the next epoch, or of the rest of one after `load_state_dict`.
 
         Raises:
-            StoreError: a file cannot be had in spite of all retries, or is damaged, on this rank or, since its last batch, on
-                another; the message names it.
-            UserError: the disk is full.
+            StoreError: on this rank or another, a file cannot be had in spite of all retries, or is damaged; it is named.
+            UserError: the disk is full, or this process is another rank than it was when the dataset was opened.
         """
-        self._snapshot.begin()
+        (epoch, place), jumps = self._snapshot.begin(), self._snapshot.jumps
+        self._next = jumps, epoch, place
         batches = super().__iter__()
         while True:
-            batch, failed = _END, None
+            batch, failed, told = _END, None, ""
             try:
                 batch = next(batches, _END)
             except UserError as error:
                 failed = _without_traceback(error)
+                told = str(failed)
             except Exception as error:
-                self._tell(repr(error))
-                raise
+                failed, told = error, repr(error)
+            of_all = first_failure(told)
             if failed is not None:
-                self._tell(str(failed))
                 raise failed
-            if self._others is not None and self._others.check([_FAILURE]):
-                raise StoreError(self._others.get(_FAILURE).decode())
+            if of_all:
+                del batches  # and with it loader processes
+                raise StoreError(of_all)
             if batch is _END:
+                self._snapshot.is_over = True
                 return
+            place += 1
+            self._next = jumps, epoch, place
             yield batch
 
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; see `StreamingSnapshot.load_state_dict`."""
-        super().load_state_dict(obj)
-        self.num_samples_yielded = 0
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on: with the batch after the one that was given last."""
+        if self._next is None or self._next[0] != self._snapshot.jumps:
+            return self._snapshot.position(*self._snapshot.upcoming).to_dict()
+        return self._snapshot.position(*self._next[1:]).to_dict()
 
-    def _tell(self, error: str) -> None:
-        if self._others is not None:
-            self._others.set(_FAILURE, f"{error} (on rank {dist.get_rank()})")
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_initialized():
+        return rank_and_world()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _without_traceback(error: UserError) -> UserError:
@@ -339,5 +395,7 @@ def _without_traceback(error: UserError) -> UserError:
     The error lets go of its frames: loader processes end at once only if nothing but the iterator that fails holds them.
     """
     error.__traceback__ = None
-    line = str(error).rstrip().rpartition("\n")[2]
-    return type(error)(line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: "))
+    text = str(error).rstrip()
+    if not text.startswith("Caught "):
+        return error
+    return type(error)(text.rpartition("\n")[2].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: "))

@@ -17,6 +17,11 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def stage(store, cache):
+    return fake.stage(store, cache)
+
+
 @pytest.fixture
 def wrong_store(tmp_path, monkeypatch):
     """Makes a store whose texts hold `rows` of 6 rows, and one of them other ids; its commits do not say so."""

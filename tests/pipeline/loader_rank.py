@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -166,6 +167,7 @@ def shared_memory(processes):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     store, settings, steps, reader = json.loads(sys.argv[1])
     for batch in itertools.islice(READERS[reader](fake.stage(store, **settings), 0, 1), steps):
         print(batch, flush=True)

@@ -5,33 +5,31 @@ The faults of stores are in `test_loader_faults.py`, for both readers.
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import StreamingDataLoader, StreamingDataset
-from torch.utils.data import DataLoader
 
 from data_prep.store import StoreError
 from model.errors import UserError
 from pipeline import streaming_snapshot
 from pipeline.config import DatasetShare
 from pipeline.loader import TrainingData
-from pipeline.streaming_snapshot import JoinedReader, SnapshotLoader, StreamingSnapshot
-from tests.distributed import on_ranks
+from pipeline.streaming_snapshot import StreamingSnapshot
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline.loader_rank import (
+    READERS,
     Job,
     fake_row,
     fake_rows,
@@ -41,32 +39,17 @@ from tests.pipeline.loader_rank import (
     streaming_line,
     wait_until,
 )
+from tests.pipeline.streaming_reader import BUCKETS, EPOCH, loader, read
 from tests.pipeline.worlds import CPU
+from tests.s3 import Fault
 
 ROOT = Path(__file__).parents[2]
-BUCKETS = {"64x64": [9, 8], "48x80": [7, 6]}
-EPOCH = 7
 STEPS = 9
-
-
-def loader(dataset, workers=0, context="fork", collate=list, **options):
-    context = context if workers else None
-    return SnapshotLoader(dataset, num_workers=workers, collate_fn=collate, multiprocessing_context=context, **options)
-
-
-def read(dataset, workers=0, **options):
-    """The next epoch, or what is left of one."""
-    return [streaming_line(rows) for rows in loader(dataset, workers, **options)]
-
-
-@pytest.fixture(scope="module")
-def stage(store, cache):
-    return fake.stage(store, cache)
 
 
 @pytest.fixture(scope="module")
 def expected(stage):
-    """Batches of one rank that reads alone: four epochs."""
+    """Batches of one rank that reads alone."""
     return lines(stage, 4 * EPOCH, of=fake_rows)
 
 
@@ -127,20 +110,6 @@ def test_processes_of_any_number_and_kind_give_the_batches_of_our_loader(stage, 
     assert [streaming_line(rows) for _ in range(4) for rows in batches] == expected
 
 
-def test_an_epoch_that_was_left_early_changes_nothing_for_the_next(stage, expected):
-    """Nor do other numbers of processes: the dataset's epochs go on."""
-    dataset = StreamingSnapshot(stage)
-    for workers in (0, 2):
-        iterator = iter(loader(dataset, workers))
-        assert streaming_line(next(iterator)) == expected[EPOCH * (workers // 2)]
-        del iterator
-    assert read(dataset, 3) == expected[2 * EPOCH : 3 * EPOCH]
-    iterator = iter(DataLoader(dataset, dataset.batch_size, num_workers=2, collate_fn=list))
-    del iterator  # before a process has begun
-    dataset.next_epoch = 1
-    assert read(dataset, 2) == expected[EPOCH : 2 * EPOCH]
-
-
 def test_two_ranks_share_the_batches(stage, tmp_path):
     data = {"cache": str(tmp_path / "cache"), "workers": 1}
     ended = Job(tmp_path, str(stage.data.store), data, STEPS, 2, reader="streaming").end()
@@ -168,81 +137,23 @@ def test_a_mixture_of_datasets(tmp_path):
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 
-def fail_on_rank_0(store, cache):
-    """What a rank reads and then meets, where rank 0 cannot have a file."""
-    get, rows = JoinedReader.get_sample_data, itertools.count()
-
-    def failing(reader, row):
-        if dist.get_rank() == 0 and next(rows) == 2 * 2:
-            raise StoreError("families/small/x.mds: 503 SlowDown")
-        return get(reader, row)
-
-    JoinedReader.get_sample_data = failing
-    read = []
-    try:
-        for batch in loader(StreamingSnapshot(fake.stage(store, cache))):
-            read.append(streaming_line(batch))
-            dist.barrier() if len(read) < 2 else time.sleep(1)
-    except StoreError as error:
-        return read, str(error)
-    finally:
-        JoinedReader.get_sample_data = get
-
-
-def test_an_error_of_one_rank_is_every_ranks(stage, store, cache):
-    """With the name of the shard, on one line."""
-    (first, says_first), (second, says_second) = on_ranks(2, fail_on_rank_0, str(store), str(cache))
-    for rank, read in enumerate((first, second)):
-        assert read == lines(stage, len(read), rank, 2, fake_rows)
-    assert says_first == "families/small/x.mds: 503 SlowDown"
-    assert says_second == "families/small/x.mds: 503 SlowDown (on rank 0)"
-    assert len(first) == 2
-    assert len(second) < EPOCH
-
-
-def other_world(store, cache):
-    os.environ["WORLD_SIZE"] = "1"
-    try:
-        StreamingSnapshot(fake.stage(store, cache))
-    except UserError as error:
-        return str(error)
-    finally:
-        os.environ["WORLD_SIZE"] = "2"
-
-
-def test_ranks_that_the_environment_does_not_know_are_refused(store, cache):
-    for says in on_ranks(2, other_world, str(store), str(cache)):
-        assert "set RANK and WORLD_SIZE" in says
-
-
-def test_a_loader_that_does_not_begin_its_epochs_is_refused(stage, expected):
-    dataset = StreamingSnapshot(stage)
-    plain = DataLoader(dataset, dataset.batch_size, collate_fn=list)
-    with pytest.raises(UserError, match=r"call begin\(\) before each epoch"):
-        next(iter(plain))
-    for epoch in range(2):
-        dataset.begin()
-        assert [streaming_line(rows) for rows in plain] == expected[EPOCH * epoch : EPOCH * (epoch + 1)]
-        with pytest.raises(UserError, match=r"call begin\(\) before each epoch"):
-            next(iter(plain))
-
-
-def test_an_error_of_a_loader_process_is_one_line_and_ends_the_others(wrong_store, tmp_path):
-    before = multiprocessing.active_children()
-    dataset = StreamingSnapshot(fake.stage(wrong_store(5), tmp_path / "cache"))
-    with pytest.raises(StoreError, match=r"^\S*shard\.00000\.mds: families disagree on rows: take the snapshot again$"):
-        read(dataset, 2)
-    assert set(multiprocessing.active_children()) <= set(before), "none of its own; processes of other tests may end meanwhile"
-
-
-def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(tmp_path):
     fake.make(tmp_path / "store", {"64x64": [4]}, tmp_path)
     dataset = StreamingSnapshot(fake.stage(tmp_path / "store", tmp_path / "cache"))
-    assert dataset[3]["id"] == 3
-    (path,) = (tmp_path / "store/ds/families/latents").rglob("*.mds")
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StoreError, match=rf"{path}: a row is damaged"):
-        dataset[3]
+    rows = dataset[:]
+    for path in (tmp_path / "store/ds/families").rglob("*.mds"):
+        whole, says = path.read_bytes(), f"{path}: a row is damaged: delete the file, or run `python -m data_prep verify`"
+        for end in range(0, len(whole), 7):
+            path.write_bytes(whole[:end])
+            right, told = [], None
+            try:
+                for number in range(4):
+                    right.append(dataset[number])
+            except StoreError as error:
+                told = str(error)
+            assert (right, told) == (rows[: len(right)], says)
+        path.write_bytes(whole)
+    assert dataset[:] == rows
 
 
 @pytest.mark.parametrize(
@@ -270,68 +181,17 @@ def test_a_local_store_is_only_read(store_of_another, tmp_path):
     assert len(read(StreamingSnapshot(fake.stage(store_of_another, tmp_path / "cache")))) == 2
 
 
-# -- resume ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("epoch", "stop", "before", "after"), [(0, 3, 0, 2), (1, 6, 2, 0), (1, 7, 1, 1), (0, 0, 0, 0)])
-def test_resume_repeats_an_uninterrupted_run(stage, expected, epoch, stop, before, after):
-    dataset = StreamingSnapshot(stage)
-    for _ in range(epoch):
-        assert len(read(dataset)) == EPOCH
-    batches = loader(dataset, before)
-    if stop:
-        taken = [streaming_line(rows) for rows in itertools.islice(batches, stop)]
-        assert taken == expected[EPOCH * epoch :][:stop]
-    state = json.loads(json.dumps(batches.state_dict()))
-    assert (state["epoch"], state["batch"]) == divmod(EPOCH * epoch + stop, EPOCH)
-    new = StreamingSnapshot(stage)
-    for resumed in (new, dataset):  # in another process, and in the one that went on
-        batches = loader(resumed, after)
-        batches.load_state_dict(state)
-        assert batches.state_dict() == state
-        rest = [streaming_line(rows) for _ in range(2) for rows in batches]
-        assert rest == expected[EPOCH * epoch + stop :][: len(rest)]
-        assert len(rest) > EPOCH
-        assert batches.state_dict()["epoch"] == state["epoch"] + 2
-
-
-def test_resume_of_a_resumed_epoch(stage, expected):
-    batches = loader(StreamingSnapshot(stage))
-    for start in range(0, 6, 2):
-        assert [streaming_line(rows) for rows in itertools.islice(batches, 2)] == expected[start : start + 2]
-        state = batches.state_dict()
-        assert state["batch"] == start + 2
-        batches = loader(StreamingSnapshot(stage))
-        batches.load_state_dict(state)
-
-
-def test_a_position_in_another_order_is_refused(stage, store, cache):
-    state = StreamingSnapshot(stage).state_dict(2 * stage.global_batch, True)
-    with pytest.raises(UserError, match="global_batch was 4 and is 2"):
-        StreamingSnapshot(fake.stage(store, cache, global_batch=2)).load_state_dict(state)
-    with pytest.raises(UserError, match="seed was 0 and is 1"):
-        StreamingSnapshot(fake.stage(store, cache, seed=1)).load_state_dict(state)
-    at_the_end = StreamingSnapshot(stage).state_dict(EPOCH * stage.global_batch, True)
-    StreamingSnapshot(fake.stage(store, cache, global_batch=2)).load_state_dict(at_the_end)
-
-
-def test_a_count_that_is_no_whole_batches_is_refused(stage):
-    """As StreamingDataLoader itself counts, where the first value of a batch is not one a sample."""
-    with pytest.raises(UserError, match="9 samples are not whole batches of 4"):
-        StreamingSnapshot(stage).state_dict(9, True)
-
-
 # -- what is left behind --------------------------------------------------------------------------------------------------
 
 
 class Alone:
-    """A job of one rank and two loader processes, in a process group of its own."""
+    """A job of one rank, in a process group of its own."""
 
-    def __init__(self, stage, steps, temporary):
+    def __init__(self, stage, steps, temporary, workers=2, reader="streaming"):
         self.mark = uuid.uuid4().hex
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MARK": self.mark}
-        data = {"cache": stage.data.cache, "workers": 2}
-        command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([stage.data.store, data, steps, "streaming"])]
+        data = {"cache": stage.data.cache, "workers": workers}
+        command = [sys.executable, "-m", "tests.pipeline.loader_rank", json.dumps([stage.data.store, data, steps, reader])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -398,3 +258,21 @@ def test_a_small_cache_evicts_and_fetches_again(remote, expected, tmp_path):
     small = StreamingSnapshot(fake.stage(remote, tmp_path / "small", cache_limit_gb=limit / 1e9))
     assert read(small) + read(small) == expected[: 2 * EPOCH]
     assert sum(path.stat().st_size for path in (tmp_path / "small").rglob("*.mds")) <= limit
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_ctrl_c_does_not_wait_for_downloads_that_are_tried_again(remote, proxy, monkeypatch, tmp_path, reader):
+    """Neither for the one that the batch needs, nor for those ahead."""
+    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "600")
+    proxy.faults[:] = [Fault("503", "GET", r"\.mds")]
+    job = Alone(fake.stage(remote, tmp_path / "cache"), STEPS, tmp_path, workers=0, reader=reader)
+    wait_until(lambda: proxy.faults[0].hits > 3, 60)
+    job.process.send_signal(signal.SIGINT)
+    _, error = job.process.communicate(timeout=30)
+    assert error.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_dataset_that_is_dropped_ends_its_threads(remote, tmp_path):
+    before = threading.active_count()
+    read(StreamingSnapshot(fake.stage(remote, tmp_path / "cache")))
+    wait_until(lambda: threading.active_count() <= before)
