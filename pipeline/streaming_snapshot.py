@@ -378,9 +378,8 @@ class SnapshotLoader(StreamingDataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: with the batch after the one that was given last."""
-        if self._next is None or self._next[0] != self._snapshot.jumps:
-            return self._snapshot.position(*self._snapshot.upcoming).to_dict()
-        return self._snapshot.position(*self._next[1:]).to_dict()
+        at = self._next[1:] if self._next and self._next[0] == self._snapshot.jumps else self._snapshot.upcoming
+        return self._snapshot.position(*at).to_dict()
 
 
 def _rank_and_world() -> tuple[int, int]:
