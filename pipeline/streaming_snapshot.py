@@ -355,17 +355,17 @@ class SnapshotLoader(StreamingDataLoader):
         self._next = jumps, epoch, place
         batches = super().__iter__()
         while True:
-            batch, failed, told = _END, None, ""
+            batch, failed = _END, None
             try:
                 batch = next(batches, _END)
-            except UserError as error:
-                failed = _without_traceback(error)
-                told = str(failed)
             except Exception as error:
-                failed, told = error, repr(error)
-            of_all = first_failure(told)
-            if failed is not None:
-                raise failed
+                failed = _without_traceback(error) if isinstance(error, UserError) else error
+            told = str(failed) if isinstance(failed, UserError) else "" if failed is None else repr(failed)
+            try:
+                of_all = first_failure(told)
+            finally:  # also where another rank has gone
+                if failed is not None:
+                    raise failed
             if of_all:
                 del batches  # and with it loader processes
                 raise StoreError(of_all)

@@ -83,6 +83,22 @@ def test_an_error_of_one_rank_is_every_ranks_at_the_same_batch(stage, store, cac
         assert after == EPOCH
 
 
+def test_an_error_is_raised_though_another_rank_has_gone(stage, monkeypatch):
+    def failing(reader, index):
+        raise StoreError("x.mds: 503")
+
+    def gone(failure):
+        raise RuntimeError("Connection closed by peer")
+
+    dataset = StreamingSnapshot(stage)
+    batches = iter(loader(dataset))
+    next(batches)
+    monkeypatch.setattr(streaming_snapshot, "first_failure", gone)
+    monkeypatch.setattr(JoinedReader, "get_sample_data", failing)
+    with pytest.raises(StoreError, match=r"^x\.mds: 503$"):
+        next(batches)
+
+
 def open_before_the_group(store, cache, world):
     is_initialized = dist.is_initialized
     dist.is_initialized = lambda: False
