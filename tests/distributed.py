@@ -9,6 +9,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 
@@ -97,6 +98,8 @@ def _serve(rank, world, port, pipe):
     import torch
 
     torch.set_num_threads(1)
+    # The fork server keeps them blocked where a loader in this process of pytest was the first to start it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     while True:
