@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pipeline.batches import sample_rng
 from pipeline.mixture import Draws
 from pipeline.packing import Layout, PackedBatch, allocate, tensors_in
 from pipeline.shard_cache import Row, Shard, ShardCache
+from pipeline.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         self.families = [latents, *texts]
         self._columns = {family.name: family.columns for family in self.families}
         self._open: OrderedDict[tuple[int, str, int, str], Shard] = OrderedDict()
-        self._ahead: tuple[int, ThreadPool] | None = None
+        self._ahead: tuple[int, Threads] | None = None
         self._captions: OrderedDict[tuple[int, str, int], dict[int, list[tuple[int, str]]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,8 +203,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         if not wanted:
             return
         if self._ahead is None or self._ahead[0] != os.getpid():  # threads do not come along over a fork
-            # Not those of concurrent.futures, for which the end of a process waits, however long their downloads are retried.
-            self._ahead = os.getpid(), ThreadPool(2)
+            self._ahead = os.getpid(), Threads(2)
             weakref.finalize(self, self._ahead[1].terminate)
         for place in wanted:
             self._ahead[1].apply_async(self._fetch_quietly, place)
@@ -230,7 +229,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
                     self._open.move_to_end((source, bucket, part, name))
                     found[source, part, name] = shard
         if missing:
-            with ThreadPool(min(8, len(missing))) as pool:
+            with Threads(min(8, len(missing))) as pool:
                 opened = dict(zip(missing, pool.map(lambda key: self._shard(bucket, *key), missing, 1), strict=True))
             found |= opened
             self._open |= {(source, bucket, part, name): shard for (source, part, name), shard in opened.items()}

@@ -124,7 +124,10 @@ def gather(value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
 def first_failure(failure: str) -> str:
     """What has failed on the first rank on which something has; "" = nothing on any. Collective; alone, the rank's own.
 
-    In a group of its own on the CPU, beside what the caller does with others; a rank may come two hours after the rest.
+    In a group of its own on the CPU, beside what the caller does with others; a rank may come half an hour after the rest.
+
+    Raises:
+        RuntimeError: a rank has gone, or not come.
     """
     import torch.distributed as dist
 
@@ -141,7 +144,7 @@ def _cpu_group(world: object) -> "dist.ProcessGroup":
     """All ranks of the process group `world`."""
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # pyright: ignore[reportReturnType]
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # pyright: ignore[reportReturnType]
 
 
 def rank_and_world() -> tuple[int, int]:

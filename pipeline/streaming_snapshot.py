@@ -1,4 +1,4 @@
-"""A stage's snapshots for trainers that are built on mosaicml-streaming. The only file that imports it.
+"""A stage's snapshots for trainers that are built on mosaicml-streaming.
 
     dataset = StreamingSnapshot(load_stage("li_dit_1b_256", ["data.store=s3://bucket/prefix"]))
     for batch in SnapshotLoader(dataset, num_workers=8, collate_fn=...):
@@ -15,142 +15,27 @@ by batch, that none has failed.
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.format.base.reader import FileInfo, Reader
-from streaming.base.format.mds.reader import MDSReader
 from torch.utils.data import get_worker_info
 
-from data_prep.schema import Family
 from data_prep.store import StoreError
 from model.errors import UserError
 from pipeline.config import StageConfig
-from pipeline.dataset import Files
 from pipeline.distributed import first_failure, rank_and_world
+from pipeline.joined_reader import JoinedReader, Row
 from pipeline.loader import TrainingData, become_loader_process
 from pipeline.position import Position
-from pipeline.shard_cache import touch
 
-Row = dict[str, Any]
-
-_TRIES = 10
 _READERS = 256
 """Parts that a process keeps at hand."""
 _MOST_WORKERS = 1024
 _END = object()
-
-
-class JoinedReader(Reader):
-    """One part as one streaming shard: the same rows of every family, in one file each."""
-
-    def __init__(self, files: Files, families: Sequence[Family], bucket: str, part: int, rows: int) -> None:
-        """Name a part; nothing is read yet.
-
-        Args:
-            files: the dataset's files.
-            families: latents and texts.
-            bucket: the part's bucket.
-            part: its place in the snapshot's index of the bucket.
-            rows: how many rows it has.
-        """
-        super().__init__(str(files.cache.folder), None, None, [], rows, None)
-        self._files, self._families, self._bucket, self._part = files, families, bucket, part
-        self._opened: list[MDSReader] | None = None
-        self._touched = 0.0
-
-    def prepare(self) -> list[MDSReader]:
-        """The readers of all families, once their files are on this machine and whole.
-
-        Raises:
-            StoreError: a file cannot be had, is damaged, or belongs to other rows; the message names it.
-            UserError: the disk is full.
-        """
-        if self._opened is None:
-            with ThreadPool(len(self._families)) as pool:  # left at once on Ctrl-C
-                self._opened = pool.map(self._open, self._families)
-        if not self._files.cache.is_local:
-            self._touched = max([touch(_path(reader), self._touched) for reader in self._opened])
-        return self._opened
-
-    def _open(self, family: Family) -> MDSReader:
-        file, _ = self._files.index.file(self._bucket, self._part, family.name)
-        shard = self._files.open(self._bucket, self._part, family.name, family.columns)
-        path = shard.path
-        if len(shard) != self.samples:
-            raise StoreError(f"{path}: families disagree on rows: take the snapshot again")
-        names = sorted(family.columns)
-        return MDSReader(
-            dirname=str(path.parent),
-            split=None,
-            column_encodings=[family.columns[name] for name in names],
-            column_names=names,
-            column_sizes=[8 if family.columns[name] == "int" else None for name in names],
-            compression=None,
-            hashes=["xxh64"],
-            raw_data=FileInfo(path.name, file.bytes, {"xxh64": file.xxh64}),
-            samples=self.samples,
-            size_limit=None,
-            zip_data=None,
-        )
-
-    def get_sample_data(self, idx: int) -> list[bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The bytes of a row in each family's file.
-
-        Raises:
-            StoreError: as `prepare`, or the cache is too small to keep the file until it is read.
-            UserError: the disk is full.
-        """
-        for _ in range(_TRIES):
-            try:
-                return [_stored(reader, idx) for reader in self.prepare()]
-            except FileNotFoundError:
-                self._opened = None  # evicted since
-        file, _ = self._files.index.file(self._bucket, self._part, self._families[0].name)
-        raise StoreError(f"{file.key}: evicted as soon as it is fetched: raise data.cache_limit_gb")
-
-    def decode_sample(self, data: list[bytes]) -> Row:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The row with the columns of all families.
-
-        Raises:
-            StoreError: a row is damaged, or the families hold other samples.
-        """
-        row: Row = {}
-        readers = self._opened or self.prepare()
-        for family, reader, stored in zip(self._families, readers, data, strict=True):
-            variable = reader.column_sizes.count(None)
-            fixed = sum(size for size in reader.column_sizes if size is not None)
-            sizes = np.frombuffer(stored[: 4 * variable].ljust(4 * variable), "<u4")
-            if len(stored) != 4 * variable + int(sizes.sum()) + fixed:  # which streaming would not notice
-                raise _damaged(reader)
-            columns = reader.decode_sample(stored)
-            id = columns.pop("id")
-            if id != row.setdefault("id", id):
-                paths = f"{_path(readers[0])} and {_path(reader)}"
-                raise StoreError(f"{paths} hold other sample ids: run `python -m data_prep verify`")
-            row |= {f"{family.name}/{name}": value for name, value in columns.items()}
-        return row
-
-
-def _stored(reader: MDSReader, index: int) -> bytes:
-    try:
-        return reader.get_sample_data(index)
-    except (IndexError, ValueError) as error:  # the file is too short for its own offsets
-        raise _damaged(reader) from error
-
-
-def _damaged(reader: MDSReader) -> StoreError:
-    return StoreError(f"{_path(reader)}: a row is damaged: delete the file, or run `python -m data_prep verify`")
-
-
-def _path(reader: MDSReader) -> Path:
-    return Path(reader.dirname, reader.raw_data.basename)
 
 
 class StreamingSnapshot(StreamingDataset):
@@ -211,7 +96,7 @@ class StreamingSnapshot(StreamingDataset):
 
     def _go_to(self, epoch: int, batch: int) -> None:
         self._turn[1:] = self.upcoming = epoch, batch
-        self.jumps += 1
+        self.jumps, self.is_over = self.jumps + 1, False
 
     def begin(self) -> tuple[int, int]:
         """Start a turn: an epoch, or the rest of one. Before each iteration; `SnapshotLoader` does it.
@@ -276,11 +161,15 @@ class StreamingSnapshot(StreamingDataset):
         row = sample_id - int(self._first_rows[part])
         return self._reader(*self._places[place], part - int(self._first_parts[place]))[row]
 
-    def position(self, epoch: int, batch: int) -> Position:
-        """The position before a global batch; after an epoch's last one, that is the next epoch."""
+    def batches_in(self, epoch: int) -> int:
+        """Global batches of an epoch."""
         if self._batches[0] != epoch:
             self._batches = epoch, len(self.data.plan(epoch))
-        return self.data.position(epoch + 1, 0) if batch == self._batches[1] else self.data.position(epoch, batch)
+        return self._batches[1]
+
+    def position(self, epoch: int, batch: int) -> Position:
+        """The position before a global batch; after an epoch's last one, that is the next epoch."""
+        return self.data.position(epoch + 1, 0) if batch == self.batches_in(epoch) else self.data.position(epoch, batch)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where to go on, as the position that our loader saves. For who counts samples; `SnapshotLoader` has one of its own.
@@ -290,7 +179,7 @@ class StreamingSnapshot(StreamingDataset):
             from_beginning: count them from the epoch's beginning instead.
 
         Raises:
-            UserError: `num_samples` is no whole number of global batches.
+            UserError: `num_samples` is no whole number of global batches, or the epoch has not so many.
         """
         _, epoch, first = self._turn
         size = self.data.stage.global_batch
@@ -298,7 +187,10 @@ class StreamingSnapshot(StreamingDataset):
             raise UserError(f"{num_samples} samples are not whole batches of {size}: count with SnapshotLoader")
         if self.is_over and not num_samples:
             return self.position(*self.upcoming).to_dict()
-        return self.position(epoch, num_samples // size + (0 if from_beginning else first)).to_dict()
+        batch = num_samples // size + (0 if from_beginning else first)
+        if not 0 <= batch <= self.batches_in(epoch):
+            raise UserError(f"batch {batch} of epoch {epoch}, which has {self.batches_in(epoch)}: count anew in each epoch")
+        return self.position(epoch, batch).to_dict()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on with the next turn where `state_dict` was taken, on any number of ranks and loader processes.
@@ -353,14 +245,17 @@ class SnapshotLoader(StreamingDataLoader):
         """
         (epoch, place), jumps = self._snapshot.begin(), self._snapshot.jumps
         self._next = jumps, epoch, place
+        first_failure("")  # which connects the ranks before the first download: that of one may fail, and end it
         batches = super().__iter__()
         while True:
             batch, failed = _END, None
             try:
                 batch = next(batches, _END)
+                if batch is _END and place < self._snapshot.batches_in(epoch):  # torch takes a stray StopIteration for the end
+                    raise RuntimeError(f"epoch {epoch} has ended early, at batch {place}: does collate_fn raise StopIteration?")
             except Exception as error:
                 failed = _without_traceback(error) if isinstance(error, UserError) else error
-            told = str(failed) if isinstance(failed, UserError) else "" if failed is None else repr(failed)
+            told = "" if failed is None else (str(failed) if isinstance(failed, UserError) else "") or repr(failed)
             try:
                 of_all = first_failure(told)
             finally:  # also where another rank has gone

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from multiprocessing import resource_tracker
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,11 @@ from torch.utils.data import DataLoader
 from data_prep.store import StoreError
 from model.errors import UserError
 from pipeline import streaming_snapshot
-from pipeline.streaming_snapshot import JoinedReader, StreamingSnapshot
-from tests.distributed import on_ranks
+from pipeline.distributed import free_port
+from pipeline.joined_reader import JoinedReader
+from pipeline.streaming_snapshot import StreamingSnapshot
+from pipeline.threads import Threads
+from tests.distributed import CONTEXT, on_ranks
 from tests.pipeline import fake_snapshot as fake
 from tests.pipeline import streaming_reader
 from tests.pipeline.loader_rank import fake_rows, lines, streaming_line
@@ -47,13 +51,20 @@ def test_an_epoch_that_was_left_early_changes_nothing_for_the_next(stage, expect
     assert read(dataset, 2) == expected[EPOCH : 2 * EPOCH]
 
 
+ERRORS = {
+    "store": StoreError("families/small/x.mds: 503 SlowDown"),
+    "other": ValueError("what is this?"),
+    "silent": StoreError(""),
+}
+
+
 def fail_on_rank_0(store, cache, kind, row):
     """What a rank trains on and then meets, where rank 0 fails at a row; and how many batches the next epoch has."""
     get, rows = JoinedReader.get_sample_data, itertools.count()
 
     def failing(reader, index):
         if dist.get_rank() == 0 and next(rows) == row:
-            raise {"store": StoreError("families/small/x.mds: 503 SlowDown"), "other": ValueError("what is this?")}[kind]
+            raise ERRORS[kind]
         return get(reader, index)
 
     JoinedReader.get_sample_data = failing
@@ -69,18 +80,46 @@ def fail_on_rank_0(store, cache, kind, row):
     return read, says, len(list(loader(dataset)))
 
 
-@pytest.mark.parametrize(("kind", "row"), [("store", 4), ("store", 2 * EPOCH - 1), ("other", 5)])
+@pytest.mark.parametrize(("kind", "row"), [("store", 4), ("store", 2 * EPOCH - 1), ("other", 5), ("silent", 5)])
 def test_an_error_of_one_rank_is_every_ranks_at_the_same_batch(stage, store, cache, kind, row):
     """With the name of the shard, also where each step is a collective; and once all have caught it, it is over."""
     ended = on_ranks(2, fail_on_rank_0, str(store), str(cache), kind, row)
     says = {
         "store": [f"StoreError('families/small/x.mds: 503 SlowDown{where}')" for where in ("", " (on rank 0)")],
         "other": ["ValueError('what is this?')", """StoreError("ValueError('what is this?') (on rank 0)")"""],
+        "silent": ["StoreError('')", """StoreError("StoreError('') (on rank 0)")"""],
     }
     for rank, (trained_on, said, after) in enumerate(ended):
         assert trained_on == lines(stage, row // 2, rank, 2, fake_rows)
         assert said == says[kind][rank]
         assert after == EPOCH
+
+
+def die_in_the_first_batch(rank, port, store, cache):
+    def die(reader, index):
+        os._exit(9)
+
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    if rank == 1:
+        JoinedReader.get_sample_data = die
+    try:
+        list(loader(StreamingSnapshot(fake.stage(store, cache))))
+    except RuntimeError:
+        os._exit(3)
+
+
+def test_a_rank_that_dies_in_its_first_batch_keeps_nobody_waiting(store, cache):
+    port = free_port()
+    ranks = [CONTEXT.Process(target=die_in_the_first_batch, args=(rank, port, str(store), str(cache))) for rank in range(2)]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [3, 9]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_an_error_is_raised_though_another_rank_has_gone(stage, monkeypatch):
@@ -148,6 +187,34 @@ def test_an_error_of_a_loader_process_is_one_line_and_ends_the_others(wrong_stor
 def test_options_that_would_give_other_batches_are_refused(stage, options, says):
     with pytest.raises(UserError, match=says):
         loader(StreamingSnapshot(stage), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_ends_early_is_an_error(stage, workers):
+    """torch takes a StopIteration that escapes from anywhere for the data's end."""
+    calls = itertools.count(1)
+
+    def collate(rows):
+        return next(iter([])) if next(calls) == 3 else rows
+
+    with pytest.raises(RuntimeError, match=r"epoch 0 has ended early, at batch \d: does collate_fn raise StopIteration\?"):
+        list(loader(StreamingSnapshot(stage), workers, collate=collate))
+
+
+def names_that_threads_leave():
+    """What the threads of a process that a fork server has made register to be removed after its end."""
+    registered, register = [], resource_tracker.register
+    resource_tracker.register = lambda *what: registered.append(what)
+    try:
+        with Threads(2) as pool:
+            assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+    finally:
+        resource_tracker.register = register
+    return registered
+
+
+def test_threads_leave_no_name_behind():
+    assert on_ranks(2, names_that_threads_leave) == [[], []]
 
 
 def test_the_batch_size_may_be_named(stage, expected):
@@ -289,3 +356,8 @@ def test_who_counts_samples_by_itself_goes_on_exactly(stage):
         for number, _ in enumerate(loader(dataset), 1):
             assert place(dataset.state_dict(number * 4, True)) == divmod(EPOCH * epoch + number, EPOCH)
     assert place(dataset.state_dict(0, True)) == (2, 0)
+    dataset.load_state_dict(dataset.state_dict(3 * 4, True))
+    assert place(dataset.state_dict(0, True)) == (1, 0)
+    for samples in (-4, (EPOCH + 1) * 4):
+        with pytest.raises(UserError, match=rf"batch {samples // 4} of epoch 1, which has {EPOCH}: count anew in each epoch"):
+            dataset.state_dict(samples, True)
