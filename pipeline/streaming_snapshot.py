@@ -242,6 +242,7 @@ class SnapshotLoader(StreamingDataLoader):
         Raises:
             StoreError: on this rank or another, a file cannot be had in spite of all retries, or is damaged; it is named.
             UserError: the disk is full, or this process is another rank than it was when the dataset was opened.
+            RuntimeError: another rank has gone, or the epoch ended before its last batch.
         """
         (epoch, place), jumps = self._snapshot.begin(), self._snapshot.jumps
         self._next = jumps, epoch, place

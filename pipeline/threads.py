@@ -16,5 +16,5 @@ class Threads(ThreadPool):
         Args:
             number: of threads.
         """
-        # As ThreadPool does, but its semaphores have names in the processes of a fork server, and outlive what kills those.
+        # ThreadPool's own way gives semaphores names in the processes of a fork server, and the names outlive what kills those.
         Pool.__init__(self, number, context=multiprocessing.get_context("fork"))
