@@ -63,10 +63,10 @@ class StreamingSnapshot(StreamingDataset):
         self._places = [(source, bucket) for source, dataset in enumerate(self.data.parts) for bucket in sorted(dataset)]
         sizes = [self.data.parts[source][bucket] for source, bucket in self._places]
         self._first_parts = np.cumsum([0, *map(len, sizes)])  # of each place, and
-        self._first_rows = np.cumsum([0, *np.concatenate(sizes)])  # of each part
+        self._first_rows = np.cumsum(np.concatenate([[0], *sizes]))  # of each part
         self.num_samples = int(self._first_rows[-1])
-        self._batches = 0, len(self.data.plan(0))
-        self.length = self._batches[1] * self.batch_size
+        self._batches = 0, len(self.data.plan(0))  # of the epoch that was asked for last
+        self.length = self.batches_in(0) * self.batch_size
         self._readers: OrderedDict[tuple[int, str, int], JoinedReader] = OrderedDict()
         self.upcoming = 0, 0
         """Epoch and batch with which the next turn begins."""
