@@ -24,10 +24,11 @@ from benchmarks.reporting import at_most, conditions, print_goals
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.fusion import Text
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import CheckpointConfig, StageConfig
-from pipeline.distributed import free_port
-from pipeline.engine import Engine, leave
+from pipeline.checkpoint.checkpoints import Checkpoints
+from pipeline.engine.engine import Engine
+from pipeline.engine.processes import leave
+from pipeline.runtime.distributed import free_port
+from pipeline.stage.config import CheckpointConfig, StageConfig
 
 TABLE = Path(__file__).parent / "results" / "checkpoint.md"
 GOAL = 0.2
@@ -92,7 +93,7 @@ def measure(rank: int, options: argparse.Namespace, port: int) -> None:
     checkpoints.close()
     if rank == 0:
         numbers = {"theirs": theirs[1:], "ours": ours[1:], "slower": slower[1:], "step": plain}  # the first of each warms up
-        parameters = sum(torch.Size(shape).numel() for shape in engine.masters.layout.shapes.values())
+        parameters = sum(torch.Size(shape).numel() for shape in engine.master_weights.layout.shapes.values())
         result = {name: statistics.median(seconds) for name, seconds in numbers.items()} | {"parameters": parameters}
         (folder / "result.json").write_text(json.dumps(result))
     leave(0)

@@ -28,15 +28,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
-from data_prep.mds import write_mds
-from data_prep.parts import commit_part, register_family
-from data_prep.schema import PAIRS, Family, Manifest, Part
-from data_prep.snapshot import take_snapshot
-from data_prep.store import open_store
-from pipeline.config import StageConfig
-from pipeline.loader import TrainingData
-from pipeline.metrics import read_reports
-from pipeline.packing import tensors_in
+from data_prep.dataset.mds import write_mds
+from data_prep.dataset.parts import commit_part, register_family
+from data_prep.dataset.schema import PAIRS, Family, Manifest, Part
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.store.store import open_store
+from pipeline.data.batch import tensors_in
+from pipeline.data.loader import TrainingData
+from pipeline.stage.config import StageConfig
+from pipeline.training.metrics import read_reports
 
 WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
 CHANNELS, SIDE = 16, 64
@@ -240,7 +240,7 @@ def streaming(folder: Path, collate: Collate, workers: int, steps: int, warm: in
 
 def streaming_ours(uri: str, cache: Path, workers: int, steps: int, warm: int) -> Figures:
     """Our snapshot as a StreamingDataset."""
-    from pipeline.streaming_snapshot import SnapshotLoader, StreamingSnapshot
+    from pipeline.data.streaming import SnapshotLoader, StreamingSnapshot
 
     processes = {"num_workers": workers, "prefetch_factor": 2, "persistent_workers": True}
     loader = SnapshotLoader(StreamingSnapshot(stage_of(uri, cache, workers)), collate_fn=ragged, **processes)

@@ -21,16 +21,16 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from benchmarks.reporting import at_least, conditions, print_goals
-from data_prep.schema import Family
+from data_prep.dataset.schema import Family
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.dit import LIDiT
-from model.text_encoder import TextEncoder, load_encoder
-from model.vae import VAE, small_vae
-from pipeline.config import ObjectiveConfig, SampleConfig
-from pipeline.prompts import PromptReader
-from pipeline.sampler import Drawing, Sampler
-from pipeline.sampling import make_scheduler
-from pipeline.texts import TextConstants
+from model.encoders.text_encoder import TextEncoder, load_encoder
+from model.encoders.vae import VAE, small_vae
+from pipeline.diffusion.solvers import make_scheduler
+from pipeline.inference.sampler import Sampler, SamplingParams
+from pipeline.stage.config import ObjectiveConfig, SampleConfig
+from pipeline.text.prompts import PromptReader
+from pipeline.text.texts import TextConstants
 
 GOAL = 1.3
 GUIDANCE = 4.5
@@ -63,9 +63,9 @@ def build_ours(sizes: Sizes, llm: TextEncoder, vae: VAE) -> Sampler:
     """This project's sampler on random weights; it reads each prompt anew in each run."""
     torch.manual_seed(0)
     network = LIDiT(sizes.dit, FusionConfig(families=["llm"], mode="none"), [llm.width])
-    null = llm.encode(llm.tokenise([""]))[0].float()
-    mean, spread = torch.zeros(llm.width, device=sizes.device), torch.ones(llm.width, device=sizes.device)
-    constants = TextConstants(llm.prefix_states().to(sizes.device).float(), null, mean, spread, "int8", llm.width)
+    null = llm.encode(llm.tokenize([""]))[0].float()
+    mean, std = torch.zeros(llm.width, device=sizes.device), torch.ones(llm.width, device=sizes.device)
+    constants = TextConstants(llm.prefix_states().to(sizes.device).float(), null, mean, std, "int8", llm.width)
     reader = PromptReader({"llm": Family("llm", "text", llm.identity)}, {"llm": constants}, lambda _: llm)
     objective = ObjectiveConfig(name="ddpm")
     return Sampler(network, reader, lambda: vae, objective, SampleConfig(), sizes.device, sizes.dtype)
@@ -113,7 +113,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 def measure(ours: Sampler, pixart: PixArtAlphaPipeline, llm: TextEncoder, args: argparse.Namespace, images: int) -> Seconds:
     """Seconds of each run of both, in turns, for `args.pictures` pictures with `images` of them a prompt."""
     prompts = PROMPTS[: args.pictures // images]
-    drawing = Drawing(args.steps, GUIDANCE, args.size, args.size, "dpm")
+    drawing = SamplingParams(args.steps, GUIDANCE, args.size, args.size, "dpm")
     repeated = [prompt for prompt in prompts for _ in range(images)]
 
     def draw_ours() -> object:

@@ -21,11 +21,11 @@ import pyarrow.parquet
 import xxhash
 
 from benchmarks.reporting import at_most, conditions, print_goals
-from data_prep.schema import Family, Snapshot
-from data_prep.store import open_store
-from pipeline.batches import EpochPlan
-from pipeline.dataset import PartIndex
-from pipeline.shard_cache import ShardCache
+from data_prep.dataset.schema import Family, Snapshot
+from data_prep.store.store import open_store
+from pipeline.data.dataset import PartIndex
+from pipeline.data.epoch_plan import EpochPlan
+from pipeline.data.shard_cache import ShardCache
 
 PART_ROWS, BUCKETS, FAMILIES = 4096, 11, ("latents", "llm_a", "llm_b")
 GLOBAL_BATCH, LANES, WORLD = 2048, 64, 512

@@ -26,10 +26,10 @@ from transformers import LlamaConfig
 from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_least, hardware, print_goals, versions
 from model.config import TextConfig
-from model.gguf import GGUFFile, build_model, count_blocks, find_gguf
-from model.gguf_tokenizer import build_tokenizer
-from model.language_model import LanguageModel, list_blocks
-from model.text_encoder import TextEncoder, load_encoder, relative_error
+from model.encoders.gguf import GGUFFile, build_model, count_blocks, find_gguf
+from model.encoders.gguf_tokenizer import build_tokenizer
+from model.encoders.language_model import LanguageModel, list_blocks
+from model.encoders.text_encoder import TextEncoder, load_encoder, relative_error
 
 TABLE = Path(__file__).parent / "results" / "text_encoding.md"
 ENCODERS = [
@@ -87,7 +87,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 def compare(encoder: TextEncoder, plain: transformers.PreTrainedModel, captions: list[str], rounds: int) -> dict[str, float]:
     """Run both ways in turns; medians over the rounds."""
-    ids = encoder.tokenise(captions)
+    ids = encoder.tokenize(captions)
     spent = [
         (seconds(lambda: plain_states(plain, encoder.prefix_ids, ids)), seconds(lambda: encoder.encode(ids)))
         for _ in range(rounds)
@@ -143,7 +143,7 @@ def measure_shape(shape: str, device: torch.device, captions: dict[str, list[str
     encoder, plain = random_encoder(shape, device)
     rate = matmul_rate(device, 8192 if device.type == "cuda" else 512)
     for kind, texts in captions.items():
-        ids = encoder.tokenise(texts)
+        ids = encoder.tokenize(texts)
         compare(encoder, plain, texts, 1)  # the first round chooses kernels
         result = compare(encoder, plain, texts, rounds)
         share = encoding_flops(encoder, plain, ids) * result["ours"] / len(texts) / rate

@@ -24,18 +24,18 @@ from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_most, hardware, print_goals, versions
 from benchmarks.text_encoding import ENCODERS
 from data_prep.config import load_dataset
-from data_prep.parts import Share
-from data_prep.snapshot import take_snapshot
-from data_prep.store import open_store
-from data_prep.text import is_held_out, measure_channels, run_text
-from model.errors import UserError, command
-from model.quantise import BYTES_PER_TOKEN, dequantise, quantise
-from model.text_encoder import load_encoder
-from pipeline.config import load_stage
-from pipeline.distributed import Ranks
-from pipeline.metrics import read_events, read_reports
-from pipeline.stopping import Stop
-from pipeline.trainer import Trainer
+from data_prep.dataset.parts import Share
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.families.text import is_held_out, measure_channels, run_text
+from data_prep.store.store import open_store
+from model.common.errors import UserError, command
+from model.encoders.quantize import bytes_per_token, dequantize, quantize
+from model.encoders.text_encoder import load_encoder
+from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.stopping import Stop
+from pipeline.stage.config import load_stage
+from pipeline.training.metrics import read_events, read_reports
+from pipeline.training.trainer import Trainer
 
 TABLE = Path(__file__).parent / "results" / "text_storage.md"
 WIDTH = 4096
@@ -54,19 +54,19 @@ SHORTER = [
 
 def caption_bytes(quantisation: str, tokens: float) -> float:
     """Bytes of a caption's values and scales at `WIDTH` channels."""
-    return tokens * (BYTES_PER_TOKEN(quantisation, WIDTH) + (0 if quantisation == "bf16" else 4))
+    return tokens * (bytes_per_token(quantisation, WIDTH) + (0 if quantisation == "bf16" else 4))
 
 
-def channel_errors(states: Tensor, mean: Tensor, spread: Tensor) -> dict[str, Tensor]:
+def channel_errors(states: Tensor, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     """Root mean square error of each channel [W], in units of its spread."""
-    exact = (states - mean) / spread  # [N, W]
+    exact = (states - mean) / std  # [N, W]
     errors = {}
     for quantisation in QUANTISATIONS:
-        values, scales, _ = quantise(states, quantisation, mean, spread)
-        stored = dequantise(values, scales, quantisation, mean, spread, torch.float32)
+        values, scales, _ = quantize(states, quantisation, mean, std)
+        stored = dequantize(values, scales, quantisation, mean, std, torch.float32)
         errors[quantisation] = (stored - exact).square().mean(0).sqrt()
     scale = states.abs().amax(1, keepdim=True) / 127
-    obvious = ((states / scale).round() * scale - mean) / spread
+    obvious = ((states / scale).round() * scale - mean) / std
     errors["int8, scale per token alone"] = (obvious - exact).square().mean(0).sqrt()
     return errors
 
@@ -81,7 +81,7 @@ def train(store: Path, families: list[str], seed: int, steps: int, runs: Path) -
         f"samples={samples}", f"checkpoint.every_samples={samples}", f"log.validate_every_samples={samples}",
     ]  # fmt: skip
     stage = load_stage("demo", SHORTER + settings)
-    Trainer(stage, Ranks.from_environment(), Stop()).run()
+    Trainer(stage, Distributed.from_environment(), Stop()).run()
     last = [report["loss"] for report in read_reports(stage.run)[-LAST_REPORTS:]]
     found = statistics.mean(last), read_events(stage.run, "validation")[-1]["loss"]
     print(f"{name}: training loss {found[0]:.5f}, held-out {found[1]:.5f}", flush=True)
@@ -116,9 +116,9 @@ def compare_training(store: Path, steps: int) -> tuple[list[str], dict[str, Goal
         difference, noise = statistics.mean(ours) - statistics.mean(theirs), statistics.stdev(theirs)
         worst = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
         for way, values in (("int8", ours), ("bf16", theirs)):
-            mean, spread = statistics.mean(values), statistics.stdev(values)
+            mean, std = statistics.mean(values), statistics.stdev(values)
             shown = ", ".join(f"{value:.4f}" for value in values)
-            rows.append(f"{way} | {what} loss after {steps} steps, seeds: {shown} | mean {mean:.4f} | spread {spread:.4f} |")
+            rows.append(f"{way} | {what} loss after {steps} steps, seeds: {shown} | mean {mean:.4f} | spread {std:.4f} |")
         rows.append(
             f"int8 against bf16 | {what} loss | difference of means {difference:+.5f} | largest of one seed {worst:.5f} |"
         )
@@ -149,7 +149,7 @@ def main() -> None:
     for config in ENCODERS:
         encoder = load_encoder(config, torch.device("cpu"))
         prefix = len(encoder.prefix_ids)
-        ids = {kind: encoder.tokenise(captions) for kind, captions in kinds.items()}
+        ids = {kind: encoder.tokenize(captions) for kind, captions in kinds.items()}
         for kind, captions in ids.items():
             tokens = sum(map(len, captions)) / len(captions)
             ways = {
@@ -167,9 +167,9 @@ def main() -> None:
             goals[f"{config.name} {kind} int8 bytes / bf16 captions alone"] = at_most(alone, 0.5)
         texts = kinds["short"] + kinds["dense"]
         states = encoder.encode(ids["short"] + ids["dense"])
-        mean, spread = measure_channels([state for state, text in zip(states, texts, strict=True) if not is_held_out(text)])
+        mean, std = measure_channels([state for state, text in zip(states, texts, strict=True) if not is_held_out(text)])
         held_out = torch.cat([state for state, text in zip(states, texts, strict=True) if is_held_out(text)]).float()
-        for way, error in channel_errors(held_out, mean, spread).items():
+        for way, error in channel_errors(held_out, mean, std).items():
             rows.append(
                 f"| {stamp} | {config.name}, {len(held_out)} held-out tokens | {way} | error a channel "
                 f"| mean {error.mean():.2%} | worst {error.max():.2%} |"

@@ -32,10 +32,11 @@ from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
 from model.fusion import Text
 from model.presets import PRESETS
-from pipeline.config import LogConfig, StageConfig
-from pipeline.distributed import free_port
-from pipeline.engine import Engine, leave, start
-from pipeline.metrics import peak_flops
+from pipeline.engine.engine import Engine
+from pipeline.engine.processes import leave, start
+from pipeline.runtime.distributed import free_port
+from pipeline.stage.config import LogConfig, StageConfig
+from pipeline.training.metrics import peak_flops
 
 RESULTS = Path(__file__).parent / "results"
 GOAL_MFU = {32: 0.5, 128: 0.6}

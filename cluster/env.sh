@@ -12,7 +12,7 @@ SRUN_OPTIONS=()                                # to every srun; a container (pyx
 # The SBATCH_ variables also serve plain `sbatch cluster/train.sh`, in a shell that did `source cluster/env.sh`.
 # export SBATCH_ACCOUNT=... SBATCH_PARTITION=... SBATCH_TIMELIMIT=2-00:00:00
 TRAIN_OPTIONS=()                               # cluster/train.sh called by hand; for instance (--nodes=8 --gpus-per-node=8)
-SHARD_OPTIONS=(--array=0-15%8)                 # cluster/shard.sh: tasks, and after % how many at a time
+SHARD_OPTIONS=(--array=0-15%8)                 # cluster/pairs.sh: tasks, and after % how many at a time
 ENCODE_OPTIONS=(--array=0-15%8)                # cluster/encode.sh; for instance (--array=0-63%16 --gpus-per-node=1)
 SAMPLE_OPTIONS=()                              # the last job of cluster/pretrain.sh; for instance (--gpus-per-node=1)
 PROMPTS=${PROMPTS:-cluster/prompts.txt}        # what it draws

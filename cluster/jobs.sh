@@ -82,7 +82,7 @@ check_stages() {
   gpus=$(gpus_offered "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
   [ -z "$1" ] || more+=(--made-here "$1")
   for stage in "${STAGES[@]}"; do
-    RUNS+=("$("$PYTHON" -m pipeline.preflight --gpus "$gpus" "${more[@]}" "$stage" "${SETTINGS[@]}")") || exit $?
+    RUNS+=("$("$PYTHON" -m pipeline.operations.preflight --gpus "$gpus" "${more[@]}" "$stage" "${SETTINGS[@]}")") || exit $?
     [ ${#RUNS[@]} -gt 1 ] || more+=(--after-another)
   done
 }

@@ -4,7 +4,7 @@ usage() {
   cat <<'HELP'
 usage: cluster/pretrain.sh [sbatch options] DATASET.yaml STAGE [STAGE ...] [key=value ...]
 
-Submits, each after the one before it: the plan and the pairs (cluster/shard.sh), latents and text families (cluster/encode.sh), the
+Submits, each after the one before it: the plan and the pairs (cluster/pairs.sh), latents and text families (cluster/encode.sh), the
 snapshot, a training job per stage (cluster/stages.sh), and pictures of the stage's prompts; then prints the jobs. sbatch options and
 settings go to the training jobs; those of the array jobs are SHARD_OPTIONS and ENCODE_OPTIONS in cluster/env.sh.
 HELP
@@ -33,8 +33,8 @@ queue() {
 }
 
 say_job JOB WHAT AFTER
-queue plan '' "${SHARD_OPTIONS[@]}" cluster/shard.sh --plan "$DATASET"
-queue pairs afterok "${SHARD_OPTIONS[@]}" cluster/shard.sh "$DATASET"
+queue plan '' "${SHARD_OPTIONS[@]}" cluster/pairs.sh --plan "$DATASET"
+queue pairs afterok "${SHARD_OPTIONS[@]}" cluster/pairs.sh "$DATASET"
 queue encode afterok "${ENCODE_OPTIONS[@]}" cluster/encode.sh "$DATASET"
 queue snapshot afterany cluster/run.sh data_prep snapshot "$DATASET" # afterany: it names the tasks that failed
 submit_stages "$LAST"

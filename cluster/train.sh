@@ -35,7 +35,7 @@ submit_by_hand() {
   [ ${#ARGUMENTS[@]} -gt 0 ] || fail "no stage named; see cluster/train.sh --help"
   need_slurm "run python -m pipeline.train ${ARGUMENTS[0]}"
   OPTIONS=("${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
-  "$PYTHON" -m pipeline.preflight --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" > /dev/null || exit $?
+  "$PYTHON" -m pipeline.operations.preflight --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" > /dev/null || exit $?
   JOB=$(submit --job-name="$(basename "${ARGUMENTS[0]}" .yaml)" "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}")
   [ -n "$JOB" ] || exit 2
   echo "Submitted batch job $JOB"
@@ -112,7 +112,7 @@ by_hand && submit_by_hand "$@"
 trap ask_to_stop USR1 TERM
 JOB_OUTPUT=$(job_field StdOut)
 export JOB_OUTPUT
-RUN=$("$PYTHON" -m pipeline.attempts begin "$@") || { rc=$?; [ $rc -eq 3 ] && exit 0; exit $rc; }
+RUN=$("$PYTHON" -m pipeline.operations.attempts begin "$@") || { rc=$?; [ $rc -eq 3 ] && exit 0; exit $rc; }
 
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}
 [ "$PER_NODE" -gt 0 ] || PER_NODE=1
@@ -134,8 +134,8 @@ BAD=''
 if [ "$PREFLIGHT" != 0 ]; then
   rm -rf "$RUN/preflight"
   mkdir "$RUN/preflight"
-  launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.node_check --report "$RUN/preflight" "$@"
-  [ -n "$ASKED" ] || "$PYTHON" -m pipeline.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
+  launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.operations.node_check --report "$RUN/preflight" "$@"
+  [ -n "$ASKED" ] || "$PYTHON" -m pipeline.operations.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
     { RC=$?; BAD=$(cat "$RUN/preflight/bad_nodes" 2> /dev/null || true); }
 fi
 if [ -n "$ASKED" ]; then
@@ -147,6 +147,6 @@ fi
 sleep 0.3 # for the last lines to pass through tail
 
 JOB=$(scontrol show job -o "$SLURM_JOB_ID")
-"$PYTHON" -m pipeline.attempts end "$RUN" --rc "$RC" --job "$JOB" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
+"$PYTHON" -m pipeline.operations.attempts end "$RUN" --rc "$RC" --job "$JOB" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?
 [ "$rc" -ne 85 ] || requeue "$BAD"
 exit "$rc"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DatasetConfig, load_dataset
-from data_prep.pairs import run_pairs
-from data_prep.parts import Share
-from data_prep.plan import check_settings, run_plan
-from data_prep.snapshot import collect_garbage, take_snapshot, verify
-from data_prep.store import Store, open_store
-from model.errors import UserError, command
+from data_prep.dataset.parts import Share
+from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
+from data_prep.pairs.pairs import run_pairs
+from data_prep.plan.plan import check_settings, run_plan
+from data_prep.store.store import Store, open_store
+from model.common.errors import UserError, command
 
 Arguments = argparse.Namespace
 
@@ -24,7 +24,7 @@ def plan(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Scan the sources, filter, find duplicates, and decide which sample is which row of which part."""
     manifest = run_plan(config, dataset, arguments.task)
     if manifest is not None:
-        _load("data_prep.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
+        _load("data_prep.plan.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
 
 
 def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
@@ -35,7 +35,7 @@ def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
 def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' images with a VAE, as a latents family."""
     check_settings(config, dataset)
-    run_latents = _load("data_prep.latents", "run_latents")
+    run_latents = _load("data_prep.families.latents", "run_latents")
     for entry in _chosen(config.latents, arguments.family, "latents"):
         run_latents(config, entry, dataset, arguments.task)
 
@@ -43,10 +43,10 @@ def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None
 def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' captions with an LLM, as a text family."""
     check_settings(config, dataset)
-    run_text = _load("data_prep.text", "run_text")
+    run_text = _load("data_prep.families.text", "run_text")
     for entry in _chosen(config.text, arguments.family, "text"):
         run_text(config, entry, dataset, arguments.task)
-        _load("data_prep.text_report", "print_text_report")(dataset, entry.name, arguments.task)
+        _load("data_prep.families.text_report", "print_text_report")(dataset, entry.name, arguments.task)
 
 
 def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
@@ -96,7 +96,7 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
 NOTES = {
     "plan": [
         "The last task to scan finds the duplicates, in under 1 GB of memory; for 1 billion pairs it needs 33 GB of disk below",
-        "TMPDIR (see data_prep/dedupe.py).",
+        "TMPDIR (see data_prep/plan/dedupe.py).",
         "",
     ]
 }

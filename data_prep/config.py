@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.scene_captions import CAPTION_KINDS
+from data_prep.scenes.captions import CAPTION_KINDS
+from model.common.errors import UserError
+from model.common.settings import read_settings
 from model.config import TextConfig
-from model.errors import UserError
-from model.settings import read_settings
 
 
 @dataclass
 class ScenesConfig:
-    """A set of drawn scenes, see `data_prep/scenes.py`; their size and aspect ratios are those of the buckets."""
+    """A set of drawn scenes, see `data_prep/scenes/grammar.py`; their size and aspect ratios are those of the buckets."""
 
     count: int = 0
     seed: int = 0
@@ -45,7 +45,7 @@ class SourceConfig:
 
 @dataclass
 class FilterConfig:
-    """One named predicate and its arguments: `{name: min_side, value: 256}`. The names are in `data_prep/filters.py`."""
+    """One named predicate and its arguments: `{name: min_side, value: 256}`. The names are in `data_prep/plan/filters.py`."""
 
     name: str = ""
     value: Any = None

@@ -13,18 +13,18 @@ import jinja2
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.accounts import FileAccount, account
 from data_prep.config import DatasetConfig
-from data_prep.images import ImageError, decode_image
-from data_prep.pairs import DROPPED_TABLE, Pair, read_pairs
-from data_prep.parts import committed, read_plan, read_plan_record
-from data_prep.plan import dropped_key, source_files
-from data_prep.sample import Place
-from data_prep.schema import PAIRS, TABLE, Commit, Manifest, Part
-from data_prep.snapshot_reader import read_families
-from data_prep.sources import OpenSources
-from data_prep.store import Store
-from data_prep.text_report import SAVINGS, text_reports
+from data_prep.dataset.parts import committed, read_plan, read_plan_record
+from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part
+from data_prep.dataset.snapshot_reader import read_families
+from data_prep.families.text_report import SAVINGS, text_reports
+from data_prep.images.images import ImageError, decode_image
+from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
+from data_prep.plan.accounts import FileAccount, account
+from data_prep.plan.plan import dropped_key, source_files
+from data_prep.sources.sample import Place
+from data_prep.sources.source import OpenSources
+from data_prep.store.store import Store
 
 SAMPLES = 24
 DROPPED_SAMPLES = 8

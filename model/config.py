@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.errors import UserError
+from model.common.errors import UserError
 
 INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of the objects:"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
-from model.errors import UserError
 from model.functional import key_mask, modulate, patchify, residual, unpatchify
 from model.fusion import Text, TextFusion
 from model.layers import MLP, CrossAttention, Linear, Modulation, PositionBlock, SelfAttention, TimestepEmbedding, ZeroLinear

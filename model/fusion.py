@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from model.collaborative_refiner import CollaborativeRefiner
+from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
-from model.errors import UserError
 from model.functional import masked_mean
 from model.layers import ConditionEmbedding, Linear, RMSNorm
 from model.token_refiner import TokenRefiner

@@ -25,22 +25,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.parts import Share, array_list
-from data_prep.scene_captions import ScenePrompt, scene_prompts
-from data_prep.snapshot_reader import read_snapshot
-from model.errors import UserError, command
-from pipeline import ablation_report
-from pipeline.ablation import PAPER_ROWS, Unit, make_units, read_ablation
-from pipeline.bench_images import write_whole
-from pipeline.config import StageConfig, dump_stage, load_stage
-from pipeline.console import say
-from pipeline.local_ranks import start_ranks, wait_for
-from pipeline.metrics import read_events
-from pipeline.positional_bias import scene_segment_scores
-from pipeline.scene_reading import read_scene
-from pipeline.scene_scorer import chance_level, prompt_following, score_seen
-from pipeline.sources import open_datasets
-from pipeline.stopping import EXIT_AGAIN
+from data_prep.dataset.parts import Share, array_list
+from data_prep.dataset.snapshot_reader import read_snapshot
+from data_prep.scenes.captions import ScenePrompt, scene_prompts
+from model.common.errors import UserError, command
+from pipeline.ablation import report as ablation_report
+from pipeline.ablation.rows import PAPER_ROWS, Unit, make_units, read_ablation
+from pipeline.evaluation.images import write_whole
+from pipeline.following.positional_bias import scene_segment_scores
+from pipeline.following.reading import read_scene
+from pipeline.following.scoring import chance_level, prompt_following, score_seen
+from pipeline.runtime.console import say
+from pipeline.runtime.launch import start_ranks, wait_for
+from pipeline.runtime.stopping import EXIT_AGAIN
+from pipeline.stage.config import StageConfig, dump_stage, load_stage
+from pipeline.stage.corpus import open_datasets
+from pipeline.training.metrics import read_events
 
 
 def train(unit: Unit, processes: int) -> None:

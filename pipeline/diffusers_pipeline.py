@@ -14,18 +14,18 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
-from data_prep.schema import Family
+from data_prep.dataset.schema import Family
+from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.errors import UserError
+from model.encoders.vae import VAE
 from model.fusion import Text
-from model.vae import VAE
-from pipeline.pictures import to_images
-from pipeline.prompts import PromptReader, load_llm
-from pipeline.sampler import decode_each, latent_shape
-from pipeline.sampling import denoise, initial_noise
-from pipeline.texts import TextConstants
-from pipeline.weights import apply_umask
+from pipeline.checkpoint.weights import apply_umask
+from pipeline.diffusion.solvers import denoise, initial_noise
+from pipeline.inference.images import to_images
+from pipeline.inference.sampler import decode_each, latent_shape
+from pipeline.text.prompts import PromptReader, load_llm
+from pipeline.text.texts import TextConstants
 
 FORMAT = 1
 """Of an exported folder."""
@@ -37,7 +37,8 @@ PARTS = {
 """What an exported folder names beside a scheduler: diffusers imports whatever stands there."""
 CARD = ("README.md", "samples.png")
 """The model card and its picture: carried from folder to folder."""
-CONSTANTS = ("prefix", "null", "mean", "spread")
+CONSTANTS = {"prefix": "prefix", "null": "null", "mean": "mean", "spread": "std"}
+"""Parameter of an exported text part -> field of `TextConstants`."""
 
 
 class StrictModel(ModelMixin):
@@ -120,7 +121,9 @@ class LIDiTText(StrictModel, ConfigMixin):
             for name, family in families.items()
         ]
         text = cls(records)
-        text.load_state_dict({f"constants.{name}.{key}": getattr(constants[name], key) for name in families for key in CONSTANTS})
+        text.load_state_dict(
+            {f"constants.{name}.{key}": getattr(constants[name], field) for name in families for key, field in CONSTANTS.items()}
+        )
         return text
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LIDiTText":
@@ -141,8 +144,8 @@ class LIDiTText(StrictModel, ConfigMixin):
         return self._reader
 
     def _constants(self, name: str, family: Family) -> TextConstants:
-        prefix, null, mean, spread = (self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS)
-        return TextConstants(prefix, null, mean, spread, family.info["quantisation"], family.info["width"])
+        prefix, null, mean, std = (self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS)
+        return TextConstants(prefix, null, mean, std, family.info["quantisation"], family.info["width"])
 
     def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
         """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption."""

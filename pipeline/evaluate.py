@@ -18,18 +18,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
-from data_prep.parts import Share
-from model.errors import UserError, command
-from model.scorers import download_data
-from pipeline.bench_answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers
-from pipeline.bench_images import draw_missing, hash_weights, keep_settings, read_plan, write_plan, write_whole
-from pipeline.benches import dpg, fid, genai_bench, geneval, t2i_compbench
-from pipeline.benches.common import Bench, Picture
-from pipeline.console import CONSOLE
-from pipeline.distributed import Ranks
+from data_prep.dataset.parts import Share
+from model.common.errors import UserError, command
+from model.scorers.files import download_data
+from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
+from pipeline.evaluation.answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers
+from pipeline.evaluation.common import Bench, Picture
+from pipeline.evaluation.images import draw_missing, hash_weights, keep_settings, read_plan, write_plan, write_whole
 from pipeline.export import load_source
-from pipeline.sample import begin, choose_drawing
-from pipeline.sampler import DTYPES
+from pipeline.inference.sampler import DTYPES
+from pipeline.runtime.console import CONSOLE
+from pipeline.runtime.distributed import Distributed
+from pipeline.sample import begin, choose_sampling_params
 
 BENCHES: dict[str, Bench] = {
     bench.name: bench for bench in (geneval.BENCH, dpg.BENCH, t2i_compbench.BENCH, genai_bench.BENCH, fid.BENCH)
@@ -113,7 +113,7 @@ def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: 
     bench.plan(prompts, images, 0)  # wrong prompts are found before the network is loaded
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
-    drawing = choose_drawing(sampler.defaults, arguments)
+    drawing = choose_sampling_params(sampler.defaults, arguments)
     sampler.check(drawing)
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     plan = bench.plan(prompts, images, seed)
@@ -213,7 +213,7 @@ def show(result: dict[str, Any]) -> None:
     CONSOLE.print(f"formula: {changed or 'as published'}")
 
 
-def _meet(ranks: Ranks) -> None:
+def _meet(ranks: Distributed) -> None:
     """Wait until all processes of this start are here."""
     if ranks.world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -227,7 +227,7 @@ def main() -> None:
     arguments = parse()
     bench = BENCHES[arguments.bench]
     rules = read_rules(bench, arguments.rules)
-    ranks = Ranks.from_environment()
+    ranks = Distributed.from_environment()
     task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     share = Share(task.index * ranks.world + ranks.rank, task.count * ranks.world)
     device = begin(ranks, arguments.zero3)

@@ -17,21 +17,21 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
+from model.common.errors import UserError, command
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.errors import UserError, command
-from model.vae import VAE
-from pipeline.assembly import resolve
-from pipeline.checkpoint import Checkpoints, load_weights
-from pipeline.config import CheckpointConfig, EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
+from model.encoders.vae import VAE
+from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
+from pipeline.checkpoint.weights import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
-from pipeline.metrics import read_reports
-from pipeline.sampler import DTYPES, Sampler, shard
-from pipeline.sampling import make_scheduler
-from pipeline.weights import read_manifest
+from pipeline.diffusion.solvers import make_scheduler
+from pipeline.inference.sampler import DTYPES, Sampler, shard
+from pipeline.stage.config import CheckpointConfig, EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
+from pipeline.stage.corpus import resolve
+from pipeline.training.metrics import read_reports
 
 if TYPE_CHECKING:
-    from pipeline.engine import ShardedNetwork
+    from pipeline.engine.inference import ShardedNetwork
 
 INDEX = "model_index.json"
 

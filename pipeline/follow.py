@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.scene_captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
-from model.errors import UserError, command
-from model.image_text import load_vqa
-from model.scorers import find_scorer
-from pipeline.bench_images import keep_settings
-from pipeline.benches.common import VQA
-from pipeline.natural_prompts import MOST_SEGMENTS, NaturalPrompt, natural_prompts
-from pipeline.positional_bias import PositionalBias, plot_positional_bias, positional_bias, scene_segment_scores
-from pipeline.scene_reading import read_scene
-from pipeline.scene_scorer import chance_level, score_seen
+from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
+from model.common.errors import UserError, command
+from model.scorers.files import find_scorer
+from model.scorers.image_text import load_vqa
+from pipeline.evaluation.common import VQA
+from pipeline.evaluation.images import keep_settings
+from pipeline.following.natural_prompts import MAX_SEGMENTS, NaturalPrompt, natural_prompts
+from pipeline.following.positional_bias import PositionalBias, plot_positional_bias, positional_bias, scene_segment_scores
+from pipeline.following.reading import read_scene
+from pipeline.following.scoring import chance_level, score_seen
 
 QUESTION = "{segment}?"
 
@@ -38,7 +38,7 @@ def make_prompts(settings: dict[str, Any]) -> list[ScenePrompt] | list[NaturalPr
     count, seed, segments = settings["count"], settings["seed"], settings["segments"]
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
-    lengths = range(2, MOST_SEGMENTS + 1) if segments is None else [segments]
+    lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
     return scene_prompts(count, settings["kind"], settings["aspect"], lengths, seed)
 
 
@@ -85,8 +85,8 @@ def write_prompts(out: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: a number is out of range, or the folder is of other prompts.
     """
-    if settings["count"] < 1 or not 2 <= (settings["segments"] or 2) <= MOST_SEGMENTS:
-        raise UserError(f"--count {settings['count']} --segments {settings['segments']}: at least 1, and 2 to {MOST_SEGMENTS}")
+    if settings["count"] < 1 or not 2 <= (settings["segments"] or 2) <= MAX_SEGMENTS:
+        raise UserError(f"--count {settings['count']} --segments {settings['segments']}: at least 1, and 2 to {MAX_SEGMENTS}")
     prompts = make_prompts(settings)
     keep_settings(out / "prompts.json", settings)
     texts = [prompt.caption.text if isinstance(prompt, ScenePrompt) else prompt.text for prompt in prompts]

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from model.common.errors import command
 from model.dit import LIDiT
-from model.errors import command
-from pipeline.assembly import build_network, latents_family, resolve
-from pipeline.checkpoint import load_weights
-from pipeline.config import load_run
-from pipeline.evaluation import FIXED_TIMESTEPS, batch_texts, clean_latents, losses_at_fixed_timesteps
-from pipeline.loader import TrainingData
+from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.data.loader import TrainingData
+from pipeline.engine.network import build_network
+from pipeline.stage.config import load_run
+from pipeline.stage.corpus import latents_family, resolve
+from pipeline.training.inputs import batch_texts, clean_latents
+from pipeline.training.validation import FIXED_TIMESTEPS, losses_at_fixed_timesteps
 
 PAIRS = 256
 

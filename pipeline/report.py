@@ -4,7 +4,6 @@ python -m pipeline.report runs/demo
 """
 
 import argparse
-import base64
 import json
 import time
 from pathlib import Path
@@ -12,19 +11,15 @@ from typing import Any
 
 import jinja2
 
-from model.errors import command
-from pipeline.attempts import read_endings
-from pipeline.config import dump_stage, load_run
-from pipeline.metrics import read_events, read_reports
-from pipeline.report_curves import curves_of, learned_curve
-from pipeline.report_data import data_of
+from model.common.errors import command
+from pipeline.operations.attempts import read_endings
+from pipeline.reporting.curves import curves_of, learned_curve
+from pipeline.reporting.data import data_of
+from pipeline.reporting.pages import inline_png
+from pipeline.stage.config import dump_stage, load_run
+from pipeline.training.metrics import read_events, read_reports
 
-TEMPLATE = Path(__file__).with_name("report.html")
-
-
-def picture(path: Path) -> str:
-    """A PNG as a data URI, so that the page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+TEMPLATE = Path(__file__).parent / "reporting" / "report.html"
 
 
 def table_of_events(run: Path) -> list[dict[str, Any]]:
@@ -101,14 +96,14 @@ def build(run: Path) -> Path:
         pictures=[
             {
                 "caption": p["caption"],
-                "drawn": picture(run / p["drawn"]),
-                "real": picture(run / p["real"]) if p.get("real") else "",
+                "drawn": inline_png(run / p["drawn"]),
+                "real": inline_png(run / p["real"]) if p.get("real") else "",
             }
             for p in extra.get("pictures", [])
         ],
         pictures_note=extra.get("pictures_note", ""),
         slides=[
-            {"image": picture(path), "label": f"after {int(path.stem.split('_')[-1]):,} samples"}
+            {"image": inline_png(path), "label": f"after {int(path.stem.split('_')[-1]):,} samples"}
             for path in sorted((run / "grids").glob("samples_*.png"))
         ],
         curves=curves,

@@ -19,16 +19,16 @@ from PIL import Image
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from data_prep.schema import Bucket
-from model.errors import UserError, command
-from pipeline.config import SampleConfig
-from pipeline.console import CONSOLE
-from pipeline.distributed import Ranks, gather
+from data_prep.dataset.schema import Bucket
+from model.common.errors import UserError, command
 from pipeline.export import load_source
-from pipeline.pictures import make_grid, save_png, to_images
-from pipeline.sampler import DTYPES, Drawing, Sampler
+from pipeline.inference.images import make_grid, save_png, to_images
+from pipeline.inference.sampler import DTYPES, Sampler, SamplingParams
+from pipeline.runtime.console import CONSOLE
+from pipeline.runtime.distributed import Distributed, gather
+from pipeline.stage.config import SampleConfig
 
-LARGEST_GRID = 64
+MAX_GRID = 64
 TIMEOUT = 60
 """Minutes that ranks with shared weights wait for one another: as long as reading the prompts may take."""
 
@@ -69,7 +69,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     return prompts
 
 
-def choose_drawing(defaults: SampleConfig, arguments: argparse.Namespace) -> Drawing:
+def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace) -> SamplingParams:
     """The run's own settings of sampling, with what the command line sets over them.
 
     Raises:
@@ -84,11 +84,17 @@ def choose_drawing(defaults: SampleConfig, arguments: argparse.Namespace) -> Dra
         height, width = bucket.height, bucket.width
     steps = defaults.steps if arguments.steps is None else arguments.steps
     guidance = defaults.guidance if arguments.guidance is None else arguments.guidance
-    return Drawing(steps, guidance, height, width, arguments.scheduler, arguments.negative, arguments.quantised)
+    return SamplingParams(steps, guidance, height, width, arguments.scheduler, arguments.negative, arguments.quantised)
 
 
 def draw_pictures(
-    sampler: Sampler, pictures: Sequence[Picture], drawing: Drawing, batch: int, out: Path, about: dict[str, Any], shows: bool
+    sampler: Sampler,
+    pictures: Sequence[Picture],
+    drawing: SamplingParams,
+    batch: int,
+    out: Path,
+    about: dict[str, Any],
+    shows: bool,
 ) -> list[dict[str, Any]]:
     """Draw and write this process's pictures; returns a record of each, as the index has it."""
     records: list[dict[str, Any]] = []
@@ -114,20 +120,20 @@ def _advance(progress: Progress, task: TaskID, pictures: int, _: int, latents: T
     return latents
 
 
-def begin(ranks: Ranks, zero3: bool) -> torch.device:
+def begin(ranks: Distributed, zero3: bool) -> torch.device:
     """This process's device; with `zero3` join the process group of the ranks that share the weights.
 
     Raises:
         UserError: this machine lacks what DeepSpeed needs.
     """
     if zero3:
-        from pipeline.engine import start  # imports deepspeed, for seconds
+        from pipeline.engine.processes import start  # imports deepspeed, for seconds
 
         start(timeout_minutes=TIMEOUT)
     return ranks.device
 
 
-def gather_records(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
+def gather_records(records: list[dict[str, Any]], ranks: Distributed) -> list[dict[str, Any]]:
     """The records of all processes in order of their files; waits until all have drawn."""
     if ranks.world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -136,7 +142,7 @@ def gather_records(records: list[dict[str, Any]], ranks: Ranks) -> list[dict[str
 
 def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
     """`index.jsonl`, a line a picture, and `grid.png` of the first ones."""
-    first = records[:LARGEST_GRID]
+    first = records[:MAX_GRID]
     images = [Image.open(out / record["file"]) for record in first]
     make_grid(images, [record["prompt"] for record in first]).save(out / "grid.png")
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
@@ -173,12 +179,12 @@ def main() -> None:
     arguments = parse()
     if arguments.images < 1 or arguments.batch < 1:
         raise UserError(f"--images {arguments.images} --batch {arguments.batch}: both have to be at least 1")
-    ranks = Ranks.from_environment()
+    ranks = Distributed.from_environment()
     prompts = read_prompts(arguments.prompt, arguments.prompts)
     device = begin(ranks, arguments.zero3)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
-    drawing = choose_drawing(sampler.defaults, arguments)
+    drawing = choose_sampling_params(sampler.defaults, arguments)
     sampler.check(drawing)
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     pictures = plan_pictures(prompts, arguments.images, seed)

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from model.errors import UserError, command
-from pipeline.attempts import Ending, read_attempt, read_endings
+from model.common.errors import UserError, command
+from pipeline.operations.attempts import Ending, read_endings
+from pipeline.runtime.attempt import read_attempt
 
 RECENT = 20
 """Reports over which the present speed is taken."""
@@ -48,7 +49,7 @@ class Status:
 
 
 def read_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a run's metrics (see `pipeline.metrics`, which needs torch; a login node may have no use for that)."""
+    """Whole lines of a run's metrics, without torch, which a login node may not have (see `pipeline.training.metrics`)."""
     path = run / "metrics.jsonl"
     if path.exists():
         with path.open() as file:

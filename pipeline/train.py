@@ -7,10 +7,11 @@
 
 Exit codes: 0 the stage is finished; 85 a checkpoint was committed and the stage wants to be started again (SIGUSR1, SIGTERM,
 a `stop` file in the run's folder, or --minutes); 2 something to be put right, said in one line; 1 a crash.
-An error on one rank ends all of them within seconds; a rank that hangs is named, with what it was doing (pipeline/watchdog.py).
+An error on one rank ends all of them within seconds; a rank that hangs is named, with what it was doing
+(pipeline/runtime/watchdog.py).
 """
 
-from pipeline.stopping import EXIT_AGAIN, Stop
+from pipeline.runtime.stopping import EXIT_AGAIN, Stop
 
 STOP = Stop()
 if __name__ == "__main__":
@@ -18,12 +19,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from model.errors import command
-from pipeline.assembly import network_sizes, resolve
-from pipeline.config import StageConfig, dump_stage, load_stage
-from pipeline.engine import leave, start
-from pipeline.trainer import Trainer
-from pipeline.watchdog import Heartbeat, Watchdog
+from model.common.errors import command
+from pipeline.engine.network import network_sizes
+from pipeline.engine.processes import leave, start
+from pipeline.runtime.watchdog import Heartbeat, Watchdog
+from pipeline.stage.config import StageConfig, dump_stage, load_stage
+from pipeline.stage.corpus import resolve
+from pipeline.training.trainer import Trainer
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

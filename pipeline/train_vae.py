@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.config import load_dataset
-from data_prep.images import decode_image
-from data_prep.pairs import read_pairs
-from data_prep.parts import committed, read_plan
+from data_prep.dataset.parts import committed, read_plan
+from data_prep.dataset.schema import PAIRS
+from data_prep.images.images import decode_image
+from data_prep.pairs.pairs import read_pairs
 from data_prep.progress import Progress
-from data_prep.schema import PAIRS
-from data_prep.store import Store, open_store
-from model.errors import UserError, command
-from model.vae import small_vae
-from pipeline.weights import apply_umask
+from data_prep.store.store import Store, open_store
+from model.common.errors import UserError, command
+from model.encoders.vae import small_vae
+from pipeline.checkpoint.weights import apply_umask
 
 SETTINGS = "training.json"
 
@@ -137,7 +137,7 @@ def train(images: list[Tensor], training: Training, device: torch.device) -> Any
 
 
 @torch.no_grad()
-def standardise(vae: Any, images: list[Tensor], training: Training, device: torch.device) -> None:
+def standardize(vae: Any, images: list[Tensor], training: Training, device: torch.device) -> None:
     """Give each latent channel mean 0 and spread 1 on the data, in the 1x1 convolutions between encoder, latent and decoder.
 
     So scaling factor 1 and shift 0 are right for every channel, where one factor for all would be wrong for each.
@@ -187,7 +187,7 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = read_images(dataset, training.crop, training.images)
     vae = train(images, training, device)
-    standardise(vae, images, training, device)
+    standardize(vae, images, training, device)
     quality = psnr(vae, images, training, device)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:

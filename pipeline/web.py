@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from model.errors import UserError, command
+from model.common.errors import UserError, command
+from pipeline.diffusion.solvers import SCHEDULERS
 from pipeline.export import load_source
-from pipeline.sampler import DTYPES
-from pipeline.sampling import SCHEDULERS
-from pipeline.studio import LONGEST_PROMPT, NOTHING, Column, Limits, Request, Studio
+from pipeline.inference.sampler import DTYPES
+from pipeline.inference.studio import MAX_PROMPT_LENGTH, NOTHING, Column, InteractiveSampler, Limits, Request
 
 HISTORY = 48
 QUEUE = 8
@@ -40,7 +40,7 @@ def show(column: Column) -> tuple[list[str], Any]:
     return [str(path) for path in column.files], gr.Gallery(column.words, visible=bool(column.words) or HIDDEN)
 
 
-def build_page(studio: Studio) -> Any:
+def build_page(studio: InteractiveSampler) -> Any:
     """The page, as gradio Blocks."""
     gr: Any = importlib.import_module("gradio")
     sampler = next(iter(studio.samplers.values()))
@@ -54,8 +54,8 @@ def build_page(studio: Studio) -> Any:
         gr.Markdown(f"# LI-DiT: {title}")
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
-                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, max_length=LONGEST_PROMPT, elem_id="prompt")
-                negative = gr.Textbox(label="Negative prompt", max_lines=4, max_length=LONGEST_PROMPT, elem_id="negative")
+                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT_LENGTH, elem_id="prompt")
+                negative = gr.Textbox(label="Negative prompt", max_lines=4, max_length=MAX_PROMPT_LENGTH, elem_id="negative")
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Row():
                     height = slider(step, limits.side, defaults.height, step=step, label="Height", elem_id="height")
@@ -105,7 +105,7 @@ def build_page(studio: Studio) -> Any:
     return page.queue(max_size=QUEUE)
 
 
-def serve(studio: Studio, host: str, port: int | None, **options: Any) -> tuple[Any, str]:
+def serve(studio: InteractiveSampler, host: str, port: int | None, **options: Any) -> tuple[Any, str]:
     """Open the page; nothing in it comes from any other host.
 
     Args:
@@ -155,7 +155,7 @@ def main() -> None:
     samplers = {str(source): load_source(source, arguments.weights, device, dtype) for source in sources}
     limits = Limits(arguments.max_side, arguments.max_steps, arguments.max_images)
     out = (arguments.out or arguments.source / "web").resolve()
-    serve(Studio(samplers, out, limits), arguments.host, arguments.port)
+    serve(InteractiveSampler(samplers, out, limits), arguments.host, arguments.port)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import boto3
 import pytest
 
-from data_prep.store import open_store
-from tests.s3 import BUCKET, CREDENTIALS, FaultProxy, s3_server
+from data_prep.store.store import open_store
+from tests.helpers.s3 import BUCKET, CREDENTIALS, FaultProxy, s3_server
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from slurm import MISSING, Slurm
 
-from data_prep.schema import Family, Snapshot
-from data_prep.snapshot_reader import HISTORY
-from data_prep.store import open_store
+from data_prep.dataset.schema import Family, Snapshot
+from data_prep.dataset.snapshot_reader import HISTORY
+from data_prep.store.store import open_store
+from tests.helpers.slurm import MISSING, Slurm
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = """#!/bin/bash
@@ -17,7 +17,7 @@ case $2 in
   pipeline.train) shift 2; exec {python} {here}/fake_train.py "$@" ;;
   data_prep | pipeline.sample) shift; exec {python} {here}/fake_data.py "$@" ;;
   pipeline.ablate) shift 2; exec {python} {here}/fake_ablate.py "$@" ;;
-  pipeline.node_check) eval "${{FAKE_NODE:-}}" ;;
+  pipeline.operations.node_check) eval "${{FAKE_NODE:-}}" ;;
 esac
 exec {python} "$@"
 """
@@ -55,7 +55,7 @@ class Training:
         self.cluster, self.folder = cluster, folder
         self.stage, self.run = self.add_stage("fake"), folder / "runs" / "fake"
         self.python = folder / "python"
-        self.python.write_text(PYTHON.format(python=sys.executable, here=Path(__file__).parent))
+        self.python.write_text(PYTHON.format(python=sys.executable, here=ROOT / "tests" / "helpers"))
         self.python.chmod(0o755)
         self.settings = folder / "env.sh"
         self.settings.write_text(". cluster/env.sh\nSHARD_OPTIONS=(--array=0-2)\nENCODE_OPTIONS=(--array=0-2)\n")

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.errors import UserError
-from pipeline.attempts import (
-    MOST_BAD_NODES,
-    MOST_CRASHES,
-    Attempt,
+from model.common.errors import UserError
+from pipeline.operations.attempts import (
+    MAX_BAD_NODES,
+    MAX_CRASHES,
     begin,
     end,
     exit_code,
@@ -20,9 +19,10 @@ from pipeline.attempts import (
     read_endings,
     who_ended,
 )
-from pipeline.config import STAGES, StageConfig, load_stage
-from pipeline.first_error import find_first_error
-from pipeline.preflight import NodeReport, decide
+from pipeline.operations.first_error import find_first_error
+from pipeline.operations.preflight import NodeReport, decide
+from pipeline.runtime.attempt import Attempt
+from pipeline.stage.config import STAGES, StageConfig, load_stage
 from pipeline.status import duration, read_status
 
 
@@ -56,16 +56,16 @@ def test_third_crash_at_one_step_ends_the_run_and_progress_forgives(stage):
     report_step(run, 20)
     codes += [crash(stage, restart) for restart in range(2, 5)]
     assert codes == [85, 85, 85, 85, 1]
-    assert MOST_CRASHES == 3
+    assert MAX_CRASHES == 3
 
 
 def test_bad_nodes_do_not_count_as_crashes_and_end_too(stage):
     codes = []
-    for restart in range(MOST_BAD_NODES):
+    for restart in range(MAX_BAD_NODES):
         run = begin(stage, attempt(restart), gpus=0)
         codes.append(end(run, 1, RUNNING.replace("Restarts=0", f"Restarts={restart}"), "", f"n{restart}"))
-    assert codes == [85] * (MOST_BAD_NODES - 1) + [1]
-    assert crash(stage, MOST_BAD_NODES) == 85
+    assert codes == [85] * (MAX_BAD_NODES - 1) + [1]
+    assert crash(stage, MAX_BAD_NODES) == 85
 
 
 @pytest.mark.parametrize(("rc", "code"), [(0, 0), (2, 2), (85, 85), (1, 85), (137, 85)])

@@ -75,7 +75,7 @@ def test_finished_stages_are_passed_over_and_a_failure_takes_those_after_it_alon
 
 
 def test_tasks_of_a_plan_wait_for_one_another(slurm, training, dataset):
-    array = training.type("sbatch", "--parsable", "--array=0-2%1", "cluster/shard.sh", str(dataset)).strip()
+    array = training.type("sbatch", "--parsable", "--array=0-2%1", "cluster/pairs.sh", str(dataset)).strip()
     for task in (0, 1):
         slurm.start_now(f"{array}_{task}")
     slurm.wait(lambda: not slurm.queue(), "the array's end")

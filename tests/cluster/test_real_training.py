@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.config import dump_stage
-from tests.pipeline import fake_snapshot, trainer_tasks
+from pipeline.stage.config import dump_stage
+from tests.helpers import fake_snapshot, trainer_tasks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from tests.data_prep.raw_material import picture
-from tests.tiny_dataset import write_dataset, write_stage
+from tests.helpers.raw_material import picture
+from tests.helpers.tiny_dataset import write_dataset, write_stage
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(280)]
 

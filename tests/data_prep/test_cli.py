@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import COMMANDS, main, make_parser, parse
-from data_prep.buckets import make_buckets
 from data_prep.config import load_dataset
-from data_prep.filters import Filters
-from data_prep.parts import Share
+from data_prep.dataset.parts import Share
+from data_prep.images.buckets import make_buckets
+from data_prep.plan.filters import Filters
 from data_prep.progress import Progress
-from tests.data_prep.raw_material import png, sample_members, write_tar
-from tests.model import tiny_llm
+from tests.helpers import tiny_llm
+from tests.helpers.raw_material import png, sample_members, write_tar
 
 SHIPPED = sorted((Path(__file__).parent.parent.parent / "data_prep/datasets").glob("*.yaml"))
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.manifest import read_manifest
-from data_prep.parts import committed, read_plan
-from data_prep.schema import PAIRS
-from data_prep.snapshot import collect_garbage, take_snapshot, verify
-from data_prep.snapshot_reader import read_snapshot
-from data_prep.store import open_store
+from data_prep.dataset.parts import committed, read_plan
+from data_prep.dataset.schema import PAIRS
+from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
+from data_prep.dataset.snapshot_reader import read_snapshot
+from data_prep.plan.manifest import read_manifest
+from data_prep.store.store import open_store
 from data_prep.workers import Workers
-from model.errors import UserError
-from tests.data_prep.fake_dataset import make_all
-from tests.data_prep.raw_material import png, sample_members, write_tar
+from model.common.errors import UserError
+from tests.helpers.fake_dataset import make_all
+from tests.helpers.raw_material import png, sample_members, write_tar
 
 JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
 """The commands that are killed, and the kind of parts that each makes."""
@@ -61,7 +61,8 @@ def run(arguments, log, largest_file):
 def serve(requests):
     """A process that has imported everything, so that a command starts in milliseconds. It forks a child for every pair of
     arguments and seconds of a request, kills it when they are over, and answers with exit codes and times."""
-    from data_prep import latents, report, text  # noqa: F401
+    from data_prep import report  # noqa: F401
+    from data_prep.families import latents, text  # noqa: F401
 
     while request := requests.recv():
         environment, log, largest_file, children = request
@@ -120,8 +121,8 @@ def commands(tmp_path_factory):
     """A dataset of 22 pairs in two buckets, with images that fail only when they are made; a VAE; an LLM."""
     import torch
 
-    from model.vae import small_vae
-    from tests.model import tiny_llm
+    from model.encoders.vae import small_vae
+    from tests.helpers import tiny_llm
 
     folder = tmp_path_factory.mktemp("kill")
     images = [png(n, *((48, 48), (40, 80))[n % 2]) for n in range(24)]

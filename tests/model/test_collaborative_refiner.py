@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.collaborative_refiner import CollaborativeRefiner
-from tests.model.networks import close, few, normal, randomise
+from tests.helpers.networks import close, few, normal, randomise
 
 lengths = (7, 4, 5)
 

@@ -9,12 +9,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.common.errors import UserError
 from model.config import FusionConfig
 from model.dit import LIDiT
-from model.errors import UserError
 from model.functional import attention_weights, patchify, unpatchify
 from model.fusion import Text
-from tests.model.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_network
+from tests.helpers.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_network
 
 
 @pytest.mark.parametrize(("fusion", "llms"), SWITCHES.values(), ids=SWITCHES)

@@ -10,7 +10,7 @@ from model.config import FusionConfig
 from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
 from model.presets import PRESETS
-from tests.model.networks import SMALL, WIDTHS, few, random_inputs, random_network
+from tests.helpers.networks import SMALL, WIDTHS, few, random_inputs, random_network
 
 fusions = st.builds(
     FusionConfig,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.functional import attention, key_mask, masked_mean, patchify, timestep_features, unpatchify
-from tests.model.networks import close, few, normal
+from tests.helpers.networks import close, few, normal
 
 
 @few

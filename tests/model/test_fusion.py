@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.common.errors import UserError
 from model.config import FusionConfig
-from model.errors import UserError
 from model.fusion import TextFusion
-from tests.model.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_text, randomise
+from tests.helpers.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_text, randomise
 
 every_switch = pytest.mark.parametrize(("config", "llms"), SWITCHES.values(), ids=SWITCHES)
 

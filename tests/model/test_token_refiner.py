@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.token_refiner import TokenRefiner
-from tests.model.networks import close, few, normal, randomise
+from tests.helpers.networks import close, few, normal, randomise
 
 full_mask = torch.ones(2, 7, dtype=torch.bool)
 

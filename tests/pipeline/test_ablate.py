@@ -8,19 +8,19 @@ import re
 import pytest
 
 from data_prep.__main__ import main as data_prep
-from data_prep.snapshot_reader import read_snapshot
+from data_prep.dataset.snapshot_reader import read_snapshot
 from pipeline import ablate
-from pipeline.ablation import PAPER_ROWS, make_units, read_ablation
-from pipeline.checkpoint import load_weights
-from pipeline.config import load_stage
-from pipeline.distributed import Ranks
-from pipeline.metrics import read_reports
-from pipeline.sources import open_datasets
-from pipeline.stopping import Stop
-from pipeline.trainer import Trainer
-from tests.distributed import on_ranks
-from tests.model import tiny_llm
-from tests.tiny_dataset import CAUSAL, write_dataset, write_stage
+from pipeline.ablation.rows import PAPER_ROWS, make_units, read_ablation
+from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.stopping import Stop
+from pipeline.stage.config import load_stage
+from pipeline.stage.corpus import open_datasets
+from pipeline.training.metrics import read_reports
+from pipeline.training.trainer import Trainer
+from tests.helpers import tiny_llm
+from tests.helpers.distributed import on_ranks
+from tests.helpers.tiny_dataset import CAUSAL, write_dataset, write_stage
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -127,7 +127,7 @@ def parts_of(run):
 def train_all(configs):
     """Train each stage on this rank; the exit codes."""
     logging.disable(logging.INFO)
-    return [Trainer(config, Ranks.from_environment(), Stop()).run() for config in configs]
+    return [Trainer(config, Distributed.from_environment(), Stop()).run() for config in configs]
 
 
 @pytest.mark.parametrize("rows", [SOME_ROWS, pytest.param(tuple(PARTS), marks=pytest.mark.slow, id="all")])

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.parts import Share
-from model.errors import UserError
-from model.scorers import download_data, find_scorer
+from data_prep.dataset.parts import Share
+from model.common.errors import UserError
+from model.scorers.files import download_data, find_scorer
 from pipeline import evaluate
-from pipeline.benches.common import read_json, read_text
-from pipeline.distributed import free_port
-from pipeline.pictures import read_settings
-from tests.distributed import CONTEXT
-from tests.pipeline import evaluate_tasks
-from tests.pipeline.bench_worlds import WORLDS, Judges, Oracle, make_judges
-from tests.pipeline.tiny_sampler import make_sampler
+from pipeline.evaluation.common import read_json, read_text
+from pipeline.inference.images import read_settings
+from pipeline.runtime.distributed import free_port
+from tests.helpers import evaluate_tasks
+from tests.helpers.distributed import CONTEXT
+from tests.helpers.fake_bench import WORLDS, Judges, Oracle, make_judges
+from tests.helpers.tiny_sampler import make_sampler
 
 CHANCE = {
     # right by guessing: one object 1/2, two 1/4, a count of two never, a colour 1/20, a place 1/16, two colours 1/400

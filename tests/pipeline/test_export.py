@@ -15,15 +15,15 @@ from diffusers.utils import hub_utils
 from PIL import Image
 from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
 
-from data_prep.schema import Family, Snapshot
-from data_prep.store import open_store
-from model.errors import UserError
+from data_prep.dataset.schema import Family, Snapshot
+from data_prep.store.store import open_store
+from model.common.errors import UserError
 from pipeline import diffusers_pipeline, sample
-from pipeline.config import dump_stage
 from pipeline.diffusers_pipeline import LIDiTPipeline
 from pipeline.export import build_pipeline, export, load_export, load_source, make_card
-from pipeline.sampler import Drawing
-from pipeline.sources import Corpus, Source
+from pipeline.inference.sampler import SamplingParams
+from pipeline.stage.config import dump_stage
+from pipeline.stage.corpus import Corpus, Source
 
 PROMPTS = ["a red cat", "", "two dogs"]
 SEEDS = [4, 9, 2**40]
@@ -75,22 +75,22 @@ def generators():
 
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_the_pipeline_draws_the_very_latents_of_the_sampler(folders, objective):
-    reference = make_sampler(objective).latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    reference = make_sampler(objective).latents(PROMPTS, SEEDS, SamplingParams(3, 3.0, 16, 24))
     pipeline = LIDiTPipeline.from_pretrained(folders[objective])
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(PROMPTS, generator=generators(), output_type="latent").images
     assert torch.equal(drawn, reference)
     loaded = load_export(folders[objective], CPU, torch.float32)
-    assert torch.equal(loaded.latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24)), reference)
+    assert torch.equal(loaded.latents(PROMPTS, SEEDS, SamplingParams(3, 3.0, 16, 24)), reference)
     assert torch.equal(loaded.pixels(reference), make_sampler().pixels(reference))
 
 
 def test_bf16_is_close(folders):
-    reference = make_sampler().latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    reference = make_sampler().latents(PROMPTS, SEEDS, SamplingParams(3, 3.0, 16, 24))
     loaded = load_export(folders["flow"], CPU, torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.bfloat16}
     assert all(constants.mean.dtype == torch.float32 for constants in loaded.reader.constants.values())
-    latents = loaded.latents(PROMPTS, SEEDS, Drawing(3, 3.0, 16, 24))
+    latents = loaded.latents(PROMPTS, SEEDS, SamplingParams(3, 3.0, 16, 24))
     assert (latents - reference).abs().max() < 0.1 * reference.std()
 
 
@@ -114,7 +114,7 @@ def test_weights_keep_the_names_of_training_and_split_into_shards(tmp_path):
     assert len(files) > 2
     index = json.loads((tmp_path / "shards" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == sampler.network.state_dict().keys()
-    drawing = Drawing(2, 3.0, 16, 16)
+    drawing = SamplingParams(2, 3.0, 16, 16)
     loaded = load_export(tmp_path / "shards", CPU, torch.float32)
     assert torch.equal(loaded.latents(["a"], [1], drawing), sampler.latents(["a"], [1], drawing))
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.scene_drawing import draw_scene
-from model.blip_vqa import BlipVQA
-from model.scorers import find_scorer
+from data_prep.scenes.drawing import draw_scene
+from model.scorers.blip_vqa import BlipVQA
+from model.scorers.files import find_scorer
 from pipeline import follow, sample
 from pipeline.follow import make_prompts
-from pipeline.natural_prompts import natural_prompts
-from tests.model import tiny_scorers
-from tests.pipeline.bench_worlds import Judges, Oracle
-from tests.pipeline.tiny_sampler import CPU, make_sampler
+from pipeline.following.natural_prompts import natural_prompts
+from tests.helpers import tiny_scorers
+from tests.helpers.fake_bench import Judges, Oracle
+from tests.helpers.tiny_sampler import CPU, make_sampler
 
 LONGEST = 400
 """Letters of a prompt of eight segments."""

@@ -12,15 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sampler import LetterLLM
 
+from model.common.errors import UserError
 from model.config import TextConfig
-from model.errors import UserError
-from model.text_encoder import _IDENTITY
-from model.vae import VAE
-from pipeline import diffusers_pipeline, export, sample, sampler, web
+from model.encoders.text_encoder import _IDENTITY
+from model.encoders.vae import VAE
+from pipeline import diffusers_pipeline, export, sample, web
 from pipeline.diffusers_pipeline import LIDiTPipeline
-from pipeline.prompts import load_llm
-from tests.distributed import on_ranks
-from tests.pipeline import fake_snapshot, trainer_tasks
+from pipeline.inference import sampler
+from pipeline.text.prompts import load_llm
+from tests.helpers import fake_snapshot, trainer_tasks
+from tests.helpers.distributed import on_ranks
 
 
 def make_vae(*_):

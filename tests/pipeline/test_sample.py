@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sampler import MAX_TOKENS, make_sampler
 
-from data_prep.schema import Family
+from data_prep.dataset.schema import Family
+from model.common.errors import UserError
 from model.config import TextConfig
-from model.errors import UserError
-from model.text_encoder import _IDENTITY
+from model.encoders.text_encoder import _IDENTITY
 from pipeline import sample
-from pipeline.checkpoint import load_weights
-from pipeline.pictures import make_grid, read_settings, save_png
-from pipeline.prompts import load_llm
-from pipeline.sampler import Drawing, Sampler
-from tests.distributed import on_ranks
-from tests.pipeline import drawing_tasks
+from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.inference.images import make_grid, read_settings, save_png
+from pipeline.inference.sampler import Sampler, SamplingParams
+from pipeline.text.prompts import load_llm
+from tests.helpers import sampling_tasks as drawing_tasks
+from tests.helpers.distributed import on_ranks
 
 PROMPTS = ["a red cat", "two dogs", "", "a very blue house", "tea", "a red cat", "snow", "rain"]
-DRAWING = Drawing(steps=3, guidance=3.0, height=16, width=24)
+DRAWING = SamplingParams(steps=3, guidance=3.0, height=16, width=24)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_batches_of_one_three_and_eight_draw_the_same_pictures_bit_for_bit(objec
 
 def test_prompt_seed_guidance_negative_prompt_and_order_matter(sampler):
     def one(prompt="a red cat", seed=1, **changes):
-        return sampler.latents([prompt], [seed], Drawing(**{**vars(DRAWING), **changes}))
+        return sampler.latents([prompt], [seed], SamplingParams(**{**vars(DRAWING), **changes}))
 
     reference = one()
     assert torch.equal(reference, one())
@@ -61,7 +61,9 @@ def test_prompt_seed_guidance_negative_prompt_and_order_matter(sampler):
 
 
 def test_the_quantisations_round_trip_changes_little(sampler):
-    plain, taken = (sampler.latents(["a red cat"], [1], Drawing(**{**vars(DRAWING), "quantised": q})) for q in (False, True))
+    plain, taken = (
+        sampler.latents(["a red cat"], [1], SamplingParams(**{**vars(DRAWING), "quantised": q})) for q in (False, True)
+    )
     assert 0 < (plain - taken).abs().max() < 0.1 * plain.std()
 
 
@@ -83,10 +85,10 @@ def test_llms_can_be_freed_after_reading():
 @pytest.mark.parametrize(
     ("drawing", "message"),
     [
-        (Drawing(height=20, width=24), "multiple of 8"),
-        (Drawing(height=0, width=24), "multiple of 8"),
-        (Drawing(height=16, width=24, steps=0), "between 1 and 1000"),
-        (Drawing(height=16, width=24, scheduler="ddim"), "take one of"),
+        (SamplingParams(height=20, width=24), "multiple of 8"),
+        (SamplingParams(height=0, width=24), "multiple of 8"),
+        (SamplingParams(height=16, width=24, steps=0), "between 1 and 1000"),
+        (SamplingParams(height=16, width=24, scheduler="ddim"), "take one of"),
     ],
 )
 def test_wrong_settings_are_found_before_an_llm_is_loaded(drawing, message):

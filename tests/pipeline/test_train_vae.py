@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.pairs import Pair
-from data_prep.schema import Commit, Manifest, Part
-from data_prep.store import open_store
-from model.errors import UserError
-from model.vae import VAE, small_vae
+from data_prep.dataset.schema import Commit, Manifest, Part
+from data_prep.pairs.pairs import Pair
+from data_prep.store.store import open_store
+from model.common.errors import UserError
+from model.encoders.vae import VAE, small_vae
 from pipeline import train_vae
-from pipeline.train_vae import Training, batches, psnr, read_images, standardise, train, train_into
+from pipeline.train_vae import Training, batches, psnr, read_images, standardize, train, train_into
 
 CPU = torch.device("cpu")
 TINY = Training(steps=3, batch=4, crop=16, images=100)
@@ -80,7 +80,7 @@ def test_standardising_leaves_the_pictures_and_evens_the_channels():
     pixels = next(batches(images, TINY, torch.Generator()))
     before = vae.encode(pixels).latent_dist
     pictures = vae.decode(before.mean).sample
-    standardise(vae, images, TINY, CPU)
+    standardize(vae, images, TINY, CPU)
     after = vae.encode(pixels).latent_dist
     torch.testing.assert_close(vae.decode(after.mean).sample, pictures, atol=1e-4, rtol=1e-3)
     source = batches(images, TINY, torch.Generator().manual_seed(TINY.seed))

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_sampler import make_sampler
 
 from pipeline import web
-from pipeline.studio import NO_INSTRUCTION, Limits, Studio
+from pipeline.inference.studio import NO_INSTRUCTION, InteractiveSampler, Limits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -27,7 +27,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, tm
 def address(tmp_path):
     pytest.importorskip("gradio")
     page, address = web.serve(
-        Studio({"tiny": make_sampler()}, tmp_path / "web", Limits(side=64, steps=10, images=4)),
+        InteractiveSampler({"tiny": make_sampler()}, tmp_path / "web", Limits(side=64, steps=10, images=4)),
         "127.0.0.1",
         None,
         prevent_thread_lock=True,

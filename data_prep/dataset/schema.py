@@ -1,0 +1,250 @@
+"""What a dataset looks like in a store: keys, records, columns. Every reader and writer goes through this file.
+
+<store>/<dataset>/
+  dataset.json                                       what makes the pairs: sources, filters, buckets, part size, seed
+  manifest.json, manifest/<bucket>.parquet           the plan: how many rows each part has, and which sample is which row
+  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
+  families/<family>/family.json, constants-<xxh64>.safetensors
+  families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
+  commits/<pairs or family>/<bucket>/00012.json      the one object that makes a part exist
+  dropped/<source file>.parquet                      every sample left out, and why
+  snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet     immutable: what a training run reads
+  snapshots/history/000007.json                      the snapshots in the order in which they were taken; the last is `latest`
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from data_prep.store.store import StoredFile
+
+FORMAT = 1
+PAIRS = "pairs"
+TABLE = "pairs.parquet"
+"""File of a part of the pairs: a row a sample, with its captions."""
+
+LATENT_COLUMNS = {"id": "int", "mean": "bytes", "std": "bytes"}
+"""MDS columns of a latents family: sample id; moments of the VAE, each bf16 [C, h, w]."""
+TEXT_COLUMNS = {"id": "int", "kinds": "bytes", "tokens": "bytes", "values": "bytes", "scales": "bytes"}
+"""MDS columns of a text family, K captions a sample: kind of each caption, uint8 [K], an index into the dataset's
+`caption_kinds`; its number of tokens, int32 [K]; the states of all captions one after another, in the family's
+quantisation, [sum of tokens, bytes a token]; fp32 scale a token, [sum of tokens] (empty for bf16)."""
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """The unit of work: a fixed number of rows of one bucket."""
+
+    bucket: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.bucket}/{self.number:05d}"
+
+    def commit_key(self, kind: str) -> str:
+        """Key of the object that makes this part of `kind` (`pairs` or a family's name) exist."""
+        return f"commits/{kind}/{self}.json"
+
+    def payload_key(self, kind: str, attempt: str, name: str) -> str:
+        """Key of one payload file, private to one attempt, so that nothing is ever overwritten."""
+        root = PAIRS if kind == PAIRS else f"families/{kind}"
+        return f"{root}/{self}/{attempt}/{name}"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The record of one part of one kind; its presence in the store is the part's existence."""
+
+    kind: str
+    bucket: str
+    number: int
+    rows: int
+    attempt: str
+    ids_xxh64: str
+    """Hash of the sample ids in row order: families of one part must agree on it."""
+    files: list[StoredFile]
+    family_hash: str = ""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Whatever the writer counted: tokens, outliers, seconds."""
+    format: int = FORMAT
+
+    @property
+    def part(self) -> Part:
+        """The part that this commit makes exist."""
+        return Part(self.bucket, self.number)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Commit":
+        """Read back what `to_json` wrote."""
+        record = json.loads(data)
+        return cls(**{**record, "files": [StoredFile(**file) for file in record["files"]]})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: the parts that the plan asks for. A part may end with fewer rows than planned (an image that turns
+    out to be damaged), never with more."""
+
+    dataset: str
+    caption_kinds: list[str]
+    buckets: dict[str, list[int]]
+    """Bucket name -> planned rows of its parts 0, 1, 2, ..."""
+    format: int = FORMAT
+
+    KEY: ClassVar[str] = "manifest.json"
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, in the order over which array tasks share them: along the source, as far as each bucket's rows are spread
+        evenly over it. Parts of different buckets that stand together here were cut from the same stretch of the source."""
+        parts = [Part(bucket, number) for bucket in sorted(self.buckets) for number in range(len(self.buckets[bucket]))]
+        return sorted(parts, key=lambda part: (2 * part.number + 1) / len(self.buckets[part.bucket]))
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """Read back what `to_json` wrote."""
+        return cls(**json.loads(data))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One encoding of the pairs: VAE latents at one resolution, or the states of one LLM."""
+
+    name: str
+    kind: Literal["latents", "text"]
+    identity: dict[str, Any]
+    """All that decides the numbers: model, revision, layer, template, maximum tokens, quantisation, format version."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What readers need besides: text: `width`, `prefix_tokens`, `quantisation`; latents: `channels`, `downsampling`,
+    `scaling_factor`, `shift_factor`."""
+    constants_xxh64: str = ""
+    """Hash of the constants (text families: prefix and null-caption states, channel mean and spread); empty = none."""
+    format: int = FORMAT
+
+    @property
+    def hash(self) -> str:
+        """Identity of the family, 16 hex digits; two families with one hash hold the same numbers."""
+        return hashlib.sha256(canonical_json({"format": self.format, "kind": self.kind, **self.identity})).hexdigest()[:16]
+
+    @property
+    def key(self) -> str:
+        """Key of the record that registers the family."""
+        return f"families/{self.name}/family.json"
+
+    @property
+    def constants_key(self) -> str:
+        """Key of the constants; named by content, so that two tasks that register at once cannot mix them up."""
+        return f"families/{self.name}/constants-{self.constants_xxh64}.safetensors"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """MDS columns of the family's shards."""
+        return LATENT_COLUMNS if self.kind == "latents" else TEXT_COLUMNS
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes, with the hash written beside for people."""
+        return canonical_json({**asdict(self), "hash": self.hash})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Family":
+        """Read back what `to_json` wrote."""
+        record = json.loads(data)
+        record.pop("hash")
+        return cls(**record)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One aspect ratio and size; every image of the bucket has exactly this size in pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """Name in keys, height first: `320x192`."""
+        return f"{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Bucket":
+        """Read back `name`.
+
+        Raises:
+            ValueError: the name is not of that form.
+        """
+        if not re.fullmatch(r"\d+x\d+", name):
+            raise ValueError(f"not a bucket's name: {name!r}")
+        height, width = map(int, name.split("x"))
+        return cls(height, width)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An immutable view of a dataset: the parts that exist in all of its families, and where they lie.
+
+    Beside it one columnar index a bucket, a row a part, ordered by `number`: `number`, `rows`, `ids_xxh64`, and for each
+    family `<family>.key`, `<family>.bytes`, `<family>.xxh64`. Parts without rows are not in it.
+
+    Two snapshots with one id hold the same bytes in the same order, so they are interchangeable for training: the id covers
+    the families (identity and constants) and, by way of `content`, the sample ids and the payload hash of every part. It does
+    not cover payload keys: these hold the random name of the attempt that won, which a repetition would not repeat.
+    """
+
+    dataset: str
+    caption_kinds: list[str]
+    families: dict[str, Family]
+    buckets: dict[str, dict[str, Any]]
+    """Bucket name -> `parts`, `rows`, `content` (SHA-256 over what the parts hold), `index_xxh64`."""
+    left_out: dict[str, int]
+    """Rows that the plan holds and the snapshot does not, by reason; empty unless a partial snapshot was asked for."""
+    format: int = FORMAT
+
+    @property
+    def id(self) -> str:
+        """16 hex digits over all that decides what a training run reads."""
+        record = self._record()
+        record["buckets"] = {
+            name: {field: value for field, value in bucket.items() if field != "index_xxh64"}
+            for name, bucket in self.buckets.items()
+        }
+        return hashlib.sha256(canonical_json(record)).hexdigest()[:16]
+
+    @property
+    def key(self) -> str:
+        """Key of the snapshot's record."""
+        return f"snapshots/{self.id}/snapshot.json"
+
+    def index_key(self, bucket: str) -> str:
+        """Key of the index of one bucket; named by content, so that an index is never overwritten."""
+        return f"snapshots/{self.id}/{bucket}-{self.buckets[bucket]['index_xxh64']}.parquet"
+
+    def _record(self) -> dict[str, Any]:
+        record = asdict(self)
+        record["families"] = {name: {**asdict(family), "hash": family.hash} for name, family in self.families.items()}
+        return record
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes."""
+        return canonical_json(self._record())
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Snapshot":
+        """Read back what `to_json` wrote."""
+        record = json.loads(data)
+        families = {name: Family.from_json(canonical_json(family)) for name, family in record["families"].items()}
+        return cls(**{**record, "families": families})
+
+
+def canonical_json(record: Any) -> bytes:
+    """JSON with sorted keys and no spaces, so that equal records are equal bytes."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,193 @@
+"""Filter expressions over columns, such as `aesthetic >= 4.7 and punsafe < 0.5 and lang in ['en', 'zh']`.
+
+The text is parsed into Python's syntax tree and translated node by node into a pyarrow expression; Python evaluates nothing of
+it. A column's type follows from its use (compared with a number, a string, ...); values of another type count as missing, so
+foreign data cannot break the evaluation.
+"""
+
+import ast
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.dataset as ds
+
+from model.common.errors import UserError
+
+pc: Any = pyarrow.compute
+"""Its functions are made at import, where type checkers do not see them."""
+
+NUMBER, TEXT, TRUTH = pa.float64(), pa.string(), pa.bool_()
+ANYTHING = pa.null()
+"""Type of a column of which only the presence matters."""
+
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+}
+ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: pc.divide,
+}
+FUNCTIONS: dict[str, tuple[pa.DataType, pa.DataType, Callable[[Any], Any]]] = {
+    "len": (TEXT, NUMBER, pc.utf8_length),
+    "lower": (TEXT, TEXT, pc.utf8_lower),
+    "abs": (NUMBER, NUMBER, pc.abs),
+}
+"""Name -> type of the argument, type of the result, function."""
+TEXT_TESTS: dict[str, Callable[..., Any]] = {
+    "contains": pc.match_substring,
+    "startswith": pc.starts_with,
+    "endswith": pc.ends_with,
+    "matches": pc.match_substring_regex,
+}
+"""Tests of a text column; the second argument is a literal string."""
+
+
+class ColumnExpression:
+    """A parsed expression. `columns` are the names that it reads, with their types.
+
+    Raises:
+        UserError: the text is not of the supported language; the message names the part.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.columns: dict[str, pa.DataType] = {}
+        try:
+            self._expression = self._translate(ast.parse(text.strip(), mode="eval").body, TRUTH)
+            self.evaluate([{}])
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
+            hint = "write for instance `aesthetic >= 4.7 and lang in ['en']`"
+            raise UserError(f"expression {text[:200]!r}: {error}: {hint}") from error
+
+    def evaluate(self, rows: Sequence[dict[str, Any]]) -> list[bool | None]:
+        """The value for each row; None where a column that decides is missing or of another type."""
+        columns = {name: column([row.get(name) for row in rows], kind) for name, kind in self.columns.items()}
+        table = pa.table({"": pa.nulls(len(rows)), **columns})
+        return ds.dataset(table).to_table(columns={"keep": self._expression}).column("keep").to_pylist()
+
+    def _translate(self, node: ast.expr, want: pa.DataType) -> Any:
+        """The pyarrow expression of `node`, whose value is used as a `want`."""
+        match node:
+            case ast.Name(id=name):
+                return self._field(name, want)
+            case ast.Constant(value=value) if _literal_type(value) == want:
+                return pc.scalar(finite(value) if want == NUMBER else value)
+            case ast.BoolOp(op=op, values=values) if want == TRUTH:
+                terms = [self._translate(value, TRUTH) for value in values]
+                joined = terms[0]
+                for term in terms[1:]:
+                    joined = joined & term if isinstance(op, ast.And) else joined | term
+                return joined
+            case ast.UnaryOp(op=ast.Not(), operand=operand) if want == TRUTH:
+                return ~self._translate(operand, TRUTH)
+            case ast.UnaryOp(op=ast.USub(), operand=operand) if want == NUMBER:
+                return pc.negate(self._translate(operand, NUMBER))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC and want == NUMBER:
+                return ARITHMETIC[type(op)](self._translate(left, NUMBER), self._translate(right, NUMBER))
+            case ast.Compare(left=left, ops=ops, comparators=comparators) if want == TRUTH:
+                return self._compare(left, ops, comparators)
+            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
+                takes, gives, function = FUNCTIONS[name]
+                if gives == want:
+                    return function(self._translate(argument, takes))
+            case ast.Call(func=ast.Name(id=name), args=[argument, ast.Constant(value=str() as pattern)], keywords=[]) if (
+                name in TEXT_TESTS and want == TRUTH
+            ):
+                return TEXT_TESTS[name](self._translate(argument, TEXT), pattern)
+        part = ast.get_source_segment(self.text.strip(), node) or type(node).__name__
+        raise UserError(
+            f"expression {self.text!r}: {part!r} is not supported there: use columns, literals, comparisons, in [..], is None, "
+            "and/or/not, + - * /, " + ", ".join([*FUNCTIONS, *TEXT_TESTS])
+        )
+
+    def _field(self, name: str, want: pa.DataType) -> Any:
+        held = self.columns.get(name, ANYTHING)
+        if ANYTHING not in (held, want) and held != want:
+            raise UserError(f"expression {self.text!r}: column {name} is used as {held} and as {want}: use it one way")
+        self.columns[name] = want if held == ANYTHING else held
+        return pc.field(name)
+
+    def _compare(self, left: ast.expr, ops: Sequence[ast.cmpop], comparators: Sequence[ast.expr]) -> Any:
+        joined = None
+        for op, right in zip(ops, comparators, strict=True):
+            match op, right:
+                case ((ast.Is() | ast.IsNot()), ast.Constant(value=None)):
+                    term = pc.is_null(self._translate(left, _static_type(left) or ANYTHING))
+                    term = ~term if isinstance(op, ast.IsNot) else term
+                case ((ast.In() | ast.NotIn()), (ast.List(elts=items) | ast.Tuple(elts=items))):
+                    term = self._isin(left, items)
+                    term = ~term if isinstance(op, ast.NotIn) else term
+                case _ if type(op) in COMPARISONS:
+                    kind = _static_type(left) or _static_type(right) or NUMBER
+                    term = COMPARISONS[type(op)](self._translate(left, kind), self._translate(right, kind))
+                case _:
+                    raise ValueError(f"{ast.unparse(right)!r} cannot stand behind {type(op).__name__.lower()}")
+            joined = term if joined is None else joined & term
+            left = right
+        return joined
+
+    def _isin(self, value: ast.expr, items: Sequence[ast.expr]) -> Any:
+        literals = [ast.literal_eval(item) for item in items]
+        kinds = {_literal_type(literal) for literal in literals}
+        if len(kinds) != 1 or None in kinds:
+            raise ValueError("a list needs literals of one type, at least one")
+        (kind,) = kinds
+        tested = self._translate(value, kind)
+        listed = pa.array([float(literal) if kind == NUMBER else literal for literal in literals], kind)
+        # isin calls a missing value false; here it stays missing.
+        return pc.if_else(pc.is_null(tested), pa.scalar(None, TRUTH), tested.isin(listed))
+
+
+def _literal_type(value: Any) -> pa.DataType | None:
+    if isinstance(value, bool):
+        return TRUTH
+    return NUMBER if isinstance(value, int | float) else TEXT if isinstance(value, str) else None
+
+
+def _static_type(node: ast.expr) -> pa.DataType | None:
+    """The type that a node has wherever it stands; None for a bare column."""
+    match node:
+        case ast.Constant(value=value):
+            return _literal_type(value)
+        case ast.BinOp() | ast.UnaryOp(op=ast.USub()):
+            return NUMBER
+        case ast.Call(func=ast.Name(id=name)) if name in FUNCTIONS:
+            return FUNCTIONS[name][1]
+        case ast.Name():
+            return None
+    return TRUTH
+
+
+def column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """A column of loosely typed foreign values; those that are not of the type are null."""
+    if kind == ANYTHING:
+        return pa.array([None if value is None else True for value in values], TRUTH)
+    return pa.array([_typed(value, kind) for value in values], kind)
+
+
+def _typed(value: Any, kind: pa.DataType) -> Any:
+    if value is None or _literal_type(value) != kind:
+        return None
+    if kind == NUMBER:
+        return finite(value)
+    return value.encode("utf-8", "replace").decode() if kind == TEXT else value
+
+
+def finite(value: Any) -> float | None:
+    """A foreign value as a number; None if it is none, or not a finite one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

@@ -1,0 +1,105 @@
+"""Sources of image-caption pairs behind one interface: files that hold rows, each row an image and fields.
+
+A sample's id is `file_number << 32 | row`: the file's number in the dataset's sorted list, the row's number in the file.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from data_prep.config import DatasetConfig, SourceConfig
+from data_prep.images.buckets import make_buckets
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.mds import MDSSource
+from data_prep.sources.openmoji import OpenMojiSource
+from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.sample import Place, Sample
+from data_prep.sources.scenes import ScenesSource
+from data_prep.sources.webdataset import WebDatasetSource
+
+
+class Source(Protocol):
+    """One entry of `sources` in a dataset's YAML."""
+
+    def files(self) -> list[str]:
+        """Names of the files, sorted.
+
+        Raises:
+            UserError: there are none.
+        """
+        ...
+
+    def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
+        """All rows of a file in order; a row that cannot be used comes with its reason. Never raises for bad content."""
+        ...
+
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
+        """Images at `places`, as (position in `places`, bytes), in any order; None where the image is gone."""
+        ...
+
+
+def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
+    """The source that the settings describe.
+
+    Raises:
+        UserError: its path does not exist.
+    """
+    if source.kind == "openmoji":
+        return OpenMojiSource(config.buckets.resolution)
+    if source.scenes is not None:
+        return ScenesSource(source.scenes, make_buckets(config.buckets))
+    kinds = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
+    return kinds[source.kind](source)
+
+
+def reads_along(config: DatasetConfig) -> bool:
+    """Whether some images can only be read along with what lies before them (bytes in parquet): parts then hold neighbouring
+    rows, and are made for all buckets together."""
+    return any(source.kind == "parquet" for source in config.sources)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the dataset's frozen list."""
+
+    number: int
+    source: int
+    """Number of the source in the dataset's YAML."""
+    name: str
+
+    @property
+    def label(self) -> str:
+        """How reports and tables name the file."""
+        return f"{self.source}:{self.name}"
+
+
+@dataclass
+class OpenSources:
+    """The dataset's sources, opened when first needed; cheap to send to a worker process."""
+
+    config: DatasetConfig
+    files: list[SourceFile]
+    _opened: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "files": self.files, "_opened": {}}
+
+    def of(self, number: int) -> tuple[Source, str]:
+        """Source and name of file `number`."""
+        file = self.files[number]
+        if file.source not in self._opened:
+            self._opened[file.source] = open_source(self.config, self.config.sources[file.source])
+        return self._opened[file.source], file.name
+
+
+def list_files(config: DatasetConfig) -> list[SourceFile]:
+    """All source files of the dataset, numbered in the order of the YAML's sources and sorted within each.
+
+    Raises:
+        UserError: a source has no files.
+    """
+    found: list[SourceFile] = []
+    for number, source in enumerate(config.sources):
+        for name in open_source(config, source).files():
+            found.append(SourceFile(len(found), number, name))
+    return found

@@ -1,0 +1,157 @@
+"""WebDataset tars: consecutive members with one key are a row. Also what img2dataset writes, captions in `.json`.
+
+Nothing is ever extracted: names are only keys, images are read by their offset.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from data_prep.config import SourceConfig
+from data_prep.images.images import MAX_FILE_BYTES, TOO_LARGE
+from data_prep.sources.files import SourceFiles
+from data_prep.sources.sample import CUT_SHORT, NO_IMAGE, UNREADABLE, Place, Sample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp")
+MAX_FIELD_BYTES = 16 << 20
+LINK = "source: link or device in a tar"
+UNSAFE = "source: unsafe name in a tar"
+TWICE = "source: key twice in a tar"
+BAD_JSON = "source: damaged JSON"
+END_OF_TAR = bytes(512)
+
+
+class WebDatasetSource:
+    """Tars, local or in a bucket."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        self._files = SourceFiles(source.path, (".tar",))
+
+    def files(self) -> list[str]:
+        """Names of the tars."""
+        return self._files.names()
+
+    def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
+        """All samples; a damaged or cut tar gives what can be read and one row that says so."""
+        with self._files.open(name) as file:
+            yield from read_tar(file)
+
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
+        """Images by ranged reads."""
+        yield from self._files.fetch(places, lambda place: self._files.read_range(name, place.offset, place.length))
+
+
+def read_tar(file: BinaryIO) -> Iterator[Sample]:
+    """Samples of one tar, in order."""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
+        return
+    seen: set[str] = set()
+    group = _Group("")
+    problem = ""
+    while True:
+        try:
+            member = tar.next()
+            if member is None:
+                problem = _end_problem(file, tar.offset)
+                break
+            vars(tar)["members"].clear()  # tarfile would remember every header
+            if member.isdir():
+                continue
+            key, _, suffix = _split_name(member.name)
+            if key != group.key or suffix in group.suffixes:
+                yield from group.finish(seen)
+                group = _Group(key)
+            group.add(member, suffix, file)
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            problem = str(error)[:200] or type(error).__name__
+            break
+    yield from group.finish(seen)
+    if problem:
+        yield Sample("", reason=CUT_SHORT, detail=problem)
+
+
+class _Group:
+    """The members of one sample while they come in."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.suffixes: set[str] = set()
+        self._sample = Sample(key)
+        self._texts: dict[str, bytes] = {}
+
+    def add(self, member: tarfile.TarInfo, suffix: str, file: BinaryIO) -> None:
+        """Take in one member."""
+        self.suffixes.add(suffix)
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
+        elif not member.isreg() or member.issparse():
+            self._sample.reason, self._sample.detail = LINK, member.name[:200]
+        elif suffix in IMAGE_SUFFIXES:
+            if member.size > MAX_FILE_BYTES:
+                self._sample.reason, self._sample.detail = TOO_LARGE, f"{member.size} bytes"
+                return
+            self._sample.image = _content(file, member)
+            self._sample.place = Place(member.offset_data, member.size)
+        elif suffix in ("json", "txt", "caption") and member.size <= MAX_FIELD_BYTES:
+            self._texts["txt" if suffix == "caption" else suffix] = _content(file, member)
+
+    def finish(self, seen: set[str]) -> Iterator[Sample]:
+        """The sample, if there was a member."""
+        if not self.suffixes:
+            return
+        sample = self._sample
+        if self.key in seen:
+            sample.reason = sample.reason or TWICE
+        seen.add(self.key)
+        try:
+            sample.record = parse_fields(self._texts.get("json"), self._texts.get("txt"))
+        except ValueError as error:
+            sample.reason, sample.detail = sample.reason or BAD_JSON, str(error)[:200]
+        if sample.image is None:
+            sample.reason = sample.reason or NO_IMAGE
+        yield sample
+
+
+def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
+    """Fields of a sample from its `.json` and `.txt`; the text is field `txt`, and stands in for a missing `caption`.
+
+    Raises:
+        ValueError: the JSON is not an object.
+    """
+    record: dict[str, Any] = {}
+    if document is not None:
+        try:
+            record = json.loads(document)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+    if text is not None:
+        record["txt"] = text.decode("utf-8", "surrogateescape")
+        record.setdefault("caption", record["txt"])
+    return record
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    """WebDataset's rule: the key ends at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, dot, suffix.lower()
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise EOFError(f"cut inside {member.name!r}"[:200])
+    return data
+
+
+def _end_problem(file: BinaryIO, offset: int) -> str:
+    """A tar ends with zero blocks; tarfile takes any end, and even a damaged header, for the end."""
+    file.seek(offset)
+    return "" if file.read(len(END_OF_TAR)) == END_OF_TAR else f"no end-of-archive mark at byte {offset}"

@@ -1,0 +1,49 @@
+"""Words and noun phrases of a prompt, by spaCy, as T2I-CompBench asks for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from model.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A prompt's grammar."""
+
+    words: tuple[tuple[str, str], ...]
+    """(text, part of speech) of each token, parts as in Universal Dependencies: NOUN, ADJ, PROPN, ..."""
+    chunks: tuple[str, ...]
+    """Noun chunks in order."""
+
+
+class NounPhrases:
+    """A spaCy pipeline."""
+
+    def __init__(self, name: str) -> None:
+        """Load it.
+
+        Args:
+            name: an installed pipeline such as `en_core_web_sm`, or its folder.
+
+        Raises:
+            UserError: spaCy or the pipeline is not there.
+        """
+        try:
+            import spacy  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError("T2I-CompBench needs spaCy: pip install -c constraints.txt -e '.[eval]'") from error
+        try:
+            self.pipeline: Any = spacy.load(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--phrases {name}: no such spaCy pipeline: install en_core_web_sm or give its folder") from error
+        meta = self.pipeline.meta
+        self.identity = {
+            "name": f"{meta['lang']}_{meta['name']}",
+            "revision": meta["version"],
+            "library": f"spacy {spacy.__version__}",
+        }
+
+    def parse(self, prompt: str) -> Parsed:
+        """The prompt's words and noun chunks."""
+        document = self.pipeline(prompt)
+        return Parsed(tuple((word.text, word.pos_) for word in document), tuple(str(chunk) for chunk in document.noun_chunks))

@@ -1,0 +1,384 @@
+"""Checkpoints in a format of our own: safetensors and JSON, no pickle, any number of processes on load.
+
+<run>/checkpoints/step_000000100/
+  rank_00000.safetensors    this rank's flat fp32 tensors: <kind>.<sub-group>, kinds master, exp_avg, exp_avg_sq, ema_<i>
+  replicated.safetensors    persistent buffers and frozen parameters, whole
+  manifest.json             layout, optimizer, trainer's state, sizes and hashes of the files: written last
+latest                      name of the newest; for people, readers look at the manifests
+
+A step waits only for the copy to host memory; a thread writes, and `poll` at a later step, on all ranks, commits. Until the
+rename that follows the manifest there is only a folder `.tmp_*`, which no reader looks at.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.store.store import hash_file, open_store
+from model.common.errors import UserError
+from pipeline.checkpoint.files import ShardFiles, Written, rank_file, sync_folder, write_tensors, write_text
+from pipeline.checkpoint.weights import (
+    FORMAT,
+    MANIFEST,
+    REPLICATED,
+    ExportedWeights,
+    ShardedWeights,
+    read_manifest,
+    refuse_other_format,
+)
+from pipeline.engine.layout import Layout, moves
+from pipeline.engine.master_weights import ShardState, check_names
+from pipeline.runtime.attempt import check_still_ours
+from pipeline.runtime.distributed import all_reduce_min, gather, rank_and_world
+from pipeline.stage.config import CheckpointConfig, dump_stage
+
+if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
+    from pipeline.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+_FAILED, _WAITING, _DONE = 0, 1, 2
+"""Of a rank's work; that of all ranks is the lowest."""
+
+
+@dataclass
+class _Work:
+    """Something that a thread of this rank does while training goes on."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    thread: threading.Thread
+    result: dict[str, Written] = field(default_factory=dict)
+    error: Exception | None = None
+
+    @property
+    def status(self) -> int:
+        if self.thread.is_alive():
+            return _WAITING
+        return _DONE if self.error is None else _FAILED
+
+
+class Checkpoints:
+    """The checkpoints of one run. All methods are collective; each rank has its own object."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        """Look after `folder`; nothing is created before the first save."""
+        self.folder, self.config = folder, config
+        self.rank, self.world = rank_and_world()
+        self._writing: _Work | None = None
+        self._uploading: _Work | None = None
+        self._host: dict[str, Tensor] = {}
+        self._stage_hash = ""
+        self._newest: dict[str, Any] | None = None
+        self.failures = 0
+        """Saves that were given up since the start, such as for a full disk."""
+
+    # -- saving -----------------------------------------------------------------------------------------------------------
+
+    def save(self, engine: "Engine", trainer_state: dict[str, Any], samples: int, step: int, wait: bool) -> None:
+        """Save, or only start to if not `wait`: then a later `poll`, `save`, `wait` or `close` commits it.
+
+        Raises:
+            UserError: `wait`, and the checkpoint could not be written. Otherwise that is a warning and the run goes on with
+                the checkpoints that are there.
+        """
+        self.wait()
+        if self._newest is not None and self._newest["step"] == step:
+            return
+        if not self._stage_hash:
+            self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
+        folder, failures = self.folder / f".tmp_{_name(step)}", self.failures
+        if self._prepare(folder):
+            state = engine.state()
+            manifest = self._manifest(state, trainer_state, samples, step)
+            tensors = {f"{kind}.{index}": tensor for kind, group in state.tensors.items() for index, tensor in enumerate(group)}
+            files = {rank_file(self.rank): tensors if wait and engine.device.type == "cpu" else self._to_host(tensors)}
+            if self.rank == 0:
+                files[REPLICATED] = state.replicated
+            self._writing = _start(folder, manifest, lambda: {name: write_tensors(folder / name, t) for name, t in files.items()})
+        if wait:
+            self.wait()
+            if self.failures > failures:
+                raise UserError(
+                    f"{self.folder}: the checkpoint of step {step} could not be written: make room there and start again"
+                )
+
+    def _prepare(self, folder: Path) -> bool:
+        """Make the temporary folder on rank 0; whether that went well."""
+        ready = 1
+        if self.rank == 0:
+            try:
+                for left_over in self.folder.glob(".tmp_*"):
+                    shutil.rmtree(left_over)
+                folder.mkdir(parents=True)
+            except OSError as error:
+                self._give_up(folder, error)
+                ready = 0
+        return self._agreed(ready)
+
+    def _agreed(self, ready: int) -> bool:
+        """Whether all ranks say 1; a failure is counted by every rank."""
+        if all_reduce_min(ready):
+            return True
+        self.failures += 1
+        return False
+
+    def _give_up(self, folder: Path, error: Exception | None) -> None:
+        log.warning("checkpoint %s was not written, the run goes on without it: %s", folder.name, error or "see the other ranks")
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy into host memory that is kept from save to save, page-locked where there is a GPU."""
+        for name, tensor in tensors.items():
+            if name not in self._host:
+                self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._host[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self._host[name] for name in tensors}
+
+    def _manifest(self, state: ShardState, trainer_state: dict[str, Any], samples: int, step: int) -> dict[str, Any]:
+        every = self.config.keep_every_samples
+        before = self._newest["samples"] if self._newest is not None else 0
+        return {
+            "format": FORMAT,
+            "step": step,
+            "samples": samples,
+            "permanent": every is not None and samples // every > before // every,
+            "layout": state.layout.to_json(),
+            "optimizer": {"step": state.optimizer_step, "groups": state.groups},
+            "ema": state.decays,
+            "trainer": json.loads(json.dumps(trainer_state)),  # as it is now: the trainer goes on changing it
+            "stage_xxh64": self._stage_hash,
+        }
+
+    def poll(self) -> None:
+        """Commit a checkpoint that all ranks have written, and finish an upload; call it at each step, on all ranks."""
+        if self._writing is not None:
+            status = all_reduce_min(self._writing.status)
+            if status != _WAITING:
+                self._finish_writing(status)
+        if self._uploading is not None:
+            status = all_reduce_min(self._uploading.status)
+            if status != _WAITING:
+                self._finish_upload(status)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was started and is not committed; not collective, the same on all ranks."""
+        return self._writing is not None
+
+    def wait(self) -> None:
+        """Write and commit what was started, however long it takes."""
+        if self._writing is not None:
+            self._writing.thread.join()
+            self._finish_writing(all_reduce_min(self._writing.status))
+
+    def close(self) -> None:
+        """Finish writing and uploading."""
+        self.wait()
+        if self._uploading is not None:
+            self._uploading.thread.join()
+            self._finish_upload(all_reduce_min(self._uploading.status))
+
+    def _finish_writing(self, status: int) -> None:
+        work, self._writing = self._writing, None
+        assert work is not None
+        work.thread.join()
+        ready = status == _DONE
+        final = self.folder / work.folder.name.removeprefix(".tmp_")
+        written = gather({name: asdict(file) for name, file in work.result.items()})
+        work.manifest["files"] = {name: file for files in written for name, file in files.items()}
+        if self.rank == 0 and ready:
+            try:
+                self._commit(work, final)
+            except OSError as error:
+                work.error, ready = error, False
+        if not self._agreed(int(ready)):
+            self._give_up(work.folder, work.error)
+            return
+        self._newest = work.manifest
+        if self.config.upload and self._uploading is None:
+            self._uploading = _start(final, work.manifest, lambda: self._upload(final))
+        if self.rank == 0:
+            self._retain()
+
+    def _commit(self, work: _Work, final: Path) -> None:
+        """Manifest, rename, `latest`: each is on disk before the next begins."""
+        check_still_ours(self.folder.parent)
+        write_text(work.folder / MANIFEST, json.dumps(work.manifest))
+        if final.exists():  # a damaged one that was passed over, or one written by a run that was set back
+            _remove(final)
+        work.folder.rename(final)
+        sync_folder(self.folder)
+        write_text(self.folder / "latest", final.name)
+
+    def _retain(self) -> None:
+        """Delete what the settings do not keep, manifest first, so that no reader meets half a checkpoint."""
+        assert self._newest is not None
+        newest = _name(self._newest["step"])  # anything later is damaged and was passed over: it does not count
+        folders = [folder for folder in sorted(self.folder.glob("step_*")) if folder.name <= newest]
+        uploading = self._uploading.folder if self._uploading is not None else None
+        for folder in folders[: -max(1, self.config.keep_last)]:
+            manifest = read_manifest(folder)
+            if folder != uploading and not (manifest is not None and manifest["permanent"]):
+                _remove(folder)
+
+    # -- upload -----------------------------------------------------------------------------------------------------------
+
+    def _upload(self, final: Path) -> dict[str, Written]:
+        """Copy this rank's files to the store; the manifest follows when all ranks have done so."""
+        store = open_store(self.config.upload, create=True)
+        for name in [rank_file(self.rank)] + [REPLICATED] * (self.rank == 0):
+            store.put(f"{self._key(final)}/{name}", final / name)
+        return {}
+
+    def _key(self, final: Path) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}/{final.name}"
+
+    def _finish_upload(self, status: int) -> None:
+        work, self._uploading = self._uploading, None
+        assert work is not None
+        work.thread.join()
+        if status != _DONE:
+            log.warning(
+                "checkpoint %s was not uploaded to %s: %s", work.folder.name, self.config.upload, work.error or "see other ranks"
+            )
+        elif self.rank == 0:
+            store = open_store(self.config.upload)
+            store.put(f"{self._key(work.folder)}/{MANIFEST}", json.dumps(work.manifest).encode())
+
+    # -- loading ----------------------------------------------------------------------------------------------------------
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files have the sizes and hashes that its manifest says; damaged ones are passed over."""
+        names = gather([folder.name for folder in sorted(self.folder.glob("step_*"), reverse=True)])[0]
+        for name in names:
+            damage = self._damage(self.folder / name)
+            if all_reduce_min(0 if damage else 1):
+                return self.folder / name
+            if damage:
+                log.warning("checkpoint %s is passed over: %s", name, damage)
+        return None
+
+    def _damage(self, folder: Path) -> str:
+        """What is wrong in this rank's share of the files; empty if nothing."""
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return "its manifest is missing or damaged"
+        for name in sorted(manifest["files"])[self.rank :: self.world]:
+            try:
+                found = Written((folder / name).stat().st_size, hash_file(folder / name))
+            except OSError as error:
+                return f"{name}: {error}"
+            if asdict(found) != manifest["files"][name]:
+                return f"{name} is not what was written"
+        return ""
+
+    def load(self, engine: "Engine", path: Path) -> dict[str, Any]:
+        """Restore the engine from a checkpoint of any number of processes.
+
+        Returns:
+            The trainer's state.
+
+        Raises:
+            UserError: the checkpoint does not fit the stage; the message names what differs.
+        """
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise UserError(f"{path} is no checkpoint: name a folder step_* with a {MANIFEST}")
+        state = engine.state()
+        old = Layout.from_json(manifest["layout"])
+        replicated = load_file(path / REPLICATED)
+        given = old.shapes | {name: tuple(value.shape) for name, value in replicated.items()}
+        wanted = state.layout.shapes | {name: tuple(value.shape) for name, value in state.replicated.items()}
+        check_names(wanted, given, str(path))
+        if manifest["ema"] != state.decays:
+            raise UserError(
+                f"{path} holds averages of decay {manifest['ema']}, the stage asks for {state.decays}: set ema to those"
+            )
+        before, now = ([group["name"] for group in groups] for groups in (manifest["optimizer"]["groups"], state.groups))
+        if before != now:
+            raise UserError(
+                f"{path} was trained with parameter groups {', '.join(before)}, the stage has {', '.join(now)}: "
+                "set optim.name as it was, or begin a new stage with start_from"
+            )
+        files = ShardFiles(path)
+        for source, target in moves(old, state.layout, self.rank):
+            for kind, tensors in state.tensors.items():
+                if not tensors[target.group].numel():  # Muon has no second moment
+                    continue
+                values = files.read(source.rank, f"{kind}.{source.group}", source.offset, source.offset + source.length)
+                tensors[target.group][target.offset : target.offset + target.length] = values
+        engine.finish_load(manifest["optimizer"]["step"], replicated)
+        self._newest = manifest
+        return manifest["trainer"]
+
+
+def _start(folder: Path, manifest: dict[str, Any], job: Callable[[], dict[str, Written]]) -> _Work:
+    def run() -> None:
+        try:
+            # of this thread alone (Linux): where cores are few, writing takes what the steps leave
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            work.result = job()
+        except Exception as error:  # told to the training thread, which agrees on it with the other ranks
+            work.error = error
+
+    work = _Work(folder, manifest, threading.Thread(target=run, name=f"checkpoint {folder.name}", daemon=True))
+    work.thread.start()
+    return work
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def _remove(folder: Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
+    """Whole fp32 weights, with or without a process group: for sampling, for export, and to start another stage from.
+
+    Inside a process group, all ranks have to call it: they share the work of checking a run's newest checkpoint.
+
+    Args:
+        path: a run's folder (its newest good checkpoint is taken), a checkpoint, or exported safetensors (a file, or a
+            folder of them).
+        which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`. Exported
+            safetensors hold one set, which is what they were exported as.
+
+    Returns:
+        Tensors by name, read when they are asked for.
+
+    Raises:
+        UserError: there are no weights at `path`, or not that average.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        newest = Checkpoints(path / "checkpoints", CheckpointConfig()).newest()
+        if newest is None:
+            for folder in (path / "checkpoints").iterdir():
+                refuse_other_format(folder)
+            raise UserError(f"{path} has no checkpoint that is whole: name another run")
+        return ShardedWeights(newest, which)
+    if (path / MANIFEST).exists():
+        return ShardedWeights(path, which)
+    files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors")
+    return ExportedWeights(files)

@@ -1,0 +1,135 @@
+"""The whole weights inside a checkpoint or an export, read without a process group, each when it is asked for."""
+
+import json
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.common.errors import UserError
+from pipeline.checkpoint.files import ShardFiles
+from pipeline.engine.layout import Layout
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REPLICATED = "replicated.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def refuse_other_format(folder: Path) -> None:
+    """Say what is wrong with a checkpoint that another version wrote.
+
+    Raises:
+        UserError: its manifest names another format.
+    """
+    try:
+        format = json.loads((folder / MANIFEST).read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if format != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: use the version of its run")
+
+
+class ShardedWeights(Mapping[str, Tensor]):
+    """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
+
+    def __init__(self, folder: Path, which: str) -> None:
+        """Read the manifest.
+
+        Args:
+            folder: a checkpoint.
+            which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`.
+
+        Raises:
+            UserError: it is no checkpoint, or does not hold that average.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            refuse_other_format(folder)
+            raise UserError(f"{folder} is no checkpoint: name a run's folder, or one of its checkpoints")
+        self._kind = _kind(folder, which, manifest["ema"])
+        self._layout = Layout.from_json(manifest["layout"])
+        self._files = ShardFiles(folder)
+        self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
+        self.shapes = self._layout.shapes | {name: tuple(value.shape) for name, value in self._replicated.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._replicated:
+            return self._replicated[name]
+        whole = torch.empty(self.shapes[name], dtype=torch.float32)
+        flat = whole.view(-1)
+        for run in self._layout.runs(name):
+            values = self._files.read(run.rank, f"{self._kind}.{run.group}", run.offset, run.offset + run.length)
+            flat[run.start : run.start + run.length] = values
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _kind(folder: Path, which: str, decays: Sequence[float]) -> str:
+    """What the tensors of these weights are called in a checkpoint."""
+    if which == "raw":
+        return "master"
+    try:
+        return f"ema_{0 if which == 'ema' else decays.index(float(which))}"
+    except ValueError as error:
+        kept = ", ".join(map(str, decays))
+        raise UserError(f"{folder}: no weights `{which}` there: choose raw, ema, or the decay of an average: {kept}") from error
+
+
+class ExportedWeights(Mapping[str, Tensor]):
+    """The weights of safetensors files, as fp32."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read names and shapes.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                        self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise UserError(f"{path}: damaged: {error}: export again") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder's weights the mode of a newly made file; safetensors lets nobody but their owner read them."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode") as place:
+        new = Path(place, "new")
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)

@@ -1,0 +1,8 @@
+"""The network under DeepSpeed ZeRO: the only sub-package that imports deepspeed."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # read when deepspeed is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

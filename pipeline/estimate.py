@@ -1,0 +1,255 @@
+"""What a stage needs: parameters, FLOPs, memory per GPU, speed, days, store.
+
+    python -m pipeline.estimate li_dit_1b_256 --gpus 8,64,512 [--mfu 0.5] [--resolution 256] [--widths 4096,4096] [key=value ...]
+
+All of it is arithmetic on the settings; the terms are the ones below, each tested against the real tiny network.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from model.common.errors import UserError, command
+from model.config import DiTConfig
+from model.flops import count_parameters, flops_per_sample
+from model.fusion import collaborates, refiner_size
+from pipeline.stage.config import StageConfig, load_stage
+
+_PATCH_VALUES, _TEXT_VALUES, _BLOCK_VECTORS = 47, 8, 12
+"""Values that a DiT block keeps for its backward pass without compiling: per patch and channel, per text token and channel,
+per sample and channel (modulation)."""
+_OUTER_VALUES = 11
+"""The same of the layers before and after the blocks, per patch and channel."""
+_REFINER_VALUES = 33
+"""The same of a refiner's block, per token and channel of the refiners' width."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the stage's file does not say."""
+
+    gpus: int
+    gpus_per_node: int = 8
+    mfu: float = 0.5
+    peak_tflops: float = 989.0
+    """Dense bf16 peak of a GPU; 989 = H100 and H200."""
+    height: int = 256
+    """Pixels."""
+    width: int = 256
+    llm_widths: tuple[int, ...] = (4096, 4096)
+    prefix_tokens: int = 40
+    caption_tokens: int = 100
+    captions: int = 2
+    """Captions per pair."""
+    pairs: int = 30_000_000
+    channels: int = 16
+    downsampling: int = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The results; bytes per GPU in `memory`."""
+
+    parameters: dict[str, int]
+    flops_per_sample: float
+    local_batch: int
+    micro_batch: int
+    memory: dict[str, float]
+    samples_per_second: float
+    days: float
+    bytes_per_pair: float
+    store_bytes: float
+    read_per_node: float
+    """Bytes a second."""
+    checkpoint_bytes: float
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes per GPU."""
+        return sum(self.memory.values())
+
+
+def make_plan(stage: StageConfig, setup: Setup) -> Plan:
+    """Work a stage out for a number of GPUs.
+
+    Raises:
+        UserError: the global batch does not divide, or there is no width for some LLM.
+    """
+    if len(setup.llm_widths) != len(stage.fusion.families):
+        raise UserError(
+            f"--widths gives {len(setup.llm_widths)} widths for the {len(stage.fusion.families)} LLMs of fusion.families"
+        )
+    local_batch, left = divmod(stage.global_batch, setup.gpus)
+    if left or local_batch == 0:
+        raise UserError(f"global_batch={stage.global_batch} is not a multiple of {setup.gpus} GPUs: choose another --gpus")
+    dit = stage.dit(setup.channels)
+    widths = list(setup.llm_widths)
+    parameters = count_parameters(dit, stage.fusion, widths)
+    rows, columns = setup.height // setup.downsampling, setup.width // setup.downsampling
+    tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
+    flops = flops_per_sample(dit, stage.fusion, widths, rows, columns, tokens, [setup.prefix_tokens] * len(widths))
+    micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
+    matrices = muon_parameters(stage, dit, len(widths))
+    memory = state_memory(stage, parameters["total"], setup.gpus, matrices)
+    memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
+    speed = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu / flops
+    pair_bytes = bytes_per_pair(setup)
+    return Plan(
+        parameters=parameters,
+        flops_per_sample=flops,
+        local_batch=local_batch,
+        micro_batch=micro_batch,
+        memory=memory,
+        samples_per_second=speed,
+        days=stage.samples / speed / 86400,
+        bytes_per_pair=pair_bytes,
+        store_bytes=pair_bytes * setup.pairs,
+        read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
+        checkpoint_bytes=parameters["total"] * 4.0 * (3 + len(stage.ema)) - 4.0 * matrices,
+    )
+
+
+def muon_parameters(stage: StageConfig, dit: DiTConfig, llms: int) -> int:
+    """Parameters that Muon trains: the matrices of the blocks of DiT and refiners; 0 with AdamW."""
+    if stage.optim.name != "muon":
+        return 0
+    width, _ = refiner_size(stage.fusion, dit)
+    own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
+    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, llms) else 0
+    refiner_block = 4 * width**2 + 2 * width * int(dit.mlp_ratio * width)  # attention, feed-forward layer
+    dit_block = 8 * dit.width**2 + 2 * dit.width * int(dit.mlp_ratio * dit.width)  # two attentions
+    return dit.depth * dit_block + llms * (own + across) * refiner_block
+
+
+def state_memory(stage: StageConfig, parameters: int, gpus: int, matrices: int = 0) -> dict[str, float]:
+    """Bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
+
+    ZeRO-3 shards all; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and fp32 gradients. `step` is the fp32 copy of one
+    sub-group's gradients, `gathered` the whole weights that ZeRO-3 has at a time. Of the parameters, Muon trains `matrices`, with
+    one moment.
+    """
+    engine = stage.engine
+    share = parameters / gpus
+    size = 2 if engine.precision == "bf16" else 4
+    shared_weights = share if engine.zero_stage == 3 else parameters
+    memory = {
+        "weights": size * shared_weights,
+        "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
+        "masters": 4.0 * share,
+        "moments": 8.0 * share - 4.0 * matrices / gpus,
+        "EMA": 4.0 * share * len(stage.ema),
+        "step": 4.0 * min(share, engine.sub_group_size),
+        "reduce bucket": 4.0 * min(engine.reduce_bucket, parameters),
+    }
+    if engine.zero_stage == 3:
+        memory["gathered"] = size * float(min(engine.max_live_parameters, parameters))
+    return memory
+
+
+def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
+    """Bytes of activations per sample, eager; a compiled block keeps less.
+
+    A checkpointed block keeps only its input; the largest recomputed one comes on top.
+    """
+    size = 2 if stage.engine.precision == "bf16" else 4
+    patches = setup.height * setup.width // (setup.downsampling * dit.patch) ** 2
+    text = setup.caption_tokens * len(setup.llm_widths)
+    block = dit.width * (_PATCH_VALUES * patches + _TEXT_VALUES * text + _BLOCK_VECTORS)
+    every = stage.model.checkpoint_every
+    checkpointed = dit.depth // every if every else 0
+    blocks = (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
+    refiner_width, _ = refiner_size(stage.fusion, dit)
+    own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
+    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
+    refined = (setup.prefix_tokens + setup.caption_tokens) * len(setup.llm_widths)
+    refiners = _REFINER_VALUES * refiner_width * refined * (own + across)
+    return size * float(blocks + _OUTER_VALUES * patches * dit.width + refiners)
+
+
+def bytes_per_pair(setup: Setup) -> float:
+    """Bytes in the store of one pair's latents (mean and spread, bf16) and captions (int8, an fp32 scale a token, each LLM)."""
+    latents = 4.0 * setup.channels * setup.height * setup.width / setup.downsampling**2
+    return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
+
+
+def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
+    """Print one column per number of GPUs."""
+    plans = [make_plan(stage, setup) for setup in setups]
+    first, setup = plans[0], setups[0]
+    counts, tera = first.parameters, first.flops_per_sample / 1e12
+    for line in (
+        f"{stage.name}: {counts['dit'] / 1e9:.2f}B parameters in the DiT, {counts['refiners'] / 1e9:.2f}B in the refiners",
+        f"{tera:.2f} TFLOP per sample at {setup.height} x {setup.width}; MFU {setup.mfu:.0%} of {setup.peak_tflops:g} TFLOP/s",
+        f"store {first.store_bytes / 1e12:.2f} TB: {setup.pairs:,} pairs of {first.bytes_per_pair / 1e3:.0f} kB",
+        f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
+    ):
+        console.print(line, highlight=False)
+    table = Table("", *[f"{setup.gpus} GPUs" for setup in setups])
+    table.add_row("samples per GPU and step", *[str(plan.local_batch) for plan in plans])
+    table.add_row("of them at once", *[str(plan.micro_batch) for plan in plans])
+    for kind in first.memory:
+        table.add_row(f"{kind}, GB", *[f"{plan.memory[kind] / 1e9:.2f}" for plan in plans])
+    table.add_row("memory per GPU, GB", *[f"{plan.total_memory / 1e9:.1f}" for plan in plans], style="bold")
+    for label, every in (("no checkpointing", 0), ("every block", 1)):
+        other, dit = replace(stage, model=replace(stage.model, checkpoint_every=every)), stage.dit(setup.channels)
+        row = [activation_bytes(other, dit, setup) * plan.micro_batch / 1e9 for setup, plan in zip(setups, plans, strict=True)]
+        table.add_row(f"activations, {label}, GB", *[f"{value:.1f}" for value in row])
+    table.add_row("samples/s", *[f"{plan.samples_per_second:,.0f}" for plan in plans])
+    table.add_row("days", *[f"{plan.days:.2f}" for plan in plans], style="bold")
+    table.add_row("read per node, MB/s", *[f"{plan.read_per_node / 1e6:.0f}" for plan in plans])
+    console.print(table)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", help="name of a shipped stage, or path of a YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpus", type=_numbers, default=(8, 64, 512), help="one or more numbers of GPUs, such as 8,64,512")
+    parser.add_argument("--gpus-per-node", type=int, default=Setup.gpus_per_node)
+    parser.add_argument("--mfu", type=float, default=Setup.mfu, help="share of the peak that is reached")
+    parser.add_argument("--peak-tflops", type=float, default=Setup.peak_tflops)
+    parser.add_argument("--resolution", type=int, help="pixels of a square image; default: the stage's sample.height")
+    parser.add_argument("--widths", type=_numbers, help="width of each LLM's states; default 4096 each")
+    parser.add_argument("--caption-tokens", type=int, default=Setup.caption_tokens)
+    parser.add_argument("--prefix-tokens", type=int, default=Setup.prefix_tokens)
+    parser.add_argument("--captions", type=int, default=Setup.captions, help="captions stored per pair")
+    parser.add_argument("--pairs", type=int, default=Setup.pairs)
+    return parser.parse_intermixed_args(arguments)
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of `python -m pipeline.estimate`."""
+    options = parse(arguments)
+    stage = load_stage(options.stage, options.overrides)
+    setups = [
+        Setup(
+            gpus=gpus,
+            gpus_per_node=options.gpus_per_node,
+            mfu=options.mfu,
+            peak_tflops=options.peak_tflops,
+            height=options.resolution or stage.sample.height,
+            width=options.resolution or stage.sample.width,
+            llm_widths=options.widths or (4096,) * len(stage.fusion.families),
+            prefix_tokens=options.prefix_tokens,
+            caption_tokens=options.caption_tokens,
+            captions=options.captions,
+            pairs=options.pairs,
+        )
+        for gpus in options.gpus
+    ]
+    show(stage, setups, Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Which process of the run this is, and the few agreements that the ranks make outside of the engine.
+
+Nothing here imports torch at the top: ranks are read, and signal handlers set, before the seconds that torch takes.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from model.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among the run's processes: one process per GPU, or any number of them on CPU."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "Distributed":
+        """Read what torchrun or a Slurm step set, else one process alone; then name the meeting point for torch.
+
+        A Slurm batch script itself is no step, so a command in it without `srun` runs alone.
+
+        Raises:
+            UserError: torchrun's variables are incomplete, or this is not a rank of that world.
+        """
+        if "RANK" in os.environ:
+            missing = [name for name in _TORCHRUN if name not in os.environ]
+            if missing:
+                raise UserError(f"RANK is set but {', '.join(missing)} not: start with torchrun or srun, or unset RANK")
+            ranks = cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+            ranks = cls(*(int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")))
+        else:
+            ranks = cls(0, 1, 0)
+        if not 0 <= ranks.rank < ranks.world:
+            raise UserError(
+                f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, unset RANK and WORLD_SIZE"
+            )
+        ranks._export()
+        return ranks
+
+    @property
+    def device(self) -> "torch.device":
+        """This process's GPU, or the CPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def _export(self) -> None:
+        """Set what torch's and DeepSpeed's `env://` start reads."""
+        values = (self.rank, self.world, self.local_rank)
+        os.environ.update({name: str(value) for name, value in zip(_TORCHRUN, values, strict=True)})
+        if self.world == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            if "MASTER_PORT" not in os.environ:
+                os.environ["MASTER_PORT"] = str(free_port())
+            return
+        for name, value in slurm_meeting_point(os.environ).items():
+            os.environ.setdefault(name, value)
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError(
+                "MASTER_ADDR or MASTER_PORT is not set: export the first node's name and a free port, as cluster/train.sh does"
+            )
+
+
+def slurm_meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node of a Slurm step and a port of its job, as MASTER_ADDR and MASTER_PORT; empty outside of Slurm."""
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+    found = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    if found is None:
+        return {}
+    port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
+    return {"MASTER_ADDR": found[1] + (found[2] or ""), "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def all_reduce_min(value: int, group: "dist.ProcessGroup | None" = None) -> int:
+    """The smallest of all ranks' values: how the ranks agree that all have succeeded. Collective; alone, the value."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    number = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
+    return int(number.item())
+
+
+def gather(value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
+    """All ranks' small values in rank order, on every rank. Collective; alone, just the value."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def first_failure(failure: str) -> str:
+    """What has failed on the first rank on which something has; "" = nothing on any. Collective; alone, the rank's own.
+
+    In a group of its own on the CPU, beside what the caller does with others; a rank may come half an hour after the rest.
+
+    Raises:
+        RuntimeError: a rank has gone, or not come.
+    """
+    import torch.distributed as dist
+
+    rank, world = rank_and_world()
+    if world == 1:
+        return failure
+    group = _cpu_group(dist.group.WORLD)
+    first = all_reduce_min(rank if failure else world, group)
+    return f"{gather(failure, group)[first]} (on rank {first})" if first < world else ""
+
+
+@lru_cache(maxsize=1)
+def _cpu_group(world: object) -> "dist.ProcessGroup":
+    """All ranks of the process group `world`."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # pyright: ignore[reportReturnType]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,325 @@
+"""A stage: one YAML under `pipeline/stages/`, or anywhere, checked against these dataclasses.
+
+Progress, schedules and intervals are counted in samples, so they keep their meaning when the batch size changes.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
+
+from model.common.errors import UserError
+from model.common.settings import read_settings
+from model.config import DiTConfig, FusionConfig, TextConfig
+from model.presets import PRESETS
+
+STAGES = Path(__file__).parents[1] / "stages"
+
+
+@dataclass
+class DatasetShare:
+    """One dataset of a mixture."""
+
+    weight: float = 1.0
+    """Samples are drawn from each dataset in proportion to its weight; small ones are read several times over."""
+    store: str = ""
+    """Empty = `data.store`."""
+    snapshot: str = "latest"
+
+
+@dataclass
+class DataConfig:
+    """What a stage reads."""
+
+    store: str = ""
+    dataset: str = ""
+    snapshot: str = "latest"
+    """Id of a snapshot, or `latest`: the newest when the run starts; the run then keeps to it."""
+    datasets: dict[str, DatasetShare] = field(default_factory=dict)
+    """A mixture, in place of `dataset` and `snapshot`: name -> weight, and its own store and snapshot where they differ. The
+    first one's constants of text families hold for all, so add others behind it."""
+    latents: str = "latents"
+    """Name of the latents family."""
+    cache: str = ""
+    """Local directory for downloaded shards; empty = `$XDG_CACHE_HOME/li-dit` (s3 stores only)."""
+    cache_limit_gb: float | None = None
+    workers: int = 2
+    """Loader processes per rank."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """Caption kind -> weight in the draw of a sample's caption; empty = all captions alike."""
+    caption_drop: float = 0.1
+    """Share of samples whose caption is the null caption, for classifier-free guidance."""
+    canonical_nodes: int = 1
+    """Lanes of the epoch plan: each node of a run reads whole lanes, so it downloads only its own parts."""
+    shuffle_parts: int = 8
+    """Parts per lane whose rows are shuffled together."""
+    tokens_per_batch: int | None = None
+    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples a step than
+    `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
+    batch_multiple: int = 1
+    """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the run may have."""
+    seed: int = 0
+    validation_parts: int = 0
+    """Parts at the end of the snapshot's largest bucket held out from training for the validation loss."""
+
+
+@dataclass
+class ModelConfig:
+    """The DiT: a preset, with any field of `DiTConfig` set over it."""
+
+    preset: str = "tiny"
+    depth: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    patch: int | None = None
+    checkpoint_every: int = 0
+    """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
+    compile: bool = False
+    """`torch.compile` each block's forward, for all buckets before the first step."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the network learns to predict."""
+
+    name: Literal["flow", "ddpm"] = "flow"
+    """`flow`: rectified flow, velocity; `ddpm`: the paper's epsilon-prediction (appendix A.1)."""
+    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Density of t for `flow`; `ddpm` draws its 1,000 steps uniformly."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    """Resolution shift of t towards noise: t -> shift t / (1 + (shift - 1) t)."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest, with one learning rate and decay for both."""
+    momentum: float = 0.95
+    """Of Muon."""
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_samples: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_lr: float = 0.0
+    """Where cosine and linear end, as a share of `lr`."""
+    clip: float = 1.0
+    max_skipped_steps: int = 20
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    spike: float | None = None
+    """Skip a step whose gradient norm is above this multiple of its running mean; None = only non-finite steps."""
+
+
+@dataclass
+class EngineConfig:
+    """ZeRO settings; the reasons stand in pipeline/engine/settings.py."""
+
+    zero_stage: Literal[1, 2, 3] = 3
+    """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32 gradients in
+    DeepSpeed."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    micro_batch: int | None = None
+    """Samples per rank and micro-step; None = the whole share of the global batch at once."""
+    reduce_bucket: int = 200_000_000
+    prefetch_bucket: int = 310_000_000
+    max_live_parameters: int = 1_200_000_000
+    max_reuse_distance: int = 600_000_000
+    persistence_threshold: int = 100_000
+    sub_group_size: int = 1_000_000_000
+    hpz: int = 1
+    overlap_comm: bool = True
+    timeout_minutes: int = 10
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and which stay."""
+
+    every_samples: int = 100_000
+    keep_last: int = 2
+    keep_every_samples: int | None = None
+    """Checkpoints at multiples of this stay for ever."""
+    upload: str = ""
+    """A store URI that gets a copy of each checkpoint; empty = none."""
+
+
+@dataclass
+class SampleConfig:
+    """The grid of images drawn while training, and the defaults of sampling."""
+
+    every_samples: int = 0
+    """0 = no grids while training."""
+    prompts: list[str] = field(default_factory=list)
+    scenes: int = 0
+    """Held-out scenes that are drawn too and scored, so that prompt following is a curve; `data_prep/scenes/grammar.py`."""
+    steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+    height: int = 256
+    width: int = 256
+
+
+@dataclass
+class LogConfig:
+    """What is written while training."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+    """W&B project; empty = off."""
+    validate_every_samples: int = 0
+    peak_tflops: float | None = None
+    """Device's dense bf16 peak for MFU; None = known devices by name, else no MFU."""
+
+
+@dataclass
+class StageConfig:
+    """One stage of pretraining."""
+
+    name: str = ""
+    runs: str = "runs"
+    """Folder of runs; this one's is `<runs>/<name>`."""
+    start_from: str = ""
+    """Run folder or exported weights of an earlier stage to start from; empty = fresh weights."""
+    start_weights: str = "ema"
+    """`ema` = the earlier stage's first average, `raw`, or the decay of an average."""
+    samples: int = 1_000_000
+    """Length of the stage."""
+    global_batch: int = 256
+    vae: str = ""
+    """Folder or hub name of the VAE, for drawing images; empty = the one that the latents family names."""
+    data: DataConfig = field(default_factory=DataConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    text: list[TextConfig] = field(default_factory=list)
+    """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML describes it. The captions
+    come from the pairs, so the dataset needs pairs and latents alone."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    ema: list[float] = field(default_factory=lambda: [0.9999])
+    """Decays of the averages to keep; the first is the one that is sampled and exported by default."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        """Check the fields against one another.
+
+        Raises:
+            UserError: a setting is out of range or contradicts another.
+        """
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise UserError(f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's folder")
+        if self.global_batch < 1 or self.samples < self.global_batch:
+            raise UserError(f"samples={self.samples} is less than one global batch of {self.global_batch}: raise samples")
+        if not 0 <= self.data.caption_drop <= 1:
+            raise UserError(f"data.caption_drop={self.data.caption_drop}: set a share between 0 and 1")
+        if any(not 0 < decay < 1 for decay in self.ema) or not self.ema:
+            raise UserError(f"ema={self.ema}: name at least one decay between 0 and 1")
+        if self.fusion.encode == "online":
+            if lacking := set(self.fusion.families) - {text.name for text in self.text}:
+                raise UserError(f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it")
+            if self.fusion.expect:
+                raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
+        if self.sample.every_samples and not (self.sample.prompts or self.sample.scenes):
+            raise UserError("sample.every_samples asks for pictures, and there are none: set sample.prompts or sample.scenes")
+        if self.global_batch % self.data.canonical_nodes:
+            lanes = self.data.canonical_nodes
+            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
+        mixed = self.data.datasets
+        if mixed and (self.data.dataset or self.data.snapshot != "latest"):
+            raise UserError(
+                "data.datasets stands in place of data.dataset and data.snapshot: empty data.dataset, or name one only"
+            )
+        if len(mixed) == 1:
+            raise UserError(f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed")
+        if wrong := [name for name, share in mixed.items() if not 0 < share.weight < math.inf]:
+            raise UserError(f"data.datasets.{wrong[0]}.weight={mixed[wrong[0]].weight}: set a number above 0")
+        if self.data.batch_multiple < 1 or self.global_batch % self.data.batch_multiple:
+            multiple = self.data.batch_multiple
+            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.batch_multiple={multiple}: change one")
+
+    @property
+    def run(self) -> Path:
+        """Folder of this run."""
+        return Path(self.runs) / self.name
+
+    @property
+    def text_folder(self) -> Path:
+        """Where a run that encodes online keeps what all captions share."""
+        return self.run / "text"
+
+    def batch(self, positions: int) -> int:
+        """Samples of a global batch of a bucket whose latents have `positions` = height x width; 0 = not one fits."""
+        if self.data.tokens_per_batch is None:
+            return self.global_batch
+        multiple = math.lcm(self.data.canonical_nodes, self.data.batch_multiple)
+        return min(self.global_batch, self.data.tokens_per_batch // positions // multiple * multiple)
+
+    def dit(self, channels: int) -> DiTConfig:
+        """Sizes of the DiT for latents of `channels` channels.
+
+        Raises:
+            UserError: the preset is unknown.
+        """
+        if self.model.preset not in PRESETS:
+            raise UserError(_unknown("model.preset", self.model.preset, list(PRESETS)))
+        set_over = {key: value for key in ("depth", "width", "heads", "patch") if (value := getattr(self.model, key)) is not None}
+        preset = PRESETS[self.model.preset]
+        return DiTConfig(**{**vars(preset), **set_over, "channels": channels})
+
+
+def _unknown(key: str, value: str, known: list[str]) -> str:
+    nearest = get_close_matches(value, known, n=1)
+    hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+    return f"{key}={value} is unknown: {hint}known are {', '.join(sorted(known))}"
+
+
+def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
+    """Read a stage by the name of a shipped one or by the path of a YAML, and apply `key=value` overrides.
+
+    Raises:
+        UserError: no such stage, an unknown key (the message names the nearest right one), a wrong type, or settings
+            that contradict one another.
+    """
+    path = Path(stage)
+    if not stage.endswith((".yaml", ".yml")):
+        path = STAGES / f"{stage}.yaml"
+        if not path.exists():
+            raise UserError(_unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
+    config: StageConfig = read_settings(StageConfig, path, list(overrides))
+    config.name = config.name or path.stem
+    return config
+
+
+def load_run(run: Path) -> StageConfig:
+    """The stage of a run, as its folder keeps it.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
+    if not (run / "stage.yaml").exists():
+        raise UserError(f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo")
+    return read_settings(StageConfig, run / "stage.yaml", [])
+
+
+def dump_stage(config: StageConfig) -> str:
+    """The resolved stage as YAML, as `--dry-run` prints it and a run keeps it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def cache_root(config: DataConfig) -> Path:
+    """Directory under which shards of remote stores are cached."""
+    return Path(config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "li-dit"))

@@ -1,0 +1,96 @@
+"""Online mode (`fusion.encode: online`): the trainer runs the LLMs itself, for small data or to try an encoder.
+
+Captions come from the pairs, so a dataset with pairs and latents is enough. The stage describes its encoders (`text`) by the
+settings that a dataset's YAML has for families. What all captions share (states of the prefix and of the null caption, mean
+and spread of each channel) is measured once, at the run's first start, and kept in the run's folder as a store keeps a
+family: training, sampling and export read it in one way, and an encoder that changed since is refused. States pass through
+the family's quantisation, so the network sees the numbers that it would read from a store.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from data_prep.dataset.parts import register_family
+from data_prep.dataset.schema import Family
+from data_prep.dataset.snapshot_reader import read_constants, read_family
+from data_prep.families.text import check_prefix, measure_constants, text_family
+from data_prep.store.store import Store, open_store
+from model.common.errors import UserError
+from model.config import TextConfig
+from model.encoders.text_encoder import TextEncoder, check_identity, load_encoder
+from pipeline.stage.config import StageConfig
+from pipeline.text.texts import PackedText, TextConstants, pack
+
+log = logging.getLogger(__name__)
+
+
+def register_encoders(stage: StageConfig, dataset: Store, device: torch.device) -> None:
+    """Measure what all captions share and keep it in the run's folder, unless an earlier start did; each rank may call this.
+
+    Raises:
+        UserError: an encoder cannot be loaded, or the dataset has no captions yet.
+    """
+    kept = open_store(str(stage.text_folder), create=True)
+    for text in _in_fusion_order(stage):
+        if not kept.exists(Family(text.name, "text", {}).key):
+            encoder = load_encoder(text, device)
+            register_family(kept, text_family(text, encoder), measure_constants(dataset, encoder))
+
+
+def online_families(stage: StageConfig) -> dict[str, Family]:
+    """The families of the stage's encoders in fusion order: as registered, or, before the first start, as the LLMs say."""
+    if stage.text_folder.is_dir():
+        kept = open_store(str(stage.text_folder))
+        return {text.name: read_family(kept, text.name) for text in _in_fusion_order(stage)}
+    return {text.name: text_family(text, load_encoder(text, torch.device("cpu"))) for text in _in_fusion_order(stage)}
+
+
+def _in_fusion_order(stage: StageConfig) -> list[TextConfig]:
+    described = {text.name: text for text in stage.text}
+    return [described[name] for name in dict.fromkeys(stage.fusion.families)]
+
+
+class OnlineTexts:
+    """The stage's encoders, at work beside the network."""
+
+    def __init__(self, stage: StageConfig, device: torch.device) -> None:
+        """Load them.
+
+        Raises:
+            UserError: one cannot be loaded, or gives other numbers than at the run's first start.
+        """
+        kept = open_store(str(stage.text_folder))
+        self.constants: dict[str, TextConstants] = {}
+        self._encoders: dict[str, TextEncoder] = {}
+        self._told: set[str] = set()
+        for text in _in_fusion_order(stage):
+            encoder, family = load_encoder(text, device), read_family(kept, text.name)
+            check_identity(encoder, text.name, family.identity)
+            check_prefix(encoder, family, read_constants(kept, family))
+            self.constants[text.name] = TextConstants.load(kept, family, device)
+            self._encoders[text.name] = encoder
+
+    def encode(self, captions: Sequence[str]) -> dict[str, PackedText]:
+        """A batch's captions as each family would store them; an empty one is the null caption.
+
+        What a batch gives depends on the batch alone, nothing is remembered between batches: so a resumed run repeats an
+        uninterrupted one.
+
+        Raises:
+            UserError: states are not finite.
+        """
+        stripped = [caption.strip() for caption in captions]
+        distinct = [caption for caption in dict.fromkeys(stripped) if caption]
+        packed = {}
+        for name, encoder in self._encoders.items():
+            states = dict(zip(distinct, encoder.encode(encoder.tokenize(distinct)), strict=True))
+            try:
+                packed[name] = pack([states.get(caption) for caption in stripped], self.constants[name])
+            except ValueError as error:
+                raise UserError(f"{encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32") from error
+            if encoder.truncated and name not in self._told:
+                self._told.add(name)
+                log.warning("%s: captions longer than max_tokens=%d are cut", name, encoder.config.max_tokens)
+        return packed

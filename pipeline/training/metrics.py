@@ -1,0 +1,191 @@
+"""What a run tells about itself: JSONL always, TensorBoard by default, W&B on request; and reading it back."""
+
+import importlib
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.common.errors import UserError
+from pipeline.stage.config import LogConfig
+
+TIMESTEP_BINS = 4
+"""Losses are also reported in this many equal bins of t."""
+
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+    "MI300X": 1307.0,
+}
+"""Dense bf16 peaks by a part of the device's name, TFLOP/s."""
+
+
+def peak_flops(log: LogConfig) -> float | None:
+    """Peak FLOP/s of this rank's device, or None where it is not known (then no MFU is reported)."""
+    if log.peak_tflops is not None:
+        return log.peak_tflops * 1e12
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb() -> float:
+    """Most memory that this rank has held so far, in GiB: of its GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Interval:
+    """Sums over the steps since the last report; kept in checkpoints, so that a resumed run reports the same numbers."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Add `weight` observations of mean `value`."""
+        if weight:
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+            self.counts[name] = self.counts.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        """Mean of each quantity, and start anew."""
+        means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
+        self.__init__()
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+class RankSums:
+    """Sums and counts of named quantities on this rank's device, to be added up over the ranks once in a while."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.columns = {name: column for column, name in enumerate(names)}
+        self._table = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add observations of one quantity; nothing waits for the device."""
+        self._table[0, self.columns[name]] += values.double().sum()
+        self._table[1, self.columns[name]] += values.numel()
+
+    def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Add per-sample losses [B] to the bins `loss_t<i>` of their t [B]."""
+        columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        self._table[0].index_add_(0, columns, losses.double())
+        self._table[1].index_add_(0, columns, torch.ones_like(losses, dtype=torch.float64))
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """Mean and count of each quantity over all ranks, and start anew. Collective."""
+        table = self._table.clone()
+        self._table.zero_()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(table)
+        totals, counts = table.tolist()
+        return {name: (totals[at] / counts[at] if counts[at] else 0.0, counts[at]) for name, at in self.columns.items()}
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise UserError(f"log.wandb is set, but the package {error.name} is missing: pip install wandb") from error
+
+
+class MetricsLog:
+    """Writes the reports of rank 0; on other ranks it does nothing."""
+
+    def __init__(self, run: Path, log: LogConfig, stage_yaml: str, writes: bool) -> None:
+        self._file = (run / "metrics.jsonl").open("a", buffering=1) if writes else None
+        self._tensorboard = None
+        self._wandb = None
+        if writes and log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"))
+            self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
+        if writes and log.wandb:
+            self._wandb = _import_wandb().init(project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run))
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One line about something that happened: start, resume, save, stop."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": name, "time": time.time(), **fields}) + "\n")
+
+    def report(self, step: int, samples: int, values: dict[str, float]) -> None:
+        """The numbers of an interval that ended after `step` steps and `samples` samples."""
+        if self._file is None:
+            return
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, "samples": samples, "time": time.time(), **finite}) + "\n")
+        self._curves(step, samples, values)
+
+    def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
+        """What an evaluation found: an event in the file, a curve each, `<name>/<key>`, elsewhere."""
+        if not values:
+            return
+        self.event(name, step=step, samples=samples, **values)
+        self._curves(step, samples, {f"{name}/{key}": value for key, value in values.items()})
+
+    def _curves(self, step: int, samples: int, values: dict[str, float]) -> None:
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, samples)
+        if self._wandb is not None:
+            self._wandb.log({"samples": samples, **values}, step=step)
+
+    def image(self, name: str, pixels: Any, samples: int) -> None:
+        """A picture, uint8 [H, W, 3]."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, pixels, samples, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        for sink in (self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_lines(run: Path) -> Iterator[dict[str, Any]]:
+    """All whole lines of a run's metrics; a last line cut short by a crash is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_reports(run: Path) -> list[dict[str, Any]]:
+    """Reports by step; steps that were run twice, since a run went back to a checkpoint, count as last run."""
+    reports = {line["step"]: line for line in read_lines(run) if "event" not in line}
+    return [reports[step] for step in sorted(reports)]
+
+
+def read_events(run: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Events in order, all or those of one name."""
+    return [line for line in read_lines(run) if "event" in line and name in (None, line["event"])]

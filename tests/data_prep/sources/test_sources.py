@@ -1,0 +1,210 @@
+import json
+
+import pyarrow as pa
+import pytest
+
+from data_prep.config import SourceConfig
+from data_prep.sources.files import SourceFiles
+from data_prep.sources.folder import BAD_LINE, FolderSource
+from data_prep.sources.mds import MDSSource
+from data_prep.sources.openmoji import OpenMojiSource
+from data_prep.sources.parquet import NO_COLUMN, ParquetSource
+from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE
+from data_prep.sources.webdataset import WebDatasetSource
+from data_prep.store.store import open_store
+from model.common.errors import UserError
+from tests.helpers.raw_material import png, sample_members, tar_bytes, write_mds_folder, write_parquet, write_tar
+
+IMAGES = [png(number) for number in range(7)]
+
+
+def rows_of(source, columns=("caption", "extra")):
+    return [(name, sample) for name in source.files() for sample in source.read(name, columns)]
+
+
+def check_fetch(source):
+    """`fetch` gives the bytes that `read` gave, in whatever order they are asked for."""
+    for name in source.files():
+        good = [sample for sample in source.read(name, ["caption"]) if not sample.reason][::-1]
+        fetched = dict(source.fetch(name, [sample.place for sample in good]))
+        assert [fetched[position] for position in range(len(good))] == [sample.image for sample in good]
+
+
+def tar_of(numbers, **record):
+    return tar_bytes([m for n in numbers for m in sample_members(f"{n:04d}", IMAGES[n], {"caption": f"picture {n}", **record})])
+
+
+@pytest.mark.parametrize("glob", ["", "/*.tar", "/b.tar"])
+def test_webdataset(store_uri, glob):
+    store = open_store(store_uri, create=True)
+    store.put("b.tar", tar_of([2, 3], extra=["x", "y"]))
+    store.put("a.tar", tar_of([0, 1]))
+    store.put("notes.txt", b"not a tar")
+    source = WebDatasetSource(SourceConfig(path=store_uri + glob))
+    expected = [("a.tar", 0), ("a.tar", 1), ("b.tar", 2), ("b.tar", 3)]
+    expected = [entry for entry in expected if glob != "/b.tar" or entry[0] == "b.tar"]
+    found = rows_of(source)
+    assert [(name, sample.record["caption"]) for name, sample in found] == [(name, f"picture {n}") for name, n in expected]
+    assert [sample.image for _, sample in found] == [IMAGES[n] for _, n in expected]
+    check_fetch(source)
+
+
+def test_img2dataset_layout(tmp_path):
+    record = {"caption": "from json", "url": "u", "width": 3}
+    write_tar(tmp_path, "0.tar", [("0.png", IMAGES[0]), ("0.txt", b"from txt"), ("0.json", json.dumps(record).encode())])
+    write_tar(tmp_path, "1.tar", [("a/b.x.png", IMAGES[1]), ("a/b.txt", b"only txt")])
+    first, *rest = [sample for _, sample in rows_of(WebDatasetSource(SourceConfig(path=str(tmp_path))))]
+    assert (first.record["caption"], first.record["txt"]) == ("from json", "from txt")
+    assert [sample.record.get("caption") for sample in rest] == ["only txt"]
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_parquet_with_bytes(store_uri, as_struct, tmp_path):
+    rows = [
+        {
+            "image": {"bytes": image, "path": None} if as_struct else image,
+            "caption": [f"one {n}", f"two {n}"],
+            "extra": n,
+            "unused": "x",
+        }
+        for n, image in enumerate(IMAGES)
+    ]
+    write_parquet(tmp_path / "local.parquet", rows)
+    open_store(store_uri, create=True).put("in/a.parquet", (tmp_path / "local.parquet").read_bytes())
+    source = ParquetSource(SourceConfig(kind="parquet", path=f"{store_uri}/in/*.parquet"))
+    found = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in found] == IMAGES
+    assert found[3].record == {"caption": ["one 3", "two 3"], "extra": 3}
+    check_fetch(source)
+
+
+def test_parquet_with_paths(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(IMAGES[0])
+    (tmp_path.parent / "outside.png").write_bytes(IMAGES[1])
+    (tmp_path / "link.png").symlink_to(tmp_path.parent / "outside.png")
+    paths = [
+        "images/0.png",
+        f"{tmp_path}/images/0.png",
+        "gone.png",
+        "../outside.png",
+        str(tmp_path.parent / "outside.png"),
+        "link.png",
+        "images",
+        "a\0b",
+    ]
+    write_parquet(tmp_path / "a.parquet", [{"image": path, "caption": "x"} for path in paths])
+    source = ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path)))
+    found = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in found] == [IMAGES[0], IMAGES[0], None, None, None, None, None, None]
+    assert [sample.reason for sample in found] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE, NO_IMAGE, OUTSIDE]
+    check_fetch(source)
+
+
+def test_parquet_with_paths_in_a_bucket(s3, tmp_path):
+    store = open_store(s3)
+    store.put("in/images/0.png", IMAGES[0])
+    paths = ["images/0.png", f"{s3}/in/images/0.png", "gone.png", "../in/images/0.png", "s3://other/0.png", "/etc/passwd"]
+    write_parquet(tmp_path / "a.parquet", [{"image": path, "caption": "x"} for path in paths])
+    store.put("in/a.parquet", tmp_path / "a.parquet")
+    source = ParquetSource(SourceConfig(kind="parquet", path=f"{s3}/in"))
+    found = [sample for _, sample in rows_of(source)]
+    assert [sample.reason for sample in found] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE]
+    assert [sample.image for sample in found[:2]] == [IMAGES[0]] * 2
+    check_fetch(source)
+
+
+def test_parquet_without_the_image_column(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"caption": "x"}] * 5)
+    found = [sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))]
+    assert [sample.reason for sample in found] == [NO_COLUMN] * 5
+
+
+def test_parquet_with_text_that_is_not_utf8(tmp_path):
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xff", b"fine"], pa.binary()).buffers())
+    pa.parquet.write_table(pa.table({"image": [IMAGES[0], IMAGES[1]], "caption": broken}), tmp_path / "a.parquet")
+    found = [sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))]
+    assert [sample.record["caption"] for sample in found] == [b"a\xff", "fine"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_folder_with_metadata(store_uri, suffix):
+    store = open_store(store_uri, create=True)
+    for name in ("0.png", "sub/1.png", "unnamed.png"):
+        store.put(name, IMAGES[0] if name == "0.png" else IMAGES[1])
+    rows = [("0.png", "zero"), ("sub/1.png", "one, with a comma"), ("gone.png", "two"), ("../x.png", "three"), ("", "four")]
+    if suffix == "csv":
+        text = "file_name,caption\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows)
+    else:
+        text = "".join(json.dumps({"file_name": name, "caption": caption}) + "\n" for name, caption in rows) + "{broken\n"
+    store.put(f"metadata.{suffix}", text.encode())
+    source = FolderSource(SourceConfig(kind="folder", path=store_uri))
+    assert source.files() == ["."]
+    found = [sample for _, sample in rows_of(source)]
+    reasons = ["", "", NO_IMAGE, OUTSIDE, NO_IMAGE] + ([BAD_LINE] if suffix == "jsonl" else []) + [""]
+    assert [sample.reason for sample in found] == reasons
+    assert [sample.record.get("caption") for sample in found[:2]] == ["zero", "one, with a comma"]
+    assert found[-1].key == "unnamed.png"
+    check_fetch(source)
+
+
+def test_folder_with_texts(tmp_path):
+    for name, text in (("a/0", "zero"), ("b/1", "one\nline two"), ("b/2", None)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(IMAGES[0])
+        if text:
+            (tmp_path / f"{name}.txt").write_text(text)
+    source = FolderSource(SourceConfig(kind="folder", path=str(tmp_path)))
+    assert source.files() == ["a", "b"]
+    assert [sample.record.get("caption") for _, sample in rows_of(source)] == ["zero", "one\nline two", None]
+
+
+def test_mds(store_uri, tmp_path):
+    rows = [{"image": image, "caption": f"picture {n}", "extra": n} for n, image in enumerate(IMAGES)]
+    write_mds_folder(tmp_path / "written", rows, {"image": "bytes", "caption": "str", "extra": "int"})
+    store = open_store(store_uri, create=True)
+    for path in (tmp_path / "written").iterdir():
+        store.put(f"in/{path.name}", path)
+    source = MDSSource(SourceConfig(kind="mds", path=f"{store_uri}/in"))
+    assert len(source.files()) > 1
+    found = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in found] == IMAGES
+    assert [sample.record for sample in found] == [{"caption": f"picture {n}", "extra": n} for n in range(7)]
+    check_fetch(source)
+    shard = f"in/{source.files()[-1]}"
+    store.put(shard, store.read(shard)[:-100])
+    found = [sample for _, sample in rows_of(source)]
+    assert len(found) == 7
+    assert found[-1].reason == UNREADABLE
+
+
+def test_openmoji():
+    source = OpenMojiSource(16)
+    samples = list(source.read("openmoji", []))
+    good = {sample.record["caption"]: sample for sample in samples if not sample.reason}
+    assert len(good) > 3500
+    assert {"backpack", "red apple", "flag: Ghana"} <= set(good)
+    assert good["flag: Ghana"].record["flag"]
+    assert not good["backpack"].record["flag"]
+    backpack = good["backpack"]
+    assert dict(source.fetch("openmoji", [backpack.place])) == {0: backpack.image}
+
+
+@pytest.mark.parametrize("kind", [WebDatasetSource, ParquetSource, FolderSource, MDSSource])
+def test_nothing_there_is_the_users_error(tmp_path, kind):
+    with pytest.raises(UserError):
+        kind(SourceConfig(path=str(tmp_path))).files()
+    with pytest.raises(UserError):
+        kind(SourceConfig(path=str(tmp_path / "absent"))).files()
+
+
+def test_a_ranged_file_reads_like_a_file(s3):
+    store = open_store(s3)
+    data = bytes(range(256)) * 100
+    store.put("x.bin", data)
+    with SourceFiles(s3).open("x.bin") as file:
+        assert file.read(10) == data[:10]
+        assert file.seek(-20, 2) == len(data) - 20
+        assert file.read() == data[-20:]
+        file.seek(1000)
+        assert file.read(5000) == data[1000:6000]

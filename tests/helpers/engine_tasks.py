@@ -1,0 +1,293 @@
+"""What the ranks of the engine's and the checkpoints' tests do; each function runs on all of them."""
+
+import functools
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import dit
+from model.common.errors import UserError
+from model.config import DiTConfig, FusionConfig
+from model.dit import DiTBlock, LIDiT
+from model.fusion import Text
+from pipeline.engine.ema import warm_decay
+from pipeline.engine.engine import Engine
+from pipeline.engine.optim import parameter_groups
+from pipeline.runtime.distributed import rank_and_world
+from tests.helpers.small_network import GLOBAL_BATCH, Network, batch, stage
+
+LR = 0.01
+
+
+def make_engine(seed=0, network=Network, config=None, **settings):
+    torch.manual_seed(seed)
+    config = config or stage(**settings)
+    return Engine(network, config, GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]))
+
+
+def mean_over_ranks(value):
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+def own_part():
+    rank, world = rank_and_world()
+    return slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
+
+
+def train(engine, step, spoil=False, limit=math.inf):
+    """One step; its loss over the global batch, whether it was applied, its gradient norm."""
+    inputs, target = batch(step, own_part())
+    total = torch.zeros(())
+    for part in engine.micro_batches(len(target)):
+        latents, timesteps, texts = inputs
+        output = engine(latents[part].to(engine.dtype), timesteps[part], [text[part].to(engine.dtype) for text in texts])
+        loss = (output.float() - target[part]).square().mean()
+        engine.backward(loss * float("nan") if spoil else loss)
+        total += loss.detach() / engine.micro_steps
+    applied, norm = engine.step(LR, limit)
+    if applied:
+        engine.update_averages(GLOBAL_BATCH * (step + 1))
+    return mean_over_ranks(total), applied, norm
+
+
+def gathered(engine, kind):
+    """A kind of tensor of the engine's state, put together from all ranks' on rank 0; zeros for what Muon has not."""
+    state, weights = engine.state(), {}
+    flats = state.tensors[kind]
+    for name, shape in state.layout.shapes.items():
+        whole = torch.zeros(math.prod(shape))
+        for run in state.layout.runs(name):
+            if run.rank == engine.rank and flats[run.group].numel():
+                whole[run.start : run.start + run.length] = flats[run.group][run.offset : run.offset + run.length]
+        dist.reduce(whole, dst=0)
+        weights[name] = whole.view(shape)
+    return weights
+
+
+def full_weights(engine, kind):
+    """All weights, `master` or `ema_<i>`, as fp32 on rank 0; nothing on other ranks."""
+    weights = gathered(engine, kind) | {name: value.float() for name, value in engine.state().replicated.items()}
+    return weights if engine.rank == 0 else {}
+
+
+def local_state(engine):
+    """Copies of all that the rank owns, padding left out, and what it computes with."""
+    state = engine.state()
+    kept = {
+        (kind, run.name, run.start): tensors[run.group][run.offset : run.offset + run.length].clone()
+        for kind, tensors in state.tensors.items()
+        for run in state.layout.held(engine.rank)
+    }
+    return kept | state.replicated
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_like_ddp(settings, steps):
+    """(engine's, torch DDP's) losses, and the largest difference of the averages from a gathered reference."""
+    config = stage(**settings)
+    engine = make_engine(config=config)
+    torch.manual_seed(0)
+    plain = Network()
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    reference = DistributedDataParallel(plain, broadcast_buffers=False)
+    groups = parameter_groups(plain, config.optim.weight_decay, config.optim.name == "muon")
+    optimizers = [plain_optimizer(config, group) for group in groups]
+    assert {tensor.dtype for tensor in engine.master_weights.tensors} == {torch.float32}
+    first = full_weights(engine, "master")
+    if engine.rank == 0:
+        frozen_in_bf16 = {"frozen": start["frozen"].to(engine.dtype).float()}
+        assert same(first, start | frozen_in_bf16), "the masters are not the plain fp32 start"
+    averages, losses, worst = None, [], 0.0
+    for step in range(steps):
+        loss, applied, _ = train(engine, step)
+        assert applied
+        (latents, timesteps, texts), target = batch(step, own_part())
+        plain.zero_grad()
+        expected = (reference(latents, timesteps, texts) - target).square().mean()
+        expected.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), config.optim.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append((loss, mean_over_ranks(expected.detach())))
+        weights, average = full_weights(engine, "master"), full_weights(engine, "ema_0")
+        if engine.rank == 0:
+            averages = averages or {name: value.double() for name, value in first.items()}
+            for name, value in averages.items():
+                value += (1 - warm_decay(0.9, step)) * (weights[name].double() - value)
+                if name not in ("frozen", "seen"):
+                    worst = max(worst, float((value.float() - average[name]).abs().max()))
+    return losses, worst
+
+
+def plain_optimizer(config, group):
+    """Torch's own optimizer for a group."""
+    settings = {"lr": LR, "weight_decay": group.weight_decay}
+    if group.name == "muon":
+        return torch.optim.Muon(group.parameters, momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings)
+    return torch.optim.AdamW(group.parameters, betas=config.optim.betas, eps=config.optim.eps, **settings)
+
+
+def swap_and_skip(settings):
+    """The averages take the weights' place and leave no trace; a spoiled or a spiking step changes nothing on any rank."""
+    engine = make_engine(**settings)
+    for step in range(3):
+        train(engine, step)
+    inputs, _ = batch(9)
+    inputs = (inputs[0].to(engine.dtype), inputs[1], [text.to(engine.dtype) for text in inputs[2]])
+    with torch.no_grad():
+        plain_output = engine(*inputs).clone()
+    average, before = full_weights(engine, "ema_1"), local_state(engine)
+    with engine.averaged(1), torch.no_grad():
+        output = engine(*inputs).float()
+    assert same(local_state(engine), before)
+    with torch.no_grad():
+        assert torch.equal(engine(*inputs), plain_output)
+    if engine.rank == 0:
+        network = Network()
+        network.load_state_dict(average)
+        expected = network.to(engine.dtype)(*inputs).float()
+        torch.testing.assert_close(
+            output,
+            expected,
+            rtol=1e-5 if engine.dtype == torch.float32 else 0.02,
+            atol=2e-2 * (engine.dtype != torch.float32) + 1e-6,
+        )
+    _, applied, norm = train(engine, 3, spoil=engine.rank == engine.world - 1)
+    assert not applied
+    assert not math.isfinite(norm)
+    kept = local_state(engine)
+    assert same({name: kept[name] for name in kept if name != "seen"}, {name: before[name] for name in before if name != "seen"})
+    if settings.get("zero_stage", 3) == 3:
+        _, applied, norm = train(engine, 3, limit=1e-6)
+        assert not applied
+        assert norm > 1e-6
+    with_grad, applied, norm = train(engine, 3)
+    assert applied
+    assert math.isfinite(norm)
+    assert engine.state().optimizer_step == 4
+    return with_grad
+
+
+def compiled_blocks():
+    """(graphs, graph breaks) of a compiled LIDiT under ZeRO-3, and its losses beside those of the eager one."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    real = torch.compile
+    torch.compile = functools.partial(real, backend="aot_eager")
+    try:
+        losses = {}
+        for compiled in (False, True):
+            config = stage(micro_batch=None)
+            config.model.compile = compiled
+            engine = make_engine(network=tiny_dit, config=config)
+            losses[compiled] = [dit_step(engine, step) for step in range(2)]
+    finally:
+        torch.compile = real
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), losses
+
+
+def whole_while_building(settings):
+    """Most elements of parameters that this rank had at once while the network was built, its share of them, all of them."""
+    built, at_once = [], []
+
+    class WatchedBlock(DiTBlock):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            built.append(self)
+            at_once.append(sum(parameter.numel() for block in built for parameter in block.parameters()))
+
+    def build():
+        real, dit.DiTBlock = dit.DiTBlock, WatchedBlock
+        try:
+            return tiny_dit()
+        finally:
+            dit.DiTBlock = real
+
+    engine = make_engine(network=build, config=stage(**settings))
+    blocks = [name for name in engine.master_weights.layout.shapes if name.startswith("blocks.")]
+    held = sum(run.length for run in engine.master_weights.layout.held(engine.rank) if run.name in blocks)
+    return max(at_once), held, sum(math.prod(engine.master_weights.layout.shapes[name]) for name in blocks)
+
+
+def checkpointed_losses(every):
+    """Losses of a LIDiT under ZeRO-3 that recomputes every n-th block."""
+
+    def build():
+        network = tiny_dit()
+        network.checkpoint_every = every
+        return network
+
+    engine = make_engine(network=build, config=stage(micro_batch=None))
+    return [dit_step(engine, step) for step in range(3)]
+
+
+def tiny_dit(llms=2, width=32):
+    network = LIDiT(
+        DiTConfig(depth=3, width=width, heads=4, channels=4), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
+    )
+    return network
+
+
+def dit_step(engine, step):
+    generator = torch.Generator().manual_seed(step)
+    latents, target = torch.randn(2, GLOBAL_BATCH, 4, 8, 8, generator=generator)[:, own_part()]
+    states = [torch.randn(GLOBAL_BATCH, 6, width, generator=generator)[own_part()] for width in (24, 16)]
+    texts = [Text(value, torch.ones(value.shape[:2], dtype=torch.bool), 2) for value in states]
+    loss = (engine(latents.to(engine.dtype), torch.full((len(latents),), 0.5), texts).float() - target).square().mean()
+    engine.backward(loss)
+    engine.step(LR)
+    return mean_over_ranks(loss.detach())
+
+
+def fresh_masters_equal_plain(precision):
+    """Whether LIDiT's masters start as exactly the plain network's weights."""
+    engine = make_engine(seed=5, network=tiny_dit, precision=precision)
+    weights = full_weights(engine, "master")
+    torch.manual_seed(5)
+    plain = tiny_dit().state_dict()
+    return engine.rank > 0 or same(weights, plain)
+
+
+def fail_on_rank_one():
+    if rank_and_world()[0] == 1:
+        raise RuntimeError("on purpose")
+
+
+def refusal(config):
+    """The one line that an engine of these settings ends with."""
+    try:
+        make_engine(config=config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def held_bytes(settings):
+    """The number of trained parameters, and the bytes that this rank holds of them from step to step, by kind."""
+    engine = make_engine(network=functools.partial(tiny_dit, width=64), config=stage(**settings))
+    dit_step(engine, 0)
+    zero, state = engine._engine.optimizer, engine.state().tensors
+    if engine.stage.engine.zero_stage == 3:
+        weights, gradients = zero.fp16_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+    else:
+        weights = getattr(zero, "bf16_groups_flat", None) or zero.bit16_groups_flat
+        gradients = getattr(zero, "fp32_groups_gradients_flat", None) or [torch.zeros_like(master) for master in state["master"]]
+    shared = {tensor.data_ptr() for tensor in weights}
+    kinds = {
+        "weights": weights,
+        "gradients": gradients,
+        "masters": [master for master in state["master"] if master.data_ptr() not in shared],
+        "moments": state["exp_avg"] + state["exp_avg_sq"],
+        "EMA": [average for kind, averages in state.items() if kind.startswith("ema_") for average in averages],
+    }
+    count = sum(math.prod(shape) for shape in engine.master_weights.layout.shapes.values())
+    return count, {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}

@@ -1,0 +1,100 @@
+"""Rows, units and verdicts of an ablation."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.dataset.schema import Family, Snapshot
+from model.common.errors import UserError
+from pipeline.ablation.rows import PAPER_ROWS, Ablation, Estimate, Row, make_units, orderings, read_ablation
+from pipeline.stage.config import dump_stage
+
+ROLES = [f"families.{role}={role}" for role in ("a", "a_plain", "b", "b_plain", "t5", "clip")]
+PAPER = {  # T2I-avg of tables 2, 3, 5 and 6
+    "Table 2": [38.72, 48.41, 54.02, 56.79, 60.31],
+    "Table 3": [48.82, 49.52, None, None, 38.11, 53.81, 38.72, 45.84, 54.02],
+    "Table 5": [48.25, 54.02, 55.13, 53.47],
+    "Table 6": [56.79, 56.13, 58.32, 60.31],
+}
+
+
+def snapshot(*families):
+    texts = {name: Family(name, "text", {"llm": name}, {"width": 8}) for name in families}
+    latents = {"latents": Family("latents", "latents", {}, {"channels": 16})}
+    return Snapshot("set", ["original"], {**latents, **texts}, {}, {})
+
+
+def test_the_papers_rows_are_its_tables():
+    ablation = read_ablation(PAPER_ROWS, ROLES, [])
+    numbers = {title.split(":")[0]: [ablation.rows[name].paper for name in rows] for title, rows in ablation.tables.items()}
+    assert numbers == PAPER
+
+
+def test_rows_differ_only_in_their_settings_and_seeds():
+    ablation = read_ablation(PAPER_ROWS, ROLES, [])
+    units, left_out = make_units("demo", ["samples=640"], ablation, 2, snapshot("a", "a_plain", "b", "b_plain"))
+    assert left_out == [
+        "T5: no text family `t5`", "T5, refiner: no text family `t5`",
+        "CLIP: no text family `clip`", "CLIP, refiner: no text family `clip`",
+    ]  # fmt: skip
+    assert len(units) == 2 * 13
+    assert len({unit.run for unit in units}) == len(units)
+    first = units[0].stage
+    for unit in units:
+        assert (unit.stage.samples, unit.stage.data.snapshot, unit.stage.model) == (640, first.data.snapshot, first.model)
+        assert unit.stage.data.seed == unit.seed
+    fusions = [(str(unit.stage.fusion)) for unit in units if unit.seed == 0]
+    assert len(set(fusions)) == len(fusions)
+
+
+def test_one_row_in_several_tables_is_trained_once():
+    ablation = read_ablation(PAPER_ROWS, ROLES, ["a_both", "ab_concat"])
+    assert ablation.tables.keys() == {"Table 2: what each component adds", "Table 6: fusing LLMs"}
+    units, _ = make_units("demo", [], ablation, 1, snapshot("a", "b"))
+    assert [unit.row for unit in units] == ["a_both", "ab_concat"]
+
+
+@pytest.mark.parametrize(("only", "says"), [(["nothing"], "row `nothing` does not exist")])
+def test_an_unknown_row_is_named(only, says):
+    with pytest.raises(UserError, match=says):
+        read_ablation(PAPER_ROWS, ROLES, only)
+
+
+def test_changed_settings_are_refused(tmp_path):
+    ablation = Ablation(rows={"one": Row("one", ["fusion.families=[a]", "fusion.mode=none"])})
+    (unit,), _ = make_units("demo", [f"runs={tmp_path}"], ablation, 1, snapshot("a"))
+    unit.check([])
+    unit.run.mkdir(parents=True)
+    (unit.run / "stage.yaml").write_text(dump_stage(unit.stage))
+    unit.check(["a circle"])
+    (other,), _ = make_units("demo", [f"runs={tmp_path}", "optim.lr=0.5"], ablation, 1, snapshot("a"))
+    with pytest.raises(UserError, match=r"other settings than are asked for now \(optim.lr=0.5\)"):
+        other.check(["a circle"])
+    unit.prompts.write_text("a circle\na star")
+    unit.check(["a circle", "a star"])
+    with pytest.raises(UserError, match="drew other prompts"):
+        unit.check(["a circle"])
+
+
+def test_the_interval_is_students():
+    estimate = Estimate.of([0.1, 0.2, 0.3])
+    assert estimate.mean == pytest.approx(0.2)
+    assert estimate.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+    assert str(estimate) == "20.0 ± 24.8"
+    assert str(Estimate.of([0.5])) == "50.0"
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=5), st.floats(0.01, 0.5))
+def test_a_constant_lead_holds_whatever_the_noise_that_both_share(noise, lead):
+    ablation = Ablation(rows={"low": Row("low", paper=1.0), "high": Row("high", paper=2.0)}, tables={"t": ["low", "high"]})
+    low = dict(enumerate(noise))
+    high = {seed: value + lead for seed, value in low.items()}
+    (held,) = orderings(ablation, {"low": low, "high": high})["t"]
+    assert (held.better, held.verdict) == ("high", "holds")
+    (lost,) = orderings(ablation, {"low": high, "high": low})["t"]
+    assert lost.verdict == "reversed"
+    (alone,) = orderings(ablation, {"low": {0: 0.1}, "high": {0: 0.9}})["t"]
+    assert alone.verdict == "undecided"
+    assert orderings(ablation, {"low": low})["t"] == []

@@ -1,0 +1,129 @@
+"""The engine on two gloo processes against plain torch, and its refusals."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pipeline.engine.master_weights import MasterWeights
+from torch import nn
+
+from model.common.errors import UserError
+from pipeline.engine import engine
+from tests.helpers import engine_tasks as rank_tasks
+from tests.helpers.distributed import on_ranks
+from tests.helpers.small_network import stage
+
+EXACT = {
+    "zero3": {},
+    "zero3 micro-batches, many sub-groups, all persistent": {
+        "micro_batch": 2,
+        "sub_group_size": 20,
+        "persistence_threshold": 10_000,
+    },
+    "zero2": {"zero_stage": 2, "micro_batch": 3},
+    "zero1": {"zero_stage": 1},
+}
+
+
+@pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
+def test_fp32_training_equals_plain_torch_ddp_and_the_average_its_gathered_reference(settings):
+    losses, worst = on_ranks(2, rank_tasks.train_like_ddp, settings, 6)[0]
+    for ours, expected in losses:
+        assert ours == pytest.approx(expected, rel=1e-5)
+    assert losses[-1][0] != losses[0][0]
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize(("world", "settings"), [(1, {}), (2, {}), (3, {"sub_group_size": 200, "micro_batch": 2})], ids=str)
+def test_muon_on_shards_is_torchs_on_whole_matrices_with_the_gradients_clipped(world, settings):
+    losses, worst = on_ranks(world, rank_tasks.train_like_ddp, {"optimizer": "muon", **settings}, 6)[0]
+    for ours, expected in losses:
+        assert ours == pytest.approx(expected, rel=2e-3)  # both orthogonalise in bf16
+    assert abs(losses[-1][0] / losses[0][0] - 1) > 0.05
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize("stage_number", [1, 2, 3])
+def test_bf16_training_follows_fp32_over_fp32_masters(stage_number):
+    losses, worst = on_ranks(2, rank_tasks.train_like_ddp, {"precision": "bf16", "zero_stage": stage_number}, 6)[0]
+    for ours, expected in losses:
+        assert ours == pytest.approx(expected, rel=0.02)
+    assert worst < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16", "persistence_threshold": 0, "sub_group_size": 20},
+        {"precision": "bf16", "persistence_threshold": 10_000},
+        {"precision": "bf16", "zero_stage": 1},
+        {"zero_stage": 2},
+    ],
+    ids=str,
+)
+def test_swapping_the_average_and_skipping_a_step_leave_no_trace(settings):
+    on_ranks(2, rank_tasks.swap_and_skip, settings)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masters_start_as_exactly_the_plain_network(precision):
+    assert all(on_ranks(2, rank_tasks.fresh_masters_equal_plain, precision))
+
+
+def test_no_rank_ever_holds_the_network_while_it_is_built():
+    for at_once, held, whole in on_ranks(2, rank_tasks.whole_while_building, {}):
+        assert at_once == 0
+        assert held == pytest.approx(whole / 2, rel=0.01)
+    for at_once, _, whole in on_ranks(2, rank_tasks.whole_while_building, {"zero_stage": 2}):
+        assert at_once == whole  # so it would have been seen
+
+
+def test_masters_that_are_not_fp32_end_the_start():
+    network = nn.Linear(2, 2)
+    master = torch.zeros(6, dtype=torch.bfloat16)
+    adam = torch.optim.AdamW([master])
+    zero = SimpleNamespace(
+        optimizer=adam, fp16_groups=[list(network.parameters())], fp32_partitioned_groups_flat=[master],
+        fp16_partitioned_groups_flat=[master], sub_group_to_group_id={0: 0},
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match=r"master weights are \{torch.bfloat16\}, not fp32"):
+        MasterWeights(zero, network, 3, 0, 1)
+
+
+def test_checkpointed_blocks_train_alike_under_zero3():
+    none, *others = (on_ranks(2, rank_tasks.checkpointed_losses, every)[0] for every in (0, 1, 2))
+    assert none[0] != none[-1]
+    assert others == [none, none]
+
+
+def test_a_compiled_block_is_one_graph_without_breaks():
+    graphs, breaks, losses = on_ranks(2, rank_tasks.compiled_blocks)[0]
+    assert (graphs, breaks) == (1, 0)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+
+
+def test_a_failing_rank_ends_its_call_with_its_trace():
+    with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
+        on_ranks(2, rank_tasks.fail_on_rank_one)
+
+
+@pytest.mark.parametrize(("missing", "named"), [("compiler", "g\\+\\+"), ("headers", "python3-dev")])
+def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, missing, named):
+    monkeypatch.delenv("CXX", raising=False)
+    if missing == "compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(engine.sysconfig, "get_path", lambda name: "/nonexistent")
+    with pytest.raises(UserError, match=named):
+        engine._check_compiler()
+
+
+def test_settings_that_cannot_be_met_are_refused():
+    assert all("micro_batch" in message for message in on_ranks(1, rank_tasks.refusal, stage(micro_batch=5)))
+    refused = on_ranks(1, rank_tasks.refusal, stage(optimizer="muon", zero_stage=2))
+    assert all("optim.name=muon needs engine.zero_stage=3" in message for message in refused)
+    spiking = stage(zero_stage=2)
+    spiking.optim.spike = 5.0
+    assert all("optim.spike" in message for message in on_ranks(1, rank_tasks.refusal, spiking))

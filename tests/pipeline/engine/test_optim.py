@@ -1,0 +1,58 @@
+"""Parameter groups hold every trained parameter once; the learning rate does what the settings say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from model.common.errors import UserError
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from pipeline.engine.optim import learning_rate, parameter_groups
+from pipeline.stage.config import OptimConfig
+
+SCHEDULES = st.builds(
+    OptimConfig,
+    lr=st.floats(1e-6, 1),
+    warmup_samples=st.integers(0, 1000),
+    schedule=st.sampled_from(["constant", "cosine", "linear"]),
+    final_lr=st.floats(0, 1),
+)
+
+
+def network():
+    return LIDiT(DiTConfig(depth=1, width=32, heads=4, channels=4), FusionConfig(families=["a", "b"]), [8, 12])
+
+
+def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
+    model = network()
+    model.patch_embedding.weight.requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    members = [id(parameter) for group in groups for parameter in group.parameters]
+    assert sorted(members) == sorted({id(parameter) for parameter in model.parameters() if parameter.requires_grad})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {names[id(parameter)]: group.weight_decay for group in groups for parameter in group.parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or "modulation" in name or "gate" in name
+            assert decay[name] == (0.0 if spared else 0.1), name
+    assert decay["blocks.0.mlp.up.weight"] == 0.1
+
+
+def test_a_network_with_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="requires a gradient"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+
+
+@given(SCHEDULES, st.integers(2000, 5000))
+def test_learning_rate_warms_up_stays_in_bounds_and_ends_where_it_should(config, total):
+    rates = [learning_rate(config, samples, total) for samples in range(0, total + 1, 10)]
+    warm = [rate for rate, samples in zip(rates, range(0, total + 1, 10), strict=True) if samples < config.warmup_samples]
+    assert warm == sorted(warm)
+    assert all(0 < rate <= config.lr * (1 + 1e-9) for rate in warm)
+    after = rates[len(warm) :]
+    assert after == sorted(after, reverse=True)
+    assert after[0] == pytest.approx(config.lr, rel=0.02)
+    final = 1.0 if config.schedule == "constant" else config.final_lr
+    assert learning_rate(config, total, total) == pytest.approx(config.lr * final, abs=1e-12)
+    assert learning_rate(config, total + 1000, total) == pytest.approx(config.lr * final, abs=1e-12)

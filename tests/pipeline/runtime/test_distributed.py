@@ -1,0 +1,71 @@
+"""Which rank this process is, from each launcher's environment."""
+
+import os
+
+import pytest
+
+from model.common.errors import UserError
+from pipeline.runtime.distributed import Distributed, all_reduce_min, free_port, gather, rank_and_world, slurm_meeting_point
+
+NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+NAMES += [
+    f"SLURM_{name}" for name in ("STEP_ID", "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST", "JOB_NODELIST", "JOB_ID")
+]
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41234"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set exactly these of the launchers' variables."""
+
+    with monkeypatch.context() as context:
+
+        def setting(**values):
+            for name in NAMES:
+                context.delenv(name, raising=False)
+            for name, value in values.items():
+                context.setenv(name, value)
+
+        for name in NAMES:  # so that what `Distributed` exports is undone
+            context.setenv(name, "")
+        yield setting
+
+
+def test_torchrun_comes_first_then_a_slurm_step_then_one_process(environment):
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    environment(**torchrun, **STEP)
+    assert Distributed.from_environment() == Distributed(1, 2, 0)
+    environment(**STEP, SLURM_STEP_NODELIST="gpu[07-09,12],x1")
+    assert Distributed.from_environment() == Distributed(3, 4, 1)
+    assert [os.environ[name] for name in NAMES[:5]] == ["3", "4", "1", "gpu07", "21234"]
+    environment(SLURM_PROCID="0", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-4]")  # a batch script without srun
+    assert Distributed.from_environment() == Distributed(0, 1, 0)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+    ],
+)
+def test_half_an_environment_is_refused(environment, values, named):
+    environment(**values)
+    with pytest.raises(UserError, match=named):
+        Distributed.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("a-b[003,7]", "a-b003"), ("host.cluster", "host.cluster")],
+)
+def test_the_first_node_of_a_slurm_list(nodes, first):
+    assert slurm_meeting_point({"SLURM_JOB_NODELIST": nodes})["MASTER_ADDR"] == first
+    assert slurm_meeting_point({}) == {}
+
+
+def test_alone_every_agreement_is_ones_own():
+    assert (all_reduce_min(3), gather("x"), rank_and_world()) == (3, ["x"], (0, 1))
+    assert 0 < free_port() < 65536

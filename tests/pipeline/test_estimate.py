@@ -1,0 +1,155 @@
+"""The planner's terms against the real tiny network and engine, and how they scale."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.common.errors import UserError
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from model.fusion import Text
+from pipeline.engine.optim import parameter_groups
+from pipeline.estimate import Setup, activation_bytes, main, make_plan, muon_parameters, state_memory
+from pipeline.stage.config import STAGES, StageConfig, load_stage
+from tests.helpers import engine_tasks as rank_tasks
+from tests.helpers.distributed import on_ranks
+from tests.helpers.small_network import stage as small_stage
+
+LLM_WIDTHS = (24, 16)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp32"},
+        {"precision": "bf16", "zero_stage": 2},
+        {"precision": "bf16", "zero_stage": 1},
+        {"precision": "bf16", "optimizer": "muon"},
+    ],
+    ids=str,
+)
+def test_state_memory_is_what_two_ranks_hold(engine):
+    parameters, held = on_ranks(2, rank_tasks.held_bytes, engine)[0]
+    stage = small_stage(**engine)
+    dit = DiTConfig(depth=3, width=64, heads=4, channels=4)
+    planned = state_memory(stage, parameters, 2, muon_parameters(stage, dit, llms=2))
+    assert set(held) == {"weights", "gradients", "masters", "moments", "EMA"}
+    for kind, real in held.items():
+        assert planned[kind] == pytest.approx(real, rel=0.02), kind
+
+
+@pytest.mark.parametrize("fusion", [{}, {"refiner": "none"}, {"mode": "concat", "refiner_blocks": 1}, {"width": 48, "heads": 4}])
+def test_muons_share_is_the_group_that_it_trains(fusion):
+    stage = StageConfig(fusion=FusionConfig(families=["a", "b"], **fusion))
+    stage.optim.name = "muon"
+    config = DiTConfig(depth=2, width=64, heads=4, channels=4)
+    group = parameter_groups(LIDiT(config, stage.fusion, LLM_WIDTHS), 0.1, muon=True)[0]
+    assert group.name == "muon"
+    assert sum(parameter.numel() for parameter in group.parameters) == muon_parameters(stage, config, llms=2)
+
+
+class Saved:
+    """Bytes of distinct tensors that autograd keeps, weights left out."""
+
+    def __init__(self, network):
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        self.kept = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.kept.values())
+
+
+def kept_for_backward(network, forward):
+    """Bytes that autograd keeps of a forward pass."""
+    saved = Saved(network)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return saved.bytes
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_activations_are_what_autograd_keeps(size, depth):
+    stage = StageConfig(fusion=FusionConfig(families=["a", "b"]))
+    config = DiTConfig(depth=depth, width=64, heads=4, channels=4)
+    network = LIDiT(config, stage.fusion, LLM_WIDTHS).to(torch.bfloat16)
+    setup = Setup(1, height=size * 8, width=size * 8, llm_widths=LLM_WIDTHS, prefix_tokens=4, caption_tokens=12, channels=4)
+    texts = [Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False) for width in LLM_WIDTHS]
+    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, size, size), torch.rand(2), texts))
+    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.09)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 3, 5])
+def test_checkpointed_activations_are_what_autograd_keeps_and_one_recomputed_block(every):
+    stage = StageConfig(fusion=FusionConfig(families=["a"], mode="none", refiner="none"))
+    stage.model.checkpoint_every = every
+    config = DiTConfig(depth=6, width=64, heads=4, channels=4)
+    network = LIDiT(config, stage.fusion, [24], checkpoint_every=every).to(torch.bfloat16)
+    setup = Setup(1, height=256, width=256, llm_widths=(24,), prefix_tokens=4, caption_tokens=12, channels=4)
+    text = Text(torch.randn(2, 16, 24), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
+    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, 32, 32), torch.rand(2), [text]))
+    if every:  # recomputed one after another in the backward pass, where each keeps what it would have kept
+        x, words, c = (torch.randn(2, size, 64).bfloat16().requires_grad_() for size in (256, 12, 1))
+        kept += kept_for_backward(network, lambda: network.blocks[0](x, words, None, c[:, 0]))
+    assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.05)
+
+
+@given(st.sampled_from(["li_dit_1b_256", "li_dit_10b_512"]), st.sampled_from([8, 16, 64]), st.floats(0.1, 0.7))
+@settings(deadline=None, derandomize=True, database=None, max_examples=10)
+def test_twice_the_gpus_take_half_the_days_and_half_the_shard(name, gpus, mfu):
+    stage = load_stage(name, [])
+    one, two = (make_plan(stage, Setup(number, mfu=mfu)) for number in (gpus, 2 * gpus))
+    assert two.days == pytest.approx(one.days / 2)
+    assert two.memory["masters"] == pytest.approx(one.memory["masters"] / 2)
+    assert two.memory["gathered"] == one.memory["gathered"]
+    assert one.read_per_node == pytest.approx(two.read_per_node)
+    assert one.local_batch == 2 * two.local_batch
+    assert one.parameters["total"] * 16 == one.checkpoint_bytes
+    assert all(plan.micro_batch <= plan.local_batch for plan in (one, two, make_plan(stage, Setup(512))))
+
+
+def test_checkpointing_and_sharding_save_memory_in_order():
+    stage = load_stage("li_dit_10b_512", [])
+    dit = stage.dit(16)
+    by_every = [
+        activation_bytes(replace(stage, model=replace(stage.model, checkpoint_every=every)), dit, Setup(8))
+        for every in (1, 2, 4, 0)
+    ]
+    assert by_every == sorted(by_every)
+    totals = [
+        sum(state_memory(replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64).values())
+        for number in (3, 2, 1)
+    ]
+    assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STAGES.glob("li_dit_*.yaml")))
+def test_every_large_stage_is_planned(name, capsys):
+    main([name, "--gpus", "8,64,512"])
+    shown = capsys.readouterr().out
+    for row in (
+        "8 GPUs", "64 GPUs", "512 GPUs", "parameters in the DiT", "TFLOP per sample", "MFU 50%", "weights, GB", "gradients, GB",
+        "masters, GB", "moments, GB", "EMA, GB", "activations, no checkpointing, GB", "activations, every block, GB",
+        "memory per GPU, GB", "samples/s", "days", "store ", "read per node, MB/s",
+    ):  # fmt: skip
+        assert row in shown
+
+
+def test_what_does_not_divide_is_refused():
+    stage = load_stage("li_dit_1b_256", [])
+    with pytest.raises(UserError, match="--gpus"):
+        make_plan(stage, Setup(7))
+    with pytest.raises(UserError, match="--widths"):
+        make_plan(stage, Setup(8, llm_widths=(1,)))
