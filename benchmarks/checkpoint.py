@@ -26,7 +26,7 @@ from model.dit import LIDiT
 from model.fusion import Text
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.engine.engine import Engine
-from pipeline.engine.processes import leave
+from pipeline.engine.processes import exit_process
 from pipeline.runtime.distributed import free_port
 from pipeline.stage.config import CheckpointConfig, StageConfig
 
@@ -96,7 +96,7 @@ def measure(rank: int, options: argparse.Namespace, port: int) -> None:
         parameters = sum(torch.Size(shape).numel() for shape in engine.master_weights.layout.shapes.values())
         result = {name: statistics.median(seconds) for name, seconds in numbers.items()} | {"parameters": parameters}
         (folder / "result.json").write_text(json.dumps(result))
-    leave(0)
+    exit_process(0)
 
 
 def report(options: argparse.Namespace, result: dict[str, float]) -> None:

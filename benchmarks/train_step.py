@@ -33,7 +33,7 @@ from model.flops import count_parameters, flops_per_sample
 from model.fusion import Text
 from model.presets import PRESETS
 from pipeline.engine.engine import Engine
-from pipeline.engine.processes import leave, start
+from pipeline.engine.processes import exit_process, join_process_group
 from pipeline.runtime.distributed import free_port
 from pipeline.stage.config import LogConfig, StageConfig
 from pipeline.training.metrics import peak_flops
@@ -94,7 +94,7 @@ def equal_depth(options: argparse.Namespace) -> int:
 
 def their_step(options: argparse.Namespace, depth: int) -> tuple[Step, int]:
     """PixArt under plain DeepSpeed ZeRO-3 with its default settings, and its number of parameters."""
-    start(10)
+    join_process_group(10)
     settings = {
         "train_micro_batch_size_per_gpu": options.batch,
         "bf16": {"enabled": options.precision == "bf16"},
@@ -150,7 +150,7 @@ def measure(rank: int, options: argparse.Namespace, name: str, port: int, result
     )
     if rank == 0:
         Path(result).write_text(json.dumps({"seconds": seconds, "parameters": parameters, "memory": memory}))
-    leave(0)
+    exit_process(0)
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -35,7 +35,7 @@ from pipeline.evaluation.images import write_whole
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_seen
-from pipeline.runtime.console import say
+from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig, dump_stage, load_stage
@@ -101,7 +101,7 @@ def do(unit: Unit, processes: int, prompts: list[ScenePrompt]) -> None:
     if unit.score() is not None:
         return
     begun = time.monotonic()
-    say(f"{unit.row}, seed {unit.seed} ...")
+    log_line(f"{unit.row}, seed {unit.seed} ...")
     train(unit, processes)
     record = score(unit, prompts)
     record["seconds"] = round(time.monotonic() - begun, 1)
@@ -178,7 +178,7 @@ def main() -> None:
         for unit in units[share.index :: share.count]:
             do(unit, processes, prompts)
     folder = Path(base.runs) / f"{base.name}_ablation"
-    say(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
+    log_line(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data_prep.store.store import open_store
 from model.common.errors import UserError, command
 from pipeline import report
 from pipeline.learned import measure
-from pipeline.runtime.console import say
+from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig, load_stage
@@ -87,9 +87,9 @@ class Phases:
     def __call__(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` unless this phase is done."""
         if name in self.seconds:
-            say(f"{name}: done before")
+            log_line(f"{name}: done before")
             return
-        say(f"{name} ...")
+        log_line(f"{name} ...")
         begun = time.monotonic()
         work()
         self.seconds[name] = round(time.monotonic() - begun, 1)
@@ -179,7 +179,7 @@ def main() -> None:
     phases("5 draw", lambda: run("pipeline.sample", str(stage.run), "--prompts", prompts, "--out", out))
     learned_file = stage.run / "learned.json"
     phases("6 measure", lambda: learned_file.write_text(json.dumps(measure(stage.run))))
-    say(f"report: {write_report(stage, phases, pairs, json.loads(learned_file.read_text()))}")
+    log_line(f"report: {write_report(stage, phases, pairs, json.loads(learned_file.read_text()))}")
 
 
 if __name__ == "__main__":

@@ -127,9 +127,9 @@ def begin(ranks: Distributed, zero3: bool) -> torch.device:
         UserError: this machine lacks what DeepSpeed needs.
     """
     if zero3:
-        from pipeline.engine.processes import start  # imports deepspeed, for seconds
+        from pipeline.engine.processes import join_process_group  # imports deepspeed, for seconds
 
-        start(timeout_minutes=TIMEOUT)
+        join_process_group(timeout_minutes=TIMEOUT)
     return ranks.device
 
 

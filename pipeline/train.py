@@ -21,7 +21,7 @@ import argparse
 
 from model.common.errors import command
 from pipeline.engine.network import network_sizes
-from pipeline.engine.processes import leave, start
+from pipeline.engine.processes import exit_process, join_process_group
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
 from pipeline.stage.config import StageConfig, dump_stage, load_stage
 from pipeline.stage.corpus import resolve
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it anew")
         return
     STOP.watch(stage.run / "stop", arguments.minutes)
-    ranks = start(stage.engine.timeout_minutes)
+    ranks = join_process_group(stage.engine.timeout_minutes)
     heartbeat = Heartbeat()
     watchdog = Watchdog(ranks, heartbeat, stuck_seconds=0.9 * 60 * stage.engine.timeout_minutes)
     try:
@@ -73,7 +73,7 @@ def main() -> None:
     except BaseException as error:
         watchdog.fail(error)
     watchdog.close()
-    leave(code)
+    exit_process(code)
 
 
 if __name__ == "__main__":

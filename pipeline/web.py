@@ -18,7 +18,7 @@ from model.common.errors import UserError, command
 from pipeline.diffusion.solvers import SCHEDULERS
 from pipeline.export import load_source
 from pipeline.inference.sampler import DTYPES
-from pipeline.inference.studio import MAX_PROMPT_LENGTH, NOTHING, Column, InteractiveSampler, Limits, Request
+from pipeline.inference.studio import MAX_PROMPT_LENGTH, NOTHING, Column, InteractiveSampler, Limits, GenerationRequest
 
 HISTORY = 48
 QUEUE = 8
@@ -84,7 +84,7 @@ def build_page(studio: InteractiveSampler) -> Any:
         past = gr.State([])
 
         def run(past_files: list[tuple[str, str]], *values: Any) -> Any:
-            request = Request(*values)
+            request = GenerationRequest(*values)
             try:
                 columns = studio.draw(request)
             except UserError as error:

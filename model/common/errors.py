@@ -9,7 +9,7 @@ class UserError(Exception):
     """Something the user can put right: the message names the thing and the way out, on one line."""
 
 
-def tell(error: UserError) -> None:
+def print_error(error: UserError) -> None:
     """Print a `UserError` as the user sees it: one line on stderr."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
 
@@ -22,7 +22,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            tell(error)
+            print_error(error)
             sys.exit(2)
 
     return wrapped

@@ -23,7 +23,7 @@ from pipeline.engine.master_weights import MasterWeights, ShardState, check_name
 from pipeline.engine.muon import Muon
 from pipeline.engine.network import build_partitioned
 from pipeline.engine.optim import parameter_groups
-from pipeline.engine.processes import start
+from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
 from pipeline.stage.config import StageConfig
 
@@ -47,7 +47,7 @@ class Engine:
         Raises:
             UserError: a setting cannot be met, or DeepSpeed cannot compile its extension on this machine.
         """
-        ranks = start(stage.engine.timeout_minutes)
+        ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32

@@ -25,7 +25,7 @@ class ShardedNetwork:
     def __init__(
         self, build: Callable[[], nn.Module], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
     ) -> None:
-        """Build it in shards, in the process group that `start` made.
+        """Build it in shards, in the process group that `join_process_group` made.
 
         Args:
             build: makes the network.

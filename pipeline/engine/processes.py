@@ -16,7 +16,7 @@ from model.common.errors import UserError
 from pipeline.runtime.distributed import Distributed
 
 
-def start(timeout_minutes: int) -> Distributed:
+def join_process_group(timeout_minutes: int) -> Distributed:
     """Join the run's process group, unless this process has done so; ranks come from torchrun, Slurm, or are one.
 
     Args:
@@ -45,7 +45,7 @@ def _check_compiler() -> None:
         raise UserError("Python.h not found, with which DeepSpeed compiles a small extension on CPU: apt-get install python3-dev")
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process with `code`, after the other ranks have come here too.
 
     The interpreter's own exit aborts now and then while gloo or NCCL threads still run, so it is not taken.

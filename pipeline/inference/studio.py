@@ -31,7 +31,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What the page sends."""
 
     prompt: str
@@ -81,7 +81,7 @@ class InteractiveSampler:
         without = [f"{WITHOUT}{llm}" for llm in llms] if len(llms) > 1 else []
         return [NOTHING, *([OTHER] if len(self.samplers) > 1 else []), NO_INSTRUCTION, *without]
 
-    def draw(self, request: Request) -> list[Column]:
+    def draw(self, request: GenerationRequest) -> list[Column]:
         """Draw a request and, if it asks for that, the same changed in one thing to compare with.
 
         Raises:
@@ -105,7 +105,7 @@ class InteractiveSampler:
         with self._lock:
             return [self._draw_column(*column, request) for column in columns]
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: GenerationRequest) -> None:
         limits = self.limits
         for what, least, most in (
             ("height", 1, limits.side),
@@ -127,7 +127,7 @@ class InteractiveSampler:
         if request.compare not in self.comparisons:
             raise UserError(f"compare={request.compare}: choose {', '.join(self.comparisons)}")
 
-    def _draw_column(self, name: str, sampler: Sampler, drawing: SamplingParams, request: Request) -> Column:
+    def _draw_column(self, name: str, sampler: Sampler, drawing: SamplingParams, request: GenerationRequest) -> Column:
         prompt = request.prompt.strip()
         seeds = [request.seed + number for number in range(request.images)]
         latents, maps = sampler.latents_and_words([prompt] * len(seeds), seeds, drawing, request.attention)

@@ -28,7 +28,7 @@ from torch.cuda import nccl
 
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError, command
-from pipeline.operations.preflight import NodeReport, decide, read_reports, tell
+from pipeline.operations.preflight import NodeReport, decide, read_reports, print_verdict
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import StageConfig, cache_root, load_stage
 from pipeline.stage.corpus import open_datasets, shares
@@ -209,7 +209,7 @@ def main() -> None:
         os._exit(0)  # torch's threads abort now and then when a process group is left the usual way
     with tempfile.TemporaryDirectory() as folder:
         report = check_process(stage, ranks, Path(folder))
-        code = tell(decide([report], [report.node]), Path(folder))
+        code = print_verdict(decide([report], [report.node]), Path(folder))
     sys.exit(code)
 
 

@@ -167,7 +167,7 @@ def _slow_nodes(reports: list[NodeReport]) -> dict[str, str]:
     }
 
 
-def tell(verdict: Verdict, folder: Path) -> int:
+def print_verdict(verdict: Verdict, folder: Path) -> int:
     """Print the verdict, write the bad nodes down, and return the exit code."""
     print("== preflight: " + ", ".join(verdict.notes), flush=True)
     for node, why in sorted(verdict.bad.items()):
@@ -203,7 +203,7 @@ def main() -> None:
     """Entry of `python -m pipeline.operations.preflight`."""
     arguments = parse()
     if arguments.verdict is not None:
-        sys.exit(tell(decide(read_reports(arguments.verdict), arguments.nodes.split()), arguments.verdict))
+        sys.exit(print_verdict(decide(read_reports(arguments.verdict), arguments.nodes.split()), arguments.verdict))
     stage = load_stage(arguments.stage, arguments.overrides)
     before_submission(stage, arguments.gpus, arguments.made_here, arguments.after_another)
     print(stage.run)

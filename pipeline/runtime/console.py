@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 CONSOLE = Console(file=sys.stdout, soft_wrap=True, highlight=False)
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """One line, stamped with the time of day."""
     CONSOLE.print(
         f"[dim]{time.strftime('%H:%M:%S')}[/dim] {message}" if CONSOLE.is_terminal else f"{time.strftime('%H:%M:%S')} {message}"
@@ -52,7 +52,7 @@ class TrainingProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=samples, numbers=numbers)
         elif self.shows:
-            say(f"step {step}  samples {samples:,}  {numbers}")
+            log_line(f"step {step}  samples {samples:,}  {numbers}")
 
     def close(self) -> None:
         """Leave the terminal tidy."""

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from model.common.errors import UserError, tell
+from model.common.errors import UserError, print_error
 from pipeline.runtime.distributed import Distributed
 
 INTERVAL = 2.0
@@ -89,7 +89,7 @@ class Watchdog:
         self._ending.set()
         code = 2 if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
-            tell(error)
+            print_error(error)
         else:
             trace = "".join(traceback.format_exception(error))
             print(f"rank {self._ranks.rank} of {self._ranks.world} failed:\n{trace}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from pipeline.diffusion.objective import corrupt, loss_per_sample
 from pipeline.engine.engine import Engine
 from pipeline.engine.network import build_network, network_sizes
 from pipeline.engine.optim import learning_rate
-from pipeline.runtime.console import TrainingProgress, say
+from pipeline.runtime.console import TrainingProgress, log_line
 from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.stopping import EXIT_AGAIN, Stop
 from pipeline.runtime.watchdog import LEAVING, Heartbeat
@@ -321,7 +321,7 @@ class Trainer:
         how = f"resumed from {newest.name}" if newest is not None else f"started from {self.stage.start_from or 'fresh weights'}"
         self.log.event("start", step=self.step, samples=self.samples, world=self.ranks.world, how=how, snapshot=self.corpus.id)
         if self.ranks.rank == 0:
-            say(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
+            log_line(f"{self.stage.name}: {how}, {self.samples:,} of {self.stage.samples:,} samples, {self.ranks.world} processes")
 
     def _leave(self, finished: bool) -> int:
         self.heartbeat.enter(LEAVING, self.step)
@@ -332,5 +332,5 @@ class Trainer:
             if finished:
                 record = {"step": self.step, "samples": self.samples, "time": time.time()}
                 (self.stage.run / "finished.json").write_text(json.dumps(record))
-            say(f"{self.stage.name}: {reason} at step {self.step}, checkpoint saved in {self.stage.run / 'checkpoints'}")
+            log_line(f"{self.stage.name}: {reason} at step {self.step}, checkpoint saved in {self.stage.run / 'checkpoints'}")
         return 0 if finished else EXIT_AGAIN

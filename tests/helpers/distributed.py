@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 
-from pipeline.engine.processes import start
+from pipeline.engine.processes import join_process_group
 from pipeline.runtime.distributed import free_port
 
 START = 240
@@ -54,7 +54,7 @@ class Pool:
             self.pipes.append(ours)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        self.call(start, (10,), START)
+        self.call(join_process_group, (10,), START)
 
     def call(self, function, args, timeout):
         self.send(function, args)

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from pipeline.data.loader import TrainingData
 from pipeline.runtime.distributed import Distributed, free_port
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
 from tests.helpers import fake_snapshot as fake
 from tests.helpers.distributed import CONTEXT
-from tests.helpers.fake_ranks import CPU, summary
+from tests.helpers.fake_ranks import open_data, summary
 
 PASSED_ON = ("AWS_", "S3_", "LI_DIT_")
 
@@ -35,7 +34,7 @@ def line(batch):
 
 def lines(stage, steps, rank=0, world=1, of=line):
     """A rank's batches, read in this process."""
-    data = TrainingData(stage, rank, world, CPU)
+    data = open_data(stage, rank, world)
     try:
         return [of(batch) for batch, _ in itertools.islice(data.batches(), steps)]
     finally:
@@ -60,7 +59,7 @@ def fake_rows(batch):
 
 
 def _read_by_loader(stage, rank, world):
-    return (line(batch) for batch, _ in TrainingData(stage, rank, world, CPU).batches())
+    return (line(batch) for batch, _ in open_data(stage, rank, world).batches())
 
 
 def _read_by_streaming(stage, rank, world):

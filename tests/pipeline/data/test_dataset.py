@@ -22,7 +22,6 @@ from model.common.errors import UserError
 from pipeline.data import shard_cache
 from pipeline.data.batch import draw_noise
 from pipeline.data.dataset import CaptionChoice
-from pipeline.data.loader import TrainingData
 from pipeline.data.shard_cache import Shard, ShardCache, locked
 from tests.helpers import fake_snapshot as fake
 
@@ -31,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def first_batches(stage, count):
-    data = TrainingData(stage, 0, 1, CPU)
+    data = open_data(stage)
     batches = [batch for batch, _ in itertools.islice(data.batches(), count)]
     data.close()
     return batches

@@ -7,10 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
-from pipeline.data.loader import TrainingData
 from pipeline.data.position import Position
 from tests.helpers import fake_snapshot as fake
-from tests.helpers.fake_ranks import CPU, joined, read, summary, world_of
+from tests.helpers.fake_ranks import CPU, joined, open_data, read, summary, world_of
 
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25], "80x48": [3]}
 
@@ -49,7 +48,7 @@ def test_stop_and_resume_anywhere_in_another_world(store, cache, stop, before, a
 
 def test_each_sample_once_an_epoch(store, cache):
     stage = fake.stage(store, cache, global_batch=4)
-    data = TrainingData(stage, 0, 1, CPU)
+    data = open_data(stage)
     seen = [id for batch, _ in itertools.islice(data.batches(), len(data.plan(0))) for id in batch.ids.tolist()]
     everything = {id for part, ids in fake.ids_of(BUCKETS).items() for id in ids if part.bucket != "80x48"}
     assert len(set(seen)) == len(seen)
@@ -58,17 +57,17 @@ def test_each_sample_once_an_epoch(store, cache):
 
 
 def test_small_buckets_are_left_out_and_reported(store, cache, caplog):
-    data = TrainingData(fake.stage(store, cache, global_batch=4), 0, 1, CPU)
+    data = open_data(fake.stage(store, cache, global_batch=4))
     assert set(data.parts[0]) == {"64x64", "48x80"}
     assert "80x48 is left out: its 3 samples" in caplog.text
     with pytest.raises(UserError, match="no bucket of ds has as many samples: lower global_batch"):
-        TrainingData(fake.stage(store, cache, global_batch=64), 0, 1, CPU)
+        open_data(fake.stage(store, cache, global_batch=64))
 
 
 @pytest.mark.parametrize("change", [{"global_batch": 8}, {"seed": 1}, {"canonical_nodes": 2}, {"shuffle_parts": 3}])
 def test_another_order_inside_an_epoch_is_refused(store, cache, change):
     position = read(fake.stage(store, cache), 3)[1][-1]
-    data = TrainingData(fake.stage(store, cache, **change), 0, 1, CPU)
+    data = open_data(fake.stage(store, cache, **change))
     (key,) = change
     with pytest.raises(UserError, match=rf"{key} was \d+ and is \d+"):
         next(data.batches(position))
@@ -99,25 +98,25 @@ def test_batches_by_a_token_budget_on_any_number_of_processes(sized, cache, stop
 
 def test_what_does_not_fit_a_token_budget_is_one_line(sized, cache):
     with pytest.raises(UserError, match="no batch of bucket 32x64 fits"):
-        TrainingData(fake.stage(sized, cache, **{**BUDGET, "tokens_per_batch": 100}), 0, 1, CPU)
+        open_data(fake.stage(sized, cache, **{**BUDGET, "tokens_per_batch": 100}))
     with pytest.raises(UserError, match="10 samples a batch of bucket 64x64 are not a multiple of 3 processes"):
-        TrainingData(fake.stage(sized, cache, **{**BUDGET, "batch_multiple": 1}), 0, 3, CPU)
+        open_data(fake.stage(sized, cache, **{**BUDGET, "batch_multiple": 1}), 0, 3, CPU)
     position = read(fake.stage(sized, cache, **BUDGET), 3)[1][-1]
     for change, text in ({"tokens_per_batch": None}, "was 700 and is None"), ({"tokens_per_batch": 1000}, "was 700 and is 1000"):
         with pytest.raises(UserError, match=f"tokens_per_batch {text}"):
-            next(TrainingData(fake.stage(sized, cache, **{**BUDGET, **change}), 0, 1, CPU).batches(position))
+            next(open_data(fake.stage(sized, cache, **{**BUDGET, **change})).batches(position))
 
 
 def test_another_snapshot_inside_an_epoch_is_refused(store, cache):
     position = read(fake.stage(store, cache), 3)[1][-1]
     position.snapshot = "0123456789abcdef"
     with pytest.raises(UserError, match="snapshot was 0123456789abcdef and is"):
-        next(TrainingData(fake.stage(store, cache), 0, 1, CPU).batches(position))
+        next(open_data(fake.stage(store, cache)).batches(position))
 
 
 def test_validation_is_fixed_and_apart_from_training(store, cache):
     def held_out(rank=0, world=1, **settings):
-        data = TrainingData(fake.stage(store, cache, validation_parts=2, **settings), rank, world, CPU)
+        data = open_data(fake.stage(store, cache, validation_parts=2, **settings), rank, world)
         return data, [summary(batch) for batch in data.validation()]
 
     data, batches = held_out()
@@ -127,9 +126,9 @@ def test_validation_is_fixed_and_apart_from_training(store, cache):
     assert len(held_out(global_batch=30)[1][0][3]) == 18
     trained = {id for batch, _ in itertools.islice(data.batches(), 60) for id in batch.ids.tolist()}
     assert not trained & {id for batch in batches for id in batch[3]}
-    assert not list(TrainingData(fake.stage(store, cache), 0, 1, CPU).validation())
+    assert not list(open_data(fake.stage(store, cache)).validation())
     with pytest.raises(UserError, match="hold out fewer"):
-        TrainingData(fake.stage(store, cache, validation_parts=4), 0, 1, CPU)
+        open_data(fake.stage(store, cache, validation_parts=4))
 
 
 def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
@@ -143,8 +142,8 @@ def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
     }
     for text, stage in cases.items():
         with pytest.raises(UserError) as caught:
-            TrainingData(stage, 0, 1, CPU)
+            open_data(stage)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"4 samples a batch of bucket 48x80 are not a multiple of 3 processes"):
-        TrainingData(fake.stage(store, cache), 0, 3, CPU)
+        open_data(fake.stage(store, cache), 0, 3, CPU)

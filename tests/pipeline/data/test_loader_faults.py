@@ -22,9 +22,8 @@ import pytest
 from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.store.store import StoreError, hash_file, open_store
 from pipeline.data import shard_cache
-from pipeline.data.loader import TrainingData
 from tests.helpers import fake_snapshot as fake
-from tests.helpers.fake_ranks import CPU
+from tests.helpers.fake_ranks import open_data
 from tests.helpers.loader_process import READERS, Job, fake_rows, line, lines, processes_with, shared_memory, wait_until
 from tests.helpers.s3 import BUCKET, CREDENTIALS, Fault
 
@@ -265,7 +264,7 @@ def test_all_processes_of_a_node_share_one_download(remote, proxy, expected, tmp
 def test_who_waits_for_a_download_fails_with_it(remote, expected, tmp_path, monkeypatch):
     """Not after as many retries again; who asks later tries anew."""
     stage = fake.stage(remote, tmp_path / "cache")
-    data = TrainingData(stage, 0, 1, CPU)
+    data = open_data(stage)
     (files,) = data.dataset.sources
     file, name = files.index.file("48x80", 0, "small")
     cache, waiting, tries = files.cache, threading.Event(), []
@@ -325,7 +324,7 @@ def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp
     times = [path.stat().st_mtime_ns for path in kept]
     for path in (lost, other):
         path.unlink()
-    data = TrainingData(stage, 0, 1, CPU)  # which cleans; so the reservations come after it
+    data = open_data(stage)  # which cleans; so the reservations come after it
     for path in (lost, other.with_name("99999.mds")):
         path.with_name(f"{path.name}.reserved").write_text(str(10**15))
     assert [line(batch) for batch, _ in itertools.islice(data.batches(), STEPS)] == expected[0, 1]
@@ -344,7 +343,7 @@ def temporaries():
 def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, tmp_path, kills):
     """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the cache."""
     cache, moments = tmp_path / "cache", random.Random(kills)
-    live = TrainingData(fake.stage(remote, cache), 0, 1, CPU)
+    live = open_data(fake.stage(remote, cache))
     living = live.batches()
 
     def start(number, steps):

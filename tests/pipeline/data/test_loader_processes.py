@@ -18,9 +18,8 @@ import torch
 
 from pipeline.data import batch as packing
 from pipeline.data.batch import tensors_in
-from pipeline.data.loader import TrainingData
 from tests.helpers import fake_snapshot as fake
-from tests.helpers.fake_ranks import CPU, read, summary
+from tests.helpers.fake_ranks import open_data, read, summary
 
 ROOT = Path(__file__).parents[3]
 BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25]}
@@ -65,7 +64,7 @@ def test_a_batch_crosses_as_a_handle_to_its_memory(store, cache, monkeypatch):
     monkeypatch.setattr(packing, "get_worker_info", lambda: True)  # allocate as in a loader process
     sizes = {}
     for samples in (4, 16):
-        data = TrainingData(fake.stage(store, cache, global_batch=samples), 0, 1, CPU)
+        data = open_data(fake.stage(store, cache, global_batch=samples))
         item = next(data.packed())
         assert item.memory.is_shared()
         stream = bytes(ForkingPickler.dumps(item))
@@ -86,7 +85,7 @@ def test_a_batch_is_pinned_as_one_block_where_there_is_a_gpu(store, cache, monke
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
-    data = TrainingData(fake.stage(store, cache), 0, 1, CPU)
+    data = open_data(fake.stage(store, cache))
     on_cpu = next(data.packed())
     assert not pinned
     data.device = torch.device("cuda")
@@ -103,10 +102,10 @@ def test_a_batch_is_pinned_as_one_block_where_there_is_a_gpu(store, cache, monke
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_reaches_the_gpu_from_pinned_memory(store, cache, workers):
     stage = fake.stage(store, cache, workers=workers)
-    data = TrainingData(stage, 0, 1, torch.device("cuda"))
+    data = open_data(stage, 0, 1, torch.device("cuda"))
     item = next(data.packed())
     assert item.memory.is_pinned()
-    batch, (expected, _) = item.unpack(data.device), next(TrainingData(stage, 0, 1, CPU).batches())
+    batch, (expected, _) = item.unpack(data.device), next(open_data(stage).batches())
     assert batch.mean.is_cuda
     assert torch.equal(batch.mean.cpu(), expected.mean)
     assert all(torch.equal(batch.texts[name].values.cpu(), text.values) for name, text in expected.texts.items())
@@ -129,7 +128,7 @@ def connections(process, port):
 
 def test_no_process_inherits_a_connection_to_the_store(s3, proxy, tmp_path):
     fake.make(s3, {"64x64": [8] * 4}, tmp_path, families=[fake.LATENTS, fake.TEXTS["small"]])
-    data = TrainingData(fake.stage(s3, tmp_path / "cache", workers=2, families=["small"]), 0, 1, CPU)
+    data = open_data(fake.stage(s3, tmp_path / "cache", workers=2, families=["small"]))
     port = int(proxy.url.rpartition(":")[2])
     assert connections(os.getpid(), port), "the trainer has some when the loader processes start"
     batches = data.batches()
@@ -158,7 +157,7 @@ def test_a_killed_loader_process_is_an_exception(store, cache):
 
 
 def signal_all_children(store, cache):
-    data = TrainingData(fake.stage(store, cache, workers=2), 0, 1, CPU)
+    data = open_data(fake.stage(store, cache, workers=2))
     batches = data.batches()
     taken = [summary(next(batches)[0]) for _ in range(2)]
     for process in children(os.getpid()):
@@ -175,7 +174,7 @@ def signal_all_children(store, cache):
 
 
 def kill_a_loader_process(store, cache):
-    data = TrainingData(fake.stage(store, cache, workers=1), 0, 1, CPU)
+    data = open_data(fake.stage(store, cache, workers=1))
     batches = data.batches()
     next(batches)
     for process in children(os.getpid()):

@@ -13,14 +13,13 @@ from data_prep.dataset.schema import Family
 from model.common.errors import UserError
 from model.encoders.quantize import quantize
 from pipeline.data.epoch_plan import EpochPlan
-from pipeline.data.loader import TrainingData
 from pipeline.data.mixture import Mixture
 from pipeline.data.position import Position
 from pipeline.stage.config import DatasetShare, StageConfig
 from pipeline.stage.corpus import resolve
 from pipeline.text.texts import PackedText, TextConstants, to_text
 from tests.helpers import fake_snapshot as fake
-from tests.helpers.fake_ranks import CPU, read, world_of
+from tests.helpers.fake_ranks import open_data, read, world_of
 
 LARGE, SMALL = {"64x64": [20, 13, 7], "48x80": [9, 25]}, {"64x64": [5, 6], "32x32": [8]}
 PARTS = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -102,7 +101,7 @@ def test_loader_processes_change_nothing(store, cache):
 
 def test_samples_of_an_epoch(store, cache):
     """Shares as weighed, bytes as stored, and other random numbers in each dataset and each pass."""
-    data = TrainingData(mixed(store, cache, (0.4, 0.6)), 0, 1, CPU)
+    data = open_data(mixed(store, cache, (0.4, 0.6)))
     noise, drawn = {}, Counter()
     for batch, _ in itertools.islice(data.batches(), len(data.plan(0))):
         for row, (source, turn, id) in enumerate(
@@ -140,7 +139,7 @@ def test_states_of_all_datasets_are_standardised_alike():
 
 
 def test_held_out_rows_come_from_each_dataset(store, cache):
-    data = TrainingData(mixed(store, cache, validation_parts=1), 0, 1, CPU)
+    data = open_data(mixed(store, cache, validation_parts=1))
     assert {int(batch.sources[0]) for batch in data.validation()} == {0, 1}
     held = {(int(batch.sources[0]), id) for batch in data.validation() for id in batch.ids.tolist()}
     trained = {
@@ -156,7 +155,7 @@ def test_another_mixture_inside_an_epoch_is_refused(store, cache):
     position = read(mixed(store, cache), 3)[1][-1]
     for stage in (mixed(store, cache, (1.0, 2.0)), fake.stage(store, cache)):
         with pytest.raises(UserError, match=r"snapshot was 1 ds@.* and is"):
-            next(TrainingData(stage, 0, 1, CPU).batches(position))
+            next(open_data(stage).batches(position))
 
 
 def test_a_mixture_names_its_snapshots(store, cache):
@@ -174,7 +173,7 @@ def test_families_made_in_another_way_do_not_mix(store, cache, tmp_path):
     stage = mixed(store, cache, families=["small"])
     stage.data.datasets["small"].store = str(tmp_path / "store")
     with pytest.raises(UserError, match=r"family `small` was made in one way in ds .* and in another in small"):
-        TrainingData(stage, 0, 1, CPU)
+        open_data(stage)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,10 @@ from streaming import StreamingDataLoader, StreamingDataset
 from data_prep.store.store import StoreError
 from model.common.errors import UserError
 from pipeline.data import streaming as streaming_snapshot
-from pipeline.data.loader import TrainingData
 from pipeline.data.streaming import StreamingSnapshot
 from pipeline.stage.config import DatasetShare
 from tests.helpers import fake_snapshot as fake
-from tests.helpers.fake_ranks import CPU
+from tests.helpers.fake_ranks import open_data
 from tests.helpers.loader_process import (
     READERS,
     Job,
@@ -80,7 +79,7 @@ def test_a_row_joins_the_columns_of_all_families(stage):
 def test_batches_are_those_of_our_loader_in_any_world(stage, world, workers, epoch, start):
     """Also when another world begins where this one stopped."""
     for rank in range(world):
-        data = TrainingData(stage, rank, world, CPU)
+        data = open_data(stage, rank, world)
         taken = itertools.islice(data.batches(data.position(epoch, 0)), EPOCH)
         wanted = [batch.ids.tolist() for batch, _ in taken][start:]
         data.close()

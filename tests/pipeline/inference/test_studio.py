@@ -10,9 +10,9 @@ from tiny_sampler import make_sampler
 
 from model.common.errors import UserError
 from pipeline.inference.images import read_settings
-from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, OTHER, InteractiveSampler, Limits, Request
+from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, OTHER, InteractiveSampler, Limits, GenerationRequest
 
-REQUEST = Request("a red cat", "", 16, 24, 2, 3.0, 7, 2, "euler")
+REQUEST = GenerationRequest("a red cat", "", 16, 24, 2, 3.0, 7, 2, "euler")
 
 
 @pytest.fixture

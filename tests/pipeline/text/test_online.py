@@ -15,7 +15,6 @@ from data_prep.families.text import run_text
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline import learned, train
-from pipeline.data.loader import TrainingData
 from pipeline.engine.network import build_network
 from pipeline.export import export, load_export
 from pipeline.inference import sampler
@@ -113,7 +112,7 @@ def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path)
         stage.data.workers = 1 if encode == "online" else 0
         if encode == "online":
             register_encoders(stage, open_store(store).sub("ds"), CPU)
-        data[encode] = TrainingData(stage, 0, 1, CPU)
+        data[encode] = open_data(stage)
     ways = [(one.batches(), one.validation()) for one in data.values()]
     batches = [[*(batch for batch, _ in itertools.islice(training, 12)), *validation] for training, validation in ways]
     for one in data.values():
@@ -173,7 +172,7 @@ def test_a_changed_encoder_is_refused(prepared, tmp_path):
     register_encoders(stage, open_store(store).sub("ds"), CPU)
     stage.text = [replace(texts[0], layer="-2"), texts[1]]
     with pytest.raises(UserError, match=r"family first was made by another encoder \(layer: '-3' in the family, '-2' here"):
-        TrainingData(stage, 0, 1, CPU)
+        open_data(stage)
 
 
 def test_captions_that_are_gone_are_named(prepared, tmp_path):
@@ -181,7 +180,7 @@ def test_captions_that_are_gone_are_named(prepared, tmp_path):
     stage = trainer_tasks.stage(store, tmp_path, **settings(prepared, "online"))
     dataset = open_store(store).sub("ds")
     register_encoders(stage, dataset, CPU)
-    data = TrainingData(stage, 0, 1, CPU)
+    data = open_data(stage)
     tables = [dataset.local_path(file.key) for commit in committed(dataset, PAIRS).values() for file in commit.files]
     tables = [path for path in tables if path.suffix == ".parquet"]
     whole = {path: path.read_bytes() for path in tables}

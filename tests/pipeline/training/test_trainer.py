@@ -19,7 +19,6 @@ from model.common.errors import UserError
 from model.flops import flops_per_sample
 from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
-from pipeline.data.loader import TrainingData
 from pipeline.inference.sampler import Sampler
 from pipeline.report import build
 from pipeline.runtime.stopping import EXIT_AGAIN
@@ -264,7 +263,7 @@ def test_batches_of_several_sizes_count_their_samples(store, tmp_path):
     (code, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, budget)
     assert code == 0
     config = trainer_tasks.stage(store, tmp_path, **budget)
-    plan = TrainingData(config, 0, 1, torch.device("cpu")).plan
+    plan = open_data(config).plan
     sizes = [plan(epoch).size(index) for epoch in range(2) for index in range(len(plan(epoch)))]
     samples = [report["samples"] for report in reports]
     assert set(sizes) == {4, 8}
