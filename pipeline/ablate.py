@@ -30,7 +30,7 @@ from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.scenes.captions import ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
 from pipeline.ablation import report as ablation_report
-from pipeline.ablation.rows import PAPER_ROWS, Unit, make_units, read_ablation
+from pipeline.ablation.rows import PAPER_ROWS, Job, make_jobs, read_ablation
 from pipeline.evaluation.images import write_whole
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
@@ -43,30 +43,30 @@ from pipeline.stage.corpus import open_datasets
 from pipeline.training.metrics import read_events
 
 
-def train(unit: Unit, processes: int) -> None:
+def train(job: Job, processes: int) -> None:
     """Train the unit's run to its end, from where it was.
 
     Raises:
         SystemExit: with the trainer's own exit code; it has said why.
     """
-    unit.run.parent.mkdir(parents=True, exist_ok=True)
-    stage = unit.run.with_suffix(".yaml")
-    stage.write_text(dump_stage(unit.stage))
+    job.run.parent.mkdir(parents=True, exist_ok=True)
+    stage = job.run.with_suffix(".yaml")
+    stage.write_text(dump_stage(job.stage))
     code = wait_for(start_ranks(processes, str(stage)), 0, EXIT_AGAIN)
     if code:
         sys.exit(code)
 
 
-def draw(unit: Unit, prompts: list[str]) -> Path:
+def draw(job: Job, prompts: list[str]) -> Path:
     """Draw a picture per prompt with the run's averaged weights; returns their folder.
 
     Raises:
         SystemExit: with the sampler's own exit code.
     """
-    folder, file = unit.run / "scenes", unit.prompts
+    folder, file = job.run / "scenes", job.prompts
     if not (folder / "index.jsonl").exists():
         file.write_text("\n".join(prompts), encoding="utf-8")
-        command = [sys.executable, "-m", "pipeline.sample", str(unit.run), "--prompts", str(file), "--out", str(folder)]
+        command = [sys.executable, "-m", "pipeline.sample", str(job.run), "--prompts", str(file), "--out", str(folder)]
         code = subprocess.run(command).returncode
         if code:
             sys.exit(code)
@@ -79,14 +79,14 @@ def scored_prompts(stage: StageConfig, count: int, longest: int) -> list[ScenePr
     return scene_prompts(count, "list", aspect, range(1, longest + 1))
 
 
-def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
+def score(job: Job, prompts: list[ScenePrompt]) -> dict[str, Any]:
     """What the run reached: scores of its drawn scenes and their chance level, all in [0, 1], and its last validation loss."""
-    folder = draw(unit, [prompt.caption.text for prompt in prompts])
+    folder = draw(job, [prompt.caption.text for prompt in prompts])
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     seen = [read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records]
     captions = [prompt.caption for prompt in prompts]
     scores = score_seen(seen, captions)
-    validations = read_events(unit.run, "validation")
+    validations = read_events(job.run, "validation")
     return {
         "score": prompt_following(scores.summary()),
         "attributes": scores.summary(),
@@ -96,16 +96,16 @@ def score(unit: Unit, prompts: list[ScenePrompt]) -> dict[str, Any]:
     }
 
 
-def do(unit: Unit, processes: int, prompts: list[ScenePrompt]) -> None:
+def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
     """Train, draw, score: whatever of it is not done yet."""
-    if unit.score() is not None:
+    if job.score() is not None:
         return
     begun = time.monotonic()
-    log_line(f"{unit.row}, seed {unit.seed} ...")
-    train(unit, processes)
-    record = score(unit, prompts)
+    log_line(f"{job.row}, seed {job.seed} ...")
+    train(job, processes)
+    record = score(job, prompts)
     record["seconds"] = round(time.monotonic() - begun, 1)
-    write_whole(unit.run / "score.json", json.dumps(record).encode())
+    write_whole(job.run / "score.json", json.dumps(record).encode())
 
 
 def main_arguments() -> argparse.ArgumentParser:
@@ -130,7 +130,7 @@ def main_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def show_runs(units: list[Unit], left_out: list[str], words: list[str]) -> None:
+def show_runs(jobs: list[Job], left_out: list[str], words: list[str]) -> None:
     """Print the runs, which of them are done, and the line that does the others as a Slurm array.
 
     Args:
@@ -138,9 +138,9 @@ def show_runs(units: list[Unit], left_out: list[str], words: list[str]) -> None:
         left_out: rows that cannot be trained.
         words: the command line.
     """
-    done = [unit.score() is not None for unit in units]
-    for name in dict.fromkeys(unit.row for unit in units):
-        seeds = [finished for unit, finished in zip(units, done, strict=True) if unit.row == name]
+    done = [job.score() is not None for job in jobs]
+    for name in dict.fromkeys(job.row for job in jobs):
+        seeds = [finished for job, finished in zip(jobs, done, strict=True) if job.row == name]
         print(f"{name:20} {sum(seeds)} of {len(seeds)} runs done")
     for reason in left_out:
         print(f"left out: {reason}")
@@ -148,7 +148,7 @@ def show_runs(units: list[Unit], left_out: list[str], words: list[str]) -> None:
         tasks = array_list(index for index, finished in enumerate(done) if not finished)
         again = shlex.join(word for word in words if word != "--dry-run")
         script = "cluster/run.sh pipeline.ablate"
-        print(f"LI_DIT_TASKS={len(units)} sbatch --array={tasks} --gpus-per-node=1 {script} {again}")
+        print(f"LI_DIT_TASKS={len(jobs)} sbatch --array={tasks} --gpus-per-node=1 {script} {again}")
 
 
 @command
@@ -162,23 +162,23 @@ def main() -> None:
         raise UserError(f"--seeds {arguments.seeds}: at least one run per row")
     base = load_stage(arguments.stage, settings)
     snapshot = read_snapshot(open_datasets(base)[0], base.data.snapshot)
-    units, left_out = make_units(arguments.stage, settings, ablation, arguments.seeds, snapshot)
-    if not units:
+    jobs, left_out = make_jobs(arguments.stage, settings, ablation, arguments.seeds, snapshot)
+    if not jobs:
         raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
     if arguments.dry_run:
-        show_runs(units, left_out, sys.argv[1:])
+        show_runs(jobs, left_out, sys.argv[1:])
         return
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     prompts = scored_prompts(base, arguments.scored, arguments.segments)
     texts = [prompt.caption.text for prompt in prompts]
-    for unit in units:
-        unit.check(texts)
+    for job in jobs:
+        job.check(texts)
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
-        for unit in units[share.index :: share.count]:
-            do(unit, processes, prompts)
+        for job in jobs[share.index :: share.count]:
+            run_job(job, processes, prompts)
     folder = Path(base.runs) / f"{base.name}_ablation"
-    log_line(f"report: {ablation_report.build(folder, base, ablation, units, left_out)}")
+    log_line(f"report: {ablation_report.build(folder, base, ablation, jobs, left_out)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from model.common.errors import UserError, command
 from model.scorers.files import download_data
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
 from pipeline.evaluation.answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers
-from pipeline.evaluation.common import Bench, Picture
+from pipeline.evaluation.common import Bench, BenchImage
 from pipeline.evaluation.images import draw_missing, hash_weights, keep_settings, read_plan, write_plan, write_whole
 from pipeline.export import load_source
 from pipeline.inference.sampler import DTYPES
@@ -127,7 +127,7 @@ def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: 
         print(f"{out / 'images'}: {drawn} pictures drawn by this process, {len(plan.pictures)} in all")
 
 
-def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[list[Picture], list[Picture], dict[str, Any]]:
+def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[list[BenchImage], list[BenchImage], dict[str, Any]]:
     """What is to be answered about: the drawn pictures, and FID's reference; and how they were drawn.
 
     Raises:

@@ -34,7 +34,7 @@ TIMEOUT = 60
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     """One picture to draw."""
 
     file: str
@@ -42,10 +42,10 @@ class Picture:
     seed: int
 
 
-def plan_pictures(prompts: Sequence[str], images: int, seed: int) -> list[Picture]:
+def plan_pictures(prompts: Sequence[str], images: int, seed: int) -> list[SampleImage]:
     """`images` pictures of each prompt; the j-th has seed + j, whatever else is drawn."""
     return [
-        Picture(f"{number:05d}_{image:02d}.png", prompt, seed + image)
+        SampleImage(f"{number:05d}_{image:02d}.png", prompt, seed + image)
         for number, prompt in enumerate(prompts)
         for image in range(images)
     ]
@@ -89,7 +89,7 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
 
 def draw_pictures(
     sampler: Sampler,
-    pictures: Sequence[Picture],
+    pictures: Sequence[SampleImage],
     drawing: SamplingParams,
     batch: int,
     out: Path,

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.ablation.rows import Ablation, Estimate, Unit, orderings
+from pipeline.ablation.rows import Ablation, SeedMean, Job, orderings
 from pipeline.evaluation.images import write_whole
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
@@ -25,13 +25,13 @@ Scores = dict[str, dict[int, dict[str, Any]]]
 """Row -> seed -> the record in score.json."""
 
 
-def gather(units: Sequence[Unit]) -> Scores:
+def gather(jobs: Sequence[Job]) -> Scores:
     """What has been scored so far."""
     scores: Scores = {}
-    for unit in units:
-        record = unit.score()
+    for job in jobs:
+        record = job.score()
         if record is not None:
-            scores.setdefault(unit.row, {})[unit.seed] = record
+            scores.setdefault(job.row, {})[job.seed] = record
     return scores
 
 
@@ -43,8 +43,8 @@ def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]],
     found = list(records.values())
     shares = [[each["score"] for each in found], *([each["attributes"][name] for each in found] for name in attributes)]
     losses = [each["loss"] for each in found if each["loss"] is not None]
-    cells = [str(Estimate.of(values)) if values else "-" for values in shares]
-    cells.append(Estimate.of(losses).text(1, 4) if losses else "-")
+    cells = [str(SeedMean.of(values)) if values else "-" for values in shares]
+    cells.append(SeedMean.of(losses).text(1, 4) if losses else "-")
     return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": cells, "seeds": len(records)}
 
 
@@ -116,24 +116,24 @@ def markdown(tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias]
     return "\n".join([*parts, cost, ""])
 
 
-def build(folder: Path, stage: StageConfig, ablation: Ablation, units: Sequence[Unit], left_out: Sequence[str]) -> Path:
+def build(folder: Path, stage: StageConfig, ablation: Ablation, jobs: Sequence[Job], left_out: Sequence[str]) -> Path:
     """Write `table.md` and `report.html` into `folder` from what has been scored.
 
     Returns:
         The page's path.
     """
-    scores = gather(units)
+    scores = gather(jobs)
     done = [record for records in scores.values() for record in records.values()]
     hours = sum(record["seconds"] for record in done) / 3600
-    cost = f"{len(done)} of {len(units)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
+    cost = f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
     tables, biases = tables_of(ablation, scores), positional_biases(ablation, scores)
     pictures = []
-    for unit in units:
-        drawn = sorted((unit.run / "scenes").glob("*.png")) if unit.seed == 0 and unit.row in scores else []
+    for job in jobs:
+        drawn = sorted((job.run / "scenes").glob("*.png")) if job.seed == 0 and job.row in scores else []
         images = [inline_png(path) for path in drawn if path.name != "grid.png"][:PICTURES]
         if images:
-            pictures.append({"title": ablation.rows[unit.row].title, "images": images})
-    prompts_file = next((unit.prompts for unit in units if unit.row in scores), None)
+            pictures.append({"title": ablation.rows[job.row].title, "images": images})
+    prompts_file = next((job.prompts for job in jobs if job.row in scores), None)
     prompts = prompts_file.read_text(encoding="utf-8").splitlines()[:PICTURES] if prompts_file is not None else []
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     write_whole(folder / "table.md", markdown(tables, biases, left_out, cost).encode())

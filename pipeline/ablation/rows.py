@@ -64,7 +64,7 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
 
 
 @dataclass(frozen=True)
-class Unit:
+class Job:
     """One training run of an ablation: a row with a seed."""
 
     row: str
@@ -112,14 +112,14 @@ def _flat(settings: Any, above: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def make_units(
+def make_jobs(
     stage: str, settings: list[str], ablation: Ablation, seeds: int, snapshot: Snapshot
-) -> tuple[list[Unit], list[str]]:
+) -> tuple[list[Job], list[str]]:
     """All runs of the ablation, seed by seed, so that a table fills evenly; and the rows left out for want of a family."""
     base = load_stage(stage, settings)
     folder = f"{base.runs}/{base.name}_ablation"
     missing = {}
-    units = []
+    jobs = []
     for seed in range(seeds):
         for name, row in ablation.rows.items():
             own = [f"runs={folder}/{name}", f"name=seed_{seed}", f"data.seed={seed}", f"data.snapshot={snapshot.id}"]
@@ -128,12 +128,12 @@ def make_units(
             if absent:
                 missing[name] = absent[0]
             else:
-                units.append(Unit(name, seed, config))
-    return units, [f"{ablation.rows[name].title}: no text family `{family}`" for name, family in missing.items()]
+                jobs.append(Job(name, seed, config))
+    return jobs, [f"{ablation.rows[name].title}: no text family `{family}`" for name, family in missing.items()]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """Mean of a score over seeds, with the half width of its 95 % interval (Student's t)."""
 
     mean: float
@@ -158,10 +158,10 @@ class Estimate:
         return self.text(100, 1)
 
 
-def paired_difference(better: dict[int, float], worse: dict[int, float]) -> Estimate | None:
+def paired_difference(better: dict[int, float], worse: dict[int, float]) -> SeedMean | None:
     """Difference of two rows over the seeds that both have: with equal data and seeds a row's noise is partly the other's."""
     seeds = sorted(better.keys() & worse.keys())
-    return Estimate.of(better[seed] - worse[seed] for seed in seeds) if seeds else None
+    return SeedMean.of(better[seed] - worse[seed] for seed in seeds) if seeds else None
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Ordering:
 
     better: str
     worse: str
-    difference: Estimate
+    difference: SeedMean
 
     @property
     def verdict(self) -> str:

@@ -17,7 +17,7 @@ from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from model.scorers.inception import Inception
 from model.scorers.noun_phrases import NounPhrases
-from pipeline.evaluation.common import VQA, Answer, Bench, Picture
+from pipeline.evaluation.common import VQA, Answer, Bench, BenchImage
 from pipeline.evaluation.images import IMAGES
 from pipeline.runtime.console import CONSOLE
 
@@ -106,7 +106,7 @@ def read_answers(out: Path) -> dict[str, Answer]:
     return answers
 
 
-def answer_missing(bench: Bench, judges: Any, pictures: Sequence[Picture], out: Path, part: str, shows: bool) -> int:
+def answer_missing(bench: Bench, judges: Any, pictures: Sequence[BenchImage], out: Path, part: str, shows: bool) -> int:
     """Let the scorer models answer about this process's pictures that have no answer; returns how many those were.
 
     Args:

@@ -19,7 +19,7 @@ Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class BenchImage:
     """A file to draw."""
 
     file: str
@@ -35,7 +35,7 @@ class Picture:
 class Plan:
     """Everything that is drawn."""
 
-    pictures: list[Picture]
+    pictures: list[BenchImage]
     files: dict[str, str] = field(default_factory=dict)
     """Texts that the benchmark's own tools expect beside the pictures."""
 
@@ -120,10 +120,10 @@ class Bench:
     """Pictures (or cells of a grid) per prompt, as published."""
     plan: Callable[[Path, int, int], Plan]
     """(prompts, images per prompt, seed)"""
-    needs: Callable[[Sequence[Picture]], set[str]]
+    needs: Callable[[Sequence[BenchImage]], set[str]]
     """Which of `Judges` these pictures need."""
-    ask: Callable[[Judges, Picture, Image.Image], Answer]
-    score: Callable[[Sequence[Picture], Mapping[str, Answer], Any], Scores]
+    ask: Callable[[Judges, BenchImage, Image.Image], Answer]
+    score: Callable[[Sequence[BenchImage], Mapping[str, Answer], Any], Scores]
     """(pictures, answers by file, rules)"""
     rules: type
     """The formula's settings; the defaults are as published."""

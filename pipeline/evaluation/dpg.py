@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, Picture, Plan, Scores, mean, read_text
+from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_text
 
 CELLS = 4
 
@@ -58,11 +58,11 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
     except (KeyError, ValueError, AttributeError) as error:
         raise UserError(f"--prompts {prompts}: give DPG-Bench's dpg_bench.csv ({type(error).__name__}: {error})") from error
     folder = prompts.parent / "prompts"
-    pictures: list[Picture] = []
+    pictures: list[BenchImage] = []
     for item, about in items.items():
         text = read_text(folder / f"{item}.txt").strip() if folder.is_dir() else about["text"]
         seeds = tuple(seed + cell for cell in range(images))
-        pictures.append(Picture(f"{item}.png", text, seeds, {"questions": about["questions"]}))
+        pictures.append(BenchImage(f"{item}.png", text, seeds, {"questions": about["questions"]}))
     return Plan(pictures)
 
 
@@ -75,7 +75,7 @@ def cells(image: Image.Image, count: int) -> list[Image.Image]:
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
-def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
+def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
     """Every question, to every cell."""
     questions = [each["question"] for each in picture.about["questions"]]
     return {"cells": [judges.vqa.answers(cell, questions) for cell in cells(image, len(picture.seeds))]}
@@ -134,7 +134,7 @@ def score_prompt(
     return mean(scores), points
 
 
-def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: DPGRules) -> Scores:
+def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: DPGRules) -> Scores:
     """Overall = mean over prompts x 100; categories at both of DPG-Bench's levels; prompts that were left out, by name."""
     prompts: list[float] = []
     left_out: list[str] = []
@@ -159,7 +159,7 @@ def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: DPG
     }
 
 
-def needs(pictures: Sequence[Picture]) -> set[str]:
+def needs(pictures: Sequence[BenchImage]) -> set[str]:
     """A VQA model."""
     return {"vqa"}
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, Picture, Plan, Scores, read_text
+from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, read_text
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -31,10 +31,10 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
     if not lines:
         raise UserError(f"--prompts {prompts}: no prompt in it: write one a line")
     drawn = [(line, number * images + j) for number, line in enumerate(lines) for j in range(images)]
-    return Plan([Picture(f"{i:06d}.png", line, (seed + i,)) for line, i in drawn])
+    return Plan([BenchImage(f"{i:06d}.png", line, (seed + i,)) for line, i in drawn])
 
 
-def reference_pictures(folder: Path) -> list[Picture]:
+def reference_pictures(folder: Path) -> list[BenchImage]:
     """The pictures of a folder and its subfolders, to be described like drawn ones; their files are whole paths.
 
     Raises:
@@ -43,10 +43,10 @@ def reference_pictures(folder: Path) -> list[Picture]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
         raise UserError(f"--reference {folder}: no pictures there: give a folder of {', '.join(sorted(SUFFIXES))}")
-    return [Picture(str(path.resolve()), "", (), {"reference": True}) for path in paths]
+    return [BenchImage(str(path.resolve()), "", (), {"reference": True}) for path in paths]
 
 
-def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
+def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
     """The picture's features, fp32 in base64."""
     features = np.asarray(judges.inception.features([image])[0].cpu(), dtype="<f4")
     return {"features": base64.b64encode(features.tobytes()).decode()}
@@ -64,7 +64,7 @@ def frechet_distance(a: Array, b: Array) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * cross)
 
 
-def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: FIDRules) -> Scores:
+def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: FIDRules) -> Scores:
     """FID; it grows as either set shrinks, so the numbers of pictures belong to it."""
     sets: dict[bool, list[Array]] = {True: [], False: []}
     for picture in pictures:
@@ -76,7 +76,7 @@ def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: FID
     return {"overall": frechet_distance(drawn, reference), "drawn": len(drawn), "reference": len(reference)}
 
 
-def needs(pictures: Sequence[Picture]) -> set[str]:
+def needs(pictures: Sequence[BenchImage]) -> set[str]:
     """Inception."""
     return {"inception"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, Picture, Plan, Scores, mean, read_json
+from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_json
 
 PROMPTS, SKILLS = "genai_image.json", "genai_skills.json"
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
@@ -43,7 +43,7 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
                 by_prompt[f"{int(member):05d}"].append(skill)
         return Plan(
             [
-                Picture(
+                BenchImage(
                     f"{key}.jpeg" if j == 0 else f"{key}_{j}.jpeg",
                     entry["prompt"],
                     (seed + j,),
@@ -59,12 +59,12 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
         ) from error
 
 
-def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
+def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
     """VQAScore of the prompt."""
     return {"vqascore": judges.vqa.likelihood(image, judges.question.replace("{}", picture.prompt), judges.answer)}
 
 
-def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: GenAIRules) -> Scores:
+def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: GenAIRules) -> Scores:
     """Mean over a skill's prompts of their images' mean; `overall` is `all`, the mean over the union of the skills' prompts."""
     images: dict[str, list[float]] = {}
     skills: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def _deviation(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - centre) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
-def needs(pictures: Sequence[Picture]) -> set[str]:
+def needs(pictures: Sequence[BenchImage]) -> set[str]:
     """A VQA model."""
     return {"vqa"}
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from model.common.errors import UserError
 from model.scorers.detectors import Found
-from pipeline.evaluation.common import Answer, Bench, Judges, Picture, Plan, Scores, mean, read_text
+from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_text
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -52,7 +52,7 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
     Raises:
         UserError: the file is missing or a line is not GenEval's.
     """
-    pictures: list[Picture] = []
+    pictures: list[BenchImage] = []
     files: dict[str, str] = {}
     lines = [line for line in read_text(prompts).splitlines() if line.strip()]
     for number, line in enumerate(lines):
@@ -64,7 +64,7 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
             where = f"--prompts {prompts}, line {number + 1}"
             raise UserError(f"{where}: not GenEval's evaluation_metadata.jsonl ({type(error).__name__}: {error})") from error
         files[f"{number:05d}/metadata.jsonl"] = json.dumps(about)
-        pictures += [Picture(f"{number:05d}/samples/{j:05d}.png", prompt, (seed + j,), about) for j in range(images)]
+        pictures += [BenchImage(f"{number:05d}/samples/{j:05d}.png", prompt, (seed + j,), about) for j in range(images)]
     return Plan(pictures, files)
 
 
@@ -80,7 +80,7 @@ def _check(about: Mapping[str, Any]) -> None:
             raise ValueError("position of a later object")
 
 
-def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
+def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
     """Objects of the classes that are asked for, and the colours of those whose colour is."""
     clauses = [*picture.about.get("include", []), *picture.about.get("exclude", [])]
     names: list[str] = list(dict.fromkeys(clause["class"] for clause in clauses))
@@ -182,7 +182,7 @@ def positions(a: Sequence[float], b: Sequence[float], threshold: float) -> set[s
     return {relation for relation, holds in relations.items() if holds}
 
 
-def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: GenEvalRules) -> Scores:
+def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: GenEvalRules) -> Scores:
     """Overall = mean over tags; besides, the shares of right pictures and of prompts with at least one right picture."""
     tags: dict[str, list[bool]] = {}
     prompts: dict[str, bool] = {}
@@ -201,7 +201,7 @@ def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: Gen
     }
 
 
-def needs(pictures: Sequence[Picture]) -> set[str]:
+def needs(pictures: Sequence[BenchImage]) -> set[str]:
     """The detector, and CLIP where a colour is asked for."""
     coloured = any("color" in clause for picture in pictures for clause in picture.about.get("include", []))
     return {"detector", "clip"} if coloured else {"detector"}

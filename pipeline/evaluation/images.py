@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_prep.dataset.schema import canonical_json
 from model.common.errors import UserError
-from pipeline.evaluation.common import Picture, Plan
+from pipeline.evaluation.common import BenchImage, Plan
 from pipeline.inference.images import save_png, to_images
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.runtime.console import CONSOLE
@@ -77,7 +77,7 @@ def write_plan(out: Path, plan: Plan, settings: Mapping[str, Any]) -> None:
             write_whole(out / IMAGES / name, text.encode())
 
 
-def read_plan(out: Path) -> tuple[list[Picture], dict[str, Any]]:
+def read_plan(out: Path) -> tuple[list[BenchImage], dict[str, Any]]:
     """The pictures of `plan.json`, and how they are drawn.
 
     Raises:
@@ -87,13 +87,13 @@ def read_plan(out: Path) -> tuple[list[Picture], dict[str, Any]]:
         settings = json.loads((out / PLAN).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{out}: no {PLAN}, so nothing was drawn there: run with --stage images first") from error
-    pictures = [Picture(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in settings.pop("pictures")]
+    pictures = [BenchImage(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in settings.pop("pictures")]
     return pictures, settings
 
 
 def draw_missing(
     sampler: Sampler,
-    pictures: Sequence[Picture],
+    pictures: Sequence[BenchImage],
     drawing: SamplingParams,
     batch: int,
     out: Path,
@@ -123,9 +123,9 @@ def draw_missing(
     return len(missing)
 
 
-def _batches(pictures: Sequence[Picture], batch: int) -> list[list[Picture]]:
+def _batches(pictures: Sequence[BenchImage], batch: int) -> list[list[BenchImage]]:
     """Whole pictures, with about `batch` cells together."""
-    batches: list[list[Picture]] = []
+    batches: list[list[BenchImage]] = []
     room = 0
     for picture in pictures:
         if room < len(picture.seeds):

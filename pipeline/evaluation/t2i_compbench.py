@@ -16,7 +16,7 @@ from PIL import Image
 from model.common.errors import UserError
 from model.scorers.noun_phrases import Parsed
 from pipeline.evaluation import t2i_objects
-from pipeline.evaluation.common import Answer, Bench, Judges, Picture, Plan, Scores, mean, read_text
+from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_text
 from pipeline.evaluation.t2i_objects import FLOOR, Box
 
 ATTRIBUTES = ("color", "shape", "texture")
@@ -64,7 +64,7 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
     chosen = {name: path for name, path in files.items() if (prompts.is_dir() and path.is_file()) or path == prompts}
     if not chosen:
         raise UserError(f"--prompts {prompts}: no {', '.join(f'{name}_val.txt' for name in CATEGORIES)} there")
-    pictures: list[Picture] = []
+    pictures: list[BenchImage] = []
     for category, path in chosen.items():
         lines = [line.split("\t")[0].strip() for line in read_text(path).splitlines() if line.strip()]
         about: dict[str, Any] = {"category": category}
@@ -78,7 +78,7 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
             extra = {"parts": kind} if category == "complex" else {}
             for j in range(images):
                 file = f"{category}/samples/{_named(line, path)}_{number * images + j:06d}.png"
-                pictures.append(Picture(file, line, (seed + j,), about | extra))
+                pictures.append(BenchImage(file, line, (seed + j,), about | extra))
     return Plan(pictures)
 
 
@@ -102,7 +102,7 @@ def clean_question(chunk: str) -> str:
     return re.sub(r'([.!"()*#:;~])', "", f"{chunk}?".lower()).rstrip()
 
 
-def ask(judges: Judges, picture: Picture, image: Image.Image) -> Answer:
+def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
     """P(yes) per noun chunk, objects found, similarity: what the picture's category needs."""
     category = picture.about["category"]
     if category == "non_spatial":
@@ -183,7 +183,7 @@ def complex_score(prompt: str, parts: str, answer: Answer, rules: T2IRules) -> f
     return mean(values)
 
 
-def score_picture(picture: Picture, answer: Answer, rules: T2IRules) -> float:
+def score_picture(picture: BenchImage, answer: Answer, rules: T2IRules) -> float:
     """A picture's score in its category."""
     category = picture.about["category"]
     if category in ATTRIBUTES:
@@ -197,7 +197,7 @@ def score_picture(picture: Picture, answer: Answer, rules: T2IRules) -> float:
     return complex_score(picture.prompt, picture.about["parts"], answer, rules)
 
 
-def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: T2IRules) -> Scores:
+def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: T2IRules) -> Scores:
     """Mean over images per category; `overall` is LI-DiT's T2I-avg where all three attributes are there, else the mean."""
     values: dict[str, list[float]] = {}
     for picture in pictures:
@@ -207,7 +207,7 @@ def score(pictures: Sequence[Picture], answers: Mapping[str, Answer], rules: T2I
     return {"overall": mean([means[name] for name in averaged]), "categories": means, "averaged": list(averaged)}
 
 
-def needs(pictures: Sequence[Picture]) -> set[str]:
+def needs(pictures: Sequence[BenchImage]) -> set[str]:
     """What the categories need."""
     by_category = {
         **{name: {"vqa", "phrases"} for name in ATTRIBUTES},

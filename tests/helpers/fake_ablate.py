@@ -9,11 +9,11 @@ from pipeline import ablate
 from pipeline.ablation import report as ablation_report
 
 
-def do(unit, processes, prompts):
-    if unit.score() is None:
-        unit.run.mkdir(parents=True)
-        (unit.run / "score.json").write_text(json.dumps({"task": int(os.environ["SLURM_ARRAY_TASK_ID"])}))
+def run_job(job, processes, prompts):
+    if job.score() is None:
+        job.run.mkdir(parents=True)
+        (job.run / "score.json").write_text(json.dumps({"task": int(os.environ["SLURM_ARRAY_TASK_ID"])}))
 
 
-with patch.object(ablate, "do", do), patch.object(ablation_report, "build", lambda folder, *_: Path(folder)):
+with patch.object(ablate, "run_job", run_job), patch.object(ablation_report, "build", lambda folder, *_: Path(folder)):
     ablate.main()

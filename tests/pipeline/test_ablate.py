@@ -10,7 +10,7 @@ import pytest
 from data_prep.__main__ import main as data_prep
 from data_prep.dataset.snapshot_reader import read_snapshot
 from pipeline import ablate
-from pipeline.ablation.rows import PAPER_ROWS, make_units, read_ablation
+from pipeline.ablation.rows import PAPER_ROWS, make_jobs, read_ablation
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.stopping import Stop
@@ -138,10 +138,10 @@ def test_rows_of_the_paper_train(world, rows):
     assert rows == SOME_ROWS or ablation.rows.keys() == read_ablation(PAPER_ROWS, [], []).rows.keys()
     base = load_stage(stage, [])
     settings = [f"name=rows_{len(rows)}", "engine.precision=fp32", "optim.warmup_samples=0"]
-    units, left_out = make_units(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], base.data.snapshot))
-    assert (len(units), left_out) == (len(rows), [])
-    assert on_ranks(1, train_all, [unit.stage for unit in units]) == [[0] * len(units)]
-    losses = {unit.row: [report["loss"] for report in read_reports(unit.run)] for unit in units}
+    jobs, left_out = make_jobs(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], base.data.snapshot))
+    assert (len(jobs), left_out) == (len(rows), [])
+    assert on_ranks(1, train_all, [job.stage for job in jobs]) == [[0] * len(jobs)]
+    losses = {job.row: [report["loss"] for report in read_reports(job.run)] for job in jobs}
     assert all(len(each) == 2 and all(map(math.isfinite, each)) for each in losses.values())
-    assert {unit.row: parts_of(unit.run) for unit in units} == {row: PARTS[row] for row in rows}
-    assert [unit.row for unit in units if unit.stage.fusion.refiner == "causal"] == ["a_causal"]
+    assert {job.row: parts_of(job.run) for job in jobs} == {row: PARTS[row] for row in rows}
+    assert [job.row for job in jobs if job.stage.fusion.refiner == "causal"] == ["a_causal"]

@@ -17,7 +17,7 @@ from model.scorers.detectors import Found, load_detector
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation import geneval
-from pipeline.evaluation.common import Picture
+from pipeline.evaluation.common import BenchImage
 
 CPU = torch.device("cpu")
 QUESTIONS = ["Is it there ?", "a red cat ?"]
@@ -166,7 +166,7 @@ def test_geneval_shows_clip_an_object_on_grey_and_speaks_cocos_names():
     mask[10:20, 5:10] = True
     judge = Scripted(Found("mouse", 0.9, (5.0, 10.0, 15.0, 20.0), mask), Found("cat", 0.5, (0.0, 0.0, 5.0, 5.0)))
     clauses = [{"class": "computer mouse", "count": 1, "color": "green"}, {"class": "cat", "count": 1}]
-    answer = geneval.ask(judge, Picture("x", "", (0,), {"include": clauses}), picture())
+    answer = geneval.ask(judge, BenchImage("x", "", (0,), {"include": clauses}), picture())
     assert judge.classes == ["mouse", "cat"]
     assert [each.get("color") for each in answer["objects"]] == ["green", None]
     (crop,) = judge.shown

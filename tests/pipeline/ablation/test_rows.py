@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_prep.dataset.schema import Family, Snapshot
 from model.common.errors import UserError
-from pipeline.ablation.rows import PAPER_ROWS, Ablation, Estimate, Row, make_units, orderings, read_ablation
+from pipeline.ablation.rows import PAPER_ROWS, Ablation, SeedMean, Row, make_jobs, orderings, read_ablation
 from pipeline.stage.config import dump_stage
 
 ROLES = [f"families.{role}={role}" for role in ("a", "a_plain", "b", "b_plain", "t5", "clip")]
@@ -34,26 +34,26 @@ def test_the_papers_rows_are_its_tables():
 
 def test_rows_differ_only_in_their_settings_and_seeds():
     ablation = read_ablation(PAPER_ROWS, ROLES, [])
-    units, left_out = make_units("demo", ["samples=640"], ablation, 2, snapshot("a", "a_plain", "b", "b_plain"))
+    jobs, left_out = make_jobs("demo", ["samples=640"], ablation, 2, snapshot("a", "a_plain", "b", "b_plain"))
     assert left_out == [
         "T5: no text family `t5`", "T5, refiner: no text family `t5`",
         "CLIP: no text family `clip`", "CLIP, refiner: no text family `clip`",
     ]  # fmt: skip
-    assert len(units) == 2 * 13
-    assert len({unit.run for unit in units}) == len(units)
-    first = units[0].stage
-    for unit in units:
-        assert (unit.stage.samples, unit.stage.data.snapshot, unit.stage.model) == (640, first.data.snapshot, first.model)
-        assert unit.stage.data.seed == unit.seed
-    fusions = [(str(unit.stage.fusion)) for unit in units if unit.seed == 0]
+    assert len(jobs) == 2 * 13
+    assert len({job.run for job in jobs}) == len(jobs)
+    first = jobs[0].stage
+    for job in jobs:
+        assert (job.stage.samples, job.stage.data.snapshot, job.stage.model) == (640, first.data.snapshot, first.model)
+        assert job.stage.data.seed == job.seed
+    fusions = [(str(job.stage.fusion)) for job in jobs if job.seed == 0]
     assert len(set(fusions)) == len(fusions)
 
 
 def test_one_row_in_several_tables_is_trained_once():
     ablation = read_ablation(PAPER_ROWS, ROLES, ["a_both", "ab_concat"])
     assert ablation.tables.keys() == {"Table 2: what each component adds", "Table 6: fusing LLMs"}
-    units, _ = make_units("demo", [], ablation, 1, snapshot("a", "b"))
-    assert [unit.row for unit in units] == ["a_both", "ab_concat"]
+    jobs, _ = make_jobs("demo", [], ablation, 1, snapshot("a", "b"))
+    assert [job.row for job in jobs] == ["a_both", "ab_concat"]
 
 
 @pytest.mark.parametrize(("only", "says"), [(["nothing"], "row `nothing` does not exist")])
@@ -64,26 +64,26 @@ def test_an_unknown_row_is_named(only, says):
 
 def test_changed_settings_are_refused(tmp_path):
     ablation = Ablation(rows={"one": Row("one", ["fusion.families=[a]", "fusion.mode=none"])})
-    (unit,), _ = make_units("demo", [f"runs={tmp_path}"], ablation, 1, snapshot("a"))
-    unit.check([])
-    unit.run.mkdir(parents=True)
-    (unit.run / "stage.yaml").write_text(dump_stage(unit.stage))
-    unit.check(["a circle"])
-    (other,), _ = make_units("demo", [f"runs={tmp_path}", "optim.lr=0.5"], ablation, 1, snapshot("a"))
+    (job,), _ = make_jobs("demo", [f"runs={tmp_path}"], ablation, 1, snapshot("a"))
+    job.check([])
+    job.run.mkdir(parents=True)
+    (job.run / "stage.yaml").write_text(dump_stage(job.stage))
+    job.check(["a circle"])
+    (other,), _ = make_jobs("demo", [f"runs={tmp_path}", "optim.lr=0.5"], ablation, 1, snapshot("a"))
     with pytest.raises(UserError, match=r"other settings than are asked for now \(optim.lr=0.5\)"):
         other.check(["a circle"])
-    unit.prompts.write_text("a circle\na star")
-    unit.check(["a circle", "a star"])
+    job.prompts.write_text("a circle\na star")
+    job.check(["a circle", "a star"])
     with pytest.raises(UserError, match="drew other prompts"):
-        unit.check(["a circle"])
+        job.check(["a circle"])
 
 
 def test_the_interval_is_students():
-    estimate = Estimate.of([0.1, 0.2, 0.3])
+    estimate = SeedMean.of([0.1, 0.2, 0.3])
     assert estimate.mean == pytest.approx(0.2)
     assert estimate.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
     assert str(estimate) == "20.0 ± 24.8"
-    assert str(Estimate.of([0.5])) == "50.0"
+    assert str(SeedMean.of([0.5])) == "50.0"
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=5), st.floats(0.01, 0.5))

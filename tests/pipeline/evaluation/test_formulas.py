@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.scorers.noun_phrases import Parsed
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench, t2i_objects
-from pipeline.evaluation.common import Picture
+from pipeline.evaluation.common import BenchImage
 from pipeline.evaluation.dpg import DPGRules
 from pipeline.evaluation.genai_bench import GenAIRules
 from pipeline.evaluation.geneval import GenEvalRules
@@ -100,7 +100,7 @@ def test_geneval_overlap_is_published_as_off():
 def test_geneval_overall_is_the_mean_over_tags():
     one = {"tag": "single", "prompt": "a", "include": [include("cat")]}
     two = {"tag": "two", "prompt": "b", "include": [include("cat"), include("dog")]}
-    pictures = [Picture(f"{i}", "", (i,), one if i < 3 else two) for i in range(4)]
+    pictures = [BenchImage(f"{i}", "", (i,), one if i < 3 else two) for i in range(4)]
     answers = {"0": [thing("cat")], "1": [], "2": [], "3": [thing("cat"), thing("dog")]}
     scores = geneval.score(pictures, {key: {"objects": value} for key, value in answers.items()}, GenEvalRules())
     assert scores["tags"] == {"single": pytest.approx(1 / 3), "two": 1.0}
@@ -144,9 +144,9 @@ def test_dpg_skips_the_first_row_and_drops_a_prompt_that_needs_it():
 
 def test_dpg_overall_and_categories():
     pictures = [
-        Picture("a.png", "", (0,), {"questions": [question(1, row=0), question(2, (1,), row=1)]}),
-        Picture("b.png", "", (0,), {"questions": [question(1), question(2, (1,), category="attribute - color")]}),
-        Picture("c.png", "", (0,), {"questions": [question(1, category="attribute - shape")]}),
+        BenchImage("a.png", "", (0,), {"questions": [question(1, row=0), question(2, (1,), row=1)]}),
+        BenchImage("b.png", "", (0,), {"questions": [question(1), question(2, (1,), category="attribute - color")]}),
+        BenchImage("c.png", "", (0,), {"questions": [question(1, category="attribute - shape")]}),
     ]
     answers = {name: {"cells": [cell]} for name, cell in {"a.png": ["yes"] * 2, "b.png": ["no", "yes"], "c.png": ["yes"]}.items()}
     scores = dpg.score(pictures, answers, DPGRules())
@@ -284,7 +284,7 @@ def test_t2i_complex_is_the_mean_of_its_parts_and_overall_that_of_the_attributes
     value = {p: t2i_compbench.complex_score(prompt, p, answer, T2IRules()) for p in ("spatial", "action", "all")}
     assert value == {"spatial": pytest.approx(0.75), "action": pytest.approx(0.4), "all": pytest.approx(0.6)}
     names = ["color", "shape", "texture", "non_spatial"]
-    pictures = [Picture(name, "", (0,), {"category": name}) for name in names]
+    pictures = [BenchImage(name, "", (0,), {"category": name}) for name in names]
     answers = {name: {"yes": [0.1 * i]} for i, name in enumerate(names, start=1)} | {"non_spatial": {"similarity": 0.9}}
     scores = t2i_compbench.score(pictures, answers, T2IRules())
     assert scores["overall"] == pytest.approx(0.2)
@@ -296,7 +296,7 @@ def test_t2i_complex_is_the_mean_of_its_parts_and_overall_that_of_the_attributes
 
 def test_genai_skills_and_their_union():
     skills = [["basic", "attribute"], ["basic"], ["advanced", "counting"], []]
-    pictures = [Picture(f"{i}.jpeg", "", (0,), {"id": str(i), "skills": each}) for i, each in enumerate(skills)]
+    pictures = [BenchImage(f"{i}.jpeg", "", (0,), {"id": str(i), "skills": each}) for i, each in enumerate(skills)]
     answers = {f"{i}.jpeg": {"vqascore": value} for i, value in enumerate((0.2, 0.6, 0.7, 1.0))}
     scores = genai_bench.score(pictures, answers, GenAIRules())
     assert scores["overall"] == pytest.approx(0.5)  # the prompt without a skill is in none of the sums
@@ -306,7 +306,7 @@ def test_genai_skills_and_their_union():
 
 
 def test_genai_images_of_a_prompt_are_averaged_first():
-    pictures = [Picture(file, "", (0,), {"id": key, "skills": ["basic"]}) for file, key in (("a", "0"), ("b", "0"), ("c", "1"))]
+    pictures = [BenchImage(file, "", (0,), {"id": key, "skills": ["basic"]}) for file, key in (("a", "0"), ("b", "0"), ("c", "1"))]
     answers = {file: {"vqascore": value} for file, value in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
     assert genai_bench.score(pictures, answers, GenAIRules())["overall"] == 0.75
 
@@ -338,7 +338,7 @@ def test_fid_of_covariances_that_do_not_commute_is_that_of_scipys_root():
 def test_fid_reads_features_from_answers():
     values = np.random.default_rng(0).normal(size=(8, 3)).astype("<f4")
     answers = {str(i): {"features": base64.b64encode(value.tobytes()).decode()} for i, value in enumerate(values)}
-    pictures = [Picture(str(i), "", (), {"reference": True} if i >= 4 else {}) for i in range(8)]
+    pictures = [BenchImage(str(i), "", (), {"reference": True} if i >= 4 else {}) for i in range(8)]
     scores = fid.score(pictures, answers, fid.FIDRules())
     assert scores["overall"] == pytest.approx(fid.frechet_distance(values[:4].astype(float), values[4:].astype(float)))
     assert (scores["drawn"], scores["reference"]) == (4, 4)
