@@ -36,6 +36,7 @@ from data_prep.store.store import open_store
 from pipeline.data.batch import tensors_in
 from pipeline.data.loader import TrainingData
 from pipeline.stage.config import StageConfig
+from pipeline.stage.corpus import resolve
 from pipeline.training.metrics import read_reports
 
 WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
@@ -180,7 +181,7 @@ def stage_of(uri: str, cache: Path, workers: int) -> StageConfig:
 
 def ours(uri: str, cache: Path, workers: int, steps: int, warm: int, unpack: bool = False) -> Figures:
     """Our loader; bytes are those read from files, not the noise that unpacking adds."""
-    data = TrainingData(stage_of(uri, cache, workers), 0, 1, torch.device("cpu"))
+    data = TrainingData(*resolve(stage_of(uri, cache, workers)), 0, 1, torch.device("cpu"))
 
     def batches() -> Iterator[tuple[int, int]]:
         for item in data.packed():

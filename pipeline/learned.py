@@ -40,7 +40,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
     stage.data.caption_drop = 0.0
     dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
-    data = TrainingData(stage, 0, 1, device)
+    data = TrainingData(stage, corpus, 0, 1, device)
     latents = latents_family(stage, corpus)
     try:
         held = []

@@ -72,12 +72,9 @@ class PartIndex:
                 if not path.exists():
                     table = read_index(cache.dataset, snapshot, bucket).combine_chunks()
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix(".part")
-                    with temporary.open("wb") as file:
+                    with atomic_path(path, durable=True) as temporary, pyarrow.OSFile(str(temporary), "wb") as file:
                         with pyarrow.ipc.new_file(file, table.schema) as writer:
                             writer.write_table(table)
-                        os.fsync(file.fileno())
-                    temporary.replace(path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths}

@@ -31,7 +31,7 @@ from pipeline.data.mixture import Draws, Mixture, Pieces, source_seeds
 from pipeline.data.position import Position
 from pipeline.data.shard_cache import ShardCache
 from pipeline.stage.config import StageConfig, cache_root
-from pipeline.stage.corpus import Source, resolve
+from pipeline.stage.corpus import Corpus, Source
 from pipeline.text.texts import PackedText, TextConstants
 
 if TYPE_CHECKING:
@@ -56,19 +56,20 @@ _FIXED_SEED = 0
 class TrainingData:
     """The stage's snapshots, for one rank."""
 
-    def __init__(self, stage: StageConfig, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, stage: StageConfig, corpus: Corpus, rank: int, world: int, device: torch.device) -> None:
         """Open the snapshots and plan.
 
         Args:
-            stage: what to read.
+            stage: what to read, as `resolve` gives it.
+            corpus: the snapshots that `resolve` gives with it.
             rank: this process's number.
             world: number of processes that share each global batch.
             device: where batches go.
 
         Raises:
-            UserError: store, dataset, snapshot or a family of it is missing, or the settings do not fit the data.
+            UserError: if the settings do not fit the data.
         """
-        self.stage, self.corpus = resolve(stage)
+        self.stage, self.corpus = stage, corpus
         self.rank, self.world, self.device = rank, world, device
         data, families = stage.data, self.corpus.families
         self.latents: Family = families[data.latents]

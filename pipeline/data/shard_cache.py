@@ -259,9 +259,7 @@ class ShardCache:
         """Fail, and so that who waits for the file in another process or thread fails with it, not after ten minutes more."""
         failure = self._failure(name)
         with suppress(OSError):  # a full disk hides no other error
-            temporary = failure.with_name(f"{failure.name}.part")
-            temporary.write_text(json.dumps([time.time(), why]))  # a file's own time may be milliseconds behind
-            temporary.replace(failure)
+            write_atomic(failure, json.dumps([time.time(), why]))  # a file's own time may be milliseconds behind
         raise StoreError(why) from cause
 
     def _raise_failure(self, name: str, since: float) -> None:
@@ -294,9 +292,7 @@ class ShardCache:
     def _mark(self, path: Path, name: str) -> None:
         marker = self._marker(name)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        temporary = marker.with_name(f"{marker.name}.part")
-        temporary.write_text(_state(path))
-        temporary.replace(marker)
+        write_atomic(marker, _state(path))
 
     @contextmanager
     def _room(self, path: Path, needed: int) -> Iterator[None]:

@@ -31,6 +31,7 @@ from pipeline.data.position import Position
 from pipeline.data.streaming_shard import JoinedReader, Row
 from pipeline.runtime.distributed import first_failure, rank_and_world
 from pipeline.stage.config import StageConfig
+from pipeline.stage.corpus import resolve
 
 _READERS = 256
 """Parts that a process keeps at hand."""
@@ -57,7 +58,7 @@ class StreamingSnapshot(StreamingDataset):
                 "streaming's batches have one size, and rows no captions: leave data.tokens_per_batch empty and "
                 "fusion.encode=families, or use pipeline.data.loader"
             )
-        self.data = TrainingData(stage, rank, world, torch.device("cpu"))
+        self.data = TrainingData(*resolve(stage), rank, world, torch.device("cpu"))
         self.batch_size = stage.global_batch // world
         self.replication = None
         self._places = [(source, bucket) for source, dataset in enumerate(self.data.parts) for bucket in sorted(dataset)]

@@ -52,7 +52,7 @@ class Trainer:
         prepare_texts(self.stage, self.corpus, ranks)
         torch.manual_seed(stage.data.seed)
         self.engine = Engine(lambda: build_network(self.stage, self.corpus), self.stage, local_batch)
-        self.data = TrainingData(self.stage, ranks.rank, ranks.world, self.engine.device)
+        self.data = TrainingData(self.stage, self.corpus, ranks.rank, ranks.world, self.engine.device)
         self.latents = latents_family(self.stage, self.corpus)
         self.sizes = network_sizes(self.stage, self.corpus)
         self.prefixes = [int(family.info["prefix_tokens"]) for family in text_families(self.stage, self.corpus).values()]

@@ -5,8 +5,14 @@ import itertools
 import torch
 
 from pipeline.data.loader import TrainingData
+from pipeline.stage.corpus import resolve
 
 CPU = torch.device("cpu")
+
+
+def open_data(stage, rank=0, world=1, device=CPU):
+    """The stage's data, resolved as a trainer does it once."""
+    return TrainingData(*resolve(stage), rank, world, device)
 
 
 def summary(batch):
@@ -17,7 +23,7 @@ def summary(batch):
 
 
 def read(stage, count, position=None, rank=0, world=1):
-    data = TrainingData(stage, rank, world, CPU)
+    data = open_data(stage, rank, world)
     taken = list(itertools.islice(data.batches(position), count))
     data.close()
     return [summary(batch) for batch, _ in taken], [after for _, after in taken]

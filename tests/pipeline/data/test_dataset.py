@@ -24,6 +24,7 @@ from pipeline.data.batch import draw_noise
 from pipeline.data.dataset import CaptionChoice
 from pipeline.data.shard_cache import Shard, ShardCache, locked
 from tests.helpers import fake_snapshot as fake
+from tests.helpers.fake_ranks import open_data
 
 BUCKETS = {"64x64": [7, 5], "48x80": [6]}
 CPU = torch.device("cpu")

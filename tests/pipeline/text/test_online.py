@@ -28,6 +28,7 @@ from pipeline.training.metrics import read_events
 from pipeline.training.validation import losses_at_fixed_timesteps
 from tests.helpers import fake_dataset, fake_snapshot, tiny_llm, tiny_sampler, trainer_tasks
 from tests.helpers.distributed import on_ranks
+from tests.helpers.fake_ranks import open_data
 
 CPU = torch.device("cpu")
 BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}

@@ -26,6 +26,7 @@ from pipeline.stage.config import DatasetShare, dump_stage
 from pipeline.training.metrics import read_events, read_reports
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import Pool, on_ranks
+from tests.helpers.fake_ranks import open_data
 
 NUMBERS = ("loss", "grad_norm", "lr", "caption_tokens", "loss_t0", "loss_t3", "loss_32x32", "loss_32x64")
 NUMBERS += ("gate_refiner_small_0", "gate_collaborative_wide_0")
