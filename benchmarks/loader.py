@@ -35,9 +35,9 @@ from data_prep.dataset.snapshot import take_snapshot
 from data_prep.store.store import open_store
 from pipeline.data.batch import tensors_in
 from pipeline.data.loader import TrainingData
+from pipeline.runtime.run_log import read_reports
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import resolve
-from pipeline.training.metrics import read_reports
 
 WIDTH, TOKENS, PADDED = 4096, (20, 140), 256
 CHANNELS, SIDE = 16, 64

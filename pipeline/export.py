@@ -26,9 +26,9 @@ from pipeline.checkpoint.weights import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.sampler import DTYPES, Sampler, shard
+from pipeline.runtime.run_log import read_reports
 from pipeline.stage.config import CheckpointConfig, EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
 from pipeline.stage.corpus import resolve
-from pipeline.training.metrics import read_reports
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import ShardedNetwork
@@ -116,12 +116,8 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
     sampler = Sampler.from_run(run, weights, torch.device("cpu"), DTYPES[precision])
     pipeline = build_pipeline(sampler)
     pipeline.card = make_card(run, sampler, weights, precision)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with atomic_path(out) as unfinished:
         pipeline.save_pretrained(unfinished, safe_serialization=True, max_shard_size=shard)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:

@@ -16,8 +16,8 @@ from pipeline.operations.attempts import read_endings
 from pipeline.reporting.curves import curves_of, learned_curve
 from pipeline.reporting.data import data_of
 from pipeline.reporting.pages import inline_png
+from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.stage.config import dump_stage, load_run
-from pipeline.training.metrics import read_events, read_reports
 
 TEMPLATE = Path(__file__).parent / "reporting" / "report.html"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import matplotlib
 
-from pipeline.training.metrics import TIMESTEP_BINS, read_events, read_lines, read_reports
+from pipeline.runtime.run_log import read_events, read_lines, read_reports
+from pipeline.training.metrics import TIMESTEP_BINS
 
 matplotlib.use("svg")
 from matplotlib import pyplot

@@ -1,11 +1,11 @@
-"""What a run tells about itself: JSONL always, TensorBoard by default, W&B on request; and reading it back."""
+"""What a run tells about itself: JSONL always, TensorBoard by default, W&B on request."""
 
 import importlib
 import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,25 +167,3 @@ class MetricsLog:
                 sink.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def read_lines(run: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines of a run's metrics; a last line cut short by a crash is left out."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def read_reports(run: Path) -> list[dict[str, Any]]:
-    """Reports by step; steps that were run twice, since a run went back to a checkpoint, count as last run."""
-    reports = {line["step"]: line for line in read_lines(run) if "event" not in line}
-    return [reports[step] for step in sorted(reports)]
-
-
-def read_events(run: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Events in order, all or those of one name."""
-    return [line for line in read_lines(run) if "event" in line and name in (None, line["event"])]

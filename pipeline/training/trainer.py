@@ -26,6 +26,7 @@ from pipeline.engine.network import build_network, network_sizes
 from pipeline.engine.optim import learning_rate
 from pipeline.runtime.console import TrainingProgress, log_line
 from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.run_log import goodput, read_events
 from pipeline.runtime.stopping import EXIT_AGAIN, Stop
 from pipeline.runtime.watchdog import LEAVING, Heartbeat
 from pipeline.stage.config import StageConfig, dump_stage
@@ -33,7 +34,7 @@ from pipeline.stage.corpus import latents_family, resolve
 from pipeline.text.families import prepare_texts, text_families
 from pipeline.training.gates import GateMeter
 from pipeline.training.inputs import batch_texts, clean_latents
-from pipeline.training.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, peak_memory_gb, read_events
+from pipeline.training.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_flops, peak_memory_gb
 from pipeline.training.previews import Previews
 from pipeline.training.validation import FIXED_TIMESTEPS, losses_at_fixed_timesteps, mean_over_ranks
 
@@ -221,7 +222,7 @@ class Trainer:
         values["samples_per_second"] = values.pop("step_samples") / values["step_seconds"]
         values["data_wait_share"] = values.pop("data_wait") / values["step_seconds"]
         values["skipped"] = float(self.skipped)
-        values["goodput"] = self.seconds_in_steps / max(time.time() - self.first_start, 1e-9)
+        values["goodput"] = goodput(self.seconds_in_steps, self.first_start, time.time())
         if self.peak is not None:
             values["mfu"] = values.pop("step_flops") / values["step_seconds"] / (self.peak * self.ranks.world)
         values["memory_gb"] = peak_memory_gb()

@@ -12,9 +12,9 @@ from torch._dynamo.backends.common import aot_autograd
 from model.common.errors import UserError
 from pipeline import train as train_command
 from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import Stop
 from pipeline.training import previews as grid
-from pipeline.training.metrics import read_reports
 from pipeline.training.trainer import Trainer
 from tests.helpers import fake_snapshot
 from tests.helpers.tiny_sampler import LetterLLM

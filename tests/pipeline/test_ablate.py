@@ -13,10 +13,10 @@ from pipeline import ablate
 from pipeline.ablation.rows import PAPER_ROWS, make_jobs, read_ablation
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import Stop
 from pipeline.stage.config import load_stage
 from pipeline.stage.corpus import open_datasets
-from pipeline.training.metrics import read_reports
 from pipeline.training.trainer import Trainer
 from tests.helpers import tiny_llm
 from tests.helpers.distributed import on_ranks

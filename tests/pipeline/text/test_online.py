@@ -19,12 +19,12 @@ from pipeline.engine.network import build_network
 from pipeline.export import export, load_export
 from pipeline.inference import sampler
 from pipeline.inference.sampler import Sampler
+from pipeline.runtime.run_log import read_events
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import dump_stage
 from pipeline.stage.corpus import latents_family, resolve
 from pipeline.text.online import register_encoders
 from pipeline.training.inputs import batch_texts, clean_latents
-from pipeline.training.metrics import read_events
 from pipeline.training.validation import losses_at_fixed_timesteps
 from tests.helpers import fake_dataset, fake_snapshot, tiny_llm, tiny_sampler, trainer_tasks
 from tests.helpers.distributed import on_ranks

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model.common.errors import UserError
 from pipeline.runtime import console
+from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.stage.config import LogConfig
-from pipeline.training.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_memory_gb, read_events, read_reports
+from pipeline.training.metrics import TIMESTEP_BINS, Interval, MetricsLog, RankSums, peak_memory_gb
 
 REPORTS = {1: {"loss": 3.0, "lr": 0.5}, 2: {"loss": math.nan, "lr": 0.25}, 3: {"loss": 1.0, "lr": 0.125}}
 

@@ -21,9 +21,9 @@ from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.sampler import Sampler
 from pipeline.report import build
+from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import DatasetShare, dump_stage
-from pipeline.training.metrics import read_events, read_reports
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import Pool, on_ranks
 from tests.helpers.fake_ranks import open_data
