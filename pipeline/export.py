@@ -1,4 +1,4 @@
-"""A run as a diffusers folder: `python -m pipeline.export RUN OUT`; and drawing from either.
+"""A run as a diffusers folder: `python -m pipeline.export RUN OUT`.
 
 The folder holds the network as safetensors shards, scheduler and VAE as diffusers writes them, what all captions share
 under each LLM, and the LLMs by name, revision and fingerprint, not their weights.
@@ -6,81 +6,23 @@ under each LLM, and the LLMs by name, revision and fingerprint, not their weight
 
 import argparse
 import json
-import os
-import shutil
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import nn
 
 from model.common.errors import UserError, command
-from model.config import DiTConfig, FusionConfig
-from model.dit import LIDiT
-from model.encoders.vae import VAE
-from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
+from model.common.files import atomic_path
+from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.weights import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.diffusion.solvers import make_scheduler
-from pipeline.inference.sampler import DTYPES, Sampler, shard
+from pipeline.inference.sampler import DTYPES, Sampler
 from pipeline.runtime.run_log import read_reports
-from pipeline.stage.config import CheckpointConfig, EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, dump_stage, load_run
+from pipeline.stage.config import CheckpointConfig, StageConfig, dump_stage, load_run
 from pipeline.stage.corpus import resolve
-
-if TYPE_CHECKING:
-    from pipeline.engine.inference import ShardedNetwork
-
-INDEX = "model_index.json"
-
-
-def load_source(path: Path, weights: str, device: torch.device, dtype: torch.dtype, shards: bool = False) -> Sampler:
-    """A sampler of a run's folder, with the weights `ema`, `raw` or an average's by its decay, or of an exported folder.
-
-    With `shards` its network is sharded over the processes.
-
-    Raises:
-        UserError: it is neither, is damaged, or does not hold these weights.
-    """
-    if not (path / INDEX).is_file():
-        return Sampler.from_run(path, weights, device, dtype, shards)
-    if weights != "ema":
-        raise UserError(f"{path} is an export, with one set of weights: leave out --weights {weights}, or give the run's folder")
-    return load_export(path, device, dtype, shards)
-
-
-def load_export(folder: Path, device: torch.device, dtype: torch.dtype, shards: bool = False) -> Sampler:
-    """A sampler of an exported folder; with `shards` its network is sharded over the processes.
-
-    Raises:
-        UserError: the folder is of another model or another format version, or is damaged.
-    """
-    logging.disable_progress_bar()
-    try:
-        parts: dict[str, Any] = {"transformer": None} if shards else {}
-        types = {"transformer": dtype, "default": torch.float32}
-        pipeline = LIDiTPipeline.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
-        sharded = _shard_export(folder / "transformer", dtype) if shards else None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: damaged or not complete: {error}") from error
-    finally:
-        logging.enable_progress_bar()
-    scheduler = pipeline.scheduler.config
-    flow = "shift" in scheduler or scheduler.get("prediction_type") == "flow_prediction"
-    objective = ObjectiveConfig(name="flow" if flow else "ddpm", shift=scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
-    config = pipeline.config
-    defaults = SampleConfig(steps=config["steps"], guidance=config["guidance"], height=config["height"], width=config["width"])
-    reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
-    network = sharded.module if sharded else pipeline.transformer
-    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
-
-
-def _shard_export(folder: Path, dtype: torch.dtype) -> "ShardedNetwork":
-    config: Any = LIDiTModel.load_config(folder)
-    dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
-    return shard(partial(LIDiT, dit, fusion, config["text_widths"]), load_weights(folder, "ema"), dtype, EngineConfig())
 
 
 def build_pipeline(sampler: Sampler) -> LIDiTPipeline:

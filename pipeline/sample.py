@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_prep.dataset.schema import Bucket
 from model.common.errors import UserError, command
+from model.common.files import write_atomic
 from pipeline.export import load_source
 from pipeline.inference.images import make_grid, save_png, to_images
 from pipeline.inference.sampler import DTYPES, Sampler, SamplingParams
@@ -146,9 +147,7 @@ def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
     images = [Image.open(out / record["file"]) for record in first]
     make_grid(images, [record["prompt"] for record in first]).save(out / "grid.png")
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
-    unfinished = out / ".index.jsonl"
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unfinished.rename(out / "index.jsonl")
+    write_atomic(out / "index.jsonl", "\n".join(lines) + "\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -7,8 +7,6 @@ For demos, tests and data that no public VAE knows; a real run names a public on
 import argparse
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from data_prep.pairs.pairs import read_pairs
 from data_prep.progress import Progress
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
+from model.common.files import atomic_path
 from model.encoders.vae import small_vae
 from pipeline.checkpoint.weights import apply_umask
 
@@ -189,14 +188,10 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
     vae = train(images, training, device)
     standardize(vae, images, training, device)
     quality = psnr(vae, images, training, device)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with atomic_path(out) as unfinished:
         vae.save_pretrained(unfinished, safe_serialization=True)
         apply_umask(unfinished)
         (unfinished / SETTINGS).write_text(json.dumps({"settings": record, "psnr": quality}, indent=2) + "\n")
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{out}: {len(images):,} images, {training.steps:,} steps, reconstructions at {quality:.1f} dB PSNR")
 
 

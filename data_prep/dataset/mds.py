@@ -6,8 +6,6 @@ which closes a valid-looking shard after an exception and takes seconds to impor
 """
 
 import json
-import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.store.faults import naming_full_disk
 from model.common.errors import UserError
+from model.common.files import atomic_path, naming_full_disk
 
 MAX_OFFSET = (1 << 32) - 1
 """Offsets are uint32."""
@@ -57,17 +55,9 @@ def write_mds(path: Path, columns: dict[str, str], rows: Iterable[dict[str, Any]
         raise UserError(
             f"{path}: {offsets[-1]:,} bytes, over the 4 GiB of an MDS shard: plan parts with fewer rows (`part_rows`)"
         )
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    with naming_full_disk(path):
-        try:
-            with temporary.open("xb") as file:
-                file.write(struct.pack("<I", len(encoded)) + offsets.astype("<u4").tobytes() + config)
-                file.writelines(encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with naming_full_disk(path), atomic_path(path, durable=True) as temporary, temporary.open("xb") as file:
+        file.write(struct.pack("<I", len(encoded)) + offsets.astype("<u4").tobytes() + config)
+        file.writelines(encoded)
 
 
 def _encoded(row: dict[str, Any], names: list[str], columns: dict[str, str]) -> bytes:

@@ -13,9 +13,9 @@ from data_prep.dataset.schema import PAIRS, Commit, Family, Part
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.progress import Progress
-from data_prep.store.faults import naming_full_disk
 from data_prep.store.store import Store
 from model.common.errors import UserError
+from model.common.files import naming_full_disk
 
 SHARD = "shard.00000.mds"
 

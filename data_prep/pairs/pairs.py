@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.common.files import naming_full_disk
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import Share, commit_part, committed_parts, read_plan
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
@@ -33,7 +34,7 @@ from data_prep.plan.plan import check_settings, file_order, source_files
 from data_prep.plan.scan import CAPTIONS, CRASHED
 from data_prep.progress import Progress
 from data_prep.sources.source import OpenSources, reads_along
-from data_prep.store.faults import naming_full_disk
+
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
 

@@ -24,7 +24,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from data_prep.store.faults import naming_full_disk
+from model.common.files import naming_full_disk
 
 EXACT = "dedupe: same file"
 NEAR = "dedupe: looks the same"

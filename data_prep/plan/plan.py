@@ -34,9 +34,9 @@ from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import SCAN, Scanner
 from data_prep.progress import Progress
 from data_prep.sources.source import OpenSources, SourceFile, list_files, reads_along
-from data_prep.store.faults import naming_full_disk
 from data_prep.store.store import Store
 from model.common.errors import UserError
+from model.common.files import naming_full_disk
 
 pc: Any = pyarrow.compute
 """Its functions are made at import, where type checkers do not see them."""

@@ -1,4 +1,4 @@
-"""A store in a local folder: the embedded default, and any POSIX file system that a cluster shares."""
+"""A store in a local folder: the default, and any POSIX file system that a cluster shares."""
 
 import errno
 import os
@@ -9,56 +9,64 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.store.faults import StoreError, naming_full_disk
+from data_prep.store.faults import StoreError
+from model.common.files import naming_full_disk, sync_path
 
 TEMPORARY = ".tmp-"
 CHUNK = 1 << 20
+MAX_CREATE_TRIES = 100
 
 
 class LocalFolder:
-    """Objects are files below `root`. A file gets its name only when it is whole and on the disk."""
+    """Objects are files below `root`. A file gets its name only when it is complete and on the disk."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @property
     def uri(self) -> str:
-        """Where the store lies, for messages."""
+        """Address of the folder, for messages."""
         return str(self.root)
 
     def local_path(self, key: str) -> Path | None:
-        """The file of an object."""
+        """Return the path of an object's file."""
         return self.root / key
 
     def read(self, key: str) -> bytes:
-        """The object's bytes."""
+        """Return the object's bytes."""
         return (self.root / key).read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Some of the object's bytes; fewer only at its end."""
+        """Return `length` bytes from `start` on; fewer only at the object's end."""
         with (self.root / key).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def stream(self, key: str, start: int) -> Iterator[bytes]:
-        """The object's bytes from `start` on, in chunks."""
+        """Yield the object's bytes from `start` on, in chunks."""
         with (self.root / key).open("rb") as file:
             file.seek(start)
             while chunk := file.read(CHUNK):
                 yield chunk
 
     def size(self, key: str) -> int | None:
-        """The object's bytes; None if absent."""
+        """Return the object's size in bytes; None if it does not exist."""
         path = self.root / key
         return path.stat().st_size if path.is_file() else None
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write an object, over an older one if there is one."""
+        """Write an object and replace an older one."""
         with self._written(key, data) as (temporary, path):
             os.replace(temporary, path)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object unless it exists; a hard link is the one step that is both atomic and refuses to replace."""
+        """Write an object unless it exists.
+
+        A hard link is the one step that is atomic and also refuses to replace a file.
+
+        Raises:
+            StoreError: if the file system has no hard links.
+        """
         with self._written(key, data) as (temporary, path):
             try:
                 os.link(temporary, path)
@@ -66,15 +74,22 @@ class LocalFolder:
                 # NFS may repeat a link whose answer was lost; then the name that "exists" is our own file.
                 return os.path.samefile(temporary, path)
             except OSError as error:
-                if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-                    raise StoreError(f"{path}: this file system has no hard links: put the store on another one") from error
-                raise
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                    raise
+                message = f"{path}: this file system has no hard links: put the store on another one"
+                raise StoreError(message) from error
         return True
 
     @contextmanager
     def _written(self, key: str, data: bytes | Path) -> Iterator[tuple[Path, Path]]:
+        """Write a temporary file to the disk and yield it with its final path, which the caller gives it.
+
+        Hidden names are what `gc` removes, so a writer that is killed leaves nothing behind for long.
+        """
+        # Not `atomic_path`: `put_new` links instead of renaming, and the folder may vanish while the file is created.
         path = self.root / key
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+
         with naming_full_disk(path):
             try:
                 with _create(temporary) as file:
@@ -88,25 +103,28 @@ class LocalFolder:
                 yield temporary, path
             finally:
                 temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+
+        sync_path(path.parent)
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Keys that start with `prefix`, sorted, with the time of their last change; temporary files are among them."""
-        folder = self.root / prefix.rpartition("/")[0]
-        found = []
-        for where, _, names in os.walk(folder):
-            relative = os.path.relpath(where, self.root)
+        """Yield keys that start with `prefix`, sorted, with their modification time; includes temporary files."""
+        entries = []
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
+            relative = os.path.relpath(folder, self.root)
             for name in names:
                 key = name if relative == "." else f"{relative}/{name}"
                 if key.startswith(prefix):
+                    # Another process may delete a file between the listing and the stat.
                     with suppress(FileNotFoundError):
-                        found.append((key, os.stat(os.path.join(where, name)).st_mtime))
-        yield from sorted(found)
+                        entries.append((key, os.stat(os.path.join(folder, name)).st_mtime))
+        yield from sorted(entries)
 
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders right below `prefix`, sorted."""
+        """Return the names of the folders directly below `prefix`, sorted."""
         folder = self.root / prefix
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
     def delete(self, key: str) -> None:
         """Remove an object, and the folders that it leaves empty."""
@@ -121,28 +139,25 @@ class LocalFolder:
                 return
 
     def check(self, create: bool) -> bool:
-        """Whether the store is there; made if asked."""
+        """True if the folder exists, after creating it if `create`."""
         if create:
             self.root.mkdir(parents=True, exist_ok=True)
         return self.root.is_dir()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file stays open between calls."""
 
 
 def _create(path: Path) -> BinaryIO:
-    """Open a new file, with its folders; another process may be removing a folder that it finds empty."""
-    for _ in range(100):
+    """Open a new file and create its folders, even while another process removes folders that it finds empty.
+
+    Raises:
+        StoreError: if the folder was removed `MAX_CREATE_TRIES` times in a row.
+    """
+    for _ in range(MAX_CREATE_TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             return path.open("xb")
-    raise StoreError(f"{path}: the folder vanishes as often as it is made: another process removes it")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    raise StoreError(
+        f"{path}: the folder was removed repeatedly while writing to it; is another process deleting it?"
+    )

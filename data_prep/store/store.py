@@ -4,7 +4,6 @@ Two promises hold the commit protocol up: an object is there whole or not at all
 that may pass (throttling, resets, stalls, short or damaged bodies) is tried again for ten minutes (`LI_DIT_RETRY_SECONDS`).
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Protocol
 
 import xxhash
 
-from data_prep.store.faults import DamagedError, StoreError, TransientError, naming_full_disk, retrying
+from data_prep.store.faults import DamagedError, StoreError, TransientError, retrying
 from data_prep.store.local import CHUNK, LocalFolder
 from data_prep.store.s3 import S3Bucket
 from model.common.errors import UserError
+from model.common.files import atomic_path, naming_full_disk
 
-__all__ = ["Store", "StoreError", "hash_file", "naming_full_disk", "open_store"]
+__all__ = ["Store", "StoreError", "hash_file", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,11 @@ class Store:
             StoreError: it cannot be had, or is damaged where it lies; the message names the key.
         """
         key = self._key(file.key)
-        # Its own name for every fetch: two processes may want the same file in one folder.
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         with naming_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with atomic_path(path) as temporary:
                 download = _Download(self._backend, key, file, temporary)
                 retrying(f"{self._backend.uri}/{key}")(download.go_on)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Drop the connections; the next call opens new ones."""
@@ -161,7 +156,9 @@ class Store:
     def _visible(self, key: str) -> str:
         """A key to write to; hidden names are for the backends' temporary files, and `list` leaves them out."""
         if any(name.startswith(".") for name in key.split("/")):
-            raise UserError(f"key {key[:200]!r}: no name in it may start with a dot: rename what it is made from")
+            raise UserError(
+                f"key {key[:200]!r}: no name in it may start with a dot: rename what it is made from"
+            )
         return self._key(key)
 
 
@@ -216,7 +213,10 @@ def open_store(uri: str, create: bool = False) -> Store:
     else:
         store = Store(LocalFolder(Path(uri).expanduser().absolute()))
     if not store._backend.check(create):
-        raise UserError(f"store {uri}: does not exist: correct the address" + (", or make the bucket" if "://" in uri else ""))
+        raise UserError(
+            f"store {uri}: does not exist: correct the address"
+            + (", or make the bucket" if "://" in uri else "")
+        )
     return store
 
 

@@ -12,9 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import mmap
-import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from model.common.errors import UserError
+from model.common.files import atomic_path, cache_folder
 
 PACKAGE = "package:"
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -175,33 +174,22 @@ def _find_in_package(name: str) -> Path:
     raise UserError(f"{PACKAGE}{name}: {len(files)} GGUF files in the package, not one: give the file's path instead")
 
 
-def cache_folder() -> Path:
-    """Where assembled model files are kept: `$XDG_CACHE_HOME/li-dit/models`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "li-dit" / "models"
-
-
 def _assemble(name: str, parts: list[Path], sha256: str) -> Path:
     """Join `parts` under the cache folder, in a folder named by the hash; safe against other processes and crashes."""
-    folder = cache_folder() / sha256[:16]
+    folder = cache_folder() / "models" / sha256[:16]
     target = folder / name
     if target.is_file() and file_sha256(target) == sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=name, delete=False) as file:
-        partial = Path(file.name)
-        try:
-            digest = hashlib.sha256()
-            for block in _blocks(parts):
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-            if digest.hexdigest() != sha256:
-                raise UserError(f"{name}: its parts do not have the hash that their package states: reinstall the package")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    digest = hashlib.sha256()
+
+    with atomic_path(target, durable=True) as temporary, temporary.open("xb") as file:
+        for block in _blocks(parts):
+            file.write(block)
+            digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise UserError(f"{name}: its parts do not have the hash that their package states: reinstall the package")
+
     return target
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from data_prep.store.store import hash_file, open_store
 from model.common.errors import UserError
-from pipeline.checkpoint.files import ShardFiles, Written, rank_file, sync_folder, write_tensors, write_text
+from model.common.files import sync_path, write_atomic
+from pipeline.checkpoint.files import ShardFiles, Written, rank_file, write_tensors
 from pipeline.checkpoint.weights import (
     FORMAT,
     MANIFEST,
@@ -218,12 +219,12 @@ class Checkpoints:
     def _commit(self, work: _Work, final: Path) -> None:
         """Manifest, rename, `latest`: each is on disk before the next begins."""
         check_still_ours(self.folder.parent)
-        write_text(work.folder / MANIFEST, json.dumps(work.manifest))
+        write_atomic(work.folder / MANIFEST, json.dumps(work.manifest), durable=True)
         if final.exists():  # a damaged one that was passed over, or one written by a run that was set back
             _remove(final)
         work.folder.rename(final)
-        sync_folder(self.folder)
-        write_text(self.folder / "latest", final.name)
+        sync_path(self.folder)
+        write_atomic(self.folder / "latest", final.name, durable=True)
 
     def _retain(self) -> None:
         """Delete what the settings do not keep, manifest first, so that no reader meets half a checkpoint."""
@@ -347,7 +348,7 @@ def _name(step: int) -> str:
 
 def _remove(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
-    sync_folder(folder)
+    sync_path(folder)
     shutil.rmtree(folder)
 
 

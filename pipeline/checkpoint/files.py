@@ -58,26 +58,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ShardFiles:
     """The ranks' files of one checkpoint, opened when first needed and read by ranges."""
 

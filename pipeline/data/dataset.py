@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from data_prep.dataset.schema import Bucket, Family, Part, Snapshot
 from data_prep.dataset.snapshot_reader import read_captions, read_index
-from data_prep.store.store import StoredFile, StoreError, naming_full_disk
+from data_prep.store.store import StoredFile, StoreError
 from model.common.errors import UserError
+from model.common.files import atomic_path, naming_full_disk
 from model.encoders.quantize import bytes_per_token
 from pipeline.data.batch import Layout, PackedBatch, allocate, tensors_in
 from pipeline.data.epoch_plan import sample_rng
@@ -72,7 +73,7 @@ class PartIndex:
                 if not path.exists():
                     table = read_index(cache.dataset, snapshot, bucket).combine_chunks()
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_path(path, durable=True) as temporary, pyarrow.OSFile(str(temporary), "wb") as file:
+                    with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
                         with pyarrow.ipc.new_file(file, table.schema) as writer:
                             writer.write_table(table)
 

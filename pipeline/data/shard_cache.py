@@ -21,8 +21,9 @@ from typing import NoReturn
 import numpy as np
 import xxhash
 
-from data_prep.store.store import Store, StoredFile, StoreError, hash_file, naming_full_disk
+from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
+from model.common.files import naming_full_disk, write_atomic
 
 log = logging.getLogger(__name__)
 

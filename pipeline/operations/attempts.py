@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.common.errors import UserError, command
+from model.common.files import write_atomic
 from pipeline.operations.first_error import find_first_error
 from pipeline.runtime.attempt import Attempt, read_attempt
 from pipeline.runtime.stopping import EXIT_AGAIN
@@ -145,9 +146,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
         link = logs / f"job_{attempt.job}.txt"
         link.unlink(missing_ok=True)
         link.symlink_to(attempt.output)
-    part = run / "attempt.json.part"
-    part.write_text(json.dumps(asdict(attempt)))
-    part.rename(run / "attempt.json")
+    write_atomic(run / "attempt.json", json.dumps(asdict(attempt)))
     return run
 
 

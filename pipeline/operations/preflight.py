@@ -19,6 +19,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from model.common.errors import UserError, command
+from model.common.files import write_atomic
 from pipeline.operations.attempts import needs_gpu
 from pipeline.stage.config import StageConfig, load_stage
 from pipeline.stage.corpus import open_corpus, shares
@@ -51,9 +52,7 @@ class NodeReport:
 
     def write(self, folder: Path) -> None:
         """Write it down for `pipeline.operations.preflight`."""
-        part = folder / f"rank_{self.rank:05d}.part"
-        part.write_text(json.dumps(asdict(self)))
-        part.rename(folder / f"rank_{self.rank:05d}.json")
+        write_atomic(folder / f"rank_{self.rank:05d}.json", json.dumps(asdict(self)))
 
 
 def read_reports(folder: Path) -> list[NodeReport]:

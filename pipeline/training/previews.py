@@ -6,7 +6,6 @@ number of forward passes. The LLMs read the prompts once, before the first step,
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from data_prep.scenes.captions import scene_prompts
+from model.common.files import atomic_path
 from pipeline.diffusion.solvers import draw
 from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
@@ -102,11 +102,10 @@ class Previews:
     def save(self, picture: Image.Image, samples: int) -> None:
         """Write the grid into the run's folder; not collective. A full disk costs the picture, not the run."""
         path = self.stage.run / "grids" / f"samples_{samples:012d}.png"
-        part = path.with_suffix(".part")
         try:
             path.parent.mkdir(exist_ok=True)
-            picture.save(part, format="PNG")
-            os.replace(part, path)
+            with atomic_path(path) as temporary:
+                picture.save(temporary, format="PNG")
         except OSError as error:
             log.warning("%s was not written, the run goes on without it: %s", path, error)
 
