@@ -1,4 +1,4 @@
-"""Storage faults: their exceptions, the retry policy, and a readable error for a full disk."""
+"""Storage faults: their exceptions, and how long an operation is retried."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from model.common.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_DAMAGED_READS = 5
-"""After this many reads of one object that fail its hash, the object itself counts as damaged, not the network."""
+"""Reads of one object that may fail its hash before the object itself, not the network, counts as damaged."""
 
 
 class StoreError(UserError):
@@ -33,8 +33,8 @@ def retry_seconds() -> float:
 def retrying(what: str) -> tenacity.Retrying:
     """Build the retry policy for one operation: exponential waits with full jitter, up to 30 s each.
 
-    Use it as `retrying(uri)(function, *arguments)`. Only `TransientError` is retried. Time counts from the first
-    fault, so an operation that takes long by itself is retried too.
+    Use it as `retrying(uri)(function, *arguments)`. Only `TransientError` is retried. Time counts from the
+    first fault, so an operation that takes long by itself is retried too.
 
     Args:
         what: the object, as messages name it.

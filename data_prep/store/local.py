@@ -82,11 +82,11 @@ class LocalFolder:
 
     @contextmanager
     def _written(self, key: str, data: bytes | Path) -> Iterator[tuple[Path, Path]]:
-        """Write a temporary file to the disk and yield it with its final path, which the caller gives it.
+        """Write a temporary file to the disk, and yield its path and the final path for the caller to rename or link.
 
-        Hidden names are what `gc` removes, so a writer that is killed leaves nothing behind for long.
+        Its name is hidden, so `gc` removes what a killed writer leaves.
         """
-        # Not `atomic_path`: `put_new` links instead of renaming, and the folder may vanish while the file is created.
+        # `atomic_path` does not fit: `put_new` links instead of renaming, and the folder may vanish meanwhile.
         path = self.root / key
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
 
@@ -107,7 +107,7 @@ class LocalFolder:
         sync_path(path.parent)
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Yield keys that start with `prefix`, sorted, with their modification time; includes temporary files."""
+        """Yield keys that start with `prefix`, sorted, with their time of change; temporary files too."""
         entries = []
         for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
             relative = os.path.relpath(folder, self.root)

@@ -1,6 +1,7 @@
 """A store in a bucket of any S3-compatible endpoint. The only file that imports boto3.
 
-The endpoint is `S3_ENDPOINT_URL` or `AWS_ENDPOINT_URL`; credentials, region and profile are the usual AWS variables and files.
+The endpoint is `S3_ENDPOINT_URL` or `AWS_ENDPOINT_URL`; credentials, region and profile come from the usual
+AWS variables and files.
 """
 
 import base64
@@ -23,20 +24,30 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 MAX_PUT_BYTES = 5 << 30
-CONNECTIONS = 32
-PAGE = 1000
+MAX_CONNECTIONS = 32
+PAGE_KEYS = 1000
 FALLBACK_SETTLE_SECONDS = 2.0
+"""Seconds between a put and the read that checks it, where the endpoint ignores `If-None-Match`."""
 HASH_FIELD = "xxh64"
-TRANSIENT_CODES = {"BadDigest", "ExpiredToken", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch"}
+TRANSIENT_CODES = {
+    "BadDigest",
+    "ExpiredToken",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
 
 Result = TypeVar("Result")
 
 
 class S3Bucket:
-    """Objects of one bucket. Every call is retried here (botocore's own retries are off, so that times do not multiply).
+    """Objects of one bucket.
 
-    An object carries the hash of its body as metadata, and is sent with its MD5: a body that changes on the way is seen on
-    both ways and sent again. A client belongs to the process that made it: a fork gets its own connections.
+    Every call is retried here; botocore's own retries are off, so that waiting times do not multiply. An
+    object carries the hash of its body as metadata, and is sent with its MD5. A body that changes in transit
+    is therefore noticed in both directions and sent again. A client belongs to the process that made it: a
+    fork opens its own connections.
     """
 
     def __init__(self, bucket: str) -> None:
@@ -49,15 +60,15 @@ class S3Bucket:
 
     @property
     def uri(self) -> str:
-        """Where the store lies, for messages."""
+        """Address of the bucket, for messages."""
         return f"s3://{self.bucket}"
 
     def local_path(self, key: str) -> Path | None:
-        """No object is a local file."""
+        """Return None: no object is a local file."""
         return None
 
     def read(self, key: str) -> bytes:
-        """The object's bytes, checked against the hash that it was written with."""
+        """Return the object's bytes, checked against the hash that it was written with."""
 
         def get() -> bytes:
             response = self.client.get_object(Bucket=self.bucket, Key=key)
@@ -70,57 +81,72 @@ class S3Bucket:
         return self._retried(key, get)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Some of the object's bytes; fewer only at its end."""
+        """Return `length` bytes from `start` on; fewer only at the object's end.
+
+        Raises:
+            FileNotFoundError: if there is no such object.
+        """
         size = self.size(key)
         if size is None:
             raise FileNotFoundError(f"{self.uri}/{key}")
+
         end = min(start + length, size)
         if end <= start:
             return b""
+        last = end - 1  # HTTP ranges include their last byte
 
         def get() -> bytes:
-            response = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+            response = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
             data = response["Body"].read()
             if len(data) != end - start:
-                raise TransientError(f"{len(data)} bytes came where {end - start} were asked for")
+                raise TransientError(f"the endpoint returned {len(data)} of {end - start} bytes")
             return data
 
         return self._retried(key, get)
 
     def stream(self, key: str, start: int) -> Iterator[bytes]:
-        """The object's bytes from `start` on, in chunks; not retried: whoever checks the bytes must also start again.
+        """Yield the object's bytes from `start` on, in chunks; not retried, since the caller resumes by itself.
 
         Raises:
-            TransientError: the connection broke.
+            TransientError: if the connection broke.
         """
         with _translated(f"{self.uri}/{key}"):
-            wanted = {"Range": f"bytes={start}-"} if start else {}
-            response = self.client.get_object(Bucket=self.bucket, Key=key, **wanted)
+            options = {"Range": f"bytes={start}-"} if start else {}
+            response = self.client.get_object(Bucket=self.bucket, Key=key, **options)
             if start and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise DamagedError("the endpoint ignores ranges")
             yield from response["Body"].iter_chunks(CHUNK)
 
     def size(self, key: str) -> int | None:
-        """The object's bytes; None if absent."""
+        """Return the object's size in bytes; None if it does not exist."""
+
+        def head() -> int:
+            return self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
+
         try:
-            return self._retried(key, lambda: self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
+            return self._retried(key, head)
         except FileNotFoundError:
             return None
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write an object with one request, so that it is there whole or not at all."""
+        """Write an object with one request, so that it exists completely or not at all."""
         self._retried(key, lambda: self._put(key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists, with `If-None-Match: *`.
 
-        Where the endpoint ignores that header (probed once a process), fall back: look, put, wait, read again. Then the object
-        that stays is always one whole writer's; but two writers at the same moment may both be told that they won.
+        If the endpoint ignores that header (probed once per process), fall back to look, put, wait and read
+        again. The object that remains is then always complete and from one writer, but two writers at the
+        same moment may both be told that they won.
+
+        Returns:
+            True if this call wrote the object.
         """
         if self._conditional is None:
             self._conditional = self._probe(f"{key.rpartition('/')[0]}/.probe-{secrets.token_hex(8)}")
         if self._conditional:
             return self._put_if_none_match(key, data)
+
         if self.size(key) is not None:
             return self.read(key) == data
         self.put(key, data)
@@ -128,7 +154,8 @@ class S3Bucket:
         return self.read(key) == data
 
     def _put_if_none_match(self, key: str, data: bytes) -> bool:
-        tries, condition = 0, {"IfNoneMatch": "*"}
+        tries = 0
+        condition = {"IfNoneMatch": "*"}
 
         def put() -> bool:
             nonlocal tries
@@ -136,7 +163,7 @@ class S3Bucket:
             try:
                 self._put(key, data, **condition)
             except DamagedError:
-                condition.clear()  # the key is ours, but holds bytes that changed on their way
+                condition.clear()  # our put created the key, but its bytes changed in transit: replace them
                 raise
             except self.client.exceptions.ClientError as error:
                 if _status(error) != 412:
@@ -144,32 +171,36 @@ class S3Bucket:
                 return False
             return True
 
+        created = self._retried(key, put)
         # After a try whose answer was lost, the object that exists may be our own.
-        return self._retried(key, put) or (tries > 1 and self.read(key) == data)
+        return created or (tries > 1 and self.read(key) == data)
 
     def _probe(self, key: str) -> bool:
-        """Whether the endpoint keeps `If-None-Match`: of two conditional puts the first must win and the second fail."""
+        """True if the endpoint obeys `If-None-Match`: the first of two conditional puts wins, the second fails."""
         try:
-            kept = self._put_if_none_match(key, b"1") and not self._put_if_none_match(key, b"2")
+            obeyed = self._put_if_none_match(key, b"1") and not self._put_if_none_match(key, b"2")
         except StoreError as error:
             if "NotImplemented" not in str(error) and "InvalidArgument" not in str(error):
                 raise
-            kept = False
+            obeyed = False
         self.delete(key)
-        if not kept:
+        if not obeyed:
             log.warning(
-                "%s: the endpoint ignores `If-None-Match: *`: commits are read again after %.0f s instead. A commit always names "
-                "complete files, but two tasks that finish one part at the same moment may both report success: do not "
-                "run two jobs on one dataset at once here",
+                "%s: the endpoint ignores `If-None-Match: *`: commits are read again after %.0f s instead. "
+                "A commit always names complete files, but two tasks that finish one part at the same moment "
+                "may both report success: do not run two jobs on one dataset at once here",
                 self.uri,
                 FALLBACK_SETTLE_SECONDS,
             )
-        return kept
+        return obeyed
 
     def _put(self, key: str, data: bytes | Path, **condition: str) -> None:
         if isinstance(data, Path):
             if data.stat().st_size > MAX_PUT_BYTES:
-                raise UserError(f"{data}: larger than the 5 GiB of one S3 request: make parts with fewer rows")
+                raise UserError(
+                    f"{data}: larger than the 5 GiB of one S3 request: make parts with fewer rows"
+                )
+
             with data.open("rb") as file:
                 md5, hexdigest = _digests(file)
                 file.seek(0)
@@ -187,31 +218,36 @@ class S3Bucket:
             Metadata={HASH_FIELD: hexdigest},
             **condition,
         )
-        # Not every endpoint checks Content-MD5, and not every ETag is the MD5: where they differ, read again.
-        encrypted = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+
+        # Not every endpoint checks Content-MD5, and not every ETag is the MD5: if they differ, read the
+        # object again.
+        encrypted = (
+            response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+        )
         if response["ETag"].strip('"') != md5.hex() and not encrypted:
-            arrived = xxhash.xxh64()
+            stored = xxhash.xxh64()
             for chunk in self.stream(key, 0):
-                arrived.update(chunk)
-            if arrived.hexdigest() != hexdigest:
-                raise DamagedError("the body changed on its way up")
+                stored.update(chunk)
+            if stored.hexdigest() != hexdigest:
+                raise DamagedError("the body changed during the upload")
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Keys that start with `prefix`, sorted, with the time of their last change."""
+        """Yield keys that start with `prefix`, sorted, with their modification time."""
         for page in self._pages(prefix):
             for entry in page.get("Contents", []):
                 yield entry["Key"], entry["LastModified"].timestamp()
 
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders right below `prefix`, sorted."""
+        """Return the names of the folders directly below `prefix`, sorted."""
         names: list[str] = []
         for page in self._pages(prefix, Delimiter="/"):
-            names += [entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])]
+            for entry in page.get("CommonPrefixes", []):
+                names.append(entry["Prefix"].removeprefix(prefix).rstrip("/"))
         return names
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:
-            query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE, **options}
+            query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **options}
             page = self._retried(prefix, lambda query=query: self.client.list_objects_v2(**query))
             yield page
             if not page["IsTruncated"]:
@@ -223,7 +259,7 @@ class S3Bucket:
         self._retried(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
 
     def check(self, create: bool) -> bool:
-        """Whether the bucket is there; a bucket is never made here, since its owner decides on region and access."""
+        """True if the bucket exists. It is never created, since its owner decides on region and access."""
         try:
             self._retried("", lambda: self.client.head_bucket(Bucket=self.bucket))
         except FileNotFoundError:
@@ -238,34 +274,34 @@ class S3Bucket:
 
     @property
     def client(self) -> Any:
-        """This process's client; safe to use from several threads."""
-        held = self._client
-        if held is None or held[0] != os.getpid():
-            held = self._client = (os.getpid(), _connect())
-        return held[1]
+        """Client of this process, safe to use from several threads."""
+        owned = self._client
+        if owned is None or owned[0] != os.getpid():
+            owned = self._client = (os.getpid(), _connect())
+        return owned[1]
 
     def _retried(self, key: str, call: Callable[[], Result]) -> Result:
-        what = f"{self.uri}/{key}"
+        uri = f"{self.uri}/{key}"
 
-        def once() -> Result:
-            with _translated(what):
+        def call_once() -> Result:
+            with _translated(uri):
                 return call()
 
-        return retrying(what)(once)
+        return retrying(uri)(call_once)
 
 
 def _connect() -> Any:
     from boto3.session import Session
     from botocore.config import Config
 
-    # A stall must cost a part of the time that is set aside for retries, not all of it.
+    # A stall must cost only a part of the time that is set aside for retries.
     timeout = min(60.0, max(0.5, retry_seconds() / 10))
     config = Config(
         retries={"total_max_attempts": 1},
         connect_timeout=min(10.0, timeout),
         read_timeout=timeout,
-        max_pool_connections=CONNECTIONS,
-        # Newer checksum headers are refused by many endpoints; size, MD5 and our own hash are checked instead.
+        max_pool_connections=MAX_CONNECTIONS,
+        # Many endpoints refuse the newer checksum headers; size, MD5 and our own hash are checked instead.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -286,12 +322,15 @@ def _status(error: Any) -> int:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turn botocore's exceptions into ours: absent, may pass, or for the user to put right. No message holds a credential."""
+def _translated(uri: str) -> Iterator[None]:
+    """Turn botocore's exceptions into ours: absent, transient, or for the user to fix.
+
+    No message contains a credential.
+    """
     from botocore import exceptions as aws
     from botocore.parsers import ResponseParserError
 
-    may_pass = (
+    transient = (
         aws.HTTPClientError,
         aws.IncompleteReadError,
         aws.ResponseStreamingError,
@@ -303,21 +342,31 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        status, code = _status(error), error.response.get("Error", {}).get("Code", "")
-        if code == "NoSuchBucket":
-            raise UserError(f"{what}: there is no such bucket: make it, or correct the URI") from error
-        if status == 404:
-            raise FileNotFoundError(what) from error
-        if status == 416:  # a download that is continued behind the object's end
-            raise DamagedError("the object is shorter than its commit says") from error
-        if (status >= 500 and status != 501) or status in (408, 409, 429) or code in TRANSIENT_CODES:
-            raise TransientError(f"{status} {code}") from error
-        if status in (401, 403):
-            raise UserError(
-                f"{what}: {status} {code}: check the credentials (AWS variables, profile) and their rights"
-            ) from error
-        raise StoreError(f"{what}: {status} {code} from {error.operation_name}: the endpoint refuses the request") from error
-    except may_pass as error:
+        raise _from_response(uri, error) from error
+    except transient as error:
         raise TransientError(f"{type(error).__name__}: {error}") from error
-    except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound, aws.NoRegionError) as error:
-        raise UserError(f"{what}: {error}: set the usual AWS variables, or AWS_PROFILE") from error
+    except (
+        aws.NoCredentialsError,
+        aws.PartialCredentialsError,
+        aws.ProfileNotFound,
+        aws.NoRegionError,
+    ) as error:
+        raise UserError(f"{uri}: {error}: set the usual AWS variables, or AWS_PROFILE") from error
+
+
+def _from_response(uri: str, error: Any) -> Exception:
+    """Choose our exception for an error response of the endpoint."""
+    status, code = _status(error), error.response.get("Error", {}).get("Code", "")
+    if code == "NoSuchBucket":
+        return UserError(f"{uri}: there is no such bucket: create it, or correct the URI")
+    if status == 404:
+        return FileNotFoundError(uri)
+    if status == 416:  # a resumed download that starts past the object's end
+        return DamagedError("the object is shorter than its commit says")
+    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in TRANSIENT_CODES:
+        return TransientError(f"{status} {code}")
+    if status in (401, 403):
+        return UserError(
+            f"{uri}: {status} {code}: check the credentials (AWS variables, profile) and their rights"
+        )
+    return StoreError(f"{uri}: {status} {code} from {error.operation_name}: the endpoint refuses the request")

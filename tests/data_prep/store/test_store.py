@@ -59,7 +59,7 @@ def test_listing_is_by_prefix_and_sorted(store, keys, prefix):
 
 
 def test_pages_of_a_long_listing_are_joined(store, monkeypatch):
-    monkeypatch.setattr(store_s3, "PAGE", 3)
+    monkeypatch.setattr(store_s3, "PAGE_KEYS", 3)
     for number in range(10):
         store.put(f"long/{number:05d}/x", b"")
     keys = list(store.list("long/"))
