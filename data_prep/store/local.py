@@ -82,11 +82,11 @@ class LocalFolder:
 
     @contextmanager
     def _written(self, key: str, data: bytes | Path) -> Iterator[tuple[Path, Path]]:
-        """Write a temporary file to the disk, and yield its path and the final path for the caller to rename or link.
+        """Write a temporary file to the disk, and yield it with the final path, for a rename or a link.
 
         Its name is hidden, so `gc` removes what a killed writer leaves.
         """
-        # `atomic_path` does not fit: `put_new` links instead of renaming, and the folder may vanish meanwhile.
+        # `atomic_path` does not fit: `put_new` links instead of renaming, and the folder may vanish.
         path = self.root / key
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
 

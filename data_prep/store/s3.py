@@ -105,7 +105,7 @@ class S3Bucket:
         return self._retried(key, get)
 
     def stream(self, key: str, start: int) -> Iterator[bytes]:
-        """Yield the object's bytes from `start` on, in chunks; not retried, since the caller resumes by itself.
+        """Yield the object's bytes from `start` on, in chunks. Not retried: the caller resumes.
 
         Raises:
             TransientError: if the connection broke.
@@ -176,7 +176,7 @@ class S3Bucket:
         return created or (tries > 1 and self.read(key) == data)
 
     def _probe(self, key: str) -> bool:
-        """True if the endpoint obeys `If-None-Match`: the first of two conditional puts wins, the second fails."""
+        """True if the endpoint obeys `If-None-Match`: of two conditional puts only the first succeeds."""
         try:
             obeyed = self._put_if_none_match(key, b"1") and not self._put_if_none_match(key, b"2")
         except StoreError as error:

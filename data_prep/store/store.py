@@ -1,7 +1,8 @@
-"""Where datasets live: objects under keys, in a bucket or in a local folder, behind one interface.
+"""Storage for datasets: objects under keys, in a bucket or in a local folder, behind one interface.
 
-Two promises hold the commit protocol up: an object is there whole or not at all, and `put_new` lets one writer win. Everything
-that may pass (throttling, resets, stalls, short or damaged bodies) is tried again for ten minutes (`LI_DIT_RETRY_SECONDS`).
+The commit protocol rests on two promises: an object exists completely or not at all, and `put_new` lets only
+one writer win. Transient faults (throttling, resets, stalls, short or damaged bodies) are retried for ten
+minutes (`LI_DIT_RETRY_SECONDS`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ __all__ = ["Store", "StoreError", "hash_file", "open_store"]
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A payload file as its commit names it."""
+    """A payload file as its commit records it."""
 
     key: str
     bytes: int
@@ -30,7 +31,7 @@ class StoredFile:
 
 
 class Backend(Protocol):
-    """What a kind of store has to do, on whole keys; faults that may pass are handled inside, except in `stream`."""
+    """Kind of store, addressed by complete keys; retries transient faults itself, except in `stream`."""
 
     @property
     def uri(self) -> str: ...
@@ -49,9 +50,10 @@ class Backend(Protocol):
 
 
 class Store:
-    """The objects below a prefix of a backend. Safe to share between threads, to pickle, and to use after a fork.
+    """Objects below a prefix of a backend. Safe to share between threads, to pickle, and to use after a fork.
 
-    Every method may raise `StoreError` (all retries failed) or `UserError` (no access, disk full); both name the object.
+    Every method may raise `StoreError` (all retries failed) or `UserError` (no access, disk full); both name
+    the object.
     """
 
     def __init__(self, backend: Backend, prefix: str = "") -> None:
@@ -60,42 +62,44 @@ class Store:
 
     @property
     def uri(self) -> str:
-        """Where the store lies: `s3://bucket/prefix` or a folder."""
+        """Address of the store: `s3://bucket/prefix` or a folder."""
         return f"{self._backend.uri}/{self._prefix}".rstrip("/")
 
     def sub(self, prefix: str) -> "Store":
-        """The same store below a prefix."""
+        """Return the same store below a prefix."""
         return Store(self._backend, self._key(prefix) + "/")
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, where the store is a local folder; whether or not it exists."""
+        """Return the path of an object, which may not exist; None if the store is not a local folder."""
         return self._backend.local_path(self._key(key))
 
     def read(self, key: str) -> bytes:
-        """The object's bytes; for small objects.
+        """Return the bytes of a small object.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: if there is no such object.
         """
         return self._backend.read(self._key(key))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Some of the object's bytes, fewer only at its end; not checked against a hash, so for sources that have none.
+        """Return `length` bytes from `start` on; fewer only at the object's end.
+
+        They are not checked against a hash, so this is for raw sources, which have none.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: if there is no such object.
         """
         return self._backend.read_range(self._key(key), start, length)
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """True if there is such an object."""
         return self._backend.size(self._key(key)) is not None
 
     def size(self, key: str) -> int:
-        """The object's bytes.
+        """Return the object's size in bytes.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: if there is no such object.
         """
         size = self._backend.size(self._key(key))
         if size is None:
@@ -103,48 +107,59 @@ class Store:
         return size
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys that start with `prefix`, sorted."""
-        return (key for key, _ in self.entries(prefix) if not key.rpartition("/")[2].startswith("."))
+        """Yield keys that start with `prefix`, sorted, without temporary files."""
+        for key, _ in self.entries(prefix):
+            if not key.rpartition("/")[2].startswith("."):
+                yield key
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """As `list`, with the time of the last change (seconds since 1970), and with what killed writers left behind."""
+        """Yield (key, modification time in seconds since 1970), with temporary files of killed writers."""
         if prefix:
             _validated(prefix.rstrip("/"))
         for key, modified in self._backend.entries(self._prefix + prefix):
             yield key.removeprefix(self._prefix), modified
 
     def folders(self, prefix: str) -> Sequence[str]:
-        """Names of the folders right below `prefix` (which ends with `/`), sorted; does not walk through them."""
+        """Return the names of the folders directly below `prefix` (which ends with `/`), sorted."""
         _validated(prefix.rstrip("/"))
         return self._backend.folders(self._prefix + prefix)
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write an object atomically. It replaces what has the key: for keys that nobody else writes."""
+        """Write an object atomically, replacing an older one; for keys that no other task writes."""
         self._backend.put(self._visible(key), data)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object unless the key is taken; False = it was. The one step on which tasks may race."""
+        """Write an object unless the key is taken. This is the one step in which tasks may race.
+
+        Returns:
+            True if this call wrote the object, False if it existed.
+        """
         return self._backend.put_new(self._visible(key), data)
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it exists."""
         self._backend.delete(self._key(key))
 
     def fetch(self, file: StoredFile, path: Path) -> None:
-        """Download a payload; `path` appears only when size and xxh64 are right.
+        """Download a payload; `path` appears only after size and xxh64 have been checked.
 
-        A broken connection is continued where it broke; a body with a wrong size or hash is fetched anew.
+        After a broken connection the download resumes at the same byte; a body with a wrong size or hash is
+        downloaded again from the start.
+
+        Args:
+            file: the payload, as its commit records it.
+            path: the local file to create; its folders are created too.
 
         Raises:
-            FileNotFoundError: there is no such object.
-            StoreError: it cannot be had, or is damaged where it lies; the message names the key.
+            FileNotFoundError: if there is no such object.
+            StoreError: if it cannot be downloaded, or is damaged in the store; the message names the key.
         """
         key = self._key(file.key)
         with naming_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 download = _Download(self._backend, key, file, temporary)
-                retrying(f"{self._backend.uri}/{key}")(download.go_on)
+                retrying(f"{self._backend.uri}/{key}")(download.resume)
 
     def close(self) -> None:
         """Drop the connections; the next call opens new ones."""
@@ -154,35 +169,44 @@ class Store:
         return self._prefix + _validated(key)
 
     def _visible(self, key: str) -> str:
-        """A key to write to; hidden names are for the backends' temporary files, and `list` leaves them out."""
+        """Return the full key to write to; hidden names are reserved for the backends' temporary files."""
         if any(name.startswith(".") for name in key.split("/")):
             raise UserError(
-                f"key {key[:200]!r}: no name in it may start with a dot: rename what it is made from"
+                f"key {key[:200]!r}: no name in it may start with a dot: rename the dataset, family or bucket"
             )
         return self._key(key)
 
 
 class _Download:
-    """One download over any number of connections."""
+    """One download, over any number of connections."""
 
     def __init__(self, backend: Backend, key: str, file: StoredFile, path: Path) -> None:
-        self.backend, self.key, self.file, self.path = backend, key, file, path
+        self.backend = backend
+        self.key = key
+        self.file = file
+        self.path = path
         self.restart()
 
     def restart(self) -> None:
+        """Throw away what was downloaded."""
         self.done = 0
         self.hash = xxhash.xxh64()
         self.path.write_bytes(b"")
 
-    def go_on(self) -> None:
-        """Take up the download where it stopped, to its end."""
+    def resume(self) -> None:
+        """Continue from the last byte to the end.
+
+        Raises:
+            TransientError: if the connection broke; the next call resumes there.
+            DamagedError: if size or hash are wrong; the next call starts over.
+        """
         try:
-            self.append()
+            self._append()
         except DamagedError:
             self.restart()
             raise
 
-    def append(self) -> None:
+    def _append(self) -> None:
         before = self.done
         with self.path.open("r+b") as target:
             target.seek(self.done)
@@ -190,6 +214,8 @@ class _Download:
                 target.write(chunk)
                 self.hash.update(chunk)
                 self.done += len(chunk)
+
+        # No progress means that the object itself is too short, so another try from here cannot help.
         if before < self.done < self.file.bytes:
             raise TransientError(f"the body ended after {self.done} of {self.file.bytes} bytes")
         if self.done != self.file.bytes or self.hash.hexdigest() != self.file.xxh64:
@@ -197,10 +223,17 @@ class _Download:
 
 
 def open_store(uri: str, create: bool = False) -> Store:
-    """Open `s3://bucket/prefix` or a local folder; `create` makes the folder (never a bucket).
+    """Open a store.
+
+    Args:
+        uri: `s3://bucket/prefix` or a local folder.
+        create: create the folder if it does not exist; a bucket is never created.
+
+    Returns:
+        The store; keys are relative to the URI.
 
     Raises:
-        UserError: it does not exist, cannot be reached, or is of an unknown kind.
+        UserError: if the store does not exist, cannot be reached, or is of an unknown kind.
     """
     if uri.startswith("s3://"):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -212,16 +245,15 @@ def open_store(uri: str, create: bool = False) -> Store:
         raise UserError(f"store {uri!r}: neither s3://bucket/prefix nor a local folder")
     else:
         store = Store(LocalFolder(Path(uri).expanduser().absolute()))
+
     if not store._backend.check(create):
-        raise UserError(
-            f"store {uri}: does not exist: correct the address"
-            + (", or make the bucket" if "://" in uri else "")
-        )
+        advice = "correct the address" + (", or create the bucket" if "://" in uri else "")
+        raise UserError(f"store {uri}: does not exist: {advice}")
     return store
 
 
 def hash_file(path: Path) -> str:
-    """xxh64 of a file, as `StoredFile` has it."""
+    """Return the xxh64 of a file, as `StoredFile.xxh64` holds it."""
     digest = xxhash.xxh64()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -230,12 +262,15 @@ def hash_file(path: Path) -> str:
 
 
 def _validated(key: str) -> str:
-    """The key, if it cannot lead out of the store.
+    """Return the key.
 
     Raises:
-        UserError: it could.
+        UserError: if it could lead out of the store.
     """
-    bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in key.split("/"))
+    names = key.split("/")
+    bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in names)
     if bad or "\\" in key or not key.isprintable():
-        raise UserError(f"key {key[:200]!r}: not a plain relative path: rename what it is made from")
+        raise UserError(
+            f"key {key[:200]!r}: not a plain relative path: rename the dataset, family or file behind it"
+        )
     return key
