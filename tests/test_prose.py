@@ -64,8 +64,8 @@ RULES = (
         docstring_only=True,
     ),
     Rule(
-        rf"\b(?:(?i:{NUMBER}) (?!(?:{NO_NOUN})\b)[\w-]+|(?i:one|two|three|once|twice|half|each|all)|{COUNTED}) "
-        rf"an? (?:{UNITS})\b",
+        rf"\b(?:(?i:{NUMBER}) (?!(?:{NO_NOUN})\b)[\w-]+|(?i:one|two|three|once|twice|half|each|all)|"
+        rf"{COUNTED}) an? (?:{UNITS})\b",
         "one per rank, 4 bytes per token",
     ),
     Rule(r"\b(?<!points\s)(?<!values\s)(lie|lies|lay|lying)\b", "is stored in, is in"),
@@ -203,8 +203,9 @@ def comment_texts(source):
 
 
 def line_texts(source):
-    """All lines, of files that mix prose and code: shell scripts and HTML templates."""
-    for number, line in enumerate(source.splitlines(), 1):
+    """All lines, of files that mix prose and code: shell scripts, and HTML templates without their tags."""
+    plain = re.sub(r"<[^>]*>|\{\{.*?\}\}|\{%.*?%\}", lambda match: re.sub(r"\S", "`", match.group()), source)
+    for number, line in enumerate(plain.splitlines(), 1):
         yield Text(number, line)
 
 
