@@ -33,12 +33,12 @@ from PIL import Image
 from benchmarks.captions import dense_captions
 from benchmarks.reporting import at_least, conditions, print_goals
 from data_prep.config import BucketConfig, DatasetConfig, DedupeConfig, SourceConfig
-from data_prep.dataset.parts import Share
 from data_prep.dataset.schema import Bucket
 from data_prep.images.images import resize_crop
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.store.store import open_store
+from model.common.share import Share
 
 QUALITY = 95
 GOAL = 1.5

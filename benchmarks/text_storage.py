@@ -24,11 +24,11 @@ from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_most, hardware, print_goals, versions
 from benchmarks.text_encoding import ENCODERS
 from data_prep.config import load_dataset
-from data_prep.dataset.parts import Share
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.families.text import is_held_out, measure_channels, run_text
 from data_prep.store.store import open_store
 from model.common.errors import UserError, command
+from model.common.share import Share
 from model.encoders.quantize import bytes_per_token, dequantize, quantize
 from model.encoders.text_encoder import load_encoder
 from pipeline.runtime.distributed import Distributed

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DatasetConfig, load_dataset
-from data_prep.dataset.parts import Share
 from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import check_settings, run_plan
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
+from model.common.share import Share
 
 Arguments = argparse.Namespace
 

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.dataset.parts import Share, array_list
+from data_prep.dataset.parts import array_list
 from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.scenes.captions import ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
+from model.common.share import Share
 from pipeline.ablation import report as ablation_report
 from pipeline.ablation.rows import PAPER_ROWS, Job, make_jobs, read_ablation
 from pipeline.evaluation.images import write_whole

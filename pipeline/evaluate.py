@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
-from data_prep.dataset.parts import Share
 from model.common.errors import UserError, command
+from model.common.share import Share
 from model.scorers.files import download_data
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
 from pipeline.evaluation.answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers

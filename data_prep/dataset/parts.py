@@ -1,19 +1,19 @@
-"""Parts: who does which, how one becomes visible, and which are.
+"""Parts: how one is committed, which exist, and how a family is registered.
 
-The protocol: a writer puts its payload under keys that hold a random name of this attempt, then one small commit record by a
-conditional put. The record is the part's existence, so a reader sees a part whole or not at all; of any number of writers one
-wins; a writer killed anywhere leaves files that no commit names, which `gc` removes. Nothing is overwritten.
+The protocol: a writer puts its payload under keys that contain a random name of this attempt, then writes one
+small commit record by a conditional put. A part exists if and only if its record does, so a reader sees all of
+it or nothing. Of several writers exactly one wins. A writer that is killed at any point leaves only files that
+no commit names, which `gc` removes. Nothing is ever overwritten.
 """
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -26,125 +26,79 @@ from model.common.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Item = TypeVar("Item")
-
 PLAN_KEY = "manifest/plan.json"
 THREADS = 32
-"""Commits read at once."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of `count` array tasks does: the `index`-th of as many equal runs of neighbouring items. Needs no lock, so nothing
-    can hang on one; the commit protocol makes an overlap harmless."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise UserError(f"task {self.index} of {self.count}: tasks are numbered from 0 to one below their number")
-
-    @classmethod
-    def parse(cls, text: str) -> "Share":
-        """Read `I/N`.
-
-        Raises:
-            UserError: it is not of that form.
-        """
-        if not re.fullmatch(r"\d+/\d+", text):
-            raise UserError(f"task `{text}`: write I/N, for instance 0/64")
-        index, count = map(int, text.split("/"))
-        return cls(index, count)
-
-    @classmethod
-    def from_environment(cls) -> "Share":
-        """The share of this Slurm array task; everything outside an array.
-
-        A sparse array (`--array=3,17`, to repeat some tasks of 64) does not show how many tasks share the work: then
-        `LI_DIT_TASKS=64` has to say so.
-
-        Raises:
-            UserError: the array is sparse and `LI_DIT_TASKS` is not set, or does not fit.
-        """
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        if task is None:
-            return cls()
-        if tasks := os.environ.get("LI_DIT_TASKS"):
-            return cls(int(task), int(tasks))
-        count, low, high = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("COUNT", "MIN", "MAX"))
-        if high - low + 1 != count:
-            raise UserError(
-                f"array of {count} tasks between {low} and {high}: set LI_DIT_TASKS to the number of tasks that share the work"
-            )
-        return cls(int(task) - low, count)
-
-    def owns(self, items: Sequence[Item]) -> list[Item]:
-        """This task's items."""
-        return list(items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count])
-
-    @staticmethod
-    def owner(item: int, items: int, count: int) -> int:
-        """Which of `count` tasks has item number `item` of `items`."""
-        return (count * (item + 1) - 1) // items
+"""Objects read or deleted at once."""
 
 
 def array_list(numbers: Iterable[int]) -> str:
-    """Numbers as Slurm's `--array=` takes them: `0-3,7`."""
+    """Format numbers as Slurm's `--array=` takes them: `0-3,7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
+
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def hash_ids(ids: Iterable[int]) -> str:
-    """xxh64 of sample ids in row order."""
+    """Return the xxh64 of sample ids in row order."""
     return xxhash.xxh64_hexdigest(np.fromiter(ids, "<i8").tobytes())
 
 
 def read_plan(dataset: Store) -> Manifest:
-    """The parts that the plan asks for.
+    """Return the parts that the plan asks for.
 
     Raises:
-        UserError: there is no plan yet.
+        UserError: if there is no plan yet.
     """
     try:
         return Manifest.from_json(dataset.read(Manifest.KEY))
     except FileNotFoundError as error:
-        raise UserError(f"{dataset.uri}: no plan yet: run `python -m data_prep plan DATASET.yaml` first") from error
+        command = "python -m data_prep plan DATASET.yaml"
+        raise UserError(f"{dataset.uri}: no plan yet: run `{command}` first") from error
 
 
 def read_plan_record(dataset: Store) -> dict[str, Any]:
-    """What the plan counted: `files` (a record a source file: label, rows, kept, dropped by reason), `captions` (kept by kind,
-    letters by kind, refused by reason), `manifest` (xxh64 by key)."""
+    """Return the plan's counts.
+
+    `files` has one record per source file (label, rows, kept, dropped by reason). `captions` has kept by kind,
+    letters by kind and refused by reason. `manifest` has the xxh64 of each manifest file by key.
+    """
     return json.loads(dataset.read(PLAN_KEY))
 
 
 def read_commit(dataset: Store, kind: str, part: Part) -> Commit:
-    """The commit of one part.
+    """Return the commit of one part.
 
     Raises:
-        FileNotFoundError: the part does not exist.
-        StoreError: the record is not that part's.
+        FileNotFoundError: if the part does not exist.
+        StoreError: if the record is damaged or belongs to another part.
     """
     key = part.commit_key(kind)
     try:
         commit = Commit.from_json(dataset.read(key))
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and do the part again") from error
+        raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and make the part again") from error
+
     if (commit.kind, commit.part) != (kind, part):
-        raise StoreError(f"{dataset.uri}/{key}: is the record of {commit.kind} {commit.part}: delete it and do the part again")
+        owner = f"{commit.kind} {commit.part}"
+        raise StoreError(f"{dataset.uri}/{key}: is the record of {owner}: delete it and make the part again")
     return commit
 
 
 def committed_parts(dataset: Store, kind: str) -> set[Part]:
-    """The parts of a kind that exist; lists keys only."""
+    """Return the parts of a kind that exist, read from their keys only.
+
+    Raises:
+        StoreError: if a file among the commits is not one.
+    """
+    prefix = f"commits/{kind}/"
     parts = set()
-    for key in dataset.list(f"commits/{kind}/"):
-        bucket, _, name = key.removeprefix(f"commits/{kind}/").partition("/")
+    for key in dataset.list(prefix):
+        bucket, _, name = key.removeprefix(prefix).partition("/")
         if not re.fullmatch(r"\d+\.json", name):
             raise StoreError(f"{dataset.uri}/{key}: not a commit: remove it")
         parts.add(Part(bucket, int(name.removesuffix(".json"))))
@@ -152,10 +106,11 @@ def committed_parts(dataset: Store, kind: str) -> set[Part]:
 
 
 def committed(dataset: Store, kind: str) -> dict[Part, Commit]:
-    """The commits of a kind, sorted by part."""
+    """Return the commits of a kind, sorted by part."""
     parts = sorted(committed_parts(dataset, kind))
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(parts, pool.map(lambda part: read_commit(dataset, kind, part), parts), strict=True))
+        commits = pool.map(lambda part: read_commit(dataset, kind, part), parts)
+        return dict(zip(parts, commits, strict=True))
 
 
 def commit_part(
@@ -172,57 +127,77 @@ def commit_part(
     Args:
         dataset: the dataset's store.
         kind: `pairs`, or the family's name.
-        part: which part.
-        files: name of each payload file -> the local file; none for a part that ended without rows.
+        part: the part.
+        files: name of each payload file -> the local file; empty for a part that ended without rows.
         ids: sample ids in row order.
-        counts: whatever the writer counted.
+        counts: any numbers that the writer counted.
         family_hash: `Family.hash`, for families.
 
     Returns:
-        The commit that stands: ours, or that of another task that was first.
+        The commit that is in the store now: ours, or that of another task that was first.
 
     Raises:
-        UserError: the other task committed other samples under this part.
-        StoreError: the payload did not arrive.
+        UserError: if the other task committed other samples under this part.
+        StoreError: if the payload did not arrive.
     """
     ids_hash = hash_ids(ids)
-    if not dataset.exists(part.commit_key(kind)):
+    key = part.commit_key(kind)
+
+    if not dataset.exists(key):
         attempt = secrets.token_hex(8)
-        stored = []
-        for name, path in sorted(files.items()):
-            key = part.payload_key(kind, attempt, name)
-            stored.append(StoredFile(key, path.stat().st_size, hash_file(path)))
-            dataset.put(key, path)
-        for file in stored:
-            # A task that was suspended for days could otherwise commit files that `gc` took for orphans meanwhile.
-            if not dataset.exists(file.key) or dataset.size(file.key) != file.bytes:
-                raise StoreError(f"{dataset.uri}/{file.key}: not there as written: run again")
-        commit = Commit(kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts)
-        if dataset.put_new(part.commit_key(kind), commit.to_json()):
+        stored = _put_payload(dataset, kind, part, attempt, files)
+        commit = Commit(
+            kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts
+        )
+        if dataset.put_new(key, commit.to_json()):
             return commit
         for file in stored:
             dataset.delete(file.key)
+
     winner = read_commit(dataset, kind, part)
     if (winner.ids_xxh64, winner.family_hash) != (ids_hash, family_hash):
         raise UserError(
-            f"{dataset.uri}: {kind} {part} is committed with other samples or another encoder: the plan or the family changed "
-            "under a running job; use another dataset or family name for the new settings"
+            f"{dataset.uri}: {kind} {part} is committed with other samples or another encoder: the plan or the "
+            "family changed under a running job; use another dataset or family name for the new settings"
         )
     return winner
+
+
+def _put_payload(
+    dataset: Store, kind: str, part: Part, attempt: str, files: dict[str, Path]
+) -> list[StoredFile]:
+    stored = []
+    for name, path in sorted(files.items()):
+        key = part.payload_key(kind, attempt, name)
+        stored.append(StoredFile(key, path.stat().st_size, hash_file(path)))
+        dataset.put(key, path)
+
+    # If this task was suspended for days, `gc` may have removed the files, which no commit names yet.
+    for file in stored:
+        if not dataset.exists(file.key) or dataset.size(file.key) != file.bytes:
+            raise StoreError(f"{dataset.uri}/{file.key}: missing or incomplete after writing it: run again")
+    return stored
 
 
 def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor] | None") -> Family:
     """Register a family with its constants, unless it is registered already.
 
+    Args:
+        dataset: the dataset's store.
+        family: the family to register.
+        constants: tensors that the family stores once, by name.
+
     Returns:
-        The family that stands. Take the constants from the store (`read_constants`), not from the arguments: another task may
-        have been first, with values that differ in the last bits.
+        The family that is in the store now. Take the constants from the store (`read_constants`), not from the
+        arguments: another task may have been first, with values that differ in the last bits.
 
     Raises:
-        UserError: the name belongs to another encoding; the message says what differs.
+        UserError: if the name belongs to another encoding; the message says what differs.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", family.name) or family.name == PAIRS:
-        raise UserError(f"family name {family.name!r}: use letters, digits, `.`, `_` and `-`, and not `{PAIRS}`")
+        rule = f"use letters, digits, `.`, `_` and `-`, and not `{PAIRS}`"
+        raise UserError(f"family name {family.name!r}: {rule}")
+
     if not dataset.exists(family.key):
         if constants:
             from safetensors.torch import save
@@ -231,10 +206,26 @@ def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor
             family = replace(family, constants_xxh64=xxhash.xxh64_hexdigest(data))
             dataset.put_new(family.constants_key, data)
         dataset.put_new(family.key, family.to_json())
+
     stored = read_family(dataset, family.name)
-    ours, theirs = ({"kind": f.kind, **f.identity, **f.info, "format": f.format} for f in (family, stored))
-    differing = [key for key in sorted({*ours, *theirs}) if canonical_json(ours.get(key)) != canonical_json(theirs.get(key))]
-    if differing:
-        what = "; ".join(f"{key}: stored {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing)
-        raise UserError(f"{dataset.uri}: family `{family.name}` is another encoding ({what}): give the new one another name")
+    differences = _differences(_encoding(stored), _encoding(family))
+    if differences:
+        raise UserError(
+            f"{dataset.uri}: family `{family.name}` is another encoding ({differences}): "
+            "give the new one another name"
+        )
     return stored
+
+
+def _encoding(family: Family) -> dict[str, Any]:
+    """Return all fields on which two families of one name have to agree."""
+    return {"kind": family.kind, **family.identity, **family.info, "format": family.format}
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    differences = []
+    for key in sorted({*stored, *current}):
+        # Compared as JSON, because the stored family went through it: its tuples have become lists.
+        if canonical_json(stored.get(key)) != canonical_json(current.get(key)):
+            differences.append(f"{key}: stored {stored.get(key)!r}, now {current.get(key)!r}")
+    return "; ".join(differences)

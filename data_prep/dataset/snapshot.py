@@ -15,12 +15,13 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from data_prep.dataset.mds import read_mds
-from data_prep.dataset.parts import THREADS, Share, array_list, committed, committed_parts, hash_ids, read_commit, read_plan
+from data_prep.dataset.mds import Shard
+from data_prep.dataset.parts import THREADS, array_list, committed, committed_parts, hash_ids, read_commit, read_plan
 from data_prep.dataset.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, canonical_json
 from data_prep.dataset.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
 from data_prep.store.store import Store, StoredFile, StoreError
 from model.common.errors import UserError
+from model.common.share import Share
 
 MAX_TASKS = 1000
 """Slurm's default MaxArraySize allows task numbers up to this."""
@@ -223,7 +224,7 @@ def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: boo
             path = Path(folder) / file.key.rpartition("/")[2]
             dataset.fetch(file, path)
             if family:
-                ids = [row["id"] for row in read_mds(path, family.columns)]
+                ids = [row["id"] for row in Shard(path, family.columns)]
             elif path.name == TABLE:
                 ids = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
     if len(ids) != commit.rows or hash_ids(ids) != commit.ids_xxh64:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_prep.dataset.mds import write_mds
-from data_prep.dataset.parts import Share, commit_part, committed_parts, read_commit, read_plan
+from data_prep.dataset.parts import commit_part, committed_parts, read_commit, read_plan
 from data_prep.dataset.schema import PAIRS, Commit, Family, Part
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.pairs.pairs import Pair, read_pairs
@@ -16,6 +16,7 @@ from data_prep.progress import Progress
 from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
+from model.common.share import Share
 
 SHARD = "shard.00000.mds"
 

@@ -16,13 +16,14 @@ import xxhash
 from torch import Tensor
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import Share, committed_parts, read_commit, read_plan, register_family
+from data_prep.dataset.parts import committed_parts, read_commit, read_plan, register_family
 from data_prep.dataset.schema import PAIRS, Family
 from data_prep.dataset.snapshot_reader import read_constants
 from data_prep.families.encode import encode_family
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import Store
 from model.common.errors import UserError
+from model.common.share import Share
 from model.config import TextConfig
 from model.encoders.quantize import dequantize, quantize
 from model.encoders.text_encoder import TextEncoder, load_encoder, padding_tokens, relative_error

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data_prep.dataset.parts import Share, committed, committed_parts, read_commit, read_plan
+from data_prep.dataset.parts import committed, committed_parts, read_commit, read_plan
 from data_prep.dataset.schema import Commit
 from data_prep.dataset.snapshot_reader import read_families
 from data_prep.store.store import Store
+from model.common.share import Share
 
 SAVINGS = {
     "prefix": "the instruction once",

@@ -23,9 +23,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.common.files import naming_full_disk
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import Share, commit_part, committed_parts, read_plan
+from data_prep.dataset.parts import commit_part, committed_parts, read_plan
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
 from data_prep.pairs.make_images import Made, Recipe, chunks_of, make_images, tasks_in_order
 from data_prep.plan.accounts import account, dropped_count, written_count
@@ -34,9 +33,10 @@ from data_prep.plan.plan import check_settings, file_order, source_files
 from data_prep.plan.scan import CAPTIONS, CRASHED
 from data_prep.progress import Progress
 from data_prep.sources.source import OpenSources, reads_along
-
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
+from model.common.files import naming_full_disk
+from model.common.share import Share
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
 COMMITS_BEHIND = 2

@@ -25,7 +25,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import PLAN_KEY, Share
+from data_prep.dataset.parts import PLAN_KEY
 from data_prep.dataset.schema import Manifest, canonical_json
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
@@ -37,6 +37,7 @@ from data_prep.sources.source import OpenSources, SourceFile, list_files, reads_
 from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
+from model.common.share import Share
 
 pc: Any = pyarrow.compute
 """Its functions are made at import, where type checkers do not see them."""

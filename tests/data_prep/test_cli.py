@@ -6,10 +6,10 @@ import pytest
 
 from data_prep.__main__ import COMMANDS, main, make_parser, parse
 from data_prep.config import load_dataset
-from data_prep.dataset.parts import Share
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.filters import Filters
 from data_prep.progress import Progress
+from model.common.share import Share
 from tests.helpers import tiny_llm
 from tests.helpers.raw_material import png, sample_members, write_tar
 

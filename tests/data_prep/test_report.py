@@ -3,11 +3,11 @@ import re
 import pytest
 
 from data_prep.config import DedupeConfig, FilterConfig
-from data_prep.dataset.parts import Share
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.report import write_report
 from data_prep.store.store import open_store
+from model.common.share import Share
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.dataset.parts import Share
+from model.common.share import Share
 
 TASKS = int(os.environ.get("FAKE_TASKS", "3"))
 

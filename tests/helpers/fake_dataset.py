@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.dataset.parts import Share, commit_part, committed_parts, read_plan, register_family
+from data_prep.dataset.parts import commit_part, committed_parts, read_plan, register_family
 from data_prep.dataset.schema import PAIRS, Family, Manifest
 from data_prep.families.encode import encode_family
 from data_prep.pairs.pairs import COLUMNS, TABLE, TAR
+from model.common.share import Share
 
 ALONE = Share(0, 1)
 

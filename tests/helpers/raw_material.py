@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.config import BucketConfig, DatasetConfig, SourceConfig
-from data_prep.dataset.parts import Share, committed, read_plan
+from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
 from data_prep.pairs.pairs import read_pairs, run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.store.store import open_store
+from model.common.share import Share
 
 ALONE = Share(0, 1)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.dataset.parts import Share
 from model.common.errors import UserError
+from model.common.share import Share
 from model.scorers.files import download_data, find_scorer
 from pipeline import evaluate
 from pipeline.evaluation.common import read_json, read_text

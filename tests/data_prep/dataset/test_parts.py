@@ -1,4 +1,4 @@
-"""Shares cover the work once; a commit is won once and never changes; a family's name means one encoding."""
+"""A commit is won once and never changes; a family's name means one encoding."""
 
 import multiprocessing
 import time
@@ -8,61 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.dataset.parts import (
-    Share,
-    commit_part,
-    committed,
-    committed_parts,
-    hash_ids,
-    read_commit,
-    read_plan,
-    register_family,
-)
+from data_prep.dataset.parts import commit_part, committed, committed_parts, hash_ids, read_commit, read_plan, register_family
 from data_prep.dataset.schema import Commit, Family, Manifest, Part
 from data_prep.dataset.snapshot_reader import read_constants, read_families, read_family
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError
 
 PART = Part("64x64", 7)
-
-
-@given(st.lists(st.integers(), max_size=50), st.integers(1, 20))
-def test_shares_cover_everything_once(items, count):
-    owned = [Share(index, count).owns(items) for index in range(count)]
-    assert sorted(item for share in owned for item in share) == sorted(items)
-    assert max(map(len, owned)) - min(map(len, owned)) <= 1
-    owners = [task for task, share in enumerate(owned) for _ in share]
-    assert owners == [Share.owner(item, len(items), count) for item in range(len(items))]
-
-
-def array(monkeypatch, task, low, high, count, tasks=None):
-    for name, value in {"ID": task, "MIN": low, "MAX": high, "COUNT": count}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    if tasks:
-        monkeypatch.setenv("LI_DIT_TASKS", str(tasks))
-
-
-def test_share_of_an_array_task(monkeypatch):
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.delenv("LI_DIT_TASKS", raising=False)
-    assert Share.from_environment() == Share(0, 1)
-    array(monkeypatch, 5, 1, 64, 64)
-    assert Share.from_environment() == Share(4, 64)
-    array(monkeypatch, 17, 3, 17, 2)
-    with pytest.raises(UserError, match="LI_DIT_TASKS"):
-        Share.from_environment()
-    array(monkeypatch, 17, 3, 17, 2, tasks=64)
-    assert Share.from_environment() == Share(17, 64)
-    array(monkeypatch, 64, 64, 64, 1, tasks=64)
-    with pytest.raises(UserError, match="64"):
-        Share.from_environment()
-
-
-def test_share_from_text():
-    assert Share.parse("3/8") == Share(3, 8)
-    for wrong in ("8/8", "1", "-1/2", "a/b", "1/0", ""):
-        with pytest.raises(UserError, match="task"):
-            Share.parse(wrong)
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=9), st.lists(st.integers(0, 2**63 - 1), max_size=9))

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.dataset.mds import write_mds
-from data_prep.dataset.parts import Share, array_list, commit_part, committed, read_commit, read_plan
+from data_prep.dataset.parts import array_list, commit_part, committed, read_commit, read_plan
 from data_prep.dataset.schema import PAIRS, Part
 from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.dataset.snapshot_reader import read_index, read_snapshot
 from data_prep.families.encode import SHARD
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError
+from model.common.share import Share
 from tests.helpers.fake_dataset import FAMILIES, make_all, make_families, make_pairs, plan, sample_ids
 
 BUCKETS = {"64x64": [3, 3, 2], "32x96": [2]}

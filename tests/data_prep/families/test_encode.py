@@ -4,12 +4,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.dataset.mds import read_mds
-from data_prep.dataset.parts import Share, committed, committed_parts, read_plan, register_family
+from data_prep.dataset.mds import Shard
+from data_prep.dataset.parts import committed, committed_parts, read_plan, register_family
 from data_prep.dataset.schema import PAIRS, Part
 from data_prep.families.encode import encode_family
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from model.common.share import Share
 from tests.helpers.fake_dataset import ALONE, FAMILIES, encoder, make_families, make_pairs, plan, sample_ids
 
 
@@ -26,7 +27,7 @@ def rows_of(dataset, family, tmp_path):
     for part, commit in committed(dataset, family.name).items():
         for file in commit.files:
             dataset.fetch(file, tmp_path / "shard")
-            found[part] = list(read_mds(tmp_path / "shard", family.columns))
+            found[part] = list(Shard(tmp_path / "shard", family.columns))
     return found
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.mds import read_mds
-from data_prep.dataset.parts import Share, committed, read_commit
+from data_prep.dataset.mds import Shard
+from data_prep.dataset.parts import committed, read_commit
 from data_prep.dataset.schema import TEXT_COLUMNS, Family
 from data_prep.dataset.snapshot_reader import read_constants, read_family
 from data_prep.families import text
@@ -16,6 +16,7 @@ from data_prep.families.text_report import print_text_report, text_reports
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from model.common.share import Share
 from model.encoders.quantize import BITS, dequantize
 from model.encoders.text_encoder import load_encoder
 from tests.helpers import fake_dataset, tiny_llm
@@ -43,7 +44,7 @@ def read_rows(dataset, name, tmp_path):
         for file in commit.files:
             path = tmp_path / "part.mds"
             dataset.fetch(file, path)
-            yield from read_mds(path, TEXT_COLUMNS)
+            yield from Shard(path, TEXT_COLUMNS)
 
 
 def pair(number, *captions):

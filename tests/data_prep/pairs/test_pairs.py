@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import BucketConfig, SourceConfig
-from data_prep.dataset.parts import Share, committed, read_plan
+from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS, Bucket, Part
 from data_prep.dataset.snapshot import verify
 from data_prep.images.images import ImageError, decode_image, resize_crop
@@ -23,6 +23,7 @@ from data_prep.sources.sample import Place
 from data_prep.store.store import StoreError, open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
+from model.common.share import Share
 from tests.helpers.raw_material import (
     ALONE,
     all_pairs,

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import BucketConfig, DedupeConfig, FilterConfig
-from data_prep.dataset.parts import Share, committed, read_plan, read_plan_record
+from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, Manifest
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.accounts import account
@@ -16,6 +16,7 @@ from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import dropped_key, run_plan, source_files
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from model.common.share import Share
 from tests.helpers.raw_material import ALONE, config_of, encoded, picture, png, sample_members, write_parquet, write_tar
 
 LATE = bytearray(png(23))

@@ -3,20 +3,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_prep.scenes.drawing import draw_scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import BucketConfig, DatasetConfig, DedupeConfig, ScenesConfig, SourceConfig
-from data_prep.dataset.parts import Share, committed
+from data_prep.dataset.parts import committed
 from data_prep.dataset.schema import PAIRS, Bucket
 from data_prep.pairs.pairs import read_pairs, run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.scenes.captions import CAPTION_KINDS, adjectives_and_noun, caption_scene, scene_prompts
-from data_prep.scenes.drawing import draw_scene
 from data_prep.scenes.grammar import EXTENTS, GAP, MAX_OBJECTS, Ground, differences, sample_scene, scene_from_json, scene_to_json
 from data_prep.sources.scenes import SceneKey, ScenesSource
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from model.common.share import Share
 
 SEEDS = st.integers(0, 2**40)
 INDEXES = st.integers(0, 2**40)

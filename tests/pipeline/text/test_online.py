@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import Share, committed, register_family
+from data_prep.dataset.parts import committed, register_family
 from data_prep.dataset.schema import PAIRS
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.families.encode import encode_family
 from data_prep.families.text import run_text
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from model.common.share import Share
 from pipeline import learned, train
 from pipeline.engine.network import build_network
-from pipeline.export import export, load_export
+from pipeline.export import export
 from pipeline.inference import sampler
 from pipeline.inference.sampler import Sampler
+from pipeline.inference.source import load_export
 from pipeline.runtime.run_log import read_events
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import dump_stage
