@@ -14,6 +14,12 @@ def print_error(error: UserError) -> None:
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's `main` so that a `UserError` prints one line on stderr and exits with code 2."""
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
 
 
 def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
@@ -19,7 +19,9 @@ def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
     """
     try:
         defaults = OmegaConf.structured(schema)
-        merged = OmegaConf.merge(defaults, OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, defaults)))
+        merged = OmegaConf.merge(
+            defaults, OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, defaults))
+        )
         return OmegaConf.to_object(merged)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -27,7 +29,7 @@ def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
         raise UserError(f"{path}: not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{first_line(error)}") from error
 
 
 def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:

@@ -4,8 +4,6 @@ Weights come from safetensors or GGUF alone, never from pickles; code that ships
 model needs a commit hash, so that a family's name stands for one set of numbers.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -32,7 +28,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
+from model.common.hub import download, fingerprint, is_commit
 from model.config import TextConfig
 from model.encoders.gguf import GGUFFile, build_model, count_blocks, file_sha256, find_gguf
 from model.encoders.gguf_tokenizer import build_tokenizer
@@ -43,7 +40,6 @@ Reading = Literal["one", "concat", "norm_mean"]
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _OTHER_FILES = ["*/*", "consolidated*"]
 """The same weights once more, for other programs."""
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 AttentionInterface.register(PACKED, packed_attention)
 
@@ -172,14 +168,13 @@ def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch
 
 
 def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    folder, fingerprint = _find_folder(config)
+    folder, weights = _find_folder(config)
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         module = _load_module(config, settings, folder, dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{config.llm}: transformers cannot load it: {reason}") from error
+        raise UserError(f"{config.llm}: transformers cannot load it: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{config.llm}: no fast tokenizer: add its tokenizer.json to the folder")
     if not config.device_map:
@@ -197,7 +192,7 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
     backend.no_padding()
     pad = tokenizer.convert_tokens_to_ids(tokenizer.pad_token) if tokenizer.pad_token else None
     assert pad is None or isinstance(pad, int)
-    return LanguageModel(module, backend, pad, fingerprint, text.hidden_size, blocks, reading, layers)
+    return LanguageModel(module, backend, pad, weights, text.hidden_size, blocks, reading, layers)
 
 
 def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -231,38 +226,12 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
         return folder, fingerprint(folder, weights)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.llm) or config.llm.startswith("."):
         raise UserError(f"text.llm={config.llm!r}: no such folder: give a folder, a hub name, a .gguf file or package:NAME")
-    if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
+    if not is_commit(config.revision):
         raise UserError(f"{config.llm}: a hub name needs text.revision: its 40-digit commit hash")
-    try:
-        found = Path(snapshot_download(config.llm, revision=config.revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FILES))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{config.llm}: cannot be downloaded ({reason}): check name, revision and network") from error
-    if not list(found.glob("*.safetensors")):
+    folder = download(config.llm, config.llm, config.revision, _FILES, ignore=_OTHER_FILES)
+    if not list(folder.glob("*.safetensors")):
         raise UserError(f"{config.llm}: revision {config.revision} has no safetensors: take a revision or a copy that has them")
-    return found, f"commit:{config.revision}"
-
-
-def fingerprint(folder: Path, weights: list[Path]) -> str:
-    """Hash of settings and tokenizer, and of each weight file's size, header and 64 samples spread over it.
-
-    Reading 16 GB whole at the start of every task would cost more than it finds: a fine-tune changes all tensors.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            settings = (folder / name).read_bytes()
-            digest.update(json.dumps([name, len(settings)]).encode() + settings)
-    for path in weights:
-        size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(header))
-            for sample in range(_SAMPLES):
-                file.seek(8 + header + (size - 8 - header) * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return f"sampled-sha256:{digest.hexdigest()}"
+    return folder, f"commit:{config.revision}"
 
 
 def list_blocks(module: PreTrainedModel) -> nn.ModuleList:
