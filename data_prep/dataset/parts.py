@@ -1,9 +1,9 @@
 """Parts: how one is committed, which exist, and how a family is registered.
 
-The protocol: a writer puts its payload under keys that contain a random name of this attempt, then writes one
-small commit record by a conditional put. A part exists if and only if its record does, so a reader sees all of
-it or nothing. Of several writers exactly one wins. A writer that is killed at any point leaves only files that
-no commit names, which `gc` removes. Nothing is ever overwritten.
+The protocol: a writer puts its payload under keys that contain a random name of this attempt, then writes
+one small commit record by a conditional put. A part exists if and only if its record does, so a reader sees
+all of it or nothing. Of several writers exactly one wins. A writer that is killed at any point leaves only
+files that no commit names, which `gc` removes. Nothing is ever overwritten.
 """
 
 import json
@@ -64,8 +64,8 @@ def read_plan(dataset: Store) -> Manifest:
 def read_plan_record(dataset: Store) -> dict[str, Any]:
     """Return the plan's counts.
 
-    `files` has one record per source file (label, rows, kept, dropped by reason). `captions` has kept by kind,
-    letters by kind and refused by reason. `manifest` has the xxh64 of each manifest file by key.
+    `files` has one record per source file (label, rows, kept, dropped by reason). `captions` has kept by
+    kind, letters by kind and refused by reason. `manifest` has the xxh64 of each manifest file by key.
     """
     return json.loads(dataset.read(PLAN_KEY))
 
@@ -157,8 +157,8 @@ def commit_part(
     winner = read_commit(dataset, kind, part)
     if (winner.ids_xxh64, winner.family_hash) != (ids_hash, family_hash):
         raise UserError(
-            f"{dataset.uri}: {kind} {part} is committed with other samples or another encoder: the plan or the "
-            "family changed under a running job; use another dataset or family name for the new settings"
+            f"{dataset.uri}: {kind} {part} is committed with other samples or another encoder: the plan or "
+            "the family changed under a running job; use another dataset or family name for the new settings"
         )
     return winner
 
@@ -188,8 +188,8 @@ def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor
         constants: tensors that the family stores once, by name.
 
     Returns:
-        The family that is in the store now. Take the constants from the store (`read_constants`), not from the
-        arguments: another task may have been first, with values that differ in the last bits.
+        The family that is in the store now. Take the constants from the store (`read_constants`), not from
+        the arguments: another task may have been first, with values that differ in the last bits.
 
     Raises:
         UserError: if the name belongs to another encoding; the message says what differs.

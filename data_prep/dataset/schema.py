@@ -1,15 +1,15 @@
-"""What a dataset looks like in a store: keys, records, columns. Every reader and writer goes through this file.
+"""Layout of a dataset in a store: keys, records, columns. Every reader and writer uses this file.
 
 <store>/<dataset>/
-  dataset.json                                       what makes the pairs: sources, filters, buckets, part size, seed
-  manifest.json, manifest/<bucket>.parquet           the plan: how many rows each part has, and which sample is which row
-  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
-  families/<family>/family.json, constants-<xxh64>.safetensors
-  families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
-  commits/<pairs or family>/<bucket>/00012.json      the one object that makes a part exist
-  dropped/<source file>.parquet                      every sample left out, and why
-  snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet     immutable: what a training run reads
-  snapshots/history/000007.json                      the snapshots in the order in which they were taken; the last is `latest`
+  dataset.json                       settings that decide the pairs: sources, filters, buckets, part size,
+  seed manifest.json                      the plan: how many rows each part has
+  manifest/<bucket>/000000.parquet   the plan: which sample is which row
+  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet families/<family>/family.json,
+  constants-<xxh64>.safetensors families/<family>/<bucket>/00012/<attempt>/shard.00000.mds commits/<pairs or
+  family>/<bucket>/00012.json            the one object that makes a part exist dropped/<source file>.parquet
+  samples that the plan left out, and why snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet   immutable:
+  what a training run reads snapshots/history/000007.json                            snapshots in order of
+  creation; the last is `latest`
 """
 
 import hashlib
@@ -23,14 +23,15 @@ from data_prep.store.store import StoredFile
 FORMAT = 1
 PAIRS = "pairs"
 TABLE = "pairs.parquet"
-"""File of a part of the pairs: a row a sample, with its captions."""
+"""File of a part of the pairs: one row per sample, with its captions."""
 
 LATENT_COLUMNS = {"id": "int", "mean": "bytes", "std": "bytes"}
 """MDS columns of a latents family: sample id; moments of the VAE, each bf16 [C, h, w]."""
 TEXT_COLUMNS = {"id": "int", "kinds": "bytes", "tokens": "bytes", "values": "bytes", "scales": "bytes"}
-"""MDS columns of a text family, K captions a sample: kind of each caption, uint8 [K], an index into the dataset's
-`caption_kinds`; its number of tokens, int32 [K]; the states of all captions one after another, in the family's
-quantisation, [sum of tokens, bytes a token]; fp32 scale a token, [sum of tokens] (empty for bf16)."""
+"""MDS columns of a text family, for K captions per sample: the kind of each caption, uint8 [K], an index into
+the dataset's `caption_kinds`; its number of tokens, int32 [K]; the hidden states of all captions,
+concatenated, in the family's quantization, [sum of tokens, bytes per token]; an fp32 scale per token, [sum of
+tokens] (empty for bf16)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -48,14 +49,14 @@ class Part:
         return f"commits/{kind}/{self}.json"
 
     def payload_key(self, kind: str, attempt: str, name: str) -> str:
-        """Key of one payload file, private to one attempt, so that nothing is ever overwritten."""
+        """Key of one payload file; private to one attempt, so that nothing is ever overwritten."""
         root = PAIRS if kind == PAIRS else f"families/{kind}"
         return f"{root}/{self}/{attempt}/{name}"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """The record of one part of one kind; its presence in the store is the part's existence."""
+    """The record of one part of one kind; the part exists if and only if the record is in the store."""
 
     kind: str
     bucket: str
@@ -67,7 +68,7 @@ class Commit:
     files: list[StoredFile]
     family_hash: str = ""
     counts: dict[str, float] = field(default_factory=dict)
-    """Whatever the writer counted: tokens, outliers, seconds."""
+    """Numbers that the writer counted: tokens, outliers, seconds."""
     format: int = FORMAT
 
     @property
@@ -88,8 +89,10 @@ class Commit:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: the parts that the plan asks for. A part may end with fewer rows than planned (an image that turns
-    out to be damaged), never with more."""
+    """`manifest.json`: the parts that the plan asks for.
+
+    A part may end with fewer rows than planned (if an image turns out to be damaged), never with more.
+    """
 
     dataset: str
     caption_kinds: list[str]
@@ -101,9 +104,16 @@ class Manifest:
 
     @property
     def parts(self) -> list[Part]:
-        """All parts, in the order over which array tasks share them: along the source, as far as each bucket's rows are spread
-        evenly over it. Parts of different buckets that stand together here were cut from the same stretch of the source."""
-        parts = [Part(bucket, number) for bucket in sorted(self.buckets) for number in range(len(self.buckets[bucket]))]
+        """All parts, in the order in which array tasks share them.
+
+        They follow the source, provided that each bucket's rows are spread evenly over it: neighbors in this
+        list, of any bucket, were cut from the same stretch of the source.
+        """
+        parts = []
+        for bucket in sorted(self.buckets):
+            parts += [Part(bucket, number) for number in range(len(self.buckets[bucket]))]
+
+        # The middle of part k of n is at (2 k + 1) / 2 n of the source.
         return sorted(parts, key=lambda part: (2 * part.number + 1) / len(self.buckets[part.bucket]))
 
     def to_json(self) -> bytes:
@@ -118,23 +128,25 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Family:
-    """One encoding of the pairs: VAE latents at one resolution, or the states of one LLM."""
+    """One encoding of the pairs: VAE latents at one resolution, or the hidden states of one LLM."""
 
     name: str
     kind: Literal["latents", "text"]
     identity: dict[str, Any]
-    """All that decides the numbers: model, revision, layer, template, maximum tokens, quantisation, format version."""
+    """Everything that decides the numbers: model, revision, layer, template, maximum tokens, quantization."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What readers need besides: text: `width`, `prefix_tokens`, `quantisation`; latents: `channels`, `downsampling`,
-    `scaling_factor`, `shift_factor`."""
+    """Other facts that readers need. Text: `width`, `prefix_tokens`, `quantisation`. Latents: `channels`,
+    `downsampling`, `scaling_factor`, `shift_factor`."""
     constants_xxh64: str = ""
-    """Hash of the constants (text families: prefix and null-caption states, channel mean and spread); empty = none."""
+    """Hash of the constants, empty if there are none. Text families: the hidden states of the prefix and of
+    the null caption, channel mean and std."""
     format: int = FORMAT
 
     @property
     def hash(self) -> str:
         """Identity of the family, 16 hex digits; two families with one hash hold the same numbers."""
-        return hashlib.sha256(canonical_json({"format": self.format, "kind": self.kind, **self.identity})).hexdigest()[:16]
+        record = {"format": self.format, "kind": self.kind, **self.identity}
+        return hashlib.sha256(canonical_json(record)).hexdigest()[:16]
 
     @property
     def key(self) -> str:
@@ -143,7 +155,8 @@ class Family:
 
     @property
     def constants_key(self) -> str:
-        """Key of the constants; named by content, so that two tasks that register at once cannot mix them up."""
+        """Key of the constants; named by content, so that two tasks that register at once cannot mix them
+        up."""
         return f"families/{self.name}/constants-{self.constants_xxh64}.safetensors"
 
     @property
@@ -152,7 +165,7 @@ class Family:
         return LATENT_COLUMNS if self.kind == "latents" else TEXT_COLUMNS
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes, with the hash written beside for people."""
+        """Canonical JSON bytes; the hash is included for human readers."""
         return canonical_json({**asdict(self), "hash": self.hash})
 
     @classmethod
@@ -165,7 +178,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One aspect ratio and size; every image of the bucket has exactly this size in pixels."""
+    """One aspect ratio and size in pixels; every image of the bucket has exactly this size."""
 
     height: int
     width: int
@@ -180,7 +193,7 @@ class Bucket:
         """Read back `name`.
 
         Raises:
-            ValueError: the name is not of that form.
+            ValueError: if the name does not have that form.
         """
         if not re.fullmatch(r"\d+x\d+", name):
             raise ValueError(f"not a bucket's name: {name!r}")
@@ -190,33 +203,33 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An immutable view of a dataset: the parts that exist in all of its families, and where they lie.
+    """An immutable view of a dataset: the parts that exist in all of its families, and their payload files.
 
-    Beside it one columnar index a bucket, a row a part, ordered by `number`: `number`, `rows`, `ids_xxh64`, and for each
-    family `<family>.key`, `<family>.bytes`, `<family>.xxh64`. Parts without rows are not in it.
+    Each bucket has a columnar index of its own, with one row per part, ordered by `number`: `number`, `rows`,
+    `ids_xxh64`, and for each family `<family>.key`, `<family>.bytes`, `<family>.xxh64`. Parts without rows
+    are not in it.
 
-    Two snapshots with one id hold the same bytes in the same order, so they are interchangeable for training: the id covers
-    the families (identity and constants) and, by way of `content`, the sample ids and the payload hash of every part. It does
-    not cover payload keys: these hold the random name of the attempt that won, which a repetition would not repeat.
+    Two snapshots with one id hold the same bytes in the same order, so they are interchangeable for training:
+    the id covers the families (identity and constants) and, through `content`, the sample ids and the payload
+    hash of every part. It does not cover payload keys: they contain the random name of the attempt that won,
+    which differs when the work is repeated.
     """
 
     dataset: str
     caption_kinds: list[str]
     families: dict[str, Family]
     buckets: dict[str, dict[str, Any]]
-    """Bucket name -> `parts`, `rows`, `content` (SHA-256 over what the parts hold), `index_xxh64`."""
+    """Bucket name -> `parts`, `rows`, `content` (SHA-256 over the parts' content), `index_xxh64`."""
     left_out: dict[str, int]
-    """Rows that the plan holds and the snapshot does not, by reason; empty unless a partial snapshot was asked for."""
+    """Rows of the plan that the snapshot lacks, by reason; empty unless the snapshot is partial."""
     format: int = FORMAT
 
     @property
     def id(self) -> str:
-        """16 hex digits over all that decides what a training run reads."""
+        """Identity of everything that a training run reads, 16 hex digits."""
         record = self._record()
-        record["buckets"] = {
-            name: {field: value for field, value in bucket.items() if field != "index_xxh64"}
-            for name, bucket in self.buckets.items()
-        }
+        for bucket in record["buckets"].values():
+            bucket.pop("index_xxh64", None)  # hash of a file that contains payload keys
         return hashlib.sha256(canonical_json(record)).hexdigest()[:16]
 
     @property
@@ -230,7 +243,8 @@ class Snapshot:
 
     def _record(self) -> dict[str, Any]:
         record = asdict(self)
-        record["families"] = {name: {**asdict(family), "hash": family.hash} for name, family in self.families.items()}
+        for name, family in self.families.items():
+            record["families"][name]["hash"] = family.hash
         return record
 
     def to_json(self) -> bytes:
@@ -241,10 +255,12 @@ class Snapshot:
     def from_json(cls, data: bytes) -> "Snapshot":
         """Read back what `to_json` wrote."""
         record = json.loads(data)
-        families = {name: Family.from_json(canonical_json(family)) for name, family in record["families"].items()}
-        return cls(**{**record, "families": families})
+        for name, family in record["families"].items():
+            record["families"][name] = Family.from_json(canonical_json(family))
+        return cls(**record)
 
 
 def canonical_json(record: Any) -> bytes:
-    """JSON with sorted keys and no spaces, so that equal records are equal bytes."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Return JSON with sorted keys and no spaces, so that equal records are equal bytes."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
