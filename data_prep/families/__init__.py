@@ -1,0 +1,1 @@
+"""Encodings of the pairs: latents of the VAE, hidden states of the LLMs."""

@@ -1,0 +1,1 @@
+"""The pairs: images decoded, resized and written as parts."""

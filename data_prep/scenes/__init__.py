@@ -1,0 +1,1 @@
+"""Scenes whose truth is known: their grammar, captions and rendering."""

@@ -1,0 +1,1 @@
+"""Sources of raw image-caption pairs: WebDataset, parquet, folders, MDS, OpenMoji, scenes."""

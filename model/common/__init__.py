@@ -1,0 +1,1 @@
+"""Helpers that all packages use: errors, settings, files, downloads, registries."""

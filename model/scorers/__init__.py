@@ -1,0 +1,1 @@
+"""Frozen scorer models of the public benchmarks."""

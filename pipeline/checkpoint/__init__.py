@@ -1,0 +1,1 @@
+"""Checkpoints: saving, resuming, and reading weights from them."""

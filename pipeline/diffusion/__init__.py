@@ -1,0 +1,1 @@
+"""Noise, target and loss of training; schedulers and guidance of sampling."""

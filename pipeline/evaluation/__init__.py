@@ -1,0 +1,1 @@
+"""The public benchmarks: images, answers of scorer models, published formulas."""

@@ -1,0 +1,1 @@
+"""Prompt following, scored on scenes, and by position in the prompt."""

@@ -1,0 +1,1 @@
+"""Curves and data of a run's report."""

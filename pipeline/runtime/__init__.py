@@ -1,0 +1,1 @@
+"""Processes of a run: ranks, watchdog, signals, console output."""

@@ -1,0 +1,1 @@
+"""A stage: its YAML as typed settings, and the datasets that it names."""
