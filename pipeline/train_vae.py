@@ -22,10 +22,10 @@ from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
 from data_prep.images.images import decode_image
 from data_prep.pairs.pairs import read_pairs
-from data_prep.progress import Progress
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
+from model.common.progress import Progress
 from model.encoders.vae import small_vae
 from pipeline.checkpoint.weights import apply_umask
 

@@ -12,10 +12,10 @@ from data_prep.dataset.parts import commit_part, committed_parts, read_commit, r
 from data_prep.dataset.schema import PAIRS, Commit, Family, Part
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.pairs.pairs import Pair, read_pairs
-from data_prep.progress import Progress
 from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
+from model.common.progress import Progress
 from model.common.share import Share
 
 SHARD = "shard.00000.mds"

@@ -31,11 +31,11 @@ from data_prep.plan.accounts import account, dropped_count, written_count
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order, source_files
 from data_prep.plan.scan import CAPTIONS, CRASHED
-from data_prep.progress import Progress
 from data_prep.sources.source import OpenSources, reads_along
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
 from model.common.files import naming_full_disk
+from model.common.progress import Progress
 from model.common.share import Share
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"

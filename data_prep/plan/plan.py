@@ -32,11 +32,11 @@ from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_dup
 from data_prep.plan.filters import Filters
 from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import SCAN, Scanner
-from data_prep.progress import Progress
 from data_prep.sources.source import OpenSources, SourceFile, list_files, reads_along
 from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
+from model.common.progress import Progress
 from model.common.share import Share
 
 pc: Any = pyarrow.compute

@@ -1,4 +1,4 @@
-"""Second stage of a public benchmark: scorer models answer about each picture, a line of JSON per picture."""
+"""Second stage of a public benchmark: scorer models answer about each image. One line of JSON per image."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import Progress
 
 from model.common.errors import UserError
+from model.common.progress import Progress
 from model.scorers.clip import CLIPScorer
 from model.scorers.detectors import Detector, load_detector
 from model.scorers.files import find_scorer
@@ -33,19 +33,24 @@ PUBLISHED = {
 
 
 class ScorerModels:
-    """The scorer models that were named, each loaded when it is first used."""
+    """The scorer models that the user named. Each is loaded when it is first used."""
 
     def __init__(
-        self, sources: dict[str, str | None], vqa_side: int | None, question: str, answer: str, device: torch.device
+        self,
+        sources: dict[str, str | None],
+        vqa_side: int | None,
+        question: str,
+        answer: str,
+        device: torch.device,
     ) -> None:
         """Load nothing yet.
 
         Args:
-            sources: folder or `OWNER/NAME@COMMIT` by option; None = not named.
-            vqa_side: size of the pictures that BLIP sees.
-            question: template of VQAScore.
-            answer: whose probability VQAScore is.
-            device: where they run.
+            sources: folder or `OWNER/NAME@COMMIT` of each option; None = not named.
+            vqa_side: side of the images that BLIP reads, in pixels.
+            question: template of VQAScore's question.
+            answer: the answer whose probability is VQAScore.
+            device: device to run on.
         """
         self.sources = sources
         self.vqa_side = vqa_side
@@ -79,11 +84,12 @@ class ScorerModels:
         return NounPhrases(self._source("phrases"))
 
     def identity(self, needed: set[str]) -> dict[str, Any]:
-        """Name, revision and settings of the models that are needed.
+        """Return name, revision and settings of the models that are needed.
 
         Raises:
-            UserError: one is not named, or cannot be loaded.
+            UserError: if a model is not named, or cannot be loaded.
         """
+        # all names are checked before the first model is loaded
         for name in sorted(needed):
             self._source(name)
         return {name: getattr(self, name).identity for name in sorted(needed)}
@@ -91,12 +97,14 @@ class ScorerModels:
     def _source(self, name: str) -> str:
         source = self.sources.get(name)
         if not source:
-            raise UserError(f"this benchmark needs --{name}: a folder or OWNER/NAME@COMMIT (published with {PUBLISHED[name]})")
+            raise UserError(
+                f"this benchmark needs --{name}: a folder or OWNER/NAME@COMMIT (published with {PUBLISHED[name]})"
+            )
         return source
 
 
 def read_answers(out: Path) -> dict[str, Answer]:
-    """The answers so far by picture; a line that is not whole was being written when its process was killed."""
+    """Return the answers so far by file; a last line that a killed process cut short is skipped."""
     answers: dict[str, Answer] = {}
     for path in sorted((out / ANSWERS).glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -106,53 +114,67 @@ def read_answers(out: Path) -> dict[str, Answer]:
     return answers
 
 
-def answer_missing(bench: Bench, judges: Any, pictures: Sequence[BenchImage], out: Path, part: str, shows: bool) -> int:
-    """Let the scorer models answer about this process's pictures that have no answer; returns how many those were.
+def answer_missing(
+    bench: Bench, judges: Any, images: Sequence[BenchImage], out: Path, part: str, shows: bool
+) -> int:
+    """Let the scorer models answer about those of this process's images that have no answer yet.
 
     Args:
-        bench: what is asked.
+        bench: the benchmark, which asks.
         judges: the scorer models.
-        pictures: this process's.
-        out: the evaluation's folder.
+        images: images of this process.
+        out: folder of the evaluation.
         part: name of this process's file of answers.
-        shows: whether to show a progress bar.
+        shows: show a progress bar.
+
+    Returns:
+        The number of images without an answer.
 
     Raises:
-        UserError: pictures are missing or damaged.
+        UserError: if images are missing or damaged.
     """
     known = read_answers(out)
-    missing = [picture for picture in pictures if picture.file not in known]
-    undrawn = [picture.file for picture in missing if not (out / IMAGES / picture.file).is_file()]
-    if undrawn:
+    unanswered = [image for image in images if image.file not in known]
+    missing = [image.file for image in unanswered if not (out / IMAGES / image.file).is_file()]
+    if missing:
         raise UserError(
-            f"{out}: {len(undrawn)} pictures are not drawn, {undrawn[0]} the first: run --stage images on every share"
+            f"{out}: {len(missing)} images do not exist, {missing[0]} the first: run --stage images on every share"
         )
+
     path = out / ANSWERS / f"{part}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     _cut_unfinished(path)
     with (
         path.open("a", encoding="utf-8") as file,
-        Progress(console=CONSOLE, disable=not (shows and CONSOLE.is_terminal)) as progress,
+        Progress("answering", len(unanswered), "images", console=CONSOLE, shows=shows, lines=False) as progress,
     ):
-        for picture in progress.track(missing, description="answering"):
-            answer = bench.ask(judges, picture, _open(out / IMAGES / picture.file))
-            file.write(json.dumps({"file": picture.file, "answer": answer}, ensure_ascii=False) + "\n")
+        for image in unanswered:
+            answer = bench.ask(judges, image, open_image(out / IMAGES / image.file))
+            file.write(json.dumps({"file": image.file, "answer": answer}, ensure_ascii=False) + "\n")
             file.flush()
-    return len(missing)
+            progress.advance()
+    return len(unanswered)
 
 
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Read an image as RGB.
+
+    Raises:
+        UserError: if the file is not an image.
+    """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise UserError(f"{path}: not a picture ({error}): remove it, and draw it again with --stage images") from error
+        raise UserError(
+            f"{path}: not an image ({error}): remove it, and generate it again with --stage images"
+        ) from error
 
 
 def _cut_unfinished(path: Path) -> None:
-    """Drop a last line that is not whole, so that the next one does not continue it."""
+    """Drop an incomplete last line, so that the next line does not continue it."""
     if path.is_file():
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            path.write_bytes(whole)
+        complete = data[: data.rfind(b"\n") + 1]
+        if len(complete) < len(data):
+            path.write_bytes(complete)

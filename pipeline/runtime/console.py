@@ -4,9 +4,18 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from model.common.progress import Progress
 
 CONSOLE = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+_NUMBERS = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad_norm {:.3f}",
+    "samples_per_second": "{:.1f}/s",
+    "mfu": "mfu {:.1%}",
+    "goodput": "goodput {:.1%}",
+}
+"""What a report shows, and how."""
 
 
 def log_line(message: str) -> None:
@@ -16,45 +25,21 @@ def log_line(message: str) -> None:
     )
 
 
-class TrainingProgress:
-    """Progress of a stage in samples: a bar on a terminal; elsewhere a line per report."""
+class TrainingProgress(Progress):
+    """Progress of a stage in samples: a bar on a terminal; elsewhere one line per report."""
 
     def __init__(self, name: str, done: int, total: int, shows: bool) -> None:
-        self.shows = shows
-        self.bar: Progress | None = None
-        if shows and CONSOLE.is_terminal:
-            self.bar = Progress(
-                TextColumn(name), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} samples"),
-                TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=CONSOLE,
-            )  # fmt: skip
-            self.bar.start()
-            self.task = self.bar.add_task(name, total=total, completed=done, numbers="")
+        self._numbers = ""
+        self._shows = shows
+        super().__init__(name, total, "samples", done=done, console=CONSOLE, shows=shows, lines=False)
 
-    def advance(self, samples: int) -> None:
-        """`samples` are done in all."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=samples)
+    def note(self) -> str:
+        """Return the numbers of the last report."""
+        return self._numbers
 
     def report(self, step: int, samples: int, values: dict[str, float]) -> None:
-        """Show an interval's numbers."""
-        shown = {
-            "loss": "{:.4f}",
-            "grad_norm": "{:.3f}",
-            "samples_per_second": "{:.1f}/s",
-            "mfu": "mfu {:.1%}",
-            "goodput": "goodput {:.1%}",
-        }
-        numbers = "  ".join(
-            form.format(values[key]) if " " in form or "/s" in form else f"{key} {form.format(values[key])}"
-            for key, form in shown.items()
-            if key in values
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=samples, numbers=numbers)
-        elif self.shows:
-            log_line(f"step {step}  samples {samples:,}  {numbers}")
-
-    def close(self) -> None:
-        """Leave the terminal tidy."""
-        if self.bar is not None:
-            self.bar.stop()
+        """Show the numbers of an interval that ends at `step`, after `samples` samples."""
+        self._numbers = "  ".join(form.format(values[key]) for key, form in _NUMBERS.items() if key in values)
+        self.update(samples)
+        if self._shows and not self.bar:
+            log_line(f"step {step}  samples {samples:,}  {self._numbers}")

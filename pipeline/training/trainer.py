@@ -126,7 +126,7 @@ class Trainer:
                 self.interval.add("data_wait", waited)
                 self.interval.add("step_seconds", time.monotonic() - begun)
                 self.seconds_in_steps += time.monotonic() - begun
-                progress.advance(self.samples)
+                progress.update(self.samples)
         finally:
             progress.close()
             self.data.close()

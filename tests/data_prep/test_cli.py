@@ -8,7 +8,7 @@ from data_prep.__main__ import COMMANDS, main, make_parser, parse
 from data_prep.config import load_dataset
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.filters import Filters
-from data_prep.progress import Progress
+from model.common.progress import Progress
 from model.common.share import Share
 from tests.helpers import tiny_llm
 from tests.helpers.raw_material import png, sample_members, write_tar
@@ -103,7 +103,7 @@ def test_plan_and_pairs_do_without_torch(settings):
 
 
 def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("data_prep.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("model.common.progress.LINE_SECONDS", 0.0)
     with Progress("pairs", 4) as progress:
         progress.advance(3, "written")
         progress.advance(1, "dropped")
