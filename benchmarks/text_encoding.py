@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_least, hardware, print_goals, versions
+from model.common.dtypes import DTYPES
 from model.config import TextConfig
 from model.encoders.gguf import GGUFFile, build_model, count_blocks, find_gguf
 from model.encoders.gguf_tokenizer import build_tokenizer
@@ -72,7 +73,7 @@ def load_plain(config: TextConfig) -> transformers.PreTrainedModel:
     path = find_gguf(config.llm)
     assert path is not None
     file = GGUFFile(path)
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    dtype = DTYPES[config.dtype]
     return build_model(file, count_blocks(file), dtype, torch.device("cpu")).eval()
 
 

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.reporting import at_least, conditions, print_goals
+from model.common.dtypes import DTYPES
+from model.condition import Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
-from model.fusion import Text
 from model.presets import PRESETS
 from pipeline.engine.engine import Engine
 from pipeline.engine.processes import exit_process, join_process_group
@@ -127,7 +128,7 @@ def measure(rank: int, options: argparse.Namespace, name: str, port: int, result
     depth = {SAME_DEPTH: sizes(options).depth, SAME_PARAMETERS: options.equal_depth}
     step, parameters = our_step(options) if name == OURS else their_step(options, depth[name])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = DTYPES[options.precision]
     shape = (options.batch, CHANNELS, options.side, options.side)
     batch = (
         torch.randn(shape, device=device, dtype=dtype),

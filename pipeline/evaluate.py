@@ -1,8 +1,8 @@
-"""Public benchmarks of a trained run: `python -m pipeline.evaluate RUN --bench geneval --prompts evaluation_metadata.jsonl ...`.
+"""Score a trained run on a public benchmark: `python -m pipeline.evaluate RUN --bench geneval --prompts PATH ...`.
 
-Three stages with files between, in RUN/bench/NAME: images (images/, in the layout of the benchmark's own tools), answers
-(answers/*.jsonl, what scorer models said of each picture), score (result.json, the published formula). Each can be run alone by
---stage; started by torchrun, srun or as a Slurm array, processes share the first two, and what is done is not done again.
+Three stages with files between them, in RUN/bench/NAME: images (images/, in the layout of the benchmark's own tools), answers
+(answers/*.jsonl, by scorer models, about each image), score (result.json, by the published formula). Run one alone with
+--stage. Started by torchrun, srun or as a Slurm array, processes share the first two stages; finished work is not repeated.
 """
 
 import argparse
@@ -18,21 +18,29 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
-from model.common.errors import UserError, command
+from model.common.dtypes import DTYPES
+from model.common.errors import UserError, command, first_line
+from model.common.files import write_atomic
 from model.common.share import Share
 from model.scorers.files import download_data
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
 from pipeline.evaluation.answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers
 from pipeline.evaluation.common import Bench, BenchImage
-from pipeline.evaluation.images import draw_missing, hash_weights, keep_settings, read_plan, write_plan, write_whole
-from pipeline.export import load_source
-from pipeline.inference.sampler import DTYPES
+from pipeline.evaluation.images import generate_missing, hash_weights, read_plan, write_plan
+from pipeline.inference.source import (
+    add_sampling_options,
+    choose_precision,
+    choose_sampling_params,
+    join_ranks,
+    load_source,
+)
 from pipeline.runtime.console import CONSOLE
-from pipeline.runtime.distributed import Distributed
-from pipeline.sample import begin, choose_sampling_params
+from pipeline.runtime.distributed import Distributed, ensure_process_group
+from pipeline.runtime.settings_record import record_settings
 
 BENCHES: dict[str, Bench] = {
-    bench.name: bench for bench in (geneval.BENCH, dpg.BENCH, t2i_compbench.BENCH, genai_bench.BENCH, fid.BENCH)
+    bench.name: bench
+    for bench in (geneval.BENCH, dpg.BENCH, t2i_compbench.BENCH, genai_bench.BENCH, fid.BENCH)
 }
 RESULT = "result.json"
 
@@ -40,29 +48,36 @@ RESULT = "result.json"
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     text = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate", description=text[0].split(":")[0], epilog=text[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluate", description=text[0].split(":")[0], epilog=text[1]
+    )
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN|EXPORT", help="folder of a run, or what pipeline.export wrote")
-    add("rules", nargs="*", metavar="key=value", help="settings of the formula, such as skip_first_row=false (dpg)")
+    add("source", type=Path, metavar="RUN|EXPORT", help="folder of a run or of an export")
+    add(
+        "rules",
+        nargs="*",
+        metavar="key=value",
+        help="settings of the formula, such as skip_first_row=false (dpg)",
+    )
     add("--bench", choices=sorted(BENCHES), required=True)
     add("--stage", choices=("images", "answers", "score", "all"), default="all")
     add("--out", type=Path, help="default: bench/NAME in RUN")
-    add("--task", metavar="I/N", help="the I-th of N shares (from 0); default: this Slurm array task's, else everything")
+    add(
+        "--task",
+        metavar="I/N",
+        help="the I-th of N shares (from 0); default: the share of this Slurm array task, else everything",
+    )
+
     images = parser.add_argument_group("images")
     add = images.add_argument
-    add("--prompts", metavar="PATH|OWNER/NAME@COMMIT", help="the benchmark's own file or folder, or a dataset on the hub")
-    add("--images", type=int, help="per prompt; default: as published")
-    add("--seed", type=int, help="of the first image of each prompt; the next have the next seeds")
-    add("--steps", type=int)
-    add("--guidance", type=float)
-    add("--size", metavar="HxW")
-    add("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
-    add("--negative", default="", help="prompt to steer away from")
-    add("--quantised", action="store_true", help="take LLM states through the family's quantisation")
-    add("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
-    add("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
-    add("--batch", type=int, default=8, help="images drawn at once")
-    add("--zero3", action="store_true", help="share the weights out over the processes, as in training")
+    add(
+        "--prompts",
+        metavar="PATH|OWNER/NAME@COMMIT",
+        help="the benchmark's own file or folder, or a dataset on the hub",
+    )
+    add("--images", type=int, help="images per prompt; default: as published")
+    add_sampling_options(images)
+
     answers = parser.add_argument_group("answers: folders, or OWNER/NAME@COMMIT on the hub")
     add = answers.add_argument
     add("--vqa", help="dpg, genai_bench, t2i_compbench: BLIP, or an image-text-to-text model of transformers")
@@ -70,142 +85,198 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clip", help="geneval, t2i_compbench")
     add("--phrases", default="en_core_web_sm", help="t2i_compbench: a spaCy pipeline")
     add("--inception", help="fid: torch-fidelity's weights, .pth or .safetensors")
-    add("--reference", type=Path, metavar="FOLDER", help="fid: pictures to compare with")
-    add("--question", default=genai_bench.QUESTION, help="genai_bench: template, {} stands for the prompt")
-    add("--answer", default=genai_bench.ANSWER, help="genai_bench: whose probability is the score")
+    add("--reference", type=Path, metavar="FOLDER", help="fid: images to compare with")
+    add(
+        "--question",
+        default=genai_bench.QUESTION,
+        help="genai_bench: template of the question; {} is replaced by the prompt",
+    )
+    add("--answer", default=genai_bench.ANSWER, help="genai_bench: the answer whose probability is the score")
     return parser.parse_intermixed_args(arguments)
 
 
 def read_rules(bench: Bench, overrides: Sequence[str]) -> Any:
-    """The formula's settings.
+    """Return the formula's settings.
 
     Raises:
-        UserError: an unknown key, a wrong type, or a value that the formula cannot have.
+        UserError: if a key is unknown, a type is wrong, or the formula cannot use a value.
     """
     try:
-        stray = [each for each in overrides if "=" not in each]
+        stray = [word for word in overrides if "=" not in word]
         if stray:
             raise UserError(f"{stray[0]}: settings of the formula are changed with key=value")
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(bench.rules), OmegaConf.from_dotlist(list(overrides))))
+        defaults = OmegaConf.structured(bench.rules)
+        return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(list(overrides))))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         known = ", ".join(bench.rules.__dataclass_fields__) or "none"
-        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]} (settings of {bench.name}: {known})") from error
+        raise UserError(
+            f"{' '.join(overrides)}: {first_line(error)} (settings of {bench.name}: {known})"
+        ) from error
 
 
 def find_prompts(source: str | None, bench: Bench) -> Path:
-    """The benchmark's prompts on this machine, downloaded first if `source` is a dataset on the hub.
+    """Return the path of the benchmark's prompts; a dataset on the hub is downloaded first.
 
     Raises:
-        UserError: none is given, or there is nothing.
+        UserError: if no source is given, or it does not exist.
     """
     if source is None:
-        raise UserError(f"--bench {bench.name} needs --prompts: the benchmark's own file or folder; none comes with this project")
+        raise UserError(
+            f"--bench {bench.name} needs --prompts: the benchmark's own file or folder; "
+            "this project does not include any"
+        )
     path = Path(source)
     return path if path.exists() else download_data(source, "--prompts")
 
 
-def draw_images(bench: Bench, arguments: argparse.Namespace, share: Share, out: Path, device: torch.device, shows: bool) -> None:
-    """First stage."""
-    images = bench.images if arguments.images is None else arguments.images
-    if images < 1 or arguments.batch < 1:
-        raise UserError(f"--images {images} --batch {arguments.batch}: both have to be at least 1")
-    prompts = find_prompts(arguments.prompts, bench)
-    bench.plan(prompts, images, 0)  # wrong prompts are found before the network is loaded
-    precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
-    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
-    drawing = choose_sampling_params(sampler.defaults, arguments)
-    sampler.check(drawing)
-    seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
-    plan = bench.plan(prompts, images, seed)
-    if not plan.pictures:
-        raise UserError(f"--prompts {arguments.prompts}: no prompt in it")
-    about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
-    settings = {"bench": bench.name, **about, "drawing": asdict(drawing), "images": images, "seed": seed}
-    write_plan(out, plan, {**settings, "weights_hash": hash_weights(sampler), "prompts": Path(str(arguments.prompts)).name})
-    drawn = draw_missing(sampler, share.owns(plan.pictures), drawing, arguments.batch, out, about, shows)
-    if shows:
-        print(f"{out / 'images'}: {drawn} pictures drawn by this process, {len(plan.pictures)} in all")
+def generate_stage(
+    bench: Bench, arguments: argparse.Namespace, share: Share, out: Path, device: torch.device, shows: bool
+) -> None:
+    """Run the first stage: generate this share's images.
 
-
-def judged_pictures(bench: Bench, out: Path, reference: Path | None) -> tuple[list[BenchImage], list[BenchImage], dict[str, Any]]:
-    """What is to be answered about: the drawn pictures, and FID's reference; and how they were drawn.
+    Args:
+        bench: the benchmark.
+        arguments: the command line.
+        share: this process's share.
+        out: folder of the evaluation.
+        device: device to sample on.
+        shows: print progress and the result.
 
     Raises:
-        UserError: nothing was drawn, or for another benchmark; FID without a reference.
+        UserError: if prompts, source or settings are wrong, or `out` has images of other settings.
     """
-    pictures, settings = read_plan(out)
+    images_per_prompt = bench.images_per_prompt if arguments.images is None else arguments.images
+    if images_per_prompt < 1 or arguments.batch < 1:
+        raise UserError(f"--images {images_per_prompt} --batch {arguments.batch}: both have to be at least 1")
+    prompts = find_prompts(arguments.prompts, bench)
+    bench.plan(prompts, images_per_prompt, 0)  # wrong prompts are found before the network is loaded
+
+    precision = choose_precision(arguments.precision, device)
+    sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
+    params = choose_sampling_params(sampler.defaults, arguments)
+    sampler.check(params)
+
+    seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
+    plan = bench.plan(prompts, images_per_prompt, seed)
+    if not plan.images:
+        raise UserError(f"--prompts {arguments.prompts}: no prompt in it")
+
+    about = {"source": arguments.source.name, "weights": arguments.weights, "precision": precision}
+    settings = {
+        "bench": bench.name,
+        **about,
+        "drawing": asdict(params),
+        "images": images_per_prompt,
+        "seed": seed,
+        "weights_hash": hash_weights(sampler),
+        "prompts": Path(str(arguments.prompts)).name,
+    }
+    write_plan(out, plan, settings)
+    generated = generate_missing(sampler, share.owns(plan.images), params, arguments.batch, out, about, shows)
+    if shows:
+        print(f"{out / 'images'}: {generated} images generated by this process, {len(plan.images)} in all")
+
+
+def read_images(
+    bench: Bench, out: Path, reference: Path | None
+) -> tuple[list[BenchImage], list[BenchImage], dict[str, Any]]:
+    """Return the generated images, FID's reference images, and the settings of the generated ones.
+
+    Raises:
+        UserError: if there are no images, they belong to another benchmark, or FID has no reference.
+    """
+    images, settings = read_plan(out)
     if settings["bench"] != bench.name:
-        raise UserError(f"{out} holds pictures of {settings['bench']}: give another --out")
-    if bench is fid.BENCH:
-        if reference is None:
-            raise UserError("--bench fid needs --reference: a folder of pictures to compare with")
-        return pictures, fid.reference_pictures(reference), settings
-    return pictures, [], settings
+        raise UserError(f"{out} has the images of {settings['bench']}: give another --out")
+    if bench is not fid.BENCH:
+        return images, [], settings
+    if reference is None:
+        raise UserError("--bench fid needs --reference: a folder of images to compare with")
+    return images, fid.reference_images(reference), settings
 
 
-def ask_models(bench: Bench, arguments: argparse.Namespace, share: Share, out: Path, device: torch.device, shows: bool) -> None:
-    """Second stage."""
-    drawn, reference, _ = judged_pictures(bench, out, arguments.reference)
+def answer_stage(
+    bench: Bench, arguments: argparse.Namespace, share: Share, out: Path, device: torch.device, shows: bool
+) -> None:
+    """Run the second stage: let the scorer models answer about this share's images; see `generate_stage`."""
+    images, reference, _ = read_images(bench, out, arguments.reference)
     if "{}" not in arguments.question:
-        raise UserError(f"--question {arguments.question!r}: {{}} has to stand in it for the prompt")
+        raise UserError(f"--question {arguments.question!r}: write {{}} in it, where the prompt goes")
     sources = {name: getattr(arguments, name) for name in ("vqa", "detector", "clip", "phrases", "inception")}
     judges = ScorerModels(sources, bench.vqa_side, arguments.question, arguments.answer, device)
+
     settings: dict[str, Any] = dict(bench.settings)
     if bench is genai_bench.BENCH:
         settings |= {"template": arguments.question, "answer": arguments.answer}
     if bench is fid.BENCH:
         settings["reference"] = str(arguments.reference.resolve())
-    keep_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(drawn))})
-    own = share.owns(drawn) + share.owns(reference)  # of the drawn ones those that this process drew: others may be under way
-    answered = answer_missing(bench, judges, own, out, f"{share.index:05d}-of-{share.count:05d}", shows)
+    record_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(images))})
+
+    # the share of the generated images is the one that this process generated: others may not exist yet
+    own = share.owns(images) + share.owns(reference)
+    part = f"{share.index:05d}-of-{share.count:05d}"
+    answered = answer_missing(bench, judges, own, out, part, shows)
     if shows:
-        print(f"{out / ANSWERS}: {answered} pictures answered by this process, {len(drawn) + len(reference)} in all")
+        total = len(images) + len(reference)
+        print(f"{out / ANSWERS}: {answered} images answered by this process, {total} in all")
 
 
-def score_answers(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str, Any] | None:
-    """Third stage: `result.json`.
+def score_stage(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str, Any] | None:
+    """Run the third stage: write `result.json`.
 
     Args:
-        bench: whose formula.
-        rules: its settings.
-        out: the evaluation's folder.
-        complete: every answer has to be there; False = without them all there is no result yet.
+        bench: the benchmark.
+        rules: settings of its formula.
+        out: folder of the evaluation.
+        complete: False = return None while answers are missing, instead of an error.
 
     Raises:
-        UserError: answers are missing.
+        UserError: if answers are missing.
     """
     try:
         scorer: dict[str, Any] = json.loads((out / ANSWERS / SCORER).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{out}: no answers there: run with --stage answers first") from error
-    drawn, reference, how = judged_pictures(bench, out, Path(scorer["reference"]) if "reference" in scorer else None)
+    reference_folder = Path(scorer["reference"]) if "reference" in scorer else None
+    images, reference, settings = read_images(bench, out, reference_folder)
+
     answers = read_answers(out)
-    judged = drawn + reference
-    missing = sum(picture.file not in answers for picture in judged)
+    judged = images + reference
+    missing = sum(image.file not in answers for image in judged)
     if missing and complete:
-        raise UserError(f"{out}: {missing} of {len(judged)} answers are missing: run --stage answers on every share")
+        raise UserError(
+            f"{out}: {missing} of {len(judged)} answers are missing: run --stage answers on every share"
+        )
     if missing:
         return None
+
     result = {
-        "bench": bench.name, "scores": bench.score(judged, answers, rules), "rules": asdict(rules),
-        "pictures": len(drawn), "prompts": len({picture.prompt for picture in drawn}), "scorer": scorer, "drawn": how,
-    }  # fmt: skip
-    write_whole(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+        "bench": bench.name,
+        "scores": bench.score(judged, answers, rules),
+        "rules": asdict(rules),
+        "pictures": len(images),
+        "prompts": len({image.prompt for image in images}),
+        "scorer": scorer,
+        "drawn": settings,
+    }
+    write_atomic(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the scores with what they were made with."""
-    table = Table("", "score", title=f"{result['bench']}: {result['prompts']} prompts, {result['pictures']} pictures")
+    """Print the scores, the scorer models and the changed rules."""
+    title = f"{result['bench']}: {result['prompts']} prompts, {result['pictures']} images"
+    table = Table("", "score", title=title)
     for name, value in result["scores"].items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
         elif isinstance(value, dict):
-            for key, each in value.items():
-                table.add_row(f"  {name}: {key}", f"{each:.4f}")
+            for key, number in value.items():
+                table.add_row(f"  {name}: {key}", f"{number:.4f}")
         else:
             table.add_row(name, str(value))
     CONSOLE.print(table)
+
     for name, identity in result["scorer"]["models"].items():
         CONSOLE.print(f"{name}: {identity['name']} at {identity['revision']}")
     defaults = asdict(BENCHES[result["bench"]].rules())
@@ -213,33 +284,36 @@ def show(result: dict[str, Any]) -> None:
     CONSOLE.print(f"formula: {changed or 'as published'}")
 
 
-def _meet(ranks: Distributed) -> None:
-    """Wait until all processes of this start are here."""
-    if ranks.world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+def _barrier(ranks: Distributed) -> None:
+    """Wait for all processes of this start."""
+    ensure_process_group(ranks)
     if dist.is_initialized():
         dist.barrier()
 
 
 @command
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     arguments = parse()
     bench = BENCHES[arguments.bench]
     rules = read_rules(bench, arguments.rules)
+
+    # tasks of an array and ranks of a task share the work alike
     ranks = Distributed.from_environment()
     task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     share = Share(task.index * ranks.world + ranks.rank, task.count * ranks.world)
-    device = begin(ranks, arguments.zero3)
+
+    device = join_ranks(ranks, arguments.zero3)
     out = arguments.out or arguments.source / "bench" / bench.name
+    shows = ranks.rank == 0
     if arguments.stage in ("images", "all"):
-        draw_images(bench, arguments, share, out, device, ranks.rank == 0)
+        generate_stage(bench, arguments, share, out, device, shows)
     if arguments.stage in ("answers", "all"):
-        ask_models(bench, arguments, share, out, device, ranks.rank == 0)
+        answer_stage(bench, arguments, share, out, device, shows)
     if arguments.stage in ("score", "all"):
-        _meet(ranks)
+        _barrier(ranks)
         if ranks.rank == 0:
-            result = score_answers(bench, rules, out, complete=arguments.stage == "score" or task.count == 1)
+            result = score_stage(bench, rules, out, complete=arguments.stage == "score" or task.count == 1)
             if result is None:
                 print(f"{out}: other shares are not done; the last one writes {RESULT}")
             else:

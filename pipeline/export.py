@@ -13,20 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
+from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.weights import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.diffusion.solvers import make_scheduler
-from pipeline.inference.sampler import DTYPES, Sampler
+from pipeline.inference.sampler import Sampler
 from pipeline.runtime.run_log import read_reports
 from pipeline.stage.config import CheckpointConfig, StageConfig, dump_stage, load_run
 from pipeline.stage.corpus import resolve
 
 
 def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
-    """A sampler's parts as a diffusers pipeline."""
+    """Return a sampler's parts as a diffusers pipeline.
+
+    Raises:
+        UserError: if its latent space is not one that diffusers can save.
+    """
+    space = sampler.vae
+    if not isinstance(space, VAE):
+        raise UserError(f"latent space `{space.name}`: an export holds a diffusers AutoencoderKL: sample from the run itself")
+
     network = sampler.network
     widths = [constants.width for constants in sampler.reader.constants.values()]
     transformer: Any = LIDiTModel(asdict(network.sizes), asdict(network.fusion.config), widths)
@@ -35,7 +45,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
     return LIDiTPipeline(
-        transformer.eval(), scheduler, sampler.vae.module, text,
+        transformer.eval(), scheduler, space.module, text,
         defaults.height, defaults.width, defaults.steps, defaults.guidance,
     )  # fmt: skip
 

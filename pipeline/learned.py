@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from model.common.dtypes import DTYPES
 from model.common.errors import command
 from model.dit import LIDiT
 from pipeline.checkpoint.checkpoints import load_weights
@@ -39,7 +40,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     stage, corpus = resolve(load_run(run))
     stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
     stage.data.caption_drop = 0.0
-    dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
+    dtype = DTYPES[stage.engine.precision]
     data = TrainingData(stage, corpus, 0, 1, device)
     latents = latents_family(stage, corpus)
     try:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from pipeline.diffusion.solvers import SCHEDULERS
 from pipeline.export import load_source
-from pipeline.inference.sampler import DTYPES
-from pipeline.inference.studio import MAX_PROMPT_LENGTH, NOTHING, Column, InteractiveSampler, Limits, GenerationRequest
+from pipeline.inference.studio import MAX_PROMPT_LENGTH, NOTHING, Column, GenerationRequest, InteractiveSampler, Limits
 
 HISTORY = 48
 QUEUE = 8

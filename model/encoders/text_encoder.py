@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.config import TextConfig
 from model.encoders.language_model import LanguageModel, load_language_model
@@ -21,7 +22,6 @@ from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_grou
 
 FORMAT = 1
 """Changes when the same settings would give other numbers."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECK_TOLERANCE = {"bf16": 0.15, "fp32": 1e-2}
 """Largest relative difference per token between the packed and the plain way that loading accepts: an architecture that
 cannot be packed is off by a multiple of this."""

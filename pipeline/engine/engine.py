@@ -15,8 +15,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from model.blocks import Block
+from model.common.dtypes import DTYPES
 from model.common.errors import UserError
-from model.dit import DiTBlock
 from pipeline.engine.compile import compile_blocks, make_graphs
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.master_weights import MasterWeights, ShardState, check_names
@@ -50,7 +51,7 @@ class Engine:
         ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.dtype = torch.bfloat16 if stage.engine.precision == "bf16" else torch.float32
+        self.dtype = DTYPES[stage.engine.precision]
         self.micro_batch = stage.engine.micro_batch or local_batch
         self.micro_steps, left = divmod(local_batch, self.micro_batch)
         if left:
@@ -67,7 +68,7 @@ class Engine:
             self.module = build().to(self.device)
         first = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
-        self._leaves = [block for block in self.module.modules() if isinstance(block, DiTBlock)]
+        self._leaves = [block for block in self.module.modules() if isinstance(block, Block)]
         if stage.model.compile:
             compile_blocks(self._leaves)
 

@@ -1,17 +1,16 @@
 """Training on this machine without Slurm: one `python -m pipeline.train` per rank, as srun starts them on a cluster."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
+from pipeline.runtime.distributed import free_port
+
 
 def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
     """Start `count` ranks of `python -m pipeline.train ARGUMENTS`, which share this machine's cores."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return [
         subprocess.Popen(

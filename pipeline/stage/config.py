@@ -4,7 +4,6 @@ Progress, schedules and intervals are counted in samples, so they keep their mea
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from model.common.errors import UserError
+from model.common.files import cache_folder
 from model.common.settings import read_settings
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.presets import PRESETS
@@ -322,4 +322,4 @@ def dump_stage(config: StageConfig) -> str:
 
 def cache_root(config: DataConfig) -> Path:
     """Directory under which shards of remote stores are cached."""
-    return Path(config.cache or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "li-dit"))
+    return Path(config.cache or cache_folder())
