@@ -1,1 +1,1 @@
-"""What a store contains: schema, parts and their commits, MDS shards, snapshots."""
+"""Contents of a store: schema, parts and their commits, MDS shards, snapshots."""

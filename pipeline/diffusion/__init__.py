@@ -1,1 +1,1 @@
-"""Noise, target and loss of training; schedulers and guidance of sampling."""
+"""The diffusion process: noise, target and loss of training; schedulers and guidance of sampling."""

@@ -1,1 +1,1 @@
-"""What the scripts in `cluster/` call: attempts, checks before a start, checks of the nodes."""
+"""Code behind the scripts in `cluster/`: attempts, checks before a start, checks of the nodes."""

@@ -1,1 +1,1 @@
-"""From stored or freshly encoded hidden states to the network's text input."""
+"""Text input of the network: from stored or freshly encoded hidden states."""
