@@ -77,12 +77,14 @@ class BucketConfig:
 
 @dataclass
 class LatentsConfig:
-    """A latents family: which VAE encodes the pairs."""
+    """A latents family: the latent space that the pairs are encoded in."""
 
     name: str = "latents"
     vae: str = ""
-    """Local folder or hub name of a diffusers AutoencoderKL."""
+    """Local folder or hub name of a diffusers AutoencoderKL, or of what else `space` loads."""
     revision: str | None = None
+    space: str = ""
+    """Name of a registered latent space (`model/encoders/latent_spaces.py`); empty = the class that `vae`'s config.json names."""
     batch: int = 16
 
 

@@ -29,7 +29,9 @@ from model.encoders.latent_spaces import (
 def latents_family(latents: LatentsConfig, space: LatentSpace) -> Family:
     """Return the family that `space` writes; where the space was loaded from is information, not identity."""
     identity = {**space.identity, "moments": "bf16"}
-    if space.name != AUTOENCODER_KL:  # families of it were written before there were others: their hash must stay
+    if (
+        space.name != AUTOENCODER_KL
+    ):  # families of it were written before there were others: their hash must stay
         identity["space"] = space.name
 
     downsampling = space.downsampling
@@ -111,7 +113,9 @@ def encode_pairs(
         count += latents.numel()
 
         columns = zip(chunk, _to_bytes(mean), _to_bytes(std), strict=True)
-        rows += [{"id": pair.id, "mean": mean_bytes, "std": std_bytes} for pair, mean_bytes, std_bytes in columns]
+        rows += [
+            {"id": pair.id, "mean": mean_bytes, "std": std_bytes} for pair, mean_bytes, std_bytes in columns
+        ]
 
     average = total / max(count, 1)
     return rows, {"latent_mean": average, "latent_std": (square / max(count, 1) - average**2) ** 0.5}
@@ -129,9 +133,13 @@ def _check_size(space: LatentSpace, images: np.ndarray, pair: Pair) -> None:
 
     factors = downsampling_per_axis(space.downsampling, axes=2)
     if any(side % factor for side, factor in zip(size, factors, strict=True)):
-        raise UserError(f"bucket {pair.height}x{pair.width}: set buckets.step to a multiple of the VAE's {space.downsampling}")
+        raise UserError(
+            f"bucket {pair.height}x{pair.width}: set buckets.step to a multiple of the VAE's {space.downsampling}"
+        )
 
 
 def _to_bytes(moments: Tensor) -> list[bytes]:
     """Return each sample's moments [C, h, w] as bf16 bytes."""
-    return [sample.tobytes() for sample in moments.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()]
+    return [
+        sample.tobytes() for sample in moments.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()
+    ]

@@ -29,7 +29,8 @@ def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
     rows = []
     for name in read_families(stage):
         identity = corpus.families[name].identity
-        made_with = str(identity.get("llm") or identity.get("vae") or identity.get("model") or "").removeprefix("package:")
+        made_with = next((str(identity[key]) for key in ("llm", "vae", "space", "model") if identity.get(key)), "")
+        made_with = made_with.removeprefix("package:")
         pairs, size = (sum(sum(index[column].to_pylist()) for index in indexes) for column in ("rows", f"{name}.bytes"))
         rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
     return rows

@@ -113,7 +113,8 @@ def open_corpus(stage: StageConfig) -> Corpus:
 
 def _fixed(family: Family) -> dict[str, object]:
     """What readers take from one dataset's record for all."""
-    keys = ("channels", "downsampling", "scaling_factor", "shift_factor", "width", "prefix_tokens", "quantisation")
+    latents = ("channels", "downsampling", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    keys = (*latents, "width", "prefix_tokens", "quantisation")
     return {key: family.info[key] for key in keys if key in family.info}
 
 

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from data_prep.dataset.schema import Family
-from model.encoders.vae import normalize
-from model.fusion import Text
+from model.encoders.latent_spaces import normalize_latents
+from model.condition import Text
 from pipeline.data.loader import Batch
 from pipeline.text.texts import TextConstants, to_text
 
 
 def clean_latents(batch: Batch, latents: Family) -> Tensor:
-    """Draw latents from the batch's moments with its own noise, normalised: fp32 [B, C, h, w]."""
-    info = latents.info
-    return normalize(batch.mean.float(), batch.std.float(), batch.posterior_noise, info["scaling_factor"], info["shift_factor"])
+    """Sample latents from the batch's moments with its own noise, normalized: fp32 [B, C, ...]."""
+    sampled = batch.mean.float() + batch.std.float() * batch.posterior_noise
+    return normalize_latents(sampled, latents.info)
 
 
 def batch_texts(batch: Batch, families: Sequence[str], constants: dict[str, TextConstants], dtype: torch.dtype) -> list[Text]:

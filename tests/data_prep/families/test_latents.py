@@ -10,12 +10,27 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.config import LatentsConfig
-from data_prep.dataset.schema import LATENT_COLUMNS
+from data_prep.dataset.parts import register_family
+from data_prep.dataset.schema import LATENT_COLUMNS, Family
 from data_prep.families.latents import decode_images, encode_pairs, latents_family, to_pixels
 from data_prep.pairs.pairs import Pair
+from data_prep.store.store import open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
+from model.encoders.latent_spaces import AUTOENCODER_KL, normalize_latents
 from model.encoders.vae import VAE, small_vae
+from tests.helpers.pixel_space import MEAN, STD, PixelSpace
+
+WRITTEN_BEFORE = (
+    b'{"constants_xxh64":"","format":1,"hash":"5ca7844b4fc39139","identity":{"act_fn":"silu","block_out_channels":[16,32,64,64],'
+    b'"down_block_types":["DownEncoderBlock2D","DownEncoderBlock2D","DownEncoderBlock2D","DownEncoderBlock2D"],"in_channels":3,'
+    b'"latent_channels":16,"layers_per_block":1,"mid_block_add_attention":false,"moments":"bf16","norm_num_groups":8,'
+    b'"use_quant_conv":true,"vae":"AutoencoderKL",'
+    b'"weights_sha256":"24080cbe8e8adf745877869c18c7cae9b54f6a838e0cceb7f3e3938d14a9bb47"},'
+    b'"info":{"channels":16,"downsampling":8,"revision":null,"scaling_factor":1.5305,"shift_factor":0.0609,"vae":"runs/vae"},'
+    b'"kind":"latents","name":"latents"}'
+)
+"""A family.json from before there were other latent spaces."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +47,9 @@ def make_pairs(count: int, height: int = 16, width: int = 24) -> list[Pair]:
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, "PNG")
-        pairs.append(Pair(number * 7, f"key{number}", data.getvalue(), [("original", "noise")], height, width))
+        pairs.append(
+            Pair(number * 7, f"key{number}", data.getvalue(), [("original", "noise")], height, width)
+        )
     return pairs
 
 
@@ -69,7 +86,9 @@ def test_worker_processes_give_the_same_rows(vae):
 
 
 def test_the_extremes_of_a_pixel_are_those_of_the_vae():
-    pixels = to_pixels(np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, 3), torch.device("cpu"))
+    pixels = to_pixels(
+        np.array([0, 255], dtype=np.uint8).reshape(1, 1, 2, 1).repeat(3, 3), torch.device("cpu")
+    )
     assert pixels.shape == (1, 3, 1, 2)
     assert pixels.unique().tolist() == [-1, 1]
 
@@ -80,6 +99,46 @@ def test_the_family_names_the_vae_but_is_not_identified_by_its_place(vae):
     assert here.info["vae"] == "here"
     assert (here.info["channels"], here.info["downsampling"]) == (16, 8)
     assert (here.info["scaling_factor"], here.info["shift_factor"]) == (2.0, 0.5)
+
+
+def test_a_family_written_before_is_read_with_the_same_numbers_and_encoded_on(tmp_path):
+    stored = Family.from_json(WRITTEN_BEFORE)
+    assert stored.hash == "5ca7844b4fc39139"
+    assert stored.identity.get("space", AUTOENCODER_KL) == "AutoencoderKL"
+    raw = torch.randn(2, 16, 4, 4)
+    assert torch.equal(normalize_latents(raw, stored.info), (raw - 0.0609) * 1.5305)
+
+    module = small_vae()
+    module.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    vae = VAE(module, "24080cbe8e8adf745877869c18c7cae9b54f6a838e0cceb7f3e3938d14a9bb47")
+    family = latents_family(LatentsConfig("latents", "runs/vae"), vae)
+    assert family.to_json() == WRITTEN_BEFORE
+    dataset = open_store(str(tmp_path / "store"), create=True).sub("set")
+    dataset.put_new(stored.key, WRITTEN_BEFORE)
+    assert register_family(dataset, family, None) == stored
+
+
+def test_a_space_of_another_name_is_part_of_the_identity_and_records_its_statistics():
+    space = PixelSpace.load("", None, torch.device("cpu"))
+    family = Family.from_json(latents_family(LatentsConfig("latents", space="toy_pixels"), space).to_json())
+    assert family.identity == {"block": 8, "moments": "bf16", "space": "toy_pixels"}
+    assert family.info["latents_mean"] == list(MEAN)
+    assert family.info["latents_std"] == list(STD)
+    assert (family.info["channels"], family.info["downsampling"]) == (192, [8, 8])
+    assert not {"scaling_factor", "shift_factor"} & family.info.keys()
+
+
+def test_rows_of_any_space_are_its_latents():
+    space, pairs = PixelSpace.load("", None, torch.device("cpu")), make_pairs(3)
+    with decoders() as workers:
+        rows, counts = encode_pairs(space, pairs, 2, workers)
+    raw = torch.stack([unpack(row["mean"], (192, 2, 3)) for row in rows])
+    pixels = to_pixels(np.stack(decode_images(None, [pair.image for pair in pairs])), space.device)
+    torch.testing.assert_close(space.decode_raw(raw), pixels, atol=1e-2, rtol=1e-2)
+    assert all(not any(row["std"]) for row in rows)
+    assert counts["latent_std"] == pytest.approx(
+        normalize_latents(raw, space.statistics).std().item(), abs=0.02
+    )
 
 
 def test_a_bucket_that_the_vae_cannot_divide_is_refused(vae):
@@ -95,6 +154,8 @@ def test_an_image_of_another_size_than_its_bucket_is_an_error(vae):
 
 
 def test_moments_that_are_not_finite_are_an_error(vae, monkeypatch):
-    monkeypatch.setattr(vae, "encode", lambda pixels: (torch.full((1, 16, 2, 3), torch.nan), torch.ones(1, 16, 2, 3)))
+    monkeypatch.setattr(
+        vae, "encode", lambda pixels: (torch.full((1, 16, 2, 3), torch.nan), torch.ones(1, 16, 2, 3))
+    )
     with decoders() as workers, pytest.raises(ValueError, match="not finite near sample key0"):
         encode_pairs(vae, make_pairs(1), 4, workers)

@@ -1,4 +1,4 @@
-"""The VAE wrapper: moments, normalisation, identity, and what it refuses to load."""
+"""The VAE as a latent space: moments, normalization, identity, and what it refuses to load."""
 
 import json
 
@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
-from model.encoders.vae import CONFIG, VAE, WEIGHTS, normalize, small_vae
+from model.encoders.latent_spaces import CONFIG, WEIGHTS, load_latent_space, normalize_latents
+from model.encoders.vae import VAE, small_vae
 
 CPU = torch.device("cpu")
 
@@ -44,15 +45,15 @@ def test_any_multiple_of_the_downsampling_encodes_and_decodes(vae, rows, columns
     mean, std = vae.encode(pixels)
     assert mean.shape == std.shape == (batch, 16, rows, columns)
     assert (std > 0).all()
-    decoded = vae.decode(normalize(mean, std, torch.randn_like(std), vae.scaling, vae.shift))
+    decoded = vae.decode(normalize_latents(mean + std * torch.randn_like(std), vae.statistics))
     assert decoded.shape == pixels.shape
     assert decoded.abs().max() <= 1
 
 
-def test_normalising_and_decoding_are_inverse(vae):
+def test_normalizing_and_decoding_are_inverse(vae):
     mean = torch.randn(2, 16, 2, 2)
-    latents = normalize(mean, torch.ones_like(mean), torch.zeros_like(mean), vae.scaling, vae.shift)
-    assert (vae.scaling, vae.shift) == (1.5, 0.25)
+    latents = normalize_latents(mean, vae.statistics)
+    assert vae.statistics == {"scaling_factor": 1.5, "shift_factor": 0.25}
     torch.testing.assert_close(latents, (mean - 0.25) * 1.5)
     expected = vae.module.decode(mean, return_dict=False)[0].clamp(-1, 1)
     torch.testing.assert_close(vae.decode(latents), expected, atol=1e-5, rtol=1e-5)
@@ -86,7 +87,10 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: (path / WEIGHTS).rename(path / "diffusion_pytorch_model.bin"), "pickled weights are never opened"),
+        (
+            lambda path: (path / WEIGHTS).rename(path / "diffusion_pytorch_model.bin"),
+            "pickled weights are never opened",
+        ),
         (lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:1000]), "do not fit"),
         (lambda path: (path / CONFIG).unlink(), "no config.json"),
         (lambda path: (path / CONFIG).write_text("{"), "not JSON"),
@@ -103,3 +107,11 @@ def test_a_folder_that_is_no_vae_is_refused_in_one_line(folder, tmp_path, spoil,
 def test_no_vae_named_is_refused():
     with pytest.raises(UserError, match="no VAE is named"):
         VAE.load("", None, CPU)
+
+
+def test_the_folders_class_decides_which_space_is_loaded(folder, vae, tmp_path):
+    space = load_latent_space(str(folder), None, CPU)
+    assert (type(space), space.name, space.identity) == (VAE, "AutoencoderKL", vae.identity)
+    copy = changed(folder, tmp_path, _class_name="UNet2DModel")
+    with pytest.raises(UserError, match="holds a UNet2DModel, not an AutoencoderKL or other latent space"):
+        load_latent_space(str(copy), None, CPU)

@@ -1,0 +1,239 @@
+"""Latent spaces: how images become the latents that a network is trained on, and back.
+
+A space is usually a VAE (`model/encoders/vae.py`), but it can be any map from images to vectors on a grid. It is found by its name
+in a registry: a new one is a class with `register_latent_space`, and no other file names a class of VAE.
+"""
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.common.errors import UserError
+from model.common.hub import download
+from model.common.registry import Registry
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+AUTOENCODER_KL = "AutoencoderKL"
+"""Name of the space of every latents family that does not record one: it was the only space when they were written."""
+
+Statistics = Mapping[str, Any]
+"""Statistics of raw latents: `scaling_factor` and `shift_factor`, a number each, as diffusers' AutoencoderKL has them; or
+`latents_mean` and `latents_std`, a number per channel or one for all. Other keys are ignored, so a latents family's info will do."""
+
+
+def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
+    """Bring raw latents to about zero mean and unit variance.
+
+    Args:
+        latents: [B, C, ...] with any number of axes after the channels.
+        statistics: of the latent space.
+
+    Returns:
+        Normalized latents of the same shape.
+    """
+    if "latents_std" in statistics:
+        mean, std = _per_channel(latents, statistics)
+        return (latents - mean) / std
+
+    return (latents - statistics["shift_factor"]) * statistics["scaling_factor"]
+
+
+def denormalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
+    """Undo `normalize_latents`, for latents [B, C, ...]."""
+    if "latents_std" in statistics:
+        mean, std = _per_channel(latents, statistics)
+        return latents * std + mean
+
+    return latents / statistics["scaling_factor"] + statistics["shift_factor"]
+
+
+def _per_channel(latents: Tensor, statistics: Statistics) -> list[Tensor]:
+    """Mean and std, each of a shape that broadcasts over latents [B, C, ...]."""
+    tensors = []
+    for key in ("latents_mean", "latents_std"):
+        values = torch.as_tensor(statistics[key], dtype=latents.dtype, device=latents.device)
+        if values.numel() not in (1, latents.shape[1]):
+            raise ValueError(f"{key} has {values.numel()} numbers for latents of {latents.shape[1]} channels")
+        tensors.append(values.view(-1, *[1] * (latents.ndim - 2)))
+
+    return tensors
+
+
+def downsampling_per_axis(downsampling: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """Downsampling of each axis.
+
+    Args:
+        downsampling: a space's, or that of a latents family's info: one number for all axes, or one per axis.
+        axes: number of axes, such as 2 for images.
+
+    Raises:
+        UserError: if the space has another number of axes.
+    """
+    factors = (downsampling,) * axes if isinstance(downsampling, int) else tuple(downsampling)
+    if len(factors) != axes:
+        raise UserError(
+            f"a latent space with downsampling {list(factors)} cannot encode data of {axes} axes: use another one"
+        )
+    return factors
+
+
+class LatentSpace(ABC):
+    """A map from images to latents and back, with all that the rest of the code has to know about it."""
+
+    name: ClassVar[str] = ""
+    """Its name in `LATENT_SPACES`."""
+
+    identity: dict[str, Any]
+    """All that decides the numbers that `encode` returns, as values that JSON has."""
+    channels: int
+    """Number of latent channels, C."""
+    downsampling: int | tuple[int, ...]
+    """Pixels per latent position: the same along each axis, or one number per axis, such as (4, 8, 8) for video."""
+    statistics: Statistics
+    """Mean and std of the latents that `encode` returns, in one of the two forms of `Statistics`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, revision: str | None, device: torch.device) -> Self:
+        """Load the space.
+
+        Args:
+            source: where its files are; `vae` of the dataset's YAML.
+            revision: commit, tag or branch on the hub.
+            device: where it runs.
+
+        Raises:
+            UserError: if it cannot be loaded from `source`.
+        """
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device that it runs on."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images.
+
+        Args:
+            pixels: [B, 3, H, W] in [-1, 1]; the sides are multiples of `downsampling`.
+
+        Returns:
+            Mean and std of the raw latents, each fp32 [B, C, h, w]; std is zero if the map is deterministic.
+        """
+
+    @abstractmethod
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Decode raw latents fp32 [B, C, h, w] to pixels fp32 [B, 3, H, W] in [-1, 1]."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalized latents [B, C, h, w] to pixels fp32 [B, 3, H, W] in [-1, 1]."""
+        return self.decode_raw(denormalize_latents(latents.float(), self.statistics))
+
+
+LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
+"""Name -> latent space. A space that reads a diffusers folder has the name that its config.json gives as `_class_name`."""
+
+_BUILT_IN = ("model.encoders.vae",)
+"""Modules that register spaces; imported when one is needed, since diffusers takes seconds to import."""
+
+_Space = TypeVar("_Space", bound=type[LatentSpace])
+
+
+def register_latent_space(name: str) -> Callable[[_Space], _Space]:
+    """Return a class decorator that adds a latent space to the registry, and gives it its name.
+
+    Raises:
+        ValueError: if another class has this name.
+    """
+
+    def register(space: _Space) -> _Space:
+        space.name = name
+        return LATENT_SPACES.register(name)(space)
+
+    return register
+
+
+def find_latent_space(name: str) -> type[LatentSpace]:
+    """Return the latent space of a name.
+
+    Raises:
+        UserError: if none is registered under it.
+    """
+    if name not in LATENT_SPACES:
+        for module in _BUILT_IN:
+            importlib.import_module(module)
+    return LATENT_SPACES[name]
+
+
+def load_latent_space(source: str, revision: str | None, device: torch.device, name: str = "") -> LatentSpace:
+    """Load a latent space.
+
+    Args:
+        source: a local folder or `<owner>/<name>` on the hub, or whatever else the space's own `load` takes.
+        revision: commit, tag or branch on the hub.
+        device: where it runs.
+        name: its name in the registry; empty = the class that the folder's config.json names.
+
+    Raises:
+        UserError: if no such space is registered, or it cannot be loaded.
+    """
+    if name:
+        return find_latent_space(name).load(source, revision, device)
+
+    folder = find_folder(source, revision)
+    name = str(read_config(folder).get("_class_name"))
+    try:
+        space = find_latent_space(name)
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds a {name}, not an {AUTOENCODER_KL} or other latent space: {error}"
+        ) from error
+
+    return space.load(str(folder), None, device)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a diffusers folder's config.json.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    try:
+        return json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: not JSON ({error}): fetch the VAE again") from error
+
+
+def find_folder(source: str, revision: str | None) -> Path:
+    """Return the local folder with a diffusers VAE's config and weights, downloaded first if `source` is a hub name.
+
+    Args:
+        source: a local folder or `<owner>/<name>` on the hub; of a whole pipeline, its `vae` subfolder is taken.
+        revision: commit, tag or branch on the hub.
+
+    Raises:
+        UserError: if there is no such folder, or no config in it.
+    """
+    if not source:
+        raise UserError("no VAE is named: set its folder or hub name")
+
+    root = Path(source)
+    if not root.is_dir():
+        files = [f"{folder}{name}" for folder in ("", "vae/") for name in (CONFIG, WEIGHTS)]
+        root = download(f"VAE {source!r} is not a local folder", source, revision, files)
+
+    for folder in (root / "vae", root):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"{root}: no {CONFIG}: name the folder of a diffusers AutoencoderKL, or of a pipeline with a `vae` in it"
+    )
