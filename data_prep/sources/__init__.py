@@ -1,1 +1,1 @@
-"""Sources of raw image-caption pairs: WebDataset, parquet, folders, MDS, OpenMoji, scenes."""
+"""Raw image-caption pairs: WebDataset, parquet, folders, MDS, OpenMoji, scenes."""

@@ -1,1 +1,1 @@
-"""One interface over local folders and S3, with retries and checked downloads."""
+"""The store: one interface over local folders and S3, with retries and checked downloads."""

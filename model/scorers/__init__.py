@@ -1,1 +1,1 @@
-"""Frozen scorer models of the public benchmarks."""
+"""Scorer models: frozen, for the public benchmarks."""

@@ -1,1 +1,1 @@
-"""The rows and the page of the ablation table."""
+"""The ablation table: its rows and its page."""

@@ -1,1 +1,1 @@
-"""From weights and prompts to images."""
+"""Sampling: from weights and prompts to images."""

@@ -1,1 +1,1 @@
-"""Code behind the scripts in `cluster/`: attempts, checks before a start, checks of the nodes."""
+"""Slurm jobs: the code behind the scripts in `cluster/`, such as attempts and checks of the nodes."""

@@ -1,1 +1,1 @@
-"""Curves and data of a run's report."""
+"""A run's report: curves and data."""
