@@ -35,7 +35,7 @@ from pipeline.ablation.rows import PAPER_ROWS, Job, make_jobs, read_ablation
 from pipeline.evaluation.images import write_whole
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
-from pipeline.following.scoring import chance_level, prompt_following, score_seen
+from pipeline.following.scoring import chance_level, prompt_following, score_objects
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.run_log import read_events
@@ -86,7 +86,7 @@ def score(job: Job, prompts: list[ScenePrompt]) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     seen = [read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records]
     captions = [prompt.caption for prompt in prompts]
-    scores = score_seen(seen, captions)
+    scores = score_objects(seen, captions)
     validations = read_events(job.run, "validation")
     return {
         "score": prompt_following(scores.summary()),

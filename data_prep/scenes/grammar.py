@@ -1,23 +1,24 @@
-"""Scenes: pictures whose truth is known. The grammar, and a scene drawn from it by (seed, index).
+"""Synthetic scenes whose content is known exactly: the grammar, and a sampler keyed by (seed, index).
 
-A scene has 1 to 8 objects in groups of equal ones. Lengths are in units of the square root of the picture's area, so that a
-scene means the same picture at any resolution; x runs to the right, y downwards.
+A scene has 1 to 8 objects in groups of equal ones. Lengths are in units of the square root of the image's
+area, so a scene means the same image at any resolution. x increases to the right and y increases downwards.
 
-Two groups of a scene always differ in two attributes that are said of both. So an object with one wrong attribute still
-belongs to its own group, whatever the others look like, and a score can say which attribute was wrong.
+Any two groups of a scene differ in at least two attributes that the caption states for both. An object with
+one wrong attribute is therefore still closest to its own group, and a scorer can report which attribute was
+wrong.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 Shape = Literal["circle", "square", "triangle", "diamond", "cross", "star", "heart"]
 Size = Literal["small", "large"]
 Texture = Literal["plain", "striped", "dotted", "checkered"]
-Colour = Literal["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
+Color = Literal["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
 Pattern = Literal["plain", "speckled", "lined", "checked"]
 Tone = Literal["white", "dark grey", "black"]
 Direction = Literal["left of", "right of", "above", "below"]
@@ -26,54 +27,57 @@ Attribute = Literal["colour", "shape", "size", "texture"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 SIZES: tuple[Size, ...] = get_args(Size)
 TEXTURES: tuple[Texture, ...] = get_args(Texture)
-COLOURS: tuple[Colour, ...] = get_args(Colour)
+COLORS: tuple[Color, ...] = get_args(Color)
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 TONES: tuple[Tone, ...] = get_args(Tone)
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
 
 MAX_OBJECTS = 8
+MAX_GROUP = 4
+"""Maximum number of equal objects in one group."""
 EXTENTS: dict[Size, float] = {"small": 0.175, "large": 0.25}
-"""Side of the square that a shape fills: 11 and 16 pixels of a picture of 64 x 64."""
-GAP = 0.035
-"""Least distance between two objects."""
-CLEARLY = 0.1
-"""Least distance of centres along the axis of a relation that a caption states."""
+"""Side of the square that a shape fills: 11 and 16 pixels in an image of 64 x 64."""
+MIN_GAP = 0.035
+"""Minimum distance between two objects."""
+MIN_RELATION_OFFSET = 0.1
+"""Minimum distance between two centers, along the relation's axis, for a caption to state a relation."""
+SEGMENT_TRIALS = 1000
+"""Samples after which a set of segments is abandoned and sampled again from the start."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What a caption says of one group: `count` objects; an attribute that is None is not said."""
+    """The part of a caption about one group: `count` objects. An attribute that is None is not stated."""
 
-    colour: Colour
+    colour: Color
     shape: Shape
     size: Size | None = None
     texture: Texture | None = None
     count: int = 1
 
     @property
-    def said(self) -> dict[Attribute, str]:
-        """The attributes that are said, by name."""
+    def stated(self) -> dict[Attribute, str]:
+        """The attributes that are stated, by name."""
         return {name: value for name in ATTRIBUTES if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: all of its attributes, and where its centre lies."""
+    """One object: all of its attributes, and the position of its center."""
 
-    colour: Colour
+    colour: Color
     shape: Shape
     size: Size
     texture: Texture
     x: float
     y: float
     group: int
-    """Number of its segment in the scene."""
+    """Index of its segment in the scene."""
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What lies behind the objects; always without colour, so that colour tells objects from it."""
+    """The background. It is always gray, so that color separates objects from it."""
 
     tone: Tone
     pattern: Pattern
@@ -81,7 +85,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Relation:
-    """Segment `subject` lies in `direction` of segment `other`; both are single objects."""
+    """Segment `subject` is in `direction` of segment `other`; both have a single object."""
 
     subject: int
     direction: Direction
@@ -90,7 +94,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Scene:
-    """The truth of one picture."""
+    """The ground truth of one image."""
 
     aspect: float
     """Width / height."""
@@ -98,28 +102,38 @@ class Scene:
     segments: tuple[Segment, ...]
     objects: tuple[SceneObject, ...]
     seed: int
-    """Of the ground's pattern."""
+    """Seed of the ground's pattern."""
 
     @property
     def sides(self) -> tuple[float, float]:
         """Width and height in the scene's unit."""
-        return math.sqrt(self.aspect), 1 / math.sqrt(self.aspect)
+        return plane_sides(self.aspect)
 
     def relations(self) -> list[Relation]:
-        """Every relation between two single objects that can be seen at a glance: along the axis on which they are further
-        apart, and apart by at least `CLEARLY`."""
+        """Return every clear relation between two single objects.
+
+        A relation is along the axis on which the two are further apart, and at least `MIN_RELATION_OFFSET`
+        apart.
+        """
         single = {item.group: item for item in self.objects if self.segments[item.group].count == 1}
-        return [
-            Relation(subject, direction, other)
-            for subject, a in single.items()
-            for other, b in single.items()
-            if subject != other and (direction := clear_direction(a.x - b.x, a.y - b.y)) is not None
-        ]
+
+        relations: list[Relation] = []
+        for subject, a in single.items():
+            for other, b in single.items():
+                direction = clear_direction(a.x - b.x, a.y - b.y)
+                if subject != other and direction is not None:
+                    relations.append(Relation(subject, direction, other))
+        return relations
+
+
+def plane_sides(aspect: float) -> tuple[float, float]:
+    """Return width and height of a plane of area 1 with this width / height."""
+    return math.sqrt(aspect), 1 / math.sqrt(aspect)
 
 
 def clear_direction(dx: float, dy: float) -> Direction | None:
-    """In which direction something lies that is (dx, dy) away, or None where that is not clear."""
-    if max(abs(dx), abs(dy)) < CLEARLY or abs(dx) == abs(dy):
+    """Return the direction of an offset (dx, dy), or None if it is too short or diagonal to be clear."""
+    if max(abs(dx), abs(dy)) < MIN_RELATION_OFFSET or abs(dx) == abs(dy):
         return None
     if abs(dx) > abs(dy):
         return "right of" if dx > 0 else "left of"
@@ -127,111 +141,104 @@ def clear_direction(dx: float, dy: float) -> Direction | None:
 
 
 def capacity(aspect: float) -> tuple[int, int]:
-    """Columns and rows of the finest grid whose cells hold a large object each."""
-    width, height = math.sqrt(aspect), 1 / math.sqrt(aspect)
-    cell = EXTENTS["large"] + GAP
+    """Return columns and rows of the finest grid in which every cell can contain a large object."""
+    width, height = plane_sides(aspect)
+    cell = EXTENTS["large"] + MIN_GAP
     return max(1, int(width / cell + 1e-9)), max(1, int(height / cell + 1e-9))
 
 
-def sample_scene(seed: int, index: int, aspect: float = 1.0, segments: int | None = None, ground: Ground | None = None) -> Scene:
-    """The scene of (seed, index): equal arguments give equal scenes, on any machine.
+def sample_scene(
+    seed: int, index: int, aspect: float = 1.0, segments: int | None = None, ground: Ground | None = None
+) -> Scene:
+    """Return the scene of (seed, index): equal arguments give equal scenes, on any machine.
 
     Args:
-        seed: of a set of scenes.
-        index: number within the set.
-        aspect: width / height of the picture.
-        segments: exactly this many groups of one object each; None = as it comes.
-        ground: what lies behind the objects; None = as it comes.
+        seed: seed of a set of scenes.
+        index: index within the set.
+        aspect: width / height of the image.
+        segments: number of groups, with one object each; None = random groups.
+        ground: the background; None = random.
+
+    Returns:
+        A scene with at most `MAX_OBJECTS` objects, fewer where the aspect leaves less room.
     """
+    # The order of the calls to `random` defines the scenes: another order would change every dataset.
     random = np.random.default_rng([seed, index])
     columns, rows = capacity(aspect)
-    most = min(MAX_OBJECTS, columns * rows)
-    total = int(random.integers(1, most + 1))
-    counts = _counts(random, total) if segments is None else [1] * min(segments, most)
-    drawn = ground or Ground(TONES[random.integers(len(TONES))], _pattern(random))
-    said = _segments(random, counts)
-    places = _places(random, sum(counts), aspect)
+    max_objects = min(MAX_OBJECTS, columns * rows)
+    total = int(random.integers(1, max_objects + 1))
+    counts = _sample_counts(random, total) if segments is None else [1] * min(segments, max_objects)
+
+    ground = ground or Ground(TONES[random.integers(len(TONES))], _sample_pattern(random))
+    scene_segments = _sample_segments(random, counts)
+    centers = _sample_centers(random, sum(counts), aspect)
+
     objects: list[SceneObject] = []
-    for group, segment in enumerate(said):
+    for group, segment in enumerate(scene_segments):
         size = segment.size or SIZES[random.integers(len(SIZES))]
         for _ in range(segment.count):
-            x, y = next(places)
-            room = EXTENTS["large"] - EXTENTS[size]  # a small object has more room in its cell
-            x, y = (value + room / 2 * random.uniform(-1, 1) for value in (x, y))
-            texture = segment.texture or "plain"
-            objects.append(SceneObject(segment.colour, segment.shape, size, texture, round(x, 4), round(y, 4), group))
-    return Scene(aspect, drawn, tuple(said), tuple(objects), int(random.integers(2**31)))
+            objects.append(_place_object(random, segment, size, next(centers), group))
+    return Scene(aspect, ground, tuple(scene_segments), tuple(objects), int(random.integers(2**31)))
 
 
-def _pattern(random: np.random.Generator) -> Pattern:
-    """Half of the grounds are plain."""
+def _place_object(
+    random: np.random.Generator, segment: Segment, size: Size, center: tuple[float, float], group: int
+) -> SceneObject:
+    """Build an object of a segment near the center of its cell."""
+    # cells fit large objects, so a small one can move
+    slack = EXTENTS["large"] - EXTENTS[size]
+    x, y = (value + slack / 2 * random.uniform(-1, 1) for value in center)
+    texture = segment.texture or "plain"
+    return SceneObject(segment.colour, segment.shape, size, texture, round(x, 4), round(y, 4), group)
+
+
+def _sample_pattern(random: np.random.Generator) -> Pattern:
+    """Sample a ground pattern; half of them are plain."""
     return "plain" if random.random() < 0.5 else PATTERNS[random.integers(1, len(PATTERNS))]
 
 
-def _counts(random: np.random.Generator, total: int) -> list[int]:
-    """Sizes of groups that make `total` objects: mostly single ones, up to four alike."""
+def _sample_counts(random: np.random.Generator, total: int) -> list[int]:
+    """Split `total` objects into groups: mostly single objects, at most `MAX_GROUP` equal ones."""
     counts: list[int] = []
     while (left := total - sum(counts)) > 0:
         several = left > 1 and random.random() < 0.25
-        counts.append(int(random.integers(2, min(4, left) + 1)) if several else 1)
+        counts.append(int(random.integers(2, min(MAX_GROUP, left) + 1)) if several else 1)
     return counts
 
 
-def _segments(random: np.random.Generator, counts: Sequence[int]) -> list[Segment]:
-    """One segment a group; colour and shape are always said, size and texture each with one half."""
+def _sample_segments(random: np.random.Generator, counts: Sequence[int]) -> list[Segment]:
+    """Sample one segment per group. Color and shape are always stated, size and texture half of the time."""
     while True:
-        found: list[Segment] = []
-        for _ in range(1000):
+        segments: list[Segment] = []
+        for _ in range(SEGMENT_TRIALS):
             size = SIZES[random.integers(len(SIZES))] if random.random() < 0.5 else None
             texture = TEXTURES[random.integers(len(TEXTURES))] if random.random() < 0.5 else None
-            colour, shape = COLOURS[random.integers(len(COLOURS))], SHAPES[random.integers(len(SHAPES))]
-            new = Segment(colour, shape, size, texture, counts[len(found)])
-            if all(differences(new, other) >= 2 for other in found):
-                found.append(new)
-            if len(found) == len(counts):
-                return found
+            color, shape = COLORS[random.integers(len(COLORS))], SHAPES[random.integers(len(SHAPES))]
+            candidate = Segment(color, shape, size, texture, counts[len(segments)])
+
+            if all(differences(candidate, other) >= 2 for other in segments):
+                segments.append(candidate)
+            if len(segments) == len(counts):
+                return segments
 
 
 def differences(a: Segment, b: Segment) -> int:
-    """In how many of the attributes that are said of both the two differ."""
-    return sum(a.said[name] != b.said[name] for name in a.said.keys() & b.said.keys())
+    """Return the number of attributes, out of those stated for both, in which two segments differ."""
+    return sum(a.stated[name] != b.stated[name] for name in a.stated.keys() & b.stated.keys())
 
 
-def _places(random: np.random.Generator, count: int, aspect: float) -> Iterator[tuple[float, float]]:
-    """Centres of `count` large objects that keep their distance, in random order."""
-    most_columns, most_rows = capacity(aspect)
-    grids = [(c, r) for c in range(1, most_columns + 1) for r in range(1, most_rows + 1) if c * r >= count]
-    columns, rows = grids[random.integers(len(grids))]
-    width, height = math.sqrt(aspect) / columns, 1 / math.sqrt(aspect) / rows
-    room = EXTENTS["large"] + GAP
+def _sample_centers(random: np.random.Generator, count: int, aspect: float) -> Iterator[tuple[float, float]]:
+    """Sample centers of `count` large objects that keep their distance, in random order."""
+    max_columns, max_rows = capacity(aspect)
+    sizes = [(c, r) for c in range(1, max_columns + 1) for r in range(1, max_rows + 1) if c * r >= count]
+    columns, rows = sizes[random.integers(len(sizes))]
+
+    plane_width, plane_height = plane_sides(aspect)
+    width, height = plane_width / columns, plane_height / rows
+    room = EXTENTS["large"] + MIN_GAP
     for cell in random.permutation(columns * rows)[:count].tolist():
         row, column = divmod(cell, columns)
         yield (
             (column + 0.5) * width + max(0.0, width - room) / 2 * random.uniform(-1, 1),
             (row + 0.5) * height + max(0.0, height - room) / 2 * random.uniform(-1, 1),
         )
-
-
-def scene_to_json(scene: Scene) -> dict[str, Any]:
-    """The truth as plain data."""
-    return {
-        "aspect": scene.aspect,
-        "ground": vars(scene.ground),
-        "segments": [vars(segment) for segment in scene.segments],
-        "objects": [vars(item) for item in scene.objects],
-        "seed": scene.seed,
-    }
-
-
-def scene_from_json(record: dict[str, Any]) -> Scene:
-    """Read back what `scene_to_json` wrote."""
-    segments = tuple(Segment(**segment) for segment in record["segments"])
-    objects = tuple(SceneObject(**item) for item in record["objects"])
-    return Scene(record["aspect"], Ground(**record["ground"]), segments, objects, record["seed"])
-
-
-def change_object(scene: Scene, number: int, **attributes: Any) -> Scene:
-    """The scene with other attributes for one object, but the same segments: a picture that does not follow them."""
-    objects = list(scene.objects)
-    objects[number] = replace(objects[number], **attributes)
-    return replace(scene, objects=tuple(objects))

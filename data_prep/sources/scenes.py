@@ -9,8 +9,8 @@ import numpy as np
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.scenes.captions import CAPTION_KINDS, SceneCaption, caption_scene
-from data_prep.scenes.drawing import draw_scene, encode_png
 from data_prep.scenes.grammar import Scene, sample_scene
+from data_prep.scenes.rendering import encode_png, render_scene
 from data_prep.sources.sample import Place, Sample
 from model.common.errors import UserError
 
@@ -48,9 +48,9 @@ class SceneKey:
         """One of each kind, with what they claim."""
         return [caption_scene(self.scene, kind, self.seed, self.index) for kind in CAPTION_KINDS]
 
-    def draw(self) -> np.ndarray:
+    def render(self) -> np.ndarray:
         """The picture, uint8 [H, W, 3]."""
-        return draw_scene(self.scene, self.bucket.height, self.bucket.width)
+        return render_scene(self.scene, self.bucket.height, self.bucket.width)
 
 
 class ScenesSource:
@@ -97,9 +97,9 @@ class ScenesSource:
         record = {caption.kind: caption.text for caption in key.captions}
         scene = key.scene
         record |= {"segments": len(scene.segments), "objects": len(scene.objects), "ground": scene.ground.pattern}
-        return Sample(str(key), encode_png(key.draw()), record, Place(path=str(key)))
+        return Sample(str(key), encode_png(key.render()), record, Place(path=str(key)))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Draw again."""
         for position, place in enumerate(places):
-            yield position, encode_png(SceneKey.parse(place.path).draw())
+            yield position, encode_png(SceneKey.parse(place.path).render())

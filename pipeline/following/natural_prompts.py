@@ -1,42 +1,53 @@
-"""Prompts of adjective-noun segments about everyday things, for judging positional bias with a VQA model (paper A.3)."""
+"""Prompts of adjective-noun segments about everyday things, to measure positional bias with a VQA model
+(paper A.3)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.scenes.captions import capitalize, join_words, with_article
+
 ADJECTIVES = [
-    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "round", "square", "oval",
-    "rectangular", "wooden", "metallic", "glass", "leather", "plastic", "fluffy", "rubber",
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "round",
+    "square", "oval", "rectangular", "wooden", "metallic", "glass", "leather", "plastic", "fluffy", "rubber",
 ]  # fmt: skip
 NOUNS = [
-    "apple", "backpack", "ball", "balloon", "banana", "basket", "bed", "bench", "bicycle", "bird", "boat", "book", "bottle",
-    "bowl", "box", "bread", "bus", "cake", "camera", "candle", "car", "cat", "chair", "clock", "coat", "cow", "cup", "dog",
-    "door", "dress", "drum", "duck", "fence", "flower", "fork", "guitar", "hat", "horse", "house", "jacket", "kettle", "key",
-    "knife", "lamp", "leaf", "mirror", "mug", "pencil", "piano", "pillow", "plate", "rabbit", "ring", "rug", "scarf", "sheep",
-    "shirt", "shoe", "sofa", "spoon", "stool", "suitcase", "table", "teapot", "tent", "train", "tray", "truck", "umbrella",
-    "vase", "violin", "wallet", "watch", "window",
+    "apple", "backpack", "ball", "balloon", "banana", "basket", "bed", "bench", "bicycle", "bird", "boat",
+    "book", "bottle", "bowl", "box", "bread", "bus", "cake", "camera", "candle", "car", "cat", "chair",
+    "clock", "coat", "cow", "cup", "dog", "door", "dress", "drum", "duck", "fence", "flower", "fork",
+    "guitar", "hat", "horse", "house", "jacket", "kettle", "key", "knife", "lamp", "leaf", "mirror", "mug",
+    "pencil", "piano", "pillow", "plate", "rabbit", "ring", "rug", "scarf", "sheep", "shirt", "shoe", "sofa",
+    "spoon", "stool", "suitcase", "table", "teapot", "tent", "train", "tray", "truck", "umbrella", "vase",
+    "violin", "wallet", "watch", "window",
 ]  # fmt: skip
 MAX_SEGMENTS = 8
 
 
 @dataclass(frozen=True)
 class NaturalPrompt:
-    """A prompt and its segments, `a green bench`, in order."""
+    """A prompt and its segments, such as `a green bench`, in order."""
 
     text: str
     segments: tuple[str, ...]
 
 
 def natural_prompts(count: int, seed: int = 0, segments: int | None = None) -> list[NaturalPrompt]:
-    """Prompts 0 to count - 1 of a seed: no noun or adjective twice in one; 2 to 8 segments in turn, or exactly `segments`."""
+    """Return prompts 0 to count - 1 of a seed. No noun or adjective is repeated within a prompt.
+
+    Args:
+        count: number of prompts.
+        seed: seed of the set.
+        segments: segments per prompt; None = 2 to 8 in turn.
+    """
     prompts = []
     for index in range(count):
         random = np.random.default_rng([seed, index])
         number = segments or 2 + index % (MAX_SEGMENTS - 1)
         nouns = random.choice(NOUNS, number, replace=False).tolist()
         adjectives = random.choice(ADJECTIVES, number, replace=False).tolist()
-        pairs = zip(adjectives, nouns, strict=True)
-        parts = [f"{'an' if adjective[0] in 'aeiou' else 'a'} {adjective} {noun}" for adjective, noun in pairs]
-        text = " and ".join(parts) if number < 3 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
-        prompts.append(NaturalPrompt(f"{text[0].upper()}{text[1:]}.", tuple(parts)))
+
+        parts = [
+            with_article(f"{adjective} {noun}") for adjective, noun in zip(adjectives, nouns, strict=True)
+        ]
+        prompts.append(NaturalPrompt(capitalize(join_words(parts)) + ".", tuple(parts)))
     return prompts

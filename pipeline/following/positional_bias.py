@@ -1,8 +1,9 @@
-"""Positional bias (paper A.3, figure 3): how well what a prompt says is drawn, by where in the prompt it is said.
+"""Positional bias (paper A.3, figure 3): how well an image follows a segment, by the segment's position in
+the prompt.
 
-Every prompt gives one score a segment. Its scores are read, linearly, at the same relative positions, so that prompts of all
-lengths count at each of them: the curve does not mix its shape with the fact that long prompts are harder. The bands come
-from drawing prompts with replacement.
+Every prompt has one score per segment. All scores are interpolated linearly at the same relative positions,
+so prompts of all lengths contribute to every point, and the curve is not distorted by long prompts being
+harder. The confidence bands are bootstrapped over prompts.
 """
 
 from collections.abc import Sequence
@@ -20,21 +21,21 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 POSITIONS = 8
-"""Points of the curve, from the first segment (0) to the last (1)."""
+"""Number of points of the curve, from the first segment (0) to the last (1)."""
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its confidence interval."""
+class BootstrapMean:
+    """A mean over prompts with its bootstrap confidence interval."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """`-12.3 [-20.1, -4.5]`, in points of a hundred."""
+        """`-12.3 [-20.1, -4.5]`, in percentage points."""
         return f"{100 * self.mean:+z.1f} [{100 * self.low:+z.1f}, {100 * self.high:+z.1f}]"
 
 
@@ -43,74 +44,99 @@ class PositionalBias:
     """The curve of one model on one set of prompts."""
 
     positions: list[float]
-    """Relative position in the prompt, 0 first and 1 last."""
-    curve: list[Estimate]
-    slope: Estimate
-    """Of a straight line through each prompt's scores, per whole prompt; below 0: what is said late is lost."""
-    gap: Estimate
+    """Relative position in the prompt: 0 is the first segment and 1 the last."""
+    curve: list[BootstrapMean]
+    slope: BootstrapMean
+    """Slope of a line through each prompt's scores, per whole prompt. Below 0, late segments are followed
+    less well."""
+    gap: BootstrapMean
     """Score of the last segment minus that of the first."""
     prompts: int
-    """With at least two segments."""
+    """Number of prompts with at least two segments."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """The curve's two numbers."""
-        return f"last minus first segment {self.gap} points, slope {self.slope} per prompt ({self.prompts} prompts)"
+        return (
+            f"last minus first segment {self.gap} points, slope {self.slope} per prompt "
+            f"({self.prompts} prompts)"
+        )
 
 
 def positional_bias(scores: Sequence[Sequence[float]], seed: int = 0) -> PositionalBias:
-    """The curve of segment scores, one list a prompt in the order of mention.
+    """Return the curve of segment scores.
+
+    Args:
+        scores: one list per prompt, in the order of mention. Prompts of one segment are left out.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: no prompt has two segments.
+        UserError: if no prompt has two segments.
     """
-    long = [np.asarray(each, np.float64) for each in scores if len(each) > 1]
-    if not long:
-        raise UserError("no prompt with two or more segments: a positional curve needs them")
+    rows: list[np.ndarray] = []
     positions = np.linspace(0, 1, POSITIONS)
-    columns = [np.interp(positions, np.linspace(0, 1, len(each)), each) for each in long]
-    slopes = [np.polyfit(np.linspace(0, 1, len(each)), each, 1)[0] for each in long]
-    table = np.column_stack([columns, slopes, [each[-1] - each[0] for each in long]])  # [prompts, positions + 2]
-    estimates = _bootstrap(table, seed)
-    return PositionalBias(positions.tolist(), estimates[:POSITIONS], estimates[-2], estimates[-1], len(long))
+    for segment_scores in scores:
+        if len(segment_scores) < 2:
+            continue
+        values = np.asarray(segment_scores, np.float64)
+        places = np.linspace(0, 1, len(values))
+        slope = np.polyfit(places, values, 1)[0]
+        rows.append(np.array([*np.interp(positions, places, values), slope, values[-1] - values[0]]))
+    if not rows:
+        raise UserError("no prompt with two or more segments: a positional curve needs them")
+
+    means = _bootstrap(np.stack(rows), seed)
+    return PositionalBias(positions.tolist(), means[:POSITIONS], means[-2], means[-1], len(rows))
 
 
-def _bootstrap(table: np.ndarray, seed: int) -> list[Estimate]:
-    """Mean of each column, with the interval between quantiles of the means of resampled rows."""
+def _bootstrap(table: np.ndarray, seed: int) -> list[BootstrapMean]:
+    """Return the mean of each column, with the interval between quantiles of the means of resampled rows."""
     random = np.random.default_rng(seed)
     weights = random.multinomial(len(table), np.full(len(table), 1 / len(table)), RESAMPLES) / len(table)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(weights @ table, [tail, 1 - tail], axis=0)
-    return [Estimate(*map(float, each)) for each in zip(table.mean(0), low, high, strict=True)]
+    return [BootstrapMean(*map(float, column)) for column in zip(table.mean(0), low, high, strict=True)]
 
 
 def scene_segment_scores(scores: SceneScores, images: int = 1) -> list[list[float]]:
-    """Share of right claims of each segment, one list a caption; relations belong to no segment and are left out.
+    """Return the share of correct claims of each segment, one list per prompt.
+
+    Relations are left out, since they belong to no single segment.
 
     Args:
-        scores: of `images` pictures of each prompt, one after another.
-        images: pictures a prompt; the mean over them counts.
+        scores: scores of `images` images of each prompt, one after another.
+        images: number of images per prompt; their claims are averaged.
     """
-    table: dict[int, list[list[bool]]] = {}
+    prompts: dict[int, list[list[bool]]] = {}
     for claim in scores.claims:
-        rows = table.setdefault(claim.picture // images, [[] for _ in range(claim.length)])
+        segments = prompts.setdefault(claim.image // images, [[] for _ in range(claim.length)])
         if claim.attribute != "relation":
-            rows[claim.position].append(claim.right)
-    return [[float(np.mean(row)) for row in table[prompt]] for prompt in sorted(table)]
+            segments[claim.position].append(claim.correct)
+
+    shares: list[list[float]] = []
+    for prompt in sorted(prompts):
+        shares.append([float(np.mean(judgments)) for judgments in prompts[prompt]])
+    return shares
 
 
-def plot_positional_bias(curves: dict[str, PositionalBias], path: Path, what: str = "share of right claims") -> None:
-    """Draw the curves of several models with their bands, as the paper's figure 3 does, into a PNG or SVG file."""
+def plot_positional_bias(curves: dict[str, PositionalBias], path: Path, ylabel: str) -> None:
+    """Plot the curves of several models with their bands, like figure 3 of the paper, to a PNG or SVG file.
+
+    Args:
+        curves: model -> curve.
+        path: path of the file.
+        ylabel: label of the vertical axis.
+    """
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, bias in curves.items():
         label = f"{name}: last - first {bias.gap}"
         (line,) = axes.plot(bias.positions, [point.mean for point in bias.curve], marker="o", label=label)
-        low, high = ([getattr(point, side) for point in bias.curve] for side in ("low", "high"))
+        low, high = [point.low for point in bias.curve], [point.high for point in bias.curve]
         axes.fill_between(bias.positions, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.set(xlabel="relative position in the prompt", ylabel=what)
+
+    axes.set(xlabel="relative position in the prompt", ylabel=ylabel)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,9 +1,12 @@
-"""Whether a picture follows its scene caption: exact, and without a network.
+"""Score how well an image follows its scene caption: exact, and without a network.
 
-The objects that are seen in a picture are given to the caption's segments one to one, so that as much as possible of what the
-segments say holds; an object of which less than half holds is not the segment's. An attribute of a segment is right where all
-of its objects have it; a count, where as many are there as are said, and no more that look the same. A relation is right where
-the two centres lie so.
+The objects detected in an image are assigned one-to-one to the caption's segments, so that as many of the
+segments' claims as possible are correct. An object with less than half of a segment's attributes is not
+assigned to it. Each claim of the caption is then judged:
+
+- An attribute is correct if all objects of the segment have it.
+- A count is correct if the segment has that many objects, and no others look the same.
+- A relation is correct if the two centers are in that direction from one another.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,53 +16,59 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data_prep.scenes.captions import SceneCaption
-from data_prep.scenes.grammar import Direction, Scene, Segment
-from pipeline.following.reading import SeenObject
+from data_prep.scenes.grammar import Direction, Segment
+from pipeline.following.reading import DetectedObject
 
 MIN_OFFSET = 0.03
-"""Least distance of centres along a relation's axis, in scene units."""
+"""Minimum distance of centers along a relation's axis, in scene units."""
+MIN_SHARE = 0.5
+"""Minimum share of a segment's attributes that an assigned object has."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a caption says, and whether the picture shows it."""
+    """One claim of a caption, and the judgment on it."""
 
-    picture: int
+    image: int
     attribute: str
     """`colour`, `shape`, `size`, `texture`, `count` or `relation`."""
     position: int
-    """Of the segment in the caption; of a relation, that of its subject."""
+    """Index of the segment in the caption; for a relation, that of its subject."""
     length: int
-    """Segments in the caption."""
-    right: bool
+    """Number of segments in the caption."""
+    correct: bool
 
 
 @dataclass(frozen=True)
 class SceneScores:
-    """The claims of many captions, each judged; tables give (share of right claims, number of claims)."""
+    """The judged claims of many captions. Tables map to (share of correct claims, number of claims)."""
 
     claims: tuple[Claim, ...]
 
     def table(self, by: Callable[[Claim], object]) -> dict[object, tuple[float, int]]:
-        """Share and number of claims, grouped."""
+        """Return share and number of claims, grouped by a key of the claim."""
         groups: dict[object, list[bool]] = {}
         for claim in self.claims:
-            groups.setdefault(by(claim), []).append(claim.right)
+            groups.setdefault(by(claim), []).append(claim.correct)
         return {key: (float(np.mean(groups[key])), len(groups[key])) for key in sorted(groups, key=str)}
 
     def by_attribute(self) -> dict[object, tuple[float, int]]:
-        """Colour, shape, size, texture, count, relation."""
+        """Claims by attribute: color, shape, size, texture, count, relation."""
         return self.table(lambda claim: claim.attribute)
 
     def segments(self) -> "SceneScores":
-        """One claim a segment, `segment`: all that is said of it alone is right."""
-        whole: dict[tuple[int, int, int], bool] = {}
+        """Return one claim per segment, `segment`: correct if all of its own claims are."""
+        judgments: dict[tuple[int, int, int], bool] = {}
         for claim in self.claims:
             if claim.attribute != "relation":
-                key = claim.picture, claim.position, claim.length
-                whole[key] = whole.get(key, True) and claim.right
+                key = claim.image, claim.position, claim.length
+                judgments[key] = judgments.get(key, True) and claim.correct
+
         return SceneScores(
-            tuple(Claim(picture, "segment", place, length, right) for (picture, place, length), right in whole.items())
+            tuple(
+                Claim(image, "segment", position, length, correct)
+                for (image, position, length), correct in judgments.items()
+            )
         )
 
     def by_position(self) -> dict[object, tuple[float, int]]:
@@ -71,91 +80,123 @@ class SceneScores:
         return self.segments().table(lambda claim: claim.length)
 
     def summary(self) -> dict[str, float]:
-        """Shares of right claims by attribute, of right `segment`s, and of `caption`s of which everything is right."""
+        """Shares of correct claims by attribute, of correct `segment`s, and of `caption`s without a wrong
+        claim."""
         if not self.claims:
             return {}
         tables = {**self.by_attribute(), **self.segments().by_attribute()}
-        captions = [share == 1.0 for share, _ in self.table(lambda claim: claim.picture).values()]
-        return {**{str(name): share for name, (share, _) in tables.items()}, "caption": float(np.mean(captions))}
+        shares = {str(name): share for name, (share, _) in tables.items()}
+
+        by_image = self.table(lambda claim: claim.image).values()
+        return {**shares, "caption": float(np.mean([share == 1.0 for share, _ in by_image]))}
 
 
-def score_seen(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption]) -> SceneScores:
-    """Judge each caption against the objects that were seen in its picture.
+def score_objects(
+    detected: Sequence[Sequence[DetectedObject]], captions: Sequence[SceneCaption]
+) -> SceneScores:
+    """Judge each caption against the objects that were detected in its image.
 
     Raises:
-        ValueError: there are more or fewer pictures than captions.
+        ValueError: if the numbers of images and captions differ.
     """
     claims: list[Claim] = []
-    for number, (objects, caption) in enumerate(zip(seen, captions, strict=True)):
-        claims += judge(number, objects, caption)
+    for image, (objects, caption) in enumerate(zip(detected, captions, strict=True)):
+        claims += judge_caption(image, objects, caption)
     return SceneScores(tuple(claims))
 
 
-def judge(picture: int, seen: Sequence[SeenObject], caption: SceneCaption) -> list[Claim]:
-    """All claims of one caption."""
-    given = assign_objects(seen, caption.segments)
+def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneCaption) -> list[Claim]:
+    """Return all claims of one caption, judged against the objects of its image.
+
+    Args:
+        image: index that the claims carry.
+        objects: the objects detected in the image.
+        caption: the caption.
+    """
+    assigned = assign_objects(objects, caption.segments)
     length = len(caption.segments)
-    taken = {number for numbers in given for number in numbers}
+    taken = {number for numbers in assigned for number in numbers}
+    unassigned = [item for number, item in enumerate(objects) if number not in taken]
+
     claims = []
-    for position, (segment, numbers) in enumerate(zip(caption.segments, given, strict=True)):
-        for name, value in segment.said.items():
-            right = bool(numbers) and all(getattr(seen[number], name) == value for number in numbers)
-            claims.append(Claim(picture, name, position, length, right))
+    for position, (segment, numbers) in enumerate(zip(caption.segments, assigned, strict=True)):
+        for name, value in segment.stated.items():
+            correct = bool(numbers) and all(getattr(objects[number], name) == value for number in numbers)
+            claims.append(Claim(image, name, position, length, correct))
+
         if segment.count > 1:
-            more = [number for number in range(len(seen)) if number not in taken and _share(seen[number], segment) == 1.0]
-            claims.append(Claim(picture, "count", position, length, len(numbers) + len(more) == segment.count))
+            surplus = sum(_matching_share(item, segment) == 1.0 for item in unassigned)
+            claims.append(Claim(image, "count", position, length, len(numbers) + surplus == segment.count))
+
     for relation in caption.relations:
-        subject, other = given[relation.subject], given[relation.other]
-        right = bool(subject and other) and lies(seen[subject[0]], relation.direction, seen[other[0]])
-        claims.append(Claim(picture, "relation", relation.subject, length, right))
+        subject, other = assigned[relation.subject], assigned[relation.other]
+        correct = bool(subject and other) and is_in_direction(
+            objects[subject[0]], relation.direction, objects[other[0]]
+        )
+        claims.append(Claim(image, "relation", relation.subject, length, correct))
     return claims
 
 
-def assign_objects(seen: Sequence[SeenObject], segments: Sequence[Segment]) -> list[list[int]]:
-    """Numbers of the seen objects that are each segment's."""
-    owners = [position for position, segment in enumerate(segments) for _ in range(segment.count)]
-    given: list[list[int]] = [[] for _ in segments]
-    if not seen or not owners:
-        return given
-    shares = np.array([[_share(item, segments[owner]) for item in seen] for owner in owners])
-    shares[shares < 0.5] = 0.0
+def assign_objects(objects: Sequence[DetectedObject], segments: Sequence[Segment]) -> list[list[int]]:
+    """Return the indices of the objects that are assigned to each segment."""
+    assigned: list[list[int]] = [[] for _ in segments]
+    owners: list[int] = []
+    for position, segment in enumerate(segments):
+        owners += [position] * segment.count
+    if not objects or not owners:
+        return assigned
+
+    shares = np.empty((len(owners), len(objects)))
+    for row, owner in enumerate(owners):
+        shares[row] = [_matching_share(item, segments[owner]) for item in objects]
+    shares[shares < MIN_SHARE] = 0.0
+
     for row, column in zip(*linear_sum_assignment(shares, maximize=True), strict=True):
         if shares[row, column] > 0:
-            given[owners[row]].append(int(column))
-    return given
+            assigned[owners[row]].append(int(column))
+    return assigned
 
 
-def _share(item: SeenObject, segment: Segment) -> float:
-    """How much of what is said of a segment holds for an object."""
-    said = segment.said
-    return sum(getattr(item, name) == value for name, value in said.items()) / len(said)
+def _matching_share(item: DetectedObject, segment: Segment) -> float:
+    """Return the share of a segment's stated attributes that an object has."""
+    stated = segment.stated
+    return sum(getattr(item, name) == value for name, value in stated.items()) / len(stated)
 
 
-def lies(subject: SeenObject, direction: Direction, other: SeenObject) -> bool:
-    """Whether one object lies in a direction of another."""
-    offset = {
+def is_in_direction(subject: DetectedObject, direction: Direction, other: DetectedObject) -> bool:
+    """True if `subject` is in a direction of `other`, by at least `MIN_OFFSET`."""
+    offsets = {
         "left of": other.x - subject.x,
         "right of": subject.x - other.x,
         "above": other.y - subject.y,
         "below": subject.y - other.y,
     }
-    return offset[direction] >= MIN_OFFSET
+    return offsets[direction] >= MIN_OFFSET
 
 
-def true_objects(scene: Scene) -> list[SeenObject]:
-    """The scene's objects as a perfect reader sees them."""
-    return [SeenObject(item.colour, item.shape, item.size, item.texture, item.x, item.y) for item in scene.objects]
+def chance_level(
+    detected: Sequence[Sequence[DetectedObject]], captions: Sequence[SceneCaption], shifts: int = 16
+) -> dict[str, float]:
+    """Return `SceneScores.summary` of images against other images' captions, that is, the chance level.
 
+    It depends on the images: a cluttered or noisy image matches more captions by chance.
 
-def chance_level(seen: Sequence[Sequence[SeenObject]], captions: Sequence[SceneCaption], shifts: int = 16) -> dict[str, float]:
-    """What `SceneScores.summary` gives where pictures know nothing of their captions: each caption is held against the pictures
-    of the next `shifts` ones. It belongs to the pictures, not to the prompts alone: one that is full of things, noise too, has
-    something for more captions than one with few."""
-    pairs = [(i, (i + shift) % len(seen)) for shift in range(1, min(shifts + 1, len(seen))) for i in range(len(seen))]
-    return score_seen([seen[other] for _, other in pairs], [captions[i] for i, _ in pairs]).summary()
+    Args:
+        detected: the objects of each image.
+        captions: their captions.
+        shifts: each caption is compared with the images of this many captions that follow it.
+    """
+    other_objects: list[Sequence[DetectedObject]] = []
+    repeated_captions: list[SceneCaption] = []
+    for shift in range(1, min(shifts + 1, len(detected))):
+        other_objects += [*detected[shift:], *detected[:shift]]
+        repeated_captions += captions
+    return score_objects(other_objects, repeated_captions).summary()
 
 
 def prompt_following(summary: dict[str, float]) -> float:
-    """The paper's T2I-avg, on scenes: the mean of colour, shape and texture, each the share of right claims; of those that the
-    captions say."""
+    """Return the mean share of correct claims over color, shape and texture: the paper's T2I-avg, on scenes.
+
+    Attributes that no caption states are left out.
+    """
     return float(np.mean([summary[name] for name in ("colour", "shape", "texture") if name in summary]))

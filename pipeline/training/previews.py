@@ -19,7 +19,7 @@ from model.common.files import atomic_path
 from pipeline.diffusion.solvers import draw
 from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
-from pipeline.following.scoring import chance_level, prompt_following, score_seen
+from pipeline.following.scoring import chance_level, prompt_following, score_objects
 from pipeline.inference.images import make_grid, to_images
 from pipeline.inference.sampler import decode_each, latent_shape, load_vae
 from pipeline.runtime.distributed import gather
@@ -83,7 +83,7 @@ class Previews:
             return None
         first = len(self.stage.sample.prompts) + SCENES_SHOWN
         seen = [read_scene(np.asarray(image)) for image in images[len(self.prompts) - len(self.scenes) :]]
-        scores, chance = score_seen(seen, self.scenes).summary(), chance_level(seen, self.scenes)
+        scores, chance = score_objects(seen, self.scenes).summary(), chance_level(seen, self.scenes)
         if chance:
             scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
         return PreviewImages(make_grid(images[:first], self.prompts[:first]), scores)

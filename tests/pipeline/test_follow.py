@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.scenes.drawing import draw_scene
+from data_prep.scenes.rendering import render_scene
 from model.scorers.blip_vqa import BlipVQA
 from model.scorers.files import find_scorer
 from pipeline import follow, sample
@@ -41,7 +41,7 @@ class Folder:
         for number, prompt in enumerate(self.prompts()):
             for image in range(images):
                 path = self.out / "pictures" / f"{number:05d}_{image:02d}.png"
-                Image.fromarray(draw_scene(prompt.scene, 64, 64)).save(path)
+                Image.fromarray(render_scene(prompt.scene, 64, 64)).save(path)
 
     def prompts(self):
         return make_prompts(json.loads((self.out / "prompts.json").read_text()))
@@ -150,11 +150,11 @@ def test_blip_judges_natural_prompts(folder, tmp_path, capsys):
 def test_wrong_input_is_one_line(folder, tmp_path, capsys):
     refused(capsys, "2 to 8", folder.type, follow, "write", folder.out, "--segments", 9)
     refused(capsys, "2 to 8", folder.type, follow, "write", folder.out, "--segments", 1)
-    refused(capsys, "begin with", folder.type, follow, "score", folder.out)
+    refused(capsys, "pipeline.follow write", folder.type, follow, "score", folder.out)
     folder.type(follow, "write", folder.out, "--count", 14)
-    refused(capsys, "0 pictures for 14", folder.type, follow, "score", folder.out)
+    refused(capsys, "0 images for 14", folder.type, follow, "score", folder.out)
     folder.draw_truth()
     (folder.out / "pictures" / "00003_00.png").unlink()
-    refused(capsys, "13 pictures for 14", folder.type, follow, "score", folder.out)
+    refused(capsys, "13 images for 14", folder.type, follow, "score", folder.out)
     refused(capsys, "seed differ", folder.type, follow, "write", folder.out, "--count", 14, "--seed", 1)
     refused(capsys, "no safetensors", folder.type, follow, "score", folder.out, "--vqa", tmp_path)

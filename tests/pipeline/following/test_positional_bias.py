@@ -7,14 +7,15 @@ from model.common.errors import UserError
 from pipeline.follow import make_prompts
 from pipeline.following.natural_prompts import ADJECTIVES, NOUNS, natural_prompts
 from pipeline.following.positional_bias import positional_bias, scene_segment_scores
-from pipeline.following.scoring import score_seen, true_objects
+from pipeline.following.scoring import score_objects
+from tests.helpers.scenes import true_objects
 
 SETTINGS = {"prompts": "scenes", "count": 14, "segments": None, "kind": "list", "aspect": 1.0, "seed": 3}
 
 
 @given(st.lists(st.integers(2, 8), min_size=1, max_size=30), st.floats(-1, 1), st.floats(0, 1))
 @settings(max_examples=50, deadline=None)
-def test_a_straight_fall_is_found_whatever_the_lengths(lengths, slope, start):
+def test_a_straight_line_is_recovered_from_prompts_of_any_length(lengths, slope, start):
     bias = positional_bias([start + slope * np.linspace(0, 1, length) for length in lengths])
     expected = start + slope * np.array(bias.positions)
     for point, value in zip(bias.curve, expected, strict=True):
@@ -26,7 +27,7 @@ def test_a_straight_fall_is_found_whatever_the_lengths(lengths, slope, start):
     assert bias.prompts == len(lengths)
 
 
-def test_the_band_holds_the_truth_about_as_often_as_it_says():
+def test_the_band_contains_the_true_gap_about_as_often_as_it_claims():
     random = np.random.default_rng(0)
     hits = []
     for _ in range(60):
@@ -35,33 +36,43 @@ def test_the_band_holds_the_truth_about_as_often_as_it_says():
     assert 0.85 <= np.mean(hits) <= 1.0
 
 
-def test_prompts_of_one_segment_say_nothing():
+def test_prompts_of_one_segment_are_refused():
     with pytest.raises(UserError, match="two or more"):
         positional_bias([[1.0], [0.0]])
 
 
 def test_forgetting_the_end_of_scene_prompts_shows():
     prompts = make_prompts({**SETTINGS, "count": 70})
-    seen = []
+    detected = []
     for prompt in prompts:
         half = (len(prompt.caption.segments) + 1) // 2
         groups = {prompt.scene.segments.index(segment) for segment in prompt.caption.segments[:half]}
         whole = true_objects(prompt.scene)
-        seen.append([item for item, drawn in zip(whole, prompt.scene.objects, strict=True) if drawn.group in groups])
+        detected.append(
+            [
+                item
+                for item, rendered in zip(whole, prompt.scene.objects, strict=True)
+                if rendered.group in groups
+            ]
+        )
     captions = [prompt.caption for prompt in prompts]
-    bias = positional_bias(scene_segment_scores(score_seen(seen, captions)))
+    bias = positional_bias(scene_segment_scores(score_objects(detected, captions)))
     assert bias.gap.mean == -1.0
     assert bias.slope.high < 0
-    whole = positional_bias(scene_segment_scores(score_seen([true_objects(prompt.scene) for prompt in prompts], captions)))
-    assert {point.mean for point in whole.curve} == {1.0}
-    assert whole.gap.low == whole.gap.high == 0
+
+    everything = [true_objects(prompt.scene) for prompt in prompts]
+    unbiased = positional_bias(scene_segment_scores(score_objects(everything, captions)))
+    assert {point.mean for point in unbiased.curve} == {1.0}
+    assert unbiased.gap.low == unbiased.gap.high == 0
 
 
-def test_scores_of_several_pictures_are_averaged():
+def test_scores_of_several_images_are_averaged():
     prompts = make_prompts(SETTINGS)
-    seen = [objects for prompt in prompts for objects in (true_objects(prompt.scene), [])]
+    detected = [objects for prompt in prompts for objects in (true_objects(prompt.scene), [])]
     captions = [prompt.caption for prompt in prompts for _ in range(2)]
-    for prompt, scores in zip(prompts, scene_segment_scores(score_seen(seen, captions), images=2), strict=True):
+    for prompt, scores in zip(
+        prompts, scene_segment_scores(score_objects(detected, captions), images=2), strict=True
+    ):
         assert scores == [0.5] * len(prompt.caption.segments)
 
 

@@ -1,0 +1,173 @@
+"""Render a scene at any resolution: shapes and textures are functions of the plane, averaged over pixels."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+from data_prep.scenes.grammar import EXTENTS, Color, Ground, Scene, SceneObject, Shape, Texture, Tone
+
+PALETTE: dict[Color, tuple[int, int, int]] = {
+    "red": (220, 30, 40),
+    "orange": (250, 130, 20),
+    "yellow": (250, 220, 30),
+    "green": (20, 170, 60),
+    "cyan": (30, 205, 215),
+    "blue": (40, 80, 235),
+    "purple": (140, 40, 200),
+    "pink": (255, 90, 180),
+}
+"""RGB of each color. The hues stay apart when chroma is stored at half resolution, as JPEG does."""
+DARK = 0.48
+"""Brightness of a texture's marks relative to the object's color. The hue of an object is uniform."""
+GRAY_LEVELS: dict[Tone, int] = {"white": 245, "dark grey": 50, "black": 15}
+"""Level of each ground. Colors have a luma in between, so shapes stay sharp where chroma is blurred."""
+PATTERN_CONTRAST = 12
+"""Gray levels by which a ground's pattern varies in both directions."""
+LOW_RESOLUTION = 200
+"""Pixels per unit below which a pixel is sampled 8 x 8 times instead of 4 x 4."""
+MARGIN = 1.1
+"""Size of the window that is rendered for an object, relative to its extent: stars reach beyond theirs."""
+
+_STAR = [
+    (math.sin(k * math.pi / 5) * radius, 0.08 - math.cos(k * math.pi / 5) * radius)
+    for k, radius in enumerate([1.08, 0.46] * 5)
+]
+"""Corners of a five-pointed star."""
+
+
+def inside_shape(shape: Shape, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of the points inside a shape.
+
+    Args:
+        shape: the shape.
+        u: coordinates to the right, -1 to 1 over the shape's square; broadcast with `v`.
+        v: coordinates downwards, likewise.
+    """
+    match shape:
+        case "circle":
+            return u**2 + v**2 <= 1
+        case "square":
+            return np.maximum(abs(u), abs(v)) <= 0.92
+        case "triangle":
+            return (v <= 0.85) & (abs(u) <= (v + 1) / 1.85)
+        case "diamond":
+            return abs(u) / 0.85 + abs(v) <= 1
+        case "cross":
+            return (np.minimum(abs(u), abs(v)) <= 0.37) & (np.maximum(abs(u), abs(v)) <= 1)
+        case "heart":
+            x, y = 1.14 * u, 0.115 - 1.115 * v
+            return (x**2 + y**2 - 1) ** 3 <= x**2 * y**3
+        case "star":
+            return _inside_polygon(_STAR, u, v)
+
+
+def _inside_polygon(corners: list[tuple[float, float]], u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of the points inside a polygon, by the even-odd rule."""
+    inside = np.zeros(np.broadcast(u, v).shape, bool)
+    for (u0, v0), (u1, v1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if v0 != v1:
+            inside ^= ((v0 > v) != (v1 > v)) & (u < (u1 - u0) * (v - v0) / (v1 - v0) + u0)
+    return inside
+
+
+def on_texture_mark(texture: Texture, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of the points on a texture's dark marks; coordinates as in `inside_shape`."""
+    match texture:
+        case "plain":
+            return np.zeros(np.broadcast(u, v).shape, bool)
+        case "striped":  # five horizontal bands, the second and the fourth dark
+            return np.broadcast_to(np.floor((v + 1) / 0.4) % 2 == 1, np.broadcast(u, v).shape)
+        case "dotted":  # three by three
+            return ((u + 1) % (2 / 3) - 1 / 3) ** 2 + ((v + 1) % (2 / 3) - 1 / 3) ** 2 <= 0.23**2
+        case "checkered":  # four by four
+            return (np.floor((u + 1) / 0.5) + np.floor((v + 1) / 0.5)) % 2 == 1
+
+
+def coverage(
+    shape: Shape, texture: Texture, u: np.ndarray, v: np.ndarray, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of each pixel that a shape's bright and dark parts cover.
+
+    Args:
+        shape: the shape.
+        texture: its texture, which decides what is dark.
+        u: evenly spaced centers of the columns, in the shape's frame.
+        v: evenly spaced centers of the rows.
+        samples: each pixel is sampled `samples` x `samples` times.
+
+    Returns:
+        Bright and dark shares, fp64 [len(v), len(u)] each.
+    """
+    steps = (np.arange(samples) + 0.5) / samples - 0.5
+    fine_u = (u[:, None] + (u[1] - u[0]) * steps).reshape(1, -1)
+    fine_v = (v[:, None] + (v[1] - v[0]) * steps).reshape(-1, 1)
+
+    inside = inside_shape(shape, fine_u, fine_v)
+    dark = inside & on_texture_mark(texture, fine_u, fine_v)
+
+    blocks = (len(v), samples, len(u), samples)
+    shape_share, dark_share = (mask.reshape(blocks).mean((1, 3)) for mask in (inside, dark))
+    return shape_share - dark_share, dark_share
+
+
+def render_scene(scene: Scene, height: int, width: int) -> np.ndarray:
+    """Render a scene; its plane is stretched if its aspect is not width / height.
+
+    Returns:
+        The image, uint8 [height, width, 3].
+    """
+    image = np.repeat(_render_ground(scene.ground, scene.seed, height, width)[:, :, None], 3, axis=2)
+    for item in scene.objects:
+        _render_object(image, scene, item)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _render_object(image: np.ndarray, scene: Scene, item: SceneObject) -> None:
+    """Blend one object into `image`, fp64 [H, W, 3]."""
+    height, width, _ = image.shape
+    half = EXTENTS[item.size] / 2
+    pixels_per_unit = width / scene.sides[0], height / scene.sides[1]
+
+    columns, u = _pixel_window(item.x, half, pixels_per_unit[0], width)
+    rows, v = _pixel_window(item.y, half, pixels_per_unit[1], height)
+    samples = 8 if pixels_per_unit[0] < LOW_RESOLUTION else 4
+    bright, dark = coverage(item.shape, item.texture, u, v, samples)
+
+    color = np.array(PALETTE[item.colour], float)
+    window = image[rows, columns]
+    window *= (1 - bright - dark)[:, :, None]
+    window += (bright + DARK * dark)[:, :, None] * color
+
+
+def _pixel_window(center: float, half: float, pixels_per_unit: float, side: int) -> tuple[slice, np.ndarray]:
+    """Return the pixels that an object can touch along one axis, and their centers in the object's frame."""
+    first = max(0, math.floor((center - half * MARGIN) * pixels_per_unit))
+    last = min(side, math.ceil((center + half * MARGIN) * pixels_per_unit))
+    return slice(first, last), ((np.arange(first, last) + 0.5) / pixels_per_unit - center) / half
+
+
+def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.ndarray:
+    """Return gray levels, fp64 [height, width]. A pattern has the same periods at any resolution."""
+    unit = math.sqrt(height * width)
+    y, x = np.mgrid[:height, :width] / unit
+
+    match ground.pattern:
+        case "plain":
+            wave = np.zeros((height, width))
+        case "lined":
+            wave = np.sin(2 * math.pi * 12 * (x + y))
+        case "checked":
+            wave = np.where((np.floor(16 * x) + np.floor(16 * y)) % 2 == 1, 1.0, -1.0)
+        case "speckled":
+            grains = np.random.default_rng(seed).uniform(-1, 1, (64, 64))
+            wave = grains[(y * 32).astype(int) % 64, (x * 32).astype(int) % 64]
+    return GRAY_LEVELS[ground.tone] + PATTERN_CONTRAST * wave
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode an image uint8 [H, W, 3] as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
