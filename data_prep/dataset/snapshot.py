@@ -1,4 +1,4 @@
-"""Snapshots of a dataset: taking one, verifying what the commits name, removing what none names."""
+"""Snapshots of a dataset: take one, verify all objects that commits name, remove objects that none names."""
 
 import hashlib
 import io
@@ -10,15 +10,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import xxhash
 
 from data_prep.dataset.mds import Shard
-from data_prep.dataset.parts import THREADS, array_list, committed, committed_parts, hash_ids, read_commit, read_plan
+from data_prep.dataset.parts import (
+    THREADS,
+    array_list,
+    committed,
+    committed_parts,
+    hash_ids,
+    read_commit,
+    read_plan,
+)
 from data_prep.dataset.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, canonical_json
-from data_prep.dataset.snapshot_reader import HISTORY, last_taken, read_families, read_family, read_index, read_snapshot
+from data_prep.dataset.snapshot_reader import (
+    HISTORY,
+    last_taken,
+    read_families,
+    read_family,
+    read_index,
+    read_snapshot,
+)
 from data_prep.store.store import Store, StoredFile, StoreError
 from model.common.errors import UserError
 from model.common.share import Share
@@ -35,44 +51,49 @@ Commits = dict[str, dict[Part, Commit]]
 def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial: bool = False) -> Snapshot:
     """Freeze the parts that exist in the pairs and in every family, for training runs to read.
 
-    The same content gives the same id (see `Snapshot`), and taking it again changes nothing but that it is `latest` now. The
-    indexes are written first, then the record, then its entry in the history, each whole or not at all: killed anywhere, it
-    leaves no snapshot or a complete one. Only one thing is ever replaced: the record of a snapshot whose parts were
-    committed anew with the same bytes under other keys (after a repair); its old indexes stay, for runs that read them.
+    The same content gives the same id (see `Snapshot`), and taking it again only makes it `latest`. The
+    indexes are written first, then the record, then its entry in the history, each atomically: a kill at any
+    point leaves no snapshot or a complete one. Only one thing is ever replaced: the record of a snapshot
+    whose parts were committed again with the same bytes under other keys (after a repair). Its old indexes
+    stay, for runs that read them.
 
     Args:
         dataset: the dataset's store.
         families: names of the families; None = all that are registered.
         partial: leave incomplete parts out instead of refusing.
 
+    Returns:
+        The snapshot, which is `latest` now.
+
     Raises:
-        UserError: no plan, no such family, parts are missing (with the tasks to repeat), families do not fit together, or
-            nothing is left.
+        UserError: if there is no plan or no such family, if parts are missing (the message has the tasks to
+            repeat), if families do not fit together, or if no rows are left.
     """
     plan = read_plan(dataset)
     chosen = {name: read_family(dataset, name) for name in families} if families else read_families(dataset)
     if not chosen:
         raise UserError(f"{dataset.uri}: no families: run `python -m data_prep latents` and `text` first")
+
     commits = {kind: committed(dataset, kind) for kind in [PAIRS, *sorted(chosen)]}
     _check_alignment(dataset, plan, commits, chosen)
-    missing = {kind: [part for part in plan.parts if part not in there] for kind, there in commits.items()}
+
+    missing: dict[str, list[Part]] = {}
+    for kind, parts in commits.items():
+        missing[kind] = [part for part in plan.parts if part not in parts]
     if any(missing.values()) and not partial:
         raise UserError(_how_to_complete(dataset, plan, missing))
-    parts = [part for part in plan.parts if all(part in there for there in commits.values())]
-    whole = [part for part in parts if commits[PAIRS][part].rows]
-    if not whole:
+
+    complete = [part for part in plan.parts if all(part in parts for parts in commits.values())]
+    with_rows = [part for part in complete if commits[PAIRS][part].rows]
+    if not with_rows:
         raise UserError(f"{dataset.uri}: no part has rows in {', '.join(commits)}: nothing to train on")
-    indexes, buckets = {}, {}
-    for bucket in sorted({part.bucket for part in whole}):
-        rows = [_index_row(part, commits, chosen) for part in whole if part.bucket == bucket]
-        data = _parquet(rows)
-        buckets[bucket] = {
-            "parts": len(rows),
-            "rows": sum(commits[PAIRS][part].rows for part in whole if part.bucket == bucket),
-            "content": _content_hash(rows),
-            "index_xxh64": xxhash.xxh64_hexdigest(data),
-        }
-        indexes[bucket] = data
+
+    buckets: dict[str, dict[str, Any]] = {}
+    indexes: dict[str, bytes] = {}
+    for bucket in sorted({part.bucket for part in with_rows}):
+        parts = [part for part in with_rows if part.bucket == bucket]
+        buckets[bucket], indexes[bucket] = _index_bucket(parts, commits, chosen)
+
     left_out = _left_out(plan, commits)
     snapshot = Snapshot(plan.dataset, plan.caption_kinds, chosen, buckets, left_out)
     _publish(dataset, snapshot, indexes)
@@ -80,34 +101,51 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
 
 
 def _check_alignment(dataset: Store, plan: Manifest, commits: Commits, families: dict[str, Family]) -> None:
+    """Raise `UserError` if a part is not in the plan, or a family's part does not belong to the pairs."""
     planned = set(plan.parts)
-    for kind, there in commits.items():
-        for part, commit in there.items():
+    for kind, parts in commits.items():
+        for part, commit in parts.items():
             key = f"{dataset.uri}/{part.commit_key(kind)}"
             if part not in planned:
                 raise UserError(f"{key}: the plan has no such part: use another dataset name for a new plan")
             if kind == PAIRS:
                 continue
+
             pairs = commits[PAIRS].get(part)
             if pairs is None or (pairs.rows, pairs.ids_xxh64) != (commit.rows, commit.ids_xxh64):
                 raise UserError(f"{key}: holds other samples than the pairs of this part: {REPAIR}")
+            # A part without rows has no file, any other exactly one.
             if commit.family_hash != families[kind].hash or len(commit.files) != (commit.rows > 0):
                 raise UserError(f"{key}: was not made by family `{kind}` as registered: {REPAIR}")
 
 
 def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Part]]) -> str:
-    """Which tasks to run again, as ready `--array=` lists: tasks share the plan's parts by `Share`."""
+    """Name the tasks to run again, as ready `--array=` lists: tasks share the plan's parts by `Share`."""
     tasks = min(len(plan.parts), MAX_TASKS)
-    order = {part: number for number, part in enumerate(plan.parts)}
-    lines = []
+    position = {part: number for number, part in enumerate(plan.parts)}
+    hints = []
     for kind, parts in missing.items():
         if parts:
-            script = "shard.sh" if kind == PAIRS else "encode.sh"
-            array = array_list({Share.owner(order[part], len(order), tasks) for part in parts})
-            lines.append(
-                f"{kind}: {len(parts)} of {len(plan.parts)}: `LI_DIT_TASKS={tasks} sbatch --array={array} cluster/{script}`"
-            )
-    return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(lines)
+            script = "pairs.sh" if kind == PAIRS else "encode.sh"
+            array = array_list({Share.owner(position[part], len(position), tasks) for part in parts})
+            command = f"LI_DIT_TASKS={tasks} sbatch --array={array} cluster/{script}"
+            hints.append(f"{kind}: {len(parts)} of {len(plan.parts)}: `{command}`")
+    return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(hints)
+
+
+def _index_bucket(
+    parts: list[Part], commits: Commits, families: Iterable[str]
+) -> tuple[dict[str, Any], bytes]:
+    """Return the snapshot's record of one bucket, and its index as parquet."""
+    rows = [_index_row(part, commits, families) for part in parts]
+    data = _parquet(rows)
+    record = {
+        "parts": len(rows),
+        "rows": sum(commits[PAIRS][part].rows for part in parts),
+        "content": _content_hash(rows),
+        "index_xxh64": xxhash.xxh64_hexdigest(data),
+    }
+    return record, data
 
 
 def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[str, str | int]:
@@ -120,10 +158,12 @@ def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[st
 
 
 def _content_hash(rows: list[dict[str, str | int]]) -> str:
-    """SHA-256 over the index without the keys: the attempt's random name in a key says nothing about what was read."""
+    """Return the SHA-256 of the index without keys: the attempt's random name says nothing about the
+    content."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(canonical_json({name: value for name, value in row.items() if not name.endswith(".key")}) + b"\n")
+        content = {name: value for name, value in row.items() if not name.endswith(".key")}
+        digest.update(canonical_json(content) + b"\n")
     return digest.hexdigest()
 
 
@@ -134,20 +174,27 @@ def _parquet(rows: list[dict[str, str | int]]) -> bytes:
 
 
 def _left_out(plan: Manifest, commits: Commits) -> dict[str, int]:
+    """Count the plan's rows that the snapshot lacks, by the first kind in which their part is missing."""
     left_out: Counter[str] = Counter()
     for part in plan.parts:
-        absent = [kind for kind, there in commits.items() if part not in there]
+        absent = [kind for kind, parts in commits.items() if part not in parts]
         if absent:
             pairs = commits[PAIRS].get(part)
-            left_out[f"no {absent[0]} yet"] += pairs.rows if pairs else plan.buckets[part.bucket][part.number]
+            planned = plan.buckets[part.bucket][part.number]
+            left_out[f"no {absent[0]} yet"] += pairs.rows if pairs else planned
     return dict(left_out)
 
 
 def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> None:
+    """Write indexes, record and history entry, in this order."""
     for bucket, data in indexes.items():
         dataset.put_new(snapshot.index_key(bucket), data)
-    if not dataset.put_new(snapshot.key, snapshot.to_json()) and dataset.read(snapshot.key) != snapshot.to_json():
-        dataset.put(snapshot.key, snapshot.to_json())
+
+    record = snapshot.to_json()
+    if not dataset.put_new(snapshot.key, record) and dataset.read(snapshot.key) != record:
+        dataset.put(snapshot.key, record)
+
+    # Another task may take the same number in the history at the same moment: then try the next one.
     while True:
         last = last_taken(dataset)
         if last is not None and last[1] == snapshot.id:
@@ -160,26 +207,30 @@ def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> N
 
 @dataclass
 class Verification:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     parts: Counter[str] = field(default_factory=Counter)
-    """Kind -> parts that are right."""
+    """Kind -> number of parts that are correct."""
     bytes: Counter[str] = field(default_factory=Counter)
-    """Kind -> bytes of their payloads."""
+    """Kind -> bytes of the payloads of these parts."""
     snapshots: int = 0
     problems: list[str] = field(default_factory=list)
-    """Each names the object and what to do."""
+    """Messages that name the object and the remedy."""
 
 
 def verify(dataset: Store, deep: bool = False) -> Verification:
-    """Check all commits and snapshots against what lies in the store, and the families against the pairs.
+    """Check all commits and snapshots against the objects in the store, and the families against the pairs.
 
     Args:
         dataset: the dataset's store.
-        deep: read every payload and compare hash, rows and sample ids, too; otherwise only presence and size.
+        deep: also read every payload and compare hash, rows and sample ids; otherwise only presence and size.
+
+    Returns:
+        Counts of correct parts, and all problems.
     """
-    found = Verification()
+    verification = Verification()
     families = read_families(dataset)
+
     for kind in [PAIRS, *sorted(families)]:
 
         def check(part: Part, kind: str = kind) -> Commit | str:
@@ -193,19 +244,22 @@ def verify(dataset: Store, deep: bool = False) -> Verification:
         with ThreadPoolExecutor(8) as pool:
             for result in pool.map(check, sorted(committed_parts(dataset, kind))):
                 if isinstance(result, str):
-                    found.problems.append(result)
+                    verification.problems.append(result)
                 else:
-                    found.parts[kind] += 1
-                    found.bytes[kind] += sum(file.bytes for file in result.files)
+                    verification.parts[kind] += 1
+                    verification.bytes[kind] += sum(file.bytes for file in result.files)
+
     for id in _snapshot_ids(dataset):
-        found.snapshots += 1
-        found.problems += _snapshot_problems(dataset, id)
-    return found
+        verification.snapshots += 1
+        verification.problems += _snapshot_problems(dataset, id)
+    return verification
 
 
 def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: bool) -> None:
-    """Raises:
-    UserError: the part is not what its commit says.
+    """Check one part against its commit.
+
+    Raises:
+        UserError: if they differ.
     """
     if family:
         pairs = read_commit(dataset, PAIRS, commit.part)
@@ -213,11 +267,20 @@ def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: boo
             raise UserError("other samples than the pairs of this part")
         if family.hash != commit.family_hash:
             raise UserError(f"not made by family `{family.name}` as registered")
+
     for file in commit.files:
         if dataset.size(file.key) != file.bytes:
             raise UserError(f"{file.key} does not have {file.bytes:,} bytes")
-    if not deep:
-        return
+    if deep:
+        _check_payload(dataset, commit, family)
+
+
+def _check_payload(dataset: Store, commit: Commit, family: Family | None) -> None:
+    """Download a part, which checks its hashes, and compare its sample ids with the commit.
+
+    Raises:
+        UserError: if they differ.
+    """
     ids: list[int] = []
     with TemporaryDirectory(prefix="li-dit-") as folder:
         for file in commit.files:
@@ -227,12 +290,15 @@ def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: boo
                 ids = [row["id"] for row in Shard(path, family.columns)]
             elif path.name == TABLE:
                 ids = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+
     if len(ids) != commit.rows or hash_ids(ids) != commit.ids_xxh64:
         raise UserError("the payload holds other samples than the commit says")
 
 
 def _snapshot_ids(dataset: Store) -> list[str]:
-    return [name for name in dataset.folders("snapshots/") if dataset.exists(f"snapshots/{name}/snapshot.json")]
+    return [
+        name for name in dataset.folders("snapshots/") if dataset.exists(f"snapshots/{name}/snapshot.json")
+    ]
 
 
 def _snapshot_problems(dataset: Store, id: str) -> list[str]:
@@ -241,19 +307,32 @@ def _snapshot_problems(dataset: Store, id: str) -> list[str]:
         indexes = [read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets]
     except UserError as error:
         return [str(error)]
-    files = [file for index in indexes for file in _index_files(index, snapshot.families)]
+
+    files = []
+    for index in indexes:
+        files += _index_files(index, snapshot.families)
+
+    def is_intact(file: StoredFile) -> bool:
+        return dataset.exists(file.key) and dataset.size(file.key) == file.bytes
+
+    problems = []
     with ThreadPoolExecutor(THREADS) as pool:
-        there = pool.map(lambda file: dataset.exists(file.key) and dataset.size(file.key) == file.bytes, files)
-        return [
-            f"{dataset.uri}/{file.key}: missing or of another size, but snapshot {id} needs it: take another snapshot"
-            for file, right in zip(files, there, strict=True)
-            if not right
-        ]
+        for file, intact in zip(files, pool.map(is_intact, files), strict=True):
+            if not intact:
+                problems.append(
+                    f"{dataset.uri}/{file.key}: missing or of another size, but snapshot {id} needs it: "
+                    "take another snapshot"
+                )
+    return problems
 
 
 def _index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFile]:
-    rows = index.to_pylist()
-    return [StoredFile(*(row[f"{name}.{of}"] for of in ("key", "bytes", "xxh64"))) for row in rows for name in families]
+    """Return the payload files that a bucket's index names."""
+    files = []
+    for row in index.to_pylist():
+        for name in families:
+            files.append(StoredFile(row[f"{name}.key"], row[f"{name}.bytes"], row[f"{name}.xxh64"]))
+    return files
 
 
 PAYLOAD = re.compile(r"((?:pairs|families/[^/]+)/[^/]+/\d{5,}/[0-9a-f]{16})/[^/]+")
@@ -262,18 +341,26 @@ INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
 
 
 def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool = False) -> list[str]:
-    """Find what killed or beaten writers left, and remove it if asked.
+    """Find objects that killed or losing writers left behind, and remove them if asked.
 
-    Garbage is: payloads, constants and indexes that no commit, family or snapshot names, and temporary files; only if the whole
-    attempt is older than the limit. Candidates are listed before the commits are read, so what is committed meanwhile
-    is safe; the limit protects writers that have not committed yet, so it must exceed the time a task takes from its first
-    upload to its commit (seconds, or the retry time when the store fails).
+    Garbage is: payloads, constants and indexes that no commit, family or snapshot names, and temporary files;
+    and only if the whole attempt is older than the limit. Candidates are listed before the commits are read,
+    so whatever is committed meanwhile is safe. The limit protects writers that have not committed yet, so it
+    must exceed the time that a task takes from its first upload to its commit (seconds, or the retry time if
+    the store fails).
+
+    Args:
+        dataset: the dataset's store.
+        older_than_hours: age below which nothing is garbage.
+        delete: remove the garbage.
 
     Returns:
         The keys that are garbage, now removed if `delete`.
 
     Raises:
-        StoreError: a commit or an index cannot be read; then nothing is removed, for it may name any of the candidates.
+        StoreError: if a commit or an index cannot be read. Nothing is removed then, because that object may
+        name any
+            of the candidates.
     """
     before = time.time() - 3600 * older_than_hours
     groups: dict[str, list[str]] = defaultdict(list)
@@ -283,8 +370,14 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
         if group:
             groups[group].append(key)
             newest[group] = max(newest[group], modified)
+
     live = _live_groups(dataset)
-    garbage = sorted(key for group, keys in groups.items() if group not in live and newest[group] < before for key in keys)
+    garbage: list[str] = []
+    for group, keys in groups.items():
+        if group not in live and newest[group] < before:
+            garbage += keys
+    garbage.sort()
+
     if delete:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(dataset.delete, garbage))
@@ -292,7 +385,8 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
 
 
 def _garbage_group(key: str) -> str | None:
-    """What lives and dies with an object: its attempt's folder, or the object itself; None = never garbage."""
+    """Return the unit that an object is removed with: its attempt's folder, or itself; None = never
+    garbage."""
     if key.rpartition("/")[2].startswith("."):
         return key
     if attempt := PAYLOAD.fullmatch(key):
@@ -301,10 +395,16 @@ def _garbage_group(key: str) -> str | None:
 
 
 def _live_groups(dataset: Store) -> set[str]:
-    """Groups that a commit, a family or a snapshot names. Indexes of older records of a snapshot count, see `take_snapshot`."""
+    """Return the groups that a commit, a family or a snapshot names.
+
+    Indexes of older records of a snapshot count as named, because runs may still read them (see
+    `take_snapshot`).
+    """
     files: list[StoredFile] = []
     for kind in dataset.folders("commits/"):
-        files += [file for commit in committed(dataset, kind).values() for file in commit.files]
+        for commit in committed(dataset, kind).values():
+            files += commit.files
+
     live = {family.constants_key for family in read_families(dataset).values()}
     snapshots = {f"snapshots/{id}" for id in _snapshot_ids(dataset)}
     for key in dataset.list("snapshots/"):
@@ -312,10 +412,15 @@ def _live_groups(dataset: Store) -> set[str]:
         if not index or index[1] not in snapshots:
             continue
         live.add(key)
+
         data = dataset.read(key)
         if xxhash.xxh64_hexdigest(data) != index[2]:
-            raise StoreError(f"{dataset.uri}/{key}: damaged, so what it names is unknown: delete it and take the snapshot again")
+            raise StoreError(
+                f"{dataset.uri}/{key}: damaged, so the objects that it names are unknown: "
+                "delete it and take the snapshot again"
+            )
         table = pyarrow.parquet.read_table(io.BytesIO(data))
         names = [column.removesuffix(".key") for column in table.column_names if column.endswith(".key")]
         files += _index_files(table, names)
+
     return live | {file.key.rpartition("/")[0] for file in files}
