@@ -1,4 +1,4 @@
-"""The accounts of a dataset: by source file, rows read = committed + dropped, or the command fails."""
+"""Row counts of a dataset by source file: rows read = rows committed + rows dropped, or the command fails."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from model.common.errors import UserError
 
 @dataclass(frozen=True)
 class FileAccount:
-    """What became of the rows of one source file."""
+    """Row counts of one source file, by what happened to the rows."""
 
     label: str
     read: int
@@ -27,36 +27,46 @@ class FileAccount:
 
 
 def written_count(number: int) -> str:
-    """Name of the count of a part's rows from source file `number`, in the part's commit."""
+    """Name, in a part's commit, of the count of its rows from source file `number`."""
     return f"file {number} written"
 
 
 def dropped_count(number: int) -> str:
-    """Name of the count of rows of source file `number` that were dropped while the part was made."""
+    """Name, in a part's commit, of the count of rows of source file `number` that were dropped while making
+    it."""
     return f"file {number} dropped"
 
 
 def account(dataset: Store) -> list[FileAccount]:
-    """The accounts of all source files.
+    """Return the accounts of all source files.
 
     Raises:
-        UserError: they do not add up: a file has more rows in parts than were planned, or, with all parts there, fewer.
+        UserError: if they do not add up: a file has more rows in parts than were planned, or, with all parts
+            committed, fewer.
     """
     commits = committed(dataset, PAIRS)
     totals: Counter[str] = Counter()
     for commit in commits.values():
         totals.update({name: int(count) for name, count in commit.counts.items()})
     complete = set(commits) >= set(read_plan(dataset).parts)
+
     accounts = []
     for file in read_plan_record(dataset)["files"]:
-        number, dropped = file["number"], sum(file["dropped"].values())
-        written, lost = totals[written_count(number)], totals[dropped_count(number)]
-        one = FileAccount(file["label"], file["rows"], dropped, file["kept"], written, lost)
-        if one.read != dropped + one.planned or one.pending < 0 or (complete and one.pending):
+        account = FileAccount(
+            label=file["label"],
+            read=file["rows"],
+            dropped_by_plan=sum(file["dropped"].values()),
+            planned=file["kept"],
+            written=totals[written_count(file["number"])],
+            dropped_in_parts=totals[dropped_count(file["number"])],
+        )
+        lost = account.read != account.dropped_by_plan + account.planned
+        if lost or account.pending < 0 or (complete and account.pending):
             raise UserError(
-                f"{dataset.uri}: the counts of source file {one.label} do not add up: {one.read} rows read, {dropped} dropped by "
-                f"the plan, {one.planned} planned, {written} written, {lost} dropped in parts: run `verify --deep`, then prepare "
-                "the dataset anew under another name"
+                f"{dataset.uri}: the counts of source file {account.label} do not add up: "
+                f"{account.read} rows read, {account.dropped_by_plan} dropped by the plan, "
+                f"{account.planned} planned, {account.written} written, {account.dropped_in_parts} dropped in parts: "
+                "run `verify --deep`, then prepare the dataset again under another name"
             )
-        accounts.append(one)
+        accounts.append(account)
     return accounts

@@ -1,4 +1,4 @@
-"""Captions of a sample: gathering them from a record's fields, and refusing what is no text."""
+"""Captions of a sample: gather them from a record's fields, and refuse values that are not text."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,37 +20,46 @@ class Caption(NamedTuple):
 
 
 def gather_captions(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[list[Caption], list[str]]:
-    """Captions that the record's fields hold, in the order of the kinds, and the reason for each one refused.
+    """Return the captions in a record's fields, in the order of the kinds, and a reason for each one refused.
 
-    A field holds a string or a list of strings; a text over several lines is one caption. Equal captions of one kind count
-    once. A record without a caption gives the one reason `caption: missing`.
+    A field holds a string or a list of strings; a text over several lines is one caption. Equal captions of
+    one kind count once. A record without a caption gives the single reason `caption: missing`.
+
+    Args:
+        record: a source row's fields.
+        fields: caption kind -> name of its field.
     """
     captions: list[Caption] = []
     refused: list[str] = []
     for kind, field in fields.items():
         value = record.get(field)
-        for text in value if isinstance(value, list) else [value]:
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
             if text is None:
                 continue
-            outcome = clean_caption(text)
-            if outcome.reason:
-                refused.append(outcome.reason)
-            elif Caption(kind, outcome.text) not in captions:
-                captions.append(Caption(kind, outcome.text))
+            cleaned = clean_caption(text)
+            if cleaned.reason:
+                refused.append(cleaned.reason)
+            elif Caption(kind, cleaned.text) not in captions:
+                captions.append(Caption(kind, cleaned.text))
+
     if not captions and not refused:
         refused.append(MISSING)
     return captions, refused
 
 
 class Cleaned(NamedTuple):
-    """A caption with its white space in order, or the reason why it is none."""
+    """A caption with normalized white space, or the reason why it is refused."""
 
     text: str
     reason: str
 
 
 def clean_caption(text: Any) -> Cleaned:
-    """One line, runs of white space made one space. Any script is fine; invalid UTF-8 and control characters are not."""
+    """Put a caption on one line, with single spaces.
+
+    Any script is accepted; invalid UTF-8 and control characters are refused.
+    """
     if not isinstance(text, str):
         return Cleaned("", NOT_TEXT)
     try:
@@ -59,9 +68,10 @@ def clean_caption(text: Any) -> Cleaned:
         return Cleaned("", NOT_UTF8)
     if size > MAX_BYTES:
         return Cleaned("", HUGE)
+
     text = " ".join(text.split())
     if not text:
         return Cleaned("", EMPTY)
-    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in text):
+    if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text):
         return Cleaned("", CONTROL)
     return Cleaned(text, "")
