@@ -1,15 +1,16 @@
-"""Pairs: the planned samples as images of their bucket's size with captions, part by part.
+"""Make pairs: the planned samples as images of their bucket's size with captions, part by part.
 
-A part is `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` a sample), `pairs.parquet` (a row a sample) and, where images
-turned out to be bad at full decode, `dropped.parquet`.
+A part has `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` per sample) and `pairs.parquet` (one row per sample). If images turned
+out to be bad at full decode, it also has `dropped.parquet`.
 
-Finished images wait for the rest of their part in a temporary file, so memory holds only what is in flight: in every worker a
-chunk of 16 encoded originals (at most 32 MB, unless one alone is larger) and one decoded image, and here a few chunks and the
-planned rows of the open parts (one, or one a bucket where the source is read along).
+Finished images wait for the rest of their part in a temporary file, so memory holds only what is in progress: in every worker a
+chunk of 16 encoded originals (at most 32 MB, unless a single one is larger) and one decoded image, and in this process a few chunks
+and the planned rows of the open parts (one part, or one per bucket if a source has no random access).
 """
 
 import io
 import json
+import posixpath
 import shutil
 import tarfile
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,11 +27,12 @@ import pyarrow.parquet as pq
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import commit_part, committed_parts, read_plan
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
-from data_prep.pairs.make_images import Made, Recipe, chunks_of, make_images, tasks_in_order
+from data_prep.pairs.make_images import EncodedImage, EncodingContext, ImageTask, chunk_tasks, encode_images, order_tasks
 from data_prep.plan.accounts import account, dropped_count, written_count
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order, source_files
 from data_prep.plan.scan import CAPTIONS, CRASHED
+from data_prep.sources.sample import printable
 from data_prep.sources.source import OpenSources, reads_along
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
@@ -39,8 +41,10 @@ from model.common.progress import Progress
 from model.common.share import Share
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
-COMMITS_BEHIND = 2
+MAX_WAITING_COMMITS = 2
 """Finished parts that may wait for their upload while the next ones are made."""
+IMAGES = "images"
+"""Temporary file of an open part: its images, one after another."""
 
 COLUMNS = pa.schema(
     [
@@ -75,187 +79,229 @@ class Pair:
 
 
 def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list[Pair]:
-    """The pairs of one committed part, in order, verified against the commit's hashes; `caption_kinds` is the plan's.
+    """Return the pairs of one committed part, in order, verified against the commit's hashes.
+
+    Args:
+        dataset: the dataset's store.
+        commit: the part's commit.
+        caption_kinds: the plan's names of caption kinds.
 
     Raises:
-        StoreError: a payload file is missing or damaged.
+        StoreError: if a payload file is missing or damaged.
     """
     if not commit.rows:
         return []
+
     with tempfile.TemporaryDirectory(prefix="li-dit-") as folder:
-        paths = {}
         for file in commit.files:
-            name = file.key.rpartition("/")[2]
-            paths[name] = Path(folder) / name
+            name = posixpath.basename(file.key)
             if name in (TAR, TABLE):
-                dataset.fetch(file, paths[name])
-        table = pq.read_table(paths[TABLE]).to_pylist()
-        with tarfile.open(paths[TAR], "r:") as tar:
-            images = {member.name: _read_member(tar, member) for member in tar if not member.name.endswith(".json")}
-    if len(table) != commit.rows or set(images) != {row["member"] for row in table}:
-        raise StoreError(f"{dataset.uri}: pairs {commit.part}: table, tar and commit name different samples: delete its commit")
-    return [
-        Pair(
-            row["id"],
-            row["key"],
-            images[row["member"]],
-            [(caption_kinds[caption["kind"]], caption["text"]) for caption in row["captions"]],
-            row["height"],
-            row["width"],
+                dataset.fetch(file, Path(folder) / name)
+        rows = pq.read_table(Path(folder) / TABLE).to_pylist()
+        images = _read_images(Path(folder) / TAR)
+
+    if len(rows) != commit.rows or set(images) != {row["member"] for row in rows}:
+        raise StoreError(
+            f"{dataset.uri}: pairs {commit.part}: table, tar and commit name different samples: delete its commit"
         )
-        for row in table
-    ]
+
+    pairs = []
+    for row in rows:
+        captions = [(caption_kinds[caption["kind"]], caption["text"]) for caption in row["captions"]]
+        pairs.append(Pair(row["id"], row["key"], images[row["member"]], captions, row["height"], row["width"]))
+    return pairs
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, f"{member.name} is no file, though we wrote it"
-    return file.read()
+def _read_images(path: Path) -> dict[str, bytes]:
+    """Return the images of a pairs tar by their member's name."""
+    images = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.name.endswith(".json"):
+                file = tar.extractfile(member)
+                assert file is not None, f"{member.name} is no file, though we wrote it"
+                images[member.name] = file.read()
+    return images
 
 
 def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     """Make the missing parts of this share.
 
     Raises:
-        UserError: there is no plan, it was made with other settings, the disk is full, or the counts do not add up.
+        UserError: if there is no plan, it was made with other settings, the disk is full, or the counts do not add up.
     """
     check_settings(config, dataset)
     manifest = read_plan(dataset)
-    mine = share.owns(manifest.parts)
+    parts = share.owns(manifest.parts)
     done = committed_parts(dataset, PAIRS)
-    rows = {part: manifest.buckets[part.bucket][part.number] for part in mine}
+
+    rows = {part: manifest.buckets[part.bucket][part.number] for part in parts}
     with Progress("pairs", sum(rows.values())) as progress:
-        progress.advance(sum(rows[part] for part in mine if part in done), "there before")
-        make_parts(config, dataset, [part for part in mine if part not in done], progress)
+        progress.advance(sum(rows[part] for part in parts if part in done), "there before")
+        make_parts(config, dataset, [part for part in parts if part not in done], progress)
     account(dataset)
 
 
 def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], progress: Progress) -> None:
-    """Make and commit `parts`; those of one bucket stand in the order of their numbers."""
+    """Make and commit `parts`; those of one bucket are ordered by number."""
     files = source_files(dataset)
     ranks = [0] * len(files)
     for rank, number in enumerate(file_order(config, files)):
         ranks[number] = rank
+
     open_parts: dict[Part, _OpenPart] = {}
     commits: deque[Future[Counter[str]]] = deque()
-    recipe = Recipe(OpenSources(config, files), config.image_format, config.image_quality)
+    context = EncodingContext(OpenSources(config, files), config.image_format, config.image_quality)
     with (
         tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
-        Workers(make_images, recipe, lambda task: Made(task.part, task.row, reason=CRASHED), config.workers) as workers,
+        Workers(encode_images, context, _crashed, config.workers) as workers,
         ThreadPoolExecutor(1) as committer,
     ):
 
-        def planned(part: Part) -> list[dict[str, Any]]:
+        def open_part(part: Part) -> list[dict[str, Any]]:
             open_parts[part] = _OpenPart(part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part))
             return open_parts[part].rows
 
-        tasks = tasks_in_order(parts, planned, ranks, reads_along(config))
-        for _, results in workers.map(chunks_of(tasks, OpenSources(config, files))):
-            for made in results:
-                if not open_parts[made.part].add(made):
-                    continue
-                commits.append(committer.submit(open_parts.pop(made.part).commit, config, dataset))
-                while len(commits) > COMMITS_BEHIND:
+        tasks = order_tasks(parts, open_part, ranks, reads_along(config))
+        for _, images in workers.map(chunk_tasks(tasks, OpenSources(config, files))):
+            for image in images:
+                open_parts[image.part].add(image)
+                if open_parts[image.part].complete:
+                    commits.append(committer.submit(open_parts.pop(image.part).commit, config, dataset))
+                while len(commits) > MAX_WAITING_COMMITS:
                     _count(commits.popleft(), progress)
+
         while commits:
             _count(commits.popleft(), progress)
     if open_parts:
         raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
 
 
+def _crashed(task: ImageTask) -> EncodedImage:
+    return EncodedImage(task.part, task.row, reason=CRASHED)
+
+
 def _count(commit: "Future[Counter[str]]", progress: Progress) -> None:
+    """Wait for a commit and show its outcomes."""
     for outcome, count in commit.result().items():
         progress.advance(count, outcome)
 
 
+class _StoredImage(NamedTuple):
+    """A planned row, what became of its image, and the extent of the image in the part's temporary file."""
+
+    row: dict[str, Any]
+    result: EncodedImage
+    """Without the image's bytes."""
+    start: int
+    size: int
+
+    @property
+    def file(self) -> int:
+        """Number of the row's source file."""
+        return self.row["id"] >> 32
+
+
 class _OpenPart:
-    """A part whose images come in, in any order."""
+    """A part in progress: its images arrive in any order."""
 
     def __init__(self, part: Part, rows: list[dict[str, Any]], folder: Path) -> None:
         self.rows = rows
         self._part = part
         self._folder = folder
-        self._made: dict[int, tuple[Made, int, int]] = {}
-        """By row: what was made, without the image; where that begins in the file of images; its bytes."""
+        self._stored: dict[int, _StoredImage] = {}
+        """By row of the part."""
         self._size = 0
         folder.mkdir(parents=True)
 
-    def add(self, made: Made) -> bool:
-        """Take in one row; True = it was the last.
+    @property
+    def complete(self) -> bool:
+        """True if every row has arrived."""
+        return len(self._stored) == len(self.rows)
+
+    def add(self, image: EncodedImage) -> None:
+        """Store the result of one row.
 
         Raises:
-            UserError: the disk is full.
+            UserError: if the disk is full.
         """
-        if made.row in self._made:
-            raise RuntimeError(f"pairs {self._part}: row {made.row} came twice")
-        images = self._folder / "images"
-        with naming_full_disk(images), images.open("ab") as file:
-            file.write(made.image)
-        self._made[made.row] = made._replace(image=b""), self._size, len(made.image)
-        self._size += len(made.image)
-        return len(self._made) == len(self.rows)
+        if image.row in self._stored:
+            raise RuntimeError(f"pairs {self._part}: row {image.row} came twice")
+
+        path = self._folder / IMAGES
+        with naming_full_disk(path), path.open("ab") as file:
+            file.write(image.image)
+        self._stored[image.row] = _StoredImage(
+            self.rows[image.row], image._replace(image=b""), self._size, len(image.image)
+        )
+        self._size += len(image.image)
 
     def commit(self, config: DatasetConfig, dataset: Store) -> Counter[str]:
-        """Write and commit the part; counts by outcome (`written` or a reason).
+        """Write and commit the part.
+
+        Returns:
+            Number of rows per outcome: `written`, or the reason why a row was dropped.
 
         Raises:
-            UserError: the disk is full, or another task committed other samples.
+            UserError: if the disk is full, or another task committed other samples.
         """
-        outcomes = [(row, *self._made[number]) for number, row in enumerate(self.rows)]
-        kept = [outcome for outcome in outcomes if not outcome[1].reason]
-        dropped = [(row, made) for row, made, _, _ in outcomes if made.reason]
-        counts = Counter({"written": len(kept)})
-        counts.update(made.reason for _, made in dropped)
+        ordered = [self._stored[number] for number in range(len(self.rows))]
+        written = [stored for stored in ordered if not stored.result.reason]
+        dropped = [stored for stored in ordered if stored.result.reason]
         with naming_full_disk(self._folder):
-            files = {**self._write_kept(config, kept), **self._write_dropped(dropped)}
-        commit_part(
-            dataset,
-            PAIRS,
-            self._part,
-            files,
-            [row["id"] for row, *_ in kept],
-            {
-                "planned": len(self.rows),
-                "image_bytes": self._size,
-                **{written_count(number): count for number, count in Counter(row["id"] >> 32 for row, *_ in kept).items()},
-                **{dropped_count(number): count for number, count in Counter(row["id"] >> 32 for row, _ in dropped).items()},
-                **{f"dropped {reason}": count for reason, count in counts.items() if reason != "written"},
-            },
-        )
-        shutil.rmtree(self._folder)
-        return counts
+            files = {**self._write_pairs(config, written), **self._write_dropped(dropped)}
 
-    def _write_kept(self, config: DatasetConfig, kept: list[tuple[dict[str, Any], Made, int, int]]) -> dict[str, Path]:
-        if not kept:
+        reasons = Counter(stored.result.reason for stored in dropped)
+        counts: dict[str, float] = {"planned": len(self.rows), "image_bytes": self._size}
+        for number, count in Counter(stored.file for stored in written).items():
+            counts[written_count(number)] = count
+        for number, count in Counter(stored.file for stored in dropped).items():
+            counts[dropped_count(number)] = count
+        for reason, count in reasons.items():
+            counts[f"dropped {reason}"] = count
+
+        commit_part(dataset, PAIRS, self._part, files, [stored.row["id"] for stored in written], counts)
+        shutil.rmtree(self._folder)
+        return Counter({"written": len(written), **reasons})
+
+    def _write_pairs(self, config: DatasetConfig, written: list[_StoredImage]) -> dict[str, Path]:
+        """Write the table and the tar; neither if no row is left."""
+        if not written:
             return {}
         files = {TAR: self._folder / TAR, TABLE: self._folder / TABLE}
-        records = [self._record(config, row, made, size) for row, made, _, size in kept]
+        records = [self._record(config, stored) for stored in written]
         pq.write_table(pa.Table.from_pylist(records, COLUMNS), files[TABLE], compression="zstd")
-        images = self._folder / "images"
+
+        images = self._folder / IMAGES
         with images.open("rb") as source, tarfile.open(files[TAR], "w", format=tarfile.USTAR_FORMAT) as tar:
-            for record, (row, _, start, size) in zip(records, kept, strict=True):
-                source.seek(start)
-                _add_member(tar, record["member"], source.read(size))
-                captions: dict[str, list[str]] = {}
-                for caption in row["captions"]:
-                    captions.setdefault(config.caption_kinds[caption["kind"]], []).append(caption["text"])
-                document = json.dumps({"key": row["key"], **captions}, ensure_ascii=False).encode()
-                _add_member(tar, f"{record['member'].partition('.')[0]}.json", document)
+            for record, stored in zip(records, written, strict=True):
+                source.seek(stored.start)
+                _add_member(tar, record["member"], source.read(stored.size))
+                name = record["member"].partition(".")[0]
+                _add_member(tar, f"{name}.json", _caption_document(config, stored.row))
         return files
 
-    def _write_dropped(self, dropped: list[tuple[dict[str, Any], Made]]) -> dict[str, Path]:
+    def _write_dropped(self, dropped: list[_StoredImage]) -> dict[str, Path]:
+        """Write the table of dropped rows, if there are any."""
         if not dropped:
             return {}
         records = [
-            {"id": row["id"], "key": row["key"], "reason": made.reason, "detail": _printable(made.detail)}
-            for row, made in dropped
+            {
+                "id": row["id"],
+                "key": row["key"],
+                "reason": result.reason,
+                "detail": printable(result.detail),
+            }
+            for row, result, _, _ in dropped
         ]
         path = self._folder / DROPPED_TABLE
         pq.write_table(pa.Table.from_pylist(records, DROPPED), path, compression="zstd")
         return {DROPPED_TABLE: path}
 
-    def _record(self, config: DatasetConfig, row: dict[str, Any], made: Made, size: int) -> dict[str, Any]:
-        assert made.crop is not None, "a made image has a crop"
+    def _record(self, config: DatasetConfig, stored: _StoredImage) -> dict[str, Any]:
+        """Return the row of the pairs table."""
+        row, crop = stored.row, stored.result.crop
+        assert crop is not None, "an encoded image has a crop"
         bucket = Bucket.parse(self._part.bucket)
         suffix = {"jpeg": "jpg"}.get(config.image_format, config.image_format)
         return {
@@ -266,17 +312,21 @@ class _OpenPart:
             "width": bucket.width,
             "original_height": row["height"],
             "original_width": row["width"],
-            "crop": [made.crop.left, made.crop.top, made.crop.right, made.crop.bottom],
+            "crop": [crop.left, crop.top, crop.right, crop.bottom],
             "member": f"{row['id']:019d}.{suffix}",
-            "bytes": size,
+            "bytes": stored.size,
         }
+
+
+def _caption_document(config: DatasetConfig, row: dict[str, Any]) -> bytes:
+    """Return a sample's JSON file in the tar: its key, and its captions by kind."""
+    captions: dict[str, list[str]] = {}
+    for caption in row["captions"]:
+        captions.setdefault(config.caption_kinds[caption["kind"]], []).append(caption["text"])
+    return json.dumps({"key": row["key"], **captions}, ensure_ascii=False).encode()
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

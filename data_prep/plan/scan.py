@@ -19,12 +19,14 @@ from data_prep.images.images import ImageError, decode_image, image_size
 from data_prep.plan.captions import gather_captions
 from data_prep.plan.dedupe import HASH_SIDE, perceptual_hash
 from data_prep.plan.filters import Filters, Row
-from data_prep.sources.sample import Sample, in_chunks
+from data_prep.sources.sample import Sample, in_chunks, printable
 from data_prep.sources.source import Source, SourceFile
 from data_prep.workers import Workers
 
 CHUNK_ROWS = 32
 CRASHED = "image: crashed the decoder"
+MAX_TEXT = 512
+"""Characters kept of a foreign key or detail."""
 
 CAPTIONS = pa.list_(pa.struct([("kind", pa.uint8()), ("text", pa.string())]))
 SCAN = pa.schema(
@@ -140,9 +142,9 @@ class Scanner:
                 bucket = found.name
         return {
             "id": file.number << 32 | number,
-            "key": _printable(sample.key),
+            "key": printable(sample.key)[:MAX_TEXT],
             "reason": row.reason,
-            "detail": _printable(sample.detail or look.detail),
+            "detail": printable(sample.detail or look.detail)[:MAX_TEXT],
             "captions": [{"kind": self._kinds[caption.kind], "text": caption.text} for caption in row.captions],
             "refused": row.refused,
             "height": look.height,
@@ -154,9 +156,3 @@ class Scanner:
             "length": sample.place.length,
             "path": sample.place.path,
         }
-
-
-def _printable(text: str) -> str:
-    """Text from a foreign file, made safe to store and to show."""
-    cleaned = text.encode("utf-8", "replace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in cleaned)[:512]

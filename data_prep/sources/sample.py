@@ -45,6 +45,11 @@ class HasImage(Protocol):
 T = TypeVar("T", bound=HasImage)
 
 
+def printable(text: str) -> str:
+    """Return text from a foreign file with `?` for every character that cannot be shown, so also for unpaired surrogates."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def in_chunks(rows: Iterable[T], most: int) -> Iterator[list[T]]:
     """Chunks of at most `most` rows, each ended by the row that brings its images to `CHUNK_BYTES`."""
     chunk: list[T] = []
