@@ -1,8 +1,10 @@
-"""Score a trained run on a public benchmark: `python -m pipeline.evaluate RUN --bench geneval --prompts PATH ...`.
+"""Score a trained run on a public benchmark: `python -m pipeline.evaluate RUN --bench geneval --prompts PATH
+...`.
 
-Three stages with files between them, in RUN/bench/NAME: images (images/, in the layout of the benchmark's own tools), answers
-(answers/*.jsonl, by scorer models, about each image), score (result.json, by the published formula). Run one alone with
---stage. Started by torchrun, srun or as a Slurm array, processes share the first two stages; finished work is not repeated.
+Three stages with files between them, in RUN/bench/NAME: images (images/, in the layout of the benchmark's own
+tools), answers (answers/*.jsonl, by scorer models, about each image), score (result.json, by the published
+formula). Run one alone with --stage. Started by torchrun, srun or as a Slurm array, processes share the first
+two stages; finished work is not repeated.
 """
 
 import argparse

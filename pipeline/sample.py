@@ -1,8 +1,8 @@
 """Generate images with a trained run: `python -m pipeline.sample RUN --prompt "a red apple"`.
 
-Started by torchrun or srun with several processes, each process generates its share of the images on its own GPU. An image
-depends only on its prompt, its seed and the sampling settings. With --zero3 the processes also share the network's weights,
-for a network that does not fit on one GPU.
+Started by torchrun or srun with several processes, each process generates its share of the images on its own
+GPU. An image depends only on its prompt, its seed and the sampling settings. With --zero3 the processes also
+share the network's weights, for a network that does not fit on one GPU.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class SampleImage:
 
 
 def plan_images(prompts: Sequence[str], images_per_prompt: int, seed: int) -> list[SampleImage]:
-    """Return the images to generate: the j-th image of each prompt has seed + j, whatever else is generated."""
+    """Return the images to generate. The j-th image of each prompt has seed + j."""
     return [
         SampleImage(f"{number:05d}_{offset:02d}.png", prompt, seed + offset)
         for number, prompt in enumerate(prompts)
@@ -108,7 +108,7 @@ def write_images(
 
 
 def gather_records(records: list[dict[str, Any]], ranks: Distributed) -> list[dict[str, Any]]:
-    """Return the records of all processes in order of their files, once all processes are done. Collective."""
+    """Return the records of all processes by file, once all processes are done. Collective."""
     ensure_process_group(ranks)
     shares = gather(records)
     return sorted((record for share in shares for record in share), key=lambda record: record["file"])

@@ -58,7 +58,7 @@ FENCES = {
     "deepspeed": ("pipeline/engine/",),
     "boto3": ("data_prep/store/s3.py",),
     "botocore": ("data_prep/store/s3.py",),
-    "streaming": ("pipeline/data/streaming.py", "pipeline/data/streaming_shard.py"),
+    "streaming": ("pipeline/data/streaming.py",),
     "transformers": ("model/encoders/", "model/scorers/"),
     "diffusers": (
         "model/encoders/vae.py",

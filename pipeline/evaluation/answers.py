@@ -23,7 +23,10 @@ from pipeline.runtime.console import CONSOLE
 
 ANSWERS, SCORER = "answers", "scorer.json"
 PUBLISHED = {
-    "vqa": "geneval: none; dpg: mPLUG-large; t2i_compbench: BLIP VQA (capfilt, large); genai_bench: CLIP-FlanT5-XXL",
+    "vqa": (
+        "geneval: none; dpg: mPLUG-large; t2i_compbench: BLIP VQA (capfilt, large); "
+        "genai_bench: CLIP-FlanT5-XXL"
+    ),
     "detector": "geneval: Mask2Former Swin-S on COCO; t2i_compbench: UniDet",
     "clip": "geneval: CLIP ViT-L/14; t2i_compbench: CLIP ViT-B/32",
     "inception": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
@@ -98,7 +101,8 @@ class ScorerModels:
         source = self.sources.get(name)
         if not source:
             raise UserError(
-                f"this benchmark needs --{name}: a folder or OWNER/NAME@COMMIT (published with {PUBLISHED[name]})"
+                f"this benchmark needs --{name}: a folder or OWNER/NAME@COMMIT "
+                f"(published with {PUBLISHED[name]})"
             )
         return source
 
@@ -138,7 +142,8 @@ def answer_missing(
     missing = [image.file for image in unanswered if not (out / IMAGES / image.file).is_file()]
     if missing:
         raise UserError(
-            f"{out}: {len(missing)} images do not exist, {missing[0]} the first: run --stage images on every share"
+            f"{out}: {len(missing)} images do not exist, {missing[0]} the first: "
+            "run --stage images on every share"
         )
 
     path = out / ANSWERS / f"{part}.jsonl"
@@ -146,12 +151,15 @@ def answer_missing(
     _cut_unfinished(path)
     with (
         path.open("a", encoding="utf-8") as file,
-        Progress("answering", len(unanswered), "images", console=CONSOLE, shows=shows, lines=False) as progress,
+        Progress(
+            "answering", len(unanswered), "images", console=CONSOLE, shows=shows, lines=False
+        ) as progress,
     ):
         for image in unanswered:
             answer = bench.ask(judges, image, open_image(out / IMAGES / image.file))
             file.write(json.dumps({"file": image.file, "answer": answer}, ensure_ascii=False) + "\n")
             file.flush()
+            progress.advance()
             progress.advance()
     return len(unanswered)
 

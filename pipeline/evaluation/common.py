@@ -1,4 +1,4 @@
-"""What a public benchmark is made of: pictures to draw, answers of scorer models, and a formula over the answers."""
+"""The parts of a public benchmark: images to generate, answers of scorer models, a formula over them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,91 +13,92 @@ from model.scorers.detectors import Detector
 from model.scorers.noun_phrases import Parsed
 
 Answer = dict[str, Any]
-"""What the scorer models said of one picture: JSON."""
+"""The answers of the scorer models about one image, as JSON."""
 Scores = dict[str, Any]
-"""Numbers by name, `overall` first; nested once for groups."""
+"""Numbers by name, `overall` first. A group of numbers is a nested dictionary."""
 
 
 @dataclass(frozen=True)
 class BenchImage:
-    """A file to draw."""
+    """One file of images to generate."""
 
     file: str
     """Path in the layout of the benchmark's own tools."""
     prompt: str
     seeds: tuple[int, ...]
-    """One, or those of a grid's cells row by row."""
+    """One seed, or the seeds of a grid's cells row by row."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What the benchmark asks of it."""
+    """Facts of the benchmark about this image, such as its questions."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is drawn."""
+    """All images of a benchmark."""
 
-    pictures: list[BenchImage]
+    images: list[BenchImage]
     files: dict[str, str] = field(default_factory=dict)
-    """Texts that the benchmark's own tools expect beside the pictures."""
+    """Text files that the benchmark's own tools expect next to the images: path -> text."""
 
 
 class VQA(Protocol):
-    """Answers questions about a picture."""
+    """A model that answers questions about an image."""
 
     identity: dict[str, Any]
 
     def yes(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """P(yes) / (P(yes) + P(no)), per question."""
+        """Return P(yes) / (P(yes) + P(no)) of each question."""
         ...
 
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """Answers in words, lower case."""
+        """Return an answer in words, in lower case, to each question."""
         ...
 
     def likelihood(self, image: Image.Image, question: str, answer: str) -> float:
-        """Geometric mean of the probabilities of the answer's tokens."""
+        """Return the geometric mean of the probabilities of the answer's tokens."""
         ...
 
 
 class CLIP(Protocol):
-    """Compares pictures with texts."""
+    """A model that compares images with texts."""
 
     identity: dict[str, Any]
 
     def similarity(self, image: Image.Image, text: str) -> float:
-        """Cosine of a picture and a text."""
+        """Return the cosine of an image and a text."""
         ...
 
     def classify(self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]) -> list[int]:
-        """Index of each picture's nearest class, a class being several texts."""
+        """Return the index of each image's nearest class. A class is a list of texts."""
         ...
 
 
 class Grammar(Protocol):
-    """Reads prompts."""
+    """A parser of prompts."""
 
     identity: dict[str, Any]
 
     def parse(self, prompt: str) -> Parsed:
-        """Words with their parts of speech, and noun chunks."""
+        """Return the words with their parts of speech, and the noun chunks."""
         ...
 
 
 class Features(Protocol):
-    """Describes pictures by vectors."""
+    """A model that describes images by vectors."""
 
     identity: dict[str, Any]
 
     def features(self, images: Sequence[Image.Image]) -> Any:
-        """fp32 [B, C]."""
+        """Return fp32 features [B, C]."""
         ...
 
 
 class Judges(Protocol):
-    """The scorer models of an evaluation; each is loaded when it is first used."""
+    """The scorer models of an evaluation. Each is loaded when it is first used."""
 
     question: str
     """Template of VQAScore's question."""
     answer: str
+    """The answer whose probability is VQAScore."""
 
     @property
     def vqa(self) -> VQA: ...  # noqa: D102
@@ -116,28 +117,29 @@ class Bench:
     """A public benchmark."""
 
     name: str
-    images: int
-    """Pictures (or cells of a grid) per prompt, as published."""
+    images_per_prompt: int
+    """Images (or cells of a grid) per prompt, as published."""
     plan: Callable[[Path, int, int], Plan]
-    """(prompts, images per prompt, seed)"""
+    """(prompts, images per prompt, seed) -> the images to generate."""
     needs: Callable[[Sequence[BenchImage]], set[str]]
-    """Which of `Judges` these pictures need."""
+    """Names of the `Judges` that these images need."""
     ask: Callable[[Judges, BenchImage, Image.Image], Answer]
+    """(scorer models, entry of the plan, its pixels) -> the answers."""
     score: Callable[[Sequence[BenchImage], Mapping[str, Answer], Any], Scores]
-    """(pictures, answers by file, rules)"""
+    """(images, answers by file, rules) -> the scores."""
     rules: type
-    """The formula's settings; the defaults are as published."""
+    """Dataclass of the formula's settings. Its defaults are as published."""
     vqa_side: int | None = None
-    """BLIP sees pictures of this size; None = the one it was trained with."""
+    """Side of the images that BLIP reads, in pixels; None = the one it was trained with."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What else decides the answers, for the record."""
+    """All else that the answers depend on, for the record."""
 
 
 def read_text(path: Path) -> str:
-    """A text file of the benchmark.
+    """Read a text file of the benchmark.
 
     Raises:
-        UserError: it is missing or is not UTF-8.
+        UserError: if the file is missing or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -146,10 +148,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of the benchmark.
+    """Read a JSON file of the benchmark.
 
     Raises:
-        UserError: it is missing or is not JSON.
+        UserError: if the file is missing or is not JSON.
     """
     try:
         return json.loads(read_text(path))
@@ -158,5 +160,22 @@ def read_json(path: Path) -> Any:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean of at least one value."""
+    """Return the arithmetic mean of at least one value."""
     return sum(values) / len(values)
+
+
+def iou(a: Sequence[float], b: Sequence[float], pixel: float = 0.0) -> float:
+    """Return the intersection over union of two boxes; 0 for boxes without area.
+
+    Args:
+        a: left, top, right, bottom.
+        b: the other box.
+        pixel: 1 if a box includes the pixels at `right` and `bottom`, else 0.
+    """
+
+    def area(left: float, top: float, right: float, bottom: float) -> float:
+        return max(right - left + pixel, 0) * max(bottom - top + pixel, 0)
+
+    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a) + area(*b) - shared
+    return shared / union if union else 0.0

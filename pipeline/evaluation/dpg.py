@@ -1,7 +1,9 @@
-"""DPG-Bench (Hu et al. 2024, ELLA): yes-no questions to a VQA model about dense prompts, some of which depend on others.
+"""DPG-Bench (Hu et al. 2024, ELLA): yes-no questions to a VQA model about dense prompts. Some depend on
+others.
 
-Four pictures of a prompt stand in one file as a 2x2 grid. The published program has quirks that move its numbers; each is a
-rule here, kept unless it is set otherwise. Its VQA model is mPLUG-large; any other has to be named with the score.
+The four images of a prompt are one file, a 2x2 grid. The published program has quirks that change its
+numbers; each is a rule here, and is followed unless it is set otherwise. Its VQA model is mPLUG-large; name
+any other together with the score.
 """
 
 import csv
@@ -14,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_text
+from pipeline.evaluation.common import Answer, Bench, BenchImage, Judges, Plan, Scores, mean, read_text
 
 CELLS = 4
 
@@ -24,28 +26,31 @@ class DPGRules:
     """Settings of the formula; the defaults are the published program's."""
 
     skip_first_row: bool = True
-    """Leave out the first question of the table. A prompt whose other questions depend on it is dropped with it."""
+    """Leave out the first question of the table, and with it a prompt whose questions depend on it."""
     drop_failed: bool = True
-    """Leave out prompts with a question whose parent is not there; False = a missing parent is no parent."""
+    """Leave out prompts with a question whose parent is missing; False = ignore a missing parent."""
     raw_categories: bool = True
-    """Scores of categories from the last cell alone, without regard to parents; False = from all cells, gated."""
+    """Scores of categories from the last cell only, regardless of parents; False = from all cells, gated."""
 
 
-def plan(prompts: Path, images: int, seed: int) -> Plan:
-    """One grid per item of `dpg_bench.csv`; cell j has seed + j. Texts come from `prompts/ITEM.txt` beside it if those are there.
+def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
+    """Plan one grid per item of `dpg_bench.csv`; cell j has seed + j.
+
+    The texts come from `prompts/ITEM.txt` next to the table, if that folder exists.
 
     Raises:
-        UserError: the file is missing or not DPG-Bench's, or more cells than a grid has.
+        UserError: if the file is missing or not DPG-Bench's, or a grid has too few cells.
     """
-    if images > CELLS:
-        raise UserError(f"--images {images}: DPG-Bench has grids of at most {CELLS}")
+    if images_per_prompt > CELLS:
+        raise UserError(f"--images {images_per_prompt}: DPG-Bench has grids of at most {CELLS}")
     items: dict[str, dict[str, Any]] = {}
     previous = ""
     try:
         for number, row in enumerate(csv.DictReader(io.StringIO(read_text(prompts)))):
             item = row["item_id"]
             if item != previous:
-                items[item] = {"text": row["text"], "questions": []}  # a second stretch of rows replaces the first
+                # as published: a second run of rows of an item replaces the first
+                items[item] = {"text": row["text"], "questions": []}
             previous = item
             question = {
                 "row": number,
@@ -56,18 +61,21 @@ def plan(prompts: Path, images: int, seed: int) -> Plan:
             }
             items[item]["questions"].append(question)
     except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"--prompts {prompts}: give DPG-Bench's dpg_bench.csv ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"--prompts {prompts}: give DPG-Bench's dpg_bench.csv ({type(error).__name__}: {error})"
+        ) from error
+
     folder = prompts.parent / "prompts"
-    pictures: list[BenchImage] = []
+    seeds = tuple(seed + cell for cell in range(images_per_prompt))
+    images: list[BenchImage] = []
     for item, about in items.items():
         text = read_text(folder / f"{item}.txt").strip() if folder.is_dir() else about["text"]
-        seeds = tuple(seed + cell for cell in range(images))
-        pictures.append(BenchImage(f"{item}.png", text, seeds, {"questions": about["questions"]}))
-    return Plan(pictures)
+        images.append(BenchImage(f"{item}.png", text, seeds, {"questions": about["questions"]}))
+    return Plan(images)
 
 
 def cells(image: Image.Image, count: int) -> list[Image.Image]:
-    """The grid's cells, row by row."""
+    """Return the grid's cells, row by row."""
     if count == 1:
         return [image]
     width, height = image.width // 2, image.height // 2
@@ -75,24 +83,29 @@ def cells(image: Image.Image, count: int) -> list[Image.Image]:
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
-def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
-    """Every question, to every cell."""
-    questions = [each["question"] for each in picture.about["questions"]]
-    return {"cells": [judges.vqa.answers(cell, questions) for cell in cells(image, len(picture.seeds))]}
+def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
+    """Ask every question about every cell."""
+    questions = [question["question"] for question in entry.about["questions"]]
+    return {"cells": [judges.vqa.answers(cell, questions) for cell in cells(image, len(entry.seeds))]}
 
 
 def gate(right: Mapping[int, float], parents: Mapping[int, Sequence[int]]) -> dict[int, float]:
-    """Take away the points of questions one of whose parents has none, in the order of the questions.
+    """Remove the points of each question that has a parent without points, in the order of the questions.
 
-    So a chain falls as a whole if parents stand before children, and a child before its parent does not see that the
-    parent falls later: the published program works in place.
+    A chain is therefore removed as a whole only if parents come before children: a child that comes before
+    its parent does not see that the parent loses its points later. The published program works in place like
+    this.
+
+    Args:
+        right: points by question.
+        parents: parents by question; 0 = none.
 
     Raises:
-        KeyError: a parent that is not among the questions.
+        KeyError: if a parent is not among the questions.
     """
     gated = dict(right)
-    for question, above in parents.items():
-        if any(gated[parent] == 0 for parent in above if parent != 0):
+    for question, its_parents in parents.items():
+        if any(gated[parent] == 0 for parent in its_parents if parent != 0):
             gated[question] = 0.0
     return gated
 
@@ -100,55 +113,62 @@ def gate(right: Mapping[int, float], parents: Mapping[int, Sequence[int]]) -> di
 def score_prompt(
     questions: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]], rules: DPGRules
 ) -> tuple[float, list[tuple[str, float]]] | None:
-    """Mean over cells of the share of questions answered `yes` with all their parents, and points by category.
+    """Score one prompt.
 
     Args:
-        questions: of the prompt.
-        answers: per cell, of each question.
+        questions: questions of the prompt.
+        answers: answers to each question, per cell.
         rules: settings of the formula.
 
     Returns:
-        None if the published program fails on this prompt.
+        The mean over cells of the share of questions that are answered `yes` with all their parents, and the
+        points by category. None if the published program fails on this prompt.
     """
-    asked = [index for index, each in enumerate(questions) if not (rules.skip_first_row and each["row"] == 0)]
-    ids = {questions[index]["id"] for index in asked}
-    parents: dict[int, list[int]] = {questions[i]["id"]: list(questions[i]["parents"]) for i in asked}
-    if not rules.drop_failed:
-        parents = {child: [each for each in above if each in ids] for child, above in parents.items()}
+    asked = [i for i, question in enumerate(questions) if not (rules.skip_first_row and question["row"] == 0)]
     if not asked:
         return None
-    categories = {questions[index]["id"]: questions[index]["category"] for index in asked}
+
+    ids = {questions[i]["id"] for i in asked}
+    parents: dict[int, list[int]] = {questions[i]["id"]: list(questions[i]["parents"]) for i in asked}
+    if not rules.drop_failed:
+        for child, its_parents in parents.items():
+            parents[child] = [parent for parent in its_parents if parent in ids]
+
+    categories = {questions[i]["id"]: questions[i]["category"] for i in asked}
     scores: list[float] = []
     points: list[tuple[str, float]] = []
     for cell in answers:
-        right = {questions[index]["id"]: float(cell[index] == "yes") for index in asked}
+        right = {questions[i]["id"]: float(cell[i] == "yes") for i in asked}
         try:
             gated = gate(right, parents)
         except KeyError:
             return None
         scores.append(sum(gated.values()) / len(gated))
+
         if rules.raw_categories:
-            points = [(categories[each], value) for each, value in right.items()]
+            points = [(categories[question], value) for question, value in right.items()]
         else:
-            points += [(categories[each], value) for each, value in gated.items()]
+            points += [(categories[question], value) for question, value in gated.items()]
     return mean(scores), points
 
 
-def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: DPGRules) -> Scores:
-    """Overall = mean over prompts x 100; categories at both of DPG-Bench's levels; prompts that were left out, by name."""
+def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: DPGRules) -> Scores:
+    """Return 100 x the mean over prompts, by category at both levels, and the prompts left out."""
     prompts: list[float] = []
     left_out: list[str] = []
     fine: dict[str, list[float]] = {}
     coarse: dict[str, list[float]] = {}
-    for picture in pictures:
-        scored = score_prompt(picture.about["questions"], answers[picture.file]["cells"], rules)
+    for image in images:
+        scored = score_prompt(image.about["questions"], answers[image.file]["cells"], rules)
         if scored is None:
-            left_out.append(Path(picture.file).stem)
+            left_out.append(Path(image.file).stem)
             continue
-        prompts.append(scored[0])
-        for category, value in scored[1]:
-            fine.setdefault(category, []).append(value)
-            coarse.setdefault(category.split("-")[0].strip(), []).append(value)
+        value, points = scored
+        prompts.append(value)
+        for category, point in points:
+            fine.setdefault(category, []).append(point)
+            coarse.setdefault(category.split("-")[0].strip(), []).append(point)
+
     if not prompts:
         raise UserError("no prompt is left to score: set drop_failed=false skip_first_row=false")
     return {
@@ -159,9 +179,10 @@ def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: 
     }
 
 
-def needs(pictures: Sequence[BenchImage]) -> set[str]:
+def needs(images: Sequence[BenchImage]) -> set[str]:
     """A VQA model."""
     return {"vqa"}
 
 
-BENCH = Bench("dpg", CELLS, plan, needs, ask, score, DPGRules, settings={"template": "{question}", "right": "yes"})
+SETTINGS = {"template": "{question}", "right": "yes"}
+BENCH = Bench("dpg", CELLS, plan, needs, ask, score, DPGRules, settings=SETTINGS)

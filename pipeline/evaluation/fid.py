@@ -1,4 +1,4 @@
-"""FID (Heusel et al. 2017): distance of two Gaussians fitted to Inception features of drawn and of reference pictures."""
+"""FID (Heusel et al. 2017): distance between Inception features of generated and reference images."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, read_text
+from pipeline.evaluation.common import Answer, Bench, BenchImage, Judges, Plan, Scores, read_text
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -21,62 +21,79 @@ class FIDRules:
     """FID has no settings."""
 
 
-def plan(prompts: Path, images: int, seed: int) -> Plan:
-    """Pictures of a file with one prompt a line; the i-th picture has seed + i, so that no two share their noise.
+def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
+    """Plan the images of a file with one prompt per line.
+
+    The i-th image has seed + i, so that no two images share their noise.
 
     Raises:
-        UserError: the file is missing or empty.
+        UserError: if the file is missing or empty.
     """
     lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"--prompts {prompts}: no prompt in it: write one a line")
-    drawn = [(line, number * images + j) for number, line in enumerate(lines) for j in range(images)]
-    return Plan([BenchImage(f"{i:06d}.png", line, (seed + i,)) for line, i in drawn])
+        raise UserError(f"--prompts {prompts}: no prompt in it: write one per line")
+    repeated = [line for line in lines for _ in range(images_per_prompt)]
+    return Plan([BenchImage(f"{i:06d}.png", line, (seed + i,)) for i, line in enumerate(repeated)])
 
 
-def reference_pictures(folder: Path) -> list[BenchImage]:
-    """The pictures of a folder and its subfolders, to be described like drawn ones; their files are whole paths.
+def reference_images(folder: Path) -> list[BenchImage]:
+    """Return the images of a folder and its subfolders, to be described like generated ones.
+
+    Their `file` is an absolute path.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: if there are fewer than two.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
-        raise UserError(f"--reference {folder}: no pictures there: give a folder of {', '.join(sorted(SUFFIXES))}")
+        raise UserError(
+            f"--reference {folder}: no images there: give a folder of {', '.join(sorted(SUFFIXES))}"
+        )
     return [BenchImage(str(path.resolve()), "", (), {"reference": True}) for path in paths]
 
 
-def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
-    """The picture's features, fp32 in base64."""
+def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
+    """Return the image's features, fp32 in base64."""
     features = np.asarray(judges.inception.features([image])[0].cpu(), dtype="<f4")
     return {"features": base64.b64encode(features.tobytes()).decode()}
 
 
 def frechet_distance(a: Array, b: Array) -> float:
-    """Squared Frechet distance of Gaussians fitted to features [n, C] and [m, C]: |mean difference|^2 + tr(A + B - 2 sqrt(AB)).
+    """Return the squared Frechet distance of Gaussians fitted to features, computed in fp64.
 
-    In fp64; the trace of the root is the sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
+    It is |mean difference|^2 + tr(A + B - 2 sqrt(AB)).
+
+    Args:
+        a: features [n, C]; A is their covariance.
+        b: features [m, C]; B is their covariance.
     """
-    first, second = (np.atleast_2d(np.cov(each, rowvar=False)) for each in (a, b))
+    first, second = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
+
+    # tr sqrt(AB) is the sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * cross)
 
 
-def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: FIDRules) -> Scores:
-    """FID; it grows as either set shrinks, so the numbers of pictures belong to it."""
+def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: FIDRules) -> Scores:
+    """Return FID, with the numbers of images: it grows as either set shrinks, so they belong to it."""
     sets: dict[bool, list[Array]] = {True: [], False: []}
-    for picture in pictures:
-        features = np.frombuffer(base64.b64decode(answers[picture.file]["features"]), "<f4").astype(np.float64)
-        sets[bool(picture.about.get("reference"))].append(features)
+    for image in images:
+        features = np.frombuffer(base64.b64decode(answers[image.file]["features"]), "<f4").astype(np.float64)
+        sets[bool(image.about.get("reference"))].append(features)
+
     if min(map(len, sets.values())) < 2:
-        raise UserError("FID needs at least two drawn and two reference pictures")
-    drawn, reference = np.stack(sets[False]), np.stack(sets[True])
-    return {"overall": frechet_distance(drawn, reference), "drawn": len(drawn), "reference": len(reference)}
+        raise UserError("FID needs at least two generated and two reference images")
+    generated, reference = np.stack(sets[False]), np.stack(sets[True])
+    return {
+        "overall": frechet_distance(generated, reference),
+        "drawn": len(generated),
+        "reference": len(reference),
+    }
 
 
-def needs(pictures: Sequence[BenchImage]) -> set[str]:
+def needs(images: Sequence[BenchImage]) -> set[str]:
     """Inception."""
     return {"inception"}
 

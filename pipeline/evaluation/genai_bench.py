@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_json
+from pipeline.evaluation.common import Answer, Bench, BenchImage, Judges, Plan, Scores, mean, read_json
 
 PROMPTS, SKILLS = "genai_image.json", "genai_skills.json"
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
@@ -21,80 +21,83 @@ class GenAIRules:
     """Settings of the formula."""
 
     untagged: bool = False
-    """Count prompts without any skill in `all`; the published program takes the union of the skills' prompts."""
+    """Count prompts without any skill in `all`; as published, it is the union of the skills' prompts."""
 
 
-def plan(prompts: Path, images: int, seed: int) -> Plan:
-    """One JPEG per prompt and image; the first is `ID.jpeg`, which the benchmark's own program reads.
+def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
+    """Plan one JPEG per prompt and image. The first is `ID.jpeg`, which the benchmark's own program reads.
 
     Args:
-        prompts: folder that holds `genai_image.json` and `genai_skills.json`.
-        images: per prompt.
-        seed: of the first image.
+        prompts: folder with `genai_image.json` and `genai_skills.json`.
+        images_per_prompt: number of images per prompt.
+        seed: seed of the first image.
 
     Raises:
-        UserError: one of the files is missing or is not GenAI-Bench's.
+        UserError: if one of the files is missing or is not GenAI-Bench's.
     """
-    texts, skills = read_json(prompts / PROMPTS), read_json(prompts / SKILLS)
+    texts, members_of_skills = read_json(prompts / PROMPTS), read_json(prompts / SKILLS)
+    images: list[BenchImage] = []
     try:
-        by_prompt: dict[str, list[str]] = {key: [] for key in texts}
-        for skill, members in skills.items():
+        skills: dict[str, list[str]] = {key: [] for key in texts}
+        for skill, members in members_of_skills.items():
             for member in members:
-                by_prompt[f"{int(member):05d}"].append(skill)
-        return Plan(
-            [
-                BenchImage(
-                    f"{key}.jpeg" if j == 0 else f"{key}_{j}.jpeg",
-                    entry["prompt"],
-                    (seed + j,),
-                    {"id": key, "skills": by_prompt[key]},
-                )
-                for key, entry in texts.items()
-                for j in range(images)
-            ]
-        )
+                skills[f"{int(member):05d}"].append(skill)
+
+        for key, entry in texts.items():
+            about = {"id": key, "skills": skills[key]}
+            for number in range(images_per_prompt):
+                file = f"{key}.jpeg" if number == 0 else f"{key}_{number}.jpeg"
+                images.append(BenchImage(file, entry["prompt"], (seed + number,), about))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"--prompts {prompts}: not GenAI-Bench's {PROMPTS} and {SKILLS} ({type(error).__name__}: {error})"
         ) from error
+    return Plan(images)
 
 
-def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
-    """VQAScore of the prompt."""
-    return {"vqascore": judges.vqa.likelihood(image, judges.question.replace("{}", picture.prompt), judges.answer)}
+def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
+    """Return VQAScore of the prompt."""
+    question = judges.question.replace("{}", entry.prompt)
+    return {"vqascore": judges.vqa.likelihood(image, question, judges.answer)}
 
 
-def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: GenAIRules) -> Scores:
-    """Mean over a skill's prompts of their images' mean; `overall` is `all`, the mean over the union of the skills' prompts."""
-    images: dict[str, list[float]] = {}
+def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: GenAIRules) -> Scores:
+    """Return the mean over each skill's prompts of the mean over a prompt's images.
+
+    `overall` is the published `all`, the mean over the union of the skills' prompts.
+    """
+    values: dict[str, list[float]] = {}
     skills: dict[str, list[str]] = {}
-    for picture in pictures:
-        images.setdefault(picture.about["id"], []).append(answers[picture.file]["vqascore"])
-        skills[picture.about["id"]] = picture.about["skills"]
-    values = {key: mean(each) for key, each in images.items()}
-    members: dict[str, list[float]] = {}
-    for key, value in values.items():
+    for image in images:
+        values.setdefault(image.about["id"], []).append(answers[image.file]["vqascore"])
+        skills[image.about["id"]] = image.about["skills"]
+    means = {key: mean(of_images) for key, of_images in values.items()}
+
+    by_skill: dict[str, list[float]] = {}
+    for key, value in means.items():
         for skill in skills[key]:
-            members.setdefault(skill, []).append(value)
-    counted = [value for key, value in values.items() if skills[key] or rules.untagged]
+            by_skill.setdefault(skill, []).append(value)
+
+    counted = [value for key, value in means.items() if skills[key] or rules.untagged]
     if not counted:
         raise UserError(f"no prompt of {SKILLS} is in {PROMPTS}: set untagged=true to score without skills")
     return {
         "overall": mean(counted),
-        "skills": {skill: mean(each) for skill, each in members.items()},
-        "deviation": {skill: _deviation(each) for skill, each in members.items()},
+        "skills": {skill: mean(of_prompts) for skill, of_prompts in by_skill.items()},
+        "deviation": {skill: _deviation(of_prompts) for skill, of_prompts in by_skill.items()},
     }
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation, as the published program prints it; 0 of one value."""
-    centre = mean(values)
-    return math.sqrt(sum((value - centre) ** 2 for value in values) / max(len(values) - 1, 1))
+    """Return the sample standard deviation, as the published program prints it; 0 for one value."""
+    center = mean(values)
+    return math.sqrt(sum((value - center) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
-def needs(pictures: Sequence[BenchImage]) -> set[str]:
+def needs(images: Sequence[BenchImage]) -> set[str]:
     """A VQA model."""
     return {"vqa"}
 
 
-BENCH = Bench("genai_bench", 1, plan, needs, ask, score, GenAIRules, settings={"score": "likelihood of the answer's tokens"})
+SETTINGS = {"score": "likelihood of the answer's tokens"}
+BENCH = Bench("genai_bench", 1, plan, needs, ask, score, GenAIRules, settings=SETTINGS)

@@ -1,8 +1,9 @@
-"""T2I-CompBench (Huang et al. 2023): attributes by BLIP-VQA, places and numbers by a detector, actions by CLIP.
+"""T2I-CompBench (Huang et al. 2023): attributes by BLIP-VQA, positions and numbers by a detector, actions by
+CLIP.
 
-Formulas as its public programs have them, quirks included; those that one may want otherwise are rules. Its detector is UniDet;
-any other has to be named with the score. 3-D places are not scored here. "T2I-avg" in LI-DiT's tables is the mean of color, shape
-and texture.
+Formulas are those of its public programs, quirks included; quirks that a user may want to change are rules.
+Its detector is UniDet; name any other together with the score. 3-D positions are not scored here. "T2I-avg"
+in LI-DiT's tables is the mean of color, shape and texture.
 """
 
 import re
@@ -16,16 +17,17 @@ from PIL import Image
 from model.common.errors import UserError
 from model.scorers.noun_phrases import Parsed
 from pipeline.evaluation import t2i_objects
-from pipeline.evaluation.common import Answer, Bench, Judges, BenchImage, Plan, Scores, mean, read_text
+from pipeline.evaluation.common import Answer, Bench, BenchImage, Judges, Plan, Scores, mean, read_text
 from pipeline.evaluation.t2i_objects import FLOOR, Box
 
 ATTRIBUTES = ("color", "shape", "texture")
 CATEGORIES = (*ATTRIBUTES, "spatial", "numeracy", "non_spatial", "complex")
 CHUNKS = 8
+"""Maximum number of noun chunks per prompt that BLIP is asked about."""
 BLIP_SIDE = 480
-"""BLIP sees pictures of this size here."""
+"""Side of the images that BLIP reads here, in pixels."""
 MAX_NAME_LENGTH = 255
-"""Bytes of a file's name."""
+"""Maximum length of a file's name in bytes."""
 
 
 @dataclass
@@ -33,111 +35,130 @@ class T2IRules:
     """Settings of the formulas; the defaults are the published programs'."""
 
     decimals: int = 4
-    """Probabilities, and their product, are written with so many decimals before they are averaged; -1 = as they are."""
+    """Decimals to which probabilities, and their product, are rounded; -1 = no rounding."""
     confidence: float = 0.5
-    """Objects that the detector is less sure of do not count."""
+    """Confidence above which a detected object counts."""
     spatial_floor: float = 0.5
-    """A spatial score below it becomes 0."""
+    """A lower spatial score becomes 0."""
     near_pixels: float = 150.0
     """"Near" in pixels of the detector's input, whose sides are at most 479 and 480."""
     on_top_of: bool = False
-    """Score "on top of" like "on the top of"; published, it has no branch and gets no points for its place."""
+    """Score "on top of" like "on the top of"; as published, it gets no points for its position."""
 
     def __post_init__(self) -> None:
         if self.confidence < FLOOR:
-            raise ValueError(f"confidence below {FLOOR} needs other answers: objects below it are not kept")
+            raise ValueError(f"confidence below {FLOOR} needs other answers: objects below it are not stored")
 
 
-def plan(prompts: Path, images: int, seed: int) -> Plan:
-    """Pictures of a folder's `CATEGORY_val.txt` files, `CATEGORY/samples/PROMPT_ID.png`; image j of a prompt has seed + j.
+def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
+    """Plan the images of a folder's `CATEGORY_val.txt` files as `CATEGORY/samples/PROMPT_ID.png`.
+
+    Image j of a prompt has seed + j.
 
     Args:
         prompts: the dataset's folder, or one of its `CATEGORY_val.txt`.
-        images: per prompt.
-        seed: of the first image.
+        images_per_prompt: number of images per prompt.
+        seed: seed of the first image.
 
     Raises:
-        UserError: no such file, or a prompt that cannot be in a file's name.
+        UserError: if there is no such file, or a prompt cannot be part of a file's name.
     """
     folder = prompts if prompts.is_dir() else prompts.parent
-    files = {category: folder / f"{category}_val.txt" for category in CATEGORIES}
-    chosen = {name: path for name, path in files.items() if (prompts.is_dir() and path.is_file()) or path == prompts}
+    paths = {category: folder / f"{category}_val.txt" for category in CATEGORIES}
+    chosen = {
+        name: path for name, path in paths.items() if path == prompts or (prompts.is_dir() and path.is_file())
+    }
     if not chosen:
-        raise UserError(f"--prompts {prompts}: no {', '.join(f'{name}_val.txt' for name in CATEGORIES)} there")
-    pictures: list[BenchImage] = []
+        raise UserError(f"--prompts {prompts}: no {', '.join(path.name for path in paths.values())} there")
+
+    images: list[BenchImage] = []
     for category, path in chosen.items():
-        lines = [line.split("\t")[0].strip() for line in read_text(path).splitlines() if line.strip()]
         about: dict[str, Any] = {"category": category}
         if category == "numeracy":
             about["names"] = t2i_objects.read_names(folder / "new_objects.txt")
-        groups = (
-            {name: _lines(folder / f"complex_val_{name}.txt") for name in ("spatial", "action")} if category == "complex" else {}
-        )
+        parts = _read_parts(folder) if category == "complex" else {}
+
+        lines = [line.split("\t")[0].strip() for line in read_text(path).splitlines() if line.strip()]
         for number, line in enumerate(lines):
-            kind = next((name for name, members in groups.items() if _key(line) in members), "all")
-            extra = {"parts": kind} if category == "complex" else {}
-            for j in range(images):
-                file = f"{category}/samples/{_named(line, path)}_{number * images + j:06d}.png"
-                pictures.append(BenchImage(file, line, (seed + j,), about | extra))
-    return Plan(pictures)
+            extra: dict[str, Any] = {}
+            if category == "complex":
+                extra["parts"] = next((name for name, keys in parts.items() if _key(line) in keys), "all")
+            for j in range(images_per_prompt):
+                identifier = number * images_per_prompt + j
+                file = f"{category}/samples/{_check_name(line, path)}_{identifier:06d}.png"
+                images.append(BenchImage(file, line, (seed + j,), about | extra))
+    return Plan(images)
+
+
+def _read_parts(folder: Path) -> dict[str, set[str]]:
+    """Return the keys of the complex prompts that have a spatial part only, or an action only."""
+    parts: dict[str, set[str]] = {}
+    for name in ("spatial", "action"):
+        lines = read_text(folder / f"complex_val_{name}.txt").splitlines()
+        parts[name] = {_key(line) for line in lines}
+    return parts
 
 
 def _key(line: str) -> str:
     return line.split(".")[0].lower()
 
 
-def _lines(path: Path) -> set[str]:
-    return {_key(line) for line in read_text(path).splitlines()}
-
-
-def _named(prompt: str, path: Path) -> str:
-    """The prompt as the benchmark's own tools read it from a file's name, up to the first underscore."""
+def _check_name(prompt: str, path: Path) -> str:
+    """Return the prompt if it can be part of a file's name, where the benchmark's own tools read it."""
     if "/" in prompt or "_" in prompt or len(prompt.encode()) > MAX_NAME_LENGTH - len("_000000.png"):
-        raise UserError(f"{path}: {prompt[:40]!r}... cannot be in a file's name, where T2I-CompBench's tools read it: shorten it")
+        raise UserError(
+            f"{path}: {prompt[:40]!r}... cannot be in a file's name, where T2I-CompBench's tools read it: "
+            "shorten it"
+        )
     return prompt
 
 
 def clean_question(chunk: str) -> str:
-    """A noun chunk as BLIP's reader asks it: lower case, without punctuation, and a question mark."""
+    """Return the question about a noun chunk: lower case, without punctuation, with a question mark."""
     return re.sub(r'([.!"()*#:;~])', "", f"{chunk}?".lower()).rstrip()
 
 
-def ask(judges: Judges, picture: BenchImage, image: Image.Image) -> Answer:
-    """P(yes) per noun chunk, objects found, similarity: what the picture's category needs."""
-    category = picture.about["category"]
+def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
+    """Return P(yes) per noun chunk, detected objects, similarity: what the image's category needs."""
+    category = entry.about["category"]
     if category == "non_spatial":
-        return {"similarity": judges.clip.similarity(image, picture.prompt)}
-    parsed = judges.phrases.parse(picture.prompt)
+        return {"similarity": judges.clip.similarity(image, entry.prompt)}
+
+    parsed = judges.phrases.parse(entry.prompt)
     answer: Answer = {}
     if category in ATTRIBUTES or category == "complex":
         questions = [clean_question(chunk) for chunk in parsed.chunks[:CHUNKS]]
         answer |= {"questions": questions, "yes": judges.vqa.yes(image, questions)}
-    parts = picture.about.get("parts")
+
+    parts = entry.about.get("parts")
     if parts in ("action", "all"):
         answer["similarity"] = judges.clip.similarity(image, without_adjectives(parsed))
+
     names: list[str] = []
     if category == "spatial":
         names = t2i_objects.first_and_last_noun(parsed)
     elif parts in ("spatial", "all"):
         names = t2i_objects.nouns_around_preposition(parsed)
     elif category == "numeracy":
-        wanted, numbers = t2i_objects.count_objects(parsed, picture.about["names"])
-        names, answer["numbers"] = wanted, numbers
+        names, answer["numbers"] = t2i_objects.count_objects(parsed, entry.about["names"])
+
     if category in ("spatial", "numeracy") or parts in ("spatial", "all"):
-        names = [t2i_objects.detector_name(name) for name in names]
-        answer |= {"objects": names, "size": list(image.size)}
-        found = judges.detector.detect(image, list(dict.fromkeys(names)), FLOOR)
-        answer["found"] = [{"class": each.label, "score": each.score, "box": list(each.box)} for each in found]
+        classes = [t2i_objects.detector_name(name) for name in names]
+        answer |= {"objects": classes, "size": list(image.size)}
+        detections = judges.detector.detect(image, list(dict.fromkeys(classes)), FLOOR)
+        answer["found"] = [
+            {"class": found.label, "score": found.score, "box": list(found.box)} for found in detections
+        ]
     return answer
 
 
 def without_adjectives(parsed: Parsed) -> str:
-    """The prompt that CLIP compares in the complex category."""
+    """Return the text that CLIP compares in the complex category."""
     return " ".join(text for text, part in parsed.words if part != "ADJ")
 
 
 def attribute(answer: Answer, rules: T2IRules) -> float:
-    """Product of P(yes) over at most eight noun chunks; of none, 1."""
+    """Return the product of P(yes) over at most eight noun chunks; 1 without any."""
     product = 1.0
     for value in answer["yes"][:CHUNKS]:
         product *= _round(value, rules)
@@ -148,33 +169,35 @@ def _round(value: float, rules: T2IRules) -> float:
     return value if rules.decimals < 0 else float(f"{value:.{rules.decimals}f}")
 
 
-def _found(answer: Answer, rules: T2IRules) -> list[Box]:
-    boxes = [Box(each["class"], each["score"], tuple(each["box"])) for each in answer["found"]]
+def _boxes(answer: Answer, rules: T2IRules) -> list[Box]:
+    """Return the detected objects that count, the most confident first."""
+    boxes = [Box(found["class"], found["score"], tuple(found["box"])) for found in answer["found"]]
     return sorted((box for box in boxes if box.score > rules.confidence), key=lambda box: -box.score)
 
 
 def spatial(prompt: str, answer: Answer, rules: T2IRules) -> float:
-    """A quarter of each object's confidence and half of its place, 0 below the floor."""
+    """Return a quarter of each object's confidence plus half of their position's score; 0 below the floor."""
     if len(answer["objects"]) != 2:
         return 0.0
     first, second = answer["objects"]
-    found = _found(answer, rules)
-    a, b = (next((box for box in found if box.name == name), None) for name in (first, second))
+    boxes = _boxes(answer, rules)
+    a, b = (next((box for box in boxes if box.name == name), None) for name in (first, second))
+
     value = 0.25 * sum(box.score for box in (a, b) if box is not None)
     if a is not None and b is not None:
         relation = t2i_objects.find_relation(prompt, rules.on_top_of)
         scale = t2i_objects.detector_scale(*answer["size"])
-        value += 0.5 * t2i_objects.place(relation, a.box, b.box, scale, rules.near_pixels)
+        value += 0.5 * t2i_objects.score_position(relation, a.box, b.box, scale, rules.near_pixels)
     return value if value >= rules.spatial_floor else 0.0
 
 
 def numeracy(answer: Answer, rules: T2IRules) -> float:
-    """Each object weighs the same: half for being there, half for the right number."""
-    return t2i_objects.score_counts(answer["objects"], answer["numbers"], _found(answer, rules))
+    """Return the mean over objects of: half for being detected, half for the right number."""
+    return t2i_objects.score_counts(answer["objects"], answer["numbers"], _boxes(answer, rules))
 
 
 def complex_score(prompt: str, parts: str, answer: Answer, rules: T2IRules) -> float:
-    """Mean of the attribute score with the spatial one, the similarity, or both."""
+    """Return the mean of the attribute score and the spatial score, the similarity, or both."""
     values = [attribute(answer, rules)]
     if parts in ("spatial", "all"):
         values.append(spatial(prompt, answer, rules))
@@ -183,42 +206,49 @@ def complex_score(prompt: str, parts: str, answer: Answer, rules: T2IRules) -> f
     return mean(values)
 
 
-def score_picture(picture: BenchImage, answer: Answer, rules: T2IRules) -> float:
-    """A picture's score in its category."""
-    category = picture.about["category"]
+def score_image(image: BenchImage, answer: Answer, rules: T2IRules) -> float:
+    """Return an image's score in its category."""
+    category = image.about["category"]
     if category in ATTRIBUTES:
         return attribute(answer, rules)
     if category == "spatial":
-        return spatial(picture.prompt, answer, rules)
+        return spatial(image.prompt, answer, rules)
     if category == "numeracy":
         return numeracy(answer, rules)
     if category == "non_spatial":
         return answer["similarity"]
-    return complex_score(picture.prompt, picture.about["parts"], answer, rules)
+    return complex_score(image.prompt, image.about["parts"], answer, rules)
 
 
-def score(pictures: Sequence[BenchImage], answers: Mapping[str, Answer], rules: T2IRules) -> Scores:
-    """Mean over images per category; `overall` is LI-DiT's T2I-avg where all three attributes are there, else the mean."""
+def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: T2IRules) -> Scores:
+    """Return the mean over images of each category.
+
+    `overall` is LI-DiT's T2I-avg if all three attributes are there, else the mean over the categories.
+    """
     values: dict[str, list[float]] = {}
-    for picture in pictures:
-        values.setdefault(picture.about["category"], []).append(score_picture(picture, answers[picture.file], rules))
-    means = {category: mean(each) for category, each in values.items()}
+    for image in images:
+        values.setdefault(image.about["category"], []).append(score_image(image, answers[image.file], rules))
+
+    means = {category: mean(of_images) for category, of_images in values.items()}
     averaged = ATTRIBUTES if set(ATTRIBUTES) <= set(means) else tuple(means)
-    return {"overall": mean([means[name] for name in averaged]), "categories": means, "averaged": list(averaged)}
+    return {
+        "overall": mean([means[name] for name in averaged]),
+        "categories": means,
+        "averaged": list(averaged),
+    }
 
 
-def needs(pictures: Sequence[BenchImage]) -> set[str]:
-    """What the categories need."""
-    by_category = {
-        **{name: {"vqa", "phrases"} for name in ATTRIBUTES},
-        **{name: {"detector", "phrases"} for name in ("spatial", "numeracy")},
+def needs(images: Sequence[BenchImage]) -> set[str]:
+    """The models of the images' categories."""
+    models: dict[str, set[str]] = {
+        **{attribute: {"vqa", "phrases"} for attribute in ATTRIBUTES},
+        **{category: {"detector", "phrases"} for category in ("spatial", "numeracy")},
         "non_spatial": {"clip"},
         "complex": {"vqa", "detector", "clip", "phrases"},
     }
-    return set().union(*(by_category[category] for category in {picture.about["category"] for picture in pictures}))
+    categories = {image.about["category"] for image in images}
+    return set().union(*(models[category] for category in categories))
 
 
-BENCH = Bench(
-    "t2i_compbench", 10, plan, needs, ask, score, T2IRules, BLIP_SIDE,
-    {"template": "{chunk}?", "chunks": CHUNKS, "kept_above": FLOOR},
-)  # fmt: skip
+SETTINGS = {"template": "{chunk}?", "chunks": CHUNKS, "kept_above": FLOOR}
+BENCH = Bench("t2i_compbench", 10, plan, needs, ask, score, T2IRules, BLIP_SIDE, SETTINGS)

@@ -97,6 +97,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def ensure_process_group(ranks: Distributed) -> None:
+    """Join a process group on the CPU, unless this process runs alone or has joined one."""
+    import torch.distributed as dist
+
+    if ranks.world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
 def all_reduce_min(value: int, group: "dist.ProcessGroup | None" = None) -> int:
     """The smallest of all ranks' values: how the ranks agree that all have succeeded. Collective; alone, the value."""
     import torch
@@ -147,8 +155,16 @@ def _cpu_group(world: object) -> "dist.ProcessGroup":
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # pyright: ignore[reportReturnType]
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
+def rank_and_world(from_environment: bool = False) -> tuple[int, int]:
+    """Return this process's rank and the number of processes.
+
+    Args:
+        from_environment: without a process group, take RANK and WORLD_SIZE if they are set, instead of (0, 1).
+    """
     import torch.distributed as dist
 
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if from_environment:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return 0, 1

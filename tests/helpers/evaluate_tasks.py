@@ -1,4 +1,4 @@
-"""`python -m pipeline.evaluate` as one of several processes, which may be killed at a picture or an answer of one's choice."""
+"""`python -m pipeline.evaluate` as one of several processes, which may be killed at a chosen image or answer."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.helpers.tiny_sampler import make_sampler
 
 
 def killed_after(count, function):
-    """A function that ends the process, as SIGKILL does, once it has been called `count` times."""
+    """Return a function that kills the process with SIGKILL once it has been called `count` times."""
     calls = iter(range(count))
 
     def counted(*arguments):
@@ -26,17 +26,17 @@ def killed_after(count, function):
     return counted
 
 
-def run(rank, world, port, truth, arguments, pictures=None, answers=None):
-    """This process as `rank` of `world` that meet at a port; killed after so many pictures or answers."""
+def run(rank, world, port, truth, arguments, images=None, answers=None):
+    """Run as `rank` of `world` processes that connect through a port; killed after that many images or answers."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    save, opened = bench_images._save, bench_answers._open
+    save, opened = bench_images.save_image, bench_answers.open_image
     with (
         patch.object(sys, "argv", ["evaluate", *map(str, arguments)]),
         patch.object(evaluate, "load_source", lambda *_: make_sampler()),
         patch.object(evaluate, "ScorerModels", lambda *_: make_judges(truth)),
-        patch.object(bench_images, "_save", save if pictures is None else killed_after(pictures, save)),
-        patch.object(bench_answers, "_open", opened if answers is None else killed_after(answers, opened)),
+        patch.object(bench_images, "save_image", save if images is None else killed_after(images, save)),
+        patch.object(bench_answers, "open_image", opened if answers is None else killed_after(answers, opened)),
     ):
         evaluate.main()

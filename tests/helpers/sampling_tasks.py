@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from pipeline import diffusers_pipeline, evaluate, export, sample
-from pipeline.inference import sampler
+from pipeline import diffusers_pipeline, evaluate, sample
+from pipeline.inference import sampler, source
 from pipeline.inference.sampler import Sampler, SamplingParams
 from tests.helpers.fake_snapshot import DOWN, WIDTHS
 from tests.helpers.tiny_sampler import WIDTHS as LETTERS
@@ -49,12 +49,12 @@ def draw_export(program, *arguments):
         used.append(load(*given))
         return used[-1]
 
-    load = export.load_export
+    load = source.load_export
     with (
         patch.object(sys, "argv", [program, *map(str, arguments)]),
         patch.object(diffusers_pipeline, "load_llm", lambda family, device: LetterLLM(LETTERS[family.name])),
-        patch.object(export, "shard", shard_all),
-        patch.object(export, "load_export", load_export),
+        patch.object(source, "shard", shard_all),
+        patch.object(source, "load_export", load_export),
         patch.object(dist, "destroy_process_group"),
     ):
         {"sample": sample, "evaluate": evaluate}[program].main()

@@ -180,7 +180,7 @@ def test_two_processes_that_are_killed_and_started_again_make_what_one_makes(pla
     arguments = ("--images", 1, "--batch", 1)
     world.run(untrained, *arguments)
     shared = world.folder / "shared"
-    assert world.run_on_two(*arguments, out=shared, killed=({"answers": 5}, {"pictures": 3})) == [-9, -9]
+    assert world.run_on_two(*arguments, out=shared, killed=({"answers": 5}, {"images": 3})) == [-9, -9]
     (files,) = answered(world.out)
     shares = [Share(rank, 2).owns(files) for rank in (0, 1)]
     drawn = {path.name: path.stat().st_mtime_ns for path in (shared / "images").iterdir()}
@@ -258,10 +258,10 @@ def test_other_weights_settings_and_benchmarks_are_not_mixed(place, capsys):
     (world.out / "images" / "3.png").unlink()
     fails(world, capsys, "3.png", "--stage", "answers")
     (world.out / "images" / "3.png").write_bytes(b"x")
-    fails(world, capsys, "not a picture", "--stage", "answers")
+    fails(world, capsys, "not an image", "--stage", "answers")
     fails(world, capsys, "answers are missing", "--stage", "score")
     world.bench = "genai_bench"
-    fails(world, capsys, "holds pictures of dpg", "--stage", "answers")
+    fails(world, capsys, "has the images of dpg", "--stage", "answers")
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,18 @@ import torch
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import hub_utils
 from PIL import Image
-from tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
 
 from data_prep.dataset.schema import Family, Snapshot
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline import diffusers_pipeline, sample
 from pipeline.diffusers_pipeline import LIDiTPipeline
-from pipeline.export import build_pipeline, export, load_export, load_source, make_card
+from pipeline.export import build_pipeline, export, make_card
 from pipeline.inference.sampler import SamplingParams
+from pipeline.inference.source import load_export, load_source
 from pipeline.stage.config import dump_stage
 from pipeline.stage.corpus import Corpus, Source
+from tests.helpers.tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
 
 PROMPTS = ["a red cat", "", "two dogs"]
 SEEDS = [4, 9, 2**40]

@@ -10,7 +10,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_sampler import LetterLLM
 
 from model.common.errors import UserError
 from model.config import TextConfig
@@ -22,6 +21,7 @@ from pipeline.inference import sampler
 from pipeline.text.prompts import load_llm
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
+from tests.helpers.tiny_sampler import LetterLLM
 
 
 def make_vae(*_):

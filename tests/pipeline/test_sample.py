@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_sampler import MAX_TOKENS, make_sampler
 
 from data_prep.dataset.schema import Family
 from model.common.errors import UserError
@@ -19,8 +18,9 @@ from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.images import make_grid, read_settings, save_png
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.text.prompts import load_llm
-from tests.helpers import sampling_tasks as drawing_tasks
+from tests.helpers import sampling_tasks
 from tests.helpers.distributed import on_ranks
+from tests.helpers.tiny_sampler import MAX_TOKENS, make_sampler
 
 PROMPTS = ["a red cat", "two dogs", "", "a very blue house", "tea", "a red cat", "snow", "rain"]
 DRAWING = SamplingParams(steps=3, guidance=3.0, height=16, width=24)
@@ -142,7 +142,7 @@ def test_files_are_the_same_bytes_in_batches_of_one_three_and_eight(monkeypatch,
 
 def test_two_processes_share_the_pictures_and_draw_the_same_as_one(tmp_path):
     arguments = ("--prompt", "a red cat", "--prompt", "two dogs", "--prompt", "tea", "--images", 2, "--out")
-    written = {world: on_ranks(world, drawing_tasks.draw, *arguments, str(tmp_path / str(world))) for world in (1, 2)}
+    written = {world: on_ranks(world, sampling_tasks.draw, *arguments, str(tmp_path / str(world))) for world in (1, 2)}
     one, two = (
         [json.loads(line) for line in (tmp_path / str(world) / "index.jsonl").read_text().splitlines()] for world in (1, 2)
     )

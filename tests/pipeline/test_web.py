@@ -6,10 +6,10 @@ from urllib.parse import urlparse
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sampler import make_sampler
 
 from pipeline import web
 from pipeline.inference.studio import NO_INSTRUCTION, InteractiveSampler, Limits
+from tests.helpers.tiny_sampler import make_sampler
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

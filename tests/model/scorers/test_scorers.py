@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_scorers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation import geneval
 from pipeline.evaluation.common import BenchImage
+from tests.helpers import tiny_scorers
 
 CPU = torch.device("cpu")
 QUESTIONS = ["Is it there ?", "a red cat ?"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.scorers.noun_phrases import Parsed
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench, t2i_objects
-from pipeline.evaluation.common import BenchImage
+from pipeline.evaluation.common import BenchImage, iou
 from pipeline.evaluation.dpg import DPGRules
 from pipeline.evaluation.genai_bench import GenAIRules
 from pipeline.evaluation.geneval import GenEvalRules
@@ -94,7 +94,7 @@ def test_geneval_overlap_is_published_as_off():
     pair = [thing("cat", 0.9), thing("cat", 0.8, (0, 0, 10, 9))]
     assert not correct(about, *pair)
     assert correct(about, *pair, max_overlap=0.5)
-    assert geneval.iou((0, 0, 10, 10), (0, 0, 10, 9)) == pytest.approx(110 / 121)
+    assert iou((0, 0, 10, 10), (0, 0, 10, 9), pixel=1) == pytest.approx(110 / 121)
 
 
 def test_geneval_overall_is_the_mean_over_tags():
@@ -194,7 +194,7 @@ def test_t2i_attribute_is_a_product_with_four_decimals(yes, rules, expected):
     ],
 )
 def test_t2i_places(relation, a, b, expected):
-    assert t2i_objects.place(relation, a, b, 1.0, 150.0) == pytest.approx(expected)
+    assert t2i_objects.score_position(relation, a, b, 1.0, 150.0) == pytest.approx(expected)
 
 
 def test_t2i_distances_are_in_the_detectors_pixels():
@@ -202,7 +202,7 @@ def test_t2i_distances_are_in_the_detectors_pixels():
     assert t2i_objects.detector_scale(1024, 1024) == 479 / 1024
     assert t2i_objects.detector_scale(960, 480) == 0.5
     far = ((0, 0, 10, 10), (200, 300, 210, 310))
-    assert t2i_objects.place("near", *far, 0.25, 150.0) == 1.0
+    assert t2i_objects.score_position("near", *far, 0.25, 150.0) == 1.0
 
 
 def spatial(prompt, *found, size=(479, 479), **rules):

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_sampler import make_network, make_sampler
 
 from model.config import FusionConfig
 from model.functional import key_mask
 from model.layers import CrossAttention
 from pipeline.inference.attention_maps import WORD, attention_to_tokens, overlay, recorded_attention, sum_over_words
 from pipeline.inference.sampler import SamplingParams
+from tests.helpers.tiny_sampler import make_network, make_sampler
 
 DRAWING = SamplingParams(steps=3, guidance=3.0, height=16, width=24)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sampler import make_sampler
 
 from model.common.errors import UserError
 from pipeline.inference.images import read_settings
-from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, OTHER, InteractiveSampler, Limits, GenerationRequest
+from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, OTHER, GenerationRequest, InteractiveSampler, Limits
+from tests.helpers.tiny_sampler import make_sampler
 
 REQUEST = GenerationRequest("a red cat", "", 16, 24, 2, 3.0, 7, 2, "euler")
 

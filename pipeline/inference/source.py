@@ -1,0 +1,159 @@
+"""Loading what a command samples from, a run or an export; and the options that such commands share."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging
+
+from data_prep.dataset.schema import Bucket
+from model.common.dtypes import DTYPES
+from model.common.errors import UserError
+from model.config import DiTConfig, FusionConfig
+from model.dit import LIDiT
+from model.encoders.vae import VAE
+from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
+from pipeline.inference.sampler import Sampler, SamplingParams, shard
+from pipeline.runtime.distributed import Distributed
+from pipeline.stage.config import EngineConfig, ObjectiveConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from pipeline.engine.inference import ShardedNetwork
+
+INDEX = "model_index.json"
+TIMEOUT_MINUTES = 60
+"""How long ranks with partitioned weights wait for each other: reading the prompts may take as long."""
+
+
+def load_source(
+    path: Path, weights: str, device: torch.device, dtype: torch.dtype, zero3: bool = False
+) -> Sampler:
+    """Load a run's folder or an exported folder.
+
+    Args:
+        path: the folder.
+        weights: `ema`, `raw` or the decay of an average; an export has one set, which is `ema` here.
+        device: device to sample on.
+        dtype: precision of the network.
+        zero3: partition the network over the processes.
+
+    Raises:
+        UserError: if the folder is neither, is damaged, or does not have these weights.
+    """
+    if not (path / INDEX).is_file():
+        return Sampler.from_run(path, weights, device, dtype, zero3)
+    if weights != "ema":
+        raise UserError(
+            f"{path} is an export, with one set of weights: leave out --weights {weights}, "
+            "or give the run's folder"
+        )
+    return load_export(path, device, dtype, zero3)
+
+
+def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: bool = False) -> Sampler:
+    """Load an exported folder; with `zero3`, partition its network over the processes.
+
+    Raises:
+        UserError: if the folder contains another model or another format version, or is damaged.
+    """
+    logging.disable_progress_bar()
+    try:
+        # with ZeRO-3 no process loads the whole network
+        parts: dict[str, Any] = {"transformer": None} if zero3 else {}
+        types = {"transformer": dtype, "default": torch.float32}
+        pipeline = LIDiTPipeline.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
+        sharded = _partition_export(folder / "transformer", dtype) if zero3 else None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: damaged or not complete: {error}") from error
+    finally:
+        logging.enable_progress_bar()
+
+    scheduler = pipeline.scheduler.config
+    flow = "shift" in scheduler or scheduler.get("prediction_type") == "flow_prediction"
+    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+    objective = ObjectiveConfig(name="flow" if flow else "ddpm", shift=shift)
+    defaults = SampleConfig(
+        **{name: pipeline.config[name] for name in ("steps", "guidance", "height", "width")}
+    )
+
+    reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
+    network = sharded.module if sharded else pipeline.transformer
+    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
+
+
+def _partition_export(folder: Path, dtype: torch.dtype) -> "ShardedNetwork":
+    config: Any = LIDiTModel.load_config(folder)
+    dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
+    build = partial(LIDiT, dit, fusion, config["text_widths"])
+    return shard(build, load_weights(folder, "ema"), dtype, EngineConfig())
+
+
+def join_ranks(ranks: Distributed, zero3: bool) -> torch.device:
+    """Return this process's device; with `zero3`, first join the process group of the ranks that share the
+    weights.
+
+    Raises:
+        UserError: if this machine lacks what DeepSpeed needs.
+    """
+    if zero3:
+        from pipeline.engine.processes import join_process_group  # imports deepspeed, which takes seconds
+
+        join_process_group(TIMEOUT_MINUTES)
+    return ranks.device
+
+
+def choose_precision(name: str | None, device: torch.device) -> str:
+    """Return the name of a precision: the one given, else bf16 on a GPU and fp32 on a CPU."""
+    return name or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def add_weights_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that choose a source's weights and their precision."""
+    parser.add_argument(
+        "--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average"
+    )
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: bf16 on a GPU, else fp32")
+
+
+def add_sampling_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that `choose_sampling_params` and `join_ranks` read."""
+    add_weights_options(parser)
+    parser.add_argument("--negative", default="", help="prompt to steer away from")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--size", metavar="HxW")
+    parser.add_argument("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
+    parser.add_argument(
+        "--quantised", action="store_true", help="pass LLM states through the family's quantization"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of each prompt's first image; the next images have the next seeds"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images generated at once")
+    parser.add_argument(
+        "--zero3", action="store_true", help="partition the weights over the processes, as in training"
+    )
+
+
+def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace) -> SamplingParams:
+    """Return the run's own sampling settings, overridden by the command line.
+
+    Raises:
+        UserError: if a size is not HxW.
+    """
+    height, width = defaults.height, defaults.width
+    if arguments.size is not None:
+        try:
+            bucket = Bucket.parse(arguments.size)
+        except ValueError as error:
+            raise UserError(f"--size {arguments.size}: write height x width, such as 256x192") from error
+        height, width = bucket.height, bucket.width
+
+    steps = defaults.steps if arguments.steps is None else arguments.steps
+    guidance = defaults.guidance if arguments.guidance is None else arguments.guidance
+    return SamplingParams(
+        steps, guidance, height, width, arguments.scheduler, arguments.negative, arguments.quantised
+    )

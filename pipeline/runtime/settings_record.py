@@ -1,0 +1,32 @@
+"""A record of the settings that a folder was made with, so that results of other settings are never mixed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.dataset.schema import canonical_json
+from model.common.errors import UserError
+from model.common.files import write_atomic
+
+
+def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a folder to `path`, or check them against those written there before.
+
+    Raises:
+        UserError: if the folder was made with other settings.
+    """
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, canonical_json(settings))
+        return
+
+    wanted = json.loads(canonical_json(settings))
+    differing = sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key))
+    if differing:
+        raise UserError(
+            f"{path.parent} was made with other settings ({', '.join(differing)} differ): "
+            "use another folder, or remove it"
+        )
