@@ -134,7 +134,8 @@ def _check_size(space: LatentSpace, images: np.ndarray, pair: Pair) -> None:
     factors = downsampling_per_axis(space.downsampling, axes=2)
     if any(side % factor for side, factor in zip(size, factors, strict=True)):
         raise UserError(
-            f"bucket {pair.height}x{pair.width}: set buckets.step to a multiple of the VAE's {space.downsampling}"
+            f"bucket {pair.height}x{pair.width}: "
+            f"set buckets.step to a multiple of the VAE's {space.downsampling}"
         )
 
 

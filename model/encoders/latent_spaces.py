@@ -1,7 +1,8 @@
 """Latent spaces: how images become the latents that a network is trained on, and back.
 
-A space is usually a VAE (`model/encoders/vae.py`), but it can be any map from images to vectors on a grid. It is found by its name
-in a registry: a new one is a class with `register_latent_space`, and no other file names a class of VAE.
+A space is usually a VAE (`model/encoders/vae.py`), but it can be any map from images to vectors on a grid. It
+is found by its name in a registry: another space is a class with `register_latent_space`, without a change
+elsewhere.
 """
 
 import importlib
@@ -21,11 +22,12 @@ from model.common.registry import Registry
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUTOENCODER_KL = "AutoencoderKL"
-"""Name of the space of every latents family that does not record one: it was the only space when they were written."""
+"""Name of the space of latents families that record none: it was the only one when they were written."""
 
 Statistics = Mapping[str, Any]
-"""Statistics of raw latents: `scaling_factor` and `shift_factor`, a number each, as diffusers' AutoencoderKL has them; or
-`latents_mean` and `latents_std`, a number per channel or one for all. Other keys are ignored, so a latents family's info will do."""
+"""Statistics of raw latents, in one of two forms: `scaling_factor` and `shift_factor`, one number each, as in
+diffusers' AutoencoderKL; or `latents_mean` and `latents_std`, each one number or one per channel.
+Other keys are ignored, so the info of a latents family can be given as it is."""
 
 
 def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
@@ -79,7 +81,8 @@ def downsampling_per_axis(downsampling: int | Sequence[int], axes: int) -> tuple
     factors = (downsampling,) * axes if isinstance(downsampling, int) else tuple(downsampling)
     if len(factors) != axes:
         raise UserError(
-            f"a latent space with downsampling {list(factors)} cannot encode data of {axes} axes: use another one"
+            f"a latent space with downsampling {list(factors)} cannot encode data of {axes} axes: "
+            "use another latent space"
         )
     return factors
 
@@ -95,7 +98,7 @@ class LatentSpace(ABC):
     channels: int
     """Number of latent channels, C."""
     downsampling: int | tuple[int, ...]
-    """Pixels per latent position: the same along each axis, or one number per axis, such as (4, 8, 8) for video."""
+    """Pixels per latent position: one number for all axes, or one per axis, such as (4, 8, 8) for video."""
     statistics: Statistics
     """Mean and std of the latents that `encode` returns, in one of the two forms of `Statistics`."""
 
@@ -140,7 +143,7 @@ class LatentSpace(ABC):
 
 
 LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
-"""Name -> latent space. A space that reads a diffusers folder has the name that its config.json gives as `_class_name`."""
+"""Name -> latent space. One that reads diffusers folders is named as `_class_name` in their config.json."""
 
 _BUILT_IN = ("model.encoders.vae",)
 """Modules that register spaces; imported when one is needed, since diffusers takes seconds to import."""
@@ -214,10 +217,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_folder(source: str, revision: str | None) -> Path:
-    """Return the local folder with a diffusers VAE's config and weights, downloaded first if `source` is a hub name.
+    """Return the local folder of a diffusers VAE, downloaded first if `source` is a hub name.
 
     Args:
-        source: a local folder or `<owner>/<name>` on the hub; of a whole pipeline, its `vae` subfolder is taken.
+        source: a local folder or `<owner>/<name>` on the hub. Of a pipeline, the subfolder `vae` is taken.
         revision: commit, tag or branch on the hub.
 
     Raises:
@@ -235,5 +238,6 @@ def find_folder(source: str, revision: str | None) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     raise UserError(
-        f"{root}: no {CONFIG}: name the folder of a diffusers AutoencoderKL, or of a pipeline with a `vae` in it"
+        f"{root}: no {CONFIG}: name the folder of a diffusers AutoencoderKL, "
+        "or of a pipeline with a `vae` subfolder"
     )

@@ -28,14 +28,14 @@ _DECIDES_NUMBERS = (
     "norm_num_groups",
     "use_quant_conv",
 )
-"""Fields of the VAE's config that change what its encoder computes; others (scaling, decoder, tiling) do not."""
+"""Fields of the config that change what the encoder computes; others (scaling, decoder, tiling) do not."""
 
 
 def small_vae() -> Any:
-    """Build a new VAE of the paper's shape, 8x downsampling and 16 channels, small enough to train on a laptop.
+    """Build a new VAE of the paper's shape (8x downsampling, 16 channels) that a laptop can train.
 
-    It is narrow at high resolution, where most of the time is spent, and it has 1x1 convolutions around the latent, so that
-    the latent channels can be standardized after training without a change to the images.
+    It is narrow at high resolution, where most of the time is spent. The latent has 1x1 convolutions around it,
+    so that its channels can be standardized after training without a change to the images.
     """
     widths = (16, 32, 64, 64)
     config: dict[str, Any] = {
@@ -82,13 +82,13 @@ class VAE(LatentSpace):
         """Load the VAE of a local folder or of the hub, in fp32.
 
         Args:
-            source: a local folder or `<owner>/<name>` on the hub; of a whole pipeline, its `vae` subfolder is taken.
+            source: as in `find_folder`.
             revision: commit, tag or branch on the hub.
             device: where it runs.
 
         Raises:
-            UserError: if there is no such VAE or no safetensors file, if it is of another class, or if the weights do not fit
-                the config.
+            UserError: if there is no such VAE or no safetensors file, if it is of another class, or if the
+                weights do not fit the config.
         """
         folder = find_folder(source, revision)
         kind = read_config(folder).get("_class_name")
@@ -100,7 +100,8 @@ class VAE(LatentSpace):
         weights = folder / WEIGHTS
         if not weights.is_file():
             raise UserError(
-                f"{folder}: no {WEIGHTS}: save the VAE as one safetensors file (pickled weights are never opened)"
+                f"{folder}: no {WEIGHTS}: save the VAE as one safetensors file "
+                "(pickled weights are never opened)"
             )
         options: dict[str, Any] = {
             "use_safetensors": True,

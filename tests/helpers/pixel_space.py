@@ -3,7 +3,7 @@
 import torch
 from einops import rearrange
 
-from model.encoders.latent_spaces import register_latent_space, LatentSpace
+from model.encoders.latent_spaces import LatentSpace, register_latent_space
 
 BLOCK = 8
 CHANNELS = 3 * BLOCK * BLOCK

@@ -64,7 +64,7 @@ def test_downsampling_is_one_number_or_one_per_axis():
 
 def test_the_built_in_space_is_found_by_its_name_and_others_are_refused():
     assert find_latent_space("AutoencoderKL") is VAE
-    with pytest.raises(UserError, match="AutoencoderDC is unknown.*AutoencoderKL"):
+    with pytest.raises(UserError, match=r"AutoencoderDC is unknown.*AutoencoderKL"):
         load_latent_space("anywhere", None, torch.device("cpu"), "AutoencoderDC")
 
 
