@@ -1,15 +1,16 @@
-"""From planned rows to encoded images: the order in which the sources are read, and what a worker process does.
+"""Turn planned rows into encoded images: the order in which the sources are read, and the work of a worker
+process.
 
-Images that can be read alone (tars, folders, MDS, paths) are fetched by the workers, part by part. Bytes inside parquet cannot:
-there the rows of all parts are taken in the order of the source, so that this process reads every row group once, a few rows at a
-time, for all buckets together, and hands the bytes on.
+Images with random access (tars, folders, MDS, paths) are fetched by the workers, part by part. Bytes inside
+parquet have none, so there the rows of all parts are read in the order of the source: this process reads
+every row group once, a few rows at a time, for all buckets together, and sends the bytes to the workers.
 """
 
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import xxhash
 
@@ -17,28 +18,30 @@ from data_prep.dataset.schema import Bucket, Part
 from data_prep.images.images import Crop, ImageError, encode_image, fit_bucket
 from data_prep.sources.parquet import ParquetSource
 from data_prep.sources.sample import Place, in_chunks
-from data_prep.sources.source import OpenSources
+from data_prep.sources.source import OpenSources, Source
 
 CHUNK_ROWS = 16
 GONE = "source: gone since the plan"
 CHANGED = "source: changed since the plan"
 
 
-class Task(NamedTuple):
-    """One image to make."""
+class ImageTask(NamedTuple):
+    """One image to encode."""
 
     part: Part
     row: int
     """Its row in the part."""
     file: int
+    """Number of its source file."""
     place: Place
     hash: int
+    """Hash of the source's bytes when the plan was made."""
     image: bytes | None = None
-    """The file's bytes, where the worker cannot fetch them itself."""
+    """The source's bytes, if the worker cannot fetch them itself."""
 
 
-class Made(NamedTuple):
-    """What became of it: an encoded image, or the reason for none."""
+class EncodedImage(NamedTuple):
+    """The result of a task: an encoded image, or the reason why there is none."""
 
     part: Part
     row: int
@@ -49,71 +52,94 @@ class Made(NamedTuple):
 
 
 @dataclass
-class Recipe:
-    """What a worker needs to make images; sent once."""
+class EncodingContext:
+    """Everything that a worker needs besides its tasks; sent once."""
 
     sources: OpenSources
     image_format: str
     quality: int
 
 
-def tasks_in_order(
-    parts: Sequence[Part], rows_of: Callable[[Part], list[dict[str, Any]]], file_ranks: Sequence[int], together: bool
-) -> Iterator[Task]:
-    """The rows of all parts as tasks: part by part, or, `together`, the parts of all buckets along the source.
+def order_tasks(
+    parts: Sequence[Part],
+    read_rows: Callable[[Part], list[dict[str, Any]]],
+    file_ranks: Sequence[int],
+    along_source: bool,
+) -> Iterator[ImageTask]:
+    """Return the tasks of all parts: part by part, or in the order of the source.
 
     Args:
-        parts: which; those of one bucket in the order of their numbers.
-        rows_of: a part's planned rows (`MANIFEST`), called when the part is reached.
-        file_ranks: place of each source file in the order in which the plan took them.
-        together: merge the buckets. Each one's parts follow one another along the source then, by the plan's window of one part.
+        parts: the parts; those of one bucket ordered by number.
+        read_rows: returns a part's planned rows (`MANIFEST`); called when the part is reached.
+        file_ranks: rank of each source file in the order in which the plan used them.
+        along_source: merge the parts of all buckets in the order of the source. This needs a plan whose
+            shuffle window is one part: only then do the parts of a bucket follow each other along the source.
     """
+    groups = [list(parts)]
+    if along_source:
+        by_bucket = itertools.groupby(sorted(parts), key=lambda part: part.bucket)
+        groups = [list(group) for _, group in by_bucket]
 
-    def tasks(of: Iterable[Part]) -> Iterator[tuple[tuple[int, int], Task]]:
-        for part in of:
-            rows = sorted(
-                ((file_ranks[row["id"] >> 32], row["id"] & 0xFFFFFFFF), number, row) for number, row in enumerate(rows_of(part))
-            )
-            for position, number, row in rows:
-                place = Place(row["offset"], row["length"], row["path"])
-                yield position, Task(part, number, row["id"] >> 32, place, row["hash"])
-
-    if not together:
-        return (task for _, task in tasks(parts))
-    by_bucket = itertools.groupby(sorted(parts), key=lambda part: part.bucket)
-    return (task for _, task in heapq.merge(*[tasks(list(group)) for _, group in by_bucket]))
+    for _, task in heapq.merge(*[_positioned_tasks(group, read_rows, file_ranks) for group in groups]):
+        yield task
 
 
-def chunks_of(tasks: Iterable[Task], sources: OpenSources) -> Iterator[list[Task]]:
-    """Chunks of tasks of one source file, bounded in rows and bytes, with the images that workers cannot fetch."""
+def _positioned_tasks(
+    parts: Iterable[Part], read_rows: Callable[[Part], list[dict[str, Any]]], file_ranks: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], ImageTask]]:
+    """Return the tasks of some parts, each with its position (rank of the file, row in the file) in the
+    sources."""
+    for part in parts:
+        tasks = []
+        for number, row in enumerate(read_rows(part)):
+            file, row_in_file = divmod(row["id"], 1 << 32)
+            place = Place(row["offset"], row["length"], row["path"])
+            task = ImageTask(part, number, file, place, row["hash"])
+            tasks.append(((file_ranks[file], row_in_file), task))
 
-    for (file, alone), run in itertools.groupby(tasks, lambda task: (task.file, bool(task.place.path))):
+        # positions are unique, so tasks are never compared
+        yield from sorted(tasks)
+
+
+def chunk_tasks(tasks: Iterable[ImageTask], sources: OpenSources) -> Iterator[list[ImageTask]]:
+    """Return chunks of tasks of one source file, bounded in rows and bytes, with the images that workers
+    cannot fetch."""
+    for (file, has_path), group in itertools.groupby(tasks, lambda task: (task.file, bool(task.place.path))):
         source, name = sources.of(file)
-        if isinstance(source, ParquetSource) and not alone:
-            run, places = itertools.tee(run)
-            images = source.walk(name, (task.place for task in places))
-            run = (task._replace(image=image) for task, image in zip(run, images, strict=False))
-        yield from in_chunks(run, CHUNK_ROWS)
+        if _needs_walk(source, has_path):
+            # one copy of the tasks is ahead by the rows that the source reads at once
+            group, ahead = itertools.tee(group)
+            images = source.walk(name, (task.place for task in ahead))
+            group = (task._replace(image=image) for task, image in zip(group, images, strict=False))
+        yield from in_chunks(group, CHUNK_ROWS)
 
 
-def make_images(recipe: Recipe, chunk: Sequence[Task]) -> list[Made]:
-    """Read, decode, resize and encode the images of a chunk; all are of one source file."""
-    source, name = recipe.sources.of(chunk[0].file)
-    if isinstance(source, ParquetSource) and not chunk[0].place.path:
-        return [_make_image(recipe, task, task.image) for task in chunk]
-    made: dict[int, Made] = {}
+def _needs_walk(source: Source, has_path: bool) -> TypeGuard[ParquetSource]:
+    """True if the images are bytes inside parquet, which have no random access."""
+    return isinstance(source, ParquetSource) and not has_path
+
+
+def encode_images(context: EncodingContext, chunk: Sequence[ImageTask]) -> list[EncodedImage]:
+    """Read, decode, resize and encode the images of a chunk; all are from one source file."""
+    source, name = context.sources.of(chunk[0].file)
+    if _needs_walk(source, bool(chunk[0].place.path)):
+        return [_encode_image(context, task, task.image) for task in chunk]
+
+    # images arrive in any order
+    encoded: dict[int, EncodedImage] = {}
     for number, image in source.fetch(name, [task.place for task in chunk]):
-        made[number] = _make_image(recipe, chunk[number], image)
-    return [made[number] for number in range(len(chunk))]
+        encoded[number] = _encode_image(context, chunk[number], image)
+    return [encoded[number] for number in range(len(chunk))]
 
 
-def _make_image(recipe: Recipe, task: Task, data: bytes | None) -> Made:
+def _encode_image(context: EncodingContext, task: ImageTask, data: bytes | None) -> EncodedImage:
     if data is None:
-        return Made(task.part, task.row, reason=GONE)
+        return EncodedImage(task.part, task.row, reason=GONE)
     if xxhash.xxh3_64_intdigest(data) != task.hash:
-        return Made(task.part, task.row, reason=CHANGED)
+        return EncodedImage(task.part, task.row, reason=CHANGED)
+
     try:
         image, crop = fit_bucket(data, Bucket.parse(task.part.bucket))
     except ImageError as error:
-        return Made(task.part, task.row, reason=error.reason, detail=error.detail)
-    return Made(task.part, task.row, encode_image(image, recipe.image_format, recipe.quality), crop)
+        return EncodedImage(task.part, task.row, reason=error.reason, detail=error.detail)
+    return EncodedImage(task.part, task.row, encode_image(image, context.image_format, context.quality), crop)

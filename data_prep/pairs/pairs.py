@@ -1,11 +1,13 @@
 """Make pairs: the planned samples as images of their bucket's size with captions, part by part.
 
-A part has `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` per sample) and `pairs.parquet` (one row per sample). If images turned
-out to be bad at full decode, it also has `dropped.parquet`.
+A part has `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` per sample) and `pairs.parquet` (one row per
+sample). If images turned out to be bad at full decode, it also has `dropped.parquet`.
 
-Finished images wait for the rest of their part in a temporary file, so memory holds only what is in progress: in every worker a
-chunk of 16 encoded originals (at most 32 MB, unless a single one is larger) and one decoded image, and in this process a few chunks
-and the planned rows of the open parts (one part, or one per bucket if a source has no random access).
+Finished images wait for the rest of their part in a temporary file, so memory holds only what is in progress:
+    in every worker a
+chunk of 16 encoded originals (at most 32 MB, unless a single one is larger) and one decoded image, and in
+this process a few chunks and the planned rows of the open parts (one part, or one per bucket if a source has
+no random access).
 """
 
 import io
@@ -27,7 +29,14 @@ import pyarrow.parquet as pq
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import commit_part, committed_parts, read_plan
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
-from data_prep.pairs.make_images import EncodedImage, EncodingContext, ImageTask, chunk_tasks, encode_images, order_tasks
+from data_prep.pairs.make_images import (
+    EncodedImage,
+    EncodingContext,
+    ImageTask,
+    chunk_tasks,
+    encode_images,
+    order_tasks,
+)
 from data_prep.plan.accounts import account, dropped_count, written_count
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order, source_files
@@ -61,7 +70,9 @@ COLUMNS = pa.schema(
     ]
 )
 """Columns of `pairs.parquet`; `crop` is left, top, right, bottom in pixels of the upright original."""
-DROPPED = pa.schema([("id", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+DROPPED = pa.schema(
+    [("id", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,16 @@ def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list
 
     if len(rows) != commit.rows or set(images) != {row["member"] for row in rows}:
         raise StoreError(
-            f"{dataset.uri}: pairs {commit.part}: table, tar and commit name different samples: delete its commit"
+            f"{dataset.uri}: pairs {commit.part}: table, tar and commit name different samples: "
+            "delete its commit"
         )
 
     pairs = []
     for row in rows:
         captions = [(caption_kinds[caption["kind"]], caption["text"]) for caption in row["captions"]]
-        pairs.append(Pair(row["id"], row["key"], images[row["member"]], captions, row["height"], row["width"]))
+        pairs.append(
+            Pair(row["id"], row["key"], images[row["member"]], captions, row["height"], row["width"])
+        )
     return pairs
 
 
@@ -128,7 +142,8 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     """Make the missing parts of this share.
 
     Raises:
-        UserError: if there is no plan, it was made with other settings, the disk is full, or the counts do not add up.
+        UserError: if there is no plan, it was made with other settings, the disk is full, or the counts do
+            not add up.
     """
     check_settings(config, dataset)
     manifest = read_plan(dataset)
@@ -159,7 +174,9 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
     ):
 
         def open_part(part: Part) -> list[dict[str, Any]]:
-            open_parts[part] = _OpenPart(part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part))
+            open_parts[part] = _OpenPart(
+                part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part)
+            )
             return open_parts[part].rows
 
         tasks = order_tasks(parts, open_part, ranks, reads_along(config))
