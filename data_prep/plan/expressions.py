@@ -1,8 +1,8 @@
 """Filter expressions over columns, such as `aesthetic >= 4.7 and punsafe < 0.5 and lang in ['en', 'zh']`.
 
-The text is parsed into Python's syntax tree and translated node by node into a pyarrow expression; Python evaluates nothing of
-it. A column's type follows from its use (compared with a number, a string, ...); values of another type count as missing, so
-foreign data cannot break the evaluation.
+The text is parsed into Python's syntax tree and translated node by node into a pyarrow expression; Python
+itself evaluates nothing of it. A column's type follows from its use (compared with a number, a string, ...).
+Values of another type count as missing, so foreign data cannot break the evaluation.
 """
 
 import ast
@@ -17,11 +17,11 @@ import pyarrow.dataset as ds
 from model.common.errors import UserError
 
 pc: Any = pyarrow.compute
-"""Its functions are made at import, where type checkers do not see them."""
+"""Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
 
 NUMBER, TEXT, TRUTH = pa.float64(), pa.string(), pa.bool_()
 ANYTHING = pa.null()
-"""Type of a column of which only the presence matters."""
+"""Type of a column that is only tested for being present."""
 
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: lambda a, b: a < b,
@@ -53,30 +53,35 @@ TEXT_TESTS: dict[str, Callable[..., Any]] = {
 
 
 class ColumnExpression:
-    """A parsed expression. `columns` are the names that it reads, with their types.
-
-    Raises:
-        UserError: the text is not of the supported language; the message names the part.
-    """
+    """A parsed expression; `columns` maps the names that it reads to their types."""
 
     def __init__(self, text: str) -> None:
+        """Parse an expression.
+
+        Raises:
+            UserError: if the text is not in the supported language; the message names the part.
+        """
         self.text = text
         self.columns: dict[str, pa.DataType] = {}
         try:
             self._expression = self._translate(ast.parse(text.strip(), mode="eval").body, TRUTH)
-            self.evaluate([{}])
+            self.evaluate([{}])  # so that type errors show up now and not at the first row
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
             hint = "write for instance `aesthetic >= 4.7 and lang in ['en']`"
             raise UserError(f"expression {text[:200]!r}: {error}: {hint}") from error
 
     def evaluate(self, rows: Sequence[dict[str, Any]]) -> list[bool | None]:
-        """The value for each row; None where a column that decides is missing or of another type."""
-        columns = {name: column([row.get(name) for row in rows], kind) for name, kind in self.columns.items()}
-        table = pa.table({"": pa.nulls(len(rows)), **columns})
-        return ds.dataset(table).to_table(columns={"keep": self._expression}).column("keep").to_pylist()
+        """Return the value for each row; None if a column that decides is missing or of another type."""
+        # The unnamed column keeps the number of rows when the expression reads no column.
+        arrays: dict[str, pa.Array] = {"": pa.nulls(len(rows))}
+        for name, kind in self.columns.items():
+            arrays[name] = column([row.get(name) for row in rows], kind)
+
+        table = ds.dataset(pa.table(arrays)).to_table(columns={"keep": self._expression})
+        return table.column("keep").to_pylist()
 
     def _translate(self, node: ast.expr, want: pa.DataType) -> Any:
-        """The pyarrow expression of `node`, whose value is used as a `want`."""
+        """Return the pyarrow expression of `node`, whose value is used as type `want`."""
         match node:
             case ast.Name(id=name):
                 return self._field(name, want)
@@ -97,27 +102,32 @@ class ColumnExpression:
             case ast.Compare(left=left, ops=ops, comparators=comparators) if want == TRUTH:
                 return self._compare(left, ops, comparators)
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-                takes, gives, function = FUNCTIONS[name]
-                if gives == want:
-                    return function(self._translate(argument, takes))
-            case ast.Call(func=ast.Name(id=name), args=[argument, ast.Constant(value=str() as pattern)], keywords=[]) if (
-                name in TEXT_TESTS and want == TRUTH
-            ):
+                argument_type, result_type, function = FUNCTIONS[name]
+                if result_type == want:
+                    return function(self._translate(argument, argument_type))
+            case ast.Call(
+                func=ast.Name(id=name), args=[argument, ast.Constant(value=str() as pattern)], keywords=[]
+            ) if name in TEXT_TESTS and want == TRUTH:
                 return TEXT_TESTS[name](self._translate(argument, TEXT), pattern)
+
         part = ast.get_source_segment(self.text.strip(), node) or type(node).__name__
+        functions = ", ".join([*FUNCTIONS, *TEXT_TESTS])
         raise UserError(
-            f"expression {self.text!r}: {part!r} is not supported there: use columns, literals, comparisons, in [..], is None, "
-            "and/or/not, + - * /, " + ", ".join([*FUNCTIONS, *TEXT_TESTS])
+            f"expression {self.text!r}: {part!r} is not supported there: use columns, literals, comparisons, "
+            f"in [..], is None, and/or/not, + - * /, {functions}"
         )
 
     def _field(self, name: str, want: pa.DataType) -> Any:
-        held = self.columns.get(name, ANYTHING)
-        if ANYTHING not in (held, want) and held != want:
-            raise UserError(f"expression {self.text!r}: column {name} is used as {held} and as {want}: use it one way")
-        self.columns[name] = want if held == ANYTHING else held
+        known = self.columns.get(name, ANYTHING)
+        if ANYTHING not in (known, want) and known != want:
+            raise UserError(
+                f"expression {self.text!r}: column {name} is used as {known} and as {want}: use it one way"
+            )
+        self.columns[name] = want if known == ANYTHING else known
         return pc.field(name)
 
     def _compare(self, left: ast.expr, ops: Sequence[ast.cmpop], comparators: Sequence[ast.expr]) -> Any:
+        # a < b < c means a < b and b < c, as in Python.
         joined = None
         for op, right in zip(ops, comparators, strict=True):
             match op, right:
@@ -131,7 +141,7 @@ class ColumnExpression:
                     kind = _static_type(left) or _static_type(right) or NUMBER
                     term = COMPARISONS[type(op)](self._translate(left, kind), self._translate(right, kind))
                 case _:
-                    raise ValueError(f"{ast.unparse(right)!r} cannot stand behind {type(op).__name__.lower()}")
+                    raise ValueError(f"{ast.unparse(right)!r} cannot follow {type(op).__name__.lower()}")
             joined = term if joined is None else joined & term
             left = right
         return joined
@@ -144,18 +154,21 @@ class ColumnExpression:
         (kind,) = kinds
         tested = self._translate(value, kind)
         listed = pa.array([float(literal) if kind == NUMBER else literal for literal in literals], kind)
-        # isin calls a missing value false; here it stays missing.
+
+        # `isin` returns false for a missing value; here it stays missing.
         return pc.if_else(pc.is_null(tested), pa.scalar(None, TRUTH), tested.isin(listed))
 
 
 def _literal_type(value: Any) -> pa.DataType | None:
     if isinstance(value, bool):
         return TRUTH
-    return NUMBER if isinstance(value, int | float) else TEXT if isinstance(value, str) else None
+    if isinstance(value, int | float):
+        return NUMBER
+    return TEXT if isinstance(value, str) else None
 
 
 def _static_type(node: ast.expr) -> pa.DataType | None:
-    """The type that a node has wherever it stands; None for a bare column."""
+    """Return the type that a node has regardless of its context; None for a bare column."""
     match node:
         case ast.Constant(value=value):
             return _literal_type(value)
@@ -169,7 +182,7 @@ def _static_type(node: ast.expr) -> pa.DataType | None:
 
 
 def column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """A column of loosely typed foreign values; those that are not of the type are null."""
+    """Return foreign values of any type as one column; values of another type than `kind` are null."""
     if kind == ANYTHING:
         return pa.array([None if value is None else True for value in values], TRUTH)
     return pa.array([_typed(value, kind) for value in values], kind)
@@ -180,11 +193,13 @@ def _typed(value: Any, kind: pa.DataType) -> Any:
         return None
     if kind == NUMBER:
         return finite(value)
-    return value.encode("utf-8", "replace").decode() if kind == TEXT else value
+    if kind == TEXT:
+        return value.encode("utf-8", "replace").decode()  # without lone surrogates, which Arrow refuses
+    return value
 
 
 def finite(value: Any) -> float | None:
-    """A foreign value as a number; None if it is none, or not a finite one."""
+    """Return a foreign value as a number; None if it is not a number, or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -1,4 +1,5 @@
-"""Named filters, composed in a dataset's YAML. Each looks at one row and gives a reason for leaving something out.
+"""Named filters, composed in a dataset's YAML. A filter looks at one row and gives a reason to drop
+something.
 
     filters:
       - {name: min_side, value: 256}                      # shorter side in pixels
@@ -12,8 +13,8 @@
       - {name: caption_min_length, value: 3}              # letters; also caption_max_length
       - {name: caption_without, value: [shutterstock]}    # words or phrases, in any case
 
-Filters whose name starts with `caption_` leave out single captions; a row goes when its last caption goes. The others leave out
-the row. The first reason counts.
+Filters whose name starts with `caption_` drop single captions; a row is dropped with its last caption. The
+others drop the row. The first reason counts.
 """
 
 import re
@@ -26,14 +27,18 @@ from data_prep.plan.captions import Caption
 from data_prep.plan.expressions import ColumnExpression, finite
 from model.common.errors import UserError
 
-URL = re.compile(r"https?://|\bwww\.[a-z0-9-]+\.|\b[a-z0-9-]+\.(?:com|net|org|io|co\.uk|ru|cn|de)\b(?:/|$|\s)", re.IGNORECASE)
+URL = re.compile(
+    r"https?://|\bwww\.[a-z0-9-]+\.|\b[a-z0-9-]+\.(?:com|net|org|io|co\.uk|ru|cn|de)\b(?:/|$|\s)",
+    re.IGNORECASE,
+)
 FILE_NAME = re.compile(
     r"\S*\.(?:jpe?g|png|gif|webp|avif|bmp|tiff?|heic|raw|cr2|nef|svg|pdf)"
     r"|(?:IMG|DSC|DSCN|DSCF|PXL|MVI|PICT|Screenshot)[ _-]?\d[\w-]*",
     re.IGNORECASE,
 )
-TAG_MAX_WORDS = 3
-TAG_MIN_COUNT = 4
+MAX_TAG_WORDS = 3
+MIN_TAGS = 4
+MIN_TAG_SHARE = 0.8
 SENTENCE = re.compile(r"[.!?](?:\s|$)")
 
 RowTest = Callable[[dict[str, Any]], str]
@@ -42,7 +47,7 @@ CaptionTest = Callable[[str], str]
 
 @dataclass
 class Row:
-    """What filters see of a row; they leave their reasons in it."""
+    """The part of a row that filters see, and their reasons."""
 
     record: dict[str, Any]
     captions: list[Caption]
@@ -50,17 +55,23 @@ class Row:
     width: int
     reason: str = ""
     refused: list[str] = field(default_factory=list)
-    """A reason for each caption left out."""
+    """A reason for each dropped caption."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The record with the image's size."""
+        return {**self.record, "height": self.height, "width": self.width}
 
 
 class Filters:
-    """The filters of a dataset, in the order of its YAML.
-
-    Raises:
-        UserError: an unknown name, or arguments that do not fit.
-    """
+    """The filters of a dataset, in the order of its YAML; `columns` are the source columns that they read."""
 
     def __init__(self, configs: Sequence[FilterConfig]) -> None:
+        """Build the filters.
+
+        Raises:
+            UserError: if a name is unknown, or arguments do not fit.
+        """
         self._steps: list[Callable[[list[Row]], None]] = []
         self.columns: list[str] = []
         for number, config in enumerate(configs):
@@ -69,26 +80,28 @@ class Filters:
                 self._steps.append(_expression_step(expression))
                 self.columns += expression.columns
                 continue
+
             if config.name not in BUILDERS:
                 names = ", ".join(["expression", *BUILDERS])
                 raise UserError(f"filters[{number}].name={config.name!r}: no such filter; there are {names}")
+
             test = BUILDERS[config.name](config)
             if config.column is not None:
                 self.columns.append(config.column)
             self._steps.append(_caption_step(test) if config.name.startswith("caption_") else _row_step(test))
 
     def apply(self, rows: Sequence[Row]) -> None:
-        """Set the reasons of rows, and take out captions, in place."""
+        """Set the reasons of rows and remove captions, in place."""
         for step in self._steps:
-            left = [row for row in rows if not row.reason]
-            if left:
-                step(left)
+            remaining = [row for row in rows if not row.reason]
+            if remaining:
+                step(remaining)
 
 
 def _row_step(test: RowTest) -> Callable[[list[Row]], None]:
     def step(rows: list[Row]) -> None:
         for row in rows:
-            row.reason = test({**row.record, "height": row.height, "width": row.width})
+            row.reason = test(row.fields)
 
     return step
 
@@ -96,15 +109,15 @@ def _row_step(test: RowTest) -> Callable[[list[Row]], None]:
 def _caption_step(test: CaptionTest) -> Callable[[list[Row]], None]:
     def step(rows: list[Row]) -> None:
         for row in rows:
-            kept = []
+            captions = []
             for caption in row.captions:
                 reason = test(caption.text)
                 if reason:
                     row.refused.append(reason)
                 else:
-                    kept.append(caption)
-            row.captions = kept
-            if not kept:
+                    captions.append(caption)
+            row.captions = captions
+            if not captions:
                 row.reason = row.refused[0]
 
     return step
@@ -112,24 +125,28 @@ def _caption_step(test: CaptionTest) -> Callable[[list[Row]], None]:
 
 def _expression_step(expression: ColumnExpression) -> Callable[[list[Row]], None]:
     def step(rows: list[Row]) -> None:
-        records = [{**row.record, "height": row.height, "width": row.width} for row in rows]
-        for row, keep in zip(rows, expression.evaluate(records), strict=True):
-            if not keep:
-                row.reason = f"expression {'without a value' if keep is None else 'false'}: {expression.text}"
+        values = expression.evaluate([row.fields for row in rows])
+        for row, value in zip(rows, values, strict=True):
+            if not value:
+                outcome = "without a value" if value is None else "false"
+                row.reason = f"expression {outcome}: {expression.text}"
 
     return step
 
 
 def _min_side(config: FilterConfig) -> RowTest:
-    least = _number(config)
-    return lambda row: f"min_side: below {least:g}" if min(row["height"], row["width"]) < least else ""
+    minimum = _number(config)
+    return lambda row: f"min_side: below {minimum:g}" if min(row["height"], row["width"]) < minimum else ""
 
 
 def _max_aspect(config: FilterConfig) -> RowTest:
-    most = _number(config)
-    return lambda row: (
-        f"max_aspect: above {most:g}" if max(row["height"], row["width"]) > most * min(row["height"], row["width"]) else ""
-    )
+    maximum = _number(config)
+
+    def test(row: dict[str, Any]) -> str:
+        short, long = sorted((row["height"], row["width"]))
+        return f"max_aspect: above {maximum:g}" if long > maximum * short else ""
+
+    return test
 
 
 def _min_value(config: FilterConfig) -> RowTest:
@@ -140,14 +157,15 @@ def _max_value(config: FilterConfig) -> RowTest:
     return _bounded(config, lambda value, bound: value > bound, "above")
 
 
-def _bounded(config: FilterConfig, out: Callable[[float, float], bool], word: str) -> RowTest:
-    bound, name = _number(config), _column(config)
+def _bounded(config: FilterConfig, is_outside: Callable[[float, float], bool], word: str) -> RowTest:
+    bound = _number(config)
+    name = _column(config)
 
     def test(row: dict[str, Any]) -> str:
         value = finite(row.get(name))
         if value is None:
             return f"{config.name}: no {name}"
-        return f"{config.name}: {name} {word} {bound:g}" if out(value, bound) else ""
+        return f"{config.name}: {name} {word} {bound:g}" if is_outside(value, bound) else ""
 
     return test
 
@@ -166,29 +184,35 @@ def _caption_file_name(config: FilterConfig) -> CaptionTest:
 
 
 def _caption_tags(config: FilterConfig) -> CaptionTest:
-    """A list of four or more short items, parted by commas, semicolons, bars or hashes, and no sentence."""
+    """Drop lists of four or more short items between commas, semicolons, bars or hashes, with no sentence."""
 
     def test(text: str) -> str:
         items = [item.strip() for item in re.split(r"[,;|#]", text) if item.strip()]
-        short = sum(len(item.split()) <= TAG_MAX_WORDS for item in items)
-        return "caption_tags" if len(items) >= TAG_MIN_COUNT and short >= 0.8 * len(items) and not SENTENCE.search(text) else ""
+        tags = sum(len(item.split()) <= MAX_TAG_WORDS for item in items)
+        is_list = len(items) >= MIN_TAGS and tags >= MIN_TAG_SHARE * len(items)
+        return "caption_tags" if is_list and not SENTENCE.search(text) else ""
 
     return test
 
 
 def _caption_min_length(config: FilterConfig) -> CaptionTest:
-    least = _number(config)
-    return lambda text: f"caption_min_length: below {least:g}" if len(text) < least else ""
+    minimum = _number(config)
+    return lambda text: f"caption_min_length: below {minimum:g}" if len(text) < minimum else ""
 
 
 def _caption_max_length(config: FilterConfig) -> CaptionTest:
-    most = _number(config)
-    return lambda text: f"caption_max_length: above {most:g}" if len(text) > most else ""
+    maximum = _number(config)
+    return lambda text: f"caption_max_length: above {maximum:g}" if len(text) > maximum else ""
 
 
 def _caption_without(config: FilterConfig) -> CaptionTest:
     phrases = [str(phrase).casefold() for phrase in _value(config, list)]
-    return lambda text: next((f"caption_without: {phrase}" for phrase in phrases if phrase in text.casefold()), "")
+
+    def test(text: str) -> str:
+        text = text.casefold()
+        return next((f"caption_without: {phrase}" for phrase in phrases if phrase in text), "")
+
+    return test
 
 
 def _value(config: FilterConfig, kind: type) -> Any:
@@ -205,7 +229,7 @@ def _number(config: FilterConfig) -> float:
 
 def _column(config: FilterConfig) -> str:
     if not config.column:
-        raise UserError(f"filter {config.name}: set `column`, the column that it looks at")
+        raise UserError(f"filter {config.name}: set `column`, the column that it reads")
     return config.column
 
 

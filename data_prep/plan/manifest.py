@@ -1,4 +1,4 @@
-"""The manifest: which sample is which row of which part, as the plan writes it and `pairs` reads it."""
+"""The manifest: which sample is which row of which part. `plan` writes it, `pairs` reads it."""
 
 import io
 from collections import Counter
@@ -18,9 +18,9 @@ from data_prep.store.store import Store
 from model.common.errors import UserError
 
 pc: Any = pyarrow.compute
-"""Its functions are made at import, where type checkers do not see them."""
+"""Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
 
-PARTS_A_FILE = 16
+PARTS_PER_FILE = 16
 
 MANIFEST = pa.schema(
     [
@@ -35,7 +35,8 @@ MANIFEST = pa.schema(
         ("path", pa.string()),
     ]
 )
-"""A row a planned sample, in order; `manifest/<bucket>/<n>.parquet` holds parts 16 n to 16 n + 15, a row group each."""
+"""Columns, with one row per planned sample, in order. `manifest/<bucket>/<n>.parquet` holds parts 16 n to 16
+n + 15, one row group per part."""
 
 
 def _manifest_key(bucket: str, number: int) -> str:
@@ -43,66 +44,83 @@ def _manifest_key(bucket: str, number: int) -> str:
 
 
 def read_manifest(dataset: Store, part: Part) -> pa.Table:
-    """The planned rows of one part, in order (`MANIFEST`)."""
-    number, group = divmod(part.number, PARTS_A_FILE)
-    key = _manifest_key(part.bucket, number)
-    data = dataset.read(key)
+    """Return the planned rows of one part, in order (`MANIFEST`)."""
+    number, group = divmod(part.number, PARTS_PER_FILE)
+    data = dataset.read(_manifest_key(part.bucket, number))
     return pq.ParquetFile(io.BytesIO(data)).read_row_group(group)
 
 
 class ManifestWriter:
-    """Cuts kept rows by bucket, shuffles them in windows and writes them part by part."""
+    """Split kept rows by bucket, shuffle them in windows and write them part by part.
+
+    `parts` maps each bucket to the rows of its parts so far, `hashes` each manifest file's key to its xxh64.
+    """
 
     def __init__(self, config: DatasetConfig, dataset: Store, window: int) -> None:
+        """Prepare to write.
+
+        Args:
+            config: the dataset's settings.
+            dataset: the dataset's store.
+            window: number of rows of one bucket that are shuffled together.
+        """
+        names = [bucket.name for bucket in make_buckets(config.buckets)]
         self._config = config
         self._dataset = dataset
         self._window = window
-        self._waiting: dict[str, list[pa.Table]] = {bucket.name: [] for bucket in make_buckets(config.buckets)}
+        self._waiting: dict[str, list[pa.Table]] = {name: [] for name in names}
+        """Rows that do not fill a window yet."""
+        self._ready: dict[str, list[pa.Table]] = {name: [] for name in names}
+        """Parts that do not fill a file yet."""
         self._windows: Counter[str] = Counter()
-        self._ready: dict[str, list[pa.Table]] = {name: [] for name in self._waiting}
-        self.parts: dict[str, list[int]] = {name: [] for name in self._waiting}
+        self.parts: dict[str, list[int]] = {name: [] for name in names}
         self.hashes: dict[str, str] = {}
 
     def add(self, table: pa.Table) -> None:
-        """Take in the kept rows of one source file."""
+        """Add kept rows of one source file (a scan table)."""
         for name in pc.unique(table["bucket"]).to_pylist():
             rows = table.filter(pc.equal(table["bucket"], name)).select(MANIFEST.names).cast(MANIFEST)
             self._waiting[name].append(rows)
+
             while sum(map(len, self._waiting[name])) >= self._window:
                 waiting = pa.concat_tables(self._waiting[name]).combine_chunks()
                 self._waiting[name] = [waiting.slice(self._window)]
-                self._shuffled(name, waiting.slice(0, self._window))
+                self._shuffle_window(name, waiting.slice(0, self._window))
 
     def finish(self) -> dict[str, str]:
-        """Write what is left; the xxh64 of every manifest file by key."""
+        """Write the remaining rows, and return the xxh64 of every manifest file by key."""
         for name, waiting in self._waiting.items():
             if sum(map(len, waiting)):
-                self._shuffled(name, pa.concat_tables(waiting))
+                self._shuffle_window(name, pa.concat_tables(waiting))
             if self._ready[name]:
                 self._write(name, self._ready[name])
         return self.hashes
 
-    def _shuffled(self, name: str, rows: pa.Table) -> None:
-        key = [self._config.seed, 1, *name.encode(), self._windows[name]]
+    def _shuffle_window(self, name: str, rows: pa.Table) -> None:
+        """Shuffle one window of a bucket, cut it into parts, and write the files that are full."""
+        seed = [self._config.seed, 1, *name.encode(), self._windows[name]]
         self._windows[name] += 1
-        order = np.random.default_rng(key).permutation(len(rows))
+        order = np.random.default_rng(seed).permutation(len(rows))
         rows = rows.take(pa.array(order)).combine_chunks()
+
         step = self._config.part_rows
         self._ready[name] += [rows.slice(start, step) for start in range(0, len(rows), step)]
-        while len(self._ready[name]) >= PARTS_A_FILE:
-            self._write(name, self._ready[name][:PARTS_A_FILE])
-            self._ready[name] = self._ready[name][PARTS_A_FILE:]
+        while len(self._ready[name]) >= PARTS_PER_FILE:
+            self._write(name, self._ready[name][:PARTS_PER_FILE])
+            self._ready[name] = self._ready[name][PARTS_PER_FILE:]
 
     def _write(self, name: str, parts: list[pa.Table]) -> None:
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, MANIFEST, compression="zstd") as writer:
             for part in parts:
                 writer.write_table(part, row_group_size=max(1, len(part)))
-        key = _manifest_key(name, len(self.parts[name]) // PARTS_A_FILE)
+
+        key = _manifest_key(name, len(self.parts[name]) // PARTS_PER_FILE)
         self.parts[name] += [len(part) for part in parts]
         data = sink.getvalue()
         if not self._dataset.put_new(key, data) and self._dataset.read(key) != data:
             raise UserError(
-                f"{self._dataset.uri}/{key}: left by an older version of this program: delete the folder manifest and run again"
+                f"{self._dataset.uri}/{key}: left by an older version of this program: "
+                "delete the folder manifest and run again"
             )
         self.hashes[key] = xxhash.xxh64_hexdigest(data)
