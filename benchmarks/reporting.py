@@ -1,4 +1,4 @@
-"""What every benchmark says at its end: where it ran, and its goals as one line of JSON."""
+"""End of every benchmark: where it ran, and its goals as one line of JSON."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import transformers
 
 
 class Goal(NamedTuple):
-    """A measured value beside the bound that it should keep."""
+    """A measured value and the bound that it should keep."""
 
     value: float
     goal: float
@@ -33,23 +33,28 @@ def at_most(value: float, bound: float) -> Goal:
 
 
 def print_goals(benchmark: str, goals: dict[str, Goal], **figures: object) -> None:
-    """The last line of a benchmark: its goals, and whatever else a program might read, as JSON."""
-    found = {what: goal._asdict() | {"value": float(f"{goal.value:.4g}")} for what, goal in goals.items()}
-    print(json.dumps({"benchmark": benchmark, "goals": found, **figures}))
+    """Print the last line of a benchmark: its goals, and other figures that a program might read, as JSON."""
+    rounded = {name: goal._asdict() | {"value": float(f"{goal.value:.4g}")} for name, goal in goals.items()}
+    print(json.dumps({"benchmark": benchmark, "goals": rounded, **figures}))
 
 
 def hardware() -> str:
     """The accelerator, or else the processor and its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {os.cpu_count()} cores"
 
 
 def versions() -> str:
     """Libraries that the numbers depend on."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    python, torch_version = platform.python_version(), torch.__version__
+    return f"Python {python}, torch {torch_version}, transformers {transformers.__version__}"
 
 
 def conditions() -> str:

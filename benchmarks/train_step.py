@@ -1,13 +1,16 @@
 """Our training step against diffusers' PixArtTransformer2DModel under plain DeepSpeed ZeRO-3, in one run.
 
     python -m benchmarks.train_step [--processes 2] [--width 384 --depth 8 --heads 6]
-    python -m benchmarks.train_step --preset li_dit_1b --side 32 --batch 64                          # on a GPU: 256 px
-    python -m benchmarks.train_step --preset li_dit_1b --side 128 --batch 8 --checkpoint-every 2     # 1,024 px
+    python -m benchmarks.train_step --preset li_dit_1b --side 32 --batch 64                          # on a
+    GPU: 256 px
+    python -m benchmarks.train_step --preset li_dit_1b --side 128 --batch 8 --checkpoint-every 2     # 1,024
+    px
 
-PixArt is the nearest published network: self-attention, cross-attention and feed-forward layer, but one modulation for all
-blocks where LI-DiT has one each, 16 width^2 against 25 a block. So it stands twice in the table: with as many blocks, and
-with as many blocks as make its parameters equal. Same batch, latents, text tokens, precision and optimizer; LI-DiT without
-refiners, which PixArt has not. Each network runs in processes of its own, in turns, since a noisy machine slows all alike.
+PixArt is the nearest published network: self-attention, cross-attention and a feed-forward layer, but one
+modulation for all blocks where LI-DiT has one per block, 16 width^2 parameters per block instead of 25. So it
+is in the table twice: with as many blocks, and with as many blocks as make its parameters equal. Batch,
+latents, text tokens, precision and optimizer are the same; LI-DiT has no refiners, because PixArt has none.
+Each network runs in processes of its own, in turns, so that a noisy machine slows all alike.
 """
 
 import argparse
@@ -41,10 +44,14 @@ from pipeline.training.metrics import peak_flops
 
 RESULTS = Path(__file__).parent / "results"
 GOAL_MFU = {32: 0.5, 128: 0.6}
-"""Of the 1B model on one H100 or H200, by the side of the latents: 256 and 1,024 pixels."""
+"""Side of the latents -> goal of the 1B model on one H100 or H200: 256 and 1,024 pixels."""
 CHANNELS, LLM_WIDTH, LR = 16, 1024, 1e-4
 FUSION = FusionConfig(families=["a"], mode="none", refiner="none")
-OURS, SAME_DEPTH, SAME_PARAMETERS = "LI-DiT, our engine", "PixArt, as many blocks", "PixArt, as many parameters"
+OURS, SAME_DEPTH, SAME_PARAMETERS = (
+    "LI-DiT, our engine",
+    "PixArt, as many blocks",
+    "PixArt, as many parameters",
+)
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -56,14 +63,20 @@ def sizes(options: argparse.Namespace) -> DiTConfig:
 
 
 def our_step(options: argparse.Namespace) -> tuple[Step, int]:
-    """LI-DiT in our engine, and its number of parameters."""
+    """Build LI-DiT in our engine, and return a step of it and its number of parameters."""
     config = sizes(options)
-    stage = StageConfig(name="benchmark", global_batch=options.processes * options.batch, samples=10**9, ema=[0.999])
+    stage = StageConfig(
+        name="benchmark", global_batch=options.processes * options.batch, samples=10**9, ema=[0.999]
+    )
     stage.engine.precision, stage.engine.overlap_comm = options.precision, torch.cuda.is_available()
-    stage.engine.reduce_bucket = stage.engine.prefetch_bucket = 100_000_000 if torch.cuda.is_available() else 10_000_000
+    stage.engine.reduce_bucket = stage.engine.prefetch_bucket = (
+        100_000_000 if torch.cuda.is_available() else 10_000_000
+    )
     stage.engine.max_live_parameters = stage.engine.max_reuse_distance = 2_000_000_000
     stage.model.compile = options.compile
-    engine = Engine(lambda: LIDiT(config, FUSION, [LLM_WIDTH], options.checkpoint_every), stage, options.batch)
+    engine = Engine(
+        lambda: LIDiT(config, FUSION, [LLM_WIDTH], options.checkpoint_every), stage, options.batch
+    )
 
     def step(latents: Tensor, timesteps: Tensor, text: Tensor, target: Tensor) -> None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
@@ -76,43 +89,59 @@ def our_step(options: argparse.Namespace) -> tuple[Step, int]:
 
 
 def pixart(options: argparse.Namespace, depth: int) -> PixArtTransformer2DModel:
-    """PixArt of our width and heads."""
+    """Build a PixArt with our width and heads."""
     config = sizes(options)
     return PixArtTransformer2DModel(
-        num_attention_heads=config.heads, attention_head_dim=config.width // config.heads, in_channels=CHANNELS,
-        out_channels=CHANNELS, num_layers=depth, cross_attention_dim=config.width, sample_size=options.side,
-        patch_size=config.patch, caption_channels=LLM_WIDTH, use_additional_conditions=False,
-    )  # fmt: skip
+        num_attention_heads=config.heads,
+        attention_head_dim=config.width // config.heads,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=depth,
+        cross_attention_dim=config.width,
+        sample_size=options.side,
+        patch_size=config.patch,
+        caption_channels=LLM_WIDTH,
+        use_additional_conditions=False,
+    )
 
 
 def equal_depth(options: argparse.Namespace) -> int:
-    """Blocks of PixArt that make its parameters nearest to ours."""
+    """Number of PixArt's blocks that makes its parameters nearest to ours."""
     with torch.device("meta"):
-        one, two = (sum(parameter.numel() for parameter in pixart(options, depth).parameters()) for depth in (1, 2))
+        one, two = (
+            sum(parameter.numel() for parameter in pixart(options, depth).parameters()) for depth in (1, 2)
+        )
     ours = count_parameters(sizes(options), FUSION, [LLM_WIDTH])["total"]
     return round((ours - one) / (two - one)) + 1
 
 
 def their_step(options: argparse.Namespace, depth: int) -> tuple[Step, int]:
-    """PixArt under plain DeepSpeed ZeRO-3 with its default settings, and its number of parameters."""
+    """Build PixArt under plain DeepSpeed ZeRO-3, and return a step of it and its number of parameters."""
     join_process_group(10)
     settings = {
         "train_micro_batch_size_per_gpu": options.batch,
         "bf16": {"enabled": options.precision == "bf16"},
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 100_000_000 if torch.cuda.is_available() else 10_000_000},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 100_000_000 if torch.cuda.is_available() else 10_000_000,
+        },
     }
+
     with deepspeed.zero.Init(config_dict_or_path=settings):
         network = pixart(options, depth)
     if options.checkpoint_every:
         network.enable_gradient_checkpointing()
+
     parameters = sum(parameter.ds_numel for parameter in network.parameters())  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, fused=True)
     engine, _, _, _ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     nothing = {"resolution": None, "aspect_ratio": None}
 
     def step(latents: Tensor, timesteps: Tensor, text: Tensor, target: Tensor) -> None:
-        output = engine(latents, encoder_hidden_states=text, timestep=timesteps * 1000, added_cond_kwargs=nothing).sample
+        output = engine(
+            latents, encoder_hidden_states=text, timestep=timesteps * 1000, added_cond_kwargs=nothing
+        ).sample
         engine.backward((output.float() - target).square().mean())
         engine.step()
 
@@ -120,14 +149,26 @@ def their_step(options: argparse.Namespace, depth: int) -> tuple[Step, int]:
 
 
 def measure(rank: int, options: argparse.Namespace, name: str, port: int, result: str) -> None:
-    """What each process does; rank 0 writes seconds per step, parameters and peak memory."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """Run one process of the benchmark; rank 0 writes seconds per step, parameters and peak memory."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": options.processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
     os.environ.update({key: str(value) for key, value in values.items()})
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
     torch.manual_seed(0)
     depth = {SAME_DEPTH: sizes(options).depth, SAME_PARAMETERS: options.equal_depth}
     step, parameters = our_step(options) if name == OURS else their_step(options, depth[name])
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
     dtype = DTYPES[options.precision]
     shape = (options.batch, CHANNELS, options.side, options.side)
     batch = (
@@ -136,26 +177,31 @@ def measure(rank: int, options: argparse.Namespace, name: str, port: int, result
         torch.randn(options.batch, options.tokens, LLM_WIDTH, device=device, dtype=dtype),
         torch.randn(shape, device=device),
     )
+
     seconds = []
     for number in range(options.warmup + options.steps):
         begun = time.perf_counter()
         step(*batch)
+
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if number >= options.warmup:
             seconds.append(time.perf_counter() - begun)
+
     memory = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
+
     if rank == 0:
         Path(result).write_text(json.dumps({"seconds": seconds, "parameters": parameters, "memory": memory}))
+
     exit_process(0)
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """All networks in turns; medians over all rounds."""
+    """Run all networks in turns, and return medians over all rounds."""
     rounds: dict[str, list[dict]] = {name: [] for name in (OURS, SAME_DEPTH, SAME_PARAMETERS)}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
@@ -163,6 +209,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 path = Path(folder) / "result.json"
                 spawn(measure, args=(options, name, free_port(), str(path)), nprocs=options.processes)
                 results.append(json.loads(path.read_text()))
+
     return {
         name: {
             "samples_per_second": options.processes
@@ -182,14 +229,16 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
     lines = [
         "# Training step against diffusers' PixArtTransformer2DModel under plain ZeRO-3",
         "",
-        f"{conditions()}; {options.processes} processes, {options.precision}; width {config.width}, {config.depth} blocks, "
-        f"{config.heads} heads, patch {config.patch}; latents {CHANNELS} x {options.side} x {options.side}, {options.tokens} "
-        f"text tokens, {options.batch} samples per process; compile {options.compile}, "
+        f"{conditions()}; {options.processes} processes, {options.precision}; width {config.width}, "
+        f"{config.depth} blocks, {config.heads} heads, patch {config.patch}; "
+        f"latents {CHANNELS} x {options.side} x {options.side}, {options.tokens} text tokens, "
+        f"{options.batch} samples per process; compile {options.compile}, "
         f"checkpoint_every {options.checkpoint_every}; medians of {options.rounds} x {options.steps} steps.",
         "",
         "| | parameters | samples/s | ours is | peak memory per process |",
         "|---|---|---|---|---|",
     ]
+
     for name, result in results.items():
         speed = result["samples_per_second"]
         cells = [
@@ -198,20 +247,29 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
             f"{ours / speed:.2f}x",
             f"{result['memory'] / 2**30:.2f} GiB",
         ]
+
         lines.append(f"| {name} | {' | '.join(cells)} |")
+
     record = {name: ours / result["samples_per_second"] for name, result in results.items() if name != OURS}
     gpu = torch.cuda.is_available()
     goals = {"samples/s / PixArt's, equal parameters": at_least(record[SAME_PARAMETERS], 1.3 if gpu else 1.0)}
     flops = flops_per_sample(config, FUSION, [LLM_WIDTH], options.side, options.side, [options.tokens])
     peak = peak_flops(LogConfig())
+
     if peak is not None:
         mfu = ours * flops / (peak * options.processes)
         formula = "6 x parameters x vectors + 12 x width x queries x keys, nothing recomputed counted"
-        lines += ["", f"MFU {mfu:.1%}: {flops / 1e12:.3f} TFLOP per sample ({formula}), peak {peak / 1e12:g} TFLOP/s."]
+        lines += [
+            "",
+            f"MFU {mfu:.1%}: {flops / 1e12:.3f} TFLOP per sample ({formula}), peak {peak / 1e12:g} TFLOP/s.",
+        ]
+
         if options.preset == "li_dit_1b" and options.side in GOAL_MFU:
             goals["MFU"] = at_least(mfu, GOAL_MFU[options.side])
+
     lines += ["", *(f"{what}: {goal}." for what, goal in goals.items()), ""]
-    lines.append(f"PixArt's memory has no average of the weights, ours has one.{'' if gpu else ' Not measured on a GPU.'}")
+    unmeasured = "" if gpu else " Not measured on a GPU."
+    lines.append(f"PixArt's memory has no EMA of the weights, ours has one.{unmeasured}")
     name = f"train_step_{options.preset}_{8 * options.side}px.md" if options.preset else "train_step.md"
     (RESULTS / name).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -220,7 +278,9 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
 
 def main() -> None:
     """Entry of `python -m benchmarks.train_step`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cuda = torch.cuda.is_available()
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--preset", choices=sorted(PRESETS))
