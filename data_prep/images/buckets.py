@@ -1,4 +1,4 @@
-"""Equal-area aspect-ratio buckets, and which one an image belongs to. Pure functions of integers."""
+"""Equal-area aspect-ratio buckets, and the assignment of images to them. Pure functions of integers."""
 
 import math
 from typing import Protocol
@@ -11,7 +11,7 @@ TOO_CROPPED = "bucket: crop would lose too much"
 
 
 class BucketSettings(Protocol):
-    """The fields of `BucketConfig` that make buckets."""
+    """The fields of `BucketConfig` that define the buckets."""
 
     resolution: int
     max_aspect: float
@@ -19,36 +19,49 @@ class BucketSettings(Protocol):
 
 
 def make_buckets(config: BucketSettings) -> list[Bucket]:
-    """All buckets of about `resolution`^2 pixels with sides in multiples of `step` and an aspect of at most `max_aspect`.
+    """Return all buckets of about `resolution`^2 pixels.
 
-    For every short side the long one is the multiple nearest to equal area, so areas differ by half a step times the short
-    side at most. With every bucket its mirror image is there too; the square is always there.
+    Sides are multiples of `step`, and the aspect is at most `max_aspect`. For every short side, the long side
+    is the multiple nearest to equal area, so areas differ by at most `step` / 2 times the short side. The
+    square is always included, and so is the transpose of every bucket.
 
     Raises:
-        UserError: the resolution is not a multiple of the step, or the greatest aspect is below 1.
+        UserError: if the resolution is not a multiple of the step, or the maximum aspect is below 1.
     """
     if config.step < 1 or config.resolution < config.step or config.resolution % config.step:
         raise UserError(
-            f"buckets.resolution={config.resolution} is not a multiple of buckets.step={config.step}: change one of them"
+            f"buckets.resolution={config.resolution} is not a multiple of buckets.step={config.step}: "
+            "change one of them"
         )
     if config.max_aspect < 1:
-        raise UserError(f"buckets.max_aspect={config.max_aspect} is below 1: it is long side / short side, so at least 1")
-    found = {Bucket(config.resolution, config.resolution)}
+        raise UserError(
+            f"buckets.max_aspect={config.max_aspect} is below 1: it is long side / short side, so at least 1"
+        )
+
+    buckets = {Bucket(config.resolution, config.resolution)}
     for short in range(config.step, config.resolution, config.step):
         long = round(config.resolution**2 / short / config.step) * config.step
         if short < long <= config.max_aspect * short:
-            found |= {Bucket(short, long), Bucket(long, short)}
-    return sorted(found, key=lambda bucket: (bucket.height / bucket.width, bucket.height))
+            buckets |= {Bucket(short, long), Bucket(long, short)}
+    return sorted(buckets, key=lambda bucket: (bucket.height / bucket.width, bucket.height))
 
 
-def assign(buckets: list[Bucket], height: int, width: int, max_upscale: float, max_crop: float = 1.0) -> Bucket | str:
-    """The bucket nearest in aspect ratio (on a log scale) to an image of `height` x `width` pixels, or the reason for none.
+def assign(
+    buckets: list[Bucket], height: int, width: int, max_upscale: float, max_crop: float = 1.0
+) -> Bucket | str:
+    """Return the bucket nearest in aspect ratio (on a log scale) to an image, or the reason why the image is
+    left out.
 
-    An image is left out if it would have to grow by more than `max_upscale`, or lose more than the share `max_crop` of its
-    area to the centre crop.
+    Args:
+        buckets: the buckets to choose from.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        max_upscale: images that would have to grow by a larger factor are left out.
+        max_crop: images that would lose a larger share of their area to the center crop are left out.
     """
     aspect = math.log(height / width)
     bucket = min(buckets, key=lambda b: (abs(math.log(b.height / b.width) - aspect), b.height, b.width))
+
     rows, columns = bucket.height / height, bucket.width / width
     scale = max(rows, columns)
     if scale > max_upscale:

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to upright RGB pixels of a bucket's size.
+"""Decode an image file to upright RGB pixels of a bucket's size.
 
-Every way in which a file can be bad ends in an `ImageError` with a reason from a short list, so that it can be counted.
+Every fault of a file becomes an `ImageError` with a reason from a short list, so that faults can be counted.
 """
 
 import functools
@@ -16,12 +16,15 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, fea
 from data_prep.dataset.schema import Bucket
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
-"""Formats that are read; those with a large attack surface are left out."""
+"""Formats that are decoded; those with a large attack surface are left out."""
 MAX_PIXELS = 1 << 26
-"""67 megapixels: a larger image is dropped before it is decoded. 16-bit RGBA of that size needs about 0.8 GB."""
+"""67 megapixels: a larger image is dropped before it is decoded. 16-bit RGBA of that size takes about 0.8
+GB."""
 MAX_FILE_BYTES = 256 << 20
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 MAX_PROFILE_BYTES = 4 << 20
+MAX_LEVEL_CHANGE = 2
+"""Color profiles that change no channel by more levels (of 255) than this are ignored."""
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 ORIENTED_SIDEWAYS = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -32,7 +35,10 @@ DAMAGED = "image: damaged"
 
 
 class ImageError(Exception):
-    """An image that cannot be used: `reason` is one of a few, `detail` is the decoder's word."""
+    """An image that cannot be used.
+
+    `reason` is one of the constants above; `detail` is the decoder's message.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -45,7 +51,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of the upright original that is kept, in its pixels: left, top, right, bottom."""
+    """The part of the upright original that is used, in its pixels."""
 
     left: float
     top: float
@@ -54,56 +60,71 @@ class Crop:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the upright image, from its header alone.
+    """Return height and width of the upright image, from its header alone.
 
     Raises:
-        ImageError: the header is not that of an image, or promises too many pixels.
+        ImageError: if the header is not an image's, or announces too many pixels.
     """
-    with _faults_as_image_errors(), _opened(data) as image:
+    with _faults_as_image_errors(), _open(data) as image:
         return _upright_size(image)
 
 
 def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decode to an upright sRGB image: embedded profile, CMYK and 16 bits converted, alpha on white, first frame, EXIF
-    orientation applied.
+    """Decode to an upright sRGB image.
 
-    `at_least` (height, width) permits a smaller image of at least this size: JPEG is then decoded at 1/2, 1/4 or 1/8, which
-    costs a fraction of the time.
+    Embedded profiles, CMYK and 16 bits are converted, alpha is composited on white, animations yield their
+    first frame, and the EXIF orientation is applied.
+
+    Args:
+        data: the file.
+        at_least: (height, width) of which a smaller image suffices. JPEG is then decoded at 1/2, 1/4 or 1/8,
+            which takes a fraction of the time.
 
     Raises:
-        ImageError: the data is no image, is damaged or is too large.
+        ImageError: if the data is no image, is damaged or is too large.
     """
-    with _faults_as_image_errors(), _opened(data) as image:
+    with _faults_as_image_errors(), _open(data) as image:
+        # MPO is Pillow's name for the JPEGs of phones that contain a second image.
         if at_least is not None and image.format in ("JPEG", "MPO"):
             height, width = at_least
             if _orientation(image) in ORIENTED_SIDEWAYS:
                 height, width = width, height
-            # MPO is how Pillow names the JPEGs of phones that hold a second picture
             image.draft(None, (width, height))
+
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def resize_crop(image: Image.Image, bucket: Bucket, original: tuple[int, int] | None = None) -> tuple[Image.Image, Crop]:
-    """Resize (antialiased) so that the image covers the bucket, keep the centre.
+def resize_crop(
+    image: Image.Image, bucket: Bucket, original: tuple[int, int] | None = None
+) -> tuple[Image.Image, Crop]:
+    """Resize (antialiased) so that the image covers the bucket, and crop to the center.
 
-    `original` is the (height, width) before a scaled decode; the crop is in those pixels.
+    Args:
+        image: the decoded image.
+        bucket: the size to reach.
+        original: (height, width) before a scaled decode; None = that of `image`.
+
+    Returns:
+        The image, and the crop in pixels of the original.
     """
     width, height = image.size
     scale = max(bucket.height / height, bucket.width / width)
-    kept_height, kept_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
-    left, top = (width - kept_width) / 2, (height - kept_height) / 2
-    box = (left, top, left + kept_width, top + kept_height)
+    crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
+
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    box = (left, top, left + crop_width, top + crop_height)
     resized = image.resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box=box)
+
     rows, columns = (original[0] / height, original[1] / width) if original else (1.0, 1.0)
     return resized, Crop(box[0] * columns, box[1] * rows, box[2] * columns, box[3] * rows)
 
 
 def fit_bucket(data: bytes, bucket: Bucket) -> tuple[Image.Image, Crop]:
-    """Decode at the cheapest sufficient scale, resize and crop to the bucket.
+    """Decode at the cheapest sufficient scale, then resize and crop to the bucket.
 
     Raises:
-        ImageError: as `decode_image`.
+        ImageError: if the data is no image, is damaged or is too large.
     """
     height, width = image_size(data)
     scale = max(bucket.height / height, bucket.width / width)
@@ -112,7 +133,7 @@ def fit_bucket(data: bytes, bucket: Bucket) -> tuple[Image.Image, Crop]:
 
 
 def encode_image(image: Image.Image, image_format: str, quality: int) -> bytes:
-    """Encode as `jpeg`, `png` or `webp`; JPEG keeps full colour resolution from quality 90 on."""
+    """Encode as `jpeg`, `png` or `webp`; JPEG keeps full chroma resolution from quality 90 on."""
     buffer = io.BytesIO()
     if image_format == "jpeg":
         image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
@@ -124,16 +145,17 @@ def encode_image(image: Image.Image, image_format: str, quality: int) -> bytes:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open and check the promised size before a pixel is decoded.
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """Open an image, and check the announced size before a pixel is decoded.
 
     Raises:
-        ImageError: empty, unknown, or too large.
+        ImageError: if the data is empty or too large.
     """
     if not data:
         raise ImageError(EMPTY)
     if len(data) > MAX_FILE_BYTES:
         raise ImageError(TOO_LARGE, f"{len(data)} bytes")
+
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if not width or not height:
@@ -145,7 +167,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 @contextmanager
 def _faults_as_image_errors() -> Iterator[None]:
-    """Decoders of foreign bytes raise whatever they please: each becomes an `ImageError` that is counted."""
+    """Turn every exception into an `ImageError`: decoders of foreign bytes raise all kinds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -173,45 +195,58 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile") or b""
     if image.mode == "RGB" and "transparency" not in image.info and not profile:
         return image
+
     alpha = None
     if image.mode.startswith("I"):
         # Pillow clips 16 bits at 255 instead of scaling them.
-        grey = np.asarray(image).astype(np.float32) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        gray = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        alpha = colours.getchannel("A")
-        image = colours.getchannel("R") if image.mode in ("L", "LA", "La") else colours.convert("RGB")
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        # The profile of a gray image applies to one channel.
+        image = rgba.getchannel("R") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
     elif image.mode == "P":
         image = image.convert("RGB")
+
     image = _to_srgb(image, profile)
     if alpha is not None:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)
         image = white
-    image.info = {}  # else an encoder would write the profile that no longer holds
+
+    # An encoder would write the profile again, which no longer applies.
+    image.info = {}
     return image
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert by the embedded profile; one that is broken, or not of the image's mode, is ignored, as browsers do."""
+    """Convert by the embedded profile. A broken profile, or one for another mode, is ignored, as browsers
+    do."""
     transform = _transform(profile, image.mode) if 0 < len(profile) <= MAX_PROFILE_BYTES else None
     return transform.apply(image) if transform else image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None if it changes nothing to speak of (most profiles in the wild are sRGB's) or is broken."""
-    relative, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    """Return the transform from a profile to sRGB; None if the profile is broken or has no visible effect.
+
+    Most profiles in the wild are sRGB's own, which have none.
+    """
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, "RGB", relative, flags=flags)
+        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, "RGB", intent, flags=flags)
     except (OSError, ValueError, ImageCms.PyCMSError):
         return None
+
     bands = len(Image.new(mode, (1, 1)).getbands())
     if bands > 3:
         return transform
-    levels = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * bands), -1).reshape(1, -1, bands)
-    probe = Image.fromarray(levels.squeeze(-1) if bands == 1 else levels, mode)
+
+    # Apply it to a regular grid of colors.
+    levels = [np.arange(0, 256, 17, dtype=np.uint8)] * bands
+    grid = np.stack(np.meshgrid(*levels), -1).reshape(1, -1, bands)
+    probe = Image.fromarray(grid.squeeze(-1) if bands == 1 else grid, mode)
     change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
-    return transform if np.abs(change).max() > 2 else None
+    return transform if np.abs(change).max() > MAX_LEVEL_CHANGE else None
