@@ -8,6 +8,7 @@ limits sizes, steps, images and the queue. Images are stored as PNG with their s
 import argparse
 import importlib
 import importlib.util
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
+from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
+from model.encoders.latent_spaces import downsampling_per_axis
 from pipeline.diffusion.solvers import SCHEDULERS
-from pipeline.inference.sampler import DTYPES
 from pipeline.inference.source import add_weights_options, choose_precision, load_source
 from pipeline.inference.studio import (
     MAX_PROMPT_LENGTH,
@@ -121,7 +123,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     """Return the inputs, in the order of `GenerationRequest`'s fields, and the button that generates."""
     sampler = next(iter(studio.samplers.values()))
     defaults, limits = sampler.defaults, studio.limits
-    step = sampler.vae.downsampling * sampler.network.sizes.patch
+    step = math.lcm(*downsampling_per_axis(sampler.vae.downsampling, axes=2)) * sampler.network.sizes.patch
     slider = partial(gr.Slider, buttons=[])
     text = partial(gr.Textbox, max_length=MAX_PROMPT_LENGTH)
 
