@@ -1,7 +1,7 @@
-"""Scanning one source file: every row's size, hash, captions and place, or the reason why it is left out.
+"""Scan one source file: every row's size, hash, captions and place, or the reason why it is left out.
 
-The result is a table, committed per source file, that holds all the plan needs; images are decoded no further than their
-header (and, for near duplicates, a scaled thumbnail).
+The result is a table, committed per source file, with everything that the plan needs. Of an image only the
+header is decoded (and, for near duplicates, a scaled thumbnail).
 """
 
 import itertools
@@ -26,7 +26,7 @@ from data_prep.workers import Workers
 CHUNK_ROWS = 32
 CRASHED = "image: crashed the decoder"
 MAX_TEXT = 512
-"""Characters kept of a foreign key or detail."""
+"""Characters stored of a foreign key or detail."""
 
 CAPTIONS = pa.list_(pa.struct([("kind", pa.uint8()), ("text", pa.string())]))
 SCAN = pa.schema(
@@ -47,13 +47,14 @@ SCAN = pa.schema(
         ("path", pa.string()),
     ]
 )
-"""A row a source row. `reason` is empty for rows that stay; `refused` has a reason for every caption left out; `height` and
-`width` are the upright original's; the last three are the image's `Place`."""
+"""Columns of a scan table, with one row per source row. `reason` is empty for rows that are kept; `refused`
+has a reason for every dropped caption; `height` and `width` are those of the upright original; the last three
+columns are the image's `Place`."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a worker finds out about an image."""
+class ImageFacts:
+    """Result of a worker for one image."""
 
     height: int = 0
     width: int = 0
@@ -63,33 +64,36 @@ class Look:
     detail: str = ""
 
 
-def look_at(near: bool, images: Sequence[bytes | None]) -> list[Look]:
-    """Size, hash and, for near duplicates, perceptual hash of each image."""
-    return [Look() if image is None else _look(image, near) for image in images]
+def inspect_images(near: bool, images: Sequence[bytes | None]) -> list[ImageFacts]:
+    """Return size, hash and, if `near`, perceptual hash of each image."""
+    return [ImageFacts() if image is None else _inspect(image, near) for image in images]
 
 
-def _look(image: bytes, near: bool) -> Look:
+def _inspect(image: bytes, near: bool) -> ImageFacts:
+    hash = xxhash.xxh3_64_intdigest(image)
     try:
         height, width = image_size(image)
         phash = None
         if near:
+            # JPEG decoders scale while decoding, so a small image is much cheaper than the full one.
             scale = max(1.0, HASH_SIDE / min(height, width))
-            small = decode_image(image, at_least=(min(height, int(HASH_SIDE * scale)), min(width, int(HASH_SIDE * scale))))
-            phash = perceptual_hash(small)
-        return Look(height, width, xxhash.xxh3_64_intdigest(image), phash)
+            side = int(HASH_SIDE * scale)
+            phash = perceptual_hash(decode_image(image, at_least=(min(height, side), min(width, side))))
+        return ImageFacts(height, width, hash, phash)
     except ImageError as error:
-        return Look(hash=xxhash.xxh3_64_intdigest(image), reason=error.reason, detail=error.detail)
+        return ImageFacts(hash=hash, reason=error.reason, detail=error.detail)
 
 
 class Scanner:
-    """Scans source files with the dataset's filters and buckets."""
+    """Scanner of source files, with the dataset's filters and buckets, over worker processes."""
 
     def __init__(self, config: DatasetConfig) -> None:
         self._config = config
         self._filters = Filters(config.filters)
         self._buckets = make_buckets(config.buckets)
         self._kinds = {kind: number for number, kind in enumerate(config.caption_kinds)}
-        self._workers = Workers(look_at, config.dedupe.near is not None, lambda _: Look(reason=CRASHED), config.workers)
+        near = config.dedupe.near is not None
+        self._workers = Workers(inspect_images, near, lambda _: ImageFacts(reason=CRASHED), config.workers)
 
     def __enter__(self) -> "Scanner":
         return self
@@ -98,7 +102,7 @@ class Scanner:
         self._workers.__exit__(*error)
 
     def scan(self, source: Source, file: SourceFile) -> Iterator[pa.RecordBatch]:
-        """Batches of the file's scan table, in the order of rows."""
+        """Yield the file's scan table in batches, in the order of rows."""
         settings = self._config.sources[file.source]
         columns = [*settings.captions.values(), *self._filters.columns]
         samples = itertools.islice(source.read(file.name, columns), settings.limit)
@@ -106,51 +110,65 @@ class Scanner:
 
         def images() -> Iterator[list[bytes | None]]:
             for chunk in in_chunks(samples, CHUNK_ROWS):
+                # The workers get the bytes; what waits for their results is only the rest of a sample.
                 waiting.append([replace(sample, image=None) for sample in chunk])
                 yield [None if sample.reason else sample.image for sample in chunk]
 
         row = 0
-        for _, looks in self._workers.map(images()):
+        for _, facts in self._workers.map(images()):
             chunk = waiting.popleft()
-            yield self._batch(file, row, chunk, looks, settings.captions)
+            yield self._batch(file, row, chunk, facts, settings.captions)
             row += len(chunk)
 
     def _batch(
-        self, file: SourceFile, start: int, samples: list[Sample], looks: list[Look], fields: dict[str, str]
+        self,
+        file: SourceFile,
+        start: int,
+        samples: list[Sample],
+        facts: list[ImageFacts],
+        fields: dict[str, str],
     ) -> pa.RecordBatch:
+        """Judge samples `start`, `start` + 1, ... of a file, and return their rows of the scan table."""
         rows = []
-        for sample, look in zip(samples, looks, strict=True):
+        for sample, image in zip(samples, facts, strict=True):
             captions, refused = gather_captions(sample.record, fields)
-            reason = sample.reason or look.reason or ("" if captions else refused[0])
-            # a row that its source cannot offer has no captions to judge
-            rows.append(Row(sample.record, captions, look.height, look.width, reason, [] if sample.reason else refused))
+            reason = sample.reason or image.reason or ("" if captions else refused[0])
+            if sample.reason:
+                refused = []  # captions of a row that its source cannot deliver are not judged
+            rows.append(Row(sample.record, captions, image.height, image.width, reason, refused))
         self._filters.apply(rows)
-        records = [
-            self._record(file, start + number, sample, look, row)
-            for number, (sample, look, row) in enumerate(zip(samples, looks, rows, strict=True))
-        ]
+
+        records = []
+        for number, (sample, image, row) in enumerate(zip(samples, facts, rows, strict=True), start):
+            records.append(self._record(file, number, sample, image, row))
         return pa.RecordBatch.from_pylist(records, SCAN)
 
-    def _record(self, file: SourceFile, number: int, sample: Sample, look: Look, row: Row) -> dict[str, Any]:
+    def _record(
+        self, file: SourceFile, number: int, sample: Sample, image: ImageFacts, row: Row
+    ) -> dict[str, Any]:
         bucket = ""
         if not row.reason:
             settings = self._config.buckets
-            found = assign(self._buckets, look.height, look.width, settings.max_upscale, settings.max_crop)
-            if isinstance(found, str):
-                row.reason = found
+            assigned = assign(
+                self._buckets, image.height, image.width, settings.max_upscale, settings.max_crop
+            )
+            if isinstance(assigned, str):
+                row.reason = assigned
             else:
-                bucket = found.name
+                bucket = assigned.name
+
+        captions = [{"kind": self._kinds[caption.kind], "text": caption.text} for caption in row.captions]
         return {
             "id": file.number << 32 | number,
             "key": printable(sample.key)[:MAX_TEXT],
             "reason": row.reason,
-            "detail": printable(sample.detail or look.detail)[:MAX_TEXT],
-            "captions": [{"kind": self._kinds[caption.kind], "text": caption.text} for caption in row.captions],
+            "detail": printable(sample.detail or image.detail)[:MAX_TEXT],
+            "captions": captions,
             "refused": row.refused,
-            "height": look.height,
-            "width": look.width,
-            "hash": look.hash,
-            "phash": look.phash,
+            "height": image.height,
+            "width": image.width,
+            "hash": image.hash,
+            "phash": image.phash,
             "bucket": bucket,
             "offset": sample.place.offset,
             "length": sample.place.length,
