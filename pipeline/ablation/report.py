@@ -1,4 +1,4 @@
-"""An ablation's result: `table.md`, and `report.html` with tables, orderings, figure 3's curve and pictures."""
+"""The result of an ablation: `table.md`, and `report.html` with tables, orderings, figure 3 and images."""
 
 import time
 from collections.abc import Sequence
@@ -8,25 +8,27 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.ablation.rows import Ablation, SeedMean, Job, orderings
-from pipeline.evaluation.images import write_whole
+from model.common.files import write_atomic
+from pipeline.ablation.rows import Ablation, Job, Ordering, SeedMean, orderings
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
 from pipeline.reporting.curves import curve
-from pipeline.reporting.pages import inline_png
+from pipeline.reporting.page import inline_png
 from pipeline.stage.config import StageConfig, dump_stage
 
 TEMPLATE = Path(__file__).with_name("report.html")
 POSITION_ROWS = ("a", "a_causal", "a_refiner", "ab_collaborative")
-"""Rows of the curve over positions, where they exist; else the first four."""
-PICTURES = 8
+"""Rows of the curve over positions, if any of them has scores; else the first four."""
+MAX_IMAGES = 8
+"""Maximum number of images per row."""
+ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
 
 Scores = dict[str, dict[int, dict[str, Any]]]
 """Row -> seed -> the record in score.json."""
 
 
 def gather(jobs: Sequence[Job]) -> Scores:
-    """What has been scored so far."""
+    """Return the results so far."""
     scores: Scores = {}
     for job in jobs:
         record = job.score()
@@ -35,108 +37,156 @@ def gather(jobs: Sequence[Job]) -> Scores:
     return scores
 
 
-ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
-
-
-def line_of(title: str, paper: float | None, records: dict[int, dict[str, Any]], attributes: Sequence[str]) -> dict[str, Any]:
-    """One row of a table, as text; `-` for what has not been measured."""
-    found = list(records.values())
-    shares = [[each["score"] for each in found], *([each["attributes"][name] for each in found] for name in attributes)]
-    losses = [each["loss"] for each in found if each["loss"] is not None]
+def make_line(
+    title: str, paper: float | None, records: dict[int, dict[str, Any]], attributes: Sequence[str]
+) -> dict[str, Any]:
+    """Return one row of a table as text, with `-` for what has not been measured."""
+    shares = [[record["score"] for record in records.values()]]
+    for name in attributes:
+        shares.append([record["attributes"][name] for record in records.values()])
     cells = [str(SeedMean.of(values)) if values else "-" for values in shares]
+
+    losses = [record["loss"] for record in records.values() if record["loss"] is not None]
     cells.append(SeedMean.of(losses).text(1, 4) if losses else "-")
-    return {"title": title, "paper": "" if paper is None else f"{paper:.2f}", "cells": cells, "seeds": len(records)}
+    return {
+        "title": title,
+        "paper": "" if paper is None else f"{paper:.2f}",
+        "cells": cells,
+        "seeds": len(records),
+    }
 
 
-def tables_of(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
-    """Tables with their lines, the rows' mean chance level last, and the orderings that the paper has among them."""
+def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
+    """Return the tables: rows, then the rows' mean chance level, and the paper's orderings of the rows."""
     records = [record for row in scores.values() for record in row.values()]
     attributes = [name for name in ATTRIBUTES if any(name in record["attributes"] for record in records)]
+    columns = ["prompt following", *attributes, "validation loss"]
+
     means = {name: float(np.mean([record["chance"][name] for record in records])) for name in attributes}
-    chance = {0: {"score": prompt_following(means), "attributes": means, "loss": None}} if records else {}
-    values = {row: {seed: record["score"] for seed, record in records.items()} for row, records in scores.items()}
-    held = orderings(ablation, values)
-    return [
-        {
-            "title": title,
-            "columns": ["prompt following", *attributes, "validation loss"],
-            "lines": [
-                *(
-                    line_of(ablation.rows[name].title, ablation.rows[name].paper, scores.get(name, {}), attributes)
-                    for name in names
-                ),
-                line_of("chance", None, chance, attributes),
-            ],
-            "orderings": [
-                {
-                    "text": f"{ablation.rows[pair.better].title} above {ablation.rows[pair.worse].title}",
-                    "difference": f"{pair.difference} points",
-                    "verdict": pair.verdict,
-                }
-                for pair in held[title]
-            ],
-        }
-        for title, names in ablation.tables.items()
-    ]
+    chance: dict[int, dict[str, Any]] = {}
+    if records:
+        chance[0] = {"score": prompt_following(means), "attributes": means, "loss": None}
+
+    values: dict[str, dict[int, float]] = {}
+    for row, by_seed in scores.items():
+        values[row] = {seed: record["score"] for seed, record in by_seed.items()}
+    ordered = orderings(ablation, values)
+
+    tables: list[dict[str, Any]] = []
+    for title, names in ablation.tables.items():
+        rows = [(ablation.rows[name], scores.get(name, {})) for name in names]
+        lines = [make_line(row.title, row.paper, by_seed, attributes) for row, by_seed in rows]
+        tables.append(
+            {
+                "title": title,
+                "columns": columns,
+                "lines": [*lines, make_line("chance", None, chance, attributes)],
+                "orderings": [_describe(ablation, pair) for pair in ordered[title]],
+            }
+        )
+    return tables
+
+
+def _describe(ablation: Ablation, pair: Ordering) -> dict[str, str]:
+    return {
+        "text": f"{ablation.rows[pair.better].title} above {ablation.rows[pair.worse].title}",
+        "difference": f"{pair.difference} points",
+        "verdict": pair.verdict,
+    }
 
 
 def positional_biases(ablation: Ablation, scores: Scores) -> dict[str, PositionalBias]:
-    """Title -> figure 3's curve of some rows, each segment's score being the mean over the seeds."""
-    biases = {}
+    """Return title -> figure 3's curve of some rows; a segment's score is the mean over the seeds."""
+    biases: dict[str, PositionalBias] = {}
     for name in [name for name in POSITION_ROWS if name in scores] or list(scores)[:4]:
         by_seed = [record["segments"] for record in scores[name].values()]
         means = [np.mean(segments, axis=0).tolist() for segments in zip(*by_seed, strict=True)]
-        if any(len(each) > 1 for each in means):
+        if any(len(segments) > 1 for segments in means):
             biases[ablation.rows[name].title] = positional_bias(means)
     return biases
 
 
 def position_curve(biases: dict[str, PositionalBias]) -> dict[str, str]:
-    """The paper's figure 3."""
-    lines = {title: (bias.positions, [point.mean for point in bias.curve]) for title, bias in biases.items()}
-    bands = {title: ([point.low for point in bias.curve], [point.high for point in bias.curve]) for title, bias in biases.items()}
-    note = "Share of right claims by where in the prompt a segment stands, mean over the seeds; bands: 95 % over prompts."
-    return curve("Positional bias", note, lines, ("relative position in the prompt", "score"), bottom=0.0, bands=bands)
+    """Return the paper's figure 3."""
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    bands: dict[str, tuple[list[float], list[float]]] = {}
+    for title, bias in biases.items():
+        lines[title] = (bias.positions, [point.mean for point in bias.curve])
+        bands[title] = ([point.low for point in bias.curve], [point.high for point in bias.curve])
+    note = (
+        "Share of correct claims by the position of a segment in the prompt, mean over the seeds; "
+        "bands: 95 % over prompts."
+    )
+    axes = ("relative position in the prompt", "score")
+    return curve("Positional bias", note, lines, axes, bottom=0.0, bands=bands)
 
 
-def markdown(tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias], left_out: Sequence[str], cost: str) -> str:
-    """The tables and the positional bias as text."""
-    parts = []
+def markdown(
+    tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias], left_out: Sequence[str], cost: str
+) -> str:
+    """Return the tables and the positional bias as text."""
+    parts: list[str] = []
     for table in tables:
         columns = ["row", "paper", *table["columns"], "seeds"]
-        parts += [f"### {table['title']}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        parts += [
-            "| " + " | ".join([line["title"], line["paper"] or "-", *line["cells"], str(line["seeds"])]) + " |"
-            for line in table["lines"]
-        ]
-        parts += ["", *(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**" for pair in table["orderings"]), ""]
+        parts += [f"### {table['title']}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        for line in table["lines"]:
+            cells = [line["title"], line["paper"] or "-", *line["cells"], str(line["seeds"])]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+        for pair in table["orderings"]:
+            parts.append(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**")
+        parts.append("")
+
     if biases:
-        parts += ["### Positional bias (figure 3)", "", *(f"- {title}: {bias}" for title, bias in biases.items()), ""]
+        parts += ["### Positional bias (figure 3)", ""]
+        parts += [f"- {title}: {bias}" for title, bias in biases.items()]
+        parts.append("")
     parts += [f"Left out: {reason}." for reason in left_out]
     return "\n".join([*parts, cost, ""])
 
 
-def build(folder: Path, stage: StageConfig, ablation: Ablation, jobs: Sequence[Job], left_out: Sequence[str]) -> Path:
-    """Write `table.md` and `report.html` into `folder` from what has been scored.
+def _images(ablation: Ablation, jobs: Sequence[Job], scores: Scores) -> list[dict[str, Any]]:
+    """Return the first images of each row that has scores, generated by seed 0."""
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        if job.seed != 0 or job.row not in scores:
+            continue
+        paths = [path for path in sorted((job.run / "scenes").glob("*.png")) if path.name != "grid.png"]
+        if paths:
+            images = [inline_png(path) for path in paths[:MAX_IMAGES]]
+            rows.append({"title": ablation.rows[job.row].title, "images": images})
+    return rows
+
+
+def build(
+    folder: Path, stage: StageConfig, ablation: Ablation, jobs: Sequence[Job], left_out: Sequence[str]
+) -> Path:
+    """Write `table.md` and `report.html` from the results so far.
+
+    Args:
+        folder: folder to write to.
+        stage: the stage whose settings the rows override.
+        ablation: the rows.
+        jobs: all runs.
+        left_out: a line about each row that cannot be trained.
 
     Returns:
-        The page's path.
+        Path of the page.
     """
     scores = gather(jobs)
     done = [record for records in scores.values() for record in records.values()]
     hours = sum(record["seconds"] for record in done) / 3600
-    cost = f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, {hours:.2f} hours of one run at a time."
-    tables, biases = tables_of(ablation, scores), positional_biases(ablation, scores)
-    pictures = []
-    for job in jobs:
-        drawn = sorted((job.run / "scenes").glob("*.png")) if job.seed == 0 and job.row in scores else []
-        images = [inline_png(path) for path in drawn if path.name != "grid.png"][:PICTURES]
-        if images:
-            pictures.append({"title": ablation.rows[job.row].title, "images": images})
+    cost = (
+        f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, "
+        f"{hours:.2f} hours of one run at a time."
+    )
+    tables, biases = make_tables(ablation, scores), positional_biases(ablation, scores)
     prompts_file = next((job.prompts for job in jobs if job.row in scores), None)
-    prompts = prompts_file.read_text(encoding="utf-8").splitlines()[:PICTURES] if prompts_file is not None else []
+    prompts = prompts_file.read_text(encoding="utf-8").splitlines() if prompts_file is not None else []
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "table.md", markdown(tables, biases, left_out, cost))
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
-    write_whole(folder / "table.md", markdown(tables, biases, left_out, cost).encode())
     text = page.render(
         name=folder.name,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -144,10 +194,10 @@ def build(folder: Path, stage: StageConfig, ablation: Ablation, jobs: Sequence[J
         tables=tables,
         curve=position_curve(biases) if biases else None,
         biases=biases,
-        pictures=pictures,
-        prompts=prompts,
+        images=_images(ablation, jobs, scores),
+        prompts=prompts[:MAX_IMAGES],
         left_out=left_out,
         stage=dump_stage(stage),
     )
-    write_whole(folder / "report.html", text.encode())
+    write_atomic(folder / "report.html", text)
     return folder / "report.html"

@@ -1,4 +1,4 @@
-"""What a run's report says of its data: what it reads, and what was left out on the way there and why."""
+"""The data section of a run's report: what the run reads, and what was left out before it and why."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,51 +10,74 @@ from model.common.errors import UserError
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, open_corpus, read_families
 
+MADE_WITH = ("llm", "vae", "space", "model")
+"""Keys of a family's identity that name what it was made with."""
 
-def data_of(stage: StageConfig) -> dict[str, Any]:
-    """`note`, `families` (rows of a table) and `steps` (from rows read to rows used); the note alone where the store cannot be
-    read from here."""
+
+def describe_data(stage: StageConfig) -> dict[str, Any]:
+    """Describe a stage's data.
+
+    Returns:
+        `note`, `families` (rows of a table) and `steps` (from the rows of the sources to those that the run
+        reads). If the store cannot be read from here, only the note.
+    """
     try:
         corpus = open_corpus(stage)
         families, steps = _families(corpus, stage), _steps(corpus)
     except UserError as error:
         return {"note": f"Not known here: {error}.", "families": [], "steps": []}
-    kept = " Text states are stored without padding and without the instruction, which is kept once."
-    note = f"Reads {corpus}.{kept if stage.fusion.encode == 'families' else ''}"
+
+    note = f"Reads {corpus}."
+    if stage.fusion.encode == "families":
+        note += " Text states are stored without padding, and the states of the instruction only once."
     return {"note": note, "families": families, "steps": steps}
 
 
 def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
-    indexes = [read_index(one.dataset, one.snapshot, bucket) for one in corpus.sources for bucket in one.snapshot.buckets]
-    rows = []
+    indexes = [
+        read_index(source.dataset, source.snapshot, bucket)
+        for source in corpus.sources
+        for bucket in source.snapshot.buckets
+    ]
+
+    rows: list[dict[str, str]] = []
     for name in read_families(stage):
         identity = corpus.families[name].identity
-        made_with = next((str(identity[key]) for key in ("llm", "vae", "space", "model") if identity.get(key)), "")
-        made_with = made_with.removeprefix("package:")
-        pairs, size = (sum(sum(index[column].to_pylist()) for index in indexes) for column in ("rows", f"{name}.bytes"))
-        rows.append({"name": name, "made_with": Path(made_with).name, "rows": f"{pairs:,}", "bytes": f"{size / pairs:,.0f}"})
+        made_with = next((str(identity[key]) for key in MADE_WITH if identity.get(key)), "")
+        pairs = sum(sum(index["rows"].to_pylist()) for index in indexes)
+        size = sum(sum(index[f"{name}.bytes"].to_pylist()) for index in indexes)
+        rows.append(
+            {
+                "name": name,
+                "made_with": Path(made_with.removeprefix("package:")).name,
+                "rows": f"{pairs:,}",
+                "bytes": f"{size / pairs:,.0f}",
+            }
+        )
     return rows
 
 
 def _steps(corpus: Corpus) -> list[dict[str, str]]:
-    """From the rows of the sources to those that the run reads: what each reason took, and what was left."""
+    """Return the steps from the rows of the sources to the rows that the run reads, and what each step drops."""
     planned, used = 0, sum(corpus.rows.values())
-    taken: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     missing: Counter[str] = Counter()
-    for one in corpus.sources:
-        planned += sum(sum(rows) for rows in read_plan(one.dataset).buckets.values())
-        missing.update(one.snapshot.left_out)
+    for source in corpus.sources:
+        planned += sum(sum(rows) for rows in read_plan(source.dataset).buckets.values())
+        missing.update(source.snapshot.left_out)
         try:
-            files = read_plan_record(one.dataset)["files"]
+            files = read_plan_record(source.dataset)["files"]
         except FileNotFoundError:  # parts that were not made by `data_prep plan`
             files = []
         for file in files:
-            taken.update(file["dropped"])
+            dropped.update(file["dropped"])
     missing["dropped when decoded in full"] = planned - used - missing.total()
-    left = planned + taken.total()
+
+    left = planned + dropped.total()
     steps = [{"name": "rows of the sources", "taken": "", "left": f"{left:,}"}]
-    for reason, count in [*taken.most_common(), *missing.most_common()]:
+    for reason, count in [*dropped.most_common(), *missing.most_common()]:
         if count:
             left -= count
             steps.append({"name": reason, "taken": f"-{count:,}", "left": f"{left:,}"})
-    return [*steps, {"name": "pairs in the snapshot", "taken": "", "left": f"{left:,}"}]
+    steps.append({"name": "pairs in the snapshot", "taken": "", "left": f"{left:,}"})
+    return steps

@@ -94,7 +94,7 @@ def test_from_scenes_to_a_report(world, run, capfd):
     before = (folder / "full/seed_0/metrics.jsonl").read_text()
     run(*arguments)
     assert (folder / "full/seed_0/metrics.jsonl").read_text() == before
-    refused(run, capfd, "drew other prompts", *arguments, "--scored", "5")
+    refused(run, capfd, "has images of other prompts", *arguments, "--scored", "5")
     refused(run, capfd, "was trained with other settings than are asked for now (optim.lr=0.5)", *arguments, "optim.lr=0.5")
     run(*arguments, "--dry-run")
     printed = capfd.readouterr().out

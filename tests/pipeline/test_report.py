@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_prep.dataset.parts import PLAN_KEY
 from data_prep.store.store import open_store
-from pipeline.report import build
 from pipeline.reporting.curves import MAX_LINES, gate_lines, scene_lines
+from pipeline.reporting.page import build
 from pipeline.stage.config import dump_stage
 from pipeline.training.metrics import TIMESTEP_BINS
 from tests.helpers import fake_snapshot

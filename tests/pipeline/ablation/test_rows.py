@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_prep.dataset.schema import Family, Snapshot
 from model.common.errors import UserError
-from pipeline.ablation.rows import PAPER_ROWS, Ablation, SeedMean, Row, make_jobs, orderings, read_ablation
+from pipeline.ablation.rows import PAPER_ROWS, Ablation, Row, SeedMean, make_jobs, orderings, read_ablation
 from pipeline.stage.config import dump_stage
 
 ROLES = [f"families.{role}={role}" for role in ("a", "a_plain", "b", "b_plain", "t5", "clip")]
@@ -74,7 +74,7 @@ def test_changed_settings_are_refused(tmp_path):
         other.check(["a circle"])
     job.prompts.write_text("a circle\na star")
     job.check(["a circle", "a star"])
-    with pytest.raises(UserError, match="drew other prompts"):
+    with pytest.raises(UserError, match="has images of other prompts"):
         job.check(["a circle"])
 
 

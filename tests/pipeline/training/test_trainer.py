@@ -20,7 +20,7 @@ from model.flops import flops_per_sample
 from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.sampler import Sampler
-from pipeline.report import build
+from pipeline.reporting.page import build
 from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import DatasetShare, dump_stage
@@ -264,7 +264,7 @@ def test_batches_of_several_sizes_count_their_samples(store, tmp_path):
     (code, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, budget)
     assert code == 0
     config = trainer_tasks.stage(store, tmp_path, **budget)
-    plan = open_data(config).plan
+    plan = open_data(config).schedule.plan
     sizes = [plan(epoch).size(index) for epoch in range(2) for index in range(len(plan(epoch)))]
     samples = [report["samples"] for report in reports]
     assert set(sizes) == {4, 8}

@@ -1,0 +1,131 @@
+"""The self-contained HTML page of a run."""
+
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipeline.operations.attempts import read_endings
+from pipeline.reporting.curves import curves_of, learned_curve
+from pipeline.reporting.data import describe_data
+from pipeline.runtime.run_log import read_events, read_reports
+from pipeline.stage.config import dump_stage, load_run
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MAX_SAVES = 4
+"""Maximum number of saves in the table of events."""
+
+
+def inline_png(path: Path) -> str:
+    """Return a PNG as a data URI, so that the page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def list_events(run: Path) -> list[dict[str, Any]]:
+    """Return starts, stops, the last saves, and how each attempt of a cluster job ended, by time."""
+    events = read_events(run)
+    shown = [event for event in events if event["event"] in ("start", "stop")]
+    shown += [event for event in events if event["event"] == "save"][-MAX_SAVES:]
+
+    rows: list[dict[str, Any]] = []
+    for event in shown:
+        detail = event.get("how") or event.get("reason") or f"training paused for {event['seconds']:.2f} s"
+        rows.append(
+            {
+                "time": event["time"],
+                "what": event["event"],
+                "step": f"{event['step']:,}",
+                "samples": f"{event['samples']:,}",
+                "detail": detail,
+            }
+        )
+    for ending in read_endings(run):
+        requeued = "; queued again" if ending.requeued else ""
+        rows.append(
+            {
+                "time": ending.ended,
+                "what": f"end of job {ending.job}.{ending.restart}: {ending.kind}",
+                "step": f"{ending.step:,}",
+                "samples": "",
+                "detail": f"{ending.reason}; on {ending.nodes}{requeued}",
+            }
+        )
+
+    rows.sort(key=lambda row: row["time"])
+    for row in rows:
+        row["when"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+    return rows
+
+
+def make_tiles(run: Path, extra: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the key numbers."""
+    reports = read_reports(run)
+    tiles: list[dict[str, str]] = []
+    if reports:
+        last = reports[-1]
+        speed = sum(report["samples_per_second"] for report in reports) / len(reports)
+        tiles += [
+            {"label": "samples seen", "value": f"{last['samples']:,}"},
+            {"label": "samples/s in training", "value": f"{speed:.0f}"},
+            {"label": "training loss at the end", "value": f"{last['loss']:.3f}"},
+        ]
+        for name, label in (("mfu", "MFU"), ("goodput", "goodput")):
+            if last.get(name) is not None:
+                tiles.append({"label": label, "value": f"{last[name]:.1%}"})
+        if last.get("skipped"):
+            tiles.append({"label": "steps skipped for their gradients", "value": f"{last['skipped']:.0f}"})
+        resumed = len(read_events(run, "start")) - 1
+        tiles.append({"label": "times stopped and resumed", "value": str(resumed)})
+    return tiles + extra.get("tiles", [])
+
+
+def build(run: Path) -> Path:
+    """Write `<run>/report.html` and return its path.
+
+    Raises:
+        UserError: if the folder is not a run's.
+    """
+    stage = load_run(run)
+    extra_file = run / "report_extra.json"
+    extra = json.loads(extra_file.read_text()) if extra_file.exists() else {}
+
+    phases = extra.get("phases", [])
+    longest = max((phase["seconds"] for phase in phases), default=1.0)
+    curves = curves_of(run)
+    if "learned" in extra:
+        curves.insert(0, learned_curve(extra["learned"]))
+
+    images: list[dict[str, str]] = []
+    for image in extra.get("pictures", []):
+        real = inline_png(run / image["real"]) if image.get("real") else ""
+        generated = inline_png(run / image["drawn"])
+        images.append({"caption": image["caption"], "generated": generated, "real": real})
+
+    slides: list[dict[str, str]] = []
+    for path in sorted((run / "grids").glob("samples_*.png")):
+        samples = int(path.stem.split("_")[-1])
+        slides.append({"image": inline_png(path), "label": f"after {samples:,} samples"})
+
+    page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
+    finished = (run / "finished.json").exists()
+    html = page.render(
+        name=run.name,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        state="The stage is finished." if finished else "The stage is not finished.",
+        tiles=make_tiles(run, extra),
+        images=images,
+        images_note=extra.get("pictures_note", ""),
+        slides=slides,
+        curves=curves,
+        phases=[{**phase, "share": 100 * phase["seconds"] / longest} for phase in phases],
+        data=describe_data(stage),
+        events=list_events(run),
+        stage=dump_stage(stage),
+        licenses=extra.get("licences", ""),
+    )
+    out = run / "report.html"
+    out.write_text(html)
+    return out
