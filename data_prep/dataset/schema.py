@@ -136,7 +136,7 @@ class Family:
     """Everything that decides the numbers: model, revision, layer, template, maximum tokens, quantization."""
     info: dict[str, Any] = field(default_factory=dict)
     """Other facts that readers need. Text: `width`, `prefix_tokens`, `quantisation`. Latents: `channels`,
-    `downsampling`, `scaling_factor`, `shift_factor`."""
+    `downsampling`, and either `scaling_factor` and `shift_factor` or `latents_mean` and `latents_std`."""
     constants_xxh64: str = ""
     """Hash of the constants, empty if there are none. Text families: the hidden states of the prefix and of
     the null caption, channel mean and std."""

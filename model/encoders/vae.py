@@ -34,8 +34,8 @@ _DECIDES_NUMBERS = (
 def small_vae() -> Any:
     """Build a new VAE of the paper's shape (8x downsampling, 16 channels) that a laptop can train.
 
-    It is narrow at high resolution, where most of the time is spent. The latent has 1x1 convolutions around it,
-    so that its channels can be standardized after training without a change to the images.
+    It is narrow at high resolution, where the time is spent. It has 1x1 convolutions next to the latent,
+    so that the channels can be standardized after training without a change to the images.
     """
     widths = (16, 32, 64, 64)
     config: dict[str, Any] = {

@@ -37,3 +37,14 @@ class PixelSpace(LatentSpace):
     def decode_raw(self, latents):
         pixels = rearrange(latents, "b (c y x) h w -> b c (h y) (w x)", y=BLOCK, x=BLOCK, c=3)
         return pixels.clamp(-1.0, 1.0)
+
+
+def train(stage, overrides):
+    """Train a stage on this rank, in a process that knows the space; returns the exit code."""
+    # imported here, so that tests of data preparation need not load DeepSpeed
+    from pipeline.runtime.distributed import Distributed
+    from pipeline.runtime.stopping import Stop
+    from pipeline.stage.config import load_stage
+    from pipeline.training.trainer import Trainer
+
+    return Trainer(load_stage(stage, overrides), Distributed.from_environment(), Stop()).run()

@@ -1,4 +1,4 @@
-"""The small VAE: deterministic, standardised without a change to its pictures, written whole or not at all."""
+"""The small VAE: deterministic, standardized without a change to its images, written whole or not at all."""
 
 import io
 import json
@@ -21,26 +21,26 @@ CPU = torch.device("cpu")
 TINY = Training(steps=3, batch=4, crop=16, images=100)
 
 
-def drawings(count: int, size: tuple[int, int] = (16, 24)) -> list[torch.Tensor]:
-    """White pictures with a coloured box."""
+def box_images(count: int, size: tuple[int, int] = (16, 24)) -> list[torch.Tensor]:
+    """White images with a colored box."""
     images = []
     for number in range(count):
         rng = np.random.default_rng(number)
-        picture = np.full((*size, 3), 255, np.uint8)
+        pixels = np.full((*size, 3), 255, np.uint8)
         top, left = rng.integers(0, 8, 2)
-        picture[top : top + 7, left : left + 9] = rng.integers(0, 255, 3)
-        images.append(torch.from_numpy(picture).permute(2, 0, 1).contiguous())
+        pixels[top : top + 7, left : left + 9] = rng.integers(0, 255, 3)
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
     return images
 
 
 @pytest.fixture
 def dataset(monkeypatch, tmp_path):
-    """A store whose committed pairs are two parts of drawings, the second smaller than a crop."""
+    """A store whose committed pairs are two parts of images, those of the second smaller than a crop."""
     sizes = {Part("16x24", 0): (16, 24), Part("8x8", 0): (8, 8)}
 
     def read_pairs(dataset, commit, kinds):
         pairs = []
-        for number, image in enumerate(drawings(commit.rows, sizes[commit.part])):
+        for number, image in enumerate(box_images(commit.rows, sizes[commit.part])):
             data = io.BytesIO()
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(data, "PNG")
             pairs.append(Pair(number, str(number), data.getvalue(), [], *sizes[commit.part]))
@@ -55,48 +55,54 @@ def dataset(monkeypatch, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights():
-    first, second = (train(drawings(8), TINY, CPU).state_dict() for _ in range(2))
+    first, second = (train(box_images(8), TINY, CPU).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = train(drawings(8), replace(TINY, seed=1), CPU).state_dict()
+    other = train(box_images(8), replace(TINY, seed=1), CPU).state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_training_moves_every_weight_and_lowers_the_loss():
-    images, steps = drawings(16), replace(TINY, steps=25)
+    images, steps = box_images(16), replace(TINY, steps=25)
     torch.manual_seed(TINY.seed)
     fresh = small_vae()
     trained = train(images, steps, CPU)
-    unmoved = [name for name, value in trained.state_dict().items() if torch.equal(value, fresh.state_dict()[name])]
+    unmoved = [
+        name for name, value in trained.state_dict().items() if torch.equal(value, fresh.state_dict()[name])
+    ]
     assert not unmoved
     assert psnr(trained, images, TINY, CPU) > psnr(fresh.eval(), images, TINY, CPU) + 3
 
 
-def test_standardising_leaves_the_pictures_and_evens_the_channels():
-    images = drawings(32)
+def test_standardizing_leaves_the_images_and_evens_the_channels():
+    images = box_images(32)
     torch.manual_seed(0)
     vae = small_vae().eval().requires_grad_(False)
     vae.quant_conv.bias[:16] += torch.linspace(-3, 3, 16)
     vae.quant_conv.weight[:16] *= torch.linspace(0.2, 4, 16).view(-1, 1, 1, 1)
     pixels = next(batches(images, TINY, torch.Generator()))
     before = vae.encode(pixels).latent_dist
-    pictures = vae.decode(before.mean).sample
+    decoded = vae.decode(before.mean).sample
     standardize(vae, images, TINY, CPU)
     after = vae.encode(pixels).latent_dist
-    torch.testing.assert_close(vae.decode(after.mean).sample, pictures, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(vae.decode(after.mean).sample, decoded, atol=1e-4, rtol=1e-3)
     source = batches(images, TINY, torch.Generator().manual_seed(TINY.seed))
     posteriors = [vae.encode(next(source)).latent_dist for _ in range(8)]
-    drawn = torch.cat([each.mean + each.std * torch.randn_like(each.std) for each in posteriors])
-    assert drawn.mean((0, 2, 3)).abs().max() < 0.3
-    assert (drawn.std((0, 2, 3)) - 1).abs().max() < 0.3
+    latents = torch.cat(
+        [posterior.mean + posterior.std * torch.randn_like(posterior.std) for posterior in posteriors]
+    )
+    assert latents.mean((0, 2, 3)).abs().max() < 0.3
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.3
     assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, 0.0)
 
 
 def test_an_epoch_shows_each_image_once():
-    images = drawings(8, (16, 16))
+    images = box_images(8, (16, 16))
     source = batches(images, replace(TINY, batch=4), torch.Generator().manual_seed(3))
     seen = torch.cat([next(source), next(source)])
     expected = torch.stack(images).float() / 127.5 - 1
-    assert sorted(map(str, seen.sum((1, 2, 3)).tolist())) == sorted(map(str, expected.sum((1, 2, 3)).tolist()))
+    assert sorted(map(str, seen.sum((1, 2, 3)).tolist())) == sorted(
+        map(str, expected.sum((1, 2, 3)).tolist())
+    )
 
 
 def test_images_smaller_than_a_crop_are_left_out_and_the_limit_holds(dataset):

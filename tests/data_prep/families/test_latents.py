@@ -22,13 +22,14 @@ from model.encoders.vae import VAE, small_vae
 from tests.helpers.pixel_space import MEAN, STD, PixelSpace
 
 WRITTEN_BEFORE = (
-    b'{"constants_xxh64":"","format":1,"hash":"5ca7844b4fc39139","identity":{"act_fn":"silu","block_out_channels":[16,32,64,64],'
-    b'"down_block_types":["DownEncoderBlock2D","DownEncoderBlock2D","DownEncoderBlock2D","DownEncoderBlock2D"],"in_channels":3,'
-    b'"latent_channels":16,"layers_per_block":1,"mid_block_add_attention":false,"moments":"bf16","norm_num_groups":8,'
-    b'"use_quant_conv":true,"vae":"AutoencoderKL",'
+    b'{"constants_xxh64":"","format":1,"hash":"5ca7844b4fc39139","identity":{"act_fn":"silu",'
+    b'"block_out_channels":[16,32,64,64],"down_block_types":["DownEncoderBlock2D","DownEncoderBlock2D",'
+    b'"DownEncoderBlock2D","DownEncoderBlock2D"],"in_channels":3,"latent_channels":16,"layers_per_block":1,'
+    b'"mid_block_add_attention":false,"moments":"bf16","norm_num_groups":8,"use_quant_conv":true,'
+    b'"vae":"AutoencoderKL",'
     b'"weights_sha256":"24080cbe8e8adf745877869c18c7cae9b54f6a838e0cceb7f3e3938d14a9bb47"},'
-    b'"info":{"channels":16,"downsampling":8,"revision":null,"scaling_factor":1.5305,"shift_factor":0.0609,"vae":"runs/vae"},'
-    b'"kind":"latents","name":"latents"}'
+    b'"info":{"channels":16,"downsampling":8,"revision":null,"scaling_factor":1.5305,"shift_factor":0.0609,'
+    b'"vae":"runs/vae"},"kind":"latents","name":"latents"}'
 )
 """A family.json from before there were other latent spaces."""
 
