@@ -23,8 +23,8 @@ import xxhash
 from benchmarks.reporting import at_most, conditions, print_goals
 from data_prep.dataset.schema import Family, Snapshot
 from data_prep.store.store import open_store
-from pipeline.data.dataset import PartIndex
 from pipeline.data.epoch_plan import EpochPlan
+from pipeline.data.part_files import PartIndex
 from pipeline.data.shard_cache import ShardCache
 
 PART_ROWS, BUCKETS, FAMILIES = 4096, 11, ("latents", "llm_a", "llm_b")
