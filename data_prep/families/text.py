@@ -196,7 +196,7 @@ class TextJob:
         saved: the plain way pads captions as they come, equal ones too, while the encoder has seen them sorted."""
         encoder = self._encoder
         tokens = [encoded[text].tokens for text in texts if text]
-        prefix = encoder.prompt_prefix
+        prefix = len(encoder.prompt_ids)
         saved = sum(tokens) + prefix * len(tokens) - sum(encoded[text].tokens + prefix for text in new)
         padding = padding_tokens(tokens) if encoder.config.reuse_prefix else 0
         return {
@@ -206,9 +206,9 @@ class TextJob:
             "bytes": sum(len(encoded[text].values) + len(encoded[text].scales) for text in texts),
             "duplicate_captions": len(tokens) - len(new),
             "duplicate_tokens_saved": saved,
-            "block_tokens_saved_duplicates": saved * encoder.blocks,
+            "block_tokens_saved_duplicates": saved * encoder.llm.blocks,
             "padding_tokens_saved": padding,
-            "block_tokens_saved_padding": padding * encoder.blocks,
+            "block_tokens_saved_padding": padding * encoder.llm.blocks,
         }
 
     def _encode_captions(self, texts: list[str], new: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:

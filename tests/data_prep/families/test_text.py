@@ -113,7 +113,7 @@ def test_the_report_adds_up_to_the_plain_way(dataset, llm, reuse_prefix, capsys)
         ids = encoder.tokenize([caption for pair in pairs for _, caption in pair.captions])
         assert len(ids) < 64
         widest = max(map(len, ids)) * len(ids) if reuse_prefix else sum(map(len, ids))
-        plain += 5 * (widest + encoder.prompt_prefix * len(ids))
+        plain += 5 * (widest + len(encoder.prompt_ids) * len(ids))
     assert report.work == pytest.approx(run / plain)
     assert report.work + sum(report.saved.values()) == pytest.approx(1)
     assert (report.saved["prefix"] > 0.3) == reuse_prefix
@@ -210,7 +210,7 @@ def test_unknown_kinds_and_bad_states_are_named(llm):
     with pytest.raises(UserError, match="caption_kinds"):
         job.encode_part([pair(1, ("other", "a cat"))])
     with torch.no_grad():
-        encoder._llm.module.embed_tokens.weight[:] = torch.nan
+        encoder.llm.module.embed_tokens.weight[:] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         job.encode_part([pair(1, ("original", "a dog"))])
 

@@ -63,7 +63,7 @@ def test_real_llm_equals_the_plain_way(real):
 
 def test_real_llm_without_prefix_equals_the_plain_way(real):
     encoder, plain = real
-    alone = TextEncoder(replace(encoder.config, prefix=""), encoder._llm, CPU)
+    alone = TextEncoder(replace(encoder.config, prefix=""), encoder.llm, CPU)
     assert len(alone.prefix_ids) <= 1
     ids = alone.tokenize(short_captions(30) + dense_captions(1))
     assert worst(alone.encode(ids), plain_states(plain, alone.prefix_ids, ids)) < 1e-3
@@ -72,7 +72,7 @@ def test_real_llm_without_prefix_equals_the_plain_way(real):
 def test_real_template(real):
     """The parts of a prompt are cut as the whole prompt is; markup in a caption is plain text."""
     encoder, _ = real
-    words = encoder._tokenizer
+    words = encoder.llm.tokenizer
     words.encode_special_tokens = False
     for caption in ("a blue backpack", "“quoted” 你好", "3 birds"):
         (ids,) = encoder.tokenize([caption])
@@ -82,7 +82,7 @@ def test_real_template(real):
     words.encode_special_tokens = True
     markup = [text for text in ("<|im_end|>", "<eos>") if text in encoder.config.suffix]
     (ids,) = encoder.tokenize([f"a {markup[0]} b"])
-    assert ids.count(encoder._suffix[0]) == 1
+    assert ids.count(encoder.suffix_ids[0]) == 1
 
 
 def test_real_tokens_know_where_they_stand(real):
@@ -94,15 +94,15 @@ def test_real_tokens_know_where_they_stand(real):
         covered = {at for start, end in spans for at in range(start, end)}
         assert covered >= {at for at, letter in enumerate(caption) if not letter.isspace()}
         assert all(end <= len(caption) for _, end in spans)
-        decoded = [encoder._tokenizer.decode([token]).strip() for token in ids]
+        decoded = [encoder.llm.tokenizer.decode([token]).strip() for token in ids]
         words = [(caption[start:end].strip(), token) for (start, end), token in zip(spans, decoded, strict=True) if end]
         assert all(word == token for word, token in words if word.isascii())
 
 
 def test_real_llm_runs_only_the_blocks_that_it_reads(real):
     encoder, plain = real
-    assert len(encoder._llm.module.layers) == len(plain.layers) - 2
-    assert not hasattr(encoder._llm.module, "lm_head")
+    assert len(encoder.llm.module.layers) == len(plain.layers) - 2
+    assert not hasattr(encoder.llm.module, "lm_head")
 
 
 DECODERS = [tiny_llm.llama, tiny_llm.qwen3, tiny_llm.mistral, tiny_llm.gemma2, tiny_llm.gemma3]
@@ -195,7 +195,7 @@ def test_mask_shows_the_prefix_and_itself(captions, length, prefix, window):
 
 def test_language_model_inside_a_multimodal_checkpoint(tmp_path):
     encoder = load_encoder(tiny_llm.make(tmp_path, tiny_llm.llava), CPU)
-    assert type(encoder._llm.module).__name__ == "LlamaModel"
+    assert type(encoder.llm.module).__name__ == "LlamaModel"
     torch.manual_seed(0)
     whole = tiny_llm.llava().model.language_model.eval()
     ids = encoder.tokenize(CAPTIONS)
@@ -219,7 +219,7 @@ def test_encoders_that_are_not_causal_llms(tmp_path, build, kind):
         assert encoder.prefix_states().shape == (0, encoder.width)
         ids = encoder.tokenize(CAPTIONS)
         assert {caption[-1] for caption in ids} == {2}  # <eos>
-        reference = plain_states(whole, encoder._before, ids, read=read)
+        reference = plain_states(whole, encoder.prompt_ids, ids, read=read)
         assert worst(encoder.encode(ids), reference) < 1e-4
 
 
@@ -275,7 +275,7 @@ def test_bf16_states(tmp_path):
 def test_huge_states_survive(tmp_path):
     """Gemma's states pass 1e5, beyond fp16; nothing on the way may be fp16."""
     config = tiny_llm.make(tmp_path, tiny_llm.llama, dtype="bf16")
-    llm = load_encoder(config, CPU)._llm
+    llm = load_encoder(config, CPU).llm
     with torch.no_grad():
         llm.module.embed_tokens.weight.mul_(1e6)
     encoder = TextEncoder(config, llm, CPU)
@@ -303,11 +303,11 @@ def test_a_model_spread_over_devices_gives_the_same_states(tmp_path, build, laye
     if inside:
         pieces |= {"vision_tower": "cpu", "multi_modal_projector": "disk"}
     for device_map in ("auto", pieces):
-        std = load_encoder(replace(config, device_map=device_map), CPU)
-        assert ("meta" in {weights.device.type for weights in std._llm.module.parameters()}) == (device_map is pieces)
-        assert std.device == CPU
-        assert worst(std.encode(ids), whole.encode(ids)) < 1e-6
-        assert std.identity == whole.identity
+        offloaded = load_encoder(replace(config, device_map=device_map), CPU)
+        assert ("meta" in {weights.device.type for weights in offloaded.llm.module.parameters()}) == (device_map is pieces)
+        assert offloaded.device == CPU
+        assert worst(offloaded.encode(ids), whole.encode(ids)) < 1e-6
+        assert offloaded.identity == whole.identity
 
 
 def test_models_that_cannot_be_packed_are_refused(tmp_path):
@@ -337,7 +337,7 @@ def test_wrong_use_is_named(tmp_path):
 def test_a_prefix_that_merges_with_the_caption_is_refused(real):
     encoder, _ = real
     with pytest.raises(UserError, match="merges with the caption"):
-        TextEncoder(replace(encoder.config, prefix="Describe w"), encoder._llm, CPU)
+        TextEncoder(replace(encoder.config, prefix="Describe w"), encoder.llm, CPU)
 
 
 def test_pickled_weights_are_refused(tmp_path):
