@@ -196,10 +196,10 @@ def room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def count_rooms(root: Path, package: str) -> dict[str, int]:
-    """Files and rooms of a package, and the distinct imports between each."""
+def count_rooms(root: Path, package: str, imports: set[tuple[str, str]]) -> dict[str, int]:
+    """Count the files and rooms of a package, and the distinct `imports` between each."""
     files = {module_name(root, path) for path in source_files(root, package) if path.name != "__init__.py"}
-    arrows = {(source, target) for source, target in imports_between(root) if {source, target} <= files}
+    arrows = {(source, target) for source, target in imports if {source, target} <= files}
     rooms = {room(module) for module in files}
     room_arrows = {(room(source), room(target)) for source, target in arrows if room(source) != room(target)}
     return {"files": len(files), "imports": len(arrows), "rooms": len(rooms), "arrows": len(room_arrows)}
@@ -226,8 +226,9 @@ def figures(root: Path) -> dict[str, float | int | str]:
         "asserts per 1,000 lines": round(total.per_thousand("asserts"), 1),
     }
 
+    imports = imports_between(root)
     for package, counts in packages.items():
-        rooms = count_rooms(root, package)
+        rooms = count_rooms(root, package, imports)
         rows[f"{package}: files / imports between them"] = f"{rooms['files']} / {rooms['imports']}"
         rows[f"{package}: rooms / arrows between them"] = f"{rooms['rooms']} / {rooms['arrows']}"
         rows[f"{package}: lines"] = counts.lines

@@ -119,7 +119,12 @@ def test_imports_and_rooms(checkout):
         ("model.size", "model.net"),
         ("model.parts.block", "model.parts.norm"),
     }
-    assert count_rooms(checkout, "model") == {"files": 4, "imports": 4, "rooms": 3, "arrows": 2}
+    assert count_rooms(checkout, "model", imports_between(checkout)) == {
+        "files": 4,
+        "imports": 4,
+        "rooms": 3,
+        "arrows": 2,
+    }
 
 
 def test_command_prints_a_column_per_checkout_and_json_last(checkout):
