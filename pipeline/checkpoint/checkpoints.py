@@ -28,19 +28,19 @@ from torch import Tensor
 from data_prep.store.store import hash_file, open_store
 from model.common.errors import UserError
 from model.common.files import sync_path, write_atomic
-from pipeline.checkpoint.files import ShardFiles, Written, rank_file, write_tensors
+from pipeline.checkpoint.files import RankFiles, Written, rank_file, write_tensors
 from pipeline.checkpoint.weights import (
     FORMAT,
     MANIFEST,
     REPLICATED,
+    CheckpointWeights,
     ExportedWeights,
-    ShardedWeights,
     read_manifest,
     refuse_other_format,
 )
 from pipeline.engine.layout import Layout, moves
-from pipeline.engine.master_weights import ShardState, check_names
-from pipeline.runtime.attempt import check_still_ours
+from pipeline.engine.master_weights import RankState, check_names
+from pipeline.runtime.attempt import check_newest_attempt
 from pipeline.runtime.distributed import all_reduce_min, gather, rank_and_world
 from pipeline.stage.config import CheckpointConfig, dump_stage
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # sampling reads weights without DeepSpeed
 
 log = logging.getLogger(__name__)
 
+_OLD_MOMENTS = ["exp_avg", "exp_avg_sq"]
+"""Moments in checkpoints whose manifest does not name them."""
 _FAILED, _WAITING, _DONE = 0, 1, 2
 """Of a rank's work; that of all ranks is the lowest."""
 
@@ -150,7 +152,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         return {name: self._host[name] for name in tensors}
 
-    def _manifest(self, state: ShardState, trainer_state: dict[str, Any], samples: int, step: int) -> dict[str, Any]:
+    def _manifest(self, state: RankState, trainer_state: dict[str, Any], samples: int, step: int) -> dict[str, Any]:
         every = self.config.keep_every_samples
         before = self._newest["samples"] if self._newest is not None else 0
         return {
@@ -159,7 +161,7 @@ class Checkpoints:
             "samples": samples,
             "permanent": every is not None and samples // every > before // every,
             "layout": state.layout.to_json(),
-            "optimizer": {"step": state.optimizer_step, "groups": state.groups},
+            "optimizer": {"step": state.optimizer_step, "groups": state.groups, "moments": state.moments},
             "ema": state.decays,
             "trainer": json.loads(json.dumps(trainer_state)),  # as it is now: the trainer goes on changing it
             "stage_xxh64": self._stage_hash,
@@ -218,7 +220,7 @@ class Checkpoints:
 
     def _commit(self, work: _Work, final: Path) -> None:
         """Manifest, rename, `latest`: each is on disk before the next begins."""
-        check_still_ours(self.folder.parent)
+        check_newest_attempt(self.folder.parent)
         write_atomic(work.folder / MANIFEST, json.dumps(work.manifest), durable=True)
         if final.exists():  # a damaged one that was passed over, or one written by a run that was set back
             _remove(final)
@@ -310,22 +312,33 @@ class Checkpoints:
             raise UserError(
                 f"{path} holds averages of decay {manifest['ema']}, the stage asks for {state.decays}: set ema to those"
             )
-        before, now = ([group["name"] for group in groups] for groups in (manifest["optimizer"]["groups"], state.groups))
-        if before != now:
-            raise UserError(
-                f"{path} was trained with parameter groups {', '.join(before)}, the stage has {', '.join(now)}: "
-                "set optim.name as it was, or begin a new stage with start_from"
-            )
-        files = ShardFiles(path)
+        _check_optimizer(path, manifest["optimizer"], state)
+        files = RankFiles(path)
         for source, target in moves(old, state.layout, self.rank):
             for kind, tensors in state.tensors.items():
-                if not tensors[target.group].numel():  # Muon has no second moment
+                if not tensors[target.group].numel():  # the parameters of this group do not have this moment
                     continue
                 values = files.read(source.rank, f"{kind}.{source.group}", source.offset, source.offset + source.length)
                 tensors[target.group][target.offset : target.offset + target.length] = values
         engine.finish_load(manifest["optimizer"]["step"], replicated)
         self._newest = manifest
         return manifest["trainer"]
+
+
+def _check_optimizer(path: Path, saved: dict[str, Any], state: RankState) -> None:
+    """Refuse a checkpoint of another optimizer.
+
+    Raises:
+        UserError: if its parameter groups or moments are not those of the stage.
+    """
+    groups = [group["name"] for group in saved["groups"]], [group["name"] for group in state.groups]
+    moments = saved.get("moments", _OLD_MOMENTS), state.moments
+    for kind, (before, now) in {"parameter groups": groups, "moments": moments}.items():
+        if before != now:
+            raise UserError(
+                f"{path} was trained with {kind} {', '.join(before)}, the stage has {', '.join(now)}: "
+                "set optim.name as it was, or begin a new stage with start_from"
+            )
 
 
 def _start(folder: Path, manifest: dict[str, Any], job: Callable[[], dict[str, Written]]) -> _Work:
@@ -376,9 +389,9 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
             for folder in (path / "checkpoints").iterdir():
                 refuse_other_format(folder)
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
-        return ShardedWeights(newest, which)
+        return CheckpointWeights(newest, which)
     if (path / MANIFEST).exists():
-        return ShardedWeights(path, which)
+        return CheckpointWeights(path, which)
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors")

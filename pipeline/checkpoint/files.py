@@ -58,7 +58,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-class ShardFiles:
+class RankFiles:
     """The ranks' files of one checkpoint, opened when first needed and read by ranges."""
 
     def __init__(self, folder: Path) -> None:

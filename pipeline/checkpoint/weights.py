@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.common.errors import UserError
-from pipeline.checkpoint.files import ShardFiles
+from pipeline.checkpoint.files import RankFiles
 from pipeline.engine.layout import Layout
 
 FORMAT = 1
@@ -44,7 +44,7 @@ def refuse_other_format(folder: Path) -> None:
         raise UserError(f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: use the version of its run")
 
 
-class ShardedWeights(Mapping[str, Tensor]):
+class CheckpointWeights(Mapping[str, Tensor]):
     """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
 
     def __init__(self, folder: Path, which: str) -> None:
@@ -63,7 +63,7 @@ class ShardedWeights(Mapping[str, Tensor]):
             raise UserError(f"{folder} is no checkpoint: name a run's folder, or one of its checkpoints")
         self._kind = _kind(folder, which, manifest["ema"])
         self._layout = Layout.from_json(manifest["layout"])
-        self._files = ShardFiles(folder)
+        self._files = RankFiles(folder)
         self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
         self.shapes = self._layout.shapes | {name: tuple(value.shape) for name, value in self._replicated.items()}
 
@@ -72,9 +72,10 @@ class ShardedWeights(Mapping[str, Tensor]):
             return self._replicated[name]
         whole = torch.empty(self.shapes[name], dtype=torch.float32)
         flat = whole.view(-1)
-        for run in self._layout.runs(name):
-            values = self._files.read(run.rank, f"{self._kind}.{run.group}", run.offset, run.offset + run.length)
-            flat[run.start : run.start + run.length] = values
+        for extent in self._layout.extents(name):
+            tensor, stop = f"{self._kind}.{extent.group}", extent.offset + extent.length
+            values = self._files.read(extent.rank, tensor, extent.offset, stop)
+            flat[extent.start : extent.start + extent.length] = values
         return whole
 
     def __iter__(self) -> Iterator[str]:

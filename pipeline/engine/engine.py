@@ -1,13 +1,13 @@
 """The network under DeepSpeed ZeRO: forward, backward, step, moving averages.
 
 - Parameters are made under `zero.Init` in fp32, each partitioned as soon as its module is built: no rank ever holds the
-  whole network, and the fp32 masters start as exactly what the plain network would, not as rounded bf16.
+  whole network, and the fp32 masters start with exactly the values of the plain network, not with values rounded to bf16.
 - A DiT block is a ZeRO-3 leaf: gathered whole by one hook, so that its compiled forward is one graph without breaks.
-- Settings and their reasons stand in pipeline/engine/settings.py.
+- Settings and their reasons are in pipeline/engine/settings.py.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,41 +20,42 @@ from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from pipeline.engine.compile import compile_blocks, make_graphs
 from pipeline.engine.ema import ShardedEMA
-from pipeline.engine.master_weights import MasterWeights, ShardState, check_names
-from pipeline.engine.muon import Muon
+from pipeline.engine.master_weights import MasterWeights, RankState, check_names
 from pipeline.engine.network import build_partitioned
-from pipeline.engine.optim import parameter_groups
+from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
 from pipeline.stage.config import StageConfig
 
 log = logging.getLogger(__name__)
 
-NEW_BRANCHES = "fusion."
-"""Where a later stage may add branches, each of which starts as the identity."""
-
 
 class Engine:
-    """A sharded network and its optimizer; every method is collective unless it says otherwise."""
+    """A partitioned network and its optimizer; every method is collective unless it says otherwise."""
 
     def __init__(self, build: Callable[[], nn.Module], stage: StageConfig, local_batch: int) -> None:
-        """Start the process group if there is none, build the network in shards, and make the optimizer.
+        """Join the process group if this process has not, build the network partitioned, and make the optimizer.
 
         Args:
-            build: makes the network; it draws from torch's default generator, which all ranks must have seeded alike.
+            build: makes the network; it draws from torch's default generator, which must be seeded alike on all ranks.
             stage: settings.
             local_batch: samples of the global batch that this rank trains on in each step.
 
         Raises:
-            UserError: a setting cannot be met, or DeepSpeed cannot compile its extension on this machine.
+            UserError: if a setting cannot be met, or DeepSpeed cannot compile its extension on this machine.
         """
         ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
         self.dtype = DTYPES[stage.engine.precision]
+
         self.micro_batch = stage.engine.micro_batch or local_batch
-        self.micro_steps, left = divmod(local_batch, self.micro_batch)
-        if left:
+        self.micro_steps, remainder = divmod(local_batch, self.micro_batch)
+        if remainder:
             raise UserError(
                 f"engine.micro_batch={self.micro_batch} does not divide the {local_batch} samples of a rank: change it"
             )
@@ -66,42 +67,36 @@ class Engine:
             self.module = build_partitioned(build, config)
         else:
             self.module = build().to(self.device)
-        first = take_fp32(self.module)
+        initial = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
         self._leaves = [block for block in self.module.modules() if isinstance(block, Block)]
         if stage.model.compile:
             compile_blocks(self._leaves)
 
-        self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=self._optimizer(), config=config)
-        optimizer: Any = self._engine.optimizer
-        self.master_weights = MasterWeights(optimizer, self.module, stage.engine.zero_stage, self.rank, self.world)
-        if isinstance(self.master_weights.inner, Muon):
-            self.master_weights.inner.bind(self.master_weights.layout, self.master_weights.tensors)
-        self.master_weights.fill(first)
+        settings = optimizer_settings(stage.optim)
+        inner = settings.build(parameter_groups(self.module, stage.optim))
+        self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=inner, config=config)
+        self._optimizer: Any = self._engine.optimizer
+
+        self.master_weights = MasterWeights(
+            self._optimizer, self.module, settings, stage.engine.zero_stage, self.rank, self.world
+        )
+        settings.bind(inner, self.master_weights.layout, self.master_weights.tensors)
+        self.master_weights.fill(initial)
         self.averages = [ShardedEMA(decay, self.master_weights.tensors) for decay in stage.ema]
+
         self._micro_step, self._limit, self._norm = 0, float("inf"), float("nan")
         if stage.engine.zero_stage == 3:
-            self._norms_of_groups, optimizer._get_norm_groups = optimizer._get_norm_groups, self._limited_norms
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.stage.optim
-        groups = [
-            {"params": group.parameters, "weight_decay": group.weight_decay, "name": group.name}
-            for group in parameter_groups(self.module, config.weight_decay, muon=config.name == "muon")
-        ]
-        settings: dict[str, Any] = {
-            "lr": config.lr,
-            "betas": (config.betas[0], config.betas[1]),
-            "eps": config.eps,
-            "fused": True,
-        }
-        return Muon(groups, config.momentum, **settings) if config.name == "muon" else torch.optim.AdamW(groups, **settings)
+            self._norms_of_groups, self._optimizer._get_norm_groups = (
+                self._optimizer._get_norm_groups,
+                self._limited_norms,
+            )
 
     def warm_up(self, samples: int, patches: int) -> None:
-        """Compile the blocks for a batch of `samples` on this rank, of `patches` patches each; changes nothing else.
+        """Compile the blocks for a batch of `samples` samples on this rank, of `patches` patches each; changes nothing else.
 
         Raises:
-            ValueError: as `micro_batches`.
+            ValueError: if `micro_batches` raises it.
         """
         part = next(self.micro_batches(samples))
         block = self._leaves[0]
@@ -115,16 +110,18 @@ class Engine:
         return self._engine(*inputs)
 
     def micro_batches(self, size: int) -> Iterator[slice]:
-        """The parts of a rank's batch of `size` samples, one per forward and backward pass; not collective.
+        """Split a rank's batch of `size` samples into parts, one per forward and backward pass; not collective.
 
-        A bucket may have fewer samples a batch than the engine was made for, and then has them in each part.
+        A bucket may have fewer samples per batch than the engine was made for: its parts are then smaller, not fewer.
 
         Raises:
-            ValueError: `size` is more than the engine's local batch, or does not divide into its micro-steps.
+            ValueError: if `size` is more than the engine's local batch, or does not divide into its micro-steps.
         """
-        part, left = divmod(size, self.micro_steps)
-        if left or not 0 < part <= self.micro_batch:
-            raise ValueError(f"a batch of {size} samples, the engine was made for {self.micro_batch * self.micro_steps}")
+        part, remainder = divmod(size, self.micro_steps)
+        if remainder or not 0 < part <= self.micro_batch:
+            raise ValueError(
+                f"a batch of {size} samples, the engine was made for {self.micro_batch * self.micro_steps}"
+            )
         return (slice(start, start + part) for start in range(0, size, part))
 
     def backward(self, loss: Tensor) -> None:
@@ -137,30 +134,37 @@ class Engine:
     def step(self, lr: float, limit: float = float("inf")) -> tuple[bool, float]:
         """Clip the gradients and update the weights, unless the gradients are not finite or their norm is above `limit`.
 
+        The gradient of a parameter that no micro-step used is zero.
+
         Args:
             lr: learning rate of this step.
             limit: largest norm of a step that is applied (ZeRO-3 only).
 
         Returns:
-            Whether the weights were updated (the same on all ranks), and the norm of the gradients before clipping.
+            True if the weights were updated (the same on all ranks), and the norm of the gradients before clipping.
 
         Raises:
-            RuntimeError: `backward` was not called once per micro-batch.
+            RuntimeError: if `backward` was not called once per micro-batch.
         """
         if self._micro_step != self.micro_steps:
             raise RuntimeError(f"step after {self._micro_step} of {self.micro_steps} backward passes")
         for group in self.master_weights.inner.param_groups:
             group["lr"] = lr
         self._micro_step, self._limit, self._norm = 0, limit, float("nan")
+
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
-        if self.stage.engine.zero_stage != 3:
+        if self.stage.engine.zero_stage == 3:
+            # DeepSpeed 0.19.8 overwrites or adds to the slices of the parameters that a micro-step uses. The slice of any other
+            # parameter would keep its last gradient, and the next step would apply that again.
+            self._optimizer.grad_partitions_flat_buffer.zero_()
+        else:
             norm = self._engine.get_global_grad_norm()
             self._norm = float("inf") if norm is None else float(norm)
         return applied, self._norm
 
     def _limited_norms(self) -> list[Tensor]:
-        """DeepSpeed's norms per group, made invalid when the whole is above the limit: it then skips on all ranks."""
+        """Return DeepSpeed's norms per group, or invalid ones if the total is above the limit: all ranks then skip the step."""
         norms = self._norms_of_groups()
         stacked = torch.stack([norm.float() for norm in norms])
         invalid = (~torch.isfinite(stacked) | (stacked < 0)).any()
@@ -168,13 +172,13 @@ class Engine:
         return norms if self._norm <= self._limit else [torch.full_like(norm, -1.0) for norm in norms]
 
     def update_averages(self, samples: int) -> None:
-        """Move the averages after an applied step; `samples` were seen with it. Not collective, no communication."""
+        """Update the averages after an applied step, with which `samples` samples have been seen. Not collective."""
         for average in self.averages:
             average.update(samples // self.stage.global_batch - 1)
 
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[None]:
-        """The network computes with an average's weights inside; afterwards all is bit for bit as before."""
+        """Let the network compute with the weights of average `index` inside; afterwards all is bit for bit as before."""
         average = self.averages[index]
         average.swap()
         self.master_weights.publish()
@@ -186,48 +190,57 @@ class Engine:
 
     # -- state ------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> ShardState:
-        """What a checkpoint holds of this rank."""
-        tensors = {"master": [master.detach() for master in self.master_weights.tensors], **self.master_weights.moments()}
+    def state(self) -> RankState:
+        """Return what a checkpoint stores of this rank."""
+        masters = self.master_weights
+        tensors = {"master": [master.detach() for master in masters.tensors], **masters.moments()}
         tensors |= {f"ema_{index}": average.averages for index, average in enumerate(self.averages)}
-        groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.master_weights.inner.param_groups
-        ]
-        step = self.master_weights.step
+
+        groups = []
+        for group in masters.inner.param_groups:
+            groups.append({key: value for key, value in group.items() if key != "params"})
+
         decays = [average.decay for average in self.averages]
-        return ShardState(self.master_weights.layout, tensors, step, groups, decays, self._replicated())
+        return RankState(masters.layout, tensors, masters.step, groups, decays, self._replicated())
 
     def finish_load(self, optimizer_step: int, replicated: Mapping[str, Tensor]) -> None:
-        """Make what was written into `state()`'s tensors the state of training."""
+        """Continue training from the values that were written into the tensors of `state()`."""
         self.master_weights.step = optimizer_step
         self._set_replicated(replicated)
         self.master_weights.publish()
 
-    def load_full(self, weights: Mapping[str, Tensor], new_branches: bool = False) -> list[str]:
-        """Take whole weights, such as another stage's; moments become zero and the averages start from the weights.
+    def load_full(self, weights: Mapping[str, Tensor], new_branches: Sequence[str] = ()) -> list[str]:
+        """Start from whole weights, such as another stage's; moments become zero and the averages start from the weights.
 
         Args:
             weights: fp32 tensors by name; read one after another, so the mapping may read lazily.
-            new_branches: whether branches of the fusion that the weights do not have may keep their starting weights.
+            new_branches: modules whose branches keep their initial weights if `weights` lacks them; see `check_names`.
 
         Returns:
-            The parameters that kept their starting weights.
+            The parameters that kept their initial weights.
 
         Raises:
-            UserError: weights are missing, left over, or of another shape.
+            UserError: if weights are missing, superfluous, or have another shape.
         """
         replicated = self._replicated()
-        wanted = self.master_weights.layout.shapes | {name: tuple(tensor.shape) for name, tensor in replicated.items()}
-        shapes = getattr(weights, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        new = check_names(wanted, shapes, "weights to start from", NEW_BRANCHES if new_branches else None)
+        wanted = self.master_weights.layout.shapes | {
+            name: tuple(tensor.shape) for name, tensor in replicated.items()
+        }
+        shapes = getattr(weights, "shapes", None) or {
+            name: tuple(tensor.shape) for name, tensor in weights.items()
+        }
+        new = check_names(wanted, shapes, "weights to start from", new_branches)
+
         for name in self.master_weights.layout.shapes:
             if name not in new:
                 whole = weights[name].flatten()
                 self.master_weights.fill(lambda _, start, stop, whole=whole: whole[start:stop], [name])
-        for moment in (moment for moments in self.master_weights.moments().values() for moment in moments):
-            moment.zero_()
+        for moments in self.master_weights.moments().values():
+            for moment in moments:
+                moment.zero_()
         for average in self.averages:
             average.reset()
+
         self.finish_load(0, {name: weights[name] for name in replicated if name not in new})
         if new and self.rank == 0:
             log.warning("new branches keep their starting weights: %s", ", ".join(new))
@@ -242,7 +255,11 @@ class Engine:
         }
 
     def _frozen(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if not parameter.requires_grad
+        }
 
     def _replicated(self) -> dict[str, Tensor]:
         values = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers().items()}

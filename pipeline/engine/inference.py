@@ -16,14 +16,18 @@ from pipeline.engine.settings import cast_parameters, deepspeed_config
 from pipeline.stage.config import EngineConfig, StageConfig
 
 
-class ShardedNetwork:
+class PartitionedNetwork:
     """A network to draw with under ZeRO-3: each rank holds a share of every parameter, and neither gradients nor an optimizer.
 
     The ranks have to run `module` equally often, since each pass gathers its parameters from all of them.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
+        self,
+        build: Callable[[], nn.Module],
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        settings: EngineConfig,
     ) -> None:
         """Build it in shards, in the process group that `join_process_group` made.
 
@@ -42,13 +46,21 @@ class ShardedNetwork:
         self.module: Any = build_partitioned(build, config).requires_grad_(False)
         cast_parameters(self.module, dtype)
         parameters: dict[str, Any] = dict(self.module.named_parameters())
-        shapes = getattr(weights, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        check_names({name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}, shapes, "weights to draw with")
+        shapes = getattr(weights, "shapes", None) or {
+            name: tuple(tensor.shape) for name, tensor in weights.items()
+        }
+        check_names(
+            {name: tuple(parameter.ds_shape) for name, parameter in parameters.items()},
+            shapes,
+            "weights to draw with",
+        )
         for name, parameter in parameters.items():
             piece = parameter.ds_tensor
             own = weights[name].flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
             piece.data[: len(own)].copy_(own)
-        self._engine = deepspeed.initialize(model=self.module, config=config)[0]  # its end would take the hooks away
+        self._engine = deepspeed.initialize(model=self.module, config=config)[
+            0
+        ]  # its end would take the hooks away
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """Inside, the parameter is whole. Collective."""

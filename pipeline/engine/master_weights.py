@@ -1,4 +1,4 @@
-"""The flat fp32 tensors that a rank owns under ZeRO, in one form for every stage: masters, Adam moments and averages."""
+"""The flat fp32 tensors that a rank owns under ZeRO, in one form for every stage: master weights, moments and averages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,16 @@ from torch import Tensor, nn
 
 from model.common.errors import UserError
 from pipeline.engine.layout import Layout
-from pipeline.engine.muon import MUON
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pipeline.engine.optim import OptimizerSettings
 
 
 @dataclass
-class ShardState:
-    """All that a checkpoint holds of one rank; the tensors are the live ones."""
+class RankState:
+    """Everything that a checkpoint stores of one rank; the tensors are the live ones."""
 
     layout: Layout
     tensors: dict[str, list[Tensor]]
-    """`master`, `exp_avg`, `exp_avg_sq`, `ema_0`, ...: one flat fp32 tensor per sub-group."""
+    """`master`, the optimizer's moments such as `exp_avg`, and `ema_0`, ...: one flat fp32 tensor per sub-group."""
     optimizer_step: int
     groups: list[dict[str, Any]]
     """Settings of each parameter group."""
@@ -28,32 +26,57 @@ class ShardState:
     replicated: dict[str, Tensor]
     """Persistent buffers and frozen parameters, whole, equal on all ranks."""
 
+    @property
+    def moments(self) -> list[str]:
+        """Names of the optimizer's moments."""
+        return [kind for kind in self.tensors if kind != "master" and not kind.startswith("ema_")]
+
 
 class MasterWeights:
-    """One rank's fp32 master weights and Adam moments inside a DeepSpeed optimizer."""
+    """One rank's fp32 master weights and moments inside a DeepSpeed optimizer."""
 
-    def __init__(self, optimizer: Any, module: nn.Module, stage: int, rank: int, world: int) -> None:
-        """Find the tensors in `optimizer`, which is DeepSpeed's for the ZeRO stage."""
+    def __init__(
+        self,
+        optimizer: Any,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        stage: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Find the tensors in `optimizer`, which is DeepSpeed's for the ZeRO stage.
+
+        Raises:
+            AssertionError: if the master weights are not fp32.
+        """
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.rank = rank
         self.inner: torch.optim.Optimizer = optimizer.optimizer
         self._optimizer = optimizer
+        self._moments = settings.moments
         self._compute: list[Tensor] = []
+        self._param_groups = self.inner.param_groups
+
         if stage == 3:
             groups = optimizer.fp16_groups
             self.tensors: list[Tensor] = optimizer.fp32_partitioned_groups_flat
             self._compute = optimizer.fp16_partitioned_groups_flat
-            self._settings = [self.inner.param_groups[optimizer.sub_group_to_group_id[i]] for i in range(len(groups))]
+            indices = [optimizer.sub_group_to_group_id[index] for index in range(len(groups))]
+            self._param_groups = [self.inner.param_groups[index] for index in indices]
         elif hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has a class of its own
             groups, self.tensors = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
-            self._settings = self.inner.param_groups
         else:
-            groups, self.tensors = optimizer.round_robin_bit16_groups, optimizer.single_partition_of_fp32_groups
-            self._settings = self.inner.param_groups
+            groups, self.tensors = (
+                optimizer.round_robin_bit16_groups,
+                optimizer.single_partition_of_fp32_groups,
+            )
+
         self.layout = Layout(
             world=world,
             partition="parameter" if stage == 3 else "flat",
-            groups=[[(names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group] for group in groups],
+            groups=[
+                [(names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group] for group in groups
+            ],
             lengths=[tensor.numel() for tensor in self.tensors],
         )
         wrong = {tensor.dtype for tensor in self.tensors} - {torch.float32}
@@ -62,9 +85,9 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make the weights that the network computes with those of the masters, on every rank. Collective.
+        """Copy the master weights to the weights that the network computes with, on every rank. Collective.
 
-        ZeRO-3 keeps parameters gathered after a forward pass, so they have to be partitioned before and gathered after.
+        ZeRO-3 keeps some parameters gathered after a forward pass, so they are partitioned before and gathered after.
         """
         if not self._compute:
             self._optimizer.update_lp_params()
@@ -76,35 +99,52 @@ class MasterWeights:
 
     @torch.no_grad()
     def fill(self, value: Callable[[str, int, int], Tensor], names: Sequence[str] | None = None) -> None:
-        """Set the masters from `value(name, start, stop)` of flattened parameters, for `names` or all; padding becomes 0."""
+        """Set the master weights.
+
+        Args:
+            value: called as `value(name, start, stop)` for elements [start, stop) of a flattened parameter.
+            names: the parameters to set; None = all, and padding becomes 0.
+        """
         if names is None:
             for tensor in self.tensors:
                 tensor.zero_()
-        for run in self.layout.held(self.rank):
-            if names is None or run.name in names:
-                target = self.tensors[run.group][run.offset : run.offset + run.length]
-                target.copy_(value(run.name, run.start, run.start + run.length))
+        for extent in self.layout.extents_of_rank(self.rank):
+            if names is None or extent.name in names:
+                target = self.tensors[extent.group][extent.offset : extent.offset + extent.length]
+                target.copy_(value(extent.name, extent.start, extent.start + extent.length))
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """The Adam moments, as zeros where no step was done yet; Muon has no second, and an empty tensor in its place."""
-        for master, settings in zip(self.tensors, self._settings, strict=True):
+        """Return the optimizer's moments by name, one flat tensor per sub-group.
+
+        They are zeros if no step was made yet, and an empty tensor for a sub-group whose parameters do not have the moment.
+        """
+        for master, group in zip(self.tensors, self._param_groups, strict=True):
             state = self.inner.state[master]
             if not state:
-                on_device = settings.get("fused") or settings.get("capturable")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
-                state.update({name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
-                if settings["name"] == MUON:
-                    state["exp_avg_sq"] = master.new_zeros(0, requires_grad=False)
-        return {name: [self.inner.state[master][name] for master in self.tensors] for name in MOMENTS}
+                on_device = group.get("fused") or group.get("capturable")
+                state["step"] = torch.zeros(
+                    (), dtype=torch.float32, device=master.device if on_device else "cpu"
+                )
+                for name in self._moments[group["name"]]:
+                    state[name] = torch.zeros_like(master, requires_grad=False)
+
+        names = dict.fromkeys(name for moments in self._moments.values() for name in moments)
+        states = [self.inner.state[master] for master in self.tensors]
+        empty = torch.empty(0)
+        return {name: [state.get(name, empty) for state in states] for name in names}
 
     @property
     def step(self) -> int:
-        """Number of applied optimizer steps.
+        """Number of applied optimizer steps; 0 for an optimizer that does not count them.
 
         Raises:
-            AssertionError: the sub-groups disagree.
+            AssertionError: if the sub-groups disagree.
         """
-        steps = {int(state["step"]) for master in self.tensors if (state := self.inner.state.get(master))} or {0}
+        steps = {
+            int(self.inner.state[master].get("step", 0))
+            for master in self.tensors
+            if master in self.inner.state
+        } or {0}
         if len(steps) > 1:
             raise AssertionError(f"sub-groups disagree on the optimizer step: {sorted(steps)}")
         return steps.pop()
@@ -113,36 +153,45 @@ class MasterWeights:
     def step(self, value: int) -> None:
         self.moments()
         for master in self.tensors:
-            self.inner.state[master]["step"].fill_(value)
+            if "step" in self.inner.state[master]:
+                self.inner.state[master]["step"].fill_(value)
 
 
 def check_names(
-    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], source: str, may_be_new: str | None = None
+    wanted: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, tuple[int, ...]],
+    source: str,
+    new_branches: Sequence[str] = (),
 ) -> list[str]:
-    """Hold the network's parameters against those of a file.
+    """Compare the network's parameters with those of a file.
 
     Args:
-        wanted: shapes of the network's.
+        wanted: shapes of the network's parameters by name.
         given: shapes of the file's.
-        source: what to call the file.
-        may_be_new: prefix of modules whose children may be missing as whole branches: a child, or an element of a list
-            below, none of whose parameters is in the file.
+        source: how error messages call the file.
+        new_branches: modules or parameters, such as `fusion`, that may be missing from the file as a whole. Branches of such a
+            module may be missing too, its children and the elements of lists below it, but no part of a branch.
 
     Returns:
         The parameters that belong to new branches.
 
     Raises:
-        UserError: parameters are missing, left over, or of another shape; the message names them.
+        UserError: if parameters are missing, superfluous, or have another shape; the message names them.
     """
-    new = [name for name in wanted if name not in given and may_be_new is not None and _is_new(name, given, may_be_new)]
-    missing = [name for name in wanted if name not in given and name not in set(new)]
+    absent = [name for name in wanted if name not in given]
+    new = [name for name in absent if any(_in_new_branch(name, given, path) for path in new_branches)]
+    missing = [name for name in absent if name not in set(new)]
     if missing:
-        raise UserError(f"{source}: lacks {_some(missing)}: use the model and fusion settings that it was made with")
-    left_over = [name for name in given if name not in wanted]
-    if left_over:
         raise UserError(
-            f"{source}: the network has no {_some(left_over)}: use the model and fusion settings that it was made with"
+            f"{source}: lacks {_first_names(missing)}: use the model and fusion settings that it was made with"
         )
+
+    superfluous = [name for name in given if name not in wanted]
+    if superfluous:
+        raise UserError(
+            f"{source}: the network has no {_first_names(superfluous)}: use the model and fusion settings that it was made with"
+        )
+
     for name, shape in wanted.items():
         if name in given and tuple(given[name]) != tuple(shape):
             raise UserError(
@@ -151,16 +200,18 @@ def check_names(
     return new
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _is_new(name: str, given: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a whole branch below `prefix` that holds `name` is absent from `given`."""
-    if not name.startswith(prefix):
+def _in_new_branch(name: str, given: Mapping[str, Any], path: str) -> bool:
+    """Return True if the absent `name` is in a branch at or below `path` of which `given` has nothing."""
+    if not f"{name}.".startswith(f"{path}."):
         return False
-    parts = name.split(".")
-    child = prefix.count(".") + 1
-    ends = [end for end in range(child, len(parts)) if end == child or parts[end - 1].isdigit()]
+    if name == path:
+        return True
+
+    parts, depth = name.split("."), path.count(".") + 1
+    ends = [end for end in range(depth, len(parts)) if end <= depth + 1 or parts[end - 1].isdigit()]
     branches = [".".join(parts[:end]) + "." for end in ends]
     return any(not any(other.startswith(branch) for other in given) for branch in branches)

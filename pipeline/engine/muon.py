@@ -1,32 +1,59 @@
-"""Muon for the blocks' matrices on ZeRO-3's shards, AdamW for all else.
+"""Muon (Jordan 2024) for the matrices of the blocks under ZeRO-3, AdamW for everything else.
 
-DeepSpeed 0.19.8 has a Muon of its own, which takes the norm of the orthogonalised updates for that of the gradients: clipping
-at 1 then shrinks every step, the more the larger the network (measured on two ranks: 5.6 where the gradients' norm was 0.55).
-This one is the inner optimizer, which DeepSpeed calls after it has clipped the gradients, one sub-group at a time and on all
-ranks in the same order, so that it may communicate.
+DeepSpeed 0.19.8's own Muon clips by the norm of the orthogonalized updates instead of the gradient norm, so that clipping at 1
+shrinks every step, and more so in larger networks (5.6 instead of 0.55 on two ranks). Here Muon is the inner optimizer: DeepSpeed
+calls it after it has clipped the gradients, one sub-group at a time and in the same order on all ranks, so it may communicate.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.engine.adamw import AdamWSettings
 from pipeline.engine.layout import Layout
+from pipeline.engine.optim import OPTIMIZERS, decays
 
 MUON = "muon"
-"""Name of the parameter group that it is for."""
+"""Name of the parameter group whose matrices are orthogonalized."""
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _RMS = 0.2
 """Root mean square of an update: about AdamW's, so that one learning rate and one decay serve both (arXiv 2502.16982)."""
 
 
+@OPTIMIZERS.register("muon")
+@dataclass
+class MuonSettings(AdamWSettings):
+    """Settings of Muon, and of AdamW for the parameters that are not in its group."""
+
+    momentum: float
+
+    moments: ClassVar[dict[str, tuple[str, ...]]] = {MUON: ("exp_avg",), **AdamWSettings.moments}
+    zero_stages: ClassVar[tuple[int, ...]] = (3,)
+
+    def group(self, name: str, shape: Sequence[int]) -> str:
+        """Return the group of a parameter: matrices of blocks, but not the first and last layers or embeddings, are Muon's."""
+        if len(shape) == 2 and decays(name, shape) and "blocks" in name.split("."):
+            return MUON
+        return super().group(name, shape)
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        return Muon(groups, self.momentum, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+
+    def bind(self, optimizer: torch.optim.Optimizer, layout: Layout, masters: Sequence[Tensor]) -> None:
+        """Give the optimizer the places of its matrices."""
+        assert isinstance(optimizer, Muon)
+        optimizer.bind(layout, masters)
+
+
 @dataclass(frozen=True)
 class _Piece:
-    """A matrix's place in every rank's flat tensor."""
+    """Place of a matrix in every rank's flat tensor."""
 
     shape: tuple[int, ...]
     offset: int
@@ -34,11 +61,12 @@ class _Piece:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz iterations in bf16 (Jordan 2024)."""
+    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz iterations in bf16."""
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
+
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.T
@@ -47,75 +75,78 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW but for the group named `muon`, which holds whole matrices; its momentum is kept as `exp_avg`."""
+    """AdamW, except for the group named `muon`, which consists of matrices; its momentum is kept as `exp_avg`."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, **settings: Any) -> None:
-        """Make the optimizer; `bind` it to the shards before the first step.
+        """Make the optimizer; `bind` it to the masters before the first step.
 
         Args:
-            groups: as AdamW takes them, each with a `name`.
-            momentum: of Muon's running mean of gradients, used as Nesterov's.
-            settings: AdamW's.
+            groups: parameter groups as AdamW takes them, each with a `name`.
+            momentum: decay of Muon's running mean of gradients, which is used with Nesterov's correction.
+            settings: settings of AdamW.
         """
         super().__init__(groups, **settings)
         self._momentum = momentum
         self._pieces: dict[int, list[_Piece]] = {}
         self._world = 1
 
-    def bind(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        """Tell which matrices lie where in the flat `tensors`, one per sub-group of `layout`."""
+    def bind(self, layout: Layout, masters: Sequence[Tensor]) -> None:
+        """Note the places of the matrices in the flat `masters`, one per sub-group of `layout`."""
         self._world = layout.world
-        for tensor, group in zip(tensors, layout.groups, strict=True):
+        for master, group in zip(masters, layout.groups, strict=True):
             offset, pieces = 0, []
             for _, shape in group:
                 length = -(-math.prod(shape) // layout.world)
                 pieces.append(_Piece(shape, offset, length))
                 offset += length
-            self._pieces[id(tensor)] = pieces
+            self._pieces[id(master)] = pieces
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every tensor that has a gradient. Collective, with the same tensors on all ranks."""
+        """Update every master that has a gradient. Collective: the ranks step the same masters in the same order."""
         for group in self.param_groups:
             if group["name"] == MUON:
-                for tensor in group["params"]:
-                    if tensor.grad is not None:
-                        self._step(group, tensor)
-                        tensor.grad = None  # AdamW then passes it over
+                for master in group["params"]:
+                    if master.grad is not None:
+                        self._step(group, master)
+                        master.grad = None  # so that AdamW skips it
         return super().step(closure)
 
-    def _step(self, group: dict[str, Any], tensor: Tensor) -> None:
-        state, gradient = self.state[tensor], tensor.grad
+    def _step(self, group: dict[str, Any], master: Tensor) -> None:
+        state, gradient = self.state[master], master.grad
         assert gradient is not None
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            state["exp_avg"] = torch.zeros_like(tensor, requires_grad=False)
-            state["exp_avg_sq"] = tensor.new_zeros(0, requires_grad=False)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+
         state["step"] += 1
         momentum: Tensor = state["exp_avg"].lerp_(gradient, 1 - self._momentum)
         update = gradient.lerp(momentum, self._momentum)
-        pieces = self._pieces[id(tensor)]
+
+        pieces = self._pieces[id(master)]
         for start in range(0, len(pieces), self._world):
             self._orthogonalize(update, pieces[start : start + self._world])
-        tensor.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonalize(self, update: Tensor, pieces: Sequence[_Piece]) -> None:
-        """Orthogonalise as many matrices as there are ranks, each on one of them, in place."""
+        """Orthogonalize up to one matrix per rank, each on a rank of its own, in place in the ranks' pieces `update`."""
         rank = dist.get_rank() if self._world > 1 else 0
         lengths = [piece.length for piece in pieces] + [0] * (self._world - len(pieces))
-        mine = pieces[rank] if rank < len(pieces) else None
+        own = pieces[rank] if rank < len(pieces) else None
+
         sent = torch.cat([update[piece.offset : piece.offset + piece.length] for piece in pieces]).bfloat16()
         whole = self._exchange(sent, lengths, [lengths[rank]] * self._world)
-        if mine is not None:
-            numel = math.prod(mine.shape)
-            matrix = orthogonalize(whole[:numel].view(mine.shape))
-            whole[:numel] = (_RMS * math.sqrt(max(mine.shape)) * matrix).flatten()
+        if own is not None:
+            numel = math.prod(own.shape)
+            matrix = orthogonalize(whole[:numel].view(own.shape))
+            whole[:numel] = (_RMS * math.sqrt(max(own.shape)) * matrix).flatten()
+
         received = self._exchange(whole, [lengths[rank]] * self._world, lengths)
         for piece, values in zip(pieces, received.split(lengths[: len(pieces)]), strict=True):
             update[piece.offset : piece.offset + piece.length] = values
 
     def _exchange(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Give each rank its `sent` values, and take as many as `received` from each."""
+        """Send `sent[i]` of the values to rank i, and return the `received[i]` values from each rank i."""
         if self._world == 1:
             return values
         output = values.new_empty(sum(received))

@@ -1,67 +1,140 @@
-"""Parameter groups, and the learning rate as a function of the samples seen."""
+"""Optimizers by name, the parameter groups that they train, and the learning-rate schedule.
+
+To add an optimizer, write a file with an `OptimizerSettings` under `@OPTIMIZERS.register("its_name")` and import it in
+`pipeline/engine/__init__.py`. The engine, the checkpoints and `pipeline.estimate` ask the registered class for all they need.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
 
 from model.common.errors import UserError
-from pipeline.engine.muon import MUON
+from model.common.registry import Registry
+from pipeline.engine.layout import Layout
 from pipeline.stage.config import OptimConfig
 
+DECAY, NO_DECAY = "decay", "no_decay"
 _UNDECAYED = ("gate", "modulation")
-"""Modules whose weights start at zero and set how much of a sub-layer enters: decay would hold them there."""
+"""Modules whose weights start at zero and scale the output of a sub-layer: weight decay would hold them at zero."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters that share the optimizer's settings."""
+class OptimizerSettings:
+    """Base class of an optimizer's settings; subclasses are dataclasses whose fields a stage can set.
 
-    name: str
-    parameters: list[nn.Parameter]
-    weight_decay: float
+    A field that `OptimConfig` has too (`betas`, `eps`, `momentum`, ...) takes its value from there, any other from
+    `optim.settings`.
+    """
+
+    moments: ClassVar[dict[str, tuple[str, ...]]] = {DECAY: (), NO_DECAY: ()}
+    """The parameter groups in order, and the names of the moments that the optimizer keeps in the state of their parameters.
+
+    A moment is an fp32 tensor of the parameter's shape that is zero before the first step."""
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    """The ZeRO stages under which it works. An optimizer that treats each element by itself works under all of them."""
+
+    def group(self, name: str, shape: Sequence[int]) -> str:
+        """Return the group, one of the keys of `moments`, of the parameter `name`: here, only matrices decay."""
+        return DECAY if decays(name, shape) else NO_DECAY
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Make the optimizer that DeepSpeed wraps.
+
+        Args:
+            groups: parameter groups with `params`, `name`, `lr` and `weight_decay`.
+        """
+        raise NotImplementedError
+
+    def bind(self, optimizer: torch.optim.Optimizer, layout: Layout, masters: Sequence[Tensor]) -> None:
+        """Give `optimizer` the places of the parameters in this rank's flat `masters`; most optimizers do not need them."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[Group]:
-    """Split the trained parameters: matrices decay; norms, biases, gates and modulations do not.
+OPTIMIZERS: Registry[type[OptimizerSettings]] = Registry("optim.name")
 
-    Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters too.
+
+def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
+    """Return the settings of the optimizer that `config` names.
+
+    Raises:
+        UserError: if the name is unknown, or if a key of `optim.settings` is unknown, missing, or has the wrong type.
+    """
+    schema: Any = OPTIMIZERS[config.name]
+    names = [field.name for field in fields(schema)]
+    shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+    for key in config.settings:
+        if key in shared:
+            raise UserError(
+                f"optim.settings.{key}: {config.name} reads it from optim.{key}: set that instead"
+            )
+        if key not in names:
+            known = ", ".join(name for name in names if name not in shared) or "none"
+            raise UserError(
+                f"optim.settings.{key}: unknown for optim.name={config.name}, whose own settings are: {known}"
+            )
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings))  # pyright: ignore
+    except OmegaConfBaseException as error:
+        raise UserError(f"optim.settings.{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Split the trained parameters into the optimizer's groups; groups without parameters are left out.
+
+    Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters and on the meta device too.
 
     Args:
         model: the network.
-        weight_decay: of the matrices.
-        muon: put the blocks' matrices into a group of their own. First and last layers and embeddings stay out of it.
+        config: names the optimizer; the learning rate and the weight decay of its groups.
+
+    Returns:
+        Parameter groups as torch's optimizers take them, each with `params`, `name`, `lr` and `weight_decay`.
 
     Raises:
-        UserError: nothing is left to train.
+        UserError: if no parameter requires a gradient.
     """
-    split: dict[str, list[nn.Parameter]] = {MUON: [], "decay": [], "no_decay": []}
+    optimizer = optimizer_settings(config)
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in optimizer.moments}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            decays = _decays(name, dimensions)
-            in_block = muon and decays and dimensions == 2 and "blocks" in name.split(".")
-            split[MUON if in_block else "decay" if decays else "no_decay"].append(parameter)
-    groups = [Group(name, members, 0.0 if name == "no_decay" else weight_decay) for name, members in split.items()]
-    groups = [group for group in groups if group.parameters]
+            members[optimizer.group(name, getattr(parameter, "ds_shape", parameter.shape))].append(parameter)
+
+    groups = [
+        {
+            "params": params,
+            "name": name,
+            "lr": config.lr,
+            "weight_decay": 0.0 if name == NO_DECAY else config.weight_decay,
+        }
+        for name, params in members.items()
+        if params
+    ]
     if not groups:
         raise UserError("the network has no parameter that requires a gradient: unfreeze some")
     return groups
 
 
-def _decays(name: str, dimensions: int) -> bool:
-    return dimensions >= 2 and not any(word in part for part in name.split(".") for word in _UNDECAYED)
+def decays(name: str, shape: Sequence[int]) -> bool:
+    """Return True for matrices and convolutions; norms, biases, gates and modulations do not decay."""
+    return len(shape) >= 2 and not any(word in part for part in name.split(".") for word in _UNDECAYED)
 
 
 def learning_rate(config: OptimConfig, samples: int, total: int) -> float:
-    """Learning rate of the step that starts after `samples` of `total` samples.
+    """Return the learning rate of the step that starts after `samples` of `total` samples.
 
-    Linear warm-up over `warmup_samples`, then constant, or cosine or linear down to `final_lr * lr` at `total`.
+    Linear warm-up over `warmup_samples`, then constant, or cosine or linear decay to `final_lr * lr` at `total`.
     """
     if samples < config.warmup_samples:
         return config.lr * (samples + 1) / (config.warmup_samples + 1)
     if config.schedule == "constant":
         return config.lr
+
     progress = min(1.0, (samples - config.warmup_samples) / max(1, total - config.warmup_samples))
-    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
+    remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * remaining)

@@ -1,4 +1,4 @@
-"""A stage's engine settings as DeepSpeed's configuration, and the parameters' exact fp32 start."""
+"""A stage's engine settings as DeepSpeed's configuration, and the exact fp32 values that the masters start from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from model.common.errors import UserError
+from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import StageConfig
 
 
 def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """Return DeepSpeed's configuration.
 
-    - Gradients are reduced and accumulated in fp32: by default a bf16 run does both in bf16, and loses small gradients.
-    - `memory_efficient_linear` replaces torch's linear function process-wide and changes the numbers.
-    - `prefetch_bucket` has to hold at least a block, else a leaf is not prefetched; `max_live_parameters` and
-      `max_reuse_distance` bound what stays gathered; `reduce_bucket` is allocated once, in fp32.
+    - Gradients are reduced and accumulated in fp32: by default a bf16 run does both in bf16 and loses small gradients.
+    - `memory_efficient_linear` is off: it replaces torch's linear function in the whole process and changes the numbers.
+    - `prefetch_bucket` has to hold at least one block, or ZeRO-3 does not prefetch it; `max_live_parameters` and
+      `max_reuse_distance` limit what stays gathered; `reduce_bucket` is allocated once, in fp32.
+
+    Args:
+        stage: the stage.
+        micro_batch: samples per rank and micro-step.
+        micro_steps: forward and backward passes per step.
     """
     engine = stage.engine
     return {
@@ -27,7 +33,7 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": stage.optim.clip,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": stage.optim.name == "muon",  # ours, see pipeline/engine/muon.py
+        "zero_allow_untested_optimizer": True,  # the tests of this project test them
         "zero_optimization": {
             "stage": engine.zero_stage,
             "overlap_comm": engine.overlap_comm,
@@ -45,19 +51,28 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
 
 
 def check_settings(stage: StageConfig) -> None:
-    """Refuse what DeepSpeed 0.19.8 cannot do right.
+    """Check the optimizer's settings, and refuse what does not work with DeepSpeed 0.19.8.
 
     Raises:
-        UserError: such a setting is on.
+        UserError: if the optimizer or one of its settings is unknown, or if a setting needs another ZeRO stage.
     """
-    if stage.optim.name == "muon" and stage.engine.zero_stage != 3:
-        raise UserError(f"optim.name=muon needs engine.zero_stage=3, not {stage.engine.zero_stage}: change one of them")
-    if stage.optim.spike is not None and stage.engine.zero_stage != 3:
-        raise UserError(f"optim.spike needs engine.zero_stage=3, not {stage.engine.zero_stage}: change one of them")
+    zero_stage = stage.engine.zero_stage
+    stages = optimizer_settings(stage.optim).zero_stages
+    if zero_stage not in stages:
+        allowed = " or ".join(map(str, stages))
+        raise UserError(
+            f"optim.name={stage.optim.name} needs engine.zero_stage={allowed}, not {zero_stage}: change one of them"
+        )
+    if stage.optim.spike is not None and zero_stage != 3:
+        raise UserError(f"optim.spike needs engine.zero_stage=3, not {zero_stage}: change one of them")
 
 
 def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
-    """Copy the starting values that this rank holds, for `MasterWeights.fill`: its pieces under ZeRO-3, else all."""
+    """Copy this rank's initial values before they are cast: its pieces under ZeRO-3, otherwise whole parameters.
+
+    Returns:
+        A function for `MasterWeights.fill`.
+    """
     pieces, whole = {}, {}
     for name, parameter in module.named_parameters():
         piece: Tensor | None = getattr(parameter, "ds_tensor", None)

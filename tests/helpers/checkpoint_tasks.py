@@ -71,7 +71,7 @@ def start_next_stage(folder):
         refused = ""
     except UserError as error:
         refused = str(error)
-    new = engine.load_full(weights, new_branches=True)
+    new = engine.load_full(weights, new_branches=["fusion"])
     loaded, average = full_weights(engine, "master"), full_weights(engine, "ema_0")
     if engine.rank == 0:
         assert same({name: loaded[name] for name in kept}, kept)

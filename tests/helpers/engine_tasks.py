@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import dit
+from model.blocks import BLOCKS
+from model.blocks.dit_block import DiTBlock
 from model.common.errors import UserError
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
-from model.dit import DiTBlock, LIDiT
-from model.fusion import Text
+from model.dit import LIDiT
 from pipeline.engine.ema import warm_decay
 from pipeline.engine.engine import Engine
 from pipeline.engine.optim import parameter_groups
@@ -56,14 +57,15 @@ def train(engine, step, spoil=False, limit=math.inf):
 
 
 def gathered(engine, kind):
-    """A kind of tensor of the engine's state, put together from all ranks' on rank 0; zeros for what Muon has not."""
+    """A kind of tensor of the engine's state, put together from all ranks' on rank 0; zeros for moments that a parameter lacks."""
     state, weights = engine.state(), {}
     flats = state.tensors[kind]
     for name, shape in state.layout.shapes.items():
         whole = torch.zeros(math.prod(shape))
-        for run in state.layout.runs(name):
-            if run.rank == engine.rank and flats[run.group].numel():
-                whole[run.start : run.start + run.length] = flats[run.group][run.offset : run.offset + run.length]
+        for extent in state.layout.extents(name):
+            if extent.rank == engine.rank and flats[extent.group].numel():
+                values = flats[extent.group][extent.offset : extent.offset + extent.length]
+                whole[extent.start : extent.start + extent.length] = values
         dist.reduce(whole, dst=0)
         weights[name] = whole.view(shape)
     return weights
@@ -78,12 +80,12 @@ def full_weights(engine, kind):
 def local_state(engine):
     """Copies of all that the rank owns, padding left out, and what it computes with."""
     state = engine.state()
-    kept = {
-        (kind, run.name, run.start): tensors[run.group][run.offset : run.offset + run.length].clone()
-        for kind, tensors in state.tensors.items()
-        for run in state.layout.held(engine.rank)
-    }
-    return kept | state.replicated
+    values = {}
+    for kind, tensors in state.tensors.items():
+        for extent in state.layout.extents_of_rank(engine.rank):
+            part = tensors[extent.group][extent.offset : extent.offset + extent.length]
+            values[kind, extent.name, extent.start] = part.clone()
+    return values | state.replicated
 
 
 def same(one, other):
@@ -98,8 +100,7 @@ def train_like_ddp(settings, steps):
     plain = Network()
     start = {name: value.clone() for name, value in plain.state_dict().items()}
     reference = DistributedDataParallel(plain, broadcast_buffers=False)
-    groups = parameter_groups(plain, config.optim.weight_decay, config.optim.name == "muon")
-    optimizers = [plain_optimizer(config, group) for group in groups]
+    optimizers = [plain_optimizer(config, group) for group in parameter_groups(plain, config.optim)]
     assert {tensor.dtype for tensor in engine.master_weights.tensors} == {torch.float32}
     first = full_weights(engine, "master")
     if engine.rank == 0:
@@ -127,12 +128,101 @@ def train_like_ddp(settings, steps):
     return losses, worst
 
 
+def skip_a_block(settings, schedule):
+    """Train a network whose second block takes part in some micro-steps only, and compare with torch on the whole batch.
+
+    Args:
+        settings: of the engine.
+        schedule: for each step, whether each micro-step uses the block; None = all do, and the step's loss is not finite.
+
+    Returns:
+        For each step the largest change of the block's masters, the largest difference of that change from plain torch's, and both
+        gradient norms.
+    """
+    config = stage(**settings)
+    # With these a step depends only on its own gradients, much as with SGD.
+    config.optim.betas, config.optim.eps, config.optim.weight_decay = (0.0, 0.0), 1.0, 0.0
+    engine = make_engine(config=config)
+    torch.manual_seed(0)
+    plain = Network()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LR, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    block = [name for name, _ in plain.named_parameters() if name.startswith("blocks.1.")]
+
+    def block_weights():
+        weights = gathered(engine, "master")
+        return torch.cat([weights[name].flatten() for name in block])
+
+    def plain_weights():
+        parameters = dict(plain.named_parameters())
+        return torch.cat([parameters[name].detach().flatten() for name in block])
+
+    results = []
+    for step, used in enumerate(schedule):
+        before, plain_before = block_weights(), plain_weights()
+        spoil, used = used is None, used or [True] * engine.micro_steps
+        applied, norm = micro_steps_with_and_without(engine, step, used, spoil)
+        assert applied != spoil
+        plain_norm = float("nan")
+        if not spoil:
+            plain_norm = float(plain_step(plain, optimizer, step, used, engine))
+        change, plain_change = block_weights() - before, plain_weights() - plain_before
+        results.append((float(change.abs().max()), float((change - plain_change).abs().max()), norm, plain_norm))
+    return results
+
+
+def micro_steps_with_and_without(engine, step, used, spoil):
+    """One step of the engine, of which each micro-step uses the second block or not."""
+    (latents, timesteps, texts), target = batch(step, own_part())
+    for part, use in zip(engine.micro_batches(len(target)), used, strict=True):
+        engine.module.skipped = () if use else (1,)
+        text = [text[part].to(engine.dtype) for text in texts]
+        output = engine(latents[part].to(engine.dtype), timesteps[part], text)
+        loss = (output.float() - target[part]).square().mean()
+        engine.backward(loss * float("nan") if spoil else loss)
+    return engine.step(LR)
+
+
+def plain_step(plain, optimizer, step, used, engine):
+    """The same step by torch, on all ranks' samples; returns the norm of the gradients."""
+    optimizer.zero_grad()
+    (latents, timesteps, texts), target = batch(step)
+    share = GLOBAL_BATCH // engine.world
+    size = share // engine.micro_steps
+    for start in range(0, GLOBAL_BATCH, size):
+        part = slice(start, start + size)
+        plain.skipped = () if used[start % share // size] else (1,)
+        output = plain(latents[part], timesteps[part], [text[part] for text in texts])
+        ((output - target[part]).square().mean() * size / GLOBAL_BATCH).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), engine.stage.optim.clip)
+    optimizer.step()
+    return norm
+
+
+def skip_a_leaf():
+    """Changes of the masters of a DiT's middle block, a leaf of ZeRO-3, in a step that uses it and in one that does not."""
+    config = stage(micro_batch=None)
+    config.optim.betas, config.optim.eps, config.optim.weight_decay = (0.0, 0.0), 1.0, 0.0
+    engine = make_engine(network=tiny_dit, config=config)
+    blocks = list(engine.module.blocks)
+    for step in range(3):  # until the layers that start at zero let gradients through to the blocks
+        dit_step(engine, step)
+
+    changes = []
+    for step, used in enumerate((blocks, blocks[::2], blocks)):
+        engine.module.blocks = nn.ModuleList(used)
+        before = gathered(engine, "master")
+        dit_step(engine, 3 + step)
+        after = gathered(engine, "master")
+        changes.append(max(float((after[name] - before[name]).abs().max()) for name in after if name.startswith("blocks.1.")))
+    return changes
+
+
 def plain_optimizer(config, group):
     """Torch's own optimizer for a group."""
-    settings = {"lr": LR, "weight_decay": group.weight_decay}
-    if group.name == "muon":
-        return torch.optim.Muon(group.parameters, momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings)
-    return torch.optim.AdamW(group.parameters, betas=config.optim.betas, eps=config.optim.eps, **settings)
+    settings = {"lr": LR, "weight_decay": group["weight_decay"]}
+    if group["name"] == "muon":
+        return torch.optim.Muon(group["params"], momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings)
+    return torch.optim.AdamW(group["params"], betas=config.optim.betas, eps=config.optim.eps, **settings)
 
 
 def swap_and_skip(settings):
@@ -206,15 +296,16 @@ def whole_while_building(settings):
             at_once.append(sum(parameter.numel() for block in built for parameter in block.parameters()))
 
     def build():
-        real, dit.DiTBlock = dit.DiTBlock, WatchedBlock
+        BLOCKS.register("watched")(WatchedBlock)
         try:
-            return tiny_dit()
+            return tiny_dit(block="watched")
         finally:
-            dit.DiTBlock = real
+            BLOCKS.remove("watched")
 
     engine = make_engine(network=build, config=stage(**settings))
     blocks = [name for name in engine.master_weights.layout.shapes if name.startswith("blocks.")]
-    held = sum(run.length for run in engine.master_weights.layout.held(engine.rank) if run.name in blocks)
+    extents = engine.master_weights.layout.extents_of_rank(engine.rank)
+    held = sum(extent.length for extent in extents if extent.name in blocks)
     return max(at_once), held, sum(math.prod(engine.master_weights.layout.shapes[name]) for name in blocks)
 
 
@@ -230,9 +321,9 @@ def checkpointed_losses(every):
     return [dit_step(engine, step) for step in range(3)]
 
 
-def tiny_dit(llms=2, width=32):
+def tiny_dit(llms=2, width=32, block="dit"):
     network = LIDiT(
-        DiTConfig(depth=3, width=width, heads=4, channels=4), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
+        DiTConfig(depth=3, width=width, heads=4, channels=4, block=block), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
     )
     return network
 
@@ -242,7 +333,7 @@ def dit_step(engine, step):
     latents, target = torch.randn(2, GLOBAL_BATCH, 4, 8, 8, generator=generator)[:, own_part()]
     states = [torch.randn(GLOBAL_BATCH, 6, width, generator=generator)[own_part()] for width in (24, 16)]
     texts = [Text(value, torch.ones(value.shape[:2], dtype=torch.bool), 2) for value in states]
-    loss = (engine(latents.to(engine.dtype), torch.full((len(latents),), 0.5), texts).float() - target).square().mean()
+    loss = (engine(latents.to(engine.dtype), Condition(torch.full((len(latents),), 0.5), texts)).float() - target).square().mean()
     engine.backward(loss)
     engine.step(LR)
     return mean_over_ranks(loss.detach())
@@ -286,7 +377,7 @@ def held_bytes(settings):
         "weights": weights,
         "gradients": gradients,
         "masters": [master for master in state["master"] if master.data_ptr() not in shared],
-        "moments": state["exp_avg"] + state["exp_avg_sq"],
+        "moments": [tensor for kind in engine.state().moments for tensor in state[kind]],
         "EMA": [average for kind, averages in state.items() if kind.startswith("ema_") for average in averages],
     }
     count = sum(math.prod(shape) for shape in engine.master_weights.layout.shapes.values())

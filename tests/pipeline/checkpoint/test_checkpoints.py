@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pipeline.engine.master_weights import ShardState
 
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.engine.layout import Layout
+from pipeline.engine.master_weights import RankState
 from pipeline.runtime.attempt import Attempt
 from pipeline.stage.config import CheckpointConfig
 from tests.helpers import checkpoint_tasks as tasks
@@ -144,7 +144,7 @@ class FakeEngine:
         self.loaded = None
 
     def state(self):
-        return ShardState(self.layout, self.tensors, 7, [{"name": "decay", "weight_decay": 0.1}], [0.9, 0.99], self.replicated)
+        return RankState(self.layout, self.tensors, 7, [{"name": "decay", "weight_decay": 0.1}], [0.9, 0.99], self.replicated)
 
     def finish_load(self, step, replicated):
         self.loaded = step, replicated

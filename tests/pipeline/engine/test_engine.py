@@ -5,11 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pipeline.engine.master_weights import MasterWeights
 from torch import nn
 
 from model.common.errors import UserError
-from pipeline.engine import engine
+from pipeline.engine import processes
+from pipeline.engine.master_weights import MasterWeights
+from pipeline.engine.optim import optimizer_settings
+from pipeline.stage.config import OptimConfig
+from pipeline.engine.optim import optimizer_settings
+from pipeline.stage.config import OptimConfig
 from tests.helpers import engine_tasks as rank_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.small_network import stage
@@ -52,6 +56,38 @@ def test_bf16_training_follows_fp32_over_fp32_masters(stage_number):
     assert worst < 1e-6
 
 
+USED = {
+    6: [[True], [False], [True], [False], None, [False]],
+    3: [[True, True], [False, False], [False, True], [True, False], [False, False], None, [False, True], [False, False]],
+    2: [[True, True, True], [False, True, False], [False, False, False], [True, False, False], [False, False, True]],
+}
+"""Samples of a micro-batch -> whether the block is used, by step and micro-step; None = used, and the step is not finite."""
+
+
+@pytest.mark.parametrize("micro_batch", USED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_block_that_a_step_does_not_use_has_no_gradient_in_it(zero_stage, precision, micro_batch):
+    settings = {"zero_stage": zero_stage, "precision": precision, "micro_batch": micro_batch}
+    tolerance = 1e-4 if precision == "fp32" else 0.1
+    schedule = USED[micro_batch]
+    results = on_ranks(2, rank_tasks.skip_a_block, settings, schedule)[0]
+    for used, (change, difference, norm, plain_norm) in zip(schedule, results, strict=True):
+        if used is None or not any(used):
+            assert change == 0
+        else:
+            assert change > 0
+            assert difference <= tolerance * change
+        assert norm == pytest.approx(plain_norm, rel=tolerance) or used is None
+
+
+def test_a_leaf_module_that_a_step_does_not_use_stays():
+    used, skipped, used_again = on_ranks(2, rank_tasks.skip_a_leaf)[0]
+    assert used > 0
+    assert skipped == 0
+    assert used_again > 0
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -89,7 +125,7 @@ def test_masters_that_are_not_fp32_end_the_start():
         fp16_partitioned_groups_flat=[master], sub_group_to_group_id={0: 0},
     )  # fmt: skip
     with pytest.raises(AssertionError, match=r"master weights are \{torch.bfloat16\}, not fp32"):
-        MasterWeights(zero, network, 3, 0, 1)
+        MasterWeights(zero, network, optimizer_settings(OptimConfig()), 3, 0, 1)
 
 
 def test_checkpointed_blocks_train_alike_under_zero3():
@@ -115,9 +151,9 @@ def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, miss
     if missing == "compiler":
         monkeypatch.setattr(shutil, "which", lambda name: None)
     else:
-        monkeypatch.setattr(engine.sysconfig, "get_path", lambda name: "/nonexistent")
+        monkeypatch.setattr(processes.sysconfig, "get_path", lambda name: "/nonexistent")
     with pytest.raises(UserError, match=named):
-        engine._check_compiler()
+        processes._check_compiler()
 
 
 def test_settings_that_cannot_be_met_are_refused():

@@ -31,38 +31,38 @@ def pairs(draw):
     return draw(layouts(shapes)), draw(layouts(shapes))
 
 
-def shard(layout):
+def partition(layout):
     """What each rank's flat tensors hold, None = padding."""
     flats = {(rank, group): [None] * length for rank in range(layout.world) for group, length in enumerate(layout.lengths)}
     for rank in range(layout.world):
-        for run in layout.held(rank):
-            assert run.rank == rank
-            for inside in range(run.length):
-                assert flats[rank, run.group][run.offset + inside] is None
-                flats[rank, run.group][run.offset + inside] = (run.name, run.start + inside)
+        for extent in layout.extents_of_rank(rank):
+            assert extent.rank == rank
+            for inside in range(extent.length):
+                assert flats[rank, extent.group][extent.offset + inside] is None
+                flats[rank, extent.group][extent.offset + inside] = (extent.name, extent.start + inside)
     return flats
 
 
 @given(SHAPES.flatmap(layouts))
 def test_every_element_lies_on_one_rank_and_is_found_there(layout):
-    flats = shard(layout)
+    flats = partition(layout)
     elements = sorted(element for flat in flats.values() for element in flat if element is not None)
     assert elements == sorted((name, index) for name, shape in layout.shapes.items() for index in range(prod(shape)))
     for name, shape in layout.shapes.items():
         position = 0
-        for run in layout.runs(name):
-            assert run.start == position
-            position += run.length
-            found = flats[run.rank, run.group][run.offset : run.offset + run.length]
-            assert found == [(name, run.start + inside) for inside in range(run.length)]
+        for extent in layout.extents(name):
+            assert extent.start == position
+            position += extent.length
+            values = flats[extent.rank, extent.group][extent.offset : extent.offset + extent.length]
+            assert values == [(name, extent.start + inside) for inside in range(extent.length)]
         assert position == prod(shape)
 
 
 @given(pairs())
 def test_moves_rebuild_the_shards_of_any_other_layout(layouts_):
     old, new = layouts_
-    source_flats = shard(old)
-    rebuilt = {key: [None] * len(flat) for key, flat in shard(new).items()}
+    source_flats = partition(old)
+    rebuilt = {key: [None] * len(flat) for key, flat in partition(new).items()}
     for rank in range(new.world):
         for source, target in moves(old, new, rank):
             assert (source.name, source.start, source.length) == (target.name, target.start, target.length)
@@ -70,11 +70,11 @@ def test_moves_rebuild_the_shards_of_any_other_layout(layouts_):
             into = rebuilt[rank, target.group]
             assert into[target.offset : target.offset + target.length] == [None] * target.length
             into[target.offset : target.offset + target.length] = values
-    assert rebuilt == shard(new)
+    assert rebuilt == partition(new)
 
 
 @given(SHAPES.flatmap(layouts))
 def test_a_layout_survives_its_manifest(layout):
     assert Layout.from_json(layout.to_json()) == layout
-    shards = shard(layout)
-    assert sum(len(flat) for flat in shards.values()) == layout.world * sum(layout.lengths)
+    flats = partition(layout)
+    assert sum(len(flat) for flat in flats.values()) == layout.world * sum(layout.lengths)

@@ -27,11 +27,11 @@ def network():
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
     model = network()
     model.patch_embedding.weight.requires_grad_(False)
-    groups = parameter_groups(model, 0.1)
-    members = [id(parameter) for group in groups for parameter in group.parameters]
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
+    members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted({id(parameter) for parameter in model.parameters() if parameter.requires_grad})
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decay = {names[id(parameter)]: group.weight_decay for group in groups for parameter in group.parameters}
+    decay = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or "modulation" in name or "gate" in name
@@ -41,7 +41,7 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
 
 def test_a_network_with_nothing_to_train_is_refused():
     with pytest.raises(UserError, match="requires a gradient"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
 
 
 @given(SCHEDULES, st.integers(2000, 5000))
