@@ -1,4 +1,4 @@
-"""`python -m data_prep COMMAND DATASET.yaml`: the preparation of a dataset, one command a step."""
+"""`python -m data_prep COMMAND DATASET.yaml`: prepare a dataset, one command per step."""
 
 import argparse
 import importlib
@@ -21,14 +21,14 @@ Arguments = argparse.Namespace
 
 
 def plan(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """Scan the sources, filter, find duplicates, and decide which sample is which row of which part."""
+    """Scan the sources, filter, find duplicates, and assign every sample to a row of a part."""
     manifest = run_plan(config, dataset, arguments.task)
     if manifest is not None:
         _load("data_prep.plan.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
 
 
 def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """Make the planned pairs: images of their bucket's size with captions, part by part."""
+    """Make the planned pairs, images of their bucket's size with captions, part by part."""
     run_pairs(config, dataset, arguments.task)
 
 
@@ -36,7 +36,7 @@ def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None
     """Encode the pairs' images with a VAE, as a latents family."""
     check_settings(config, dataset)
     run_latents = _load("data_prep.families.latents", "run_latents")
-    for entry in _chosen(config.latents, arguments.family, "latents"):
+    for entry in _choose(config.latents, arguments.family, "latents"):
         run_latents(config, entry, dataset, arguments.task)
 
 
@@ -44,39 +44,41 @@ def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' captions with an LLM, as a text family."""
     check_settings(config, dataset)
     run_text = _load("data_prep.families.text", "run_text")
-    for entry in _chosen(config.text, arguments.family, "text"):
+    for entry in _choose(config.text, arguments.family, "text"):
         run_text(config, entry, dataset, arguments.task)
         _load("data_prep.families.text_report", "print_text_report")(dataset, entry.name, arguments.task)
 
 
 def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """Freeze what a training run reads: the parts that exist in all families."""
+    """Take a snapshot for training runs: the parts that exist in all families."""
     check_settings(config, dataset)
-    taken = take_snapshot(dataset, arguments.families, arguments.partial)
-    rows = sum(bucket["rows"] for bucket in taken.buckets.values())
-    print(f"snapshot {taken.id}: {rows:,} pairs, families {', '.join(sorted(taken.families))}")
+    result = take_snapshot(dataset, arguments.families, arguments.partial)
+    rows = sum(bucket["rows"] for bucket in result.buckets.values())
+    print(f"snapshot {result.id}: {rows:,} pairs, families {', '.join(sorted(result.families))}")
 
 
 def verify_dataset(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """Check what is committed: every file is there with its size, and with --deep its hash."""
+    """Check all committed files: that they exist and have their size and, with --deep, their hash."""
     check_settings(config, dataset)
-    found = verify(dataset, arguments.deep)
-    for kind, parts in sorted(found.parts.items()):
-        print(f"{kind}: {parts:,} parts are right, {found.bytes[kind]:,} bytes")
-    for problem in found.problems:
+    result = verify(dataset, arguments.deep)
+    for kind, parts in sorted(result.parts.items()):
+        print(f"{kind}: {parts:,} parts are right, {result.bytes[kind]:,} bytes")
+    for problem in result.problems:
         print(f"problem: {problem}")
-    if found.problems:
-        raise UserError(f"{dataset.uri}: {len(found.problems)} problems, each named above with its way out")
+
+    if result.problems:
+        raise UserError(f"{dataset.uri}: {len(result.problems)} problems, each named above with its way out")
 
 
 def report(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """Write an HTML page: counts from source to commit, histograms, samples, what was dropped and why."""
+    """Write an HTML page: counts from source to commit, histograms, samples, rows dropped by reason."""
     check_settings(config, dataset)
-    _load("data_prep.report", "write_report")(config, dataset, arguments.out or Path("runs") / f"{config.name}_data.html")
+    path = arguments.out or Path("runs") / f"{config.name}_data.html"
+    _load("data_prep.report", "write_report")(config, dataset, path)
 
 
 def gc(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
-    """List files that no commit names, left by killed tasks; with --delete remove them."""
+    """List the files that no commit names, left by killed tasks; with --delete, remove them."""
     garbage = collect_garbage(dataset, arguments.older_than_hours, arguments.delete)
     for key in garbage:
         print(key)
@@ -95,8 +97,8 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
 }
 NOTES = {
     "plan": [
-        "The last task to scan finds the duplicates, in under 1 GB of memory; for 1 billion pairs it needs 33 GB of disk below",
-        "TMPDIR (see data_prep/plan/dedupe.py).",
+        "The last task to scan finds the duplicates, in under 1 GB of memory. For 1 billion pairs this takes",
+        "33 GB of disk below TMPDIR (see data_prep/plan/dedupe.py).",
         "",
     ]
 }
@@ -105,77 +107,99 @@ SHARED = ("plan", "pairs", "latents", "text")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Prepare a dataset of image-caption pairs.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep", description="Prepare a dataset of image-caption pairs."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
     for name, (run, example) in COMMANDS.items():
-        sub = commands.add_parser(
+        commands[name] = subparsers.add_parser(
             name,
             help=run.__doc__,
             description=run.__doc__,
             epilog="\n".join([*NOTES.get(name, []), f"example: python -m data_prep {example}"]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("dataset", type=Path, metavar="DATASET.yaml", help="the dataset's settings")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as buckets.resolution=512")
-        if name in SHARED:
-            sub.add_argument(
-                "--task",
-                metavar="I/N",
-                help="do the I-th of N shares (from 0); default: this Slurm array task's, else everything",
-            )
-    _add(
-        commands, "plan", "--gpu-tflops", type=float, default=400.0, help="sustained rate for the GPU-hours printed (default 400)"
+        commands[name].add_argument(
+            "dataset", type=Path, metavar="DATASET.yaml", help="the dataset's settings"
+        )
+        commands[name].add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="settings to change, such as buckets.resolution=512",
+        )
+
+    for name in SHARED:
+        commands[name].add_argument(
+            "--task",
+            metavar="I/N",
+            help="do the I-th of N shares (from 0); default: this Slurm array task's, otherwise everything",
+        )
+    _add_options(commands)
+    return parser
+
+
+def _add_options(commands: dict[str, argparse.ArgumentParser]) -> None:
+    """Add the options of single commands."""
+    commands["plan"].add_argument(
+        "--gpu-tflops",
+        type=float,
+        default=400.0,
+        help="sustained rate for the GPU-hours that are printed (default 400)",
     )
-    _add(commands, "latents", "--family", help="only the latents family of this name")
-    _add(commands, "text", "--family", help="only the text family of this name")
-    _add(
-        commands,
-        "snapshot",
+    commands["latents"].add_argument("--family", help="only the latents family of this name")
+    commands["text"].add_argument("--family", help="only the text family of this name")
+    commands["snapshot"].add_argument(
         "--families",
         type=lambda names: names.split(","),
         help="families to include, A,B (default: all registered)",
     )
-    _add(commands, "snapshot", "--partial", action="store_true", help="take the parts that are complete, leave out the others")
-    _add(commands, "verify", "--deep", action="store_true", help="read everything and compare hashes")
-    _add(commands, "report", "--out", type=Path, help="where to write the page (default runs/<name>_data.html)")
-    _add(
-        commands,
-        "gc",
+    commands["snapshot"].add_argument(
+        "--partial", action="store_true", help="include the complete parts and leave out the others"
+    )
+    commands["verify"].add_argument("--deep", action="store_true", help="read everything and compare hashes")
+    commands["report"].add_argument(
+        "--out", type=Path, help="path of the page (default runs/<name>_data.html)"
+    )
+    commands["gc"].add_argument(
         "--older-than-hours",
         type=float,
         default=24.0,
-        help="spare younger files: tasks may still run (default 24)",
+        help="keep younger files, since tasks may still be running (default 24)",
     )
-    _add(commands, "gc", "--delete", action="store_true", help="remove the files instead of listing them")
-    return parser
-
-
-def _add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, flag: str, **options: object) -> None:
-    commands.choices[name].add_argument(flag, **options)  # type: ignore[arg-type]
+    commands["gc"].add_argument(
+        "--delete", action="store_true", help="remove the files instead of listing them"
+    )
 
 
 def _load(module: str, name: str) -> Callable[..., Any]:
-    """A step's function, imported when it is run: torch and transformers take seconds that other steps need not wait for."""
+    """Import a step's function only when it runs: torch and transformers take seconds to import."""
     return getattr(importlib.import_module(module), name)
 
 
-def _chosen(entries: list[Any], name: str | None, kind: str) -> list[Any]:
+def _choose(entries: list[Any], name: str | None, kind: str) -> list[Any]:
+    """Return the families of this name; all if it is None."""
     chosen = [entry for entry in entries if name in (None, entry.name)]
     if not chosen:
-        there = ", ".join(entry.name for entry in entries) or "none"
-        raise UserError(f"no {kind} family {name or ''} in the dataset's YAML (there is: {there}): add it to `{kind}`")
+        names = ", ".join(entry.name for entry in entries) or "none"
+        raise UserError(
+            f"no {kind} family {name or ''} in the dataset's YAML (it has: {names}): add it to `{kind}`"
+        )
     return chosen
 
 
 def parse(argv: list[str] | None) -> Arguments:
-    """Parse a command line; `key=value` may stand before or behind the options."""
+    """Parse a command line; `key=value` can come before or after the options."""
     parser = make_parser()
+    # argparse leaves positional arguments after an option over
     arguments, rest = parser.parse_known_args(argv)
-    stray = [word for word in [*arguments.overrides, *rest] if word.startswith("-") or "=" not in word]
-    if stray:
-        parser.error(f"not understood: {' '.join(stray)}; settings are changed with key=value")
+    unknown = [word for word in [*arguments.overrides, *rest] if word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"not understood: {' '.join(unknown)}; settings are changed with key=value")
     arguments.overrides += rest
+
     if arguments.command in SHARED:
         arguments.task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     return arguments
@@ -193,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    # The interpreter's own exit aborts now and then while pyarrow's threads still run: all is written, so leave at once.
+    # The interpreter's own exit sometimes aborts while pyarrow's threads still run. All files are written by
+    # now.
     sys.stdout.flush()
     os._exit(0)

@@ -9,43 +9,53 @@ from model.common.errors import UserError
 from model.common.settings import read_settings
 from model.config import TextConfig
 
+MAX_CAPTION_KINDS = 255
+"""The number of a kind is stored as one byte."""
+MAX_NEAR_BITS = 16
+
 
 @dataclass
 class ScenesConfig:
-    """A set of drawn scenes, see `data_prep/scenes/grammar.py`; their size and aspect ratios are those of the buckets."""
+    """A set of scenes (`data_prep/scenes/grammar.py`), rendered at the sizes of the buckets."""
 
     count: int = 0
     seed: int = 0
     file_rows: int = 4096
-    """Scenes that count as one file: a task scans whole files."""
+    """Number of scenes per "file": a task scans whole files."""
 
 
 @dataclass
 class SourceConfig:
-    """Where image-caption pairs come from."""
+    """A source of image-caption pairs."""
 
     kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji", "scenes"] = "webdataset"
     path: str = ""
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=dict)
-    """Caption kind -> field or column that holds it (a string or a list of strings). `txt` is the text file beside an
-    image (webdataset, folder); it also stands in for a missing `caption`. Empty = original: caption; of scenes, all kinds."""
+    """Caption kind -> name of its field or column (a string or a list of strings). `txt` is the text file
+    next to an image (webdataset, folder), which also replaces a missing `caption`. Empty = `original:
+    caption`; for scenes, all kinds."""
     image: str = "image"
-    """Column with image bytes or a path (parquet), with image bytes (MDS)."""
+    """Column of image bytes or paths (parquet), or of image bytes (MDS)."""
     limit: int | None = None
-    """Take only the first rows of each file; for trials."""
+    """Number of rows to read from the start of each file, for trials; None = all."""
     scenes: ScenesConfig | None = None
-    """Of the kind `scenes`."""
+    """Settings of the kind `scenes`."""
 
     def __post_init__(self) -> None:
-        """Fill in the captions that each kind of source has."""
+        """Fill in the default captions of each kind of source."""
         if not self.captions:
-            self.captions = {"original": "caption"} if self.scenes is None else {kind: kind for kind in CAPTION_KINDS}
+            self.captions = (
+                {"original": "caption"} if self.scenes is None else {kind: kind for kind in CAPTION_KINDS}
+            )
 
 
 @dataclass
 class FilterConfig:
-    """One named predicate and its arguments: `{name: min_side, value: 256}`. The names are in `data_prep/plan/filters.py`."""
+    """One named predicate and its arguments, such as `{name: min_side, value: 256}`.
+
+    The names are in `data_prep/plan/filters.py`.
+    """
 
     name: str = ""
     value: Any = None
@@ -54,11 +64,11 @@ class FilterConfig:
 
 @dataclass
 class DedupeConfig:
-    """Duplicates across the whole dataset; of several, the first in the order of the source files stays."""
+    """Duplicates across the whole dataset; the first in the order of the source files is kept."""
 
     exact: bool = True
     near: int | None = None
-    """Largest Hamming distance of 64-bit perceptual hashes that counts as a duplicate; None = no such test."""
+    """Maximum Hamming distance between 64-bit perceptual hashes of duplicates; None = no such test."""
 
 
 @dataclass
@@ -68,11 +78,11 @@ class BucketConfig:
     resolution: int = 256
     max_aspect: float = 2.0
     step: int = 32
-    """Sides are multiples of this (VAE downsampling x patch)."""
+    """Sides are multiples of this (VAE downsampling x patch size)."""
     max_upscale: float = 1.0
-    """Images that would have to grow by more than this are dropped."""
+    """Images that would have to grow by a larger factor are dropped."""
     max_crop: float = 0.5
-    """Images that would lose more than this share of their area to the centre crop are dropped."""
+    """Images that would lose a larger share of their area to the center crop are dropped."""
 
 
 @dataclass
@@ -84,13 +94,16 @@ class LatentsConfig:
     """Local folder or hub name of a diffusers AutoencoderKL, or of what else `space` loads."""
     revision: str | None = None
     space: str = ""
-    """Name of a registered latent space (`model/encoders/latent_spaces.py`); empty = the class that `vae`'s config.json names."""
+    """Registered name of the latent space (`model/encoders/latent_spaces.py`).
+
+    Empty = the class that the config.json of `vae` names.
+    """
     batch: int = 16
 
 
 @dataclass
 class DatasetConfig:
-    """One dataset: from sources to families."""
+    """One dataset, from its sources to its families."""
 
     name: str = ""
     store: str = ""
@@ -101,48 +114,65 @@ class DatasetConfig:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     part_rows: int = 1024
     shuffle_window: int = 65536
-    """Rows over which the plan shuffles inside a bucket (source files are shuffled first)."""
+    """Number of rows that the plan shuffles at a time inside a bucket (source files are shuffled first)."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
     image_quality: int = 95
     seed: int = 0
     workers: int = 2
-    """Processes that decode images, beside the one that reads; 0 = no process of their own."""
+    """Processes that decode images, besides the one that reads; 0 = decode in that one."""
     latents: list[LatentsConfig] = field(default_factory=list)
     text: list[TextConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check the fields against one another.
+        """Check the fields.
 
         Raises:
-            UserError: a caption kind is not declared, or a number is out of range.
+            UserError: if a caption kind is not declared, or a number is out of range.
         """
         for number, source in enumerate(self.sources):
-            if (source.kind == "scenes") != (source.scenes is not None):
-                raise UserError(f"sources[{number}]: `scenes` and kind=scenes go together: give both, or neither")
-            if not source.path and source.kind not in ("openmoji", "scenes"):
-                raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
-            for kind in source.captions:
-                if kind not in self.caption_kinds:
-                    raise UserError(
-                        f"sources[{number}].captions: kind {kind!r} is not in caption_kinds={self.caption_kinds}: add it"
-                    )
-        if len(self.caption_kinds) > 255 or len(set(self.caption_kinds)) < len(self.caption_kinds):
-            raise UserError("caption_kinds: give at most 255 different names")
-        for name, least in (("part_rows", 1), ("shuffle_window", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: set at least {least}")
-        if self.dedupe.near is not None and not 0 <= self.dedupe.near <= 16:
-            raise UserError(f"dedupe.near={self.dedupe.near}: set 0 to 16 bits of 64, or leave it out")
+            self._check_source(number, source)
+
+        kinds = self.caption_kinds
+        if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
+            raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
+        for name, minimum in (("part_rows", 1), ("shuffle_window", 1), ("workers", 0)):
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name}={getattr(self, name)}: set at least {minimum}")
+        if self.dedupe.near is not None and not 0 <= self.dedupe.near <= MAX_NEAR_BITS:
+            raise UserError(
+                f"dedupe.near={self.dedupe.near}: set 0 to {MAX_NEAR_BITS} bits of 64, or leave it out"
+            )
+
+    def _check_source(self, number: int, source: SourceConfig) -> None:
+        """Check source `number` of the list."""
+        if (source.kind == "scenes") != (source.scenes is not None):
+            raise UserError(f"sources[{number}]: `scenes` and kind=scenes go together: give both, or neither")
+        if not source.path and source.kind not in ("openmoji", "scenes"):
+            raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
+
+        for kind in source.captions:
+            if kind not in self.caption_kinds:
+                raise UserError(
+                    f"sources[{number}].captions: kind {kind!r} is not in "
+                    f"caption_kinds={self.caption_kinds}: add it"
+                )
 
 
 def load_dataset(path: Path, overrides: list[str]) -> DatasetConfig:
     """Read a dataset's YAML.
 
+    Args:
+        path: the file.
+        overrides: `key=value` settings that replace those of the file.
+
     Raises:
-        UserError: see `read_settings`; also a missing name or store.
+        UserError: if the file is missing or has an unknown key or a bad value, or the name or the store is
+            empty.
     """
     config: DatasetConfig = read_settings(DatasetConfig, path, overrides)
     for name in ("name", "store"):
         if not getattr(config, name):
-            raise UserError(f"{path}: `{name}` is empty: set it in the file, or give {name}=... on the command line")
+            raise UserError(
+                f"{path}: `{name}` is empty: set it in the file, or give {name}=... on the command line"
+            )
     return config

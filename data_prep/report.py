@@ -1,13 +1,15 @@
-"""The report of a dataset: one HTML page with what was read, what was left out and why, and what the pairs look like."""
+"""The report of a dataset: one HTML page with counts of rows read, dropped and committed, and sample
+pairs."""
 
 import base64
 import io
+import math
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part
 from data_prep.dataset.snapshot_reader import read_families
-from data_prep.families.text_report import SAVINGS, text_reports
+from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.plan.accounts import FileAccount, account
@@ -26,30 +28,41 @@ from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store
 
-SAMPLES = 24
-DROPPED_SAMPLES = 8
-PARTS_LOOKED_AT = 64
-FILES_LOOKED_AT = 32
-FILES_LISTED = 100
+MAX_SAMPLES = 24
+"""Pairs shown per bucket."""
+MAX_DROPPED_SAMPLES = 8
+"""Dropped samples shown per reason."""
+MAX_PARTS_READ = 64
+MAX_FILES_READ = 32
+MAX_FILES_LISTED = 100
+MAX_CAPTION = 200
+"""Characters shown of a pair's captions."""
 THUMBNAIL = 160
-BINS = 16
+"""Longer side of a thumbnail, in pixels."""
+MAX_BINS = 16
+REASON_ORDER = ("source", "image", "caption:", "caption_", "bucket", "dedupe: same", "dedupe")
+"""Starts of the reasons, in the order in which rows are dropped for them."""
+FILTER_POSITION = REASON_ORDER.index("caption_")
+"""Position of all other reasons: those of the filters, such as `min_side: ...`."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram; `share` of the highest bar, in percent."""
+    """One bar of a histogram."""
 
     label: str
     count: int
     share: float
+    """Percentage of the highest bar."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, or what stands for it, with the words under it."""
+    """An image with its caption; a placeholder if there is no image."""
 
     source: str
-    words: str
+    """Data URI; empty if there is no image."""
+    caption: str
     title: str = ""
 
 
@@ -57,37 +70,38 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
     """Write the page to `path`.
 
     Raises:
-        UserError: there is no plan yet, or the counts do not add up.
+        UserError: if there is no plan yet, or the counts do not add up.
     """
     manifest = read_plan(dataset)
     accounts = account(dataset)
     commits = committed(dataset, PAIRS)
     record = read_plan_record(dataset)
-    tables = _looked_at(dataset, commits)
-    page = (
-        jinja2.Environment(loader=jinja2.PackageLoader("data_prep", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .get_template("report.html")
-        .render(
-            name=config.name,
-            store=dataset.uri,
-            totals=_totals(accounts),
-            captions=record["captions"],
-            steps=_steps(accounts, record, commits),
-            buckets=_buckets(manifest, commits),
-            histograms=_histograms(config, tables),
-            looked_at=len(tables),
-            parts=len(manifest.parts),
-            committed_parts=len(commits),
-            kinds=_kinds(dataset, commits),
-            texts=text_reports(dataset),
-            savings=SAVINGS,
-            samples=_samples(dataset, commits, manifest.caption_kinds),
-            dropped=_dropped_samples(config, dataset, commits),
-            files=accounts[:FILES_LISTED],
-            more_files=max(0, len(accounts) - FILES_LISTED),
-            near=config.dedupe.near,
-        )
+    tables = _sample_tables(dataset, commits)
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("data_prep", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    page = environment.get_template("report.html").render(
+        name=config.name,
+        store=dataset.uri,
+        totals=_totals(accounts),
+        captions=record["captions"],
+        steps=_steps(accounts, record, commits),
+        buckets=_buckets(manifest, commits),
+        histograms=_histograms(config, tables),
+        tables=len(tables),
+        parts=len(manifest.parts),
+        committed_parts=len(commits),
+        kinds=_kinds(dataset, commits),
+        texts=text_reports(dataset),
+        savings=SAVINGS,
+        samples=_samples(dataset, commits, manifest.caption_kinds),
+        dropped=_dropped_samples(config, dataset, commits),
+        files=accounts[:MAX_FILES_LISTED],
+        more_files=max(0, len(accounts) - MAX_FILES_LISTED),
+        near=config.dedupe.near,
+    )
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     print(f"report: {path}")
@@ -95,131 +109,174 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
 
 def _totals(accounts: list[FileAccount]) -> dict[str, int]:
     names = ("read", "dropped_by_plan", "planned", "written", "dropped_in_parts", "pending")
-    return {name: sum(getattr(one, name) for one in accounts) for name in names}
+    return {name: sum(getattr(account, name) for account in accounts) for name in names}
 
 
-def _steps(accounts: list[FileAccount], record: dict[str, Any], commits: dict[Part, Commit]) -> list[dict[str, Any]]:
-    """From rows read to rows committed: what each reason took, and what was left."""
-    reasons: Counter[str] = Counter()
+def _steps(
+    accounts: list[FileAccount], record: dict[str, Any], commits: dict[Part, Commit]
+) -> list[dict[str, Any]]:
+    """Return the steps from rows read to rows committed: the rows that each reason dropped, and those
+    left."""
+    in_plan: Counter[str] = Counter()
     for file in record["files"]:
-        reasons.update(file["dropped"])
+        in_plan.update(file["dropped"])
     in_parts: Counter[str] = Counter()
     for commit in commits.values():
-        in_parts.update(
-            {name.removeprefix("dropped "): int(n) for name, n in commit.counts.items() if name.startswith("dropped ")}
-        )
-    left = total = sum(one.read for one in accounts)
-    steps = [{"name": "rows read", "taken": None, "left": left}]
-    for where, taken in (("plan", reasons), ("at full decode", in_parts)):
-        for reason, count in sorted(taken.items(), key=lambda item: (_stage(item[0]), -item[1])):
+        for name, count in commit.counts.items():
+            if name.startswith("dropped "):
+                in_parts[name.removeprefix("dropped ")] += int(count)
+
+    left = total = sum(account.read for account in accounts)
+    steps: list[dict[str, Any]] = [{"name": "rows read", "dropped": None, "left": left}]
+    for counts, suffix in ((in_plan, ""), (in_parts, " (at full decode)")):
+        for reason, count in sorted(counts.items(), key=lambda entry: (_position(entry[0]), -entry[1])):
             left -= count
-            steps.append({"name": reason if where == "plan" else f"{reason} ({where})", "taken": count, "left": left})
-    pending = sum(one.pending for one in accounts)
+            steps.append({"name": f"{reason}{suffix}", "dropped": count, "left": left})
+
+    pending = sum(account.pending for account in accounts)
     if pending:
         left -= pending
-        steps.append({"name": "in parts that are not made yet", "taken": pending, "left": left})
-    steps.append({"name": "committed", "taken": None, "left": left})
-    return [{**step, "share": 100 * step["left"] / max(1, total)} for step in steps]
+        steps.append({"name": "in parts that are not made yet", "dropped": pending, "left": left})
+    steps.append({"name": "committed", "dropped": None, "left": left})
+
+    for step in steps:
+        step["share"] = 100 * step["left"] / max(1, total)
+    return steps
 
 
-def _stage(reason: str) -> int:
-    """The order in which a row meets its judges."""
-    order = ("source", "image", "caption:", "caption_", "bucket", "dedupe: same", "dedupe")
-    found = next((number for number, start in enumerate(order) if reason.startswith(start)), None)
-    return 3 if found is None else found
+def _position(reason: str) -> int:
+    """Return the position of a reason in `REASON_ORDER`."""
+    for position, start in enumerate(REASON_ORDER):
+        if reason.startswith(start):
+            return position
+    return FILTER_POSITION
 
 
 def _buckets(manifest: Manifest, commits: dict[Part, Commit]) -> list[dict[str, Any]]:
-    found = []
-    for name, rows in sorted(manifest.buckets.items(), key=lambda item: -sum(item[1])):
-        there = [commit for part, commit in commits.items() if part.bucket == name]
-        found.append(
+    """Return a row of the table per bucket, the largest first."""
+    table = []
+    for name, rows in sorted(manifest.buckets.items(), key=lambda entry: -sum(entry[1])):
+        own = [commit for part, commit in commits.items() if part.bucket == name]
+        table.append(
             {
                 "name": name,
                 "planned": sum(rows),
                 "parts": len(rows),
-                "committed_parts": len(there),
-                "rows": sum(commit.rows for commit in there),
-                "bytes": sum(file.bytes for commit in there for file in commit.files),
+                "committed_parts": len(own),
+                "rows": sum(commit.rows for commit in own),
+                "bytes": payload_bytes(own),
             }
         )
-    return found
+    return table
 
 
 def _kinds(dataset: Store, commits: dict[Part, Commit]) -> list[dict[str, Any]]:
-    """Bytes of the pairs and of every family."""
-    found = []
+    """Return a row of the table for the pairs and one per family."""
+    table = []
     for kind in [PAIRS, *read_families(dataset)]:
-        there = commits if kind == PAIRS else committed(dataset, kind)
-        rows = sum(commit.rows for commit in there.values())
-        size = sum(file.bytes for commit in there.values() for file in commit.files)
-        found.append({"name": kind, "parts": len(there), "rows": rows, "bytes": size, "each": size / max(1, rows)})
-    return found
+        own = list((commits if kind == PAIRS else committed(dataset, kind)).values())
+        rows = sum(commit.rows for commit in own)
+        size = payload_bytes(own)
+        table.append(
+            {
+                "name": kind,
+                "parts": len(own),
+                "rows": rows,
+                "bytes": size,
+                "bytes_per_row": size / max(1, rows),
+            }
+        )
+    return table
 
 
-def _looked_at(dataset: Store, commits: dict[Part, Commit]) -> list[list[dict[str, Any]]]:
-    """The tables of evenly spaced parts, for the histograms."""
-    there = [commit for commit in commits.values() if commit.rows]
+def _sample_tables(dataset: Store, commits: dict[Part, Commit]) -> list[list[dict[str, Any]]]:
+    """Read the pairs tables of evenly spaced parts, for the histograms."""
+    columns = ["captions", "original_height", "original_width", "crop"]
+    filled = [commit for commit in commits.values() if commit.rows]
     tables = []
-    for commit in there[:: max(1, -(-len(there) // PARTS_LOOKED_AT))]:
+    for commit in _evenly_spaced(filled, MAX_PARTS_READ):
         key = next(file.key for file in commit.files if posixpath.basename(file.key) == TABLE)
-        columns = ["captions", "original_height", "original_width", "crop"]
         tables.append(pq.read_table(io.BytesIO(dataset.read(key)), columns=columns).to_pylist())
     return tables
 
 
+T = TypeVar("T")
+
+
+def _evenly_spaced(entries: list[T], limit: int) -> list[T]:
+    """Return at most `limit` entries."""
+    return entries[:: max(1, -(-len(entries) // limit))]
+
+
 def _histograms(config: DatasetConfig, tables: list[list[dict[str, Any]]]) -> list[tuple[str, list[Bar]]]:
+    """Return titles and bars."""
     rows = [row for table in tables for row in table]
     if not rows:
         return []
-    found = [
-        ("Shorter side of the original, pixels", _bars([min(row["original_height"], row["original_width"]) for row in rows])),
-        ("Aspect ratio of the original, width / height", _bars([row["original_width"] / row["original_height"] for row in rows])),
-        ("Share of the area kept by the crop", _bars([_kept(row) for row in rows])),
+
+    sides = [min(row["original_height"], row["original_width"]) for row in rows]
+    aspects = [row["original_width"] / row["original_height"] for row in rows]
+    histograms = [
+        ("Shorter side of the original, pixels", _bars(sides)),
+        ("Aspect ratio of the original, width / height", _bars(aspects)),
+        ("Share of the area kept by the crop", _bars([_crop_share(row) for row in rows])),
     ]
+
+    captions = [caption for row in rows for caption in row["captions"]]
     for number, kind in enumerate(config.caption_kinds):
-        lengths = [len(caption["text"]) for row in rows for caption in row["captions"] if caption["kind"] == number]
+        lengths = [len(caption["text"]) for caption in captions if caption["kind"] == number]
         if lengths:
-            found.append((f"Length of captions, kind {kind}, letters", _bars(lengths)))
-    found.append(("Captions an image", _bars([len(row["captions"]) for row in rows])))
-    return found
+            histograms.append((f"Length of captions, kind {kind}, characters", _bars(lengths)))
+    histograms.append(("Captions per image", _bars([len(row["captions"]) for row in rows])))
+    return histograms
 
 
-def _kept(row: dict[str, Any]) -> float:
+def _crop_share(row: dict[str, Any]) -> float:
     left, top, right, bottom = row["crop"]
     return (right - left) * (bottom - top) / (row["original_height"] * row["original_width"])
 
 
 def _bars(values: Sequence[float]) -> list[Bar]:
-    """A histogram of at most `BINS` bins; the last one takes the highest 1 %."""
+    """Return a histogram of at most `MAX_BINS` bins; the last one includes the highest 1 %."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[max(0, int(len(ordered) * 0.99) - 1)]
     whole = all(isinstance(value, int) for value in values)
-    width = max((high - low) / BINS, 1 if whole else 1e-9)
-    width = -(-width // 1) if whole else width
-    counts = Counter(min(BINS - 1, int((value - low) / width)) for value in values)
-    last = max(counts)
+
+    width = max((high - low) / MAX_BINS, 1 if whole else 1e-9)
+    if whole:
+        width = math.ceil(width)
+    counts = Counter(min(MAX_BINS - 1, int((value - low) / width)) for value in values)
+
     highest = max(counts.values())
-    labels = [f"{low + number * width:.0f}" if whole else f"{low + number * width:.2f}" for number in range(last + 1)]
-    return [Bar(label, counts[number], 100 * counts[number] / highest) for number, label in enumerate(labels)]
+    bars = []
+    for number in range(max(counts) + 1):
+        start = low + number * width
+        label = f"{start:.0f}" if whole else f"{start:.2f}"
+        bars.append(Bar(label, counts[number], 100 * counts[number] / highest))
+    return bars
 
 
 def _samples(dataset: Store, commits: dict[Part, Commit], kinds: list[str]) -> list[tuple[str, list[Tile]]]:
-    """Pairs of the first part of every bucket."""
+    """Return pairs of the first part of every bucket."""
     first: dict[str, Commit] = {}
     for part, commit in sorted(commits.items()):
         if commit.rows:
             first.setdefault(part.bucket, commit)
-    return [(bucket, [_tile(pair) for pair in read_pairs(dataset, commit, kinds)[:SAMPLES]]) for bucket, commit in first.items()]
+
+    samples = []
+    for bucket, commit in first.items():
+        pairs = read_pairs(dataset, commit, kinds)[:MAX_SAMPLES]
+        samples.append((bucket, [_pair_tile(pair) for pair in pairs]))
+    return samples
 
 
-def _tile(pair: Pair) -> Tile:
-    words = " / ".join(text for _, text in pair.captions[:2])
-    return Tile(_thumbnail(pair.image), words[:200], f"{pair.key} ({len(pair.captions)} captions)")
+def _pair_tile(pair: Pair) -> Tile:
+    caption = " / ".join(text for _, text in pair.captions[:2])
+    return Tile(_thumbnail(pair.image), caption[:MAX_CAPTION], f"{pair.key} ({len(pair.captions)} captions)")
 
 
 def _thumbnail(data: bytes) -> str:
-    """The image as a small data URI; empty if it cannot be decoded."""
+    """Return the image as a small data URI; empty if it cannot be decoded."""
     try:
         image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
     except ImageError:
@@ -230,28 +287,57 @@ def _thumbnail(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _dropped_samples(config: DatasetConfig, dataset: Store, commits: dict[Part, Commit]) -> list[tuple[str, list[Tile]]]:
-    """For every reason, some of the samples left out, by the plan or while their part was made; the plan's that have an image
-    are fetched from the source."""
+def _dropped_samples(
+    config: DatasetConfig, dataset: Store, commits: dict[Part, Commit]
+) -> list[tuple[str, list[Tile]]]:
+    """Return some dropped samples per reason, from the plan and from the parts.
+
+    Images of the plan's are fetched from the source, if they have a place there.
+    """
+    tiles: dict[str, list[Tile]] = {}
+    shown: Counter[str] = Counter()
+
     files = source_files(dataset)
     sources = OpenSources(config, files)
-    found: dict[str, list[Tile]] = {}
-    for file in files[:: max(1, -(-len(files) // FILES_LOOKED_AT))]:
-        wanted: list[tuple[str, dict[str, Any]]] = []
-        for row in pq.read_table(io.BytesIO(dataset.read(dropped_key(file.number)))).to_pylist():
-            tiles = found.setdefault(row["reason"], [])
-            if len(tiles) + sum(reason == row["reason"] for reason, _ in wanted) < DROPPED_SAMPLES:
-                wanted.append((row["reason"], row))
-        source, name = sources.of(file.number)
-        placed = [(reason, row) for reason, row in wanted if row["length"] or row["path"] or row["offset"]]
-        places = [Place(row["offset"], row["length"], row["path"]) for _, row in placed]
-        images = {id(placed[position][1]): data for position, data in source.fetch(name, places)} if places else {}
-        for reason, row in wanted:
-            data = images.get(id(row))
-            found[reason].append(Tile(_thumbnail(data) if data else "", row["detail"] or row["key"], row["key"]))
-    tables = [file.key for commit in commits.values() for file in commit.files if posixpath.basename(file.key) == DROPPED_TABLE]
-    for key in tables[:PARTS_LOOKED_AT]:
-        for row in pq.read_table(io.BytesIO(dataset.read(key))).to_pylist():
-            if len(tiles := found.setdefault(row["reason"], [])) < DROPPED_SAMPLES:
-                tiles.append(Tile("", row["detail"] or row["key"], row["key"]))
-    return sorted(found.items(), key=lambda item: (_stage(item[0]), item[0]))
+    for file in _evenly_spaced(files, MAX_FILES_READ):
+        rows = _choose_rows(dataset, dropped_key(file.number), shown)
+        images = _fetch_images(sources, file.number, rows)
+        for number, row in enumerate(rows):
+            tiles.setdefault(row["reason"], []).append(_dropped_tile(row, images.get(number)))
+
+    keys: list[str] = []
+    for commit in commits.values():
+        keys += [file.key for file in commit.files if posixpath.basename(file.key) == DROPPED_TABLE]
+    for key in keys[:MAX_PARTS_READ]:
+        for row in _choose_rows(dataset, key, shown):
+            tiles.setdefault(row["reason"], []).append(_dropped_tile(row, None))
+    return sorted(tiles.items(), key=lambda entry: (_position(entry[0]), entry[0]))
+
+
+def _choose_rows(dataset: Store, key: str, shown: Counter[str]) -> list[dict[str, Any]]:
+    """Return the first rows of a table of dropped rows; `shown` counts them by reason, over all tables."""
+    rows = []
+    for row in pq.read_table(io.BytesIO(dataset.read(key))).to_pylist():
+        if shown[row["reason"]] < MAX_DROPPED_SAMPLES:
+            shown[row["reason"]] += 1
+            rows.append(row)
+    return rows
+
+
+def _fetch_images(sources: OpenSources, file: int, rows: list[dict[str, Any]]) -> dict[int, bytes | None]:
+    """Fetch the images of dropped rows from their source file, by number of the row.
+
+    Rows without a place have none.
+    """
+    numbers = [number for number, row in enumerate(rows) if row["length"] or row["path"] or row["offset"]]
+    if not numbers:
+        return {}
+    places = [
+        Place(rows[number]["offset"], rows[number]["length"], rows[number]["path"]) for number in numbers
+    ]
+    source, name = sources.open(file)
+    return {numbers[position]: data for position, data in source.fetch(name, places)}
+
+
+def _dropped_tile(row: dict[str, Any], image: bytes | None) -> Tile:
+    return Tile(_thumbnail(image) if image else "", row["detail"] or row["key"], row["key"])

@@ -1,4 +1,5 @@
-"""Work in several processes: results in order, bounded memory, and a crashed process costs one item, not the job."""
+"""A pool of processes with results in order and bounded memory. A crashed process costs one item, not the
+job."""
 
 import multiprocessing
 import os
@@ -13,15 +14,16 @@ Context = TypeVar("Context")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 2
-"""Chunks a process: one at work, one waiting."""
+CHUNKS_PER_PROCESS = 2
+"""Chunks that each process has at most: one in progress and one waiting."""
 
 
 class Workers(Generic[Context, Item, Result]):
-    """Applies `function(context, chunk)` to chunks of items in `processes` processes (0 = here); the context is sent once.
+    """Apply `function(context, chunk)` to chunks of items in several processes; the context is sent once.
 
-    A chunk whose process dies (a decoder that crashes, or is killed for its memory) is tried again alone, then item by item,
-    each time in a new process; for an item that kills even that, `lost(item)` is the result.
+    If a process dies on a chunk (the decoder crashes, or is killed for its memory), the chunk is tried again
+    alone, then item by item, each time in a new process. The result of an item that kills its process even
+    then is `lost(item)`.
     """
 
     def __init__(
@@ -31,6 +33,14 @@ class Workers(Generic[Context, Item, Result]):
         lost: Callable[[Item], Result],
         processes: int,
     ) -> None:
+        """Start no process yet.
+
+        Args:
+            function: returns one result per item of a chunk.
+            context: its first argument.
+            lost: returns the result of an item that kills its process.
+            processes: number of processes; 0 = work in this one.
+        """
         self._function = function
         self._context = context
         self._lost = lost
@@ -45,18 +55,20 @@ class Workers(Generic[Context, Item, Result]):
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item], list[Result]]]:
-        """Each chunk with its results, in order; reads ahead by a few chunks only."""
+        """Return each chunk with its results, in order; reads only a few chunks ahead."""
         if self._processes == 0:
             for chunk in chunks:
                 yield chunk, self._function(self._context, chunk)
             return
+
         waiting: deque[tuple[Sequence[Item], Future[list[Result]]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, self._submit(chunk)))
-            if len(waiting) > IN_FLIGHT * self._processes:
-                yield self._finished(*waiting.popleft())
+            if len(waiting) > CHUNKS_PER_PROCESS * self._processes:
+                yield self._finish(*waiting.popleft())
+
         while waiting:
-            yield self._finished(*waiting.popleft())
+            yield self._finish(*waiting.popleft())
 
     def _submit(self, chunk: Sequence[Item]) -> "Future[list[Result]]":
         if self._pool is None:
@@ -64,41 +76,50 @@ class Workers(Generic[Context, Item, Result]):
         try:
             return self._pool.submit(_call, self._function, chunk)
         except BrokenProcessPool:
+            # A process died on an earlier chunk, and took the pool with it.
             self._pool = self._make_pool(self._processes)
             return self._pool.submit(_call, self._function, chunk)
 
-    def _finished(self, chunk: Sequence[Item], future: "Future[list[Result]]") -> tuple[Sequence[Item], list[Result]]:
+    def _finish(
+        self, chunk: Sequence[Item], future: "Future[list[Result]]"
+    ) -> tuple[Sequence[Item], list[Result]]:
         try:
             return chunk, future.result()
         except BrokenProcessPool:
-            return chunk, self._alone(chunk)
+            return chunk, self._retry(chunk)
 
-    def _alone(self, chunk: Sequence[Item]) -> list[Result]:
+    def _retry(self, chunk: Sequence[Item]) -> list[Result]:
+        """Work on a chunk in a new process; if that dies as well, on each item."""
         try:
             with self._make_pool(1) as pool:
                 return pool.submit(_call, self._function, chunk).result()
         except BrokenProcessPool:
             if len(chunk) == 1:
                 return [self._lost(chunk[0])]
-            return [result for item in chunk for result in self._alone([item])]
+
+        results: list[Result] = []
+        for item in chunk:
+            results += self._retry([item])
+        return results
 
     def _make_pool(self, processes: int) -> ProcessPoolExecutor:
-        # A fork would copy the connections and threads of this process; the fork server is a clean one.
+        # A fork would copy the connections and threads of this process; the fork server has none.
         context = multiprocessing.get_context("forkserver")
-        return ProcessPoolExecutor(processes, context, initializer=_keep, initargs=(self._context,))
+        return ProcessPoolExecutor(processes, context, initializer=_start, initargs=(self._context,))
 
 
-_kept: list[Any] = []
-"""In a worker process: the context that it was started with."""
+_contexts: list[Any] = []
+"""The context of this process, if it is a worker."""
 
 
-def _keep(context: Any) -> None:
-    _kept[:] = [context]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start(context: Any) -> None:
+    """Prepare a worker process."""
+    _contexts[:] = [context]
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A pool's processes would wait for work for ever when the process that gives it was killed."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process does: a killed parent would leave the workers waiting forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"
     parent.join()
@@ -106,4 +127,4 @@ def _end_with_parent() -> None:
 
 
 def _call(function: Callable[[Any, Sequence[Any]], list[Any]], chunk: Sequence[Any]) -> list[Any]:
-    return function(_kept[0], chunk)
+    return function(_contexts[0], chunk)

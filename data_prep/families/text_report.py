@@ -1,4 +1,8 @@
-"""What a text family took and saved: from the counts in the commits of its parts."""
+"""The costs and savings of a text family, from the counts in the commits of its parts.
+
+The baseline is plain encoding: whole prompts, padded, through every layer. Work is counted in tokens x
+    blocks.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,91 +20,108 @@ SAVINGS = {
     "padding": "no padding",
     "duplicates": "equal captions once",
 }
-"""Counts `block_tokens_saved_<name>`, and what they mean."""
+"""Names in `block_tokens_saved_<name>`, the counts of the work that was saved, and their descriptions."""
 
 
 @dataclass(frozen=True)
 class TextReport:
-    """A text family, or a task's share of it."""
+    """A text family, or one task's share of it."""
 
     name: str
     parts: int
     captions: int
     empty: int
+    """Captions without a token."""
     truncated: int
+    """Captions cut at `max_tokens`."""
     tokens: int
-    """As stored, equal captions counted each time."""
+    """Stored tokens. Equal captions count each time."""
     bytes: int
-    """Of the payload files."""
+    """Size of the payload files."""
     seconds: float
-    """Of all processes together."""
+    """Time of all processes together."""
     saved: dict[str, float]
-    """Saving -> share of the plain way's work, in tokens x blocks."""
+    """Saving -> share of the baseline's work."""
     work: float
-    """What was run, as a share of the plain way's."""
+    """Share of the baseline's work that was run."""
     error_mean: float
-    """Root mean square error of a channel in units of its spread, on captions that the calibration did not see: mean ..."""
+    """Root mean square quantization error, in units of the channel's std, over captions outside the
+    calibration sample: mean of all channels."""
     error_worst: float
-    """... and the worst channel of any part."""
+    """The same for the worst channel of any part."""
     outlier_tokens: int
 
     @property
     def bytes_per_caption(self) -> float:
-        """Of captions that are not empty."""
+        """Bytes per caption that is not empty."""
         return self.bytes / max(1, self.captions - self.empty)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one process."""
+        """Speed of one process."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         savings = ", ".join(f"{words} {self.saved[name]:.1%}" for name, words in SAVINGS.items())
         return (
-            f"text family {self.name}: {self.parts:,} parts, {self.captions:,} captions ({self.empty:,} empty, "
-            f"{self.truncated:,} cut at max_tokens), {self.bytes:,} bytes, {self.bytes_per_caption:,.0f} a caption, "
-            f"{self.tokens_per_second:,.0f} tokens/s a process\n"
-            f"  of the plain way's work, saved: {savings}; run: {self.work:.1%}\n"
-            f"  error a channel, of its spread: mean {self.error_mean:.2%}, worst {self.error_worst:.2%}; "
-            f"{self.outlier_tokens:,} of {self.tokens:,} tokens coarser than usual by an outlier"
+            f"text family {self.name}: {self.parts:,} parts, {self.captions:,} captions "
+            f"({self.empty:,} empty, {self.truncated:,} cut at max_tokens), {self.bytes:,} bytes, "
+            f"{self.bytes_per_caption:,.0f} per caption, {self.tokens_per_second:,.0f} tokens/s per process\n"
+            f"  work saved, compared with whole padded prompts through every layer: {savings}; "
+            f"run: {self.work:.1%}\n"
+            f"  error per channel, relative to its std: mean {self.error_mean:.2%}, "
+            f"worst {self.error_worst:.2%}; {self.outlier_tokens:,} of {self.tokens:,} tokens "
+            "quantized more coarsely because of an outlier"
         )
+
+
+def payload_bytes(commits: Iterable[Commit]) -> int:
+    """Return the size of the payload files of some parts."""
+    total = 0
+    for commit in commits:
+        total += sum(file.bytes for file in commit.files)
+    return total
 
 
 def summarize(name: str, commits: Iterable[Commit]) -> TextReport:
     """Add up the commits of a text family."""
-    found = [commit for commit in commits if commit.rows]
+    filled = [commit for commit in commits if commit.rows]
     total: Counter[str] = Counter()
-    for commit in found:
+    for commit in filled:
         total.update(commit.counts)  # pyright: ignore[reportArgumentType]
+
     saved = {saving: total[f"block_tokens_saved_{saving}"] for saving in SAVINGS}
     run = total["block_tokens_run"]
-    plain = max(1, run + sum(saved.values()))
-    measured = [commit.counts for commit in found if commit.counts.get("error_tokens")]
-    tokens_measured = sum(counts["error_tokens"] for counts in measured)
+    baseline = max(1, run + sum(saved.values()))
+
+    measured = [commit.counts for commit in filled if commit.counts.get("error_tokens")]
+    error_tokens = sum(counts["error_tokens"] for counts in measured)
+    error_sum = sum(counts["error_mean"] * counts["error_tokens"] for counts in measured)
     return TextReport(
-        name,
-        len(found),
-        int(total["captions"]),
-        int(total["empty_captions"]),
-        int(total["truncated"]),
-        int(total["tokens"]),
-        sum(file.bytes for commit in found for file in commit.files),
-        total["seconds"],
-        {saving: count / plain for saving, count in saved.items()},
-        run / plain,
-        sum(counts["error_mean"] * counts["error_tokens"] for counts in measured) / max(1, tokens_measured),
-        max((counts["error_worst"] for counts in measured), default=0.0),
-        int(total["outlier_tokens"]),
+        name=name,
+        parts=len(filled),
+        captions=int(total["captions"]),
+        empty=int(total["empty_captions"]),
+        truncated=int(total["truncated"]),
+        tokens=int(total["tokens"]),
+        bytes=payload_bytes(filled),
+        seconds=total["seconds"],
+        saved={saving: count / baseline for saving, count in saved.items()},
+        work=run / baseline,
+        error_mean=error_sum / max(1, error_tokens),
+        error_worst=max((counts["error_worst"] for counts in measured), default=0.0),
+        outlier_tokens=int(total["outlier_tokens"]),
     )
 
 
 def print_text_report(dataset: Store, name: str, share: Share) -> None:
-    """Print what a task's share of a text family took, whoever encoded it."""
-    there = committed_parts(dataset, name)
-    print(summarize(name, [read_commit(dataset, name, part) for part in share.owns(read_plan(dataset).parts) if part in there]))
+    """Print the report of the parts in a task's share, including those that another task encoded."""
+    done = committed_parts(dataset, name)
+    parts = [part for part in share.owns(read_plan(dataset).parts) if part in done]
+    print(summarize(name, [read_commit(dataset, name, part) for part in parts]))
 
 
 def text_reports(dataset: Store) -> list[TextReport]:
-    """Every text family, over all of its committed parts."""
+    """Return a report per text family, over all of its committed parts."""
     names = [name for name, family in read_families(dataset).items() if family.kind == "text"]
     return [summarize(name, committed(dataset, name).values()) for name in names]
