@@ -9,6 +9,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 from benchmarks.house import PACKAGES, imports_between
@@ -19,6 +20,7 @@ BOX_WIDTH, BOX_HEIGHT = 204, 56
 COLUMN, ROW = 218, 82
 MARGIN = 16
 TITLE = 36
+MAX_NOTE = 34
 
 COLORS = {"model": "#dbe9f6", "data_prep": "#e2f0d9", "pipeline": "#fbe5d6", "store": "#eeeeee"}
 STYLE = """
@@ -269,10 +271,10 @@ def draw_architecture(root: Path) -> str:
 
 
 def _short(sentence: str) -> str:
-    """Words of a sentence before the first punctuation mark, without code marks."""
+    """Words of a sentence before the first punctuation mark, without code marks, if they fit into a box."""
     for mark in ":,;.":
         sentence = sentence.split(mark)[0]
-    return sentence.replace("`", "")
+    return shorten(sentence.replace("`", ""), MAX_NOTE, placeholder=" ...")
 
 
 def _path(steps: str) -> str:
