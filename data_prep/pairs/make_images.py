@@ -105,7 +105,7 @@ def chunk_tasks(tasks: Iterable[ImageTask], sources: OpenSources) -> Iterator[li
     """Return chunks of tasks of one source file, bounded in rows and bytes, with the images that workers
     cannot fetch."""
     for (file, has_path), group in itertools.groupby(tasks, lambda task: (task.file, bool(task.place.path))):
-        source, name = sources.of(file)
+        source, name = sources.open(file)
         if _needs_walk(source, has_path):
             # one copy of the tasks is ahead by the rows that the source reads at once
             group, ahead = itertools.tee(group)
@@ -121,7 +121,7 @@ def _needs_walk(source: Source, has_path: bool) -> TypeGuard[ParquetSource]:
 
 def encode_images(context: EncodingContext, chunk: Sequence[ImageTask]) -> list[EncodedImage]:
     """Read, decode, resize and encode the images of a chunk; all are from one source file."""
-    source, name = context.sources.of(chunk[0].file)
+    source, name = context.sources.open(chunk[0].file)
     if _needs_walk(source, bool(chunk[0].place.path)):
         return [_encode_image(context, task, task.image) for task in chunk]
 

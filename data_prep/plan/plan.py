@@ -184,7 +184,7 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
     ):
         path = Path(folder) / "scan.parquet"
         for file in todo:
-            source, _ = sources.of(file.number)
+            source, _ = sources.open(file.number)
             _write_scan(path, file, scanner.scan(source, file), progress)
             dataset.put_new(_scan_key(file.number), path.read_bytes())
 

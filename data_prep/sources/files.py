@@ -1,4 +1,5 @@
-"""Files of a source, in a local folder or a bucket: listing, reading whole, in pieces, or as a seekable file."""
+"""Files of a source, in a local folder or a bucket: list them, read them whole, in ranges, or as seekable
+files."""
 
 import fnmatch
 import io
@@ -15,6 +16,7 @@ from model.common.errors import UserError
 BUFFER = 8 << 20
 """Bytes of one ranged read: large enough to hide the latency of object storage."""
 READERS = 8
+"""Concurrent reads from a bucket."""
 GLOB = re.compile(r"[*?\[]")
 
 
@@ -25,15 +27,17 @@ class SourceFiles:
         self._path = path
         self._suffixes = suffixes
         root, self._pattern = _split_glob(path)
+
+        # A single file is a pattern that matches its own name.
         if not self._pattern and path.endswith(suffixes) and suffixes:
             root, _, self._pattern = path.rpartition("/")
         self._store: Store = open_store(root or ".")
 
     def names(self) -> list[str]:
-        """All matching names below the root, sorted.
+        """Return all matching names below the root, sorted.
 
         Raises:
-            UserError: there are none.
+            UserError: if there are none.
         """
         names = [name for name in self._store.list("") if self._matches(name)]
         if not names:
@@ -49,28 +53,43 @@ class SourceFiles:
         return not self._suffixes or name.lower().endswith(self._suffixes)
 
     def usable(self, name: str) -> bool:
-        """Whether a name found in a folder can be used as a key: stores refuse control characters and the like."""
-        return name.isprintable() and "\\" not in name and all(0 < len(part.encode()) <= 255 for part in name.split("/"))
+        """True if a file name can be used as a key; stores refuse control characters and the like."""
+        if not name.isprintable() or "\\" in name:
+            return False
+        return all(0 < len(part.encode()) <= 255 for part in name.split("/"))
 
     def size(self, name: str) -> int:
-        """Bytes of a file; FileNotFoundError if it is gone."""
+        """Return the size of a file in bytes.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+        """
         return self._store.size(name)
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
+        """True if the file exists."""
         return self._store.exists(name)
 
     def read(self, name: str) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         return self._store.read(name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on; fewer at the end of the file."""
+        """Return `length` bytes from `start` on; fewer at the end of the file."""
         return self._store.read_range(name, start, length)
 
-    def fetch(self, places: Sequence[Place], read: Callable[[Place], bytes]) -> Iterator[tuple[int, bytes | None]]:
-        """What `read` gives for each place, with the place's number; several at once where reads cross a network; None where
-        the file is gone."""
+    def fetch(
+        self, places: Sequence[Place], read: Callable[[Place], bytes]
+    ) -> Iterator[tuple[int, bytes | None]]:
+        """Read images at `places`, several at once if they come over a network.
+
+        Args:
+            places: positions of the images.
+            read: returns the bytes at one place.
+
+        Yields:
+            Index of the place, and its bytes; None if the file no longer exists.
+        """
 
         def get(place: Place) -> bytes | None:
             try:
@@ -78,28 +97,37 @@ class SourceFiles:
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
-        if self._store.local_path("x") is not None:
+        is_local = self._store.local_path("x") is not None
+        if is_local:
             yield from enumerate(map(get, places))
             return
+
         with ThreadPoolExecutor(READERS) as pool:
             yield from enumerate(pool.map(get, places))
 
     def open(self, name: str) -> BinaryIO:
-        """The file for sequential or random reading, without holding it in memory."""
+        """Open a file for sequential or random reading, without loading it into memory."""
         local = self._store.local_path(name)
         if local is not None:
             return local.open("rb")
         return io.BufferedReader(_RangedFile(self, name), BUFFER)
 
-    def inside(self, path: str) -> str | None:
-        """The name of the file that a row's `path` means, relative to the root; None if it leads out of the source."""
+    def resolve(self, path: str) -> str | None:
+        """Return the name, relative to the root, of the file that a row's `path` means.
+
+        Args:
+            path: relative to the root, or absolute.
+
+        Returns:
+            The name; None if the path leads out of the source, also through a symbolic link.
+        """
         root = self._store.uri
-        if path.startswith(f"{root.rstrip('/')}/"):
-            path = path[len(root.rstrip("/")) + 1 :]
+        path = path.removeprefix(f"{root.rstrip('/')}/")
         parts = path.split("/")
         name = "/".join(part for part in parts if part not in ("", "."))
         if path.startswith("/") or "://" in path or ".." in parts or not self.usable(name):
             return None
+
         local = self._store.local_path(name)
         if local is not None and not local.resolve().is_relative_to(Path(root).resolve()):
             return None
@@ -138,10 +166,12 @@ class _RangedFile(io.RawIOBase):
 
 
 def _split_glob(path: str) -> tuple[str, str]:
-    """Root without wildcards, and the pattern below it (empty if the path has no wildcard)."""
+    """Split a path into a root without wildcards, and the pattern below it (empty if there is no
+    wildcard)."""
     match = GLOB.search(path)
     if not match:
         return path, ""
+
     root, _, _ = path[: match.start()].rpartition("/")
     if not root:
         return ("/" if path.startswith("/") else "."), path.lstrip("/")

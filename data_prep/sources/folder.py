@@ -1,7 +1,9 @@
-"""A folder of images with `metadata.jsonl` or `metadata.csv` (column `file_name`), or a `.txt` beside each image.
+"""A folder of images with `metadata.jsonl` or `metadata.csv` (column `file_name`), or with a `.txt` next to
+each image.
 
-Hugging Face's imagefolder convention. A "file" of this source is a folder: one with a metadata file stands for everything
-below it; the others for the images directly in them. Images that no metadata row names are rows too, behind the others.
+This is Hugging Face's imagefolder convention. A "file" of this source is a folder. A folder with a metadata
+file includes everything below it, any other only the images directly in it. Images that no metadata row names
+are rows too, after the others.
 """
 
 import csv
@@ -29,38 +31,41 @@ class FolderSource:
         self._files = SourceFiles(source.path)
 
     def files(self) -> list[str]:
-        """Folders that are units of their own; `.` is the root."""
+        """Return the folders that are units of their own; `.` is the root."""
         names = self._files.names()
-        described = {posixpath.dirname(name) or "." for name in names if posixpath.basename(name) in METADATA}
-        found = set(_outermost(described))
+        with_metadata = {_folder_of(name) for name in names if posixpath.basename(name) in METADATA}
+        folders = set(_outermost(with_metadata))
         for name in names:
-            folder = posixpath.dirname(name) or "."
-            if name.lower().endswith(IMAGE_ENDINGS) and not any(_below(folder, root) for root in found):
-                found.add(folder)
-        return sorted(found)
+            folder = _folder_of(name)
+            if name.lower().endswith(IMAGE_ENDINGS) and not any(_is_below(folder, root) for root in folders):
+                folders.add(folder)
+        return sorted(folders)
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Rows of the folder's metadata, then the images that no row named."""
-        names = [path for path in self._files.names() if _below(posixpath.dirname(path) or ".", name)]
-        metadata = [path for path in names if posixpath.basename(path) in METADATA]
+        """Yield the rows of the folder's metadata, then the images that no row named."""
+        paths = [path for path in self._files.names() if _is_below(_folder_of(path), name)]
+        metadata = [path for path in paths if posixpath.basename(path) in METADATA]
         if not metadata:
-            names = [path for path in names if (posixpath.dirname(path) or ".") == name]
-        images = {path for path in names if path.lower().endswith(IMAGE_ENDINGS)}
-        texts = {path for path in names if path.endswith(".txt")}
+            paths = [path for path in paths if _folder_of(path) == name]
+        images = {path for path in paths if path.lower().endswith(IMAGE_ENDINGS)}
+        texts = {path for path in paths if path.endswith(".txt")}
+
         named: set[str] = set()
         for path in metadata:
             for sample in self._metadata_rows(path):
                 named.add(sample.place.path)
                 yield sample
+
         for path in sorted(images - named):
-            stem = posixpath.splitext(path)[0]
-            text = self._files.read(f"{stem}.txt") if f"{stem}.txt" in texts else None
+            text_path = f"{posixpath.splitext(path)[0]}.txt"
+            text = self._files.read(text_path) if text_path in texts else None
             yield self._with_image(path, parse_fields(None, text))
 
     def _metadata_rows(self, path: str) -> Iterator[Sample]:
         folder = posixpath.dirname(path)
         try:
-            rows = _jsonl(self._files.read(path)) if path.endswith(".jsonl") else _csv(self._files.read(path))
+            read_rows = _jsonl if path.endswith(".jsonl") else _csv
+            rows = read_rows(self._files.read(path))
             for number, row in enumerate(rows):
                 key = f"{path}:{number}"
                 if row is None:
@@ -70,7 +75,8 @@ class FolderSource:
                 if not isinstance(file_name, str) or not file_name:
                     yield Sample(key, record=row, reason=NO_IMAGE, detail="no file_name")
                     continue
-                name = self._files.inside(posixpath.join(folder, file_name))
+
+                name = self._files.resolve(posixpath.join(folder, file_name))
                 if name is None:
                     yield Sample(key, record=row, reason=OUTSIDE, detail=file_name[:200])
                 else:
@@ -87,11 +93,12 @@ class FolderSource:
             return Sample(name, None, record, Place(path=name), NO_IMAGE)
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Images by their path."""
+        """Yield images by their path."""
         yield from self._files.fetch(places, lambda place: self._files.read(place.path))
 
 
 def _jsonl(data: bytes) -> Iterator[dict[str, Any] | None]:
+    """Yield a row per line; None for a line that is not a JSON object."""
     for line in data.splitlines():
         if not line.strip():
             continue
@@ -108,9 +115,18 @@ def _csv(data: bytes) -> Iterator[dict[str, Any] | None]:
         yield {name: value for name, value in row.items() if isinstance(name, str)}
 
 
-def _below(folder: str, root: str) -> bool:
+def _folder_of(path: str) -> str:
+    return posixpath.dirname(path) or "."
+
+
+def _is_below(folder: str, root: str) -> bool:
     return root == "." or folder == root or folder.startswith(f"{root}/")
 
 
 def _outermost(folders: set[str]) -> list[str]:
-    return [folder for folder in folders if not any(folder != other and _below(folder, other) for other in folders)]
+    """Return the folders that are not below another one."""
+    outermost = []
+    for folder in folders:
+        if not any(folder != other and _is_below(folder, other) for other in folders):
+            outermost.append(folder)
+    return outermost

