@@ -1,15 +1,16 @@
 """Layout of a dataset in a store: keys, records, columns. Every reader and writer uses this file.
 
 <store>/<dataset>/
-  dataset.json                       settings that decide the pairs: sources, filters, buckets, part size,
-  seed manifest.json                      the plan: how many rows each part has
-  manifest/<bucket>/000000.parquet   the plan: which sample is which row
-  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet families/<family>/family.json,
-  constants-<xxh64>.safetensors families/<family>/<bucket>/00012/<attempt>/shard.00000.mds commits/<pairs or
-  family>/<bucket>/00012.json            the one object that makes a part exist dropped/<source file>.parquet
-  samples that the plan left out, and why snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet   immutable:
-  what a training run reads snapshots/history/000007.json                            snapshots in order of
-  creation; the last is `latest`
+  dataset.json                        settings that decide which pairs the dataset holds
+  manifest.json                       the plan: how many rows each part has
+  manifest/<bucket>/000000.parquet    the plan: which sample is which row
+  pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
+  families/<family>/family.json, constants-<xxh64>.safetensors
+  families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
+  commits/<pairs or family>/<bucket>/00012.json             the object that makes a part exist
+  dropped/<source file>.parquet                             samples that the plan left out, and why
+  snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet    immutable: what a training run reads
+  snapshots/history/000007.json                             snapshots in order; the last is `latest`
 """
 
 import hashlib

@@ -50,7 +50,7 @@ class SceneKey:
         return [caption_scene(self.scene, kind, self.seed, self.index) for kind in CAPTION_KINDS]
 
     def render(self) -> np.ndarray:
-        """The picture, uint8 [H, W, 3]."""
+        """Return the image, uint8 [H, W, 3]."""
         return render_scene(self.scene, self.bucket.height, self.bucket.width)
 
 
