@@ -42,7 +42,7 @@ from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order, source_files
 from data_prep.plan.scan import CAPTIONS, CRASHED
 from data_prep.sources.sample import printable
-from data_prep.sources.source import OpenSources, reads_along
+from data_prep.sources.source import OpenSources, needs_sequential_reads
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
 from model.common.files import naming_full_disk
@@ -179,7 +179,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
             )
             return open_parts[part].rows
 
-        tasks = order_tasks(parts, open_part, ranks, reads_along(config))
+        tasks = order_tasks(parts, open_part, ranks, needs_sequential_reads(config))
         for _, images in workers.map(chunk_tasks(tasks, OpenSources(config, files))):
             for image in images:
                 open_parts[image.part].add(image)

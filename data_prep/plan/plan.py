@@ -34,7 +34,7 @@ from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_dup
 from data_prep.plan.filters import Filters
 from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import SCAN, Scanner
-from data_prep.sources.source import OpenSources, SourceFile, list_files, reads_along
+from data_prep.sources.source import OpenSources, SourceFile, list_files, needs_sequential_reads
 from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
@@ -253,7 +253,7 @@ def _window(config: DatasetConfig) -> int:
 
     If images cannot be read at random (parquet with bytes), a part takes neighboring rows.
     """
-    if reads_along(config):
+    if needs_sequential_reads(config):
         return config.part_rows
     return config.part_rows * max(1, config.shuffle_window // config.part_rows)
 

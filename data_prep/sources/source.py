@@ -68,7 +68,7 @@ def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
     return kinds[source.kind](source)
 
 
-def reads_along(config: DatasetConfig) -> bool:
+def needs_sequential_reads(config: DatasetConfig) -> bool:
     """True if some images can only be read together with all data before them (bytes in parquet).
 
     Parts then hold neighboring rows, and are made for all buckets together.
