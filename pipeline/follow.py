@@ -37,6 +37,7 @@ from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, score_objects
 from pipeline.runtime.settings_record import record_settings
 
+IMAGES = "pictures"
 QUESTION = "{segment}?"
 """The question about a segment, as T2I-CompBench's BLIP-VQA asks it."""
 
@@ -167,7 +168,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
             f"{out}: no prompts.json there: run `python -m pipeline.follow write {out}` first"
         ) from error
     prompts = make_prompts(settings)
-    files, per_prompt = find_images(out / "pictures", len(prompts))
+    files, per_prompt = find_images(out / IMAGES, len(prompts))
 
     natural = [prompt for prompt in prompts if isinstance(prompt, NaturalPrompt)]
     if not natural:
@@ -220,9 +221,8 @@ def main() -> None:
     if arguments.command == "write":
         names = ("prompts", "count", "segments", "kind", "aspect", "seed")
         write_prompts(arguments.out, {name: getattr(arguments, name) for name in names})
-        out = arguments.out
-        command_line = f"pipeline.sample RUN --prompts {out}/prompts.txt --out {out}/pictures"
-        print(f"{out}/prompts.txt: generate its images with {command_line}")
+        prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES
+        print(f"{prompts}: generate its images with pipeline.sample RUN --prompts {prompts} --out {images}")
         return
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

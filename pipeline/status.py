@@ -1,6 +1,8 @@
-"""How a run stands: `python -m pipeline.status RUN`, or without RUN every run under `runs/`, a line each.
+"""Show the state of a run: `python -m pipeline.status RUN`, or without RUN every run under `runs/`, one per
+line.
 
-RUN is a run's folder, or its name under `runs/`. Reads the run's folder and, where there is one, Slurm's queue.
+RUN is a run's folder, or its name under `runs/`. Reads the run's folder and, where there is one, Slurm's
+queue.
 """
 
 import argparse
@@ -8,7 +10,6 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,23 @@ from rich.table import Table
 from model.common.errors import UserError, command
 from pipeline.operations.attempts import Ending, read_endings
 from pipeline.runtime.attempt import read_attempt
+from pipeline.runtime.run_log import goodput, latest_reports, read_lines, seconds_in_steps
 
 RECENT = 20
-"""Reports over which the present speed is taken."""
+"""Number of reports that the current speed is averaged over."""
 QUEUE_FORMAT = "%T|%r|%S|%N"
 
 
 @dataclass
 class Status:
-    """What is known of a run; None = not known (yet)."""
+    """The state of a run; None = not known (yet)."""
 
     name: str
     state: str
     step: int | None = None
     samples: int | None = None
     total: int | None = None
+    """Samples of the whole stage."""
     loss: float | None = None
     samples_per_second: float | None = None
     mfu: float | None = None
@@ -44,58 +47,61 @@ class Status:
     checkpoint_age: float | None = None
     """Seconds since the newest checkpoint was committed."""
     seconds_left: float | None = None
-    """To the end of the stage, at the present speed and goodput."""
+    """Seconds to the end of the stage, at the current speed and goodput."""
     starts: int = 0
 
 
-def read_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a run's metrics, without torch, which a login node may not have (see `pipeline.training.metrics`)."""
-    path = run / "metrics.jsonl"
-    if path.exists():
-        with path.open() as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
-
-
 def queue_line(job: str) -> str:
-    """The job in Slurm's queue: state, and for one that waits why and until when; empty when it is not there, or no Slurm is."""
+    """Describe a job in Slurm's queue: its state and nodes or, while it waits, the reason and the expected
+    start.
+
+    Returns:
+        An empty string if the job is not in the queue, or there is no Slurm.
+    """
     if not job or shutil.which("squeue") is None:
         return ""
-    asked = ["squeue", "-h", "-j", job, "-o", QUEUE_FORMAT]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode or not done.stdout.strip():
+    arguments = ["squeue", "-h", "-j", job, "-o", QUEUE_FORMAT]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    if result.returncode or not result.stdout.strip():
         return ""
-    state, reason, start, nodes = done.stdout.strip().splitlines()[0].split("|")
+    state, reason, start, nodes = result.stdout.strip().splitlines()[0].split("|")
     where = f"on {nodes}" if nodes else f"{reason}, starts {start}"
     return f"job {job} {state.lower()} {where}"
 
 
 def read_status(run: Path, now: float) -> Status:
-    """Put a run's files together.
+    """Read the state of a run from its files.
 
     Raises:
-        UserError: there is no such run.
+        UserError: if the run does not exist.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such run; see `python -m pipeline.status` for those there are")
-    rows = list(read_rows(run))
-    reports = {row["step"]: row for row in rows if "event" not in row}
-    reports = [reports[step] for step in sorted(reports)]
+        raise UserError(f"{run}: no such run; `python -m pipeline.status` lists all runs")
+    lines = list(read_lines(run))
+    reports = latest_reports(lines)
+
     attempt, endings = read_attempt(run), read_endings(run)
     status = Status(run.name, _state(run, endings, queue_line(attempt.job if attempt else "")))
-    status.starts = sum(row.get("event") in ("start", "resume") for row in rows)
-    resolved = run / "stage.yaml"
-    if resolved.exists():
-        status.total = int(OmegaConf.select(OmegaConf.load(resolved), "samples"))
+    status.starts = sum(line.get("event") == "start" for line in lines)
+    stage_file = run / "stage.yaml"
+    if stage_file.exists():
+        status.total = int(OmegaConf.select(OmegaConf.load(stage_file), "samples"))
+
     if reports:
         last = reports[-1]
-        status.step, status.samples, status.loss, status.mfu = last["step"], last["samples"], last.get("loss"), last.get("mfu")
-        speeds = [row["samples_per_second"] for row in reports[-RECENT:] if row.get("samples_per_second")]
-        status.samples_per_second = len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
-        status.goodput = _goodput(rows, reports)
-    checkpoints = sorted(path for path in (run / "checkpoints").glob("step_*") if (path / "manifest.json").exists())
+        status.step, status.samples = last["step"], last["samples"]
+        status.loss, status.mfu = last.get("loss"), last.get("mfu")
+        status.samples_per_second = _speed(reports[-RECENT:])
+        # up to the last line: a run that waits in the queue does not lose goodput
+        first_start, latest = lines[0]["time"], lines[-1]["time"]
+        if latest > first_start:
+            status.goodput = goodput(seconds_in_steps(reports), first_start, latest)
+
+    checkpoints = sorted((run / "checkpoints").glob("step_*/manifest.json"))
     if checkpoints:
-        status.checkpoint = checkpoints[-1].name
-        status.checkpoint_age = now - (checkpoints[-1] / "manifest.json").stat().st_mtime
+        status.checkpoint = checkpoints[-1].parent.name
+        status.checkpoint_age = now - checkpoints[-1].stat().st_mtime
+
     if status.state == "finished":
         status.seconds_left = 0.0
     elif status.total and status.samples is not None and status.samples_per_second and status.goodput:
@@ -104,29 +110,24 @@ def read_status(run: Path, now: float) -> Status:
     return status
 
 
+def _speed(reports: list[dict[str, Any]]) -> float | None:
+    """Return the mean samples per second of some reports, each weighted by its samples."""
+    speeds = [report["samples_per_second"] for report in reports if report.get("samples_per_second")]
+    return len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
+
+
 def _state(run: Path, endings: list[Ending], queued: str) -> str:
     if (run / "finished.json").exists():
         return "finished"
     if queued:
         return queued
     if endings and not endings[-1].requeued:
-        return f"ended ({endings[-1].kind}): submit again to go on"
+        return f"ended ({endings[-1].kind}): submit it again to continue"
     return "not in the queue"
 
 
-def _goodput(rows: list[dict[str, Any]], reports: list[dict[str, Any]]) -> float | None:
-    """Seconds of the steps that count (each once, as last run) over the seconds from the first line to the last."""
-    done, useful = 0, 0.0
-    for report in reports:
-        if report.get("samples_per_second"):
-            useful += (report["samples"] - done) / report["samples_per_second"]
-        done = report["samples"]
-    wall = rows[-1]["time"] - rows[0]["time"]
-    return useful / wall if wall > 0 else None
-
-
 def duration(seconds: float) -> str:
-    """`3 d 4 h`, `5 h 20 min`, `12 min`, `8 s`."""
+    """Return a duration as text: `3 d 4 h`, `5 h 20 min`, `12 min`, `8 s`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = int(seconds // 60)
@@ -135,67 +136,78 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def _form(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
 def show(status: Status, endings: list[Ending], now: float, console: Console) -> None:
-    """One run, a line a fact, then its starts and why they ended."""
+    """Print one run, with one fact per line, and then its attempts with their endings."""
+    speed = f"{_format(status.samples_per_second, '{:,.1f}')} samples/s, MFU {_format(status.mfu, '{:.1%}')}"
+    checkpoint, end = "-", "-"
+    if status.checkpoint is not None:
+        checkpoint = f"{status.checkpoint}, {duration(status.checkpoint_age or 0)} ago"
+    if status.seconds_left:
+        date = time.strftime("%a %d %b %H:%M", time.localtime(now + status.seconds_left))
+        end = f"{date}, in {duration(status.seconds_left)}"
+
     table = Table(box=None, show_header=False, pad_edge=False)
-    end = None if not status.seconds_left else now + status.seconds_left
-    lines = {
-        "state": status.state,
-        "step": _form(status.step, "{:,}"),
-        "samples": f"{_form(status.samples, '{:,}')} of {_form(status.total, '{:,}')}",
-        "loss": _form(status.loss, "{:.4f}"),
-        "speed": f"{_form(status.samples_per_second, '{:,.1f}')} samples/s, MFU {_form(status.mfu, '{:.1%}')}",
-        "goodput": _form(status.goodput, "{:.1%}"),
-        "checkpoint": "-" if status.checkpoint is None else f"{status.checkpoint}, {duration(status.checkpoint_age or 0)} ago",
-        "end": "-" if end is None else f"{time.strftime('%a %d %b %H:%M', time.localtime(end))}, in {duration(end - now)}",
-        "starts": str(status.starts),
-    }
-    for name, text in lines.items():
-        table.add_row(name, text)
+    table.add_row("state", status.state)
+    table.add_row("step", _format(status.step, "{:,}"))
+    table.add_row("samples", f"{_format(status.samples, '{:,}')} of {_format(status.total, '{:,}')}")
+    table.add_row("loss", _format(status.loss, "{:.4f}"))
+    table.add_row("speed", speed)
+    table.add_row("goodput", _format(status.goodput, "{:.1%}"))
+    table.add_row("checkpoint", checkpoint)
+    table.add_row("end", end)
+    table.add_row("starts", str(status.starts))
     console.print(table)
+
     for ending in endings:
-        began = time.strftime("%d %b %H:%M", time.localtime(ending.started))
+        started = time.strftime("%d %b %H:%M", time.localtime(ending.started))
         console.print(
-            f"  {began}  job {ending.job}.{ending.restart} on {ending.nodes}: {ending.kind} at step {ending.step:,} after "
-            f"{duration(ending.ended - ending.started)}: {ending.reason}{'; requeued' if ending.requeued else ''}"
+            f"  {started}  job {ending.job}.{ending.restart} on {ending.nodes}: {ending.kind} at step "
+            f"{ending.step:,} after {duration(ending.ended - ending.started)}: "
+            f"{ending.reason}{'; requeued' if ending.requeued else ''}"
         )
 
 
 def show_all(statuses: list[Status], console: Console) -> None:
-    """All runs, a line each."""
+    """Print all runs, one per line."""
     table = Table(box=None, pad_edge=False)
     for column in ("run", "step", "done", "loss", "samples/s", "starts", "left", "state"):
         table.add_column(column)
-    for one in statuses:
-        done = one.samples / one.total if one.samples is not None and one.total else None
-        left = "-" if not one.seconds_left else duration(one.seconds_left)
-        facts = (
-            _form(one.step, "{:,}"),
-            _form(done, "{:.1%}"),
-            _form(one.loss, "{:.4f}"),
-            _form(one.samples_per_second, "{:,.1f}"),
+    for status in statuses:
+        done = status.samples / status.total if status.samples is not None and status.total else None
+        table.add_row(
+            status.name,
+            _format(status.step, "{:,}"),
+            _format(done, "{:.1%}"),
+            _format(status.loss, "{:.4f}"),
+            _format(status.samples_per_second, "{:,.1f}"),
+            str(status.starts),
+            duration(status.seconds_left) if status.seconds_left else "-",
+            status.state,
         )
-        table.add_row(one.name, *facts, str(one.starts), left, one.state)
     console.print(table)
 
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.status`."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.status", description=__doc__)
-    parser.add_argument("run", nargs="?", help="folder of a run, or its name under runs/; none = all runs there")
-    parser.add_argument("--json", action="store_true", help="as JSON, a line a run")
+    parser.add_argument(
+        "run", nargs="?", help="folder of a run, or its name under runs/; default: all runs there"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one line per run")
     arguments = parser.parse_args()
+
     now = time.time()
     if arguments.run is None:
         runs = sorted(path.parent for path in Path("runs").glob("*/metrics.jsonl"))
     else:
         runs = [Path(arguments.run) if Path(arguments.run).is_dir() else Path("runs") / arguments.run]
     statuses = [read_status(run, now) for run in runs]
+
     console = Console(soft_wrap=True, highlight=False)
     if arguments.json:
         for status in statuses:

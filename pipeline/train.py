@@ -5,17 +5,22 @@
     torchrun --standalone --nproc-per-node 8 -m pipeline.train li_dit_1b_256 data.store=s3://bucket/prefix
     sbatch cluster/train.sh li_dit_1b_256
 
-Exit codes: 0 the stage is finished; 85 a checkpoint was committed and the stage wants to be started again (SIGUSR1, SIGTERM,
-a `stop` file in the run's folder, or --minutes); 2 something to be put right, said in one line; 1 a crash.
-An error on one rank ends all of them within seconds; a rank that hangs is named, with what it was doing
+Exit codes:
+    0   the stage is finished
+    85  a checkpoint was committed and the stage is to be started again: after SIGUSR1, SIGTERM,
+        a `stop` file in the run's folder, or --minutes
+    2   an error that the user can fix, printed in one line
+    1   a crash
+
+An error on one rank ends all ranks within seconds. A rank that hangs is named, with its phase
 (pipeline/runtime/watchdog.py).
 """
 
-from pipeline.runtime.stopping import EXIT_AGAIN, Stop
+from pipeline.runtime.stopping import Stop
 
 STOP = Stop()
 if __name__ == "__main__":
-    STOP.install()  # before the seconds that importing torch takes, so that a signal then is not lost
+    STOP.install()  # importing torch takes seconds, and a signal in that time must not be lost
 
 import argparse
 
@@ -27,24 +32,39 @@ from pipeline.stage.config import StageConfig, dump_stage, load_stage
 from pipeline.stage.corpus import resolve
 from pipeline.training.trainer import Trainer
 
+STUCK_SHARE = 0.9
+"""Share of the collectives' timeout after which the watchdog names ranks that hang."""
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", help="name of a shipped stage, or path of a YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the stage's own, such as optim.lr=2e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved stage, check it against its store, and stop")
-    parser.add_argument("--minutes", type=float, help="save and leave with code 85 after so many minutes")
+    add = parser.add_argument
+    add("stage", help="name of a shipped stage, or path of a YAML")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that override the stage's, such as optim.lr=2e-4",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved stage, check it against its store, and exit",
+    )
+    add("--minutes", type=float, help="save and exit with code 85 after this many minutes")
     return parser.parse_intermixed_args(arguments)
 
 
 def dry_run(stage: StageConfig) -> None:
-    """Print the resolved stage and check it against its store.
+    """Print the resolved stage, and check it against its store.
 
     Raises:
-        UserError: the stage and the store do not fit.
+        UserError: if the stage and the store do not match.
     """
     resolved, corpus = resolve(stage)
     dit, widths = network_sizes(resolved, corpus)
@@ -55,19 +75,20 @@ def dry_run(stage: StageConfig) -> None:
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.train`."""
+    """Run the command line."""
     arguments = parse()
     stage = load_stage(arguments.stage, arguments.overrides)
     if arguments.dry_run:
         dry_run(stage)
         return
     if (stage.run / "finished.json").exists():
-        print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it anew")
+        print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it again")
         return
+
     STOP.watch(stage.run / "stop", arguments.minutes)
     ranks = join_process_group(stage.engine.timeout_minutes)
     heartbeat = Heartbeat()
-    watchdog = Watchdog(ranks, heartbeat, stuck_seconds=0.9 * 60 * stage.engine.timeout_minutes)
+    watchdog = Watchdog(ranks, heartbeat, STUCK_SHARE * 60 * stage.engine.timeout_minutes)
     try:
         code = Trainer(stage, ranks, STOP, heartbeat).run()
     except BaseException as error:
@@ -78,5 +99,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-__all__ = ["EXIT_AGAIN", "dry_run", "main", "parse"]

@@ -21,11 +21,11 @@ from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import EngineConfig, ObjectiveConfig, SampleConfig
 
 if TYPE_CHECKING:
-    from pipeline.engine.inference import ShardedNetwork
+    from pipeline.engine.inference import PartitionedNetwork
 
 INDEX = "model_index.json"
 TIMEOUT_MINUTES = 60
-"""How long ranks with partitioned weights wait for each other: reading the prompts may take as long."""
+"""Longest wait of ranks with partitioned weights for each other: reading the prompts may take as long."""
 
 
 def load_source(
@@ -84,7 +84,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
 
 
-def _partition_export(folder: Path, dtype: torch.dtype) -> "ShardedNetwork":
+def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":
     config: Any = LIDiTModel.load_config(folder)
     dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
     build = partial(LIDiT, dit, fusion, config["text_widths"])
@@ -127,6 +127,13 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--size", metavar="HxW")
     parser.add_argument("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
     parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="value of one of the network's further conditions (model.conditions); repeatable",
+    )
+    parser.add_argument(
         "--quantised", action="store_true", help="pass LLM states through the family's quantization"
     )
     parser.add_argument(
@@ -142,7 +149,7 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
     """Return the run's own sampling settings, overridden by the command line.
 
     Raises:
-        UserError: if a size is not HxW.
+        UserError: if a size is not HxW, or a condition not NAME=VALUE.
     """
     height, width = defaults.height, defaults.width
     if arguments.size is not None:
@@ -155,5 +162,19 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
     steps = defaults.steps if arguments.steps is None else arguments.steps
     guidance = defaults.guidance if arguments.guidance is None else arguments.guidance
     return SamplingParams(
-        steps, guidance, height, width, arguments.scheduler, arguments.negative, arguments.quantised
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        scheduler=arguments.scheduler,
+        negative=arguments.negative,
+        quantised=arguments.quantised,
+        conditions=dict(_name_and_value(text) for text in arguments.condition),
     )
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"--condition {text}: write NAME=VALUE")
+    return name, value

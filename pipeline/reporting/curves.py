@@ -101,7 +101,7 @@ def smooth(values: list[float], share: float = 0.03) -> list[float]:
 
 
 def series(rows: Sequence[dict[str, Any]], name: str, smoothed: bool = True) -> Line:
-    """Return one quantity over samples, as far as it was reported. Of equal numbers of samples, the last counts."""
+    """Return one quantity over samples, as far as it was reported; repeated steps count as last reported."""
     points = {row["samples"]: row[name] for row in rows if row.get(name) is not None}
     samples = sorted(points)
     values = [points[sample] for sample in samples]
@@ -147,7 +147,7 @@ def bucket_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
 
 
 def scene_lines(run: Path) -> dict[str, Line]:
-    """Return the scores of scene prompts: numbers with the prefix, and all numbers of events with the prefix."""
+    """Return the scores of scene prompts: numbers with the prefix, and numbers of events with the prefix."""
     rows: list[dict[str, Any]] = []
     for line in read_lines(run):
         is_scene_event = line.get("event", "").startswith(SCENES)

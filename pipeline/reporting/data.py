@@ -58,7 +58,7 @@ def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
 
 
 def _steps(corpus: Corpus) -> list[dict[str, str]]:
-    """Return the steps from the rows of the sources to the rows that the run reads, and what each step drops."""
+    """Return the steps from the rows of the sources to the rows that the run reads, with what each drops."""
     planned, used = 0, sum(corpus.rows.values())
     dropped: Counter[str] = Counter()
     missing: Counter[str] = Counter()

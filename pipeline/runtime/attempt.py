@@ -1,4 +1,4 @@
-"""The newest start of a run by a cluster job, and whether this process still belongs to it."""
+"""The newest attempt at a run by a cluster job, and a check that this process still belongs to it."""
 
 import json
 import os
@@ -16,10 +16,11 @@ class Attempt:
     restart: int
     nodes: str
     started: float
+    """Seconds since 1970."""
     output: str = ""
-    """The job's output file."""
+    """Path of the job's output file."""
     log_sizes: dict[str, int] = field(default_factory=dict)
-    """Size of each log when the attempt began, so that its own lines can be told from older ones."""
+    """Size of each log at the start of the attempt: later bytes are the attempt's own."""
 
     @property
     def name(self) -> str:
@@ -28,21 +29,23 @@ class Attempt:
 
 
 def read_attempt(run: Path) -> Attempt | None:
-    """The newest attempt at a run, or None."""
+    """Return the newest attempt at a run, or None."""
     path = run / "attempt.json"
     return Attempt(**json.loads(path.read_text())) if path.exists() else None
 
 
-def check_still_ours(run: Path) -> None:
-    """Look whether the attempt that this process belongs to, which cluster/train.sh exports, is still the newest one.
+def check_newest_attempt(run: Path) -> None:
+    """Check that this process's attempt, which cluster/train.sh exports, is still the newest one.
 
-    A rank cut off from Slurm may outlive its job, and must not write into a run that another job has since taken over.
+    A rank that lost its connection to Slurm may outlive its job. It must not write into a run that another
+    job has since taken over.
 
     Raises:
-        UserError: another attempt has begun.
+        UserError: if there is a newer attempt.
     """
-    ours, newest = os.environ.get("LI_DIT_ATTEMPT", ""), read_attempt(run)
-    if ours and newest is not None and newest.name != ours:
+    own, newest = os.environ.get("LI_DIT_ATTEMPT", ""), read_attempt(run)
+    if own and newest is not None and newest.name != own:
         raise UserError(
-            f"{run}: job {newest.name} has taken this run over from {ours}: let it go on, this process writes nothing"
+            f"{run}: job {newest.name} has taken this run over from {own}: let it continue, "
+            "this process writes nothing"
         )

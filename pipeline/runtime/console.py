@@ -1,4 +1,4 @@
-"""What a person sees while a run is going: a progress bar on a terminal, plain lines in a log."""
+"""Output of a running command: a progress bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -15,14 +15,13 @@ _NUMBERS = {
     "mfu": "mfu {:.1%}",
     "goodput": "goodput {:.1%}",
 }
-"""What a report shows, and how."""
+"""Metrics of a report that are shown, with their formats."""
 
 
 def log_line(message: str) -> None:
-    """One line, stamped with the time of day."""
-    CONSOLE.print(
-        f"[dim]{time.strftime('%H:%M:%S')}[/dim] {message}" if CONSOLE.is_terminal else f"{time.strftime('%H:%M:%S')} {message}"
-    )
+    """Print a line with the time of day."""
+    now = time.strftime("%H:%M:%S")
+    CONSOLE.print(f"[dim]{now}[/dim] {message}" if CONSOLE.is_terminal else f"{now} {message}")
 
 
 class TrainingProgress(Progress):

@@ -1,6 +1,7 @@
-"""Which process of the run this is, and the few agreements that the ranks make outside of the engine.
+"""The rank of this process, and the few collectives outside the engine.
 
-Nothing here imports torch at the top: ranks are read, and signal handlers set, before the seconds that torch takes.
+Nothing here imports torch at the top: importing it takes seconds, and ranks are read and signal handlers set
+before.
 """
 
 import os
@@ -23,7 +24,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among the run's processes: one process per GPU, or any number of them on CPU."""
+    """Rank of this process: one process per GPU, or any number of processes on the CPU."""
 
     rank: int
     world: int
@@ -31,25 +32,31 @@ class Distributed:
 
     @classmethod
     def from_environment(cls) -> "Distributed":
-        """Read what torchrun or a Slurm step set, else one process alone; then name the meeting point for torch.
+        """Read the variables of torchrun or a Slurm step, and export those that torch and DeepSpeed read.
 
-        A Slurm batch script itself is no step, so a command in it without `srun` runs alone.
+        Without either, this process is alone. A Slurm batch script is not a step, so a command in it without
+        `srun` runs alone.
 
         Raises:
-            UserError: torchrun's variables are incomplete, or this is not a rank of that world.
+            UserError: if torchrun's variables are incomplete, or the rank is not below the world size.
         """
         if "RANK" in os.environ:
             missing = [name for name in _TORCHRUN if name not in os.environ]
             if missing:
-                raise UserError(f"RANK is set but {', '.join(missing)} not: start with torchrun or srun, or unset RANK")
+                raise UserError(
+                    f"RANK is set but {', '.join(missing)} not: start with torchrun or srun, or unset RANK"
+                )
             ranks = cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-            ranks = cls(*(int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")))
+            ranks = cls(
+                *(int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+            )
         else:
             ranks = cls(0, 1, 0)
         if not 0 <= ranks.rank < ranks.world:
             raise UserError(
-                f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, unset RANK and WORLD_SIZE"
+                f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, "
+                "unset RANK and WORLD_SIZE"
             )
         ranks._export()
         return ranks
@@ -64,7 +71,7 @@ class Distributed:
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def _export(self) -> None:
-        """Set what torch's and DeepSpeed's `env://` start reads."""
+        """Set the variables that torch's and DeepSpeed's `env://` rendezvous reads."""
         values = (self.rank, self.world, self.local_rank)
         os.environ.update({name: str(value) for name, value in zip(_TORCHRUN, values, strict=True)})
         if self.world == 1:
@@ -72,26 +79,32 @@ class Distributed:
             if "MASTER_PORT" not in os.environ:
                 os.environ["MASTER_PORT"] = str(free_port())
             return
-        for name, value in slurm_meeting_point(os.environ).items():
+
+        for name, value in slurm_rendezvous(os.environ).items():
             os.environ.setdefault(name, value)
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             raise UserError(
-                "MASTER_ADDR or MASTER_PORT is not set: export the first node's name and a free port, as cluster/train.sh does"
+                "MASTER_ADDR or MASTER_PORT is not set: export the first node's name and a free port, "
+                "as cluster/train.sh does"
             )
 
 
-def slurm_meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
-    """The first node of a Slurm step and a port of its job, as MASTER_ADDR and MASTER_PORT; empty outside of Slurm."""
+def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the first node of a Slurm step and a port of its job, as MASTER_ADDR and MASTER_PORT.
+
+    Returns:
+        An empty dictionary outside of Slurm.
+    """
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-    found = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    if found is None:
+    first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)  # `gpu[07-09,12]` or `n1,n2`
+    if first is None:
         return {}
     port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
-    return {"MASTER_ADDR": found[1] + (found[2] or ""), "MASTER_PORT": str(port)}
+    return {"MASTER_ADDR": first[1] + (first[2] or ""), "MASTER_PORT": str(port)}
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """Return a TCP port of this machine that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -106,7 +119,7 @@ def ensure_process_group(ranks: Distributed) -> None:
 
 
 def all_reduce_min(value: int, group: "dist.ProcessGroup | None" = None) -> int:
-    """The smallest of all ranks' values: how the ranks agree that all have succeeded. Collective; alone, the value."""
+    """Return the smallest of all ranks' values, such as whether all have succeeded. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -119,7 +132,7 @@ def all_reduce_min(value: int, group: "dist.ProcessGroup | None" = None) -> int:
 
 
 def gather(value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
-    """All ranks' small values in rank order, on every rank. Collective; alone, just the value."""
+    """Return all ranks' small values in rank order, on every rank. Collective."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -130,12 +143,16 @@ def gather(value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
 
 
 def first_failure(failure: str) -> str:
-    """What has failed on the first rank on which something has; "" = nothing on any. Collective; alone, the rank's own.
+    """Return the failure of the first rank that has one, or "". Collective.
 
-    In a group of its own on the CPU, beside what the caller does with others; a rank may come half an hour after the rest.
+    It uses a process group of its own on the CPU, so it does not interfere with other collectives. A rank may
+    arrive half an hour after the others.
+
+    Args:
+        failure: description of this rank's failure; "" = none.
 
     Raises:
-        RuntimeError: a rank has gone, or not come.
+        RuntimeError: if a rank has exited, or does not arrive.
     """
     import torch.distributed as dist
 
@@ -149,7 +166,7 @@ def first_failure(failure: str) -> str:
 
 @lru_cache(maxsize=1)
 def _cpu_group(world: object) -> "dist.ProcessGroup":
-    """All ranks of the process group `world`."""
+    """Return a gloo group of all ranks; the process group `world` is the key of the cache."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # pyright: ignore[reportReturnType]
@@ -159,7 +176,8 @@ def rank_and_world(from_environment: bool = False) -> tuple[int, int]:
     """Return this process's rank and the number of processes.
 
     Args:
-        from_environment: without a process group, take RANK and WORLD_SIZE if they are set, instead of (0, 1).
+        from_environment: without a process group, take RANK and WORLD_SIZE if they are set, instead of (0,
+            1).
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Training on this machine without Slurm: one `python -m pipeline.train` per rank, as srun starts them on a cluster."""
+"""Training on one machine without Slurm: one `python -m pipeline.train` per rank, as srun does on a cluster."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pipeline.runtime.distributed import free_port
 
 
 def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Start `count` ranks of `python -m pipeline.train ARGUMENTS`, which share this machine's cores."""
+    """Start `count` ranks of `python -m pipeline.train ARGUMENTS` that share this machine's cores."""
     port = free_port()
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return [
@@ -29,29 +29,32 @@ def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def wait_for(ranks: list[subprocess.Popen[bytes]], *good: int, meanwhile: Callable[[], None] = lambda: None) -> int:
-    """Wait until all ranks have left; one that fails ends the others.
+def wait_for(
+    ranks: list[subprocess.Popen[bytes]], *good: int, meanwhile: Callable[[], None] = lambda: None
+) -> int:
+    """Wait until all ranks have exited. If one fails, kill the others.
 
     Args:
-        ranks: from `start_ranks`.
-        good: exit codes that are no failure.
-        meanwhile: called several times a second as long as one runs.
+        ranks: processes of `start_ranks`.
+        good: exit codes of success.
+        meanwhile: called several times per second while a rank is running.
 
     Returns:
-        The exit code: one of `good`, or that of the first rank that failed.
+        One of the `good` exit codes, or that of the first rank that failed.
     """
-    left = list(ranks)
-    while left:
-        for rank in [rank for rank in left if rank.poll() is not None]:
-            left.remove(rank)
+    running = list(ranks)
+    while running:
+        for rank in [rank for rank in running if rank.poll() is not None]:
+            running.remove(rank)
             if rank.returncode not in good:
-                for other in left:
+                for other in running:
                     other.kill()
                 return rank.returncode
-        if left:
+
+        if running:
             meanwhile()
             try:
-                left[0].wait(timeout=0.2)
+                running[0].wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 continue
     return ranks[0].returncode

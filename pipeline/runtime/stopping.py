@@ -1,6 +1,7 @@
-"""When to stop a run before its end: a signal, a file, a time limit.
+"""Reasons to stop a run before its end: a signal, a file, a time limit.
 
-Signal handlers only set a flag; the ranks agree on it at the next step boundary, save, and leave with `EXIT_AGAIN`.
+Signal handlers only set a flag. The ranks agree on it at the next step boundary, save, and exit with
+`EXIT_AGAIN`.
 """
 
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_AGAIN = 85
-"""Exit code of a run that committed a checkpoint and wants to be started again."""
+"""Exit code of a run that committed a checkpoint and is to be started again."""
 
 
 class Stop:
@@ -21,7 +22,10 @@ class Stop:
         self._file: Path | None = None
 
     def install(self) -> "Stop":
-        """Catch SIGUSR1 and SIGTERM. Call it before torch is imported: a signal in those seconds must not kill the rank."""
+        """Catch SIGUSR1 and SIGTERM.
+
+        Call it before torch is imported: a signal in those seconds must not kill the rank.
+        """
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         return self
@@ -30,12 +34,12 @@ class Stop:
         self.reason = signal.Signals(number).name
 
     def watch(self, file: Path, minutes: float | None) -> None:
-        """Stop too when `file` appears, or `minutes` from now."""
+        """Also stop when `file` exists, or `minutes` from now."""
         self._file = file
         self._deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
 
     def requested(self) -> bool:
-        """Whether this rank has a reason to stop; `reason` then says which."""
+        """True if this rank has a reason to stop; `reason` then names it."""
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = "time limit"
         if not self.reason and self._file is not None and self._file.exists():

@@ -196,7 +196,7 @@ def test_status_counts_steps_once_and_foretells_the_end(stage):
         {"step": step, "samples": 10 * step, "time": step * 1.0, "loss": 1.0, "samples_per_second": 10.0}
         for step in range(1, 101)
     ]
-    rows += [{"event": "resume", "time": 150.0, "step": 50}]
+    rows += [{"event": "start", "time": 150.0, "step": 50}]
     rows += [
         {"step": step, "samples": 10 * step, "time": 100.0 + step, "loss": 0.5, "samples_per_second": 10.0}
         for step in range(51, 151)

@@ -43,7 +43,7 @@ def main():
     total = stage.samples // stage.global_batch
     every = stage.checkpoint.every_samples // stage.global_batch
     log = (run / "metrics.jsonl" if rank == 0 else Path(os.devnull)).open("a", buffering=1)
-    log.write(json.dumps({"event": "resume" if step else "start", "time": time.time(), "step": step}) + "\n")
+    log.write(json.dumps({"event": "start", "time": time.time(), "step": step}) + "\n")
     while True:
         if [rank, step] == crash:
             raise ValueError("a made-up fault")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from model.common.errors import UserError
-from pipeline.runtime.distributed import Distributed, all_reduce_min, free_port, gather, rank_and_world, slurm_meeting_point
+from pipeline.runtime.distributed import Distributed, all_reduce_min, free_port, gather, rank_and_world, slurm_rendezvous
 
 NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
 NAMES += [
@@ -62,8 +62,8 @@ def test_half_an_environment_is_refused(environment, values, named):
     [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("a-b[003,7]", "a-b003"), ("host.cluster", "host.cluster")],
 )
 def test_the_first_node_of_a_slurm_list(nodes, first):
-    assert slurm_meeting_point({"SLURM_JOB_NODELIST": nodes})["MASTER_ADDR"] == first
-    assert slurm_meeting_point({}) == {}
+    assert slurm_rendezvous({"SLURM_JOB_NODELIST": nodes})["MASTER_ADDR"] == first
+    assert slurm_rendezvous({}) == {}
 
 
 def test_alone_every_agreement_is_ones_own():

@@ -59,7 +59,7 @@ def test_a_rank_that_is_stuck_is_named_with_its_phase_by_all(pool, tmp_path):
     pool.send(tasks.watched, (str(tmp_path), "sleep", 1, 1))
     codes, logs = end(pool, tmp_path)
     assert codes == [1, 1]
-    hangs = rf"rank 1 \(\S+, process {pool.processes[1].pid}\) in phase `data` of step 3 hangs: no rank has gone on for .* s\n"
+    hangs = rf"rank 1 \(\S+, process {pool.processes[1].pid}\) in phase `data` of step 3 hangs: no rank has made progress for .* s\n"
     assert all(re.fullmatch(rf"(error|rank \d ends): {hangs}", log) for log in logs)
     assert any(log.startswith("error: ") for log in logs)
 
