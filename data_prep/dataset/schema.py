@@ -156,8 +156,7 @@ class Family:
 
     @property
     def constants_key(self) -> str:
-        """Key of the constants; named by content, so that two tasks that register at once cannot mix them
-        up."""
+        """Key of the constants; named by content, so that two tasks cannot mix them up."""
         return f"families/{self.name}/constants-{self.constants_xxh64}.safetensors"
 
     @property

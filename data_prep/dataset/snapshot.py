@@ -158,8 +158,7 @@ def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[st
 
 
 def _content_hash(rows: list[dict[str, str | int]]) -> str:
-    """Return the SHA-256 of the index without keys: the attempt's random name says nothing about the
-    content."""
+    """Return the SHA-256 of the index without keys, which contain the attempt's random name."""
     digest = hashlib.sha256()
     for row in rows:
         content = {name: value for name, value in row.items() if not name.endswith(".key")}
@@ -385,8 +384,7 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
 
 
 def _garbage_group(key: str) -> str | None:
-    """Return the unit that an object is removed with: its attempt's folder, or itself; None = never
-    garbage."""
+    """Return the unit of removal of an object: its attempt's folder, or itself; None = never garbage."""
     if key.rpartition("/")[2].startswith("."):
         return key
     if attempt := PAYLOAD.fullmatch(key):

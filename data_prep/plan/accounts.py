@@ -32,8 +32,7 @@ def written_count(number: int) -> str:
 
 
 def dropped_count(number: int) -> str:
-    """Name, in a part's commit, of the count of rows of source file `number` that were dropped while making
-    it."""
+    """Name, in a part's commit, of the count of dropped rows from source file `number`."""
     return f"file {number} dropped"
 
 
@@ -65,7 +64,8 @@ def account(dataset: Store) -> list[FileAccount]:
             raise UserError(
                 f"{dataset.uri}: the counts of source file {account.label} do not add up: "
                 f"{account.read} rows read, {account.dropped_by_plan} dropped by the plan, "
-                f"{account.planned} planned, {account.written} written, {account.dropped_in_parts} dropped in parts: "
+                f"{account.planned} planned, {account.written} written, "
+                f"{account.dropped_in_parts} dropped in parts: "
                 "run `verify --deep`, then prepare the dataset again under another name"
             )
         accounts.append(account)

@@ -59,7 +59,9 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
 
     parts = f"{len(manifest.parts):,} parts of {len(manifest.buckets)} buckets"
     print(f"plan: {rows_read:,} rows read, {rows:,} planned in {parts}")
-    print(f"      {captions:,} captions of {characters:.0f} characters, about {tokens:.0f} tokens, on average")
+    print(
+        f"      {captions:,} captions of {characters:.0f} characters, about {tokens:.0f} tokens, on average"
+    )
     reasons = _rows_by_reason(record)
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"      {count:,} left out: {reason}")
@@ -120,6 +122,5 @@ def model_size(text: TextConfig) -> Size | None:
 
 
 def _size(width: int, depth: int, feed_forward: int) -> Size:
-    """Count attention as 4 w^2 (an upper bound if keys and values are shared) and a gated feed-forward as 3 w
-    f."""
+    """Count 4 w^2 for attention (an upper bound if keys are shared) and 3 w f for a gated feed-forward."""
     return Size(width, depth, depth * (4 * width * width + 3 * width * feed_forward))

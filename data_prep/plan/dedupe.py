@@ -93,8 +93,7 @@ def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[np.
 
 
 def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:
-    """Yield the ids, int64 [N], of rows that are near a row with a smaller id; an id may occur more than
-    once.
+    """Yield the ids, int64 [N], of rows that are near a row with a smaller id; ids may occur repeatedly.
 
     Args:
         spool: perceptual hashes.

@@ -1,5 +1,4 @@
-"""Named filters, composed in a dataset's YAML. A filter looks at one row and gives a reason to drop
-something.
+"""Named filters, composed in a dataset's YAML. A filter gives a reason to drop a row or a caption.
 
     filters:
       - {name: min_side, value: 256}                      # shorter side in pixels

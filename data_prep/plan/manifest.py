@@ -35,8 +35,10 @@ MANIFEST = pa.schema(
         ("path", pa.string()),
     ]
 )
-"""Columns, with one row per planned sample, in order. `manifest/<bucket>/<n>.parquet` holds parts 16 n to 16
-n + 15, one row group per part."""
+"""Columns, with one row per planned sample, in order.
+
+`manifest/<bucket>/<n>.parquet` holds parts 16 n to 16 n + 15, one row group per part.
+"""
 
 
 def _manifest_key(bucket: str, number: int) -> str:

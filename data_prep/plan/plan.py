@@ -161,8 +161,7 @@ def _scan_key(number: int) -> str:
 
 
 def _freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
-    """List the source files once for all tasks: files that are added later must not change the ids of the
-    others."""
+    """List the source files once for all tasks, so that files that are added later do not change ids."""
     if not dataset.exists(FILES_KEY):
         entries = [[file.number, file.source, file.name] for file in list_files(config)]
         dataset.put_new(FILES_KEY, canonical_json(entries))

@@ -47,9 +47,11 @@ SCAN = pa.schema(
         ("path", pa.string()),
     ]
 )
-"""Columns of a scan table, with one row per source row. `reason` is empty for rows that are kept; `refused`
-has a reason for every dropped caption; `height` and `width` are those of the upright original; the last three
-columns are the image's `Place`."""
+"""Columns of a scan table, with one row per source row.
+
+`reason` is empty for rows that are kept; `refused` has a reason for every dropped caption; `height` and
+`width` are those of the upright original; the last three columns are the image's `Place`.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Files of a source, in a local folder or a bucket: list them, read them whole, in ranges, or as seekable
-files."""
+"""Files of a source, local or in a bucket: list them, read them whole, in ranges or as seekable files."""
 
 import fnmatch
 import io
@@ -166,8 +165,7 @@ class _RangedFile(io.RawIOBase):
 
 
 def _split_glob(path: str) -> tuple[str, str]:
-    """Split a path into a root without wildcards, and the pattern below it (empty if there is no
-    wildcard)."""
+    """Split a path into a root without wildcards, and the pattern below it (empty if none)."""
     match = GLOB.search(path)
     if not match:
         return path, ""

@@ -1,5 +1,4 @@
-"""A folder of images with `metadata.jsonl` or `metadata.csv` (column `file_name`), or with a `.txt` next to
-each image.
+"""A folder of images, with `metadata.jsonl` or `metadata.csv` (column `file_name`) or a `.txt` per image.
 
 This is Hugging Face's imagefolder convention. A "file" of this source is a folder. A folder with a metadata
 file includes everything below it, any other only the images directly in it. Images that no metadata row names

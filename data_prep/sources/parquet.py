@@ -36,8 +36,7 @@ class ParquetSource:
         return self._files.names()
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Yield all rows with the wanted columns; the unreadable rest of a damaged file is rows with that
-        reason."""
+        """Yield all rows with the wanted columns; unreadable rows have that as their reason."""
         done = total = 0
         try:
             with self._files.open(name) as file, self._opened(file) as parquet:
@@ -133,8 +132,7 @@ class _Rows:
         self._values: Iterator[pa.Scalar] = iter(())
 
     def at(self, place: Place) -> bytes | None:
-        """Return the image at `place`, which must come after the previous one; None if there is no such
-        row."""
+        """Return the image at `place`, which must come after the previous one; None if there is none."""
         if place.offset != self._group:
             self._group = place.offset
             self._next = 0
@@ -152,8 +150,7 @@ class _Rows:
 
 
 def _raise_unless_content(error: Exception) -> None:
-    """Raise errors of the disk, which have a number; errors in a file's content have none and only cost
-    rows."""
+    """Raise errors of the disk, which have a number; errors in a file's content only cost rows."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         raise error
 

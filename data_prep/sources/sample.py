@@ -29,8 +29,7 @@ class Sample:
     """The row's fields: captions, and columns that filters read."""
     place: Place = field(default_factory=Place)
     reason: str = ""
-    """Reason why the source cannot deliver this row; the unreadable rest of a damaged file counts as one
-    row."""
+    """Reason why the source cannot deliver this row, which may be the unreadable rest of a damaged file."""
     detail: str = ""
 
 
@@ -47,14 +46,12 @@ T = TypeVar("T", bound=HasImage)
 
 
 def printable(text: str) -> str:
-    """Return text from a foreign file with `?` for every unprintable character, including unpaired
-    surrogates."""
+    """Return foreign text with `?` for every unprintable character, including unpaired surrogates."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def in_chunks(rows: Iterable[T], max_rows: int) -> Iterator[list[T]]:
-    """Yield chunks of at most `max_rows` rows; a chunk also ends with the row that brings it to
-    `CHUNK_BYTES`."""
+    """Yield chunks of at most `max_rows` rows; a chunk also ends when its images reach `CHUNK_BYTES`."""
     chunk: list[T] = []
     size = 0
     for row in rows:

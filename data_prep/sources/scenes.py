@@ -1,5 +1,4 @@
-"""Rendered scenes as a source: their content is known exactly, and can be recovered from the key of a
-pair."""
+"""Rendered scenes as a source: their content is known exactly, and follows from the key of a pair."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -55,8 +54,7 @@ class SceneKey:
 
 
 class ScenesSource:
-    """Scenes 0 to count - 1 of a seed; a "file" is a range of them, each in a random one of the dataset's
-    buckets.
+    """Scenes 0 to count - 1 of a seed, each in a random bucket of the dataset; a "file" is a range of them.
 
     Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); the numbers of `segments` and
     `objects`; `ground`, the pattern of the ground.

@@ -1,5 +1,4 @@
-"""Sources of image-caption pairs behind one interface: a source has files, a file has rows of an image and
-fields.
+"""Sources of image-caption pairs: a source has files, a file has rows, a row has an image and fields.
 
 A sample's id is `file_number << 32 | row`: the file's number in the dataset's sorted list, and the row's
 number in the file.
@@ -32,8 +31,7 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Yield all rows of a file in order. Bad content never raises: a row that cannot be used has a
-        reason.
+        """Yield all rows of a file in order; bad content never raises, but gives a row with a reason.
 
         Args:
             name: one of `files`.
@@ -111,8 +109,7 @@ class OpenSources:
 
 
 def list_files(config: DatasetConfig) -> list[SourceFile]:
-    """List all source files of the dataset, numbered in the order of the YAML's sources and sorted within
-    each.
+    """List all source files, numbered in the order of the YAML's sources and sorted within each source.
 
     Raises:
         UserError: if a source has no files.

@@ -1,5 +1,4 @@
-"""WebDataset tars: consecutive members with one key are a row. Includes img2dataset's output, with captions
-in `.json`.
+"""WebDataset tars, also img2dataset's, with captions in `.json`: consecutive members with one key are a row.
 
 Nothing is ever extracted: names are only keys, and images are read by their offset.
 """
