@@ -151,6 +151,8 @@ def commit_part(
         )
         if dataset.put_new(key, commit.to_json()):
             return commit
+
+        # Another task was first, so no commit names our payload.
         for file in stored:
             dataset.delete(file.key)
 
@@ -204,6 +206,7 @@ def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor
 
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in constants.items()})
             family = replace(family, constants_xxh64=xxhash.xxh64_hexdigest(data))
+            # Before the record, so that a family that exists has its constants.
             dataset.put_new(family.constants_key, data)
         dataset.put_new(family.key, family.to_json())
 

@@ -146,6 +146,7 @@ class Family:
     @property
     def hash(self) -> str:
         """Identity of the family, 16 hex digits; two families with one hash hold the same numbers."""
+        # Without `info`, which describes the numbers but does not decide them.
         record = {"format": self.format, "kind": self.kind, **self.identity}
         return hashlib.sha256(canonical_json(record)).hexdigest()[:16]
 
@@ -172,7 +173,7 @@ class Family:
     def from_json(cls, data: bytes) -> "Family":
         """Read back what `to_json` wrote."""
         record = json.loads(data)
-        record.pop("hash")
+        record.pop("hash")  # computed from the other fields
         return cls(**record)
 
 
@@ -197,6 +198,7 @@ class Bucket:
         """
         if not re.fullmatch(r"\d+x\d+", name):
             raise ValueError(f"not a bucket's name: {name!r}")
+
         height, width = map(int, name.split("x"))
         return cls(height, width)
 

@@ -189,6 +189,7 @@ def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> N
     for bucket, data in indexes.items():
         dataset.put_new(snapshot.index_key(bucket), data)
 
+    # A record that differs has the same content under other keys: parts were committed again after a repair.
     record = snapshot.to_json()
     if not dataset.put_new(snapshot.key, record) and dataset.read(snapshot.key) != record:
         dataset.put(snapshot.key, record)
@@ -334,6 +335,7 @@ def _index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFi
     return files
 
 
+# Keys of objects that may be garbage.
 PAYLOAD = re.compile(r"((?:pairs|families/[^/]+)/[^/]+/\d{5,}/[0-9a-f]{16})/[^/]+")
 CONSTANTS = re.compile(r"families/[^/]+/constants-[0-9a-f]{16}\.safetensors")
 INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
@@ -370,6 +372,7 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
             groups[group].append(key)
             newest[group] = max(newest[group], modified)
 
+    # Only now, so that a commit that was made since the listing protects its payload.
     live = _live_groups(dataset)
     garbage: list[str] = []
     for group, keys in groups.items():

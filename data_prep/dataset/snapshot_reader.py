@@ -49,7 +49,7 @@ def read_constants(dataset: Store, family: Family) -> "dict[str, Tensor]":
     Raises:
         StoreError: if they are damaged.
     """
-    from safetensors.torch import load
+    from safetensors.torch import load  # imports torch, which most readers do not need
 
     if not family.constants_xxh64:
         return {}

@@ -59,6 +59,8 @@ def account(dataset: Store) -> list[FileAccount]:
             written=totals[written_count(file["number"])],
             dropped_in_parts=totals[dropped_count(file["number"])],
         )
+
+        # Until all parts exist, rows may be pending, but never fewer than none.
         lost = account.read != account.dropped_by_plan + account.planned
         if lost or account.pending < 0 or (complete and account.pending):
             raise UserError(

@@ -114,7 +114,7 @@ def model_size(text: TextConfig) -> Size | None:
     if not settings.is_file():
         return None
     config = json.loads(settings.read_text())
-    config = config.get("text_config", config)
+    config = config.get("text_config", config)  # of a multimodal model
     for names in CONFIG_NAMES:
         if all(name in config for name in names):
             return _size(*(config[name] for name in names))

@@ -72,6 +72,7 @@ def clean_caption(text: Any) -> Cleaned:
     text = " ".join(text.split())
     if not text:
         return Cleaned("", EMPTY)
+    # The control characters that white space does not include: C0, DEL and C1.
     if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text):
         return Cleaned("", CONTROL)
     return Cleaned(text, "")

@@ -87,6 +87,7 @@ class Spool:
 def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:
     """Yield the ids, int64 [N], of rows whose hash equals that of a row with a smaller id."""
     for group in _groups(spool, lambda rows: rows["hash"], group_rows):
+        # Sorted by hash, then id: every row after the first of its hash is a duplicate.
         order = np.lexsort((group["id"], group["hash"]))
         hashes = group["hash"][order]
         yield group["id"][order][1:][hashes[1:] == hashes[:-1]]
@@ -146,12 +147,14 @@ def _near_in_group(rows: np.ndarray, keys: np.ndarray, distance: int) -> np.ndar
             difference = rows["hash"][chunk] ^ rows["hash"][chunk - lag]
             duplicate[chunk[np.bitwise_count(difference) <= distance]] = True
         lag += 1
+        # A row that is known to be a duplicate needs no further comparison.
         candidates = candidates[(place[candidates] >= lag) & ~duplicate[candidates]]
     return rows["id"][duplicate]
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
     """Distribute keys over all 64 bits, so that groups split by the top bits have similar sizes."""
+    # Fibonacci hashing: multiplication by 2^64 / golden ratio moves differences of all bits to the top bits.
     with np.errstate(over="ignore"):
         mixed = keys * np.uint64(0x9E3779B97F4A7C15)
         return mixed ^ (mixed >> np.uint64(29))

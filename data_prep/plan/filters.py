@@ -161,6 +161,7 @@ def _bounded(config: FilterConfig, is_outside: Callable[[float, float], bool], w
     name = _column(config)
 
     def test(row: dict[str, Any]) -> str:
+        # A row without a value can pass no bound.
         value = finite(row.get(name))
         if value is None:
             return f"{config.name}: no {name}"

@@ -84,6 +84,7 @@ class ManifestWriter:
             rows = table.filter(pc.equal(table["bucket"], name)).select(MANIFEST.names).cast(MANIFEST)
             self._waiting[name].append(rows)
 
+            # Full windows are written at once, so that memory stays bounded.
             while sum(map(len, self._waiting[name])) >= self._window:
                 waiting = pa.concat_tables(self._waiting[name]).combine_chunks()
                 self._waiting[name] = [waiting.slice(self._window)]
@@ -100,6 +101,7 @@ class ManifestWriter:
 
     def _shuffle_window(self, name: str, rows: pa.Table) -> None:
         """Shuffle one window of a bucket, cut it into parts, and write the files that are full."""
+        # The 1 separates this random stream from that of the order of files.
         seed = [self._config.seed, 1, *name.encode(), self._windows[name]]
         self._windows[name] += 1
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -120,6 +122,8 @@ class ManifestWriter:
         key = _manifest_key(name, len(self.parts[name]) // PARTS_PER_FILE)
         self.parts[name] += [len(part) for part in parts]
         data = sink.getvalue()
+
+        # A task that was killed, or one that finishes at the same moment, has written the same bytes.
         if not self._dataset.put_new(key, data) and self._dataset.read(key) != data:
             raise UserError(
                 f"{self._dataset.uri}/{key}: left by an older version of this program: "

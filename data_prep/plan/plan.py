@@ -185,6 +185,7 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
         for file in todo:
             source, _ = sources.open(file.number)
             _write_scan(path, file, scanner.scan(source, file), progress)
+            # If another task has scanned the same file meanwhile, its table has the same rows.
             dataset.put_new(_scan_key(file.number), path.read_bytes())
 
 
@@ -242,6 +243,8 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
     dataset.put_new(PLAN_KEY, canonical_json({**counts.record(), "manifest": hashes}))
     buckets = {name: rows for name, rows in sorted(writer.parts.items()) if rows}
+
+    # Written last, because the manifest makes the plan exist.
     manifest = Manifest(config.name, list(config.caption_kinds), buckets)
     dataset.put_new(Manifest.KEY, manifest.to_json())
     return manifest
@@ -367,6 +370,7 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
         for table in _judged(dataset, file.number, verdicts[starts[file.number] : starts[file.number + 1]]):
             reasons.update(table["reason"].to_pylist())
 
+    # The settings last, so that an interruption here still refuses other settings.
     for key in [_scan_key(file.number) for file in files] + [FILES_KEY, SETTINGS_KEY]:
         dataset.delete(key)
 

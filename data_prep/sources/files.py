@@ -47,6 +47,7 @@ class SourceFiles:
     def _matches(self, name: str) -> bool:
         if any(part.startswith(".") for part in name.split("/")):
             return False
+
         if self._pattern:
             return fnmatch.fnmatchcase(name, self._pattern)
         return not self._suffixes or name.lower().endswith(self._suffixes)
@@ -127,6 +128,7 @@ class SourceFiles:
         if path.startswith("/") or "://" in path or ".." in parts or not self.usable(name):
             return None
 
+        # A symbolic link below the root may lead out of it.
         local = self._store.local_path(name)
         if local is not None and not local.resolve().is_relative_to(Path(root).resolve()):
             return None

@@ -86,6 +86,7 @@ class FolderSource:
     def _with_image(self, name: str, record: dict[str, Any]) -> Sample:
         if not self._files.usable(name):
             return Sample(name, None, record, reason=UNUSABLE)
+
         try:
             return Sample(name, self._files.read(name), record, Place(path=name))
         except (FileNotFoundError, IsADirectoryError):
@@ -109,8 +110,10 @@ def _jsonl(data: bytes) -> Iterator[dict[str, Any] | None]:
 
 
 def _csv(data: bytes) -> Iterator[dict[str, Any] | None]:
+    # Invalid UTF-8 becomes surrogates, which `clean_caption` refuses.
     text = io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline="")
     for row in csv.DictReader(text):
+        # Cells beyond the header's columns have the key None.
         yield {name: value for name, value in row.items() if isinstance(name, str)}
 
 

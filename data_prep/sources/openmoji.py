@@ -15,6 +15,7 @@ from model.common.errors import UserError
 
 NO_NAME = "source: no CLDR name"
 VARIATION = "\ufe0f"
+"""Selector of the emoji form; OpenMoji's file names may leave it out."""
 REGIONAL_LETTERS = range(0x1F1E6, 0x1F200)
 """Two of them are a country's flag."""
 KEYCAP = 0x20E3

@@ -51,6 +51,7 @@ class ParquetSource:
                             done += 1
                             row += 1
         except (pa.ArrowException, OSError, ValueError) as error:
+            # A file that was listed and has vanished is not damaged: its rows must not be dropped for good.
             if isinstance(error, FileNotFoundError):
                 raise
             _raise_unless_content(error)
@@ -58,6 +59,7 @@ class ParquetSource:
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
 
     def _opened(self, file: Any) -> pq.ParquetFile:
+        # Pre-buffering would load whole row groups.
         return pq.ParquetFile(file, buffer_size=READ_AHEAD_BYTES, pre_buffer=False)
 
     def _sample(self, name: str, number: int, record: dict[str, Any], place: Place) -> Sample:
@@ -117,7 +119,7 @@ class ParquetSource:
                     image = rows.at(place) if rows else None
                 except (pa.ArrowException, OSError, ValueError, LookupError) as error:
                     _raise_unless_content(error)
-                    rows = None
+                    rows = None  # the position in the file is unknown now
                 yield image
 
 

@@ -98,6 +98,7 @@ class OpenSources:
     _opened: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
+        # A worker opens its own files and connections.
         return {"config": self.config, "files": self.files, "_opened": {}}
 
     def open(self, number: int) -> tuple[Source, str]:

@@ -93,12 +93,13 @@ class _Group:
         self.suffixes.add(suffix)
         if member.name.startswith("/") or ".." in member.name.split("/"):
             self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
-        elif not member.isreg() or member.issparse():
+        elif not member.isreg() or member.issparse():  # a sparse member's bytes are not contiguous
             self._sample.reason, self._sample.detail = LINK, member.name[:200]
         elif suffix in IMAGE_SUFFIXES:
             if member.size > MAX_FILE_BYTES:
                 self._sample.reason, self._sample.detail = TOO_LARGE, f"{member.size} bytes"
                 return
+
             self._sample.image = _content(file, member)
             self._sample.place = Place(member.offset_data, member.size)
         elif suffix in ("json", "txt", "caption") and member.size <= MAX_FIELD_BYTES:

@@ -130,13 +130,14 @@ class LocalFolder:
         """Remove an object, and the folders that it leaves empty."""
         path = self.root / key
         path.unlink(missing_ok=True)
+
         for folder in path.parents:
             if folder == self.root:
                 return
             try:
                 folder.rmdir()
             except OSError:
-                return
+                return  # not empty, or removed by another task
 
     def check(self, create: bool) -> bool:
         """True if the folder exists, after creating it if `create`."""

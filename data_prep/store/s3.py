@@ -56,6 +56,7 @@ class S3Bucket:
         self._conditional: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # Another process must not share the connections.
         return {**self.__dict__, "_client": None}
 
     @property
@@ -73,6 +74,7 @@ class S3Bucket:
         def get() -> bytes:
             response = self.client.get_object(Bucket=self.bucket, Key=key)
             data = response["Body"].read()
+            # Objects that other programs wrote have no hash.
             expected = response["Metadata"].get(HASH_FIELD)
             if expected and expected != xxhash.xxh64_hexdigest(data):
                 raise DamagedError("the body does not match its hash")
@@ -252,6 +254,7 @@ class S3Bucket:
             yield page
             if not page["IsTruncated"]:
                 return
+
             options["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
@@ -291,6 +294,7 @@ class S3Bucket:
 
 
 def _connect() -> Any:
+    # Imported here because boto3 is slow to import and local stores do not need it.
     from boto3.session import Session
     from botocore.config import Config
 

@@ -114,6 +114,7 @@ class Store:
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Yield (key, modification time in seconds since 1970), with temporary files of killed writers."""
+        # An empty prefix lists everything.
         if prefix:
             _validated(prefix.rstrip("/"))
         for key, modified in self._backend.entries(self._prefix + prefix):
@@ -240,6 +241,7 @@ def open_store(uri: str, create: bool = False) -> Store:
         prefix = prefix.strip("/")
         if not bucket:
             raise UserError(f"{uri}: no bucket: write s3://bucket/prefix")
+
         store = Store(S3Bucket(bucket), _validated(prefix) + "/" if prefix else "")
     elif "://" in uri or not uri:
         raise UserError(f"store {uri!r}: neither s3://bucket/prefix nor a local folder")
