@@ -1,8 +1,8 @@
-"""Attention over captions packed without padding, all of them behind one shared prefix.
+"""Attention over captions that are packed without padding behind one shared prefix.
 
-Captions lie one after another in a single row of tokens, sorted by length. Each sees the prefix, whose keys and values
-were computed once, and itself, causally. Captions of equal length form rows of a batch; short ones share a row under a
-block-diagonal mask, so that the prefix's keys are not copied once per caption.
+A single row of tokens contains the captions one after another, sorted by length. Each caption attends to the prefix, whose
+keys and values were computed once, and causally to itself. Captions of equal length form the rows of a batch. Short captions
+share a row under a block-diagonal mask, so that the prefix's keys are not copied once per caption.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROW_TOKENS = 32
-"""Captions share an attention row up to this many tokens: measured best of 1 to 256 on a CPU, by up to 10 % for short ones."""
+"""Tokens of an attention row that short captions share.
+
+The fastest of 1 to 256 on a CPU, by up to 10 % for short captions.
+"""
 CUDA_LENGTH_STEP = 16
-"""On a GPU lengths are rounded up to this inside attention: fewer kernels for a little padding, there alone."""
+"""On a GPU, lengths are rounded up to a multiple of this inside attention: fewer kernels for a little padding."""
 
 
 @dataclass(frozen=True)
@@ -25,38 +28,46 @@ class Group:
 
     start: int
     tokens: int
-    """Real tokens, from `start`."""
+    """Tokens without padding, from `start`."""
     rows: int
     captions: int
     length: int
     """Tokens of each caption inside attention."""
     index: Tensor | None = None
-    """If lengths were rounded up: packed position of every slot, [rows * captions * length] ..."""
+    """Packed position of every slot, [rows * captions * length]; None if no length was rounded up."""
     inverse: Tensor | None = None
-    """... and slot of every packed token, [tokens]."""
+    """Slot of every packed token, [tokens]; None if no length was rounded up."""
 
 
 @dataclass
 class Packing:
-    """How the tokens of one forward pass are packed; travels to every attention layer as a keyword."""
+    """Layout of the packed tokens of one forward pass, which every attention layer gets as a keyword."""
 
     groups: list[Group]
     prefix: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Layer -> keys and values of the prefix, each [1, G, P, d]; rotary embedding already applied."""
+    """Layer -> keys and values of the prefix, each [1, G, P, d], after rotary embedding."""
     recorded: dict[int, tuple[Tensor, Tensor]] | None = None
-    """If given, keys and values of this pass are put here: how the prefix's come about."""
+    """If given, filled with this pass's keys and values; this is how `prefix` is computed."""
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    """(captions, length, window) -> mask, shared by all layers."""
 
 
 def plan_groups(lengths: list[int], row_tokens: int = ROW_TOKENS, step: int = 1) -> list[Group]:
-    """Group captions whose lengths, in packing order, do not decrease; lengths are rounded up to multiples of `step`."""
+    """Group captions for attention.
+
+    Args:
+        lengths: tokens of each caption in packing order, not decreasing.
+        row_tokens: tokens of a row that short captions share.
+        step: round lengths up to multiples of this.
+    """
     groups: list[Group] = []
     start = 0
     for length, members in groupby(lengths, key=lambda length: -(-length // step) * step):
-        real = list(members)
+        exact = list(members)
         captions = max(1, row_tokens // length)
-        whole = len(real) // captions * captions
-        for chunk, rows in ((real[:whole], whole // captions), (real[whole:], 1)):
+        whole = len(exact) // captions * captions
+        # Captions that do not fill a row form a last, shorter one.
+        for chunk, rows in ((exact[:whole], whole // captions), (exact[whole:], 1)):
             if chunk:
                 groups.append(_group(start, chunk, rows, length))
                 start += sum(chunk)
@@ -67,27 +78,37 @@ def _group(start: int, lengths: list[int], rows: int, length: int) -> Group:
     tokens, captions = sum(lengths), len(lengths) // rows
     if tokens == len(lengths) * length:
         return Group(start, tokens, rows, captions, length)
+
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     slots = torch.arange(length)
-    # A slot past a caption's end repeats its last token: causal masking hides it from the caption's own queries.
+    # A slot past the end of a caption repeats its last token: the causal mask hides it from the caption's queries.
     index = start + starts[:, None] + slots.minimum(sizes[:, None] - 1)
     inverse = (torch.arange(len(lengths))[:, None] * length + slots)[slots < sizes[:, None]]
     return Group(start, tokens, rows, captions, length, index.flatten(), inverse)
 
 
 def block_mask(captions: int, length: int, prefix: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [captions * length, prefix + captions * length], True = sees: the prefix, and itself causally.
+    """Return the mask of captions that share a row: each attends to the prefix, and causally to itself.
 
-    With `window`, only keys fewer than that many positions back, counted in the caption's own sequence.
+    Args:
+        captions: captions in the row.
+        length: tokens of each caption.
+        prefix: tokens of the prefix.
+        window: if given, a query sees only keys fewer than this many positions back in the caption's own sequence.
+        device: device of the mask.
+
+    Returns:
+        Bool [captions * length, prefix + captions * length], True = attends.
     """
     position = prefix + torch.arange(length, device=device)
     key_position = torch.arange(prefix + length, device=device)
-    distance = position[:, None] - key_position
-    one = (distance >= 0) & (distance < (window or prefix + length))
-    shared = one[:, :prefix].repeat(captions, 1)
-    own = torch.block_diag(*[one[:, prefix:]] * captions)
-    return torch.cat([shared, own.bool()], dim=1)
+    distance = position[:, None] - key_position  # [length, prefix + length]
+    caption = (distance >= 0) & (distance < (window or prefix + length))
+
+    to_prefix = caption[:, :prefix].repeat(captions, 1)
+    to_itself = torch.block_diag(*[caption[:, prefix:]] * captions)
+    return torch.cat([to_prefix, to_itself.bool()], dim=1)
 
 
 def packed_attention(
@@ -102,36 +123,53 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' `AttentionInterface`: query [1, H, N, d], key and value [1, G, N, d] -> [1, N, H, d].
+    """Attend over packed captions; the signature is that of transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer.
+        query: [1, H, N, d].
+        key: [1, G, N, d], G dividing H.
+        value: [1, G, N, d].
+        attention_mask: not used; the mask follows from `packing`.
+        scaling: factor of the scores; None = d^-0.5.
+        packing: layout of the packed tokens.
+        sliding_window: positions that a query sees back, if limited.
+        softcap: bound of the scores, as in Gemma 2.
+
+    Returns:
+        [1, N, H, d], and None instead of attention weights.
 
     Raises:
-        TypeError: the model does not hand `packing` down to its attention.
+        TypeError: if the model does not pass `packing` to its attention layers.
     """
     if packing is None:
         raise TypeError(f"{type(module).__name__} was given no packing")
     layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
     if packing.recorded is not None:
         packing.recorded[layer] = (key, value)
+
     prefix = packing.prefix.get(layer)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [N, H, d]
     for group in packing.groups:
-        rows_q, rows_k, rows_v = (_rows(tensor, group) for tensor in (query, key, value))  # [rows, H or G, L, d]
+        rows_q, rows_k, rows_v = (
+            _rows(tensor, group) for tensor in (query, key, value)
+        )  # [rows, H or G, L, d]
         if prefix is not None:
-            rows_k, rows_v = (
-                torch.cat([shared.expand(group.rows, -1, -1, -1), own], dim=2)
-                for shared, own in zip(prefix, (rows_k, rows_v), strict=True)
-            )
+            prefix_k, prefix_v = (shared.expand(group.rows, -1, -1, -1) for shared in prefix)
+            rows_k, rows_v = torch.cat([prefix_k, rows_k], dim=2), torch.cat([prefix_v, rows_v], dim=2)
+
         mask = _mask(packing, group, rows_k.shape[2] - rows_q.shape[2], sliding_window, query.device)
         mixed = _attend(rows_q, rows_k, rows_v, mask, scaling, softcap)  # [rows, H, L, d]
         tokens = mixed.transpose(1, 2).flatten(0, 1)  # [rows * L, H, d]
         if group.inverse is not None:
             tokens = tokens[group.inverse.to(tokens.device)]
         output[group.start : group.start + group.tokens] = tokens
+
     return output[None], None
 
 
 def _rows(tensor: Tensor, group: Group) -> Tensor:
-    """The group's tokens of [1, H, N, d] as [rows, H, captions * length, d]."""
+    """Return the group's tokens of [1, H, N, d] as [rows, H, captions * length, d]."""
     if group.index is None:
         tokens = tensor[0, :, group.start : group.start + group.tokens]
     else:
@@ -141,20 +179,28 @@ def _rows(tensor: Tensor, group: Group) -> Tensor:
 
 def _mask(packing: Packing, group: Group, prefix: int, window: int | None, device: torch.device) -> Tensor:
     if window is not None and prefix + group.length <= window:
-        window = None
-    wanted = (group.captions, group.length, window)
-    if wanted not in packing.masks:
-        packing.masks[wanted] = block_mask(group.captions, group.length, prefix, window, device)
-    return packing.masks[wanted].to(device)
+        window = None  # It hides nothing, so layers with and without a window share a mask.
+    key = (group.captions, group.length, window)
+    if key not in packing.masks:
+        packing.masks[key] = block_mask(group.captions, group.length, prefix, window, device)
+    return packing.masks[key].to(device)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    if grouped and (softcap is not None or query.is_cuda):  # the fused CUDA kernels take a mask or grouped heads, not both
+    # The fused CUDA kernels take a mask or grouped heads, not both.
+    if grouped and (softcap is not None or query.is_cuda):
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+        )
+
+    # SDPA has no soft cap, so the scores are written out.
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (torch.tanh(scores.float() / softcap) * softcap).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(value.dtype) @ value
