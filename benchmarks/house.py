@@ -21,11 +21,8 @@ MAX_LINE = 110
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
-STRING_TOKENS = (
-    tokenize.STRING,
-    getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING),
-)  # the latter from Python 3.12
-LAYOUT_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+# From Python 3.12 on, an f-string is several tokens.
+STRING_TOKENS = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
 
 
 @dataclass
@@ -34,7 +31,9 @@ class Counts:
 
     files: int = 0
     lines: int = 0
-    code_tokens: int = 0
+    nodes: int = 0
+    """Nodes of the syntax tree without docstrings: the amount of code, however it is formatted."""
+
     comment_lines: int = 0
     docstring_lines: int = 0
     long_lines: int = 0
@@ -73,42 +72,45 @@ def source_files(root: Path, package: str) -> list[Path]:
 
 
 def count_file(path: Path) -> Counts:
-    """Counts of one file."""
+    """Count one file."""
     text = path.read_text()
     lines = text.splitlines()
     tree = ast.parse(text)
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    docstrings = set(_docstring_lines(tree))
+    docstrings = list(_docstrings(tree))
 
-    counts = Counts(files=1, lines=len(lines), docstring_lines=len(docstrings))
+    counts = Counts(files=1, lines=len(lines))
+    counts.docstring_lines = sum(map(_length, docstrings))
     counts.long_lines = sum(len(line) > MAX_LINE for line in lines)
     counts.comment_lines = sum(
         token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip() for token in tokens
     )
-    counts.code_tokens = sum(
-        token.type not in LAYOUT_TOKENS and token.start[0] not in docstrings for token in tokens
-    )
 
     _count_nodes(tree, counts)
+    counts.nodes -= 2 * len(docstrings)  # A docstring is two nodes: an expression statement and its constant.
     _count_blanks(tree, lines, tokens, counts)
     return counts
 
 
-def _docstring_lines(tree: ast.Module) -> Iterator[int]:
-    """Line numbers that docstrings take, and strings below an attribute, which document it."""
-    for node in ast.walk(tree):
-        if not isinstance(node, DOCUMENTED):
-            continue
+def _length(node: ast.stmt) -> int:
+    """Lines that a statement takes."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
-        for statement in node.body:
-            value = statement.value if isinstance(statement, ast.Expr) else None
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                yield from range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
+
+def _docstrings(tree: ast.Module) -> Iterator[ast.Expr]:
+    """Docstrings, and strings below an attribute, which document it."""
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED):
+            for statement in node.body:
+                if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                    if isinstance(statement.value.value, str):
+                        yield statement
 
 
 def _count_nodes(tree: ast.AST, counts: Counts, inside_comprehension: bool = False) -> None:
     """Count functions, comprehensions, raises and asserts below a node of the syntax tree."""
     for node in ast.iter_child_nodes(tree):
+        counts.nodes += not isinstance(node, ast.expr_context)
         is_comprehension = isinstance(node, COMPREHENSIONS)
         counts.comprehensions += is_comprehension
         counts.nested_comprehensions += is_comprehension and (
@@ -118,7 +120,7 @@ def _count_nodes(tree: ast.AST, counts: Counts, inside_comprehension: bool = Fal
         counts.asserts += isinstance(node, ast.Assert)
 
         if isinstance(node, FUNCTIONS):
-            counts.function_lengths.append((node.end_lineno or node.lineno) - node.lineno + 1)
+            counts.function_lengths.append(_length(node))
             counts.annotated += _is_annotated(node)
 
         _count_nodes(node, counts, inside_comprehension or is_comprehension)
@@ -142,7 +144,7 @@ def _count_blanks(
     inside_functions: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, FUNCTIONS):
-            inside_functions |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            inside_functions |= set(range(node.lineno, node.lineno + _length(node)))
 
     inside_strings: set[int] = set()
     for token in tokens:
@@ -156,7 +158,7 @@ def _count_blanks(
 
 
 def count_package(root: Path, package: str) -> Counts:
-    """Counts of all files of a package."""
+    """Count all files of a package."""
     total = Counts()
     for path in source_files(root, package):
         total += count_file(path)
@@ -232,10 +234,10 @@ def figures(root: Path) -> dict[str, float | int | str]:
         rows[f"{package}: files / imports between them"] = f"{rooms['files']} / {rooms['imports']}"
         rows[f"{package}: rooms / arrows between them"] = f"{rooms['rooms']} / {rooms['arrows']}"
         rows[f"{package}: lines"] = counts.lines
-        rows[f"{package}: tokens of code"] = counts.code_tokens
+        rows[f"{package}: syntax nodes of code"] = counts.nodes
 
     rows["all packages: lines"] = total.lines
-    rows["all packages: tokens of code"] = total.code_tokens
+    rows["all packages: syntax nodes of code"] = total.nodes
     return rows
 
 
