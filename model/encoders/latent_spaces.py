@@ -44,6 +44,7 @@ def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
         mean, std = _per_channel(latents, statistics)
         return (latents - mean) / std
 
+    # Old runs resume bit for bit only with these operations in this order, on Python's numbers.
     return (latents - statistics["shift_factor"]) * statistics["scaling_factor"]
 
 
@@ -57,7 +58,7 @@ def denormalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
 
 
 def _per_channel(latents: Tensor, statistics: Statistics) -> list[Tensor]:
-    """Mean and std, each of a shape that broadcasts over latents [B, C, ...]."""
+    """Return mean and std, each [C, 1, ...] or [1, 1, ...] so that it broadcasts over latents [B, C, ...]."""
     tensors = []
     for key in ("latents_mean", "latents_std"):
         values = torch.as_tensor(statistics[key], dtype=latents.dtype, device=latents.device)
@@ -69,10 +70,10 @@ def _per_channel(latents: Tensor, statistics: Statistics) -> list[Tensor]:
 
 
 def downsampling_per_axis(downsampling: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """Downsampling of each axis.
+    """Return the downsampling of each axis.
 
     Args:
-        downsampling: a space's, or that of a latents family's info: one number for all axes, or one per axis.
+        downsampling: of a space or in a family's info: one number for all axes, or one per axis.
         axes: number of axes, such as 2 for images.
 
     Raises:
@@ -198,7 +199,8 @@ def load_latent_space(source: str, revision: str | None, device: torch.device, n
         space = find_latent_space(name)
     except UserError as error:
         raise UserError(
-            f"{folder} holds a {name}, not an {AUTOENCODER_KL} or other latent space: {error}"
+            f"{folder} holds a {name}, not an {AUTOENCODER_KL} or other latent space ({error}): "
+            "name the folder of one"
         ) from error
 
     return space.load(str(folder), None, device)
