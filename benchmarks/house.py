@@ -100,11 +100,14 @@ def _length(node: ast.stmt) -> int:
 def _docstrings(tree: ast.Module) -> Iterator[ast.Expr]:
     """Docstrings, and strings below an attribute, which document it."""
     for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED):
-            for statement in node.body:
-                if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                    if isinstance(statement.value.value, str):
-                        yield statement
+        if not isinstance(node, DOCUMENTED):
+            continue
+
+        for statement in node.body:
+            if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+                continue
+            if isinstance(statement.value.value, str):
+                yield statement
 
 
 def _count_nodes(tree: ast.AST, counts: Counts, inside_comprehension: bool = False) -> None:
