@@ -1,6 +1,6 @@
-"""Encoding the committed pairs into a family, part by part: reading ahead, encoding, committing behind."""
+"""Encode the committed pairs into a family, part by part: read ahead, encode, commit behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -20,76 +20,98 @@ from model.common.share import Share
 
 SHARD = "shard.00000.mds"
 
-Encoded = tuple[list[dict[str, Any]], dict[str, float]]
+EncodedRows = tuple[list[dict[str, Any]], dict[str, float]]
+"""A row per sample, with the family's columns; and counts for the part's commit."""
 
 
-def encode_family(dataset: Store, family: Family, encode_part: Callable[[list[Pair]], Encoded], share: Share) -> None:
-    """Encode the parts of a share that the family lacks; running it again does only what is missing.
+def encode_family(
+    dataset: Store, family: Family, encode_part: Callable[[list[Pair]], EncodedRows], share: Share
+) -> None:
+    """Encode the parts of a share that the family lacks; running it again encodes only what is missing.
 
-    While one part is encoded, the next is read and the one before is written and committed: three parts are in memory.
+    While one part is encoded, the next one is read and the previous one is written and committed. Three parts
+    are in memory.
 
     Args:
         dataset: the dataset's store.
-        family: the family, as `register_family` returned it.
-        encode_part: pairs of a part -> a row for each, in the same order, with the family's columns; and counts.
+        family: the family, as returned by `register_family`.
+        encode_part: maps the pairs of a part to their rows, in the same order, and to counts.
         share: this task's share of the parts.
 
     Raises:
-        UserError: the family is registered as something else, or parts of the share have no pairs yet (all others are done).
+        UserError: if the family is registered as something else, or parts of the share have no pairs yet (all
+            others are encoded before).
     """
     if read_family(dataset, family.name) != family:
         raise UserError(f"{dataset.uri}: family `{family.name}` changed while it was encoded: start again")
     plan = read_plan(dataset)
-    mine = sorted(share.owns(plan.parts))
+    parts = sorted(share.owns(plan.parts))
     ready, done = committed_parts(dataset, PAIRS), committed_parts(dataset, family.name)
-    todo = [part for part in mine if part in ready and part not in done]
+    missing = [part for part in parts if part in ready and part not in done]
+
+    def read(part: Part) -> list[Pair]:
+        return read_pairs(dataset, read_commit(dataset, PAIRS, part), plan.caption_kinds)
+
     with (
         TemporaryDirectory(prefix="li-dit-") as folder,
         ThreadPoolExecutor(2) as pool,
-        Progress(family.name, len(mine), "parts") as progress,
+        Progress(family.name, len(parts), "parts") as progress,
     ):
-        progress.advance(sum(part in done for part in mine), "there before")
-        work = _Work(dataset, family, plan.caption_kinds, Path(folder))
-        ahead = pool.submit(work.read, todo[0]) if todo else None
-        behind: Future[Commit] | None = None
-        for part, following in zip_longest(todo, todo[1:]):
-            assert ahead is not None
-            pairs = ahead.result()
-            ahead = pool.submit(work.read, following) if following else None
+        progress.advance(sum(part in done for part in parts), "there before")
+        commit: Future[Commit] | None = None
+        for part, pairs in _read_ahead(pool, read, missing):
             rows, counts = encode_part(pairs) if pairs else ([], {})
-            if behind:
-                behind.result()
-                progress.advance(1, "encoded")
-            behind = pool.submit(work.commit, part, [pair.id for pair in pairs], rows, counts)
-        if behind:
-            behind.result()
-            progress.advance(1, "encoded")
-    if missing := [part for part in mine if part not in ready]:
+            _finish(commit, progress)
+            ids = [pair.id for pair in pairs]
+            commit = pool.submit(_commit_rows, dataset, family, part, ids, rows, counts, Path(folder))
+        _finish(commit, progress)
+
+    without_pairs = [part for part in parts if part not in ready]
+    if without_pairs:
         raise UserError(
-            f"{dataset.uri}: {len(missing)} of {len(mine)} parts of this task have no pairs yet ({missing[0]} is the first): "
-            "finish `python -m data_prep pairs`, then run this again"
+            f"{dataset.uri}: {len(without_pairs)} of {len(parts)} parts of this task have no pairs yet "
+            f"({without_pairs[0]} is the first): finish `python -m data_prep pairs`, then run this again"
         )
 
 
-class _Work:
-    """What runs beside the encoder."""
+def _read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Part], list[Pair]], parts: list[Part]
+) -> Iterator[tuple[Part, list[Pair]]]:
+    """Yield each part with its pairs, while a thread reads the next part."""
+    ahead = pool.submit(read, parts[0]) if parts else None
+    for part, following in zip_longest(parts, parts[1:]):
+        assert ahead is not None
+        pairs = ahead.result()
+        ahead = pool.submit(read, following) if following else None
+        yield part, pairs
 
-    def __init__(self, dataset: Store, family: Family, caption_kinds: list[str], folder: Path) -> None:
-        self.dataset, self.family, self.caption_kinds, self.folder = dataset, family, caption_kinds, folder
 
-    def read(self, part: Part) -> list[Pair]:
-        commit = read_commit(self.dataset, PAIRS, part)
-        return read_pairs(self.dataset, commit, self.caption_kinds) if commit.rows else []
+def _finish(commit: "Future[Commit] | None", progress: Progress) -> None:
+    """Wait for the commit of a part, if there is one."""
+    if commit:
+        commit.result()
+        progress.advance(1, "encoded")
 
-    def commit(self, part: Part, ids: list[int], rows: list[dict[str, Any]], counts: dict[str, float]) -> Commit:
-        if [row["id"] for row in rows] != ids:
-            raise ValueError(f"{self.family.name} {part}: the encoder returned other rows than it was given")
-        files = {}
-        if rows:
-            files[SHARD] = self.folder / SHARD
-            with naming_full_disk(files[SHARD]):
-                write_mds(files[SHARD], self.family.columns, rows)
-        commit = commit_part(self.dataset, self.family.name, part, files, ids, counts, self.family.hash)
-        for path in files.values():
-            path.unlink()
-        return commit
+
+def _commit_rows(
+    dataset: Store,
+    family: Family,
+    part: Part,
+    ids: list[int],
+    rows: list[dict[str, Any]],
+    counts: dict[str, float],
+    folder: Path,
+) -> Commit:
+    """Write and commit the rows of a part; a part without rows has no file."""
+    if [row["id"] for row in rows] != ids:
+        raise ValueError(f"{family.name} {part}: the encoder returned other rows than it was given")
+
+    files = {SHARD: folder / SHARD} if rows else {}
+    for path in files.values():
+        with naming_full_disk(path):
+            write_mds(path, family.columns, rows)
+
+    commit = commit_part(dataset, family.name, part, files, ids, counts, family.hash)
+    for path in files.values():
+        path.unlink()
+    return commit

@@ -1,7 +1,7 @@
-"""Text families: the states of one LLM for every caption of the committed pairs.
+"""Text families: the hidden states of one LLM for every caption of the committed pairs.
 
-Stored once a family: the states of the prefix and of the null caption, and each channel's mean and spread. Stored a caption:
-its own tokens, quantised. Equal captions are encoded once across the task.
+A family stores the states of the prefix and of the null caption, and each channel's mean and std. Per caption
+it stores the states of the caption's own tokens, quantized. Equal captions are encoded once per task.
 """
 
 import time
@@ -29,50 +29,61 @@ from model.encoders.quantize import dequantize, quantize
 from model.encoders.text_encoder import TextEncoder, load_encoder, padding_tokens, relative_error
 
 CALIBRATION_CAPTIONS = 2048
-"""Captions behind the channels' mean and spread: 10,000 to 300,000 tokens."""
-MEMORY_BYTES = 256 << 20
-"""Quantised captions kept for the case that they come again."""
+"""Number of captions over which the channels' mean and std are measured: 10,000 to 300,000 tokens."""
+MIN_RELATIVE_STD = 1e-3
+"""Minimum std of a channel, relative to the median of all channels."""
+MAX_CACHE_BYTES = 256 << 20
+"""Size of the quantized captions that are remembered between parts."""
 BATCHES_PER_CHUNK = 16
-"""Batches whose states are held at once before they are quantised."""
-ERROR_TOKENS = 8192
-"""Held-out tokens of a part over which the quantisation's error is measured."""
+"""Number of batches whose states are in memory at once, before they are quantized."""
+MAX_ERROR_TOKENS = 8192
+"""Number of held-out tokens of a part over which the quantization error is measured."""
 PREFIX_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
-"""Largest relative difference a token between the family's stored prefix states and this task's."""
+"""Maximum relative difference per token between the family's stored prefix states and this task's."""
 
 
 def text_family(text: TextConfig, encoder: TextEncoder) -> Family:
-    """The family that `encoder` writes."""
-    info = {"width": encoder.width, "prefix_tokens": len(encoder.prefix_ids), "quantisation": text.quantisation}
+    """Return the family that `encoder` writes."""
+    info = {
+        "width": encoder.width,
+        "prefix_tokens": len(encoder.prefix_ids),
+        "quantisation": text.quantisation,
+    }
     return Family(text.name, "text", encoder.identity, info)
 
 
 def run_text(config: DatasetConfig, text: TextConfig, dataset: Store, share: Share) -> None:
-    """Register the family, with its constants, unless another task did; then encode the missing parts of this share.
+    """Register the family with its constants, unless another task did; then encode the missing parts of this
+    share.
 
     Raises:
-        UserError: no such LLM; a family of this name was made by another encoder; the stored prefix states are not this
-            task's; no pairs yet; or the LLM's states are not finite.
+        UserError: if the LLM cannot be loaded, a family of this name has another encoder, the stored prefix
+            states differ from this task's, there are no pairs yet, or the LLM's states are not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(text, device)
+
     family = text_family(text, encoder)
-    known = dataset.exists(family.key)
-    family = register_family(dataset, family, None if known else measure_constants(dataset, encoder))
+    registered = dataset.exists(family.key)
+    family = register_family(dataset, family, None if registered else measure_constants(dataset, encoder))
     constants = read_constants(dataset, family)
     check_prefix(encoder, family, constants)
-    job = TextJob(encoder, constants, config.caption_kinds)
-    encode_family(dataset, family, job.encode_part, share)
+
+    captions = CaptionEncoder(encoder, constants, config.caption_kinds)
+    encode_family(dataset, family, captions.encode_part, share)
 
 
 def measure_constants(dataset: Store, encoder: TextEncoder) -> dict[str, Tensor]:
-    """The constants of a new family: prefix, null caption, and the channels' mean and spread over a fixed sample.
+    """Return the constants of a new family: prefix, null caption, and the channels' mean and std over a fixed
+    sample.
 
     Raises:
-        UserError: there are no captions yet.
+        UserError: if there are no captions yet.
     """
     captions = calibration_captions(dataset)
     if not captions:
         raise UserError(f"{dataset.uri}: no captions yet: run `python -m data_prep pairs DATASET.yaml` first")
+
     mean, std = measure_channels(encoder.encode(encoder.tokenize(captions)))
     (null_ids,) = encoder.tokenize([""])
     (null_states,) = encoder.encode([null_ids])
@@ -87,113 +98,237 @@ def measure_constants(dataset: Store, encoder: TextEncoder) -> dict[str, Tensor]
 
 
 def measure_channels(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and spread of each channel, fp32 [W] each, over all tokens of `states`, each [T_i, W].
+    """Return mean and std of each channel over all tokens.
 
-    A channel that hardly moves in the sample gets a spread that keeps its values in range when it does.
+    The std of a channel that is almost constant in the sample is raised, so that other values of it stay in
+    range.
+
+    Args:
+        states: states of one caption each, [T_i, W].
+
+    Returns:
+        Mean and std, fp32 [W] each.
     """
     count, total, square = 0, 0.0, 0.0
     for batch in states:
         exact = batch.double()
         count, total, square = count + len(batch), total + exact.sum(0), square + exact.square().sum(0)
+
     mean = torch.as_tensor(total) / count
     std = (torch.as_tensor(square) / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), std.clamp(min=1e-3 * std.median().item() or 1.0).float()
+    return mean.float(), std.clamp(min=MIN_RELATIVE_STD * std.median().item() or 1.0).float()
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether a caption stays out of the calibration, so that the error can be measured on it: half of all do."""
+    """True for the half of all captions that the calibration leaves out, so that the error can be measured on
+    them."""
     return xxhash.xxh64_intdigest(caption.encode()) % 2 == 1
 
 
 def calibration_captions(dataset: Store) -> list[str]:
-    """The sample for the channels' mean and spread: from the first committed part of each bucket on, as many as it takes."""
-    found: dict[str, None] = {}
-    kinds = read_plan(dataset).caption_kinds
+    """Return the captions over which the channels' mean and std are measured.
+
+    They come from the first committed parts of each bucket, as many as needed.
+    """
+    captions: dict[str, None] = {}
+    caption_kinds = read_plan(dataset).caption_kinds
     for part in sorted(committed_parts(dataset, PAIRS), key=lambda part: (part.number, part.bucket)):
-        commit = read_commit(dataset, PAIRS, part)
-        for pair in read_pairs(dataset, commit, kinds) if commit.rows else []:
-            found.update((text.strip(), None) for _, text in pair.captions if text.strip())
-        if sum(not is_held_out(caption) for caption in found) >= CALIBRATION_CAPTIONS:
+        for pair in read_pairs(dataset, read_commit(dataset, PAIRS, part), caption_kinds):
+            captions.update((text.strip(), None) for _, text in pair.captions if text.strip())
+        if sum(not is_held_out(caption) for caption in captions) >= CALIBRATION_CAPTIONS:
             break
-    # A few captions could fall into the held-out half altogether: then all are used.
-    used = [caption for caption in found if not is_held_out(caption)] or list(found)
-    return sorted(used, key=lambda caption: xxhash.xxh64_intdigest(caption.encode()))[:CALIBRATION_CAPTIONS]
+
+    # If all of a few captions happen to be held out, use them all.
+    sample = [caption for caption in captions if not is_held_out(caption)] or list(captions)
+    return sorted(sample, key=lambda caption: xxhash.xxh64_intdigest(caption.encode()))[:CALIBRATION_CAPTIONS]
 
 
 def check_prefix(encoder: TextEncoder, family: Family, constants: dict[str, Tensor]) -> None:
     """Check this task's prefix states against the family's.
 
     Raises:
-        UserError: another tokenisation, or states that differ beyond rounding.
+        UserError: if the prefix is tokenized differently, or its states differ by more than rounding.
     """
     if constants["prefix_ids"].tolist() != encoder.prefix_ids:
-        raise UserError(f"family {family.name}: another tokenizer version cuts the prefix otherwise: use the same everywhere")
+        raise UserError(
+            f"family {family.name}: the prefix tokenizes differently here than when the family was created: "
+            "install the same `transformers` version"
+        )
     if not encoder.prefix_ids:
         return
+
     error = relative_error(encoder.prefix_states().cpu(), constants["prefix_states"])
+    # also raises for an error that is NaN
     if not error <= PREFIX_TOLERANCE[encoder.config.dtype]:
         raise UserError(
-            f"family {family.name}: this task's prefix states differ from the stored ones by {error:.2g}, more than rounding: "
-            "use the library versions that registered the family, or another family name"
+            f"family {family.name}: this task's prefix states differ from the stored ones by {error:.2g}, "
+            "more than rounding: use the library versions that registered the family, or another family name"
         )
 
 
 @dataclass(frozen=True)
-class _Caption:
-    """One caption as stored."""
+class EncodedCaption:
+    """One caption as it is stored."""
 
     tokens: int
     values: bytes
     scales: bytes
 
+    @property
+    def size(self) -> int:
+        """Bytes of values and scales."""
+        return len(self.values) + len(self.scales)
 
-class TextJob:
-    """Encodes parts, and remembers captions between them."""
 
-    def __init__(self, encoder: TextEncoder, constants: dict[str, Tensor], caption_kinds: Sequence[str]) -> None:
+class CaptionCache:
+    """The most recently used captions, up to `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.bytes = 0
+        self._max_bytes = max_bytes
+        self._captions: OrderedDict[str, EncodedCaption] = OrderedDict()
+
+    def get(self, text: str) -> EncodedCaption | None:
+        """Return a caption, if it is known, and mark it as used."""
+        if text in self._captions:
+            self._captions.move_to_end(text)
+        return self._captions.get(text)
+
+    def add(self, captions: dict[str, EncodedCaption]) -> None:
+        """Remember new captions, and forget the least recently used ones."""
+        self._captions.update(captions)
+        self.bytes += sum(caption.size for caption in captions.values())
+        while self.bytes > self._max_bytes:
+            _, oldest = self._captions.popitem(last=False)
+            self.bytes -= oldest.size
+
+
+class _QuantizationError:
+    """The quantization error over the first `MAX_ERROR_TOKENS` held-out tokens of a part."""
+
+    def __init__(self, mean: Tensor, std: Tensor, quantisation: str) -> None:
+        self.tokens = 0
+        self._mean, self._std = mean, std
+        self._quantisation = quantisation
+        self._squares = torch.zeros_like(mean)
+
+    def add(self, states: Tensor, values: Tensor, scales: Tensor, held_out: Tensor) -> None:
+        """Add the error of some tokens.
+
+        Args:
+            states: raw hidden states, fp32 [N, W].
+            values: their quantized values, uint8 [N, bytes per token].
+            scales: their scales, fp32 [N]; empty for bf16.
+            held_out: mask of the tokens to measure, [N].
+        """
+        rows = held_out.nonzero().flatten()[: MAX_ERROR_TOKENS - self.tokens].to(states.device)
+        exact = (states[rows] - self._mean) / self._std
+        row_scales = scales[rows] if len(scales) else scales
+        stored = dequantize(
+            values[rows], row_scales, self._quantisation, self._mean, self._std, torch.float32
+        )
+        self._squares += (stored - exact).square().sum(0)
+        self.tokens += len(rows)
+
+    def counts(self) -> dict[str, float]:
+        """Return the number of tokens, and the root mean square error relative to the std: mean and worst
+        channel."""
+        if not self.tokens:
+            return {"error_tokens": 0}
+        error = (self._squares / self.tokens).sqrt()
+        return {
+            "error_tokens": self.tokens,
+            "error_mean": error.mean().item(),
+            "error_worst": error.max().item(),
+        }
+
+
+class CaptionEncoder:
+    """Encodes the captions of parts, and remembers captions between parts."""
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        constants: dict[str, Tensor],
+        caption_kinds: Sequence[str],
+        cache_bytes: int = MAX_CACHE_BYTES,
+    ) -> None:
+        """Encode nothing yet.
+
+        Args:
+            encoder: the LLM.
+            constants: the family's constants, of which `mean` and `spread` are used.
+            caption_kinds: names of the dataset's caption kinds.
+            cache_bytes: size of the captions that are remembered.
+        """
+        self.cache = CaptionCache(cache_bytes)
         self._encoder = encoder
         self._quantisation = encoder.config.quantisation
         self._mean, self._std = (constants[name].to(encoder.device) for name in ("mean", "spread"))
         self._kinds = {kind: number for number, kind in enumerate(caption_kinds)}
-        self._memory: OrderedDict[str, _Caption] = OrderedDict()
-        self._remembered = 0
 
     def encode_part(self, pairs: list[Pair]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Rows of one part in `TEXT_COLUMNS`, and what was counted: see `_count`.
+        """Encode the captions of one part.
+
+        Returns:
+            Rows in `TEXT_COLUMNS`, and the counts of the encoder, of the quantization error and of `_count`.
 
         Raises:
-            UserError: a caption of a kind that the dataset does not name, or states that are not finite.
+            UserError: if the dataset does not name a caption's kind, or states are not finite.
         """
         start = time.perf_counter()
-        before = Counter(self._encoder.counts) + Counter(truncated=self._encoder.truncated)
-        texts = [text.strip() for pair in pairs for _, text in pair.captions]
-        new = [text for text in dict.fromkeys(texts) if text and text not in self._memory]
-        encoded, counts = self._encode_captions(texts, new)
-        rows = []
+        before = self._encoder_counts()
+        texts: list[str] = []
         for pair in pairs:
-            captions = [encoded[text.strip()] for _, text in pair.captions]
-            rows.append(
-                {
-                    "id": pair.id,
-                    "kinds": np.array([self._kind(kind) for kind, _ in pair.captions], np.uint8).tobytes(),
-                    "tokens": np.array([caption.tokens for caption in captions], np.int32).tobytes(),
-                    "values": b"".join(caption.values for caption in captions),
-                    "scales": b"".join(caption.scales for caption in captions),
-                }
-            )
-        after = Counter(self._encoder.counts) + Counter(truncated=self._encoder.truncated)
+            texts += [text.strip() for _, text in pair.captions]
+
+        encoded = {"": EncodedCaption(0, b"", b"")}
+        new: list[str] = []
+        for text in dict.fromkeys(texts):
+            caption = self.cache.get(text)
+            if caption is not None:
+                encoded[text] = caption
+            elif text:
+                new.append(text)
+
+        new_captions, counts = self._encode_captions(new)
+        encoded |= new_captions
+        rows = [self._row(pair, encoded) for pair in pairs]
+
+        after = self._encoder_counts()
         counts |= {name: after[name] - before[name] for name in after}
         counts |= self._count(texts, new, encoded)
         return rows, {**counts, "seconds": time.perf_counter() - start}
 
+    def _encoder_counts(self) -> Counter[str]:
+        return Counter(self._encoder.counts) + Counter(truncated=self._encoder.truncated)
+
+    def _row(self, pair: Pair, encoded: dict[str, EncodedCaption]) -> dict[str, Any]:
+        """Return the stored row of a pair."""
+        captions = [encoded[text.strip()] for _, text in pair.captions]
+        return {
+            "id": pair.id,
+            "kinds": np.array([self._kind(kind) for kind, _ in pair.captions], np.uint8).tobytes(),
+            "tokens": np.array([caption.tokens for caption in captions], np.int32).tobytes(),
+            "values": b"".join(caption.values for caption in captions),
+            "scales": b"".join(caption.scales for caption in captions),
+        }
+
     def _kind(self, kind: str) -> int:
         if kind not in self._kinds:
-            raise UserError(f"a caption of kind {kind!r}, which caption_kinds lacks: add it to the dataset's YAML")
+            raise UserError(
+                f"a caption of kind {kind!r}, which caption_kinds lacks: add it to the dataset's YAML"
+            )
         return self._kinds[kind]
 
-    def _count(self, texts: list[str], new: list[str], encoded: dict[str, _Caption]) -> dict[str, float]:
-        """Captions and tokens as stored; what equal captions saved, which the plain way would have run whole; and what packing
-        saved: the plain way pads captions as they come, equal ones too, while the encoder has seen them sorted."""
+    def _count(
+        self, texts: list[str], new: list[str], encoded: dict[str, EncodedCaption]
+    ) -> dict[str, float]:
+        """Count captions, stored tokens, and the work saved for equal captions and padding.
+
+        The baseline, plain encoding, runs every caption with its whole prompt. It pads captions in the order
+        in which they come, equal ones included, while the encoder sorts them.
+        """
         encoder = self._encoder
         tokens = [encoded[text].tokens for text in texts if text]
         prefix = len(encoder.prompt_ids)
@@ -203,7 +338,7 @@ class TextJob:
             "captions": len(texts),
             "empty_captions": len(texts) - len(tokens),
             "tokens": sum(tokens),
-            "bytes": sum(len(encoded[text].values) + len(encoded[text].scales) for text in texts),
+            "bytes": sum(encoded[text].size for text in texts),
             "duplicate_captions": len(tokens) - len(new),
             "duplicate_tokens_saved": saved,
             "block_tokens_saved_duplicates": saved * encoder.llm.blocks,
@@ -211,71 +346,61 @@ class TextJob:
             "block_tokens_saved_padding": padding * encoder.llm.blocks,
         }
 
-    def _encode_captions(self, texts: list[str], new: list[str]) -> tuple[dict[str, _Caption], dict[str, float]]:
-        """Every distinct caption: the `new` ones from the LLM, the others from memory, the empty one without a token."""
-        encoded = {"": _Caption(0, b"", b"")}
-        for text in dict.fromkeys(texts):
-            if text in self._memory:
-                self._memory.move_to_end(text)
-                encoded[text] = self._memory[text]
-        outliers, errors, error_tokens = 0, torch.zeros_like(self._mean), 0
-        for chunk, ids in self._chunks(new):
+    def _encode_captions(self, texts: list[str]) -> tuple[dict[str, EncodedCaption], dict[str, float]]:
+        """Encode new captions with the LLM, quantize and remember them, and measure the quantization
+        error."""
+        captions: dict[str, EncodedCaption] = {}
+        outliers = 0
+        error = _QuantizationError(self._mean, self._std, self._quantisation)
+        for chunk, ids in self._chunks(texts):
             states = self._encoder.encode(ids)
-            lengths = [len(state) for state in states]
+            lengths = [len(caption_states) for caption_states in states]
             flat = torch.cat(states).float()  # [N, W]
-            values, scales, outliers_here = self._quantize(flat)
-            outliers += outliers_here
-            held_out = torch.tensor([is_held_out(text) for text in chunk]).repeat_interleave(torch.tensor(lengths))
-            rows = held_out.nonzero().flatten()[: ERROR_TOKENS - error_tokens].to(flat.device)
-            errors += self._squared_error(flat, values, scales, rows)
-            error_tokens += len(rows)
-            encoded |= self._store(chunk, lengths, values.cpu().numpy(), scales.cpu().numpy())
-        counts: dict[str, float] = {"outlier_tokens": outliers, "error_tokens": error_tokens}
-        if error_tokens:
-            error = (errors / error_tokens).sqrt()
-            counts |= {"error_mean": error.mean().item(), "error_worst": error.max().item()}
-        return encoded, counts
+
+            values, scales, chunk_outliers = self._quantize(flat)
+            outliers += chunk_outliers
+            held_out = torch.tensor([is_held_out(text) for text in chunk])
+            error.add(flat, values, scales, held_out.repeat_interleave(torch.tensor(lengths)))
+
+            chunk_captions = _cut(chunk, lengths, values.cpu().numpy(), scales.cpu().numpy())
+            self.cache.add(chunk_captions)
+            captions |= chunk_captions
+        return captions, {"outlier_tokens": outliers, **error.counts()}
 
     def _chunks(self, texts: list[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
-        """Captions sorted by length, in chunks of some batches, with their token ids."""
+        """Yield captions with their token ids, sorted by length, in chunks of several batches."""
         tokens = self._encoder.tokenize(texts) if texts else []
-        order = sorted(range(len(texts)), key=lambda row: len(tokens[row]))
-        limit = BATCHES_PER_CHUNK * self._encoder.config.tokens_per_batch
+        order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
+        max_tokens = BATCHES_PER_CHUNK * self._encoder.config.tokens_per_batch
+
         chunk: list[int] = []
         size = 0
-        for row in order:
-            if chunk and size + len(tokens[row]) > limit:
-                yield [texts[at] for at in chunk], [tokens[at] for at in chunk]
+        for number in order:
+            if chunk and size + len(tokens[number]) > max_tokens:
+                yield [texts[n] for n in chunk], [tokens[n] for n in chunk]
                 chunk, size = [], 0
-            chunk.append(row)
-            size += len(tokens[row])
+            chunk.append(number)
+            size += len(tokens[number])
         if chunk:
-            yield [texts[at] for at in chunk], [tokens[at] for at in chunk]
+            yield [texts[n] for n in chunk], [tokens[n] for n in chunk]
 
     def _quantize(self, states: Tensor) -> tuple[Tensor, Tensor, int]:
         try:
             return quantize(states, self._quantisation, self._mean, self._std)
         except ValueError as error:
-            raise UserError(f"{self._encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32") from error
+            raise UserError(
+                f"{self._encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32"
+            ) from error
 
-    def _squared_error(self, states: Tensor, values: Tensor, scales: Tensor, rows: Tensor) -> Tensor:
-        """Squared error of the quantisation a channel [W], in units of the channel's spread, summed over `rows`."""
-        exact = (states[rows] - self._mean) / self._std
-        chosen = scales[rows] if len(scales) else scales
-        stored = dequantize(values[rows], chosen, self._quantisation, self._mean, self._std, torch.float32)
-        return (stored - exact).square().sum(0)
 
-    def _store(self, texts: list[str], lengths: list[int], values: np.ndarray, scales: np.ndarray) -> dict[str, _Caption]:
-        """Cut a chunk into captions, and remember them as long as there is room."""
-        captions = {}
-        start = 0
-        for text, length in zip(texts, lengths, strict=True):
-            rows = slice(start, start + length)
-            captions[text] = _Caption(length, values[rows].tobytes(), scales[rows].tobytes())
-            start += length
-        self._memory.update(captions)
-        self._remembered += sum(len(caption.values) + len(caption.scales) for caption in captions.values())
-        while self._remembered > MEMORY_BYTES:
-            _, oldest = self._memory.popitem(last=False)
-            self._remembered -= len(oldest.values) + len(oldest.scales)
-        return captions
+def _cut(
+    texts: list[str], lengths: list[int], values: np.ndarray, scales: np.ndarray
+) -> dict[str, EncodedCaption]:
+    """Cut the values and scales of a chunk's tokens into captions."""
+    captions = {}
+    start = 0
+    for text, length in zip(texts, lengths, strict=True):
+        rows = slice(start, start + length)
+        captions[text] = EncodedCaption(length, values[rows].tobytes(), scales[rows].tobytes())
+        start += length
+    return captions

@@ -1,4 +1,4 @@
-"""A family gets every part of the pairs, in their order, once; whatever share of them a task has."""
+"""A family gets every part of the pairs once, in their order, however the tasks share them."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,24 +23,26 @@ def dataset(store):
 
 
 def rows_of(dataset, family, tmp_path):
-    found = {}
+    rows = {}
     for part, commit in committed(dataset, family.name).items():
         for file in commit.files:
             dataset.fetch(file, tmp_path / "shard")
-            found[part] = list(Shard(tmp_path / "shard", family.columns))
-    return found
+            rows[part] = list(Shard(tmp_path / "shard", family.columns))
+    return rows
 
 
 def test_rows_are_those_of_the_pairs_in_order(dataset, tmp_path):
     make_families(dataset)
     for family in FAMILIES:
-        found = rows_of(dataset, family, tmp_path)
-        assert {part: [row["id"] for row in rows] for part, rows in found.items()} == {
-            part: sample_ids(dataset, part) for part in read_plan(dataset).parts
-        }
+        ids = {}
+        for part, rows in rows_of(dataset, family, tmp_path).items():
+            ids[part] = [row["id"] for row in rows]
+        assert ids == {part: sample_ids(dataset, part) for part in read_plan(dataset).parts}
+
         for part, commit in committed(dataset, family.name).items():
             pairs = committed(dataset, PAIRS)[part]
-            assert (commit.rows, commit.ids_xxh64, commit.family_hash) == (pairs.rows, pairs.ids_xxh64, family.hash)
+            expected = (pairs.rows, pairs.ids_xxh64, family.hash)
+            assert (commit.rows, commit.ids_xxh64, commit.family_hash) == expected
 
 
 def test_running_again_does_only_what_is_missing(dataset):
@@ -90,7 +92,7 @@ def test_parts_without_pairs_are_named_after_the_others_are_done(store):
     assert len(committed_parts(dataset, FAMILIES[0].name)) == 2
 
 
-def test_an_encoder_that_fails_or_lies_commits_nothing(dataset):
+def test_an_encoder_that_fails_or_returns_other_rows_commits_nothing(dataset):
     family = register_family(dataset, FAMILIES[0], None)
 
     def failing(pairs):

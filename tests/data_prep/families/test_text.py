@@ -11,7 +11,13 @@ from data_prep.dataset.parts import committed, read_commit
 from data_prep.dataset.schema import TEXT_COLUMNS, Family
 from data_prep.dataset.snapshot_reader import read_constants, read_family
 from data_prep.families import text
-from data_prep.families.text import TextJob, calibration_captions, measure_channels, run_text
+from data_prep.families.text import (
+    MAX_CACHE_BYTES,
+    CaptionEncoder,
+    calibration_captions,
+    measure_channels,
+    run_text,
+)
 from data_prep.families.text_report import print_text_report, text_reports
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import open_store
@@ -51,11 +57,12 @@ def pair(number, *captions):
     return Pair(number, f"k{number}", b"", list(captions), 64, 64)
 
 
-def make_job(llm, **settings):
+def make_job(llm, cache_bytes=MAX_CACHE_BYTES, **settings):
     encoder = load_encoder(replace(llm, **settings), CPU)
     sample = encoder.encode(encoder.tokenize([f"a picture of {n} things" for n in range(40)]))
     mean, std = measure_channels(sample)
-    return TextJob(encoder, {"mean": mean, "spread": std}, DATASET.caption_kinds), encoder, mean, std
+    constants = {"mean": mean, "spread": std}
+    return CaptionEncoder(encoder, constants, DATASET.caption_kinds, cache_bytes), encoder
 
 
 @pytest.mark.parametrize("quantisation", sorted(BITS))
@@ -66,14 +73,22 @@ def test_stored_states_are_those_of_the_llm(dataset, llm, tmp_path, quantisation
     family = read_family(dataset, "tiny")
     constants = read_constants(dataset, family)
     encoder = load_encoder(llm, CPU)
-    assert family.info == {"width": 48, "prefix_tokens": len(encoder.prefix_ids), "quantisation": quantisation}
+    assert family.info == {
+        "width": 48,
+        "prefix_tokens": len(encoder.prefix_ids),
+        "quantisation": quantisation,
+    }
     mean, std = constants["mean"], constants["spread"]
     rows = list(read_rows(dataset, "tiny", tmp_path))
     assert len(rows) == 39
     for row in rows:
         (tokens,) = np.frombuffer(row["tokens"], np.int32)
         values = torch.frombuffer(bytearray(row["values"]), dtype=torch.uint8).view(tokens, -1)
-        scales = torch.frombuffer(bytearray(row["scales"]), dtype=torch.float32) if row["scales"] else torch.empty(0)
+        scales = (
+            torch.frombuffer(bytearray(row["scales"]), dtype=torch.float32)
+            if row["scales"]
+            else torch.empty(0)
+        )
         stored = dequantize(values, scales, quantisation, mean, std, torch.float32)
         (exact,) = encoder.encode(encoder.tokenize([f"caption {row['id']}"]))
         error = (stored - (exact - mean) / std).square().mean().sqrt()
@@ -83,7 +98,7 @@ def test_stored_states_are_those_of_the_llm(dataset, llm, tmp_path, quantisation
     torch.testing.assert_close(constants["prefix_states"], encoder.prefix_states())
 
 
-def test_commits_say_what_was_saved(dataset, llm):
+def test_commits_count_what_was_saved(dataset, llm):
     run_text(DATASET, llm, dataset, Share())
     for commit in committed(dataset, "tiny").values():
         counts = commit.counts
@@ -96,8 +111,9 @@ def test_commits_say_what_was_saved(dataset, llm):
 
 
 @pytest.mark.parametrize("reuse_prefix", [True, False])
-def test_the_report_adds_up_to_the_plain_way(dataset, llm, reuse_prefix, capsys):
-    """What was run and the four savings are together what whole prompts, padded as they come, would have cost."""
+def test_the_report_adds_up_to_plain_encoding(dataset, llm, reuse_prefix, capsys):
+    """The work that was run and the four savings add up to the work of whole prompts, padded in their
+    order."""
     llm = replace(llm, reuse_prefix=reuse_prefix, max_tokens=12)
     for task in range(2):
         run_text(DATASET, llm, dataset, Share(task, 2))
@@ -133,7 +149,9 @@ def test_a_second_run_does_nothing(dataset, llm):
     assert {part: commit.attempt for part, commit in committed(dataset, "tiny").items()} == before
 
 
-@pytest.mark.parametrize("change", [{"layer": "-2"}, {"suffix": "<eos>"}, {"max_tokens": 9}, {"quantisation": "int4"}])
+@pytest.mark.parametrize(
+    "change", [{"layer": "-2"}, {"suffix": "<eos>"}, {"max_tokens": 9}, {"quantisation": "int4"}]
+)
 def test_another_encoder_under_the_same_name_is_refused(dataset, llm, change):
     run_text(DATASET, llm, dataset, Share(0, 3))
     with pytest.raises(UserError, match=next(iter(change))):
@@ -170,7 +188,7 @@ def test_calibration_is_a_fixed_sample_without_the_held_out(dataset):
 
 
 def test_captions_of_one_image_equal_ones_and_empty_ones(llm):
-    job, encoder, *_ = make_job(llm)
+    job, encoder = make_job(llm)
     before = encoder.counts["captions_encoded"]
     rows, counts = job.encode_part(
         [
@@ -182,7 +200,11 @@ def test_captions_of_one_image_equal_ones_and_empty_ones(llm):
     assert encoder.counts["captions_encoded"] - before == 2
     assert [np.frombuffer(row["kinds"], np.uint8).tolist() for row in rows] == [[0, 1], [1, 0], []]
     short, long = (len(ids) for ids in encoder.tokenize(["a cat", "a cat, sitting"]))
-    assert [np.frombuffer(row["tokens"], np.int32).tolist() for row in rows] == [[short, long], [short, 0], []]
+    assert [np.frombuffer(row["tokens"], np.int32).tolist() for row in rows] == [
+        [short, long],
+        [short, 0],
+        [],
+    ]
     width = encoder.width
     assert rows[1]["values"] == rows[0]["values"][: short * width]
     assert rows[1]["scales"] == rows[0]["scales"][: short * 4]
@@ -194,19 +216,20 @@ def test_captions_of_one_image_equal_ones_and_empty_ones(llm):
     assert counts["captions_encoded"] == 0
 
 
-def test_memory_has_a_limit(llm, monkeypatch):
-    monkeypatch.setattr(text, "MEMORY_BYTES", 2000)
-    job, *_ = make_job(llm, tokens_per_batch=16)
+def test_the_cache_has_a_limit(llm):
+    job, _ = make_job(llm, cache_bytes=2000, tokens_per_batch=16)
     whole = [pair(n, ("original", f"caption {n}")) for n in range(60)]
     rows, _ = job.encode_part(whole)
-    assert job._remembered <= 2000
+    assert job.cache.bytes <= 2000
     alone, _ = make_job(llm)[0].encode_part(whole)
     difference = np.frombuffer(b"".join(row["scales"] for row in rows), np.float32)
-    np.testing.assert_allclose(difference, np.frombuffer(b"".join(row["scales"] for row in alone), np.float32), rtol=1e-4)
+    np.testing.assert_allclose(
+        difference, np.frombuffer(b"".join(row["scales"] for row in alone), np.float32), rtol=1e-4
+    )
 
 
 def test_unknown_kinds_and_bad_states_are_named(llm):
-    job, encoder, *_ = make_job(llm)
+    job, encoder = make_job(llm)
     with pytest.raises(UserError, match="caption_kinds"):
         job.encode_part([pair(1, ("other", "a cat"))])
     with torch.no_grad():
@@ -215,7 +238,7 @@ def test_unknown_kinds_and_bad_states_are_named(llm):
         job.encode_part([pair(1, ("original", "a dog"))])
 
 
-def test_a_channel_that_never_moves_stays_in_range():
+def test_a_constant_channel_stays_in_range():
     states = torch.randn(50, 8)
     states[:, 3] = 7.0
     mean, std = measure_channels([states[:20], states[20:]])
