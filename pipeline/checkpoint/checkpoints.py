@@ -1,13 +1,14 @@
-"""Checkpoints in a format of our own: safetensors and JSON, no pickle, any number of processes on load.
+"""Checkpoints in this project's own format: safetensors and JSON, no pickle, for any number of processes.
 
 <run>/checkpoints/step_000000100/
-  rank_00000.safetensors    this rank's flat fp32 tensors: <kind>.<sub-group>, kinds master, exp_avg, exp_avg_sq, ema_<i>
+  rank_00000.safetensors    a rank's flat fp32 tensors <kind>.<sub-group>: master, moments, ema_<i>
   replicated.safetensors    persistent buffers and frozen parameters, whole
-  manifest.json             layout, optimizer, trainer's state, sizes and hashes of the files: written last
-latest                      name of the newest; for people, readers look at the manifests
+  manifest.json             layout, optimizer, trainer's state, sizes and hashes of files: written last
+latest                      name of the newest, for people; readers look at the manifests
 
-A step waits only for the copy to host memory; a thread writes, and `poll` at a later step, on all ranks, commits. Until the
-rename that follows the manifest there is only a folder `.tmp_*`, which no reader looks at.
+A training step waits only for the copy to host memory. A thread writes the files, and `poll`, at a later step
+and on all ranks, commits them. Until the rename that follows the manifest there is only a folder `.tmp_*`,
+which readers ignore.
 """
 
 import json
@@ -52,12 +53,12 @@ log = logging.getLogger(__name__)
 _OLD_MOMENTS = ["exp_avg", "exp_avg_sq"]
 """Moments in checkpoints whose manifest does not name them."""
 _FAILED, _WAITING, _DONE = 0, 1, 2
-"""Of a rank's work; that of all ranks is the lowest."""
+"""Status of a rank's job; the status of all ranks together is the lowest."""
 
 
 @dataclass
-class _Work:
-    """Something that a thread of this rank does while training goes on."""
+class _Job:
+    """Work that a thread of this rank does while training goes on."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -67,6 +68,7 @@ class _Work:
 
     @property
     def status(self) -> int:
+        """One of `_FAILED`, `_WAITING` and `_DONE`."""
         if self.thread.is_alive():
             return _WAITING
         return _DONE if self.error is None else _FAILED
@@ -76,49 +78,68 @@ class Checkpoints:
     """The checkpoints of one run. All methods are collective; each rank has its own object."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        """Look after `folder`; nothing is created before the first save."""
+        """Manage the checkpoints in `folder`; nothing is created before the first save."""
         self.folder, self.config = folder, config
         self.rank, self.world = rank_and_world()
-        self._writing: _Work | None = None
-        self._uploading: _Work | None = None
+        self._writing: _Job | None = None
+        self._uploading: _Job | None = None
         self._host: dict[str, Tensor] = {}
         self._stage_hash = ""
         self._newest: dict[str, Any] | None = None
         self.failures = 0
-        """Saves that were given up since the start, such as for a full disk."""
+        """Saves that were given up since the start, for instance because the disk was full."""
 
-    # -- saving -----------------------------------------------------------------------------------------------------------
+    # -- saving --
 
-    def save(self, engine: "Engine", trainer_state: dict[str, Any], samples: int, step: int, wait: bool) -> None:
-        """Save, or only start to if not `wait`: then a later `poll`, `save`, `wait` or `close` commits it.
+    def save(
+        self, engine: "Engine", trainer_state: dict[str, Any], samples: int, step: int, wait: bool
+    ) -> None:
+        """Save a checkpoint; one of the same step that was saved or loaded before is not saved again.
+
+        Args:
+            engine: the engine whose state is saved.
+            trainer_state: the trainer's state, as JSON can hold it.
+            samples: samples seen so far.
+            step: steps made so far.
+            wait: commit the checkpoint before returning; else a later `poll`, `save`, `wait` or `close` does.
 
         Raises:
-            UserError: `wait`, and the checkpoint could not be written. Otherwise that is a warning and the run goes on with
-                the checkpoints that are there.
+            UserError: if `wait` is set and the checkpoint could not be written. Without `wait` that is a
+                warning, and the run goes on with the checkpoints that it has.
         """
         self.wait()
         if self._newest is not None and self._newest["step"] == step:
             return
         if not self._stage_hash:
             self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
+
         folder, failures = self.folder / f".tmp_{_name(step)}", self.failures
         if self._prepare(folder):
             state = engine.state()
             manifest = self._manifest(state, trainer_state, samples, step)
-            tensors = {f"{kind}.{index}": tensor for kind, group in state.tensors.items() for index, tensor in enumerate(group)}
-            files = {rank_file(self.rank): tensors if wait and engine.device.type == "cpu" else self._to_host(tensors)}
+            tensors: dict[str, Tensor] = {}
+            for kind, group in state.tensors.items():
+                tensors |= {f"{kind}.{index}": tensor for index, tensor in enumerate(group)}
+
+            # If the caller waits on a CPU, nothing changes the tensors in the meantime: they need no copy.
+            if not (wait and engine.device.type == "cpu"):
+                tensors = self._to_host(tensors)
+
+            files: dict[str, Mapping[str, Tensor]] = {rank_file(self.rank): tensors}
             if self.rank == 0:
                 files[REPLICATED] = state.replicated
-            self._writing = _start(folder, manifest, lambda: {name: write_tensors(folder / name, t) for name, t in files.items()})
+            self._writing = _start_job(folder, manifest, lambda: _write_files(folder, files))
+
         if wait:
             self.wait()
             if self.failures > failures:
                 raise UserError(
-                    f"{self.folder}: the checkpoint of step {step} could not be written: make room there and start again"
+                    f"{self.folder}: the checkpoint of step {step} could not be written: make room there and "
+                    "start again"
                 )
 
     def _prepare(self, folder: Path) -> bool:
-        """Make the temporary folder on rank 0; whether that went well."""
+        """Make the temporary folder on rank 0; return True if that succeeded."""
         ready = 1
         if self.rank == 0:
             try:
@@ -128,22 +149,23 @@ class Checkpoints:
             except OSError as error:
                 self._give_up(folder, error)
                 ready = 0
-        return self._agreed(ready)
+        return self._all_ready(ready)
 
-    def _agreed(self, ready: int) -> bool:
-        """Whether all ranks say 1; a failure is counted by every rank."""
+    def _all_ready(self, ready: int) -> bool:
+        """Return True if `ready` is 1 on all ranks; otherwise every rank counts a failure."""
         if all_reduce_min(ready):
             return True
         self.failures += 1
         return False
 
     def _give_up(self, folder: Path, error: Exception | None) -> None:
-        log.warning("checkpoint %s was not written, the run goes on without it: %s", folder.name, error or "see the other ranks")
+        reason = error or "see the other ranks"
+        log.warning("checkpoint %s was not written, the run goes on without it: %s", folder.name, reason)
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy into host memory that is kept from save to save, page-locked where there is a GPU."""
+        """Copy tensors to host memory, which is reused by later saves and page-locked for a GPU."""
         for name, tensor in tensors.items():
             if name not in self._host:
                 self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -152,7 +174,9 @@ class Checkpoints:
             torch.cuda.synchronize()
         return {name: self._host[name] for name in tensors}
 
-    def _manifest(self, state: RankState, trainer_state: dict[str, Any], samples: int, step: int) -> dict[str, Any]:
+    def _manifest(
+        self, state: RankState, trainer_state: dict[str, Any], samples: int, step: int
+    ) -> dict[str, Any]:
         every = self.config.keep_every_samples
         before = self._newest["samples"] if self._newest is not None else 0
         return {
@@ -163,12 +187,13 @@ class Checkpoints:
             "layout": state.layout.to_json(),
             "optimizer": {"step": state.optimizer_step, "groups": state.groups, "moments": state.moments},
             "ema": state.decays,
-            "trainer": json.loads(json.dumps(trainer_state)),  # as it is now: the trainer goes on changing it
+            # A copy, because the trainer goes on changing it.
+            "trainer": json.loads(json.dumps(trainer_state)),
             "stage_xxh64": self._stage_hash,
         }
 
     def poll(self) -> None:
-        """Commit a checkpoint that all ranks have written, and finish an upload; call it at each step, on all ranks."""
+        """Commit a checkpoint that all ranks have written, and finish an upload; call it at each step."""
         if self._writing is not None:
             status = all_reduce_min(self._writing.status)
             if status != _WAITING:
@@ -180,58 +205,61 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a save was started and is not committed; not collective, the same on all ranks."""
+        """True if a save was started and is not committed yet; not collective, the same on all ranks."""
         return self._writing is not None
 
     def wait(self) -> None:
-        """Write and commit what was started, however long it takes."""
+        """Wait until the save that was started is written, and commit it."""
         if self._writing is not None:
             self._writing.thread.join()
             self._finish_writing(all_reduce_min(self._writing.status))
 
     def close(self) -> None:
-        """Finish writing and uploading."""
+        """Wait for the save and the upload that were started."""
         self.wait()
         if self._uploading is not None:
             self._uploading.thread.join()
             self._finish_upload(all_reduce_min(self._uploading.status))
 
     def _finish_writing(self, status: int) -> None:
-        work, self._writing = self._writing, None
-        assert work is not None
-        work.thread.join()
+        job, self._writing = self._writing, None
+        assert job is not None
+        job.thread.join()
         ready = status == _DONE
-        final = self.folder / work.folder.name.removeprefix(".tmp_")
-        written = gather({name: asdict(file) for name, file in work.result.items()})
-        work.manifest["files"] = {name: file for files in written for name, file in files.items()}
+        final = self.folder / job.folder.name.removeprefix(".tmp_")
+
+        job.manifest["files"] = {}
+        for files in gather({name: asdict(file) for name, file in job.result.items()}):
+            job.manifest["files"] |= files
         if self.rank == 0 and ready:
             try:
-                self._commit(work, final)
+                self._commit(job, final)
             except OSError as error:
-                work.error, ready = error, False
-        if not self._agreed(int(ready)):
-            self._give_up(work.folder, work.error)
+                job.error, ready = error, False
+        if not self._all_ready(int(ready)):
+            self._give_up(job.folder, job.error)
             return
-        self._newest = work.manifest
+
+        self._newest = job.manifest
         if self.config.upload and self._uploading is None:
-            self._uploading = _start(final, work.manifest, lambda: self._upload(final))
+            self._uploading = _start_job(final, job.manifest, lambda: self._upload(final))
         if self.rank == 0:
             self._retain()
 
-    def _commit(self, work: _Work, final: Path) -> None:
-        """Manifest, rename, `latest`: each is on disk before the next begins."""
+    def _commit(self, job: _Job, final: Path) -> None:
+        """Write the manifest, rename the folder, write `latest`; each is on disk before the next begins."""
         check_newest_attempt(self.folder.parent)
-        write_atomic(work.folder / MANIFEST, json.dumps(work.manifest), durable=True)
-        if final.exists():  # a damaged one that was passed over, or one written by a run that was set back
+        write_atomic(job.folder / MANIFEST, json.dumps(job.manifest), durable=True)
+        if final.exists():  # it is damaged and was passed over, or the run was set back to an earlier step
             _remove(final)
-        work.folder.rename(final)
+        job.folder.rename(final)
         sync_path(self.folder)
         write_atomic(self.folder / "latest", final.name, durable=True)
 
     def _retain(self) -> None:
-        """Delete what the settings do not keep, manifest first, so that no reader meets half a checkpoint."""
+        """Delete the checkpoints that the settings do not keep."""
         assert self._newest is not None
-        newest = _name(self._newest["step"])  # anything later is damaged and was passed over: it does not count
+        newest = _name(self._newest["step"])  # later ones are damaged and were passed over: they do not count
         folders = [folder for folder in sorted(self.folder.glob("step_*")) if folder.name <= newest]
         uploading = self._uploading.folder if self._uploading is not None else None
         for folder in folders[: -max(1, self.config.keep_last)]:
@@ -239,10 +267,10 @@ class Checkpoints:
             if folder != uploading and not (manifest is not None and manifest["permanent"]):
                 _remove(folder)
 
-    # -- upload -----------------------------------------------------------------------------------------------------------
+    # -- upload --
 
     def _upload(self, final: Path) -> dict[str, Written]:
-        """Copy this rank's files to the store; the manifest follows when all ranks have done so."""
+        """Copy this rank's files to the store; the manifest follows once all ranks have done so."""
         store = open_store(self.config.upload, create=True)
         for name in [rank_file(self.rank)] + [REPLICATED] * (self.rank == 0):
             store.put(f"{self._key(final)}/{name}", final / name)
@@ -252,21 +280,22 @@ class Checkpoints:
         return f"{self.folder.parent.name}/{self.folder.name}/{final.name}"
 
     def _finish_upload(self, status: int) -> None:
-        work, self._uploading = self._uploading, None
-        assert work is not None
-        work.thread.join()
+        job, self._uploading = self._uploading, None
+        assert job is not None
+        job.thread.join()
         if status != _DONE:
+            reason = job.error or "see other ranks"
             log.warning(
-                "checkpoint %s was not uploaded to %s: %s", work.folder.name, self.config.upload, work.error or "see other ranks"
+                "checkpoint %s was not uploaded to %s: %s", job.folder.name, self.config.upload, reason
             )
         elif self.rank == 0:
             store = open_store(self.config.upload)
-            store.put(f"{self._key(work.folder)}/{MANIFEST}", json.dumps(work.manifest).encode())
+            store.put(f"{self._key(job.folder)}/{MANIFEST}", json.dumps(job.manifest).encode())
 
-    # -- loading ----------------------------------------------------------------------------------------------------------
+    # -- loading --
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files have the sizes and hashes that its manifest says; damaged ones are passed over."""
+        """Return the newest checkpoint whose files have the sizes and hashes that its manifest records."""
         names = gather([folder.name for folder in sorted(self.folder.glob("step_*"), reverse=True)])[0]
         for name in names:
             damage = self._damage(self.folder / name)
@@ -277,16 +306,16 @@ class Checkpoints:
         return None
 
     def _damage(self, folder: Path) -> str:
-        """What is wrong in this rank's share of the files; empty if nothing."""
+        """Describe what is wrong with this rank's share of the files; empty if nothing is."""
         manifest = read_manifest(folder)
         if manifest is None:
             return "its manifest is missing or damaged"
         for name in sorted(manifest["files"])[self.rank :: self.world]:
             try:
-                found = Written((folder / name).stat().st_size, hash_file(folder / name))
+                file = Written((folder / name).stat().st_size, hash_file(folder / name))
             except OSError as error:
                 return f"{name}: {error}"
-            if asdict(found) != manifest["files"][name]:
+            if asdict(file) != manifest["files"][name]:
                 return f"{name} is not what was written"
         return ""
 
@@ -297,11 +326,12 @@ class Checkpoints:
             The trainer's state.
 
         Raises:
-            UserError: the checkpoint does not fit the stage; the message names what differs.
+            UserError: if the checkpoint does not fit the stage; the message names what differs.
         """
         manifest = read_manifest(path)
         if manifest is None:
             raise UserError(f"{path} is no checkpoint: name a folder step_* with a {MANIFEST}")
+
         state = engine.state()
         old = Layout.from_json(manifest["layout"])
         replicated = load_file(path / REPLICATED)
@@ -310,16 +340,20 @@ class Checkpoints:
         check_names(wanted, given, str(path))
         if manifest["ema"] != state.decays:
             raise UserError(
-                f"{path} holds averages of decay {manifest['ema']}, the stage asks for {state.decays}: set ema to those"
+                f"{path} holds averages of decay {manifest['ema']}, the stage asks for {state.decays}: "
+                "set ema to those"
             )
         _check_optimizer(path, manifest["optimizer"], state)
+
         files = RankFiles(path)
         for source, target in moves(old, state.layout, self.rank):
             for kind, tensors in state.tensors.items():
                 if not tensors[target.group].numel():  # the parameters of this group do not have this moment
                     continue
-                values = files.read(source.rank, f"{kind}.{source.group}", source.offset, source.offset + source.length)
+                stop = source.offset + source.length
+                values = files.read(source.rank, f"{kind}.{source.group}", source.offset, stop)
                 tensors[target.group][target.offset : target.offset + target.length] = values
+
         engine.finish_load(manifest["optimizer"]["step"], replicated)
         self._newest = manifest
         return manifest["trainer"]
@@ -341,18 +375,24 @@ def _check_optimizer(path: Path, saved: dict[str, Any], state: RankState) -> Non
             )
 
 
-def _start(folder: Path, manifest: dict[str, Any], job: Callable[[], dict[str, Written]]) -> _Work:
+def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Written]:
+    return {name: write_tensors(folder / name, tensors) for name, tensors in files.items()}
+
+
+def _start_job(folder: Path, manifest: dict[str, Any], work: Callable[[], dict[str, Written]]) -> _Job:
+    """Start a thread that calls `work` and keeps its result, or its error, in the job."""
+
     def run() -> None:
         try:
-            # of this thread alone (Linux): where cores are few, writing takes what the steps leave
+            # The lowest priority, on Linux for this thread alone: with few cores, training steps come first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-            work.result = job()
-        except Exception as error:  # told to the training thread, which agrees on it with the other ranks
-            work.error = error
+            job.result = work()
+        except Exception as error:  # the training thread reads it and agrees with the other ranks on it
+            job.error = error
 
-    work = _Work(folder, manifest, threading.Thread(target=run, name=f"checkpoint {folder.name}", daemon=True))
-    work.thread.start()
-    return work
+    job = _Job(folder, manifest, threading.Thread(target=run, name=f"checkpoint {folder.name}", daemon=True))
+    job.thread.start()
+    return job
 
 
 def _name(step: int) -> str:
@@ -360,27 +400,29 @@ def _name(step: int) -> str:
 
 
 def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that no reader takes what remains for a checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
     sync_path(folder)
     shutil.rmtree(folder)
 
 
 def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
-    """Whole fp32 weights, with or without a process group: for sampling, for export, and to start another stage from.
+    """Open whole fp32 weights, with or without a process group, to sample, export, or start another stage.
 
-    Inside a process group, all ranks have to call it: they share the work of checking a run's newest checkpoint.
+    Inside a process group, all ranks have to call it: they share the work of checking a run's newest
+    checkpoint.
 
     Args:
-        path: a run's folder (its newest good checkpoint is taken), a checkpoint, or exported safetensors (a file, or a
-            folder of them).
-        which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`. Exported
-            safetensors hold one set, which is what they were exported as.
+        path: a run's folder (its newest undamaged checkpoint is used), a checkpoint, or exported safetensors
+            (a file, or a folder of them).
+        which: `raw` = the trained weights, `ema` = the first average, or the decay of an average, such as
+            `0.9999`. Not used for exported safetensors, which contain one set of weights.
 
     Returns:
-        Tensors by name, read when they are asked for.
+        Tensors by name, each read when it is accessed.
 
     Raises:
-        UserError: there are no weights at `path`, or not that average.
+        UserError: if there are no weights at `path`, or not that average.
     """
     path = Path(path)
     if (path / "checkpoints").is_dir():
@@ -390,9 +432,12 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
                 refuse_other_format(folder)
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
         return CheckpointWeights(newest, which)
+
     if (path / MANIFEST).exists():
         return CheckpointWeights(path, which)
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors")
+        raise UserError(
+            f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors"
+        )
     return ExportedWeights(files)

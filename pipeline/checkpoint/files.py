@@ -1,4 +1,4 @@
-"""Files of flat tensors: safetensors written in a stream with its hash, and read by ranges."""
+"""Rank files: flat tensors in safetensors, hashed while they are written, and read by ranges."""
 
 import json
 import os
@@ -13,13 +13,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 _CHUNK = 1 << 22
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 _TYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a manifest says of a file."""
+    """Size and hash of a file, as a manifest records them."""
 
     bytes: int
     xxh64: str
@@ -28,21 +34,26 @@ class Written:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """Write CPU tensors as one safetensors file and force it to disk.
 
-    The library's own writer holds Python's global lock and cannot hash on the way; this one does neither, so that training
-    goes on while a thread writes.
+    The safetensors library's writer keeps Python's global lock, so that training would stop, and cannot hash
+    what it writes.
 
     Raises:
-        OSError: the disk is full, or the file cannot be written.
+        OSError: if the disk is full, or the file cannot be written.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+
     digest = xxhash.xxh64()
     with path.open("wb", buffering=0) as file:
-        for block in (len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for tensor in tensors.values())):
+        for block in (len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())):
             view = memoryview(block)
             for start in range(0, len(view), _CHUNK):
                 chunk = view[start : start + _CHUNK]
@@ -59,19 +70,19 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class RankFiles:
-    """The ranks' files of one checkpoint, opened when first needed and read by ranges."""
+    """The rank files of one checkpoint, each opened when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[int, safe_open] = {}
 
     def read(self, rank: int, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flat tensor in a rank's file."""
+        """Return elements [start, stop) of a flat tensor in a rank's file."""
         if rank not in self._open:
             self._open[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
         return self._open[rank].get_slice(name)[start:stop]
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file in a checkpoint."""
+    """Return the name of a rank's file in a checkpoint."""
     return f"rank_{rank:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""The whole weights inside a checkpoint or an export, read without a process group, each when it is asked for."""
+"""The whole weights of a checkpoint or an export, read without a process group, each when it is accessed."""
 
 import json
 import stat
@@ -22,7 +22,7 @@ REPLICATED = "replicated.safetensors"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A checkpoint's manifest, or None if there is none that can be read."""
+    """Return a checkpoint's manifest, or None if it is missing, damaged, or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -31,31 +31,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_format(folder: Path) -> None:
-    """Say what is wrong with a checkpoint that another version wrote.
+    """Refuse a checkpoint that another version wrote.
 
     Raises:
-        UserError: its manifest names another format.
+        UserError: if its manifest names another format.
     """
     try:
         format = json.loads((folder / MANIFEST).read_bytes())["format"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if format != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: use the version of its run")
+        raise UserError(
+            f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: "
+            "use the version of its run"
+        )
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """The whole weights of a checkpoint, fp32, each put together from the ranks' files when it is asked for."""
+    """The whole weights of a checkpoint, fp32, each put together from the rank files when it is accessed."""
 
     def __init__(self, folder: Path, which: str) -> None:
         """Read the manifest.
 
         Args:
             folder: a checkpoint.
-            which: `raw` = the trained weights, `ema` = the first average, or the decay of one, such as `0.9999`.
+            which: `raw` = the trained weights, `ema` = the first average, or the decay of an average, such as
+                `0.9999`.
 
         Raises:
-            UserError: it is no checkpoint, or does not hold that average.
+            UserError: if `folder` is not a checkpoint, or does not contain that average.
         """
         manifest = read_manifest(folder)
         if manifest is None:
@@ -65,7 +69,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._layout = Layout.from_json(manifest["layout"])
         self._files = RankFiles(folder)
         self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
-        self.shapes = self._layout.shapes | {name: tuple(value.shape) for name, value in self._replicated.items()}
+
+        self.shapes = dict(self._layout.shapes)
+        for name, value in self._replicated.items():
+            self.shapes[name] = tuple(value.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._replicated:
@@ -86,14 +93,16 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
 
 def _kind(folder: Path, which: str, decays: Sequence[float]) -> str:
-    """What the tensors of these weights are called in a checkpoint."""
+    """Return the prefix of these weights' tensors in the rank files."""
     if which == "raw":
         return "master"
     try:
         return f"ema_{0 if which == 'ema' else decays.index(float(which))}"
     except ValueError as error:
-        kept = ", ".join(map(str, decays))
-        raise UserError(f"{folder}: no weights `{which}` there: choose raw, ema, or the decay of an average: {kept}") from error
+        known = ", ".join(map(str, decays))
+        raise UserError(
+            f"{folder}: no weights `{which}` there: choose raw, ema, or the decay of an average: {known}"
+        ) from error
 
 
 class ExportedWeights(Mapping[str, Tensor]):
@@ -103,15 +112,16 @@ class ExportedWeights(Mapping[str, Tensor]):
         """Read names and shapes.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: if a file is damaged.
         """
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                        self._files[name], self.shapes[name] = path, tuple(file.get_slice(name).get_shape())
+                    for name in file.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
+                        self._files[name] = path
+                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise UserError(f"{path}: damaged: {error}: export again") from error
 
@@ -127,9 +137,9 @@ class ExportedWeights(Mapping[str, Tensor]):
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder's weights the mode of a newly made file; safetensors lets nobody but their owner read them."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode") as place:
-        new = Path(place, "new")
+    """Give the weights in a folder the mode of any new file; safetensors lets only their owner read them."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode") as temporary:
+        new = Path(temporary, "new")
         new.touch()
         mode = stat.S_IMODE(new.stat().st_mode)
     for path in folder.rglob("*.safetensors"):

@@ -1,8 +1,10 @@
 """The network under DeepSpeed ZeRO: forward, backward, step, moving averages.
 
-- Parameters are made under `zero.Init` in fp32, each partitioned as soon as its module is built: no rank ever holds the
-  whole network, and the fp32 masters start with exactly the values of the plain network, not with values rounded to bf16.
-- A DiT block is a ZeRO-3 leaf: gathered whole by one hook, so that its compiled forward is one graph without breaks.
+- Parameters are made under `zero.Init` in fp32, each partitioned as soon as its module is built: no rank ever
+  holds the whole network, and the fp32 masters start with exactly the values of the plain network, not with
+  values rounded to bf16.
+- A DiT block is a ZeRO-3 leaf: gathered whole by one hook, so that its compiled forward is one graph without
+  breaks.
 - Settings and their reasons are in pipeline/engine/settings.py.
 """
 
@@ -34,10 +36,11 @@ class Engine:
     """A partitioned network and its optimizer; every method is collective unless it says otherwise."""
 
     def __init__(self, build: Callable[[], nn.Module], stage: StageConfig, local_batch: int) -> None:
-        """Join the process group if this process has not, build the network partitioned, and make the optimizer.
+        """Join the process group, build the network partitioned, and make the optimizer.
 
         Args:
-            build: makes the network; it draws from torch's default generator, which must be seeded alike on all ranks.
+            build: makes the network; it draws from torch's default generator, which must be seeded alike on
+                all ranks.
             stage: settings.
             local_batch: samples of the global batch that this rank trains on in each step.
 
@@ -57,7 +60,8 @@ class Engine:
         self.micro_steps, remainder = divmod(local_batch, self.micro_batch)
         if remainder:
             raise UserError(
-                f"engine.micro_batch={self.micro_batch} does not divide the {local_batch} samples of a rank: change it"
+                f"engine.micro_batch={self.micro_batch} does not divide the {local_batch} samples of a rank: "
+                "change it"
             )
         check_settings(stage)
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
@@ -93,7 +97,7 @@ class Engine:
             )
 
     def warm_up(self, samples: int, patches: int) -> None:
-        """Compile the blocks for a batch of `samples` samples on this rank, of `patches` patches each; changes nothing else.
+        """Compile the blocks for a batch of `samples` on this rank with `patches` each; change nothing else.
 
         Raises:
             ValueError: if `micro_batches` raises it.
@@ -103,19 +107,21 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(block.parameters())):
             make_graphs(block, part.stop, patches)
 
-    # -- a training step --------------------------------------------------------------------------------------------------
+    # -- a training step --
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Run the network forward."""
         return self._engine(*inputs)
 
     def micro_batches(self, size: int) -> Iterator[slice]:
-        """Split a rank's batch of `size` samples into parts, one per forward and backward pass; not collective.
+        """Split a rank's batch of `size` samples into parts, one per forward and backward pass.
 
-        A bucket may have fewer samples per batch than the engine was made for: its parts are then smaller, not fewer.
+        Not collective. A bucket may have fewer samples per batch than the engine was made for: its parts are
+        then smaller, not fewer.
 
         Raises:
-            ValueError: if `size` is more than the engine's local batch, or does not divide into its micro-steps.
+            ValueError: if `size` is more than the engine's local batch, or does not divide into its
+                micro-steps.
         """
         part, remainder = divmod(size, self.micro_steps)
         if remainder or not 0 < part <= self.micro_batch:
@@ -125,14 +131,14 @@ class Engine:
         return (slice(start, start + part) for start in range(0, size, part))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's mean loss, scaled so that the step sees the mean over the batch."""
+        """Add the gradients of one micro-batch's mean loss; a step uses their mean over the micro-batches."""
         self._engine.backward(loss)
         self._micro_step += 1
         if self._micro_step < self.micro_steps:
             self._engine.step()  # only counts the micro-step
 
     def step(self, lr: float, limit: float = float("inf")) -> tuple[bool, float]:
-        """Clip the gradients and update the weights, unless the gradients are not finite or their norm is above `limit`.
+        """Clip the gradients and update the weights, unless the gradients are not finite or above `limit`.
 
         The gradient of a parameter that no micro-step used is zero.
 
@@ -141,7 +147,8 @@ class Engine:
             limit: largest norm of a step that is applied (ZeRO-3 only).
 
         Returns:
-            True if the weights were updated (the same on all ranks), and the norm of the gradients before clipping.
+            True if the weights were updated (the same on all ranks), and the norm of the gradients before
+            clipping.
 
         Raises:
             RuntimeError: if `backward` was not called once per micro-batch.
@@ -155,8 +162,8 @@ class Engine:
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         if self.stage.engine.zero_stage == 3:
-            # DeepSpeed 0.19.8 overwrites or adds to the slices of the parameters that a micro-step uses. The slice of any other
-            # parameter would keep its last gradient, and the next step would apply that again.
+            # DeepSpeed 0.19.8 overwrites or adds to the slices of parameters that a micro-step uses. The
+            # slice of any other parameter keeps its last gradient, which the next step would apply again.
             self._optimizer.grad_partitions_flat_buffer.zero_()
         else:
             norm = self._engine.get_global_grad_norm()
@@ -164,7 +171,10 @@ class Engine:
         return applied, self._norm
 
     def _limited_norms(self) -> list[Tensor]:
-        """Return DeepSpeed's norms per group, or invalid ones if the total is above the limit: all ranks then skip the step."""
+        """Return DeepSpeed's norms per group, or invalid ones if the total is above the limit.
+
+        With invalid norms DeepSpeed skips the step on all ranks.
+        """
         norms = self._norms_of_groups()
         stacked = torch.stack([norm.float() for norm in norms])
         invalid = (~torch.isfinite(stacked) | (stacked < 0)).any()
@@ -172,13 +182,13 @@ class Engine:
         return norms if self._norm <= self._limit else [torch.full_like(norm, -1.0) for norm in norms]
 
     def update_averages(self, samples: int) -> None:
-        """Update the averages after an applied step, with which `samples` samples have been seen. Not collective."""
+        """Update the averages after an applied step; `samples` have been seen with it. Not collective."""
         for average in self.averages:
             average.update(samples // self.stage.global_batch - 1)
 
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[None]:
-        """Let the network compute with the weights of average `index` inside; afterwards all is bit for bit as before."""
+        """Return a context in which the network has the weights of average `index`; it leaves no trace."""
         average = self.averages[index]
         average.swap()
         self.master_weights.publish()
@@ -188,7 +198,7 @@ class Engine:
             average.swap()
             self.master_weights.publish()
 
-    # -- state ------------------------------------------------------------------------------------------------------------
+    # -- state --
 
     def state(self) -> RankState:
         """Return what a checkpoint stores of this rank."""
@@ -210,11 +220,12 @@ class Engine:
         self.master_weights.publish()
 
     def load_full(self, weights: Mapping[str, Tensor], new_branches: Sequence[str] = ()) -> list[str]:
-        """Start from whole weights, such as another stage's; moments become zero and the averages start from the weights.
+        """Start from whole weights, such as another stage's; reset the moments and the averages.
 
         Args:
             weights: fp32 tensors by name; read one after another, so the mapping may read lazily.
-            new_branches: modules whose branches keep their initial weights if `weights` lacks them; see `check_names`.
+            new_branches: modules whose branches keep their initial weights if `weights` lacks them; see
+                `check_names`.
 
         Returns:
             The parameters that kept their initial weights.

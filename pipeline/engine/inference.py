@@ -1,4 +1,4 @@
-"""A network to sample with under ZeRO-3, without gradients or optimizer."""
+"""A network to sample with under ZeRO-3, without gradients and without an optimizer."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -17,9 +17,9 @@ from pipeline.stage.config import EngineConfig, StageConfig
 
 
 class PartitionedNetwork:
-    """A network to draw with under ZeRO-3: each rank holds a share of every parameter, and neither gradients nor an optimizer.
+    """A network to sample with under ZeRO-3: each rank holds a part of every parameter.
 
-    The ranks have to run `module` equally often, since each pass gathers its parameters from all of them.
+    The ranks have to run `module` equally often, since each forward pass gathers parameters from all of them.
     """
 
     def __init__(
@@ -29,45 +29,43 @@ class PartitionedNetwork:
         dtype: torch.dtype,
         settings: EngineConfig,
     ) -> None:
-        """Build it in shards, in the process group that `join_process_group` made.
+        """Build the network partitioned, in the process group that `join_process_group` made.
 
         Args:
             build: makes the network.
-            weights: by name; read one after another, so the mapping may read lazily.
-            dtype: in which the network computes.
-            settings: of ZeRO-3; stage, precision and `hpz` are not read.
+            weights: the weights by name; read one after another, so the mapping may read lazily.
+            dtype: the type in which the network computes.
+            settings: settings of ZeRO-3; stage, precision and `hpz` are not used.
 
         Raises:
-            UserError: the weights are those of another network.
+            UserError: if the weights are those of another network.
         """
         precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         stage = StageConfig(engine=replace(settings, zero_stage=3, precision=precision, hpz=1))
         config = deepspeed_config(stage, 1, 1)
         self.module: Any = build_partitioned(build, config).requires_grad_(False)
         cast_parameters(self.module, dtype)
+
         parameters: dict[str, Any] = dict(self.module.named_parameters())
+        wanted = {name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}
         shapes = getattr(weights, "shapes", None) or {
-            name: tuple(tensor.shape) for name, tensor in weights.items()
+            name: tuple(value.shape) for name, value in weights.items()
         }
-        check_names(
-            {name: tuple(parameter.ds_shape) for name, parameter in parameters.items()},
-            shapes,
-            "weights to draw with",
-        )
+        check_names(wanted, shapes, "weights to sample with")
         for name, parameter in parameters.items():
             piece = parameter.ds_tensor
             own = weights[name].flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
             piece.data[: len(own)].copy_(own)
-        self._engine = deepspeed.initialize(model=self.module, config=config)[
-            0
-        ]  # its end would take the hooks away
+
+        # Kept because its destruction would remove the hooks that gather parameters.
+        self._engine = deepspeed.initialize(model=self.module, config=config)[0]
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Inside, the parameter is whole. Collective."""
+        """Return a context in which the parameter is whole. Collective."""
         return deepspeed.zero.GatheredParameters([parameter])
 
     def bytes(self) -> tuple[int, int]:
-        """Bytes of parameters that this rank holds now, and those of the whole network; not collective."""
+        """Return the bytes of parameters on this rank now, and of the whole network; not collective."""
         parameters: list[Any] = list(self.module.parameters())
-        held = sum(parameter.data.nbytes + parameter.ds_tensor.nbytes for parameter in parameters)
-        return held, sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+        own = sum(parameter.data.nbytes + parameter.ds_tensor.nbytes for parameter in parameters)
+        return own, sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)

@@ -1,10 +1,10 @@
-"""Which rank holds which elements of which parameter, and how to move them from one layout to another.
+"""The place of every element of every parameter among the ranks, and moves from one layout to another.
 
 Pure integer arithmetic, no tensors: the checkpoint and the engine move the bytes.
 
 There are two ways to partition a sub-group of parameters over W ranks, each rank holding one flat tensor:
-- `parameter` (ZeRO-3): every parameter is cut into W pieces of ceil(numel / W) elements, the last one padded; a rank's
-  flat tensor is the concatenation of its pieces.
+- `parameter` (ZeRO-3): every parameter is cut into W pieces of ceil(numel / W) elements, the last one padded;
+  a rank's flat tensor is the concatenation of its pieces.
 - `flat` (ZeRO-1 and 2): the parameters are concatenated and padded, and the whole is cut into W equal pieces.
 """
 
@@ -37,7 +37,8 @@ class _Place(NamedTuple):
 
     group: int
     offset: int
-    """First element in every rank's flat tensor (`parameter`), or in the concatenation of all ranks' (`flat`)."""
+    """First element in every rank's flat tensor (`parameter`), or in the concatenation of all ranks'
+    (`flat`)."""
     name: str
     numel: int
     per_rank: int
@@ -46,7 +47,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one set of parameters is partitioned."""
+    """The partition of a set of parameters among ranks."""
 
     world: int
     partition: Literal["parameter", "flat"]
@@ -97,7 +98,8 @@ class Layout:
     def extents_of_rank(self, rank: int) -> Iterator[Extent]:
         """Yield everything that a rank's flat tensors hold, except padding."""
         for place in self._places():
-            # Elements of this rank, counted from the parameter's first (`parameter`) or from the sub-group's (`flat`).
+            # Elements of this rank, counted from the parameter's first (`parameter`) or from the sub-group's
+            # (`flat`).
             first, last = rank * place.per_rank, (rank + 1) * place.per_rank
             if self.partition == "parameter":
                 start, stop, offset = first, min(place.numel, last), place.offset
@@ -125,9 +127,9 @@ class Layout:
 
 
 def moves(old: Layout, new: Layout, rank: int) -> Iterator[tuple[Extent, Extent]]:
-    """Yield the (source, target) extents, of equal length, that fill `rank`'s flat tensors of `new` from those of `old`.
+    """Yield (source, target) extents of equal length that fill `rank`'s flat tensors of `new` from `old`.
 
-    Every element that the rank holds is filled exactly once; parameters that `old` does not have are left out.
+    Every element that the rank holds is filled exactly once, except of parameters that `old` does not have.
     """
     known = old.shapes
     for target in new.extents_of_rank(rank):

@@ -1,4 +1,4 @@
-"""The flat fp32 tensors that a rank owns under ZeRO, in one form for every stage: master weights, moments and averages."""
+"""The flat fp32 tensors of a rank under ZeRO, in one form for every stage: masters, moments and averages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class RankState:
 
     layout: Layout
     tensors: dict[str, list[Tensor]]
-    """`master`, the optimizer's moments such as `exp_avg`, and `ema_0`, ...: one flat fp32 tensor per sub-group."""
+    """`master`, the optimizer's moments such as `exp_avg`, and `ema_0`, ...: one flat fp32 tensor per
+    sub-group."""
     optimizer_step: int
     groups: list[dict[str, Any]]
     """Settings of each parameter group."""
@@ -87,7 +88,8 @@ class MasterWeights:
     def publish(self) -> None:
         """Copy the master weights to the weights that the network computes with, on every rank. Collective.
 
-        ZeRO-3 keeps some parameters gathered after a forward pass, so they are partitioned before and gathered after.
+        ZeRO-3 keeps some parameters gathered after a forward pass, so they are partitioned before and
+        gathered after.
         """
         if not self._compute:
             self._optimizer.update_lp_params()
@@ -116,7 +118,8 @@ class MasterWeights:
     def moments(self) -> dict[str, list[Tensor]]:
         """Return the optimizer's moments by name, one flat tensor per sub-group.
 
-        They are zeros if no step was made yet, and an empty tensor for a sub-group whose parameters do not have the moment.
+        They are zeros if no step was made yet, and an empty tensor for a sub-group whose parameters do not
+        have the moment.
         """
         for master, group in zip(self.tensors, self._param_groups, strict=True):
             state = self.inner.state[master]
@@ -169,8 +172,9 @@ def check_names(
         wanted: shapes of the network's parameters by name.
         given: shapes of the file's.
         source: how error messages call the file.
-        new_branches: modules or parameters, such as `fusion`, that may be missing from the file as a whole. Branches of such a
-            module may be missing too, its children and the elements of lists below it, but no part of a branch.
+        new_branches: modules or parameters, such as `fusion`, that may be missing from the file as a whole.
+            Branches of such a module may be missing too, its children and the elements of lists below it, but
+            no part of a branch.
 
     Returns:
         The parameters that belong to new branches.
@@ -183,19 +187,22 @@ def check_names(
     missing = [name for name in absent if name not in set(new)]
     if missing:
         raise UserError(
-            f"{source}: lacks {_first_names(missing)}: use the model and fusion settings that it was made with"
+            f"{source}: lacks {_first_names(missing)}: "
+            "use the model and fusion settings that it was made with"
         )
 
     superfluous = [name for name in given if name not in wanted]
     if superfluous:
         raise UserError(
-            f"{source}: the network has no {_first_names(superfluous)}: use the model and fusion settings that it was made with"
+            f"{source}: the network has no {_first_names(superfluous)}: "
+            "use the model and fusion settings that it was made with"
         )
 
     for name, shape in wanted.items():
         if name in given and tuple(given[name]) != tuple(shape):
             raise UserError(
-                f"{source}: {name} has shape {tuple(given[name])}, not {tuple(shape)}: use the settings it was made with"
+                f"{source}: {name} has shape {tuple(given[name])}, not {tuple(shape)}: "
+                "use the settings it was made with"
             )
     return new
 

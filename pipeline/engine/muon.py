@@ -1,8 +1,9 @@
 """Muon (Jordan 2024) for the matrices of the blocks under ZeRO-3, AdamW for everything else.
 
-DeepSpeed 0.19.8's own Muon clips by the norm of the orthogonalized updates instead of the gradient norm, so that clipping at 1
-shrinks every step, and more so in larger networks (5.6 instead of 0.55 on two ranks). Here Muon is the inner optimizer: DeepSpeed
-calls it after it has clipped the gradients, one sub-group at a time and in the same order on all ranks, so it may communicate.
+DeepSpeed 0.19.8's own Muon clips by the norm of the orthogonalized updates instead of the gradient norm, so
+that clipping at 1 shrinks every step, and more so in larger networks (5.6 instead of 0.55 on two ranks). Here
+Muon is the inner optimizer: DeepSpeed calls it after it has clipped the gradients, one sub-group at a time
+and in the same order on all ranks, so it may communicate.
 """
 
 import math
@@ -22,7 +23,7 @@ MUON = "muon"
 """Name of the parameter group whose matrices are orthogonalized."""
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 _RMS = 0.2
-"""Root mean square of an update: about AdamW's, so that one learning rate and one decay serve both (arXiv 2502.16982)."""
+"""Root mean square of an update: about AdamW's, so that one learning rate serves both (arXiv 2502.16982)."""
 
 
 @OPTIMIZERS.register("muon")
@@ -36,7 +37,7 @@ class MuonSettings(AdamWSettings):
     zero_stages: ClassVar[tuple[int, ...]] = (3,)
 
     def group(self, name: str, shape: Sequence[int]) -> str:
-        """Return the group of a parameter: matrices of blocks, but not the first and last layers or embeddings, are Muon's."""
+        """Return the group of a parameter: Muon trains the matrices of blocks, but not the outer layers."""
         if len(shape) == 2 and decays(name, shape) and "blocks" in name.split("."):
             return MUON
         return super().group(name, shape)
@@ -61,7 +62,7 @@ class _Piece:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz iterations in bf16."""
+    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz in bf16."""
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
     wide = x.shape[0] <= x.shape[1]
@@ -75,7 +76,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except for the group named `muon`, which consists of matrices; its momentum is kept as `exp_avg`."""
+    """AdamW, except for the group named `muon` of matrices, whose momentum is `exp_avg`."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, **settings: Any) -> None:
         """Make the optimizer; `bind` it to the masters before the first step.
@@ -103,7 +104,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every master that has a gradient. Collective: the ranks step the same masters in the same order."""
+        """Update every master that has a gradient. Collective: all ranks step the masters in one order."""
         for group in self.param_groups:
             if group["name"] == MUON:
                 for master in group["params"]:
@@ -129,7 +130,7 @@ class Muon(torch.optim.AdamW):
         master.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonalize(self, update: Tensor, pieces: Sequence[_Piece]) -> None:
-        """Orthogonalize up to one matrix per rank, each on a rank of its own, in place in the ranks' pieces `update`."""
+        """Orthogonalize up to one matrix per rank, each on a rank of its own, in place in `update`."""
         rank = dist.get_rank() if self._world > 1 else 0
         lengths = [piece.length for piece in pieces] + [0] * (self._world - len(pieces))
         own = pieces[rank] if rank < len(pieces) else None

@@ -1,7 +1,8 @@
 """Optimizers by name, the parameter groups that they train, and the learning-rate schedule.
 
-To add an optimizer, write a file with an `OptimizerSettings` under `@OPTIMIZERS.register("its_name")` and import it in
-`pipeline/engine/__init__.py`. The engine, the checkpoints and `pipeline.estimate` ask the registered class for all they need.
+To add an optimizer, write a file with an `OptimizerSettings` under `@OPTIMIZERS.register("its_name")` and
+import it in `pipeline/engine/__init__.py`. The engine, the checkpoints and `pipeline.estimate` ask the
+registered class for all they need.
 """
 
 import math
@@ -21,25 +22,25 @@ from pipeline.stage.config import OptimConfig
 
 DECAY, NO_DECAY = "decay", "no_decay"
 _UNDECAYED = ("gate", "modulation")
-"""Modules whose weights start at zero and scale the output of a sub-layer: weight decay would hold them at zero."""
+"""Modules whose weights start at zero and scale a sub-layer's output: weight decay would keep them there."""
 
 
 class OptimizerSettings:
     """Base class of an optimizer's settings; subclasses are dataclasses whose fields a stage can set.
 
-    A field that `OptimConfig` has too (`betas`, `eps`, `momentum`, ...) takes its value from there, any other from
-    `optim.settings`.
+    A field that `OptimConfig` has too (`betas`, `eps`, `momentum`, ...) takes its value from there, any other
+    from `optim.settings`.
     """
 
     moments: ClassVar[dict[str, tuple[str, ...]]] = {DECAY: (), NO_DECAY: ()}
-    """The parameter groups in order, and the names of the moments that the optimizer keeps in the state of their parameters.
+    """Parameter groups, in order, and the names under which the optimizer keeps their moments in its state.
 
     A moment is an fp32 tensor of the parameter's shape that is zero before the first step."""
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
-    """The ZeRO stages under which it works. An optimizer that treats each element by itself works under all of them."""
+    """ZeRO stages that the optimizer works with; one that updates each element by itself works with all."""
 
     def group(self, name: str, shape: Sequence[int]) -> str:
-        """Return the group, one of the keys of `moments`, of the parameter `name`: here, only matrices decay."""
+        """Return the group, a key of `moments`, of the parameter `name`: here, only matrices decay."""
         return DECAY if decays(name, shape) else NO_DECAY
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -51,7 +52,7 @@ class OptimizerSettings:
         raise NotImplementedError
 
     def bind(self, optimizer: torch.optim.Optimizer, layout: Layout, masters: Sequence[Tensor]) -> None:
-        """Give `optimizer` the places of the parameters in this rank's flat `masters`; most optimizers do not need them."""
+        """Give `optimizer` the places of parameters in this rank's flat `masters`; most do not need them."""
 
 
 OPTIMIZERS: Registry[type[OptimizerSettings]] = Registry("optim.name")
@@ -61,7 +62,8 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
     """Return the settings of the optimizer that `config` names.
 
     Raises:
-        UserError: if the name is unknown, or if a key of `optim.settings` is unknown, missing, or has the wrong type.
+        UserError: if the name is unknown, or if a key of `optim.settings` is unknown, missing, or has the
+            wrong type.
     """
     schema: Any = OPTIMIZERS[config.name]
     names = [field.name for field in fields(schema)]
@@ -79,15 +81,18 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
             )
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings))  # pyright: ignore
+        merged = OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings)
+        settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"optim.settings.{error.full_key}: {str(error).splitlines()[0]}") from error
+    return settings
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split the trained parameters into the optimizer's groups; groups without parameters are left out.
 
-    Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters and on the meta device too.
+    Every parameter that requires a gradient is in exactly one group. Works on partitioned parameters and on
+    the meta device too.
 
     Args:
         model: the network.
@@ -128,7 +133,8 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 def learning_rate(config: OptimConfig, samples: int, total: int) -> float:
     """Return the learning rate of the step that starts after `samples` of `total` samples.
 
-    Linear warm-up over `warmup_samples`, then constant, or cosine or linear decay to `final_lr * lr` at `total`.
+    Linear warm-up over `warmup_samples`, then constant, or cosine or linear decay to `final_lr * lr` at
+    `total`.
     """
     if samples < config.warmup_samples:
         return config.lr * (samples + 1) / (config.warmup_samples + 1)

@@ -1,4 +1,4 @@
-"""A stage's engine settings as DeepSpeed's configuration, and the exact fp32 values that the masters start from."""
+"""A stage's engine settings as DeepSpeed's configuration, and the fp32 values that the masters start from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,12 @@ from pipeline.stage.config import StageConfig
 def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
-    - Gradients are reduced and accumulated in fp32: by default a bf16 run does both in bf16 and loses small gradients.
-    - `memory_efficient_linear` is off: it replaces torch's linear function in the whole process and changes the numbers.
-    - `prefetch_bucket` has to hold at least one block, or ZeRO-3 does not prefetch it; `max_live_parameters` and
-      `max_reuse_distance` limit what stays gathered; `reduce_bucket` is allocated once, in fp32.
+    - Gradients are reduced and accumulated in fp32: by default a bf16 run does both in bf16 and loses small
+      gradients.
+    - `memory_efficient_linear` is off: it replaces torch's linear function in the whole process and changes
+      the numbers.
+    - `prefetch_bucket` has to hold at least one block, or ZeRO-3 does not prefetch it; `max_live_parameters`
+      and `max_reuse_distance` limit what stays gathered; `reduce_bucket` is allocated once, in fp32.
 
     Args:
         stage: the stage.
@@ -54,21 +56,23 @@ def check_settings(stage: StageConfig) -> None:
     """Check the optimizer's settings, and refuse what does not work with DeepSpeed 0.19.8.
 
     Raises:
-        UserError: if the optimizer or one of its settings is unknown, or if a setting needs another ZeRO stage.
+        UserError: if the optimizer or one of its settings is unknown, or if a setting needs another ZeRO
+            stage.
     """
     zero_stage = stage.engine.zero_stage
     stages = optimizer_settings(stage.optim).zero_stages
     if zero_stage not in stages:
         allowed = " or ".join(map(str, stages))
         raise UserError(
-            f"optim.name={stage.optim.name} needs engine.zero_stage={allowed}, not {zero_stage}: change one of them"
+            f"optim.name={stage.optim.name} needs engine.zero_stage={allowed}, not {zero_stage}: "
+            "change one of them"
         )
     if stage.optim.spike is not None and zero_stage != 3:
         raise UserError(f"optim.spike needs engine.zero_stage=3, not {zero_stage}: change one of them")
 
 
 def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
-    """Copy this rank's initial values before they are cast: its pieces under ZeRO-3, otherwise whole parameters.
+    """Copy this rank's initial values, before they are cast: pieces under ZeRO-3, else whole parameters.
 
     Returns:
         A function for `MasterWeights.fill`.
@@ -88,7 +92,7 @@ def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters, partitioned or whole, to the type that the network computes in; buffers keep theirs."""
+    """Cast parameters, partitioned or whole, to the type that the network computes in, but not buffers."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
         piece: Tensor | None = getattr(parameter, "ds_tensor", None)

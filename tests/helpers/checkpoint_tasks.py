@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoints' tests do; each function runs on all of them."""
+"""Tasks of the checkpoints' tests; each function runs on every rank."""
 
 import resource
 import signal
@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.common.errors import UserError
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.stage.config import CheckpointConfig
 from tests.helpers.engine_tasks import full_weights, gathered, make_engine, same, tiny_dit, train
-from tests.helpers.small_network import GLOBAL_BATCH, stage
+from tests.helpers.small_network import GLOBAL_BATCH, Network, stage
 
 
 def everything(engine):
-    """Every kind of tensor that a checkpoint holds, whole, on rank 0."""
+    """Return every kind of tensor that a checkpoint contains, whole, on rank 0."""
     state = engine.state()
     whole = {("replicated", name): value for name, value in state.replicated.items()}
     for kind in state.tensors:
@@ -24,7 +25,7 @@ def everything(engine):
 
 
 def train_and_save(folder, settings):
-    """Save after 3 steps; the whole state, the trained and the averaged weights, and the loss of the step after it."""
+    """Save after 3 steps; return the whole state, trained and averaged weights, and the next loss."""
     engine = make_engine(**settings)
     checkpoints = Checkpoints(Path(folder), CheckpointConfig())
     for step in range(3):
@@ -38,7 +39,7 @@ def train_and_save(folder, settings):
 
 
 def resume(folder, settings):
-    """The trainer's state, the whole state, the next loss, and the settings of the groups."""
+    """Return the trainer's state, the whole state, the next loss, and the settings of the groups."""
     engine = make_engine(seed=99, **settings)
     checkpoints = Checkpoints(Path(folder), CheckpointConfig())
     newest = checkpoints.newest()
@@ -49,7 +50,7 @@ def resume(folder, settings):
 
 
 def load_other_network(folder):
-    """What the user reads when the stage's network is not the checkpoint's."""
+    """Return the error message for a checkpoint of another network."""
     engine = make_engine(network=tiny_dit)
     try:
         Checkpoints(Path(folder), CheckpointConfig()).load(engine, next(Path(folder).glob("step_*")))
@@ -59,10 +60,10 @@ def load_other_network(folder):
 
 
 def start_next_stage(folder):
-    """Weights of one stage into the next, with one LLM more; and the refusal where that is not asked for."""
+    """Start a stage with another LLM from a stage; return the new parameters, and the error without them."""
     first = make_engine(seed=1, network=tiny_dit)
     Checkpoints(Path(folder) / "checkpoints", CheckpointConfig()).save(first, {}, 0, 0, wait=True)
-    kept = full_weights(first, "master")
+    weights_before = full_weights(first, "master")
     engine = make_engine(seed=2, network=three_llms)
     fresh = full_weights(engine, "master")
     weights = load_weights(folder, "ema")
@@ -74,11 +75,34 @@ def start_next_stage(folder):
     new = engine.load_full(weights, new_branches=["fusion"])
     loaded, average = full_weights(engine, "master"), full_weights(engine, "ema_0")
     if engine.rank == 0:
-        assert same({name: loaded[name] for name in kept}, kept)
+        assert same({name: loaded[name] for name in weights_before}, weights_before)
         assert same({name: loaded[name] for name in new}, {name: fresh[name] for name in new})
-        assert set(loaded) == set(kept) | set(new)
+        assert set(loaded) == set(weights_before) | set(new)
         assert same(average, loaded)
     return new, refused
+
+
+class WithToyBranch(Network):
+    """The small network and a module that starts as the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy = nn.Linear(5, 5)
+        nn.init.zeros_(self.toy.weight)
+        nn.init.zeros_(self.toy.bias)
+
+    def forward(self, latents, timesteps, texts):
+        return super().forward(latents, timesteps, texts) + self.toy(latents)
+
+
+def start_with_a_toy_branch():
+    """Start a network with a new branch from the small one; return new parameters and both next losses."""
+    first = make_engine(seed=1)
+    train(first, 0)
+    weights = full_weights(first, "master")
+    engine = make_engine(seed=2, network=WithToyBranch)
+    new = engine.load_full(weights, ["toy"])
+    return new, train(engine, 1)[0], train(first, 1)[0]
 
 
 def three_llms():
@@ -86,12 +110,12 @@ def three_llms():
 
 
 def fill_the_disk(folder):
-    """A save that fails on one rank for want of room: training goes on, the good checkpoint stays, the end is clear."""
+    """Save with a full disk on one rank: training goes on, the last save raises."""
     engine = make_engine()
     checkpoints = Checkpoints(Path(folder), CheckpointConfig())
     checkpoints.save(engine, {}, GLOBAL_BATCH, 1, wait=True)
     good = sorted(path.name for path in Path(folder).iterdir())
-    if engine.rank == 1:  # as a full disk: writing beyond the limit is an OSError
+    if engine.rank == 1:  # like on a full disk, writing beyond the limit raises OSError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:
@@ -113,7 +137,7 @@ def fill_the_disk(folder):
 
 
 def crashing_run(folder, steps, every):
-    """A run that saves every few steps and resumes from what is there; its losses by step and its final weights' sum."""
+    """Train, save every few steps, resume; return the losses, the sum of the final weights, and the start."""
     config = stage(precision="bf16")
     engine = make_engine(config=config)
     checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep_last=2))

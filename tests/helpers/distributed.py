@@ -1,8 +1,9 @@
-"""Functions on n gloo processes, with a hard time limit.
+"""Functions on several gloo processes, with a time limit.
 
-`on_ranks(world, function, *args)` calls a module-level function in each of `world` processes, where the environment says which
-rank it is, and gives their results in rank order. Processes are forked from a server that has torch and DeepSpeed loaded, and
-are kept for later calls of the same world, since that is where the seconds go.
+`on_ranks(world, function, *args)` calls a module-level function in each of `world` processes, whose
+environment gives the rank, and returns the results in rank order. The processes are forked from a server that
+has loaded torch and DeepSpeed, and are reused by later calls with the same world, because starting them takes
+most of the time.
 """
 
 import atexit
@@ -17,16 +18,21 @@ from pipeline.engine.processes import join_process_group
 from pipeline.runtime.distributed import free_port
 
 START = 240
-"""Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a machine."""
+"""Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a
+machine."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.train", "tests.helpers.distributed"])
 _pools = {}
 
 
 def on_ranks(world, function, *args, timeout=150):
-    """Results of `function(*args)` on every rank; an AssertionError with the traces if a rank fails or time is up."""
+    """Return the results of `function(*args)` on every rank.
+
+    Raises:
+        AssertionError: if a rank fails or the time is up, with the ranks' tracebacks.
+    """
     if world in _pools and not all(process.is_alive() for process in _pools[world].processes):
-        _pools.pop(world).kill()  # a test that signals all children of this process hit them
+        _pools.pop(world).kill()  # a test signaled all children of this process
     if world not in _pools:
         _pools[world] = Pool(world)
     try:
@@ -37,7 +43,7 @@ def on_ranks(world, function, *args, timeout=150):
 
 
 class Pool:
-    """Processes that are ranks of one world, each waiting for the next function."""
+    """Processes that are the ranks of one world, each waiting for the next function."""
 
     def __init__(self, world):
         hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -46,12 +52,13 @@ class Pool:
         self.processes, self.pipes = [], []
         port = free_port()
         for rank in range(world):
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            pipe, child_pipe = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, world, port, child_pipe), daemon=True)
             process.start()
-            theirs.close()
+            child_pipe.close()
             self.processes.append(process)
-            self.pipes.append(ours)
+            self.pipes.append(pipe)
+
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         self.call(join_process_group, (10,), START)
@@ -65,7 +72,7 @@ class Pool:
             pipe.send((function, args))
 
     def results(self, timeout):
-        """Wait for all ranks; a rank that failed is given a moment, so that the others' traces come too."""
+        """Wait for all ranks; after a failure, wait a moment for the tracebacks of the others."""
         deadline, failed = time.monotonic() + timeout, {}
         results = [None] * len(self.pipes)
         waiting = set(range(len(self.pipes)))
@@ -81,6 +88,7 @@ class Pool:
                 if not good:
                     failed[rank] = results[rank]
                     deadline = min(deadline, time.monotonic() + 3)
+
         if failed:
             raise AssertionError("\n".join(f"rank {rank}: {trace}" for rank, trace in failed.items()))
         if waiting:
@@ -98,10 +106,17 @@ def _serve(rank, world, port, pipe):
     import torch
 
     torch.set_num_threads(1)
-    # The fork server keeps them blocked where a loader in this process of pytest was the first to start it.
+    # The fork server blocks signals if a loader in this pytest process was the first to start it.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
+
     while True:
         try:
             function, args = pipe.recv()

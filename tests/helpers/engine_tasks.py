@@ -1,4 +1,4 @@
-"""What the ranks of the engine's and the checkpoints' tests do; each function runs on all of them."""
+"""Tasks of the engine's and the checkpoints' tests; each function runs on every rank."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from pipeline.engine.ema import warm_decay
 from pipeline.engine.engine import Engine
-from pipeline.engine.optim import parameter_groups
+from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.runtime.distributed import rank_and_world
 from tests.helpers.small_network import GLOBAL_BATCH, Network, batch, stage
 
@@ -41,12 +41,14 @@ def own_part():
 
 
 def train(engine, step, spoil=False, limit=math.inf):
-    """One step; its loss over the global batch, whether it was applied, its gradient norm."""
+    """Make one step; return its loss over the global batch, True if it was applied, and its gradient norm."""
     inputs, target = batch(step, own_part())
     total = torch.zeros(())
     for part in engine.micro_batches(len(target)):
         latents, timesteps, texts = inputs
-        output = engine(latents[part].to(engine.dtype), timesteps[part], [text[part].to(engine.dtype) for text in texts])
+        output = engine(
+            latents[part].to(engine.dtype), timesteps[part], [text[part].to(engine.dtype) for text in texts]
+        )
         loss = (output.float() - target[part]).square().mean()
         engine.backward(loss * float("nan") if spoil else loss)
         total += loss.detach() / engine.micro_steps
@@ -57,7 +59,7 @@ def train(engine, step, spoil=False, limit=math.inf):
 
 
 def gathered(engine, kind):
-    """A kind of tensor of the engine's state, put together from all ranks' on rank 0; zeros for moments that a parameter lacks."""
+    """Return whole tensors of one kind of the engine's state on rank 0; zeros for a missing moment."""
     state, weights = engine.state(), {}
     flats = state.tensors[kind]
     for name, shape in state.layout.shapes.items():
@@ -72,13 +74,15 @@ def gathered(engine, kind):
 
 
 def full_weights(engine, kind):
-    """All weights, `master` or `ema_<i>`, as fp32 on rank 0; nothing on other ranks."""
-    weights = gathered(engine, kind) | {name: value.float() for name, value in engine.state().replicated.items()}
+    """Return all weights, `master` or `ema_<i>`, as fp32 on rank 0, and an empty dict on other ranks."""
+    weights = gathered(engine, kind) | {
+        name: value.float() for name, value in engine.state().replicated.items()
+    }
     return weights if engine.rank == 0 else {}
 
 
 def local_state(engine):
-    """Copies of all that the rank owns, padding left out, and what it computes with."""
+    """Return copies of everything that the rank owns except padding, and of buffers and frozen parameters."""
     state = engine.state()
     values = {}
     for kind, tensors in state.tensors.items():
@@ -88,12 +92,14 @@ def local_state(engine):
     return values | state.replicated
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(tensors, others):
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensors[name], others[name]) for name in tensors
+    )
 
 
 def train_like_ddp(settings, steps):
-    """(engine's, torch DDP's) losses, and the largest difference of the averages from a gathered reference."""
+    """Return (engine's, torch DDP's) losses, and the largest difference of the averages from a reference."""
     config = stage(**settings)
     engine = make_engine(config=config)
     torch.manual_seed(0)
@@ -129,15 +135,16 @@ def train_like_ddp(settings, steps):
 
 
 def skip_a_block(settings, schedule):
-    """Train a network whose second block takes part in some micro-steps only, and compare with torch on the whole batch.
+    """Train a network whose second block is used in some micro-steps only, and compare with plain torch.
 
     Args:
         settings: of the engine.
-        schedule: for each step, whether each micro-step uses the block; None = all do, and the step's loss is not finite.
+        schedule: for each step, whether each micro-step uses the block; None = all do, and the step's loss is
+            not finite.
 
     Returns:
-        For each step the largest change of the block's masters, the largest difference of that change from plain torch's, and both
-        gradient norms.
+        For each step the largest change of the block's masters, the largest difference of that change from
+        plain torch's, and both gradient norms.
     """
     config = stage(**settings)
     # With these a step depends only on its own gradients, much as with SGD.
@@ -166,7 +173,9 @@ def skip_a_block(settings, schedule):
         if not spoil:
             plain_norm = float(plain_step(plain, optimizer, step, used, engine))
         change, plain_change = block_weights() - before, plain_weights() - plain_before
-        results.append((float(change.abs().max()), float((change - plain_change).abs().max()), norm, plain_norm))
+        results.append(
+            (float(change.abs().max()), float((change - plain_change).abs().max()), norm, plain_norm)
+        )
     return results
 
 
@@ -199,7 +208,7 @@ def plain_step(plain, optimizer, step, used, engine):
 
 
 def skip_a_leaf():
-    """Changes of the masters of a DiT's middle block, a leaf of ZeRO-3, in a step that uses it and in one that does not."""
+    """Return changes of the masters of a DiT's middle block, a leaf of ZeRO-3: used, not used, used again."""
     config = stage(micro_batch=None)
     config.optim.betas, config.optim.eps, config.optim.weight_decay = (0.0, 0.0), 1.0, 0.0
     engine = make_engine(network=tiny_dit, config=config)
@@ -213,20 +222,30 @@ def skip_a_leaf():
         before = gathered(engine, "master")
         dit_step(engine, 3 + step)
         after = gathered(engine, "master")
-        changes.append(max(float((after[name] - before[name]).abs().max()) for name in after if name.startswith("blocks.1.")))
+        changes.append(
+            max(
+                float((after[name] - before[name]).abs().max())
+                for name in after
+                if name.startswith("blocks.1.")
+            )
+        )
     return changes
 
 
 def plain_optimizer(config, group):
-    """Torch's own optimizer for a group."""
+    """Return torch's own optimizer for a group; for a toy one, the registered on whole parameters."""
+    if config.optim.name not in ("adamw", "muon"):
+        return optimizer_settings(config.optim).build([{**group, "lr": LR}])
     settings = {"lr": LR, "weight_decay": group["weight_decay"]}
     if group["name"] == "muon":
-        return torch.optim.Muon(group["params"], momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings)
+        return torch.optim.Muon(
+            group["params"], momentum=config.optim.momentum, adjust_lr_fn="match_rms_adamw", **settings
+        )
     return torch.optim.AdamW(group["params"], betas=config.optim.betas, eps=config.optim.eps, **settings)
 
 
 def swap_and_skip(settings):
-    """The averages take the weights' place and leave no trace; a spoiled or a spiking step changes nothing on any rank."""
+    """Check that the averages replace the weights without a trace, and that skipped steps change nothing."""
     engine = make_engine(**settings)
     for step in range(3):
         train(engine, step)
@@ -254,7 +273,10 @@ def swap_and_skip(settings):
     assert not applied
     assert not math.isfinite(norm)
     kept = local_state(engine)
-    assert same({name: kept[name] for name in kept if name != "seen"}, {name: before[name] for name in before if name != "seen"})
+    assert same(
+        {name: kept[name] for name in kept if name != "seen"},
+        {name: before[name] for name in before if name != "seen"},
+    )
     if settings.get("zero_stage", 3) == 3:
         _, applied, norm = train(engine, 3, limit=1e-6)
         assert not applied
@@ -267,7 +289,7 @@ def swap_and_skip(settings):
 
 
 def compiled_blocks():
-    """(graphs, graph breaks) of a compiled LIDiT under ZeRO-3, and its losses beside those of the eager one."""
+    """Return graphs and graph breaks of a compiled LIDiT under ZeRO-3, and its and eager losses."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     real = torch.compile
@@ -286,7 +308,7 @@ def compiled_blocks():
 
 
 def whole_while_building(settings):
-    """Most elements of parameters that this rank had at once while the network was built, its share of them, all of them."""
+    """Return the most elements that this rank had at once while the network was built, its share, and all."""
     built, at_once = [], []
 
     class WatchedBlock(DiTBlock):
@@ -310,7 +332,7 @@ def whole_while_building(settings):
 
 
 def checkpointed_losses(every):
-    """Losses of a LIDiT under ZeRO-3 that recomputes every n-th block."""
+    """Return losses of a LIDiT under ZeRO-3 that recomputes every n-th block."""
 
     def build():
         network = tiny_dit()
@@ -323,7 +345,9 @@ def checkpointed_losses(every):
 
 def tiny_dit(llms=2, width=32, block="dit"):
     network = LIDiT(
-        DiTConfig(depth=3, width=width, heads=4, channels=4, block=block), FusionConfig(families=["a", "b", "c"][:llms]), [24, 16, 8][:llms]
+        DiTConfig(depth=3, width=width, heads=4, channels=4, block=block),
+        FusionConfig(families=["a", "b", "c"][:llms]),
+        [24, 16, 8][:llms],
     )
     return network
 
@@ -333,14 +357,21 @@ def dit_step(engine, step):
     latents, target = torch.randn(2, GLOBAL_BATCH, 4, 8, 8, generator=generator)[:, own_part()]
     states = [torch.randn(GLOBAL_BATCH, 6, width, generator=generator)[own_part()] for width in (24, 16)]
     texts = [Text(value, torch.ones(value.shape[:2], dtype=torch.bool), 2) for value in states]
-    loss = (engine(latents.to(engine.dtype), Condition(torch.full((len(latents),), 0.5), texts)).float() - target).square().mean()
+    loss = (
+        (
+            engine(latents.to(engine.dtype), Condition(torch.full((len(latents),), 0.5), texts)).float()
+            - target
+        )
+        .square()
+        .mean()
+    )
     engine.backward(loss)
     engine.step(LR)
     return mean_over_ranks(loss.detach())
 
 
 def fresh_masters_equal_plain(precision):
-    """Whether LIDiT's masters start as exactly the plain network's weights."""
+    """Return True if LIDiT's masters start with exactly the plain network's weights."""
     engine = make_engine(seed=5, network=tiny_dit, precision=precision)
     weights = full_weights(engine, "master")
     torch.manual_seed(5)
@@ -354,7 +385,7 @@ def fail_on_rank_one():
 
 
 def refusal(config):
-    """The one line that an engine of these settings ends with."""
+    """Return the error message of an engine with these settings, or an empty text."""
     try:
         make_engine(config=config)
     except UserError as error:
@@ -363,7 +394,7 @@ def refusal(config):
 
 
 def held_bytes(settings):
-    """The number of trained parameters, and the bytes that this rank holds of them from step to step, by kind."""
+    """Return the number of trained parameters, and the bytes of this rank's share between steps, by kind."""
     engine = make_engine(network=functools.partial(tiny_dit, width=64), config=stage(**settings))
     dit_step(engine, 0)
     zero, state = engine._engine.optimizer, engine.state().tensors
@@ -371,14 +402,18 @@ def held_bytes(settings):
         weights, gradients = zero.fp16_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
     else:
         weights = getattr(zero, "bf16_groups_flat", None) or zero.bit16_groups_flat
-        gradients = getattr(zero, "fp32_groups_gradients_flat", None) or [torch.zeros_like(master) for master in state["master"]]
+        gradients = getattr(zero, "fp32_groups_gradients_flat", None) or [
+            torch.zeros_like(master) for master in state["master"]
+        ]
     shared = {tensor.data_ptr() for tensor in weights}
     kinds = {
         "weights": weights,
         "gradients": gradients,
         "masters": [master for master in state["master"] if master.data_ptr() not in shared],
         "moments": [tensor for kind in engine.state().moments for tensor in state[kind]],
-        "EMA": [average for kind, averages in state.items() if kind.startswith("ema_") for average in averages],
+        "EMA": [
+            average for kind, averages in state.items() if kind.startswith("ema_") for average in averages
+        ],
     }
     count = sum(math.prod(shape) for shape in engine.master_weights.layout.shapes.values())
     return count, {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}

@@ -1,5 +1,8 @@
-"""What the engine's tests train: small, with all that is easy to lose - two parameter groups, odd sizes that leave padding, a
-persistent buffer that changes in training, a frozen parameter - and batches that are a function of the step."""
+"""A small network for the engine's tests, and batches that depend only on the step.
+
+It has everything that is easy to get wrong: two parameter groups, odd sizes that need padding, a persistent
+buffer that changes in training, and a frozen parameter.
+"""
 
 import torch
 from torch import nn
@@ -10,12 +13,14 @@ GLOBAL_BATCH = 12
 
 
 class Network(nn.Module):
-    """Takes (latents, timesteps, texts) as LIDiT does; a forward pass leaves out the blocks in `skipped`."""
+    """Takes (latents, timesteps, texts); a forward pass leaves out the blocks in `skipped`."""
 
     def __init__(self, width=13, layers=3):
         super().__init__()
         self.inward = nn.Linear(5, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU()) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU()) for _ in range(layers)
+        )
         self.gate = nn.Linear(1, width)
         self.outward = nn.Linear(width, 5)
         self.skipped = ()
@@ -28,26 +33,32 @@ class Network(nn.Module):
             self.seen += 1
         x = self.inward(latents + self.derived.to(latents.dtype)) + self.frozen
         gate = self.gate(timesteps[:, None].to(x.dtype))
-        for index, layer in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks):
             if index not in self.skipped:
-                x = x + gate * layer(x)
+                x = x + gate * block(x)
         return self.outward(x) + sum(texts)
 
 
 def stage(optimizer="adamw", **engine):
-    """A stage for it; keywords are engine settings."""
+    """A stage for the network; keywords are engine settings."""
     config = StageConfig(name="small", global_batch=GLOBAL_BATCH, samples=10_000, ema=[0.9, 0.99])
     config.optim.weight_decay = 0.1
     config.optim.clip = 0.5
     config.optim.name = optimizer
-    settings = {"precision": "fp32", "reduce_bucket": 1000, "persistence_threshold": 20, "overlap_comm": False, **engine}
+    settings = {
+        "precision": "fp32",
+        "reduce_bucket": 1000,
+        "persistence_threshold": 20,
+        "overlap_comm": False,
+        **engine,
+    }
     for name, value in settings.items():
         setattr(config.engine, name, value)
     return config
 
 
 def batch(step, part=slice(None)):
-    """(latents, timesteps, texts), target of the samples `part` of a step's global batch."""
+    """Return (latents, timesteps, texts) and target of the samples `part` of a step's global batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     latents, target = torch.randn(2, GLOBAL_BATCH, 5, generator=generator)
     timesteps = torch.rand(GLOBAL_BATCH, generator=generator)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact on any number of processes, and never the worse for a crash, a full disk or a damaged file."""
+"""Checkpoints are exact on any number of processes, and survive crashes, full disks and damaged files."""
 
 import json
 import random
@@ -61,7 +61,9 @@ def test_a_run_with_muon_resumes_exactly_on_another_number_of_processes_and_not_
     assert all(torch.equal(resumed[name], state[name]) for name in state)
     assert next_loss == pytest.approx(loss, rel=1e-6)
     assert [group["name"] for group in groups] == ["muon", "decay", "no_decay"]
-    with pytest.raises(AssertionError, match="parameter groups muon, decay, no_decay, the stage has decay, no_decay"):
+    with pytest.raises(
+        AssertionError, match="parameter groups muon, decay, no_decay, the stage has decay, no_decay"
+    ):
         on_ranks(1, tasks.resume, str(tmp_path), {})
 
 
@@ -73,7 +75,9 @@ def test_whole_weights_are_read_without_a_process_group(saved):
             assert weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
     for absent in ("0.5", "emma", "2"):
-        with pytest.raises(UserError, match=f"no weights `{absent}` there: choose raw, ema, or .*: 0.9, 0.99$"):
+        with pytest.raises(
+            UserError, match=f"no weights `{absent}` there: choose raw, ema, or .*: 0.9, 0.99$"
+        ):
             load_weights(folder.parent, absent)
     with pytest.raises(UserError, match="no weights there"):
         load_weights(folder.parent / "nowhere", "raw")
@@ -92,6 +96,12 @@ def test_a_stage_starts_from_another_with_one_llm_more(tmp_path):
     assert "lacks fusion." in refused
 
 
+def test_a_stage_starts_from_another_with_a_new_module_that_the_caller_names():
+    new, loss, expected = on_ranks(1, tasks.start_with_a_toy_branch)[0]
+    assert new == ["toy.weight", "toy.bias"]
+    assert loss == expected
+
+
 def test_a_full_disk_costs_that_checkpoint_and_no_other(tmp_path):
     good, left, failures, message, newest, afterwards = on_ranks(2, tasks.fill_the_disk, str(tmp_path))[0]
     assert good == left == ["latest", "step_000000001"]
@@ -102,7 +112,7 @@ def test_a_full_disk_costs_that_checkpoint_and_no_other(tmp_path):
 
 
 def crash_and_resume(folder, kills, seed):
-    """Kill both ranks `kills` times at random moments of a run, let it end, and hold it against an uninterrupted one."""
+    """Kill both ranks `kills` times at random moments; compare the end with that of an uninterrupted run."""
     steps = 40 * (kills + 1)  # at 10 ms a step or more, no kill comes later than 31 steps after the resume
     expected = on_ranks(2, tasks.crashing_run, str(folder / "whole"), steps, 3, timeout=60 + steps)[0]
     killed, moments = folder / "killed", random.Random(seed)
@@ -116,7 +126,9 @@ def crash_and_resume(folder, kills, seed):
             time.sleep(0.01)
         time.sleep(moments.random() * 0.25)
         pool.kill()
-    losses, total, resumed_from = on_ranks(2, tasks.crashing_run, str(killed), steps, 3, timeout=60 + steps)[0]
+    losses, total, resumed_from = on_ranks(2, tasks.crashing_run, str(killed), steps, 3, timeout=60 + steps)[
+        0
+    ]
     assert resumed_from.startswith("step_")
     assert (losses, total) == expected[:2]
 
@@ -127,7 +139,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path, k
     crash_and_resume(tmp_path, kills, seed=kills)
 
 
-# -- one process, no network: what happens to files ------------------------------------------------------------------------
+# -- one process, no network: what happens to files
+# ------------------------------------------------------------------------
 
 
 class FakeEngine:
@@ -139,12 +152,21 @@ class FakeEngine:
         torch.manual_seed(seed)
         self.stage = stage()
         self.layout = Layout(1, "parameter", [[("a", (3, 2)), ("b", (5,))]], [11])
-        self.tensors = {kind: [torch.randn(11)] for kind in ("master", "exp_avg", "exp_avg_sq", "ema_0", "ema_1")}
+        self.tensors = {
+            kind: [torch.randn(11)] for kind in ("master", "exp_avg", "exp_avg_sq", "ema_0", "ema_1")
+        }
         self.replicated = {"seen": torch.arange(3)}
         self.loaded = None
 
     def state(self):
-        return RankState(self.layout, self.tensors, 7, [{"name": "decay", "weight_decay": 0.1}], [0.9, 0.99], self.replicated)
+        return RankState(
+            self.layout,
+            self.tensors,
+            7,
+            [{"name": "decay", "weight_decay": 0.1}],
+            [0.9, 0.99],
+            self.replicated,
+        )
 
     def finish_load(self, step, replicated):
         self.loaded = step, replicated
@@ -168,7 +190,9 @@ def flip(path):
 DAMAGES = {
     "a bit": lambda folder: flip(folder / "rank_00000.safetensors"),
     "a bit of the rest": lambda folder: flip(folder / "replicated.safetensors"),
-    "cut": lambda folder: (folder / "rank_00000.safetensors").write_bytes((folder / "rank_00000.safetensors").read_bytes()[:100]),
+    "cut": lambda folder: (folder / "rank_00000.safetensors").write_bytes(
+        (folder / "rank_00000.safetensors").read_bytes()[:100]
+    ),
     "a file": lambda folder: (folder / "rank_00000.safetensors").unlink(),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder: (folder / "manifest.json").write_text("{"),
@@ -186,7 +210,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, dam
     engine = FakeEngine(9)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
     assert checkpoints.load(engine, newest) == {"step": 2}
-    assert all(torch.equal(engine.tensors[kind][0], FakeEngine(2).tensors[kind][0]) for kind in engine.tensors)
+    assert all(
+        torch.equal(engine.tensors[kind][0], FakeEngine(2).tensors[kind][0]) for kind in engine.tensors
+    )
     assert engine.loaded[0] == 7
     save_steps(checkpoints, [3])  # over the damaged one
     assert names(tmp_path) == ["step_000000003"]
@@ -195,7 +221,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, dam
 
 def test_only_the_last_and_every_nth_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every_samples=45))
-    save_steps(checkpoints, range(1, 15))  # 10 samples each: 50, 90 and 140 are the first at or past a multiple of 45
+    save_steps(
+        checkpoints, range(1, 15)
+    )  # 10 samples each: 50, 90 and 140 are the first at or past a multiple of 45
     assert names(tmp_path) == [f"step_{step:09d}" for step in (5, 9, 13, 14)]
     assert (tmp_path / "latest").read_text() == "step_000000014"
     resumed = Checkpoints(tmp_path, checkpoints.config)
@@ -249,6 +277,18 @@ def test_a_process_whose_run_another_job_has_taken_over_commits_nothing(tmp_path
     assert names(tmp_path / "checkpoints") == ["step_000000001", "step_000000003"]
 
 
+def test_a_checkpoint_whose_manifest_does_not_name_moments_is_adamws_or_muons(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    save_steps(checkpoints, [1])
+    path = tmp_path / "step_000000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["optimizer"].pop("moments") == ["exp_avg", "exp_avg_sq"]
+    path.write_text(json.dumps(manifest))
+    engine = FakeEngine(9)
+    assert checkpoints.load(engine, checkpoints.newest()) == {"step": 1}
+    assert torch.equal(engine.tensors["exp_avg"][0], FakeEngine(1).tensors["exp_avg"][0])
+
+
 def test_other_averages_than_the_stages_are_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     save_steps(checkpoints, [1])
@@ -264,7 +304,11 @@ def test_a_store_gets_a_copy_whose_manifest_comes_last(tmp_path, store_uri):
     checkpoints.close()
     store = open_store(store_uri)
     keys = list(store.list("run/checkpoints/step_000000001"))
-    assert [key.split("/")[-1] for key in keys] == ["manifest.json", "rank_00000.safetensors", "replicated.safetensors"]
+    assert [key.split("/")[-1] for key in keys] == [
+        "manifest.json",
+        "rank_00000.safetensors",
+        "replicated.safetensors",
+    ]
     local = tmp_path / "run" / "checkpoints" / "step_000000001"
     for key in keys:
         assert store.read(key) == (local / key.split("/")[-1]).read_bytes()

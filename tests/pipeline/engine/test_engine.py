@@ -12,8 +12,6 @@ from pipeline.engine import processes
 from pipeline.engine.master_weights import MasterWeights
 from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import OptimConfig
-from pipeline.engine.optim import optimizer_settings
-from pipeline.stage.config import OptimConfig
 from tests.helpers import engine_tasks as rank_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.small_network import stage
@@ -39,7 +37,9 @@ def test_fp32_training_equals_plain_torch_ddp_and_the_average_its_gathered_refer
     assert worst < 1e-6
 
 
-@pytest.mark.parametrize(("world", "settings"), [(1, {}), (2, {}), (3, {"sub_group_size": 200, "micro_batch": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("world", "settings"), [(1, {}), (2, {}), (3, {"sub_group_size": 200, "micro_batch": 2})], ids=str
+)
 def test_muon_on_shards_is_torchs_on_whole_matrices_with_the_gradients_clipped(world, settings):
     losses, worst = on_ranks(world, rank_tasks.train_like_ddp, {"optimizer": "muon", **settings}, 6)[0]
     for ours, expected in losses:
@@ -50,7 +50,9 @@ def test_muon_on_shards_is_torchs_on_whole_matrices_with_the_gradients_clipped(w
 
 @pytest.mark.parametrize("stage_number", [1, 2, 3])
 def test_bf16_training_follows_fp32_over_fp32_masters(stage_number):
-    losses, worst = on_ranks(2, rank_tasks.train_like_ddp, {"precision": "bf16", "zero_stage": stage_number}, 6)[0]
+    losses, worst = on_ranks(
+        2, rank_tasks.train_like_ddp, {"precision": "bf16", "zero_stage": stage_number}, 6
+    )[0]
     for ours, expected in losses:
         assert ours == pytest.approx(expected, rel=0.02)
     assert worst < 1e-6
@@ -58,10 +60,26 @@ def test_bf16_training_follows_fp32_over_fp32_masters(stage_number):
 
 USED = {
     6: [[True], [False], [True], [False], None, [False]],
-    3: [[True, True], [False, False], [False, True], [True, False], [False, False], None, [False, True], [False, False]],
-    2: [[True, True, True], [False, True, False], [False, False, False], [True, False, False], [False, False, True]],
+    3: [
+        [True, True],
+        [False, False],
+        [False, True],
+        [True, False],
+        [False, False],
+        None,
+        [False, True],
+        [False, False],
+    ],
+    2: [
+        [True, True, True],
+        [False, True, False],
+        [False, False, False],
+        [True, False, False],
+        [False, False, True],
+    ],
 }
-"""Samples of a micro-batch -> whether the block is used, by step and micro-step; None = used, and the step is not finite."""
+"""Samples of a micro-batch -> whether the block is used, by step and micro-step; None = used, and the step is
+not finite."""
 
 
 @pytest.mark.parametrize("micro_batch", USED)

@@ -1,4 +1,4 @@
-"""Shards of one world size fill those of another: each element once, whatever the sizes, groups and kinds of sharding."""
+"""The partitions of one world size fill those of another, each element once, for any sizes and groups."""
 
 from math import prod
 
@@ -19,7 +19,12 @@ def layouts(draw, shapes):
     groups = [group for group in groups if group]
     world = draw(st.integers(1, 9))
     if draw(st.booleans()):
-        return Layout(world, "parameter", groups, [sum(-(-prod(shape) // world) for _, shape in group) for group in groups])
+        return Layout(
+            world,
+            "parameter",
+            groups,
+            [sum(-(-prod(shape) // world) for _, shape in group) for group in groups],
+        )
     align = draw(st.integers(1, 4)) * world
     lengths = [-(-sum(prod(shape) for _, shape in group) // align) * align // world for group in groups]
     return Layout(world, "flat", groups, lengths)
@@ -33,7 +38,11 @@ def pairs(draw):
 
 def partition(layout):
     """What each rank's flat tensors hold, None = padding."""
-    flats = {(rank, group): [None] * length for rank in range(layout.world) for group, length in enumerate(layout.lengths)}
+    flats = {
+        (rank, group): [None] * length
+        for rank in range(layout.world)
+        for group, length in enumerate(layout.lengths)
+    }
     for rank in range(layout.world):
         for extent in layout.extents_of_rank(rank):
             assert extent.rank == rank
@@ -44,10 +53,12 @@ def partition(layout):
 
 
 @given(SHAPES.flatmap(layouts))
-def test_every_element_lies_on_one_rank_and_is_found_there(layout):
+def test_every_element_is_on_one_rank_and_is_found_there(layout):
     flats = partition(layout)
     elements = sorted(element for flat in flats.values() for element in flat if element is not None)
-    assert elements == sorted((name, index) for name, shape in layout.shapes.items() for index in range(prod(shape)))
+    assert elements == sorted(
+        (name, index) for name, shape in layout.shapes.items() for index in range(prod(shape))
+    )
     for name, shape in layout.shapes.items():
         position = 0
         for extent in layout.extents(name):
@@ -59,7 +70,7 @@ def test_every_element_lies_on_one_rank_and_is_found_there(layout):
 
 
 @given(pairs())
-def test_moves_rebuild_the_shards_of_any_other_layout(layouts_):
+def test_moves_rebuild_the_partitions_of_any_other_layout(layouts_):
     old, new = layouts_
     source_flats = partition(old)
     rebuilt = {key: [None] * len(flat) for key, flat in partition(new).items()}

@@ -21,7 +21,9 @@ SCHEDULES = st.builds(
 
 
 def network():
-    return LIDiT(DiTConfig(depth=1, width=32, heads=4, channels=4), FusionConfig(families=["a", "b"]), [8, 12])
+    return LIDiT(
+        DiTConfig(depth=1, width=32, heads=4, channels=4), FusionConfig(families=["a", "b"]), [8, 12]
+    )
 
 
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
@@ -29,7 +31,9 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
     model.patch_embedding.weight.requires_grad_(False)
     groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
     members = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(members) == sorted({id(parameter) for parameter in model.parameters() if parameter.requires_grad})
+    assert sorted(members) == sorted(
+        {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
@@ -47,7 +51,11 @@ def test_a_network_with_nothing_to_train_is_refused():
 @given(SCHEDULES, st.integers(2000, 5000))
 def test_learning_rate_warms_up_stays_in_bounds_and_ends_where_it_should(config, total):
     rates = [learning_rate(config, samples, total) for samples in range(0, total + 1, 10)]
-    warm = [rate for rate, samples in zip(rates, range(0, total + 1, 10), strict=True) if samples < config.warmup_samples]
+    warm = [
+        rate
+        for rate, samples in zip(rates, range(0, total + 1, 10), strict=True)
+        if samples < config.warmup_samples
+    ]
     assert warm == sorted(warm)
     assert all(0 < rate <= config.lr * (1 + 1e-9) for rate in warm)
     after = rates[len(warm) :]
