@@ -1,12 +1,21 @@
-"""What a cluster job knows about its own past: each start of a run, how it ended, and whether it may be started again.
+"""The record of a run's attempts by cluster jobs: when each started, how it ended, whether to start the next
+one.
 
-`cluster/train.sh` calls this before and after the ranks; people read the result with `python -m pipeline.status`.
+`cluster/train.sh` calls this before and after the ranks. `python -m pipeline.status` shows the result.
 
     python -m pipeline.operations.attempts begin STAGE [key=value ...]      prints the run's folder
     python -m pipeline.operations.attempts end RUN --rc 137 --job "$(scontrol show job -o $SLURM_JOB_ID)"
 
-`begin` ends with 0, 3 (the stage is finished: nothing to do) or 2 (something to be put right). `end` ends with what the job
-should do: 85 requeue itself, 0 the stage is finished, 2 something to be put right, 1 anything else that should not be repeated.
+Exit codes of `begin`:
+    0   the attempt is recorded
+    3   the stage is finished: nothing to do
+    2   an error that the user can fix
+
+Exit codes of `end`, for the job:
+    85  requeue
+    0   the stage is finished
+    2   an error that the user can fix
+    1   any other end that should not be repeated
 """
 
 import argparse
@@ -29,18 +38,22 @@ from pipeline.stage.config import StageConfig, load_stage
 
 FINISHED = 3
 MAX_CRASHES = 3
-"""A crash at the same step for this time in a row ends the run."""
+"""Stop the run after this many consecutive crashes at the same step."""
 MAX_STOPS = 10
-"""So does a stop without one step of progress for this time in a row: the time limit is shorter than a start."""
+"""Stop after this many consecutive stops at the same step: the time limit is too short to start up."""
 MAX_BAD_NODES = 5
-"""Starts in a row that may fail the preflight before the run gives up."""
+"""Stop after this many consecutive attempts that failed the preflight."""
 SMALL_DIT = 100_000_000
-"""A stage whose DiT has more parameters than this needs GPUs."""
+"""Maximum number of parameters of a DiT that can be trained without GPUs."""
+TAIL_BYTES = 65536
+"""Bytes at the end of `metrics.jsonl` that are searched for the last step and the last stop."""
+ACTIVE_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "PENDING", "CONFIGURING", "REQUEUED")
+"""States of a job that still works on its run, or will."""
 
 
 @dataclass
 class Ending:
-    """How an attempt ended, and what follows; one line of `attempts.jsonl`."""
+    """The end of an attempt, and what follows; one line of `attempts.jsonl`."""
 
     job: str
     restart: int
@@ -48,53 +61,71 @@ class Ending:
     started: float
     ended: float
     kind: str
-    """`finished`, `stop` (saved and wants to go on), `crash`, `lost` (its node died), `outside` (requeued by another),
-    `bad_node`, `cancelled`, `user_error`."""
+    """`finished`, `stop` (saved, and to be continued), `crash`, `lost` (its node died), `outside` (requeued
+    by another user or Slurm), `bad_node`, `cancelled`, `user_error`."""
     reason: str
     step: int
     requeued: bool
 
 
 def read_endings(run: Path) -> list[Ending]:
-    """How the attempts so far ended, oldest first."""
+    """Return the endings of the attempts so far, oldest first."""
     path = run / "attempts.jsonl"
     return [Ending(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _write_ending(run: Path, ending: Ending) -> None:
+def _write_ending(run: Path, attempt: Attempt, kind: str, reason: str, step: int, requeued: bool) -> None:
+    ending = Ending(
+        attempt.job,
+        attempt.restart,
+        attempt.nodes,
+        attempt.started,
+        time.time(),
+        kind,
+        reason,
+        step,
+        requeued,
+    )
     with (run / "attempts.jsonl").open("a") as file:
         file.write(json.dumps(asdict(ending)) + "\n")
 
 
-def progress(run: Path) -> int:
-    """The step that a run has reached: its last report, or its newest checkpoint if that is later; 0 before either."""
-    reached = [int(path.name.split("_")[1]) for path in (run / "checkpoints").glob("step_*") if (path / "manifest.json").exists()]
+def _read_tail(run: Path) -> str:
+    """Return the end of a run's metrics, up to the last complete line."""
     metrics = run / "metrics.jsonl"
-    if metrics.exists():
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 65536))
-            lines = file.read().decode(errors="replace").split("\n")[:-1]
-        steps = [int(match[1]) for line in lines if (match := re.search(r'"step": ?(\d+)', line))]
-        reached += steps[-1:]
-    return max(reached, default=0)
+    if not metrics.exists():
+        return ""
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    return text[: text.rfind("\n") + 1]
+
+
+def progress(run: Path) -> int:
+    """Return the step that a run has reached: its last report, or its newest checkpoint if that is later."""
+    manifests = (run / "checkpoints").glob("step_*/manifest.json")
+    reached = [int(manifest.parent.name.split("_")[1]) for manifest in manifests]
+    steps = re.findall(r'"step": ?(\d+)', _read_tail(run))
+    return max([*reached, *map(int, steps[-1:])], default=0)
 
 
 def needs_gpu(stage: StageConfig) -> bool:
-    """Whether a stage is too large for CPUs: 18 depth width^2 parameters of the DiT (attention 4, MLP 8, modulation 6)."""
-    dit = stage.dit(channels=16)
-    return 18 * dit.depth * dit.width**2 > SMALL_DIT
+    """True if a stage's DiT is too large for CPUs."""
+    from model.flops import count_parameters  # imports torch, which `pipeline.status` does without
+
+    # the number of latent channels hardly changes the size
+    return count_parameters(stage.dit(channels=16), stage.fusion, [])["dit"] > SMALL_DIT
 
 
 def queue_state(job: str) -> str:
-    """State of a job in Slurm's queue, such as RUNNING; empty when it is not there any more."""
-    done = subprocess.run(
-        ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60, check=False
-    )
-    return done.stdout.strip()
+    """Return the state of a job in Slurm's queue, such as RUNNING; empty if it is not in the queue."""
+    arguments = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    return result.stdout.strip()
 
 
 def _seconds(text: str) -> float:
-    """Slurm's `[days-]hours:minutes:seconds`; UNLIMITED is infinite."""
+    """Return Slurm's `[days-]hours:minutes:seconds` in seconds; UNLIMITED is infinite."""
     if not re.fullmatch(r"(\d+-)?[\d:]+", text):
         return float("inf")
     days, _, clock = text.rpartition("-")
@@ -104,11 +135,15 @@ def _seconds(text: str) -> float:
     return total + 86400 * int(days or 0)
 
 
-def who_ended(job: str, restart: int) -> Literal["itself", "outside", "time", "user"]:
-    """Who ended a job, by its line in `scontrol show job -o` while its batch script still runs.
+def cause_of_end(job: str, restart: int) -> Literal["itself", "outside", "time", "user"]:
+    """Return the cause of a job's end.
 
-    Slurm calls a job COMPLETING from the moment that it was cancelled, requeued or out of time; which of them, only
-    the other fields tell.
+    Slurm calls a job COMPLETING once it was cancelled, requeued or out of time. Only the other fields show
+    which of these it was.
+
+    Args:
+        job: line of `scontrol show job -o`, taken while the batch script still runs.
+        restart: number of times that the job was requeued before.
     """
     fields = dict(re.findall(r"(\S+?)=(\S*)", job))
     if fields.get("JobState", "RUNNING") == "RUNNING":
@@ -119,26 +154,39 @@ def who_ended(job: str, restart: int) -> Literal["itself", "outside", "time", "u
 
 
 def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
-    """Open an attempt at a stage.
+    """Record the start of an attempt, and return the run's folder.
+
+    Args:
+        stage: the stage to train.
+        attempt: the attempt of this job.
+        gpus: number of GPUs per node.
 
     Raises:
-        UserError: the stage needs GPUs and has none, another job is at the run, or the run was asked to stop.
+        UserError: if the stage needs GPUs and the job has none, another job works on the run, or a file asks
+            to stop.
     """
     run = stage.run
-    if needs_gpu(stage) and not gpus:
-        raise UserError(f"{stage.name} needs GPUs and the job has none: add --gpus-per-node=8 (or what the nodes have)")
+    if not gpus and needs_gpu(stage):
+        raise UserError(
+            f"{stage.name} needs GPUs and the job has none: add --gpus-per-node=8 (or what the nodes have)"
+        )
     if (run / "stop").exists():
-        raise UserError(f"{run / 'stop'} asks this run to stop: remove the file to go on")
+        raise UserError(f"{run / 'stop'} asks this run to stop: remove the file to continue")
+
     before = read_attempt(run)
     if before is not None and before.job != attempt.job:
         state = queue_state(before.job)
-        if state in ("RUNNING", "COMPLETING", "SUSPENDED", "PENDING", "CONFIGURING", "REQUEUED"):
-            raise UserError(f"job {before.job} is already at {run} ({state}): `scancel {before.job}` first, or give name=...")
-    endings = read_endings(run)
-    if before is not None and before.name not in {f"{ending.job}.{ending.restart}" for ending in endings}:
-        reason = "the job ended without a word: its node died, or it was killed or requeued from outside"
-        kept = {"job": before.job, "restart": before.restart, "nodes": before.nodes, "started": before.started}
-        _write_ending(run, Ending(**kept, ended=time.time(), kind="lost", reason=reason, step=progress(run), requeued=True))
+        if state in ACTIVE_STATES:
+            raise UserError(
+                f"job {before.job} is already at {run} ({state}): "
+                f"`scancel {before.job}` first, or give name=..."
+            )
+
+    recorded = {f"{ending.job}.{ending.restart}" for ending in read_endings(run)}
+    if before is not None and before.name not in recorded:
+        reason = "the job ended without a record: its node died, or it was killed or requeued from outside"
+        _write_ending(run, before, "lost", reason, progress(run), requeued=True)
+
     logs = run / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     attempt.log_sizes = {path.name: path.stat().st_size for path in logs.glob("*.txt")}
@@ -150,10 +198,12 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
     return run
 
 
-def _in_a_row(endings: list[Ending], step: int, kinds: set[str]) -> int:
-    """How many of the last endings were of these kinds at this step; what stood in the way of a start is passed over."""
+def _count_last(endings: list[Ending], kinds: set[str], step: int) -> int:
+    """Return the number of last endings of these kinds at this step, not counting failed preflights."""
     count = 0
-    for ending in reversed([ending for ending in endings if ending.kind != "bad_node"]):
+    for ending in reversed(endings):
+        if ending.kind == "bad_node":
+            continue
         if ending.kind not in kinds or ending.step != step:
             break
         count += 1
@@ -165,60 +215,75 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
 
     Args:
         run: the run's folder.
-        rc: exit code: the ranks' own where one said 0, 2 or 85, see `exit_code`.
-        ended_by: see `who_ended`.
-        why: what the batch script did to the ranks itself, or empty.
+        rc: exit code; see `exit_code`.
+        ended_by: cause of the job's end; see `cause_of_end`.
+        why: what the batch script did to the ranks, or empty.
         bad_nodes: nodes that failed the preflight.
 
     Returns:
-        kind and reason of the ending, and whether the job should be requeued.
+        Kind and reason of the ending, and True if the job should be requeued.
     """
     step, endings = progress(run), read_endings(run)
+    saved = ", after saving a checkpoint" if rc == EXIT_AGAIN else ""
     if rc == 0 and not bad_nodes:
         return "finished", "the stage is finished", False
     if ended_by == "outside":
-        return "outside", "requeued from outside" + (", after saving a checkpoint" if rc == EXIT_AGAIN else ""), False
+        return "outside", f"requeued from outside{saved}", False
     if ended_by == "user":
-        return "cancelled", "cancelled" + (", after saving a checkpoint" if rc == EXIT_AGAIN else ""), False
+        return "cancelled", f"cancelled{saved}", False
+
     if bad_nodes:
-        repeated = 1 + next((i for i, ending in enumerate(reversed(endings)) if ending.kind != "bad_node"), len(endings))
+        others = (i for i, ending in enumerate(reversed(endings)) if ending.kind != "bad_node")
+        repeated = 1 + next(others, len(endings))
         return "bad_node", f"preflight failed on {bad_nodes}", repeated < MAX_BAD_NODES
+
     if rc == 2:
-        return "user_error", "something is to be put right, see the error", False
+        return "user_error", "an error that you can fix, see the message", False
+
     if rc == EXIT_AGAIN:
         reason = _stop_reason(run)
         if (run / "stop").exists():
-            return "stop", f"the file {run / 'stop'} asked for it; remove it and submit again to go on", False
-        repeated = 1 + _in_a_row(endings, step, {"stop"})
+            return (
+                "stop",
+                f"the file {run / 'stop'} asked for it; remove it and submit again to continue",
+                False,
+            )
+        repeated = 1 + _count_last(endings, {"stop"}, step)
         if repeated >= MAX_STOPS:
-            return "stop", f"{reason}: stopped {repeated} times at step {step}, is the time limit too short for a start?", False
+            question = "is the time limit too short to start up?"
+            return "stop", f"{reason}: stopped {repeated} times at step {step}, {question}", False
         return "stop", reason, True
-    repeated = 1 + _in_a_row(endings, step, {"crash", "lost"})
+
     if ended_by == "time":
         why = why or "out of time before all ranks had saved: give --signal a longer lead"
     reason = why or (f"killed by signal {rc - 128}" if rc > 128 else f"crashed with exit code {rc}")
+    repeated = 1 + _count_last(endings, {"crash", "lost"}, step)
     if repeated >= MAX_CRASHES:
-        return "crash", f"{reason}; that is {repeated} times at step {step}, so it is not started again", False
+        return (
+            "crash",
+            f"{reason}; that is {repeated} times at step {step}, so it is not started again",
+            False,
+        )
     return "crash", reason, True
 
 
 def _stop_reason(run: Path) -> str:
-    """Why the trainer stopped, by its last `stop` event."""
-    metrics = run / "metrics.jsonl"
-    if metrics.exists():
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 65536))
-            found = re.findall(rb'"event": "stop".*"reason": "([^"]*)"', file.read())
-        if found:
-            return f"saved and left after {found[-1].decode()}"
-    return "saved and left"
+    """Return the trainer's reason to stop, from its last `stop` event."""
+    reasons = re.findall(r'"event": "stop".*"reason": "([^"]*)"', _read_tail(run))
+    return f"saved and exited after {reasons[-1]}" if reasons else "saved and exited"
 
 
 def exit_code(run: Path, rc: int, attempt: Attempt) -> int:
-    """The ranks' own exit code: srun reports the largest, which is 137 where it killed the others after the first had left.
+    """Return the ranks' own exit code.
 
-    A rank leaves with 85 only after the checkpoint is committed on all ranks, so one 85 stands for all. A rank killed by
-    SIGUSR1 had not yet begun: it too was asked to stop.
+    srun reports the largest code, which is 137 if it killed the other ranks after the first one exited. A
+    rank exits with 85 only after the checkpoint is committed on all ranks, so a single 85 counts for all. A
+    rank that SIGUSR1 killed had not yet installed its handlers: it was asked to stop too.
+
+    Args:
+        run: the run's folder.
+        rc: exit code of srun.
+        attempt: the attempt that ended.
     """
     log = run / "logs" / "srun.txt"
     if not log.exists():
@@ -231,59 +296,66 @@ def exit_code(run: Path, rc: int, attempt: Attempt) -> int:
 
 
 def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
-    """Write down how the attempt ended, tell it on stdout, and return what the job should do."""
+    """Record and print the end of an attempt; return the exit code for the job. Arguments as in `judge`."""
     attempt = read_attempt(run)
     if attempt is None:
         raise UserError(f"{run}: no attempt.json; call `begin` first")
     rc = exit_code(run, rc, attempt) if not why and not bad_nodes else rc
-    kind, reason, requeue = judge(run, rc, who_ended(job, attempt.restart), why, bad_nodes)
+    kind, reason, requeue = judge(run, rc, cause_of_end(job, attempt.restart), why, bad_nodes)
     step = progress(run)
-    kept = {"job": attempt.job, "restart": attempt.restart, "nodes": attempt.nodes, "started": attempt.started}
-    _write_ending(
-        run, Ending(**kept, ended=time.time(), kind=kind, reason=reason, step=step, requeued=requeue or kind == "outside")
-    )
+    _write_ending(run, attempt, kind, reason, step, requeued=requeue or kind == "outside")
+
     if kind in ("crash", "user_error"):
-        found = find_first_error(run / "logs", attempt.log_sizes)
-        print(f"== first error: {found}" if found else f"== no rank wrote an error; logs are in {run / 'logs'}")
-    print(f"== {run.name}: {reason} (step {step}, job {attempt.name}); {'requeued' if requeue else 'not requeued'}", flush=True)
+        error = find_first_error(run / "logs", attempt.log_sizes)
+        print(
+            f"== first error: {error}" if error else f"== no rank wrote an error; logs are in {run / 'logs'}"
+        )
+    next_action = "requeued" if requeue else "not requeued"
+    print(f"== {run.name}: {reason} (step {step}, job {attempt.name}); {next_action}", flush=True)
     return EXIT_AGAIN if requeue else {"finished": 0, "cancelled": 0, "user_error": 2}.get(kind, 1)
 
 
 def from_environment() -> Attempt:
-    """The attempt that this batch job makes."""
+    """Return the attempt of this batch job."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID", "0")
     restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return Attempt(job, restart, environment.get("SLURM_JOB_NODELIST", ""), time.time(), environment.get("JOB_OUTPUT", ""))
+    nodes = environment.get("SLURM_JOB_NODELIST", "")
+    return Attempt(job, restart, nodes, time.time(), environment.get("JOB_OUTPUT", ""))
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.operations.attempts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.operations.attempts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    opening = commands.add_parser("begin", help="open an attempt; prints the run's folder")
+    opening = commands.add_parser("begin", help="record the start of an attempt; prints the run's folder")
     opening.add_argument("stage")
     opening.add_argument("overrides", nargs="*", metavar="key=value")
-    closing = commands.add_parser("end", help="close it, and say what the job should do")
+    closing = commands.add_parser("end", help="record its end; the exit code is for the job")
     closing.add_argument("run", type=Path)
     closing.add_argument("--rc", type=int, default=0, help="exit code of srun")
-    closing.add_argument("--job", default="", help="the job, as `scontrol show job -o` tells it")
-    closing.add_argument("--why", default="", help="what the batch script itself did to the ranks")
+    closing.add_argument("--job", default="", help="line of `scontrol show job -o`")
+    closing.add_argument("--why", default="", help="what the batch script did to the ranks")
     closing.add_argument("--bad-nodes", default="", help="nodes that failed the preflight")
     return parser.parse_args()
 
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.operations.attempts`."""
+    """Run the command line."""
     arguments: Any = parse()
     if arguments.command == "end":
         sys.exit(end(arguments.run, arguments.rc, arguments.job, arguments.why, arguments.bad_nodes))
     stage = load_stage(arguments.stage, arguments.overrides)
     if (stage.run / "finished.json").exists():
-        print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it anew", file=sys.stderr)
+        print(
+            f"{stage.name}: already finished, see {stage.run}; give name=... to train it again",
+            file=sys.stderr,
+        )
         sys.exit(FINISHED)
     print(begin(stage, from_environment(), int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))))
 

@@ -1,32 +1,49 @@
-"""Finding the error that came first in the logs of many ranks, where most errors are echoes of another rank's."""
+"""Finding the first error in the logs of many ranks, where most errors are consequences of another rank's."""
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-ECHOES = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out|DistBackendError|gloo/transport|remote process exited"
-    r"|NCCL (error|WARN|timeout)|TCPStore|Socket Timeout|terminate called|Watchdog"
+CONSEQUENCES = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out|DistBackendError|gloo/transport"
+    r"|remote process exited|NCCL (error|WARN|timeout)|TCPStore|Socket Timeout|terminate called|Watchdog"
 )
-"""What a rank says when a peer has gone."""
+"""Messages of a rank whose peer has failed."""
 STARTS = re.compile(
-    r"^(Traceback \(most recent call last\):|error: |\w*(?:Error|Exception)\b.*:|Fatal Python error|.*\bout of memory\b)"
+    r"^(Traceback \(most recent call last\):|error: |\w*(?:Error|Exception)\b.*:|Fatal Python error"
+    r"|.*\bout of memory\b)"
 )
 LAST_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Iteration)\b")
+KILLED = re.compile(r"srun: error: (\S+: tasks? [\d,-]+: (?!Exited).*)")
+"""srun's line about a task that a signal killed."""
 MAX_LINES = 30
+"""Maximum number of lines of an error that are shown."""
+
+OWN, SILENT, CONSEQUENCE = 0, 1, 2
+"""Kinds of errors, most informative first: a rank's own error, a death without a message, a consequence."""
+
+
+class Failure(NamedTuple):
+    """An error in a log. The smallest one is the cause."""
+
+    kind: int
+    time: float
+    """Time of the last write to the log: a rank that failed writes no more."""
+    log: str
+    text: str
 
 
 def _errors(text: str) -> list[list[str]]:
-    """Blocks of lines that tell an error: a traceback down to its last line, or a single line."""
+    """Return blocks of lines that report an error: a traceback down to its last line, or a single line."""
     blocks: list[list[str]] = []
     lines = text.splitlines()
     number = 0
     while number < len(lines):
         if lines[number].startswith("Traceback "):
-            stop = next(
-                (i for i in range(number + 1, len(lines)) if LAST_LINE.match(lines[i])), min(number + MAX_LINES, len(lines) - 1)
-            )
-            blocks.append(lines[number : stop + 1])
-            number = stop
+            ends = (i for i in range(number + 1, len(lines)) if LAST_LINE.match(lines[i]))
+            end = next(ends, min(number + MAX_LINES, len(lines) - 1))
+            blocks.append(lines[number : end + 1])
+            number = end
         elif STARTS.match(lines[number]):
             blocks.append([lines[number]])
         number += 1
@@ -34,22 +51,33 @@ def _errors(text: str) -> list[list[str]]:
 
 
 def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
-    """The first error of any rank since the logs had `sizes`: its log and lines, or an empty string.
+    """Find the first error of any rank.
 
-    An error of its own goes before a death without a word, and that before an echo of a peer's death; among several, the
-    one in the log that was written to first, since a rank that failed writes no more.
+    A rank's own error comes before a death without a message, and that before a consequence of a peer's
+    death. Of several errors of a kind, the one in the log that was last written first counts.
+
+    Args:
+        logs: folder of the logs.
+        sizes: size of each log when the attempt started; earlier bytes are ignored.
+
+    Returns:
+        The log's name and the error's lines, or an empty string.
     """
-    found: list[tuple[int, float, str, str]] = []  # rank of the kind, time, log, lines
+    failures: list[Failure] = []
     for path in sorted(logs.glob("*.txt")):
         if path.is_symlink():
             continue
         text = path.read_bytes()[sizes.get(path.name, 0) :].decode(errors="replace")
+        written = path.stat().st_mtime
+
         for block in _errors(text)[:1]:
+            kind = CONSEQUENCE if CONSEQUENCES.search(block[-1]) else OWN
             shown = block if len(block) <= MAX_LINES else [block[0], "  ...", *block[2 - MAX_LINES :]]
-            found.append((2 if ECHOES.search(block[-1]) else 0, path.stat().st_mtime, path.name, "\n".join(shown)))
-        if path.name == "srun.txt" and (died := re.search(r"srun: error: (\S+: tasks? [\d,-]+: (?!Exited).*)", text)):
-            found.append((1, path.stat().st_mtime, path.name, died[1]))
-    if not found:
+            failures.append(Failure(kind, written, path.name, "\n".join(shown)))
+        if path.name == "srun.txt" and (killed := KILLED.search(text)):
+            failures.append(Failure(SILENT, written, path.name, killed[1]))
+
+    if not failures:
         return ""
-    _, _, name, text = min(found)
-    return f"{name.removesuffix('.txt')}: {text}"
+    first = min(failures)
+    return f"{first.log.removesuffix('.txt')}: {first.text}"

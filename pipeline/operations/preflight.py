@@ -1,11 +1,13 @@
-"""Look before training: can this stage run at all, and is every node of the job fit?
+"""Check before training that a stage can run at all, and that every node of the job is fit.
 
     python -m pipeline.operations.preflight STAGE [key=value ...]
-        check, on a login node, what can be known before submission; prints the run's folder
+        check on a login node what can be known before submission; prints the run's folder
     python -m pipeline.operations.preflight --verdict DIR --nodes "n1 n2"
-        judge what `pipeline.operations.node_check` wrote on every node; bad nodes are named, in DIR/bad_nodes too
+        judge the reports of `pipeline.operations.node_check`; bad nodes are printed, and written to
+        DIR/bad_nodes
 
-Ends with 0 (all is well), 1 (nodes are bad, others may do) or 2 (something to be put right, whatever the node).
+Exit codes: 0 everything is fit; 1 some nodes are bad, others may work; 2 an error that the user can fix, on
+any node.
 """
 
 import argparse
@@ -24,53 +26,56 @@ from pipeline.operations.attempts import needs_gpu
 from pipeline.stage.config import StageConfig, load_stage
 from pipeline.stage.corpus import open_corpus, shares
 
-CLOCK_SECONDS = 5.0
-"""Clocks may differ by this; S3 refuses requests that are minutes off, and logs of many nodes are read side by side."""
-SLOW_SHARE = 0.5
-"""A node whose own all-reduce is slower than this share of the median is bad."""
+MAX_CLOCK_SECONDS = 5.0
+"""Maximum difference of clocks. S3 refuses requests that are minutes off."""
+MIN_SPEED_SHARE = 0.5
+"""Minimum speed of a node's own all-reduce, as a share of the median."""
 SHARED = ("store", "run")
-"""Topics that are nobody's fault where all nodes have them, even if there is only one node."""
+"""Topics that are no node's fault if all nodes report them, even if there is only one node."""
 
 
 @dataclass
 class NodeReport:
-    """What one process found."""
+    """The report of one process."""
 
     node: str
     rank: int
     local_rank: int
     gpus: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
-    """Topic and text: `gpu`, `shm`, `cache`, `store`, `run`, `network`."""
+    """(topic, message); topics are `gpu`, `shm`, `cache`, `store`, `run`, `network`."""
     versions: dict[str, str] = field(default_factory=dict)
     clock: float | None = None
-    """Seconds since 1970, right after all processes had met; None = they have not."""
+    """Seconds since 1970, right after all processes had connected; None = they have not."""
     node_bandwidth: float | None = None
-    """GB/s of an all-reduce among the node's processes, and among all."""
+    """GB/s of an all-reduce among the node's processes."""
     bandwidth: float | None = None
+    """GB/s of an all-reduce among all processes."""
     seconds: float = 0.0
 
     def write(self, folder: Path) -> None:
-        """Write it down for `pipeline.operations.preflight`."""
+        """Write the report for `pipeline.operations.preflight`."""
         write_atomic(folder / f"rank_{self.rank:05d}.json", json.dumps(asdict(self)))
 
 
 def read_reports(folder: Path) -> list[NodeReport]:
-    """The reports of all processes that wrote one, by rank."""
+    """Return the reports of all processes that wrote one, by rank."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
-    return [NodeReport(**{**record, "errors": [(topic, text) for topic, text in record["errors"]]}) for record in records]
+    for record in records:
+        record["errors"] = [(topic, text) for topic, text in record["errors"]]
+    return [NodeReport(**record) for record in records]
 
 
 @dataclass
 class Verdict:
-    """What the reports of all processes come to."""
+    """The result of all reports."""
 
     bad: dict[str, str] = field(default_factory=dict)
-    """Node -> why it is bad."""
+    """Node -> reason why it is bad."""
     everywhere: str = ""
-    """What is wrong on all nodes alike, so that no other node would do better."""
+    """An error of all nodes, so that other nodes would not help."""
     network: str = ""
-    """The nodes are well and do not reach one another: whose fault it is, nobody can say."""
+    """An error of the network between nodes that are fit; it is not known which node causes it."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,102 +84,132 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
 
     Args:
         stage: the stage.
-        gpus: whether the partition has GPUs (how many node groups of it).
-        made_here: a dataset's YAML that jobs before this one prepare: its store may be empty yet.
-        after_another: whether the stage starts from a run that is queued before it.
+        gpus: number of node groups of the partition that have GPUs.
+        made_here: YAML of a dataset that earlier jobs prepare: its store may still be empty.
+        after_another: True if the stage starts from a run that is queued before it.
 
     Raises:
-        UserError: the stage cannot run.
+        UserError: if the stage cannot run.
     """
     stage.dit(channels=16)
-    if needs_gpu(stage) and not gpus:
+    if not gpus and needs_gpu(stage):
         raise UserError(
-            f"{stage.name} needs GPUs, and no node of this partition has any: see `sinfo -o '%P %G'`, give --partition=..."
+            f"{stage.name} needs GPUs, and no node of this partition has any: "
+            "see `sinfo -o '%P %G'`, give --partition=..."
         )
-    if stage.start_from and not after_another and "://" not in stage.start_from and not Path(stage.start_from).exists():
+    is_local = bool(stage.start_from) and "://" not in stage.start_from
+    if is_local and not after_another and not Path(stage.start_from).exists():
         raise UserError(f"start_from={stage.start_from}: no such run or file")
+
     if made_here is not None:
         prepared = dict(OmegaConf.load(made_here))
-        if any((prepared.get("store"), prepared.get("name")) == (share.store, name) for name, share in shares(stage).items()):
+        dataset = prepared.get("store"), prepared.get("name")
+        if any(dataset == (share.store, name) for name, share in shares(stage).items()):
             return
     open_corpus(stage)
 
 
 def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
-    """Tell a bad node from a bad setting: what all nodes have alike is no node's fault."""
+    """Distinguish bad nodes from bad settings: an error that all nodes report is no node's fault."""
     verdict = Verdict()
     errors: dict[str, set[tuple[str, str]]] = {node: set() for node in nodes}
     for report in reports:
-        errors.setdefault(report.node, set()).update(error for error in report.errors if error[0] != "network")
-    came = {report.node for report in reports}
+        errors.setdefault(report.node, set()).update(
+            error for error in report.errors if error[0] != "network"
+        )
+    present = {report.node for report in reports}
     for node in nodes:
-        if node not in came:
+        if node not in present:
             errors[node].add(("node", "did not answer"))
     for name, compare in (("versions", _odd_versions), ("clock", _odd_clocks), ("bandwidth", _slow_nodes)):
         for node, text in compare(reports).items():
             errors[node].add((name, text))
-    topics = Counter(topic for found in errors.values() for topic in {topic for topic, _ in found})
-    alike = sorted(topic for topic, count in topics.items() if count == len(errors) and (count > 1 or topic in SHARED))
-    if alike:
-        verdict.everywhere = next(text for found in errors.values() for topic, text in sorted(found) if topic in alike)
-    verdict.bad = {
-        node: "; ".join(text for _, text in sorted(found))
-        for node, found in errors.items()
-        if any(topic not in alike for topic, _ in found)
-    }
-    network = [f"{report.node}: {text}" for report in reports for topic, text in report.errors if topic == "network"]
-    if network and not verdict.bad and not alike:
+
+    common = _common_topics(errors)
+    for node, node_errors in errors.items():
+        for topic, text in sorted(node_errors):
+            if topic in common:
+                verdict.everywhere = verdict.everywhere or text
+        if any(topic not in common for topic, _ in node_errors):
+            verdict.bad[node] = "; ".join(text for _, text in sorted(node_errors))
+
+    network = [
+        f"{report.node}: {text}" for report in reports for topic, text in report.errors if topic == "network"
+    ]
+    if network and not verdict.bad and not common:
         verdict.network = network[0]
+
     bandwidths = [report.bandwidth for report in reports if report.bandwidth is not None]
+    gpus = sum(report.gpus for report in reports if report.local_rank == 0)
     verdict.notes = [
-        f"{len(came)} nodes, {len(reports)} processes, {sum(report.gpus for report in reports if report.local_rank == 0)} GPUs",
+        f"{len(present)} nodes, {len(reports)} processes, {gpus} GPUs",
         f"all-reduce {min(bandwidths):.2f} GB/s" if bandwidths else "no all-reduce",
         f"{max((report.seconds for report in reports), default=0):.0f} s",
     ]
     return verdict
 
 
+def _common_topics(errors: dict[str, set[tuple[str, str]]]) -> set[str]:
+    """Return the topics that all nodes report; with a single node, only topics that nodes share."""
+    counts: Counter[str] = Counter()
+    for node_errors in errors.values():
+        counts.update({topic for topic, _ in node_errors})
+    return {
+        topic for topic, count in counts.items() if count == len(errors) and (count > 1 or topic in SHARED)
+    }
+
+
 def _odd_versions(reports: list[NodeReport]) -> dict[str, str]:
-    """Nodes with another version of something than most."""
+    """Return the nodes that have another version of a package than most."""
     odd: dict[str, str] = {}
-    ours = {report.node: report.versions for report in reports if report.versions}
-    for name in sorted({name for found in ours.values() for name in found}):
-        usual = Counter(found.get(name, "missing") for found in ours.values()).most_common(1)[0][0]
-        for node, found in ours.items():
-            if found.get(name, "missing") != usual:
-                odd[node] = f"{name} {found.get(name, 'missing')} where the others have {usual}"
+    by_node = {report.node: report.versions for report in reports if report.versions}
+    names = {name for versions in by_node.values() for name in versions}
+    for name in sorted(names):
+        versions = {node: installed.get(name, "missing") for node, installed in by_node.items()}
+        usual = Counter(versions.values()).most_common(1)[0][0]
+        for node, version in versions.items():
+            if version != usual:
+                odd[node] = f"{name} {version}, the other nodes have {usual}"
     return odd
 
 
 def _odd_clocks(reports: list[NodeReport]) -> dict[str, str]:
-    """Nodes whose clock is off, taken at the moment when all processes had met."""
+    """Return the nodes whose clock is off, read right after all processes had connected."""
     clocks = {report.node: report.clock for report in reports if report.clock is not None}
     if not clocks:
         return {}
     usual = statistics.median_low(list(clocks.values()))
-    return {node: f"clock is {clock - usual:+.0f} s off" for node, clock in clocks.items() if abs(clock - usual) > CLOCK_SECONDS}
+    return {
+        node: f"clock is {clock - usual:+.0f} s off"
+        for node, clock in clocks.items()
+        if abs(clock - usual) > MAX_CLOCK_SECONDS
+    }
 
 
 def _slow_nodes(reports: list[NodeReport]) -> dict[str, str]:
-    """Nodes whose processes reach one another more slowly than most."""
-    speeds = {report.node: report.node_bandwidth for report in reports if report.node_bandwidth is not None and report.gpus}
+    """Return the nodes with GPUs whose own all-reduce is slower than on most."""
+    speeds = {
+        report.node: report.node_bandwidth
+        for report in reports
+        if report.node_bandwidth is not None and report.gpus
+    }
     usual = statistics.median(speeds.values()) if speeds else 0.0
     return {
         node: f"all-reduce in the node {speed:.1f} GB/s, usual {usual:.1f}"
         for node, speed in speeds.items()
-        if speed < SLOW_SHARE * usual
+        if speed < MIN_SPEED_SHARE * usual
     }
 
 
 def print_verdict(verdict: Verdict, folder: Path) -> int:
-    """Print the verdict, write the bad nodes down, and return the exit code."""
+    """Print the verdict, write the names of the bad nodes, and return the exit code."""
     print("== preflight: " + ", ".join(verdict.notes), flush=True)
     for node, why in sorted(verdict.bad.items()):
         print(f"== preflight: {node} is bad: {why}", flush=True)
     if verdict.everywhere:
         raise UserError(f"preflight, on all nodes: {verdict.everywhere}")
     if verdict.network:
-        print(f"== preflight: the nodes do not reach one another: {verdict.network}", flush=True)
+        print(f"== preflight: the nodes cannot reach each other: {verdict.network}", flush=True)
     (folder / "bad_nodes").write_text(",".join(sorted(verdict.bad)))
     return 1 if verdict.bad or verdict.network else 0
 
@@ -182,15 +217,23 @@ def print_verdict(verdict: Verdict, folder: Path) -> int:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.operations.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.operations.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", nargs="?", help="name of a shipped stage, or path of a YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--verdict", type=Path, metavar="DIR", help="judge what all processes wrote there")
-    parser.add_argument("--nodes", default="", help="with --verdict: the job's nodes")
+    parser.add_argument(
+        "--verdict", type=Path, metavar="DIR", help="judge the reports of all processes there"
+    )
+    parser.add_argument("--nodes", default="", help="with --verdict: nodes of the job")
     parser.add_argument("--gpus", type=int, default=1, help="0 = the partition has no GPUs")
-    parser.add_argument("--made-here", type=Path, metavar="DATASET.yaml", help="a dataset that earlier jobs prepare")
-    parser.add_argument("--after-another", action="store_true", help="the run that the stage starts from is queued before it")
+    parser.add_argument(
+        "--made-here", type=Path, metavar="DATASET.yaml", help="dataset that earlier jobs prepare"
+    )
+    parser.add_argument(
+        "--after-another", action="store_true", help="the stage starts from a run that is queued before it"
+    )
     arguments = parser.parse_args()
     if arguments.stage is None and arguments.verdict is None:
         parser.error("name a stage")
@@ -199,10 +242,11 @@ def parse() -> argparse.Namespace:
 
 @command
 def main() -> None:
-    """Entry of `python -m pipeline.operations.preflight`."""
+    """Run the command line."""
     arguments = parse()
     if arguments.verdict is not None:
-        sys.exit(print_verdict(decide(read_reports(arguments.verdict), arguments.nodes.split()), arguments.verdict))
+        verdict = decide(read_reports(arguments.verdict), arguments.nodes.split())
+        sys.exit(print_verdict(verdict, arguments.verdict))
     stage = load_stage(arguments.stage, arguments.overrides)
     before_submission(stage, arguments.gpus, arguments.made_here, arguments.after_another)
     print(stage.run)

@@ -1,4 +1,4 @@
-"""Training on one machine without Slurm: one `python -m pipeline.train` per rank, as srun does on a cluster."""
+"""Training on one machine without Slurm: one `python -m pipeline.train` per rank, as with srun."""
 
 import os
 import subprocess

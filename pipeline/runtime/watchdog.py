@@ -113,7 +113,7 @@ class Watchdog:
             time.sleep(3 * self._interval * (self._ranks.world > 1))
         os._exit(code)
 
-    # -- the threads -------------------------------------------------------------------------------------------
+    # -- the threads ----------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
         self._beat += 1

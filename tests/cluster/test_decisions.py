@@ -17,7 +17,7 @@ from pipeline.operations.attempts import (
     needs_gpu,
     progress,
     read_endings,
-    who_ended,
+    cause_of_end,
 )
 from pipeline.operations.first_error import find_first_error
 from pipeline.operations.preflight import NodeReport, decide
@@ -87,7 +87,7 @@ def test_cancelled_job_is_never_queued_again(stage, rc, code, state):
     ],
 )
 def test_who_ended_a_job(job, who):
-    assert who_ended(job, 0) == who
+    assert cause_of_end(job, 0) == who
 
 
 def test_job_that_vanished_is_written_down_by_the_next(stage):
