@@ -4,20 +4,22 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# Encode a dataset's pairs, images with its VAE and captions with its LLMs, with an array of tasks of one GPU each.
+# Encode a dataset's pairs, images with its VAE and captions with its LLMs, in an array of tasks with one GPU each.
 usage() {
   cat <<'HELP'
 usage: sbatch --array=0-63%16 --gpus-per-node=1 [sbatch options] cluster/encode.sh DATASET.yaml [key=value ...]
        cluster/encode.sh [sbatch options] DATASET.yaml [key=value ...]
 
-Each task runs `python -m data_prep latents` and `python -m data_prep text` for its share. The second form also submits the snapshot,
-which runs when all tasks have ended; it adds ENCODE_OPTIONS of cluster/env.sh. %16 = at most 16 tasks at a time.
+Each task runs `python -m data_prep latents` and `python -m data_prep text` for its share. The second form adds
+ENCODE_OPTIONS of cluster/env.sh, and also submits the snapshot, which runs when all tasks have ended. %16 = at most
+16 tasks at a time.
 
-Tasks may be killed and run again at any time: what is committed stays, and the snapshot prints the --array= list that is missing.
+Tasks may be killed and run again at any time: committed parts are kept, and the snapshot prints the --array= list of
+the tasks that are missing.
 HELP
 }
 
-[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
+[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: run this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
 open_script "$@"
 
@@ -25,7 +27,7 @@ if by_hand; then
   read_dataset cluster/encode.sh "run python -m data_prep latents, then text, then snapshot" "$@"
   encode=$(submit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" cluster/encode.sh "${ARGUMENTS[@]}")
   [ -n "$encode" ] || exit 2
-  # afterany: when a task has failed, the snapshot is what names it
+  # afterany: if a task fails, the snapshot reports which
   snapshot=$(submit --job-name=snapshot --dependency="afterany:$encode" cluster/run.sh data_prep snapshot "${ARGUMENTS[@]}")
   echo "encode $encode"
   echo "snapshot $snapshot"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; read by them, in the project's folder.
+# Functions of the scripts in this folder, which source this file in the project's folder.
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -7,10 +7,10 @@ fail() { echo "error: $*" >&2; exit 2; }
 . "${LI_DIT_ENV:-cluster/env.sh}"
 export PYTHONUNBUFFERED=1
 
-# Called by hand (on a login node) or as a job? Slurm runs a copy of the script from its spool folder.
+# by_hand: true on a login node, false in a job. Slurm runs a copy of the script from its spool folder.
 by_hand() { [ -f "${0%/*}/jobs.sh" ]; }
 
-# split_arguments "$@": leading options go to sbatch (OPTIONS), the rest is ours (ARGUMENTS).
+# split_arguments "$@": OPTIONS are the leading options, for sbatch; ARGUMENTS are the rest.
 split_arguments() {
   OPTIONS=()
   while [ $# -gt 0 ] && [[ $1 == -* ]]; do OPTIONS+=("$1"); shift; done
@@ -18,14 +18,14 @@ split_arguments() {
   ARGUMENTS=("$@")
 }
 
-# open_script "$@": what each script begins with: its own `usage` when asked, or for want of arguments; and is there a Python?
+# open_script "$@": print the script's `usage` if it is asked for or there are no arguments, and check for a Python.
 open_script() {
   case ${1:-} in -h | --help) usage; exit 0 ;; '') usage >&2; exit 2 ;; esac
   [ -x "$PYTHON" ] || command -v "$PYTHON" > /dev/null || fail "no Python at $PYTHON: run \`make install\`, or set PYTHON in cluster/env.sh"
 }
-need_slurm() { command -v sbatch > /dev/null || fail "no sbatch here: this is no Slurm machine; without Slurm, $1"; }
+need_slurm() { command -v sbatch > /dev/null || fail "no sbatch here: this machine has no Slurm; without it, $1"; }
 
-# read_dataset SCRIPT WITHOUT_SLURM "$@": what shard.sh and encode.sh do first when called by hand.
+# read_dataset SCRIPT WITHOUT_SLURM "$@": split the arguments of pairs.sh or encode.sh, and check for Slurm and the dataset.
 read_dataset() {
   split_arguments "${@:3}"
   need_slurm "$2"
@@ -34,48 +34,48 @@ read_dataset() {
 
 need_dataset() { [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see $1 --help"; }
 
-# gpus_offered OPTIONS...: how many node groups with GPUs are in the partition that these options name, or in the default one.
+# gpus_offered OPTIONS...: print the number of node groups with GPUs in the partition of these options, or the default one.
 gpus_offered() {
   local partition=${SBATCH_PARTITION:-} option
   for option in "$@"; do case $option in --partition=*) partition=${option#*=} ;; -p?*) partition=${option#-p} ;; esac; done
   sinfo -h -o '%P %G' ${partition:+-p "$partition"} | awk -v named="$partition" '(named || $1 ~ /\*$/) && /gpu/' | grep -c . || true
 }
 
-# submit SBATCH_ARGUMENTS...: prints the job's number. What could never run is refused by --test-only, not queued.
+# submit SBATCH_ARGUMENTS...: submit a job and print its number. --test-only refuses a job that could never run.
 submit() {
   sbatch --test-only "$@" 2> >(grep -v 'to start at' >&2) || exit 2
   sbatch --parsable "$@" | cut -d';' -f1
 }
 
-# array_step COMMAND ARGUMENTS...: run `python -m data_prep COMMAND` for this array task; near the time limit, stop it and queue the
-# task again: parts that are committed stay, so only the one at work is done anew.
+# array_step COMMAND ARGUMENTS...: run `python -m data_prep COMMAND` for this array task. Near the time limit, stop it and
+# queue the task again: committed parts are kept, so only the current one is repeated.
 array_step() {
   "$PYTHON" -m data_prep "$@" &
   local step=$! rc=0
-  # shellcheck disable=SC2064 # the step's number now
+  # shellcheck disable=SC2064 # $step is meant to expand now
   trap "echo '== time limit near: queued again'; kill $step; requeue_task" USR1
   wait $step || rc=$?
   trap - USR1
-  [ $rc -eq 0 ] || { echo "== $1 ended with code $rc; parts committed so far stay, run the task again"; exit $rc; }
+  [ $rc -eq 0 ] || { echo "== $1 ended with code $rc; committed parts are kept, run the task again"; exit $rc; }
 }
 
 requeue_task() { scontrol requeue "$SLURM_JOB_ID" && exit 0; }
 
-# -- stages that follow one another ----------------------------------------------------------------------------------------------
+# -- stages that run one after the other ----------------------------------------------------------------------------------------------
 
 # split_stages ARGUMENTS...: STAGES and SETTINGS (key=value).
 split_stages() {
   STAGES=() SETTINGS=()
   local word
   for word in "$@"; do
-    case $word in *=*) SETTINGS+=("$word") ;; -*) fail "$word: sbatch options stand before the rest" ;; *) STAGES+=("$word") ;; esac
+    case $word in *=*) SETTINGS+=("$word") ;; -*) fail "$word: write sbatch options before the rest" ;; *) STAGES+=("$word") ;; esac
   done
   for word in "${SETTINGS[@]}"; do
-    case $word in name=* | start_from=*) [ ${#STAGES[@]} -eq 1 ] || fail "$word would hold for all ${#STAGES[@]} stages" ;; esac
+    case $word in name=* | start_from=*) [ ${#STAGES[@]} -eq 1 ] || fail "$word would apply to all ${#STAGES[@]} stages" ;; esac
   done
 }
 
-# check_stages DATASET_OR_EMPTY: all stages before any is submitted; RUNS are their folders.
+# check_stages DATASET_OR_EMPTY: check all stages before the first is submitted; RUNS are their folders.
 check_stages() {
   RUNS=()
   local gpus stage more=()
@@ -87,9 +87,9 @@ check_stages() {
   done
 }
 
-say_job() { printf '%-8s %-32s %s\n' "$1" "$2" "${3:-}"; }
+print_job() { printf '%-8s %-32s %s\n' "$1" "$2" "${3:-}"; }
 
-# submit_stages JOB_OR_EMPTY: each stage after the one before it, the first after JOB; sets LAST.
+# submit_stages JOB_OR_EMPTY: submit each stage after the one before it, the first after JOB; LAST is the last job.
 submit_stages() {
   local number stage after=()
   LAST=$1
@@ -100,6 +100,6 @@ submit_stages() {
     LAST=$(submit --job-name="$(basename "$stage" .yaml)" "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}" "${after[@]}" \
       cluster/train.sh "$stage" "${SETTINGS[@]}" "${@:2}")
     [ -n "$LAST" ] || exit 2
-    say_job "$LAST" "train $stage" "${after[*]:+${after[0]#*=}}"
+    print_job "$LAST" "train $stage" "${after[*]:+${after[0]#*=}}"
   done
 }

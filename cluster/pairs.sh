@@ -1,24 +1,26 @@
 #!/bin/bash
-#SBATCH --job-name=shard
+#SBATCH --job-name=pairs
 #SBATCH --output=cluster/logs/%x-%A_%a.txt
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# Make a dataset's pairs with an array of tasks.
+# Write a dataset's pairs, in an array of tasks.
 usage() {
   cat <<'HELP'
 usage: sbatch --array=0-63%16 [sbatch options] cluster/pairs.sh [--plan] DATASET.yaml [key=value ...]
        cluster/pairs.sh [sbatch options] DATASET.yaml [key=value ...]
 
-Each task runs `python -m data_prep plan` and then `python -m data_prep pairs` for its share; --plan: only the first. A task that has
-done its share of the plan while others have not leaves its place to them and queues itself again. The second form submits the plan
-and, when it is done, the pairs, with SHARD_OPTIONS of cluster/env.sh. %16 = at most 16 tasks at a time.
+Each task runs `python -m data_prep plan` and then `python -m data_prep pairs` for its share; with --plan, only the
+first. A task that finishes its share of the plan before the other tasks queues itself again, to make room for them.
+The second form submits the plan and, after it, the pairs, with SHARD_OPTIONS of cluster/env.sh. %16 = at most 16
+tasks at a time.
 
-Tasks may be killed and run again at any time: what is committed stays. The snapshot (cluster/encode.sh) names what is missing.
+Tasks may be killed and run again at any time: committed parts are kept. The snapshot (cluster/encode.sh) reports what
+is missing.
 HELP
 }
 
-[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
+[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: run this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
 open_script "$@"
 
@@ -35,14 +37,14 @@ fi
 
 ONLY_PLAN=''
 if [ "$1" = --plan ]; then ONLY_PLAN=1; shift; fi
-said=$(mktemp)
-tail -q -n +1 -s 0.2 -F "$said" &
+output=$(mktemp)
+tail -q -n +1 -s 0.2 -F "$output" &
 TAIL=$!
-trap 'sleep 0.3; kill "$TAIL"; rm "$said"' EXIT
-array_step plan "$@" > "$said"
+trap 'sleep 0.3; kill "$TAIL"; rm "$output"' EXIT
+array_step plan "$@" > "$output"
 if [ -n "$ONLY_PLAN" ]; then exit 0; fi
-if grep -q 'not scanned yet' "$said"; then
-  echo "== the plan waits for other tasks: queued again"
+if grep -q 'not scanned yet' "$output"; then
+  echo "== the plan is waiting for other tasks: queued again"
   requeue_task
 fi
 array_step pairs "$@"

@@ -7,26 +7,28 @@
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0
-# Train a stage on a Slurm cluster, to its end, over as many jobs as it takes.
+# Train a stage on a Slurm cluster to its end, in as many jobs as it takes.
 usage() {
   cat <<'HELP'
 usage: sbatch [sbatch options] cluster/train.sh STAGE [key=value ...]
        cluster/train.sh [sbatch options] STAGE [key=value ...]
 
-Type it in the project's folder. The second form checks the stage, its store and the GPUs first and submits only what can run; it
-adds the options of cluster/env.sh. Write sbatch options as one word: --nodes=8 --gpus-per-node=8 --time=2-00:00:00.
+Run it in the project's folder. The second form checks the stage, its store and the GPUs first, and submits only what
+can run; it adds the options of cluster/env.sh. Write sbatch options as one word: --nodes=8 --gpus-per-node=8
+--time=2-00:00:00.
 
-One process per GPU (--gpus-per-node), or one per task without GPUs (--ntasks-per-node, else one a node). Before the time limit, and
-when preempted, all ranks save at a step boundary, and the job queues itself again and resumes. It does so after a crash too, but not
-a third time at the same step; a job that was cancelled, a finished stage and a user's error are never queued again.
-`scancel --signal=USR1 --batch JOB` saves and restarts a job now; a file `stop` in the run's folder saves and ends it.
+Starts one process per GPU (--gpus-per-node) or, without GPUs, one per task (--ntasks-per-node, else one per node).
+Before the time limit, and when preempted, all ranks save at a step boundary; the job queues itself again and resumes.
+It does so after a crash too, but not after the third at the same step. A canceled job, a finished stage and a user's
+error are never queued again. `scancel --signal=USR1 --batch JOB` saves and restarts a job now; a file `stop` in the
+run's folder saves and ends it.
 
-Logs: runs/<name>/logs: rank_00000.txt and so on, srun.txt, preflight.txt, and the job's own output, which repeats rank 0.
+Logs: runs/<name>/logs: rank_00000.txt and so on, srun.txt, and the job's own output, which repeats rank 0.
 State: python -m pipeline.status runs/<name>
 HELP
 }
 
-[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: type this in the project's folder" >&2; exit 2; }
+[ -f cluster/jobs.sh ] || { echo "error: no cluster/jobs.sh in $PWD: run this in the project's folder" >&2; exit 2; }
 . cluster/jobs.sh
 open_script "$@"
 
@@ -45,11 +47,11 @@ submit_by_hand() {
 job_field() { scontrol show job -o "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d= -f2-; }
 
 # -- the ranks ---------------------------------------------------------------------------------------------------------------
-SRUN='' STEP=-1 ASKED='' WHY=''
+SRUN='' STEP=-1 STOP_ASKED='' WHY=''
 
-# USR1: the time limit is near, or preemption. TERM: cancelled, requeued, preempted. Either way the ranks save and leave.
+# USR1: the time limit is near, or preemption. TERM: canceled, requeued, preempted. The ranks then save and exit.
 ask_to_stop() {
-  ASKED=${ASKED:-$SECONDS}
+  STOP_ASKED=${STOP_ASKED:-$SECONDS}
   if [ -n "$SRUN" ] && kill -0 "$SRUN" 2> /dev/null; then kill -USR1 "$SRUN"; fi
 }
 
@@ -69,20 +71,20 @@ launch() {
     --ntasks-per-node="$PER_NODE" --cpus-per-task="$CPUS" --gpu-bind=none --output="$log" --open-mode="$mode" \
     "$@" 2>> "$RUN/logs/srun.txt" &
   SRUN=$!
-  [ -z "$ASKED" ] || ask_to_stop
-  local turns=0
+  [ -z "$STOP_ASKED" ] || ask_to_stop
+  local checks=0
   while kill -0 "$SRUN" 2> /dev/null; do
     sleep 0.5 &
     wait $! || true # a signal ends this wait early, after its trap has run
-    turns=$((turns + 1))
-    [ $((turns % 4)) -ne 0 ] || watch_ranks
+    checks=$((checks + 1))
+    [ $((checks % 4)) -ne 0 ] || watch_ranks
   done
   wait "$SRUN" && RC=0 || RC=$?
   SRUN=''
 }
 
 watch_ranks() {
-  if [ -n "$ASKED" ] && [ $((SECONDS - ASKED)) -ge "$SAVE_SECONDS" ]; then
+  if [ -n "$STOP_ASKED" ] && [ $((SECONDS - STOP_ASKED)) -ge "$SAVE_SECONDS" ]; then
     kill_ranks "did not save within $SAVE_SECONDS s of being asked to stop"
   elif [ -z "$(find "$RUN" -maxdepth 2 -newermt "-$STALL_SECONDS seconds" -print -quit)" ]; then
     kill_ranks "nothing was written for $STALL_SECONDS s"
@@ -95,9 +97,9 @@ watch_ranks() {
 requeue() {
   trap '' TERM USR1
   case $JOB in
-    *' JobState=RUNNING '*) [ "$(job_field JobState)" = RUNNING ] || { echo "== cancelled or requeued meanwhile"; exit 0; } ;;
+    *' JobState=RUNNING '*) [ "$(job_field JobState)" = RUNNING ] || { echo "== canceled or requeued meanwhile"; exit 0; } ;;
   esac
-  scontrol requeue "$SLURM_JOB_ID" || { echo "== could not queue itself again: submit the same command, it resumes"; exit 85; }
+  scontrol requeue "$SLURM_JOB_ID" || { echo "== could not queue itself again: submit the same command to resume"; exit 85; }
   if [ -n "$1" ]; then
     local excluded
     excluded=$(job_field ExcNodeList)
@@ -120,7 +122,7 @@ CPUS=$((SLURM_CPUS_ON_NODE / PER_NODE))
 [ "$CPUS" -gt 0 ] || CPUS=1
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node -o "$FIRST" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)}
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new one each time: the old may linger
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new one for each start: the old one may still be in use
 LI_DIT_ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} # a rank that outlives this attempt commits no checkpoint
 export MASTER_ADDR MASTER_PORT LI_DIT_ATTEMPT
 echo "== $RUN: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES x $PER_NODE processes on $SLURM_JOB_NODELIST"
@@ -135,16 +137,16 @@ if [ "$PREFLIGHT" != 0 ]; then
   rm -rf "$RUN/preflight"
   mkdir "$RUN/preflight"
   launch "$RUN/preflight/rank_%5t.txt" truncate "$PYTHON" -m pipeline.operations.node_check --report "$RUN/preflight" "$@"
-  [ -n "$ASKED" ] || "$PYTHON" -m pipeline.operations.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
+  [ -n "$STOP_ASKED" ] || "$PYTHON" -m pipeline.operations.preflight --verdict "$RUN/preflight" --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" ||
     { RC=$?; BAD=$(cat "$RUN/preflight/bad_nodes" 2> /dev/null || true); }
 fi
-if [ -n "$ASKED" ]; then
+if [ -n "$STOP_ASKED" ]; then
   RC=85 # asked to stop before the first step: nothing to save
 elif [ "$PREFLIGHT" = 0 ] || [ "$RC" -eq 0 ]; then
   MASTER_PORT=$((MASTER_PORT + 1))
   launch "$RUN/logs/rank_%5t.txt" append "$PYTHON" -m pipeline.train "$@"
 fi
-sleep 0.3 # for the last lines to pass through tail
+sleep 0.3 # until tail has printed the last lines
 
 JOB=$(scontrol show job -o "$SLURM_JOB_ID")
 "$PYTHON" -m pipeline.operations.attempts end "$RUN" --rc "$RC" --job "$JOB" --why "$WHY" --bad-nodes "$BAD" && rc=0 || rc=$?

@@ -138,8 +138,8 @@ def _seconds(text: str) -> float:
 def cause_of_end(job: str, restart: int) -> Literal["itself", "outside", "time", "user"]:
     """Return the cause of a job's end.
 
-    Slurm calls a job COMPLETING once it was cancelled, requeued or out of time. Only the other fields show
-    which of these it was.
+    A job's state is COMPLETING once it was canceled, requeued or out of time. Only the other fields show which
+    of these it was.
 
     Args:
         job: line of `scontrol show job -o`, taken while the batch script still runs.
@@ -230,7 +230,7 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
     if ended_by == "outside":
         return "outside", f"requeued from outside{saved}", False
     if ended_by == "user":
-        return "cancelled", f"cancelled{saved}", False
+        return "cancelled", f"canceled{saved}", False
 
     if bad_nodes:
         others = (i for i, ending in enumerate(reversed(endings)) if ending.kind != "bad_node")

@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_gpu(ranks: Distributed, per_node: int) -> None:
-    """Check that the GPU exists, is free, and multiplies correctly. A node without GPUs has nothing to check."""
+    """Check that the GPU exists, is free, and multiplies correctly; nothing on a node without GPUs."""
     count = torch.cuda.device_count()
     allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     if count < allocated:
@@ -184,7 +184,6 @@ def _check_network(report: NodeReport, ranks: Distributed, per_node: int) -> Non
     timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
 
-    # right after the first collective, all processes are at the same point in time
     dist.all_reduce(torch.ones(1, device=device))
     if report.gpus:
         torch.cuda.synchronize()
