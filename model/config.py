@@ -1,5 +1,7 @@
 """Settings of the network: plain dataclasses that the model reads and that a stage's YAML fills in."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,20 +68,53 @@ class DiTConfig:
     width: int = 1152
     heads: int = 16
     patch: int = 2
+    """Side of a patch, in latent positions."""
+    patch_frames: int = 1
+    """Frames of a patch, where the latents have a time axis."""
+    axes: int = 2
+    """Axes of the latents after the channels: 2 = [h, w], 3 = [T, h, w]."""
     channels: int = 16
     """Latent channels of the VAE."""
     mlp_ratio: float = 4.0
     frequency_width: int = 256
     """Width of the sinusoidal timestep embedding before its MLP."""
+    block: str = "dit"
+    """Type of the blocks, a name of `model.blocks.BLOCKS`."""
+    conditions: list[str] = field(default_factory=list)
+    """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
 
     def __post_init__(self) -> None:
-        """Check that heads divide the width.
+        """Check the fields against one another.
 
         Raises:
-            UserError: they do not.
+            UserError: if the heads do not divide the width, or the latents have another number of axes than 2 or 3.
         """
         if self.width % self.heads:
             raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them")
+        if self.axes not in (2, 3):
+            raise UserError(f"model.axes={self.axes}: latents are [C, h, w] or [C, T, h, w], so set 2 or 3")
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Latent positions of a patch along each axis of the latents."""
+        return (self.patch, self.patch) if self.axes == 2 else (self.patch_frames, self.patch, self.patch)
+
+    @property
+    def patch_values(self) -> int:
+        """Latent values of a patch."""
+        return self.channels * math.prod(self.patch_shape)
+
+    def patch_grid(self, latents: Sequence[int]) -> tuple[int, ...]:
+        """Return how many patches latents of `latents` = (h, w) or (T, h, w) positions have along each axis.
+
+        Raises:
+            UserError: if the latents do not divide into patches.
+        """
+        shape = self.patch_shape
+        if len(latents) != len(shape) or any(size % side for size, side in zip(latents, shape, strict=True)):
+            sizes, sides = (" x ".join(map(str, numbers)) for numbers in (latents, shape))
+            raise UserError(f"latents of {sizes} do not divide into patches of {sides}: choose a multiple of it")
+        return tuple(size // side for size, side in zip(latents, shape, strict=True))
 
 
 @dataclass

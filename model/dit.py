@@ -1,50 +1,18 @@
-"""LI-DiT: a latent diffusion transformer that attends to the fused states of frozen LLMs (paper section 3)."""
+"""LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper section 3)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.common.errors import UserError
+from model.blocks import BLOCKS
+from model.condition import Condition
+from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
-from model.functional import key_mask, modulate, patchify, residual, unpatchify
-from model.fusion import Text, TextFusion
-from model.layers import MLP, CrossAttention, Linear, Modulation, PositionBlock, SelfAttention, TimestepEmbedding, ZeroLinear
-
-
-class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward layer, each with its own shift, scale and gate.
-
-    `forward` takes and returns nothing but tensors: as a leaf of ZeRO-3 the block is gathered whole, and its `forward`
-    compiles to one graph.
-    """
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.self_attention = SelfAttention(width, heads)
-        self.cross_attention = CrossAttention(width, heads)
-        self.mlp = MLP(width, hidden)
-        self.modulation = Modulation(width, 9)
-
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: patches [B, N, D].
-            text: text tokens [B, S, D].
-            text_mask: what `key_mask` gives for the text, or None if nothing is padded.
-            c: condition, [B, D].
-
-        Returns:
-            Patches [B, N, D].
-        """
-        vectors = self.modulation(c)  # 9 x [B, 1, D]
-        shift, scale, gate = vectors[0:3]
-        x = residual(x, self.self_attention(modulate(x, shift, scale)), gate)  # [B, N, D]
-        shift, scale, gate = vectors[3:6]
-        x = residual(x, self.cross_attention(modulate(x, shift, scale), text, text_mask), gate)  # [B, N, D]
-        shift, scale, gate = vectors[6:9]
-        return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, N, D]
+from model.functional import key_mask, modulate, patchify, unpatchify
+from model.fusion import TextFusion
+from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
 
 
 class FinalLayer(nn.Module):
@@ -56,82 +24,107 @@ class FinalLayer(nn.Module):
         self.linear = ZeroLinear(width, outputs)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map patches [B, N, D] under a condition [B, D] to [B, N, outputs]."""
+        """Map patches [B, N, D] under a condition [B, D] or [B, N, D] to [B, N, outputs]."""
         shift, scale = self.modulation(c)
         return self.linear(modulate(x, shift, scale))
 
 
 class LIDiT(nn.Module):
-    """The whole trained network, from noisy latents, timesteps and the LLMs' states to a prediction per latent."""
+    """The whole trained network, from noisy latents, timesteps and the LLMs' hidden states to a prediction per latent."""
 
-    def __init__(self, config: DiTConfig, fusion: FusionConfig, text_widths: Sequence[int], checkpoint_every: int = 0) -> None:
+    new_branches: ClassVar[tuple[str, ...]] = ("fusion",)
+    """Modules that start as the identity, so that a stage may add them, or branches of them, to an earlier stage's weights."""
+
+    def __init__(
+        self, config: DiTConfig, fusion: FusionConfig, text_widths: Sequence[int], checkpoint_every: int = 0
+    ) -> None:
         """Build the network with its starting weights (see `init_weights`).
 
         Args:
             config: sizes of the DiT.
             fusion: switches of the text side.
-            text_widths: width of each LLM's states, in the order of `fusion.families`.
+            text_widths: width of each LLM's hidden states, in the order of `fusion.families`.
             checkpoint_every: recompute every n-th block in the backward pass instead of keeping its activations; 0 = none.
 
         Raises:
-            UserError: the settings do not fit together.
+            UserError: if the settings do not fit together, or name a block or condition that does not exist.
         """
         super().__init__()
         self.sizes = config
         self.checkpoint_every = checkpoint_every
-        patch_values = config.patch**2 * config.channels
-        self.patch_embedding = Linear(patch_values, config.width)
-        self.position = PositionBlock(config.width)
+        self.patch_embedding = Linear(config.patch_values, config.width)
+        self.position = PositionBlock(config.width, config.axes)
         self.time_embedding = TimestepEmbedding(config.frequency_width, config.width)
         self.fusion = TextFusion(fusion, text_widths, config)
-        hidden = int(config.mlp_ratio * config.width)
-        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads, hidden) for _ in range(config.depth))
-        self.final = FinalLayer(config.width, patch_values)
+        self.conditions = nn.ModuleDict({name: CONDITIONS[name](config) for name in config.conditions})
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
+        self.final = FinalLayer(config.width, config.patch_values)
 
     def init_weights(self) -> None:
         """Set the starting weights again, such as after a model built on the meta device got its memory.
 
-        | parameters                                           | start                                        |
-        |------------------------------------------------------|----------------------------------------------|
-        | linear layers                                        | Xavier-uniform, bias 0                       |
+        | parameters                                            | start                                        |
+        |-------------------------------------------------------|----------------------------------------------|
+        | linear layers                                         | Xavier-uniform, bias 0                       |
         | modulations and gates, linear layer of the last layer | 0, so blocks start as the identity, output 0 |
-        | gains of RMS norms                                   | 1                                            |
-        | convolutions                                         | torch's default                              |
+        | gains of RMS norms                                    | 1                                            |
+        | convolutions                                          | torch's default                              |
 
-        Each layer does its own part when it is built; parameters that ZeRO-3 has taken away cannot be set from here.
+        Each layer initializes itself when it is built, because parameters that ZeRO-3 has partitioned cannot be set from
+        here.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.RMSNorm):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.RMSNorm):
                 module.reset_parameters()
 
-    def forward(self, latents: Tensor, timesteps: Tensor, texts: Sequence[Text]) -> Tensor:
+    def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """Predict the objective's target.
 
         Args:
-            latents: noisy latents [B, C, h, w]; fewer if they come again for each branch of guidance, [B / branches, C, h, w].
-            timesteps: fp32 [B] in [0, 1], 1 = pure noise.
-            texts: one per LLM, in the order of `text_widths`.
+            latents: noisy latents [B, C, h, w] or [B, C, T, h, w]; if they are the same in each branch of guidance, once for
+                all branches: [B / branches, C, ...].
+            condition: timesteps, one text per LLM in the order of `text_widths`, and the values of `model.conditions`.
 
         Returns:
-            [B, C, h, w] in the type of the weights.
+            [B, C, ...] in the dtype of the weights.
 
         Raises:
-            UserError: the latents do not divide into patches.
+            UserError: if the latents do not divide into patches.
         """
-        height, width, patch = latents.shape[2], latents.shape[3], self.sizes.patch
-        if height % patch or width % patch:
-            raise UserError(f"latents of {height} x {width} do not divide into patches of {patch}: choose a multiple of it")
-        x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, p * p * C]
-        x = self.position(self.patch_embedding(x), height // patch, width // patch)  # [B, N, D]
-        if len(x) < len(timesteps):
-            x = x.repeat(len(timesteps) // len(x), 1, 1)  # [B, N, D]
-        time = self.time_embedding(timesteps)  # [B, D]
-        text, mask, pooled = self.fusion(texts, time)  # [B, S, D], [B, S], [B, D]
-        text_mask = key_mask(mask) if any(text.padded for text in texts) else None  # [B, 1, 1, S]
-        c = time + pooled  # [B, D]
+        positions, patch = latents.shape[2:], self.sizes.patch_shape
+        grid = self.sizes.patch_grid(positions)
+        x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, values of a patch]
+        x = self.position(self.patch_embedding(x), grid)  # [B, N, D]
+
+        branches = len(condition.timesteps) // len(x)
+        if branches > 1:
+            x = x.repeat(branches, 1, 1)  # [B, N, D]
+
+        text, text_mask, c = self.embed(condition)  # [B, S, D], [B, 1, 1, S], [B, D]
+
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
                 x = checkpoint(block, x, text, text_mask, c, use_reentrant=False, preserve_rng_state=False)  # [B, N, D]
             else:
                 x = block(x, text, text_mask, c)  # [B, N, D]
-        return unpatchify(self.final(x, c), patch, height, width)  # [B, C, h, w]
+
+        return unpatchify(self.final(x, c), patch, positions)  # [B, C, ...]
+
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Turn the condition into what every block reads.
+
+        Returns:
+            Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector [B, D], or
+            [B, N, D] where each patch has a time of its own.
+        """
+        times = condition.timesteps
+        time = self.time_embedding(times)  # [B, D] or [B, N, D]
+
+        # the text side reads one time per sample
+        sample_time = time if times.dim() == 1 else self.time_embedding(times.mean(dim=1))  # [B, D]
+        text, mask, pooled = self.fusion(condition.texts, sample_time)  # [B, S, D], [B, S], [B, D]
+        text_mask = key_mask(mask) if any(text.padded for text in condition.texts) else None  # [B, 1, 1, S]
+
+        for name, layer in self.conditions.items():
+            pooled = pooled + layer(condition.extra[name])  # [B, D]
+        return text, text_mask, time + (pooled if times.dim() == 1 else pooled[:, None])

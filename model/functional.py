@@ -1,6 +1,7 @@
 """The pieces of arithmetic that the network is made of: pure functions of tensors, no parameters."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,23 +68,41 @@ def residual(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids of timesteps in [0, 1]: fp32 [B] -> fp32 [B, width].
+    """Sinusoids of timesteps in [0, 1]: fp32 [...] -> fp32 [..., width].
 
     The unit is a thousandth, the step of DDPM, and periods run from 2 pi to 20,000 pi of them. The frequencies are made
     at each call: a buffer made in a bf16 model would hold rounded ones.
     """
     half = width // 2
     exponents = torch.arange(half, device=timesteps.device).float() / half
-    angles = 1000 * timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # [B, width / 2]
+    angles = 1000 * timesteps.float()[..., None] * torch.exp(-math.log(10_000) * exponents)  # [..., width / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def patchify(latents: Tensor, patch: int) -> Tensor:
-    """Cut latents [B, C, h, w] into patches, row by row: [B, h / p * w / p, p * p * C]."""
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+_LATENTS_AND_PATCHES = {
+    2: ("b c (h p) (w q)", "b (h w) (p q c)"),
+    3: ("b c (t o) (h p) (w q)", "b (t h w) (o p q c)"),
+}
+"""Axes of the latents after the channels -> einops patterns of latents and of patches."""
 
 
-def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Undo `patchify` for latents of `height` x `width`."""
-    rows, columns = height // patch, width // patch
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
+def patchify(latents: Tensor, patch: Sequence[int]) -> Tensor:
+    """Cut latents into patches, row by row.
+
+    Args:
+        latents: [B, C, h, w] or [B, C, T, h, w].
+        patch: latent positions of a patch along each axis after the channels.
+
+    Returns:
+        [B, N, values of a patch]; within a patch, channels vary fastest.
+    """
+    whole, cut = _LATENTS_AND_PATCHES[len(patch)]
+    return rearrange(latents, f"{whole} -> {cut}", **dict(zip("qpo", reversed(patch), strict=False)))
+
+
+def unpatchify(patches: Tensor, patch: Sequence[int], latents: Sequence[int]) -> Tensor:
+    """Undo `patchify` for latents of `latents` = (h, w) or (T, h, w) positions: [B, N, values] -> [B, C, *latents]."""
+    whole, cut = _LATENTS_AND_PATCHES[len(patch)]
+    grid = [size // side for size, side in zip(latents, patch, strict=True)]
+    axes = dict(zip("qpo", reversed(patch), strict=False)) | dict(zip("wht", reversed(grid), strict=False))
+    return rearrange(patches, f"{cut} -> {whole}", **axes)

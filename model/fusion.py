@@ -1,7 +1,7 @@
-"""From the states of several frozen LLMs to the text tokens that the DiT attends to (paper section 3.1)."""
+"""From the hidden states of several frozen LLMs to the text tokens that the DiT attends to (paper section 3.1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,34 +9,17 @@ from torch import Tensor, nn
 
 from model.collaborative_refiner import CollaborativeRefiner
 from model.common.errors import UserError
+from model.condition import Text
 from model.config import DiTConfig, FusionConfig
 from model.functional import masked_mean
 from model.layers import ConditionEmbedding, Linear, RMSNorm
 from model.token_refiner import TokenRefiner
 
 
-@dataclass
-class Text:
-    """One LLM's standardised states of a batch of prompts, padded on the right."""
-
-    states: Tensor
-    """[B, T, W]: the first `prefix` positions are the prefix, the same in every sample; what padding holds is not read."""
-    mask: Tensor
-    """bool [B, T]: True = a token, False = padding."""
-    prefix: int
-    """Tokens of system prompt and instruction before the caption."""
-    padded: bool = True
-    """False = the caller knows that no position is padding, so that attention may run without a mask."""
-
-    def rows(self, rows: slice) -> "Text":
-        """Some of the batch's samples."""
-        return replace(self, states=self.states[rows], mask=self.mask[rows])
-
-
 class TextProjection(nn.Module):
-    """From an LLM's states to tokens of the refiners' width.
+    """From an LLM's hidden states to tokens of the refiners' width.
 
-    The norm comes first since an LLM's first token is hundreds of times larger than the rest, standardised or not.
+    The norm comes first since an LLM's first token is hundreds of times larger than the rest, standardized or not.
     """
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -50,10 +33,10 @@ class TextProjection(nn.Module):
 
 
 def refiner_size(config: FusionConfig, dit: DiTConfig) -> tuple[int, int]:
-    """Width and heads of the refiners.
+    """Return width and heads of the refiners.
 
     Raises:
-        UserError: the heads do not divide the width.
+        UserError: if the heads do not divide the width.
     """
     width, heads = config.width or dit.width, config.heads or dit.heads
     if width % heads:
@@ -62,20 +45,46 @@ def refiner_size(config: FusionConfig, dit: DiTConfig) -> tuple[int, int]:
 
 
 def collaborates(config: FusionConfig, llms: int) -> bool:
-    """Whether there is a collaborative refiner: one LLM alone has no other to attend to."""
+    """Return True if there is a collaborative refiner: one LLM alone has no other to attend to."""
     return config.mode == "collaborative" and llms > 1
 
 
 def reads_time(config: FusionConfig, llms: int) -> bool:
-    """Whether any layer of the refiners depends on the timestep."""
+    """Return True if any layer of the refiners depends on the timestep."""
     return config.time and (collaborates(config, llms) or (config.refiner != "none" and config.gate))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The layers that one LLM has for itself."""
+
+    project: TextProjection
+    pool: ConditionEmbedding
+    refine: TokenRefiner | None
+    norm: RMSNorm
+
+
+@dataclass
+class BranchState:
+    """One LLM's tokens on their way through the fusion."""
+
+    tokens: Tensor
+    """[B, T, R]"""
+    mask: Tensor
+    """bool [B, T]"""
+    prefix: int
+    """Tokens at the front that are still to be cut off."""
+
+    def cut(self) -> "BranchState":
+        """Return the state without its prefix."""
+        return BranchState(self.tokens[:, self.prefix :], self.mask[:, self.prefix :], 0)
 
 
 class TextFusion(nn.Module):
     """The text side of the network.
 
     Projections bring the LLMs to one width, token refiners let each LLM's tokens see one another, the collaborative
-    refiner lets the LLMs see one another; then the prefixes are cut off and the LLMs stand side by side as one sequence.
+    refiner lets the LLMs see one another; then the prefixes are cut off and the LLMs are concatenated to one sequence.
     """
 
     def __init__(self, config: FusionConfig, widths: Sequence[int], dit: DiTConfig) -> None:
@@ -83,20 +92,25 @@ class TextFusion(nn.Module):
 
         Args:
             config: the switches of the fusion.
-            widths: width of each LLM's states, in the order in which `forward` gets the texts.
+            widths: width of each LLM's hidden states, in the order in which `forward` gets the texts.
             dit: sizes of the DiT that reads the tokens.
 
         Raises:
-            UserError: there is no LLM, there are several without fusion, or heads do not divide the width.
+            UserError: if there is no LLM, if there are several without fusion, or if heads do not divide the width.
         """
         super().__init__()
         if not widths:
             raise UserError("fusion.families is empty: name at least one text family")
         if config.mode == "none" and len(widths) > 1:
-            raise UserError(f"fusion.mode=none takes one LLM, not {len(widths)}: set fusion.mode=concat or collaborative")
+            raise UserError(
+                f"fusion.mode=none takes one LLM, not {len(widths)}: set fusion.mode=concat or collaborative"
+            )
         width, heads = refiner_size(config, dit)
         hidden = int(dit.mlp_ratio * width)
         self.config = config
+
+        # The layers are listed by kind, not by branch: their names are those of every checkpoint, and their order
+        # fixes the starting weights.
         self.projections = nn.ModuleList(TextProjection(states, width) for states in widths)
         self.pools = nn.ModuleList(ConditionEmbedding(width, width) for _ in widths)
         self.time = None
@@ -113,6 +127,13 @@ class TextFusion(nn.Module):
         self.tokens_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
         self.pooled_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
 
+    @property
+    def branches(self) -> list[Branch]:
+        """The layers of each LLM, in order."""
+        refiners = self.refiners if self.refiners is not None else [None] * len(self.projections)
+        layers = zip(self.projections, self.pools, refiners, self.norms, strict=True)
+        return [Branch(*of_llm) for of_llm in layers]  # type: ignore[arg-type]
+
     def forward(self, texts: Sequence[Text], time_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fuse the texts of a batch.
 
@@ -124,42 +145,58 @@ class TextFusion(nn.Module):
             Tokens [B, S, D] without any prefix, their mask (bool [B, S]) and the pooled text [B, D].
 
         Raises:
-            ValueError: there is another number of texts than of LLMs.
+            ValueError: if the number of texts is not that of the LLMs.
         """
         if len(texts) != len(self.projections):
             raise ValueError(f"{len(texts)} texts for a network of {len(self.projections)} LLMs")
+        branches = self.branches
         padded = any(text.padded for text in texts)
-        masks = [text.mask for text in texts]
-        prefixes = [text.prefix for text in texts]
-        tokens = [project(_clean(text)) for project, text in zip(self.projections, texts, strict=True)]  # [B, T_i, R]
 
-        pooled_from = prefixes if self.config.pool == "caption" else [0] * len(texts)
-        means = [masked_mean(x, mask) for x, mask in zip(_cut(tokens, pooled_from), _cut(masks, pooled_from), strict=True)]
-        pooled = [pool(mean) for pool, mean in zip(self.pools, means, strict=True)]  # [B, R]
+        # 1. bring every LLM to the refiners' width
+        states = [
+            BranchState(branch.project(zero_padding(text)), text.mask, text.prefix)  # [B, T_i, R]
+            for branch, text in zip(branches, texts, strict=True)
+        ]
+
+        # 2. pool the captions; with the time, they condition the refiners
+        pooled = [branch.pool(self.mean_token(state)) for branch, state in zip(branches, states, strict=True)]  # [B, R]
         time = self.time(time_embedding) if self.time is not None else 0
         conditions = [time + vector for vector in pooled]  # [B, R]
 
+        # 3. let each LLM's tokens see one another
         if self.config.crop == "before":
-            tokens, masks, prefixes = _cut(tokens, prefixes), _cut(masks, prefixes), [0] * len(texts)
-        unread = prefixes if self.collaborative is None else [0] * len(texts)  # after the token refiners
-        if self.refiners is not None:
-            branches = zip(self.refiners, tokens, masks, conditions, unread, strict=True)
-            tokens = [refine(x, mask if padded else None, c, cut) for refine, x, mask, c, cut in branches]  # [B, T_i, R]
-        else:
-            tokens = _cut(tokens, unread)  # [B, T_i, R]
+            states = [state.cut() for state in states]
+        for branch, state, c in zip(branches, states, conditions, strict=True):
+            self.refine(branch, state, c, padded)  # [B, T_i, R]
+
+        # 4. let the LLMs see one another
         if self.collaborative is not None:
-            tokens = self.collaborative(tokens, masks if padded else None, conditions, prefixes)  # [B, S_i, R]
+            tokens, masks = [state.tokens for state in states], [state.mask for state in states]
+            prefixes = [state.prefix for state in states]
+            refined = self.collaborative(tokens, masks if padded else None, conditions, prefixes)  # [B, S_i, R]
+            for state, own in zip(states, refined, strict=True):
+                state.tokens = own
 
-        tokens = torch.cat([norm(x) for norm, x in zip(self.norms, tokens, strict=True)], dim=1)  # [B, S, R]
-        mask = torch.cat(_cut(masks, prefixes), dim=1)  # [B, S]
-        return self.tokens_out(tokens), mask, self.pooled_out(torch.stack(pooled).mean(dim=0))
+        # 5. concatenate the captions of all LLMs
+        normed = [branch.norm(state.tokens) for branch, state in zip(branches, states, strict=True)]
+        mask = torch.cat([state.mask[:, state.prefix :] for state in states], dim=1)  # [B, S]
+        tokens = self.tokens_out(torch.cat(normed, dim=1))  # [B, S, D]
+        return tokens, mask, self.pooled_out(torch.stack(pooled).mean(dim=0))
+
+    def mean_token(self, state: BranchState) -> Tensor:
+        """Return the mean [B, R] of a branch's caption tokens, or with `fusion.pool=all` of all its tokens."""
+        first = state.prefix if self.config.pool == "caption" else 0
+        return masked_mean(state.tokens[:, first:], state.mask[:, first:])
+
+    def refine(self, branch: Branch, state: BranchState, c: Tensor, padded: bool) -> None:
+        """Run a branch's token refiner in place; the prefix is cut off unless the collaborative refiner reads it."""
+        unread = 0 if self.collaborative is not None else state.prefix
+        if branch.refine is None:
+            state.tokens = state.tokens[:, unread:]
+        else:
+            state.tokens = branch.refine(state.tokens, state.mask if padded else None, c, unread)
 
 
-def _clean(text: Text) -> Tensor:
-    """States with zeros for padding, so that nothing depends on what stood there (a masked NaN is still a NaN)."""
+def zero_padding(text: Text) -> Tensor:
+    """Return the states with zeros for padding, so that nothing depends on its values (a masked NaN is still a NaN)."""
     return text.states.masked_fill(~text.mask[..., None], 0) if text.padded else text.states
-
-
-def _cut(items: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Cut each of `items` [B, T_i, ...] at the front."""
-    return [item[:, length:] for item, length in zip(items, lengths, strict=True)]

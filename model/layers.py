@@ -4,6 +4,8 @@ Every layer with parameters sets them in its own `reset_parameters`, so a model 
 takes each layer's parameters away as soon as the layer exists, starts from the same distribution as any other.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -101,8 +103,11 @@ class Modulation(nn.Module):
         self.linear = ZeroLinear(width, count * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Turn a condition [B, D] into `count` vectors [B, 1, D]."""
-        return self.linear(F.silu(c)).unsqueeze(1).chunk(self.count, dim=-1)
+        """Turn a condition [B, D] into `count` vectors [B, 1, D]; one per patch, [B, N, D], into [B, N, D]."""
+        vectors = self.linear(F.silu(c))
+        if vectors.dim() == 2:
+            vectors = vectors.unsqueeze(1)  # one for all patches
+        return vectors.chunk(self.count, dim=-1)
 
 
 class ConditionEmbedding(nn.Module):
@@ -127,8 +132,8 @@ class TimestepEmbedding(nn.Module):
         self.mlp = ConditionEmbedding(frequency_width, width)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps in [0, 1]: fp32 [B] -> [B, D]."""
-        features = timestep_features(timesteps, self.frequency_width)  # fp32 [B, F]
+        """Embed timesteps in [0, 1]: fp32 [...] -> [..., D]."""
+        features = timestep_features(timesteps, self.frequency_width)  # fp32 [..., F]
         return self.mlp(features.to(self.mlp.inner.weight.dtype))
 
 
@@ -140,17 +145,18 @@ class PositionBlock(nn.Module):
     size by 3 %, so the inner width is a quarter (4.5 D^2).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, axes: int = 2) -> None:
         super().__init__()
+        convolution = nn.Conv2d if axes == 2 else nn.Conv3d
         self.input_norm = RMSNorm(width)
-        self.narrow = nn.Conv2d(width, width // 4, kernel_size=3, padding=1)
+        self.narrow = convolution(width, width // 4, kernel_size=3, padding=1)
         self.inner_norm = RMSNorm(width // 4)
-        self.widen = nn.Conv2d(width // 4, width, kernel_size=3, padding=1)
+        self.widen = convolution(width // 4, width, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Add what the neighbours say to patches x [B, rows * columns, D]."""
-        h = F.silu(self.input_norm(x)).unflatten(1, (rows, columns))  # [B, rows, columns, D]
-        h = self.narrow(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, rows, columns, D / 4]
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns) or (frames, rows, columns)."""
+        h = F.silu(self.input_norm(x)).unflatten(1, tuple(grid))  # [B, *grid, D]
+        h = self.narrow(h.movedim(-1, 1)).movedim(1, -1)  # [B, *grid, D / 4]
         h = F.silu(self.inner_norm(h))
-        h = self.widen(h.permute(0, 3, 1, 2))  # [B, D, rows, columns]
+        h = self.widen(h.movedim(-1, 1))  # [B, D, *grid]
         return x + h.flatten(2).transpose(1, 2)

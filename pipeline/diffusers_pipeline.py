@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
 from model.common.errors import UserError
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
-from model.fusion import Text
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.diffusion.solvers import denoise, initial_noise
 from pipeline.inference.images import to_images
-from pipeline.inference.sampler import decode_each, latent_shape
+from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, latent_shape
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 
@@ -240,6 +240,7 @@ class LIDiTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        conditions: Mapping[str, str] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw.
 
@@ -257,6 +258,7 @@ class LIDiTPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalised).
             return_dict: an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return new latents.
+            conditions: values of the network's further conditions by name; None = their defaults.
 
         Raises:
             UserError: a size that does not divide, a prompt too long, an unknown output type, or the wrong number of generators.
@@ -266,13 +268,17 @@ class LIDiTPipeline(DiffusionPipeline):
         config, device, dtype = self.config, self._execution_device, self.transformer.dtype
         prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
         vae = VAE(self.vae, "")
-        shape = latent_shape(self.transformer, vae.downsampling, height or config["height"], width or config["width"])
+        height, width = height or config["height"], width or config["width"]
+        shape = latent_shape(self.transformer, vae.downsampling, height, width)
         if latents is None:
             latents = _noise(shape, len(prompts), num_images_per_prompt, generator, seed)
         steps = num_inference_steps or config["steps"]
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
-        texts = self.text(prompts, dtype)
-        nulls = self.text([negative_prompt] * len(prompts), dtype)
+        asked = SamplingParams(height=height, width=width, conditions=conditions or {})
+        extra = extra_conditions(self.transformer, asked, len(prompts), device)
+        timesteps = torch.zeros(len(prompts), device=device)
+        condition = Condition(timesteps, self.text(prompts, dtype), extra)
+        null_condition = Condition(timesteps, self.text([negative_prompt] * len(prompts), dtype), extra)
         progress: Any = self.progress_bar
         with progress(total=steps) as bar:
 
@@ -284,13 +290,15 @@ class LIDiTPipeline(DiffusionPipeline):
                 return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get("latents", now)
 
             noise = latents.to(device)
-            drawn = denoise(self.transformer, self.scheduler, texts, nulls, noise, steps, guidance, dtype, on_step)
+            drawn = denoise(
+                self.transformer, self.scheduler, condition, null_condition, noise, steps, guidance, dtype, on_step
+            )
         images = drawn if output_type == "latent" else _finish(decode_each(vae, drawn), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
 
-def _noise(shape: tuple[int, int, int], pictures: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
+def _noise(shape: tuple[int, ...], pictures: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
     """The noise that `seed` or the generators give: fp32 [pictures, *shape] on the CPU."""
     if generator is None:
         first = int(torch.randint(2**31, ())) if seed is None else seed

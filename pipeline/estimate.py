@@ -6,23 +6,25 @@ All of it is arithmetic on the settings; the terms are the ones below, each test
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from model.blocks import BLOCKS
 from model.common.errors import UserError, command
 from model.config import DiTConfig
+from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
 from model.fusion import collaborates, refiner_size
+from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.stage.config import StageConfig, load_stage
 
-_PATCH_VALUES, _TEXT_VALUES, _BLOCK_VECTORS = 47, 8, 12
-"""Values that a DiT block keeps for its backward pass without compiling: per patch and channel, per text token and channel,
-per sample and channel (modulation)."""
 _OUTER_VALUES = 11
-"""The same of the layers before and after the blocks, per patch and channel."""
+"""Values that the layers before and after the blocks keep for the backward pass without compiling, per patch and channel."""
 _REFINER_VALUES = 33
 """The same of a refiner's block, per token and channel of the refiners' width."""
 
@@ -47,6 +49,14 @@ class Setup:
     pairs: int = 30_000_000
     channels: int = 16
     downsampling: int = 8
+    frames: int | None = None
+    """Frames of the latents of a clip; None = images."""
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Positions of a sample's latents along each axis."""
+        frames = () if self.frames is None else (self.frames,)
+        return *frames, self.height // self.downsampling, self.width // self.downsampling
 
 
 @dataclass(frozen=True)
@@ -85,15 +95,16 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     local_batch, left = divmod(stage.global_batch, setup.gpus)
     if left or local_batch == 0:
         raise UserError(f"global_batch={stage.global_batch} is not a multiple of {setup.gpus} GPUs: choose another --gpus")
-    dit = stage.dit(setup.channels)
+    dit = stage.dit(setup.channels, axes=len(setup.latents))
     widths = list(setup.llm_widths)
     parameters = count_parameters(dit, stage.fusion, widths)
-    rows, columns = setup.height // setup.downsampling, setup.width // setup.downsampling
     tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
-    flops = flops_per_sample(dit, stage.fusion, widths, rows, columns, tokens, [setup.prefix_tokens] * len(widths))
+    flops = flops_per_sample(
+        dit, stage.fusion, widths, setup.latents, tokens, [setup.prefix_tokens] * len(widths)
+    )
     micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
-    matrices = muon_parameters(stage, dit, len(widths))
-    memory = state_memory(stage, parameters["total"], setup.gpus, matrices)
+    moments = count_moments(stage, dit, widths)
+    memory = state_memory(stage, parameters["total"], setup.gpus, moments)
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
     speed = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu / flops
     pair_bytes = bytes_per_pair(setup)
@@ -108,28 +119,33 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         bytes_per_pair=pair_bytes,
         store_bytes=pair_bytes * setup.pairs,
         read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
-        checkpoint_bytes=parameters["total"] * 4.0 * (3 + len(stage.ema)) - 4.0 * matrices,
+        checkpoint_bytes=4.0 * (parameters["total"] * (1 + len(stage.ema)) + moments),
     )
 
 
-def muon_parameters(stage: StageConfig, dit: DiTConfig, llms: int) -> int:
-    """Parameters that Muon trains: the matrices of the blocks of DiT and refiners; 0 with AdamW."""
-    if stage.optim.name != "muon":
-        return 0
-    width, _ = refiner_size(stage.fusion, dit)
-    own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
-    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, llms) else 0
-    refiner_block = 4 * width**2 + 2 * width * int(dit.mlp_ratio * width)  # attention, feed-forward layer
-    dit_block = 8 * dit.width**2 + 2 * dit.width * int(dit.mlp_ratio * dit.width)  # two attentions
-    return dit.depth * dit_block + llms * (own + across) * refiner_block
+def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> int:
+    """Return the number of values in the optimizer's moments of the whole network."""
+    with torch.device("meta"):
+        network = LIDiT(dit, stage.fusion, widths)
+
+    moments = optimizer_settings(stage.optim).moments
+    values = 0
+    for group in parameter_groups(network, stage.optim):
+        values += len(moments[group["name"]]) * sum(parameter.numel() for parameter in group["params"])
+    return values
 
 
-def state_memory(stage: StageConfig, parameters: int, gpus: int, matrices: int = 0) -> dict[str, float]:
+def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -> dict[str, float]:
     """Bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
-    ZeRO-3 shards all; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and fp32 gradients. `step` is the fp32 copy of one
-    sub-group's gradients, `gathered` the whole weights that ZeRO-3 has at a time. Of the parameters, Muon trains `matrices`, with
-    one moment.
+    ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients. `step` is the fp32 copy
+    of one sub-group's gradients, `gathered` the whole weights that ZeRO-3 keeps at a time.
+
+    Args:
+        stage: the stage.
+        parameters: parameters of the network.
+        gpus: number of GPUs.
+        moments: values in the optimizer's moments of the whole network.
     """
     engine = stage.engine
     share = parameters / gpus
@@ -139,7 +155,7 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, matrices: int =
         "weights": size * shared_weights,
         "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
         "masters": 4.0 * share,
-        "moments": 8.0 * share - 4.0 * matrices / gpus,
+        "moments": 4.0 * moments / gpus,
         "EMA": 4.0 * share * len(stage.ema),
         "step": 4.0 * min(share, engine.sub_group_size),
         "reduce bucket": 4.0 * min(engine.reduce_bucket, parameters),
@@ -155,9 +171,9 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     A checkpointed block keeps only its input; the largest recomputed one comes on top.
     """
     size = 2 if stage.engine.precision == "bf16" else 4
-    patches = setup.height * setup.width // (setup.downsampling * dit.patch) ** 2
+    patches = math.prod(dit.patch_grid(setup.latents))
     text = setup.caption_tokens * len(setup.llm_widths)
-    block = dit.width * (_PATCH_VALUES * patches + _TEXT_VALUES * text + _BLOCK_VECTORS)
+    block = BLOCKS[dit.block].activations(dit, patches, text)
     every = stage.model.checkpoint_every
     checkpointed = dit.depth // every if every else 0
     blocks = (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
@@ -171,7 +187,7 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
 
 def bytes_per_pair(setup: Setup) -> float:
     """Bytes in the store of one pair's latents (mean and spread, bf16) and captions (int8, an fp32 scale a token, each LLM)."""
-    latents = 4.0 * setup.channels * setup.height * setup.width / setup.downsampling**2
+    latents = 4.0 * setup.channels * math.prod(setup.latents)
     return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
 
 

@@ -167,7 +167,7 @@ def generate_stage(
     settings = {
         "bench": bench.name,
         **about,
-        "drawing": asdict(params),
+        "drawing": params.record(),
         "images": images_per_prompt,
         "seed": seed,
         "weights_hash": hash_weights(sampler),

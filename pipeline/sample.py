@@ -96,7 +96,7 @@ def write_images(
     """
     chunks = [images[first : first + batch] for first in range(0, len(images), batch)]
     batches = [[(image.prompt, image.seed) for image in chunk] for chunk in chunks]
-    settings = {**asdict(params), **about}
+    settings = {**params.record(), **about}
 
     records: list[dict[str, Any]] = []
     # the generator comes first, so that `zip` exhausts it

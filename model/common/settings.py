@@ -1,5 +1,6 @@
 """Reading a YAML into dataclasses, with errors that name the key and the nearest right one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,27 @@ from yaml import YAMLError
 from model.common.errors import UserError, first_line
 
 
-def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
-    """Read a YAML into `schema` and apply `key=value` overrides; `key=` empties a text.
+def read_settings(
+    schema: type, path: Path, overrides: list[str], defaults: Callable[[Any], Any] | None = None
+) -> Any:
+    """Read a YAML into a dataclass and apply `key=value` overrides; `key=` empties a text.
+
+    Args:
+        schema: the dataclass.
+        path: of the YAML.
+        overrides: `key=value` each.
+        defaults: given the settings of YAML and overrides, returns the instance of `schema` that they are set over; it may
+            change the settings. None = the defaults of the fields.
 
     Raises:
-        UserError: the file is missing or is not YAML, a key is unknown, or a value is missing or has the wrong type; the
+        UserError: if the file is missing or is not YAML, a key is unknown, or a value is missing or has the wrong type; the
             message names the key and the nearest right one.
     """
     try:
-        defaults = OmegaConf.structured(schema)
-        merged = OmegaConf.merge(
-            defaults, OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, defaults))
-        )
-        return OmegaConf.to_object(merged)
+        empty = OmegaConf.structured(schema)
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, empty)))
+        base = empty if defaults is None else OmegaConf.structured(defaults(given))
+        return OmegaConf.to_object(OmegaConf.merge(base, given))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except YAMLError as error:
@@ -33,12 +42,12 @@ def read_settings(schema: type, path: Path, overrides: list[str]) -> Any:
 
 
 def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:
-    """The overrides with `key=` spelt out as empty text where the key's value is text; elsewhere it means None."""
-    spelt = []
+    """Return the overrides with `key=` written as empty text if the key's value is text; elsewhere it means None."""
+    written = []
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override}: no setting: write key=value")
         empties = not value and isinstance(OmegaConf.select(defaults, key), str)
-        spelt.append(f"{key}=''" if empties else override)
-    return spelt
+        written.append(f"{key}=''" if empties else override)
+    return written

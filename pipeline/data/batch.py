@@ -1,7 +1,7 @@
 """A batch as the trainer reads it, and as one block of memory on its way there.
 
-All tensors of a batch lie in one block (shared memory in a loader process), so a batch crosses to the trainer as one file
-descriptor and to the device as one copy; nothing is pickled but a few numbers.
+All tensors of a batch are in one block (shared memory in a loader process), so a batch crosses to the trainer
+as one file descriptor and to the device as one copy; only a few numbers are pickled.
 """
 
 import math
@@ -18,14 +18,21 @@ from pipeline.data.epoch_plan import sample_rng, sample_seed
 from pipeline.text.texts import PackedText
 
 _ALIGN = 64
+"""Bytes; tensors of a block are aligned, so that any dtype can be viewed."""
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a block, in order."""
 
+SampleKey = tuple[int, int, int]
+"""(seed, pass, sample id): all that a sample's random numbers depend on."""
+
 
 @dataclass
 class Batch:
-    """This rank's samples of one global batch, all of one bucket."""
+    """This rank's samples of one global batch, all of one bucket.
+
+    Latents are [B, C, ...]: those of images are [B, C, h, w].
+    """
 
     bucket: str
     epoch: int
@@ -34,26 +41,37 @@ class Batch:
     ids: Tensor
     """int64 [B]: sample ids."""
     sources: Tensor
-    """int64 [B]: number of each sample's dataset, in the order of `data.datasets`; 0 where there is one."""
+    """int64 [B]: number of each sample's dataset, in the order of `data.datasets`; 0 if there is only one."""
     passes: Tensor
-    """int64 [B]: which pass over its dataset reads the sample; the epoch where there is one."""
+    """int64 [B]: number of the pass over its dataset that reads the sample; of one dataset, the epoch."""
     mean: Tensor
-    """bf16 [B, C, h, w]: means of the latents' moments."""
+    """bf16 [B, C, ...]: means of the latents' moments."""
     std: Tensor
-    """bf16 [B, C, h, w]: their standard deviations."""
+    """bf16 [B, C, ...]: their standard deviations."""
     posterior_noise: Tensor
-    """fp32 [B, C, h, w]: normal numbers that draw the latents from their moments."""
+    """fp32 [B, C, ...]: normal numbers that sample the latents from their moments."""
     noise: Tensor
-    """fp32 [B, C, h, w]: normal numbers for the objective."""
+    """fp32 [B, C, ...]: normal numbers for the objective."""
     u: Tensor
     """fp32 [B]: uniform numbers in [0, 1) that pick the timesteps."""
+    keys: list[SampleKey] = field(default_factory=list)
+    """Key of each sample's random numbers."""
     texts: dict[str, PackedText] = field(default_factory=dict)
     """Text family -> captions; the same caption of a sample in each."""
     captions: list[str] | None = None
-    """The captions themselves, empty = the null caption; only where the trainer encodes them (`fusion.encode: online`)."""
+    """The captions themselves, empty = the null caption; only for `fusion.encode: online`."""
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Return further normal numbers fp32 [B, *shape] of the samples.
+
+        Args:
+            stream: name of the numbers' purpose; another name gives other numbers.
+            shape: of one sample's numbers.
+        """
+        return sample_noise(self.u.device, (len(self.keys), *shape), self.keys, stream)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """Return the batch on another device."""
         moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
         return Batch(**moved)
 
@@ -62,7 +80,9 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {name: PackedText(*(_moved(part, device) for part in vars(text).values())) for name, text in value.items()}
+        return {name: _moved(text, device) for name, text in value.items()}
+    if isinstance(value, PackedText):
+        return PackedText(*(_moved(part, device) for part in vars(value).values()))
     return value
 
 
@@ -74,55 +94,75 @@ class PackedBatch:
     epoch: int
     index: int
     last: bool
-    """Whether it is the last of its epoch."""
+    """True if it is the last of its epoch."""
     memory: Tensor
     """uint8: all tensors one after another."""
     layout: Layout
     seeds: tuple[int, ...]
-    """Of the noise, one a dataset."""
+    """Seeds of the noise, one per dataset."""
     counts: dict[str, list[int]]
     """Text family -> tokens of each caption."""
     captions: list[str] | None = None
     """As in `Batch`."""
 
     def pin_memory(self) -> "PackedBatch":
-        """The same in page-locked memory, as the loader's pinning thread asks for it."""
+        """Return the batch in page-locked memory; the loader's pinning thread calls this."""
         self.memory = self.memory.pin_memory()
         return self
 
     def unpack(self, device: torch.device) -> Batch:
-        """Copy to the device at once, then cut into tensors without further copies, and draw the noise there."""
-        here = tensors_in(self.memory, self.layout)
+        """Copy the block to the device at once, cut it into tensors there, and sample the noise."""
+        on_host = tensors_in(self.memory, self.layout)
+        keys = sample_keys(self.seeds, *(on_host[name].tolist() for name in ("sources", "passes", "ids")))
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
-        keys = [
-            (self.seeds[source], turn, id)
-            for source, turn, id in zip(*(here[name].tolist() for name in ("sources", "passes", "ids")), strict=True)
-        ]
+
         texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
         if len(self.seeds) > 1:
             for text in texts.values():
                 text.sources = tensors["sources"]
-        noises = {name: draw_noise(device, tensors["mean"].shape, keys, name) for name in ("posterior_noise", "noise")}
-        return Batch(self.bucket, self.epoch, self.index, **tensors, **noises, texts=texts, captions=self.captions)
+
+        shape = tensors["mean"].shape
+        tensors |= {name: sample_noise(device, shape, keys, name) for name in ("posterior_noise", "noise")}
+        return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts, captions=self.captions)
 
 
-def draw_noise(device: torch.device, shape: Sequence[int], keys: Sequence[tuple[int, int, int]], stream: str) -> Tensor:
-    """Normal numbers fp32 [B, ...] drawn on a device, each sample's from its own generator, so whatever its batch is.
-
-    Philox on the CPU and on a GPU, but with other numbers. The trainer draws them, not a loader process: that would take four
-    times as long as reading the sample (latents of 512 pixels), and they would be more bytes to hand over than the latents.
+def sample_keys(
+    seeds: Sequence[int], sources: Sequence[int], passes: Sequence[int], ids: Sequence[int]
+) -> list[SampleKey]:
+    """Return the key of each sample of a batch.
 
     Args:
-        device: where to draw.
+        seeds: one per dataset.
+        sources: number of each sample's dataset.
+        passes: number of the pass that reads it.
+        ids: its id.
+    """
+    return [(seeds[source], number, id) for source, number, id in zip(sources, passes, ids, strict=True)]
+
+
+def sample_noise(
+    device: torch.device, shape: Sequence[int], keys: Sequence[SampleKey], stream: str
+) -> Tensor:
+    """Return normal numbers fp32 [B, ...], each sample's from a generator of its own.
+
+    So they do not depend on the batch that a sample is in.
+
+    Both the CPU and a GPU use Philox, but with different numbers. The trainer samples them, not a loader
+    process: that would take four times as long as reading the sample (latents of 512 pixels), and the noise
+    has more bytes than the latents.
+
+    Args:
+        device: where the numbers are made.
         shape: of the result; one key for each of its first dimension.
-        keys: (seed, epoch, sample id).
-        stream: what the numbers are for.
+        keys: of the samples.
+        stream: name of the numbers' purpose.
     """
     numbers = torch.empty(tuple(shape), device=device)
     if device.type == "cpu":
         for row, key in zip(numbers.numpy(), keys, strict=True):
             sample_rng(*key, stream).standard_normal(dtype=np.float32, out=row)
         return numbers
+
     generator = torch.Generator(device)
     for row, key in zip(numbers, keys, strict=True):
         row.normal_(generator=generator.manual_seed(sample_seed(*key, stream)))
@@ -134,8 +174,8 @@ def _packed_text(tensors: dict[str, Tensor], family: str, counts: list[int]) -> 
     return PackedText(values, scales, lengths, counts)
 
 
-def offsets(layout: Layout) -> list[int]:
-    """Where each tensor of a block begins, and where the last one ends; aligned, so that any dtype can be viewed."""
+def _offsets(layout: Layout) -> list[int]:
+    """Return the beginning of each tensor of a block, and the end of the last one."""
     ends = [0]
     for _, dtype, shape in layout:
         size = dtype.itemsize * math.prod(shape)
@@ -144,16 +184,19 @@ def offsets(layout: Layout) -> list[int]:
 
 
 def tensors_in(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The tensors of a block by name, without copies."""
-    found = {}
-    for (name, dtype, shape), start in zip(layout, offsets(layout)[:-1], strict=True):
-        found[name] = memory[start : start + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
-    return found
+    """Return the tensors of a block by name, without copies."""
+    tensors = {}
+    for (name, dtype, shape), start in zip(layout, _offsets(layout)[:-1], strict=True):
+        tensors[name] = memory[start : start + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
+    return tensors
 
 
 def allocate(layout: Layout) -> Tensor:
-    """An uninitialised block; in shared memory in a loader process, so that handing it over does not copy it."""
-    size = offsets(layout)[-1]
+    """Return an uninitialized block.
+
+    In a loader process it is shared memory, which is handed over without a copy.
+    """
+    size = _offsets(layout)[-1]
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(size)

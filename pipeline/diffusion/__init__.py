@@ -1,1 +1,3 @@
-"""The diffusion process: noise, target and loss of training; schedulers and guidance of sampling."""
+"""Objectives, a file each, which registers its class and is imported here; and the solvers that sample."""
+
+from pipeline.diffusion import ddpm, flow  # noqa: F401

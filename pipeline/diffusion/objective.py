@@ -1,75 +1,102 @@
-"""What the network learns: rectified flow's velocity, or the paper's DDPM epsilon (appendix A.1)."""
+"""What an objective is: the interface of what the network can learn to predict, and the registry of objectives."""
 
-import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from model.common.registry import Registry
+from model.functional import unpatchify
 from pipeline.stage.config import ObjectiveConfig
 
-DDPM_STEPS = 1000
-DDPM_BETAS = (0.00085, 0.012)
-"""Ends of the "scaled linear" schedule of latent diffusion (Rombach et al. 2022); the paper names no schedule."""
+SampleNormal = Callable[[str, Sequence[int]], Tensor]
+"""(name of the numbers' purpose, shape of one sample's) -> normal numbers fp32 [B, *shape] from each sample's own generator."""
 
 
-@functools.cache
-def ddpm_alphas() -> Tensor:
-    """Share of signal variance left after each of the DDPM steps, fp32 [1000]: the cumulative product of 1 - beta.
+@dataclass
+class TrainingExample:
+    """A batch as the objective gives it to the network, and what the network has to predict."""
 
-    Computed as diffusers' schedulers do, so that training and sampling agree to the bit.
+    noisy: Tensor
+    """fp32 [B, C, ...]"""
+    timesteps: Tensor
+    """fp32 [B] in [0, 1]; or [B, N], one for each patch."""
+    target: Tensor
+    """fp32 [B, C, ...]"""
+
+
+class Objective(ABC):
+    """How clean latents and noise become what the network reads and what it has to predict.
+
+    Another objective is one file with a class that fills this interface in. Settings that `ObjectiveConfig` has no field for
+    come in `config.options`.
     """
-    first, last = DDPM_BETAS
-    betas = torch.linspace(first**0.5, last**0.5, DDPM_STEPS, dtype=torch.float32) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
+
+    schedulers: ClassVar[Mapping[str, Callable[[ObjectiveConfig], Any]]]
+    """diffusers schedulers that sample from a network with this objective, by name; the first is the default."""
+
+    def __init__(self, config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> None:
+        """Keep the settings.
+
+        Args:
+            config: settings of the objective.
+            patch: latent positions of a patch along each axis, for objectives whose timesteps differ from patch to patch.
+        """
+        self.config = config
+        self.patch = patch
+
+    @abstractmethod
+    def sample_timesteps(self, u: Tensor) -> Tensor:
+        """Map `u` [B], uniform in [0, 1), to timesteps fp32 [B] in [0, 1], where 1 is the noisiest."""
+
+    @abstractmethod
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix clean latents [B, C, ...] with noise at `timesteps`, [B] or [B, N].
+
+        Returns:
+            The noisy latents and what the network has to predict, both fp32 [B, C, ...].
+        """
+
+    def training_example(self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal) -> TrainingExample:
+        """Make a batch of training examples.
+
+        Args:
+            clean: normalized latents fp32 [B, C, ...].
+            noise: normal numbers fp32 [B, C, ...].
+            u: uniform numbers fp32 [B] in [0, 1).
+            normal: gives further normal numbers, which depend on (seed, epoch, sample id) alone.
+        """
+        timesteps = self.sample_timesteps(u)
+        noisy, target = self.add_noise(clean, noise, timesteps)
+        return TrainingExample(noisy, timesteps, target)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each sample, fp32 [B]: the mean squared error."""
+        return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+    def per_position(self, values: Tensor, latents: Tensor) -> Tensor:
+        """Return values [B] or [B, N] (one per patch) in a shape that broadcasts over latents [B, C, ...]."""
+        if values.dim() == 1:
+            return values.view(-1, *[1] * (latents.dim() - 1))
+        per_patch = values[..., None].expand(-1, -1, math.prod(self.patch))
+        return unpatchify(per_patch, self.patch, latents.shape[2:])  # [B, 1, ...]
 
 
-def flow_times(config: ObjectiveConfig, u: Tensor) -> Tensor:
-    """Map uniform `u` [B] to times of the flow by the inverse of their distribution function, fp32 [B] in [0, 1].
+OBJECTIVES: Registry[type[Objective]] = Registry("objective.name")
+"""Objectives by the name that `objective.name` gives."""
 
-    `logit_normal` (Esser et al. 2024, equation 19): logit(t) ~ N(mean, std); then the resolution shift (their equation 23).
+
+def make_objective(config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> Objective:
+    """Build the objective that a stage names.
+
+    Args:
+        config: settings of the objective.
+        patch: latent positions of a patch along each axis.
+
+    Raises:
+        UserError: if there is no objective of that name.
     """
-    t = u.float()
-    if config.timesteps == "logit_normal":
-        t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(t))
-    return config.shift * t / (1.0 + (config.shift - 1.0) * t)
-
-
-def draw_times(config: ObjectiveConfig, u: Tensor) -> Tensor:
-    """Times fp32 [B] in [0, 1] that `u` [B], uniform in [0, 1), picks: 1 is pure noise for `flow`, step / 1000 for `ddpm`."""
-    if config.name == "flow":
-        return flow_times(config, u)
-    return (u.double() * DDPM_STEPS).long().clamp(0, DDPM_STEPS - 1).float() / DDPM_STEPS
-
-
-def corrupt(config: ObjectiveConfig, clean: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix `clean` latents [B, C, h, w] with `noise` at the times that `u` [B], uniform in [0, 1), picks.
-
-    Returns:
-        The noisy latents [B, C, h, w]; the times fp32 [B] in [0, 1], where 1 is pure noise for `flow` and step / 1000
-        for `ddpm`; and what the network has to predict [B, C, h, w].
-    """
-    t = draw_times(config, u)
-    noisy, target = corrupt_at(config, clean, noise, t)
-    return noisy, t, target
-
-
-def corrupt_at(config: ObjectiveConfig, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix `clean` latents [B, C, h, w] with `noise` at times `t` [B] in [0, 1]; a `ddpm` time is rounded to its step.
-
-    Returns:
-        The noisy latents and what the network has to predict, both fp32 [B, C, h, w].
-    """
-    clean, noise = clean.float(), noise.float()
-    if config.name == "flow":
-        mix = t.float().view(-1, 1, 1, 1)
-        # Liu et al. 2022, equation 1: a straight line from data to noise, whose velocity is their difference.
-        return (1.0 - mix) * clean + mix * noise, noise - clean
-    step = (t.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
-    alpha = ddpm_alphas().to(clean.device)[step].view(-1, 1, 1, 1)
-    # Ho et al. 2020, equation 4.
-    return alpha.sqrt() * clean + (1.0 - alpha).sqrt() * noise, noise
-
-
-def loss_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, fp32 [B]."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    return OBJECTIVES[config.name](config, patch)

@@ -103,7 +103,7 @@ def generate_missing(
         cells = iter(generated)
         for image in chunk:
             grid = _grid([next(cells) for _ in image.seeds])
-            record = {"prompt": image.prompt, "seeds": image.seeds, **asdict(params), **about}
+            record = {"prompt": image.prompt, "seeds": image.seeds, **params.record(), **about}
             save_image(grid, out, image.file, record)
     return len(missing)
 

@@ -1,5 +1,6 @@
-"""Where a picture's patches look in the text: the DiT's cross-attention, word by word."""
+"""Which words an image's patches attend to: the DiT's cross-attention, word by word."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.common.errors import UserError
+from model.condition import Condition
 from model.dit import LIDiT
-from model.fusion import Text
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -29,13 +31,14 @@ class WordMap:
 
 @contextmanager
 def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
-    """Inside, each pass of the network adds each block's attention to the text, averaged over heads: [B, patches, tokens]."""
+    """Record each block's attention to the text in every pass of the network, averaged over heads: [B, patches, tokens]."""
     seen: list[Tensor] = []
 
     def record(layer: Any, inputs: tuple[Any, ...]) -> None:
         seen.append(layer.weights(*inputs).mean(1))
 
-    handles = [block.get_submodule("cross_attention").register_forward_pre_hook(record) for block in network.blocks]
+    layers = [layer for block in network.blocks if (layer := block.text_attention()) is not None]  # type: ignore[operator]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield seen
     finally:
@@ -44,19 +47,25 @@ def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def attention_to_tokens(network: LIDiT, latents: Tensor, time: float, texts: Sequence[Text]) -> Tensor:
-    """One pass of the network: fp32 [rows, columns, tokens], averaged over blocks and heads; each patch's shares sum to 1.
+def attention_to_tokens(network: LIDiT, latents: Tensor, condition: Condition) -> Tensor:
+    """Run the network once and return the attention: fp32 [rows, columns, tokens], averaged over blocks and heads.
+
+    Each patch's shares sum to 1.
 
     Args:
         network: in any precision.
-        latents: noisy latents of one picture, [1, C, h, w].
-        time: in [0, 1].
-        texts: one per LLM, of one prompt each, without padding.
+        latents: noisy latents of one image, [1, C, h, w].
+        condition: of the image, its texts without padding.
+
+    Raises:
+        UserError: if the network's blocks have no cross-attention to the text.
     """
     with recorded_attention(network) as seen:
-        network(latents, torch.full((1,), time, device=latents.device), texts)
-    rows = latents.shape[2] // network.sizes.patch
-    return torch.stack(seen).mean(0)[0].unflatten(0, (rows, -1)).cpu()
+        network(latents, condition)
+    if not seen:
+        raise UserError(f"model.block={network.sizes.block} has no cross-attention to show: ask for no attention maps")
+    grid = network.sizes.patch_grid(latents.shape[2:])
+    return torch.stack(seen).mean(0)[0].unflatten(0, grid).cpu()
 
 
 def sum_over_words(prompt: str, spans: Sequence[Sequence[tuple[int, int]]], shares: Tensor) -> list[WordMap]:
@@ -64,10 +73,10 @@ def sum_over_words(prompt: str, spans: Sequence[Sequence[tuple[int, int]]], shar
 
     Args:
         prompt: the words.
-        spans: for each LLM where in the prompt each of its tokens stands; empty ranges belong to no word.
-        shares: [rows, columns, tokens], the LLMs' tokens side by side.
+        spans: for each LLM the range of the prompt that each of its tokens covers; empty ranges belong to no word.
+        shares: [rows, columns, tokens], the LLMs' tokens one after another.
     """
-    places = [place for each in spans for place in each]
+    places = list(itertools.chain.from_iterable(spans))
     maps = []
     for match in WORD.finditer(prompt):
         inside = torch.tensor([max(start, match.start()) < min(end, match.end()) for start, end in places])
@@ -75,14 +84,20 @@ def sum_over_words(prompt: str, spans: Sequence[Sequence[tuple[int, int]]], shar
     return maps
 
 
-def overlay(picture: Image.Image, shares: Tensor, side: int = 256) -> Image.Image:
-    """The picture in grey under the map as heat, from the map's smallest value to its largest; longer side `side`."""
-    factor = side / max(picture.size)
-    size = (round(picture.width * factor), round(picture.height * factor))
+def overlay(image: Image.Image, shares: Tensor, side: int = 256) -> Image.Image:
+    """Return the image in gray under the map as heat.
+
+    Args:
+        image: any size.
+        shares: the map [rows, columns]; colors run from its smallest value to its largest.
+        side: longer side of the result, in pixels.
+    """
+    factor = side / max(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
     low, high = shares.min().item(), shares.max().item()
     unit = ((shares - low) / max(high - low, 1e-12) * 255).byte().numpy()
     heat = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BICUBIC)) / 255.0  # [H, W]
-    colours: Any = matplotlib.colormaps["inferno"]
-    grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.LANCZOS))[..., None].repeat(3, axis=2)
-    mixed = 0.45 * grey + 0.55 * 255 * colours(heat)[..., :3]
+    colors: Any = matplotlib.colormaps["inferno"]
+    gray = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS))[..., None].repeat(3, axis=2)
+    mixed = 0.45 * gray + 0.55 * 255 * colors(heat)[..., :3]
     return Image.fromarray(mixed.round().astype(np.uint8))

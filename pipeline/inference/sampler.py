@@ -1,21 +1,22 @@
-"""A trained run, ready to draw: the network, the LLMs that read prompts as its families were made, and the VAE."""
+"""A trained run, ready to sample: the network, the LLMs that read prompts as its families were made, and the latent space."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
 from model.common.errors import UserError
+from model.condition import Condition, Text
+from model.conditions import CONDITIONS
 from model.dit import LIDiT
-from model.encoders.vae import VAE
-from model.fusion import Text
+from model.encoders.latent_spaces import AUTOENCODER_KL, LatentSpace, downsampling_per_axis, load_latent_space
 from pipeline.checkpoint.checkpoints import load_weights
-from pipeline.diffusion.solvers import OnStep, draw, initial_noise, make_scheduler, set_steps
+from pipeline.diffusion.solvers import OnStep, initial_noise, make_scheduler, sample_latents, set_steps
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.runtime.distributed import all_reduce_min
@@ -26,14 +27,12 @@ from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 
 if TYPE_CHECKING:
-    from pipeline.engine.inference import ShardedNetwork
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    from pipeline.engine.inference import PartitionedNetwork
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw; every field changes the picture."""
+    """How to sample; every field changes the image."""
 
     steps: int = 30
     guidance: float = 4.0
@@ -43,41 +42,50 @@ class SamplingParams:
     negative: str = ""
     """Prompt to steer away from; empty = the null caption of training."""
     quantised: bool = False
-    """Take the LLM's states through the family's quantisation, as training saw them."""
+    """Take the LLM's hidden states through the family's quantization, as training saw them."""
     instruction: bool = True
     """False = leave out the prefix (system prompt and instruction) of every LLM."""
     without: tuple[str, ...] = ()
     """Text families that read the null caption instead of the prompt."""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    """Values of the network's further conditions (`model.conditions`), by name; the others take their default."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as they are written next to an image; `conditions` only if there are any."""
+        record = asdict(self)
+        if not self.conditions:
+            del record["conditions"]
+        return record
 
 
 class Sampler:
-    """Draws pictures with one network; LLMs and the VAE are loaded when they are first needed.
+    """Generates images with one network; LLMs and the latent space are loaded when they are first needed.
 
-    With a sharded network the ranks draw together: each calls `latents` for its own pictures, then `keep_pace`.
+    With a partitioned network the ranks sample together: each calls `latents` for its own images, then `keep_pace`.
     """
 
     def __init__(
         self,
         network: LIDiT,
         reader: PromptReader,
-        load_vae: Callable[[], VAE],
+        load_vae: Callable[[], LatentSpace],
         objective: ObjectiveConfig,
         defaults: SampleConfig,
         device: torch.device,
         dtype: torch.dtype,
-        sharded: "ShardedNetwork | None" = None,
+        sharded: "PartitionedNetwork | None" = None,
     ) -> None:
         """Move the network to the device.
 
         Args:
             network: with its weights.
             reader: of prompts.
-            load_vae: called when the first picture is decoded.
+            load_vae: called when the first image is decoded.
             objective: what the network was trained to predict.
-            defaults: settings of sampling that hold where nothing else is asked for.
-            device: where to draw.
+            defaults: settings of sampling that apply if nothing else is asked for.
+            device: device to sample on.
             dtype: precision of the network.
-            sharded: what keeps the network in shards, if it is; it has its device and type already.
+            sharded: what keeps the network partitioned, if it is; it has its device and dtype already.
         """
         if sharded is None:
             nn.Module.to(network, device, dtype)
@@ -89,89 +97,115 @@ class Sampler:
         self.device = device
         self.dtype = dtype
         self._load_vae = load_vae
-        self._vae: VAE | None = None
+        self._vae: LatentSpace | None = None
 
     @classmethod
-    def from_run(cls, run: Path, weights: str, device: torch.device, dtype: torch.dtype, shards: bool = False) -> "Sampler":
+    def from_run(
+        cls, run: Path, weights: str, device: torch.device, dtype: torch.dtype, zero3: bool = False
+    ) -> "Sampler":
         """Load the newest checkpoint of a run.
 
         Args:
             run: its folder.
             weights: `ema`, `raw`, or the decay of an average.
-            device: where to draw.
+            device: device to sample on.
             dtype: precision of the network.
-            shards: shard the network over the processes.
+            zero3: partition the network over the processes.
 
         Raises:
-            UserError: no run there, no checkpoint in it, or something that it was made with is gone or has changed.
+            UserError: if there is no run or no checkpoint, or something that it was made with is missing or has changed.
         """
         stage, corpus = resolve(load_run(run))
-        stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # where it lies now
+        stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # the folder may have been moved
+
         build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)
-        sharded = shard(build, loaded, dtype, stage.engine) if shards else None
+        sharded = shard(build, loaded, dtype, stage.engine) if zero3 else None
         network = sharded.module if sharded else _load(run, build(), loaded)
-        families, kept = text_families(stage, corpus), open_texts(stage, corpus)
-        constants = {name: TextConstants.load(kept, family, device) for name, family in families.items()}
+
+        families, texts = text_families(stage, corpus), open_texts(stage, corpus)
+        constants = {name: TextConstants.load(texts, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
-        latents = latents_family(stage, corpus)
-        find_vae = partial(load_vae, stage, latents, device)
+        find_vae = partial(load_vae, stage, latents_family(stage, corpus), device)
         return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, sharded)
 
     @property
-    def vae(self) -> VAE:
-        """The VAE that made the latents."""
+    def vae(self) -> LatentSpace:
+        """The latent space that made the latents."""
         if self._vae is None:
             self._vae = self._load_vae()
         return self._vae
 
-    def check(self, drawing: SamplingParams) -> None:
+    def check(self, params: SamplingParams) -> None:
         """Find what is wrong with the settings before the LLMs are loaded.
 
         Raises:
-            UserError: a size that does not divide, an unknown scheduler, steps out of range.
+            UserError: if a size does not divide, the scheduler or a condition is unknown, or steps are out of range.
         """
-        self.latent_shape(drawing)
-        set_steps(make_scheduler(self.objective, drawing.scheduler), drawing.steps, torch.device("cpu"))
+        self.latent_shape(params)
+        extra_conditions(self.network, params, 1, self.device)
+        set_steps(make_scheduler(self.objective, params.scheduler), params.steps, torch.device("cpu"))
 
-    def latent_shape(self, drawing: SamplingParams) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of one picture.
+    def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
+        """Return the shape of one image's latents, (C, h, w).
 
         Raises:
-            UserError: the size does not divide.
+            UserError: if the size does not divide.
         """
-        return latent_shape(self.network, self.vae.downsampling, drawing.height, drawing.width)
+        return latent_shape(self.network, self.vae.downsampling, params.height, params.width)
 
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], drawing: SamplingParams, on_step: OnStep | None = None
+        self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, on_step: OnStep | None = None
     ) -> Tensor:
-        """Draw one picture's normalised latents per prompt and seed: fp32 [B, C, h, w]."""
-        missing = self._most(len(prompts)) - len(prompts)
-        return self._latents([*prompts, *[""] * missing], [*seeds, *[0] * missing], drawing, on_step)[: len(prompts)]
+        """Sample one image's normalized latents per prompt and seed: fp32 [B, C, h, w]."""
+        missing = self._batch_size(len(prompts)) - len(prompts)
+        filled_prompts, filled_seeds = [*prompts, *[""] * missing], [*seeds, *[0] * missing]
+        return self._latents(filled_prompts, filled_seeds, params, on_step)[: len(prompts)]
 
-    def keep_pace(self, drawing: SamplingParams) -> None:
-        """With a sharded network: run it along with the ranks that still draw, until none does."""
-        while most := self._most(0):
-            self._latents([""] * most, [0] * most, drawing, None)
+    def keep_pace(self, params: SamplingParams) -> None:
+        """With a partitioned network: run it along with the ranks that still sample, until none does."""
+        while size := self._batch_size(0):
+            self._latents([""] * size, [0] * size, params, None)
 
-    def _most(self, pictures: int) -> int:
-        """How many pictures this pass draws: of a sharded network as many as the rank that draws most of them."""
-        return pictures if self.sharded is None else -all_reduce_min(-pictures)
+    def _batch_size(self, images: int) -> int:
+        """Return how many images this pass samples: with a partitioned network, those of the rank that has most."""
+        return images if self.sharded is None else -all_reduce_min(-images)
 
-    def _latents(self, prompts: Sequence[str], seeds: Sequence[int], drawing: SamplingParams, on_step: OnStep | None) -> Tensor:
-        shape = self.latent_shape(drawing)
-        texts, nulls = self.texts(prompts, drawing), self.texts([drawing.negative] * len(prompts), drawing)
-        return draw(
-            self.network, self.objective, texts, nulls, shape, seeds, drawing.steps, drawing.guidance,
-            self.device, self.dtype, drawing.scheduler, on_step,
-        )  # fmt: skip
+    def _latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, on_step: OnStep | None
+    ) -> Tensor:
+        condition = self.condition(prompts, params)
+        null_condition = self.condition([params.negative] * len(prompts), params)
+        return sample_latents(
+            self.network,
+            self.objective,
+            condition,
+            null_condition,
+            self.latent_shape(params),
+            seeds,
+            params.steps,
+            params.guidance,
+            self.dtype,
+            params.scheduler,
+            on_step,
+        )
 
     def latents_and_words(
-        self, prompts: Sequence[str], seeds: Sequence[int], drawing: SamplingParams, step: int
+        self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, step: int
     ) -> tuple[Tensor, list[WordMap]]:
-        """`latents`, and what the first picture's patches look at in step `step` (from 1; 0 = nothing): a map per word."""
+        """Sample as `latents`, and record which words the first image's patches attend to.
+
+        Args:
+            prompts: one per image.
+            seeds: one per image.
+            params: settings of sampling.
+            step: step whose attention is recorded, from 1; 0 = none.
+
+        Returns:
+            The latents, and one map per word of the first prompt.
+        """
         if not step:
-            return self.latents(prompts, seeds, drawing), []
-        before = initial_noise(self.latent_shape(drawing), seeds[:1]).to(self.device)
+            return self.latents(prompts, seeds, params), []
+        before = initial_noise(self.latent_shape(params), seeds[:1]).to(self.device)
 
         def keep(number: int, latents: Tensor) -> Tensor:
             nonlocal before
@@ -179,70 +213,109 @@ class Sampler:
                 before = latents[:1].clone()
             return latents
 
-        drawn = self.latents(prompts, seeds, drawing, keep)
-        _, time = set_steps(make_scheduler(self.objective, drawing.scheduler), drawing.steps, torch.device("cpu"))[step - 1]
-        texts = self.texts(prompts[:1], drawing)
-        shares = attention_to_tokens(self.network, before.to(self.dtype), time, texts)
-        return drawn, sum_over_words(prompts[0], self.reader.spans(prompts[0], drawing.without), shares)
+        latents = self.latents(prompts, seeds, params, keep)
 
-    def texts(self, prompts: Sequence[str], drawing: SamplingParams) -> list[Text]:
-        """The prompts as the network reads them, one `Text` per LLM."""
-        texts = self.reader.texts(prompts, self.dtype, drawing.quantised, drawing.without)
-        if drawing.instruction:
-            return texts
-        return [Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded) for text in texts]
+        # run the step once more, with the attention recorded
+        scheduler = make_scheduler(self.objective, params.scheduler)
+        _, time = set_steps(scheduler, params.steps, torch.device("cpu"))[step - 1]
+        condition = self.condition(prompts[:1], params).at(time)
+        shares = attention_to_tokens(self.network, before.to(self.dtype), condition)
+        spans = self.reader.spans(prompts[0], params.without)
+        return latents, sum_over_words(prompts[0], spans, shares)
+
+    def condition(self, prompts: Sequence[str], params: SamplingParams) -> Condition:
+        """Return the prompts and further conditions as the network reads them; timesteps are zero."""
+        texts = self.reader.texts(prompts, self.dtype, params.quantised, params.without)
+        if not params.instruction:
+            texts = [
+                Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded) for text in texts
+            ]
+        extra = extra_conditions(self.network, params, len(prompts), self.device)
+        return Condition(torch.zeros(len(prompts), device=self.device), texts, extra)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] in [-1, 1] of normalised latents."""
+        """Decode normalized latents to pixels fp32 [B, 3, H, W] in [-1, 1]."""
         return decode_each(self.vae, latents)
+
+
+def extra_conditions(
+    network: LIDiT, params: SamplingParams, count: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the values [count, ...] of the network's further conditions.
+
+    Raises:
+        UserError: if a condition is unknown to the network, or its value is not one.
+    """
+    names = network.sizes.conditions
+    if unknown := [name for name in params.conditions if name not in names]:
+        known = f"it has {', '.join(names)}" if names else "it has none"
+        raise UserError(f"condition {unknown[0]}: the network has no such condition, {known}: leave it out")
+
+    extra = {}
+    for name in names:
+        value = CONDITIONS[name].for_sampling(params.height, params.width, params.conditions.get(name))
+        extra[name] = value.to(device).expand(count, *value.shape)
+    return extra
 
 
 def shard(
     build: Callable[[], LIDiT], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
-) -> "ShardedNetwork":
-    """A network in shards over the processes of this start (ZeRO-3).
+) -> "PartitionedNetwork":
+    """Partition a network over the processes of this start (ZeRO-3).
 
     Raises:
-        UserError: the weights are those of another network.
+        UserError: if the weights are those of another network.
     """
-    from pipeline.engine.inference import ShardedNetwork  # imports deepspeed, for seconds
+    from pipeline.engine.inference import PartitionedNetwork  # imports deepspeed, which takes seconds
 
-    return ShardedNetwork(build, weights, dtype, settings)
+    return PartitionedNetwork(build, weights, dtype, settings)
 
 
 def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{run}: its weights are those of another network than its stage.yaml describes: {error}") from error
+        raise UserError(
+            f"{run}: its weights are those of another network than its stage.yaml describes: {error}"
+        ) from error
     return network
 
 
-def latent_shape(network: LIDiT, downsampling: int, height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of a picture of `height` x `width` pixels.
+def latent_shape(network: LIDiT, downsampling: int | Sequence[int], height: int, width: int) -> tuple[int, ...]:
+    """Return the shape of one image's latents, (C, h, w).
+
+    Args:
+        network: gives channels and patches.
+        downsampling: of the latent space, one number or one per axis.
+        height: in pixels.
+        width: in pixels.
 
     Raises:
-        UserError: the size does not divide.
+        UserError: if the size does not divide.
     """
-    step = downsampling * network.sizes.patch
-    if height < step or width < step or height % step or width % step:
-        raise UserError(f"size {height}x{width}: each side has to be a multiple of {step}")
-    return network.sizes.channels, height // downsampling, width // downsampling
+    factors, patch = downsampling_per_axis(downsampling, axes=2), network.sizes.patch
+    for side, factor in zip((height, width), factors, strict=True):
+        if side < factor * patch or side % (factor * patch):
+            raise UserError(f"size {height}x{width}: each side has to be a multiple of {factor * patch}")
+    return network.sizes.channels, height // factors[0], width // factors[1]
 
 
-def decode_each(vae: VAE, latents: Tensor) -> Tensor:
-    """Decode latents one by one: large pictures fit into memory, and none depends on another."""
+def decode_each(vae: LatentSpace, latents: Tensor) -> Tensor:
+    """Decode latents one by one: large images fit into memory, and none depends on another."""
     return torch.cat([vae.decode(latent) for latent in latents.split(1)])
 
 
-def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> VAE:
-    """The VAE that wrote a stage's latents.
+def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> LatentSpace:
+    """Load the latent space that wrote a stage's latents.
 
     Raises:
-        UserError: it is gone, or another.
+        UserError: if it is missing, or another one.
     """
     source = stage.vae or str(latents.info["vae"])
-    vae = VAE.load(source, None if stage.vae else latents.info["revision"], device)
+    space = latents.identity.get("space", AUTOENCODER_KL)
+    vae = load_latent_space(source, None if stage.vae else latents.info["revision"], device, space)
     if any(latents.identity.get(key) != value for key, value in vae.identity.items()):
-        raise UserError(f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in the stage")
+        raise UserError(
+            f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in the stage"
+        )
     return vae

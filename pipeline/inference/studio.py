@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -135,7 +135,7 @@ class InteractiveSampler:
         files: list[Path] = []
         for seed, image in zip(seeds, images, strict=True):
             path = self.out / f"{time.time_ns()}_{seed}.png"
-            save_png(image, path, {"prompt": prompt, "seed": seed, "source": Path(name).absolute().name, **asdict(drawing)})
+            save_png(image, path, {"prompt": prompt, "seed": seed, "source": Path(name).absolute().name, **drawing.record()})
             files.append(path)
         words = [(overlay(images[0], each.shares), f"{each.word} {each.shares.mean().item():.1%}") for each in maps[:MAX_WORDS]]
         return Column(files, words)

@@ -6,15 +6,15 @@ Progress, schedules and intervals are counted in samples, so they keep their mea
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
 from model.common.errors import UserError
 from model.common.files import cache_folder
+from model.common.registry import unknown
 from model.common.settings import read_settings
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.presets import PRESETS
@@ -70,42 +70,55 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The DiT: a preset, with any field of `DiTConfig` set over it."""
+class ModelConfig(DiTConfig):
+    """The DiT: the sizes of a preset, with any field of `DiTConfig` set over them."""
 
     preset: str = "tiny"
-    depth: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    patch: int | None = None
     checkpoint_every: int = 0
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     compile: bool = False
     """`torch.compile` each block's forward, for all buckets before the first step."""
+
+    @classmethod
+    def of_preset(cls, name: str) -> "ModelConfig":
+        """Return the sizes of a preset.
+
+        Raises:
+            UserError: if there is no such preset.
+        """
+        if name not in PRESETS:
+            raise UserError(unknown("model.preset", name, list(PRESETS)))
+        return cls(preset=name, **asdict(PRESETS[name]))
 
 
 @dataclass
 class ObjectiveConfig:
     """What the network learns to predict."""
 
-    name: Literal["flow", "ddpm"] = "flow"
-    """`flow`: rectified flow, velocity; `ddpm`: the paper's epsilon-prediction (appendix A.1)."""
+    name: str = "flow"
+    """A name of `pipeline.diffusion.objective.OBJECTIVES`. `flow`: rectified flow, velocity; `ddpm`: the paper's
+    epsilon-prediction (appendix A.1)."""
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Density of t for `flow`; `ddpm` draws its 1,000 steps uniformly."""
+    """Density of t for `flow`; `ddpm` samples its 1,000 steps uniformly."""
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
     """Resolution shift of t towards noise: t -> shift t / (1 + (shift - 1) t)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of an objective that has others."""
 
 
 @dataclass
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices of the blocks, AdamW for the rest, with one learning rate and decay for both."""
+    name: str = "adamw"
+    """An optimizer registered in `pipeline/engine/`. `muon`: Muon for the matrices of the blocks, AdamW for the rest, with one
+    learning rate and decay for both."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the optimizer that are not among the fields below."""
     momentum: float = 0.95
-    """Of Muon."""
+    """Momentum of Muon."""
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -204,7 +217,7 @@ class StageConfig:
     text: list[TextConfig] = field(default_factory=list)
     """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML describes it. The captions
     come from the pairs, so the dataset needs pairs and latents alone."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig.of_preset("tiny"))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -268,23 +281,24 @@ class StageConfig:
         multiple = math.lcm(self.data.canonical_nodes, self.data.batch_multiple)
         return min(self.global_batch, self.data.tokens_per_batch // positions // multiple * multiple)
 
-    def dit(self, channels: int) -> DiTConfig:
-        """Sizes of the DiT for latents of `channels` channels.
+    def dit(self, channels: int, axes: int = 2) -> DiTConfig:
+        """Return the sizes of the DiT.
 
-        Raises:
-            UserError: the preset is unknown.
+        Args:
+            channels: of the latents.
+            axes: of the latents after the channels.
         """
-        if self.model.preset not in PRESETS:
-            raise UserError(_unknown("model.preset", self.model.preset, list(PRESETS)))
-        set_over = {key: value for key in ("depth", "width", "heads", "patch") if (value := getattr(self.model, key)) is not None}
-        preset = PRESETS[self.model.preset]
-        return DiTConfig(**{**vars(preset), **set_over, "channels": channels})
+        sizes = {field.name: getattr(self.model, field.name) for field in fields(DiTConfig)}
+        return DiTConfig(**{**sizes, "channels": channels, "axes": axes})
 
 
-def _unknown(key: str, value: str, known: list[str]) -> str:
-    nearest = get_close_matches(value, known, n=1)
-    hint = f"did you mean `{nearest[0]}`? " if nearest else ""
-    return f"{key}={value} is unknown: {hint}known are {', '.join(sorted(known))}"
+def _over_preset(given: Any) -> StageConfig:
+    """Return the default stage with the sizes of the preset that the settings name."""
+    model = given.get("model") or {}
+    # runs of earlier versions recorded every size that was not set over the preset as null
+    for key in [key for key in model if model[key] is None]:
+        del model[key]
+    return StageConfig(model=ModelConfig.of_preset(model.get("preset", "tiny")))
 
 
 def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
@@ -298,8 +312,8 @@ def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     if not stage.endswith((".yaml", ".yml")):
         path = STAGES / f"{stage}.yaml"
         if not path.exists():
-            raise UserError(_unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
-    config: StageConfig = read_settings(StageConfig, path, list(overrides))
+            raise UserError(unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
+    config: StageConfig = read_settings(StageConfig, path, list(overrides), _over_preset)
     config.name = config.name or path.stem
     return config
 
@@ -312,7 +326,7 @@ def load_run(run: Path) -> StageConfig:
     """
     if not (run / "stage.yaml").exists():
         raise UserError(f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo")
-    return read_settings(StageConfig, run / "stage.yaml", [])
+    return read_settings(StageConfig, run / "stage.yaml", [], _over_preset)
 
 
 def dump_stage(config: StageConfig) -> str:

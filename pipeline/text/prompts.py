@@ -7,8 +7,8 @@ from torch import Tensor
 
 from data_prep.dataset.schema import Family
 from model.common.errors import UserError
+from model.condition import Text
 from model.encoders.text_encoder import TextEncoder, check_identity, config_from_identity, load_encoder
-from model.fusion import Text
 from pipeline.text.texts import TextConstants, pack, text_from_states, to_text
 
 

@@ -14,8 +14,8 @@ from data_prep.dataset.schema import Family
 from data_prep.dataset.snapshot_reader import read_constants
 from data_prep.store.store import Store
 from model.common.errors import UserError
+from model.condition import Text
 from model.encoders.quantize import dequantize, quantize
-from model.fusion import Text
 
 
 @dataclass

@@ -2,49 +2,74 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model.dit import LIDiT
+from pipeline.data.batch import Batch
+from pipeline.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from pipeline.training.trainer import Trainer
 
 
-class GateMeter:
-    """Measures the gates in forward passes while `on`; they depend on timestep and text, so they are a mean over a batch."""
+class GateStats(Callback):
+    """Measures the gates in steps that end with a report; they depend on timestep and text, so it takes a mean over a batch."""
 
     def __init__(self, network: LIDiT, families: Sequence[str]) -> None:
-        """Hook onto the network, which works as it did, on partitioned parameters too.
+        """Hook onto the network, whose outputs stay as they are, on partitioned parameters too.
 
         Args:
-            network: the network, or nothing is measured where its refiners have no gates.
+            network: the network; nothing is measured if its refiners have no gates.
             families: names of its LLMs.
         """
         self.on = False
         self.names: list[str] = []
-        self._seen: list[tuple[str, Tensor]] = []
+        self._measured: list[tuple[str, Tensor]] = []
         for name, module, gates in _gates(network, families):
             self.names.append(name)
-            module.register_forward_hook(partial(self._see, name, gates))
+            module.register_forward_hook(partial(self._measure, name, gates))
 
-    def _see(self, name: str, gates: Sequence[int], module: nn.Module, inputs: Any, outputs: Sequence[Tensor]) -> None:
-        if self.on:
-            magnitudes = torch.stack([outputs[index].detach().float().abs().mean() for index in gates])
-            self._seen.append((name, magnitudes.mean()))
+    def quantities(self) -> Sequence[str]:
+        """Return one name per block and LLM."""
+        return self.names
+
+    def before_step(self, trainer: "Trainer", batch: Batch) -> None:
+        """Measure in the step before a report."""
+        self.on = (trainer.state.step + 1) % trainer.stage.log.every_steps == 0
+
+    def after_micro_batch(self, trainer: "Trainer", batch: Batch, losses: Tensor, timesteps: Tensor) -> None:
+        """Add what was measured to the trainer's sums."""
+        for name, magnitude in self.take():
+            trainer.sums.add(name, magnitude)
+
+    def after_step(self, trainer: "Trainer", batch: Batch) -> None:
+        """Stop measuring."""
+        self.on = False
 
     def take(self) -> list[tuple[str, Tensor]]:
-        """(name, mean magnitude) of each forward pass since the last call."""
-        seen, self._seen = self._seen, []
-        return seen
+        """Return (name, mean magnitude) of each forward pass since the last call."""
+        measured, self._measured = self._measured, []
+        return measured
+
+    def _measure(
+        self, name: str, gates: Sequence[int], module: nn.Module, inputs: Any, outputs: Sequence[Tensor]
+    ) -> None:
+        if self.on:
+            magnitudes = torch.stack([outputs[index].detach().float().abs().mean() for index in gates])
+            self._measured.append((name, magnitudes.mean()))
 
 
 def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[tuple[str, nn.Module, Sequence[int]]]:
-    """Name, the modulation that makes them, and which of its vectors are gates, of all the gates of the refiners."""
+    """Yield a name, the modulation that makes the gates, and the indices of its vectors that are gates."""
     fusion = network.fusion
     for family, refiner in zip(families, fusion.refiners or [], strict=False):
         for number, block in enumerate(refiner.blocks):  # pyright: ignore[reportArgumentType]
             if block.gates is not None:
                 yield f"gate_refiner_{family}_{number}", block.gates, (0, 1)
+
     for number, block in enumerate(fusion.collaborative.blocks if fusion.collaborative is not None else []):
         for family, branch in zip(families, block.branches, strict=True):  # pyright: ignore[reportArgumentType]
             yield f"gate_collaborative_{family}_{number}", branch.modulation, (2, 5)

@@ -64,18 +64,21 @@ class Interval:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def means(self) -> dict[str, float]:
-        """Mean of each quantity, and start anew."""
+        """Return the mean of each quantity, and start over."""
         means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
         self.__init__()
         return means
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sums as JSON values."""
         return {"sums": self.sums, "counts": self.counts}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Interval":
+        """Read back what `to_dict` returned."""
+        interval = cls()
+        interval.sums, interval.counts = dict(record["sums"]), dict(record["counts"])
+        return interval
 
 
 class RankSums:
@@ -91,13 +94,15 @@ class RankSums:
         self._table[1, self.columns[name]] += values.numel()
 
     def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Add per-sample losses [B] to the bins `loss_t<i>` of their t [B]."""
+        """Add per-sample losses [B] to the bins `loss_t<i>` of their timesteps [B]; of [B, N], the mean counts."""
+        if timesteps.dim() > 1:
+            timesteps = timesteps.mean(dim=1)
         columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
         self._table[0].index_add_(0, columns, losses.double())
         self._table[1].index_add_(0, columns, torch.ones_like(losses, dtype=torch.float64))
 
     def take(self) -> dict[str, tuple[float, float]]:
-        """Mean and count of each quantity over all ranks, and start anew. Collective."""
+        """Return mean and count of each quantity over all ranks, and start over. Collective."""
         table = self._table.clone()
         self._table.zero_()
         if dist.is_initialized() and dist.get_world_size() > 1:

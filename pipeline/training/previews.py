@@ -1,114 +1,172 @@
-"""Pictures while training: the same prompts and seeds, drawn again and again with the averaged weights, and how well those
-of scenes follow their captions.
+"""Images during training: the same prompts and seeds, sampled repeatedly with the averaged weights, and how well those of
+scenes follow their captions.
 
-Under ZeRO-3 no rank has a network of its own, so all ranks draw together: each its share of the prompts, all with the same
-number of forward passes. The LLMs read the prompts once, before the first step, and are freed.
+Under ZeRO-3 no rank has a whole network, so all ranks sample together: each its share of the prompts, all with the same number
+of forward passes. The LLMs read the prompts once, before the first step, and are freed.
 """
 
+import itertools
 import logging
+import time
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data_prep.scenes.captions import scene_prompts
 from model.common.files import atomic_path
-from pipeline.diffusion.solvers import draw
+from model.condition import Condition
+from pipeline.diffusion.solvers import sample_latents
 from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
 from pipeline.inference.images import make_grid, to_images
-from pipeline.inference.sampler import decode_each, latent_shape, load_vae
+from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, latent_shape, load_vae
 from pipeline.runtime.distributed import gather
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
 from pipeline.text.families import text_families
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
+from pipeline.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 SCENES_SHOWN = 16
-"""In the grid; all are scored."""
+"""Scenes in the grid; all are scored."""
 
 
 class PreviewImages(NamedTuple):
-    """What was drawn, on rank 0."""
+    """The result on rank 0."""
 
-    picture: Image.Image
+    grid: Image.Image
     """A grid of `sample.prompts` and the first scenes."""
     scores: dict[str, float]
-    """`SceneScores.summary` of all scenes, `prompt_following`, and what that is by chance; empty without scenes."""
+    """`SceneScores.summary` of all scenes, `prompt_following`, and its chance level; empty without scenes."""
 
 
-class Previews:
-    """The pictures of `sample.prompts` and of held-out scenes; every method is collective unless it says otherwise."""
+class Previews(Callback):
+    """Samples images of `sample.prompts` and of held-out scenes; every method is collective unless it says otherwise."""
 
-    def __init__(self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine) -> None:
-        """Let the first rank's LLMs read the prompts, and load the VAE on each rank.
+    def __init__(
+        self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine
+    ) -> None:
+        """Let the first rank's LLMs read the prompts, and load the latent space on each rank.
+
+        Args:
+            stage: the resolved stage.
+            corpus: its datasets.
+            constants: what all captions of each text family share.
+            engine: the network that samples.
 
         Raises:
-            UserError: an LLM or the VAE is gone or has changed, a prompt is too long, or the size does not divide.
+            UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or the size does not
+                divide.
         """
         self.stage = stage
-        self.scenes = [
-            prompt.caption for prompt in scene_prompts(stage.sample.scenes, "list", stage.sample.width / stage.sample.height)
-        ]
-        self.prompts = [*stage.sample.prompts, *(caption.text for caption in self.scenes)]
+        sample = stage.sample
+        scenes = scene_prompts(sample.scenes, "list", sample.width / sample.height)
+        self.scenes = [prompt.caption for prompt in scenes]
+        self.prompts = [*sample.prompts, *(caption.text for caption in self.scenes)]
         latents = latents_family(stage, corpus)
-        size = stage.sample.height, stage.sample.width
-        self.shape = latent_shape(engine.module, int(latents.info["downsampling"]), *size)
+        self.shape = latent_shape(engine.module, latents.info["downsampling"], sample.height, sample.width)
+
         reader = PromptReader(text_families(stage, corpus), constants, partial(load_llm, device=engine.device))
         if engine.rank == 0:
             reader.read(self.prompts, keep_llms=False)
         reader.known = gather(_to_host(reader.known) if engine.rank == 0 else None)[0]
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
+
         self.reader = reader
         self.vae = load_vae(stage, latents, engine.device)
 
-    def draw(self, engine: Engine) -> PreviewImages | None:
-        """What rank 0 gets; None on the others."""
+    def between_steps(self, trainer: "Trainer") -> None:
+        """Sample, save and log the images every `sample.every_samples` samples."""
+        if not trainer.due(self.stage.sample.every_samples):
+            return
+        state = trainer.state
+        trainer.heartbeat.enter("draw", state.step)
+        began = time.monotonic()
+
+        with trainer.engine.averaged():
+            images = self.sample(trainer.engine)
+        if images is not None:
+            self.save(images.grid, state.samples)
+            trainer.log.image("samples", np.asarray(images.grid), state.samples)
+            trainer.log.scores("scenes", state.step, state.samples, images.scores)
+        trainer.log_event("grid", seconds=time.monotonic() - began)
+
+    def sample(self, engine: Engine) -> PreviewImages | None:
+        """Sample all images; rank 0 gets them, the others None."""
         share = -(-len(self.prompts) // engine.world)
-        own = range(engine.rank * share, (engine.rank + 1) * share)  # beyond the end: drawn, so that all run alike, not shown
-        drawn: list[Image.Image] = []
+        # indices beyond the end are sampled, so that all ranks run equally often, but not shown
+        indices = range(engine.rank * share, (engine.rank + 1) * share)
+        sampled: list[Image.Image] = []
         for start in range(0, share, engine.micro_batch):
-            drawn += self._draw(engine, own[start : start + engine.micro_batch])
-        shown = [image for image, index in zip(drawn, own, strict=True) if index < len(self.prompts)]
-        images = [image for images in gather(shown) for image in images]
+            sampled += self._sample(engine, indices[start : start + engine.micro_batch])
+
+        shown = [image for image, index in zip(sampled, indices, strict=True) if index < len(self.prompts)]
+        images = list(itertools.chain.from_iterable(gather(shown)))
         if engine.rank > 0:
             return None
+
         first = len(self.stage.sample.prompts) + SCENES_SHOWN
-        seen = [read_scene(np.asarray(image)) for image in images[len(self.prompts) - len(self.scenes) :]]
-        scores, chance = score_objects(seen, self.scenes).summary(), chance_level(seen, self.scenes)
+        grid = make_grid(images[:first], self.prompts[:first])
+        return PreviewImages(grid, self._scores(images[len(self.prompts) - len(self.scenes) :]))
+
+    def _scores(self, images: list[Image.Image]) -> dict[str, float]:
+        """Return the scores of the scenes' images."""
+        objects = [read_scene(np.asarray(image)) for image in images]
+        scores, chance = score_objects(objects, self.scenes).summary(), chance_level(objects, self.scenes)
         if chance:
             scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
-        return PreviewImages(make_grid(images[:first], self.prompts[:first]), scores)
+        return scores
 
-    def _draw(self, engine: Engine, indices: range) -> list[Image.Image]:
-        config = self.stage.sample
+    def _sample(self, engine: Engine, indices: range) -> list[Image.Image]:
+        sample = self.stage.sample
         prompts = [self.prompts[index % len(self.prompts)] for index in indices]
-        texts, nulls = (self.reader.texts(given, engine.dtype) for given in (prompts, [""] * len(prompts)))
-        seeds = [config.seed + index for index in indices]
-        latents = draw(
-            engine, self.stage.objective, texts, nulls, self.shape, seeds, config.steps, config.guidance,
-            engine.device, engine.dtype,
-        )  # fmt: skip
+        seeds = [sample.seed + index for index in indices]
+        latents = sample_latents(
+            engine,
+            self.stage.objective,
+            self._condition(engine, prompts),
+            self._condition(engine, [""] * len(prompts)),
+            self.shape,
+            seeds,
+            sample.steps,
+            sample.guidance,
+            engine.dtype,
+        )
         return to_images(decode_each(self.vae, latents))
 
-    def save(self, picture: Image.Image, samples: int) -> None:
-        """Write the grid into the run's folder; not collective. A full disk costs the picture, not the run."""
+    def _condition(self, engine: Engine, prompts: list[str]) -> Condition:
+        params = SamplingParams(height=self.stage.sample.height, width=self.stage.sample.width)
+        extra = extra_conditions(engine.module, params, len(prompts), engine.device)
+        timesteps = torch.zeros(len(prompts), device=engine.device)
+        return Condition(timesteps, self.reader.texts(prompts, engine.dtype), extra)
+
+    def save(self, grid: Image.Image, samples: int) -> None:
+        """Write the grid into the run's folder; not collective. A full disk costs the image, not the run."""
         path = self.stage.run / "grids" / f"samples_{samples:012d}.png"
         try:
             path.parent.mkdir(exist_ok=True)
             with atomic_path(path) as temporary:
-                picture.save(temporary, format="PNG")
+                grid.save(temporary, format="PNG")
         except OSError as error:
             log.warning("%s was not written, the run goes on without it: %s", path, error)
 
 
-def _to_host(known: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: {prompt: states.cpu() for prompt, states in prompts.items()} for name, prompts in known.items()}
+def _to_host(known: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return the prompts' hidden states, by family and prompt, in host memory."""
+    moved: dict[str, dict[str, Tensor]] = {}
+    for family, prompts in known.items():
+        moved[family] = {prompt: states.cpu() for prompt, states in prompts.items()}
+    return moved

@@ -1,58 +1,92 @@
-"""Losses at fixed timesteps on fixed batches: the number that says whether, and what, a network has learned."""
+"""Losses at fixed timesteps on fixed batches: the numbers that show whether, and what, a network has learned."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.fusion import Text
-from pipeline.diffusion.objective import corrupt_at, loss_per_sample
-from pipeline.stage.config import ObjectiveConfig
+from model.condition import Condition, Predict, Text
+from pipeline.diffusion.objective import Objective
+from pipeline.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from pipeline.training.trainer import Trainer
 
 FIXED_TIMESTEPS = [(index + 0.5) / 8 for index in range(8)]
 """Eight timesteps spread evenly over (0, 1), as in Stable Diffusion 3's validation loss."""
 
-Predict = Callable[[Tensor, Tensor, Sequence[Text]], Tensor]
-"""(noisy latents [B, C, h, w], timesteps [B], texts) -> prediction [B, C, h, w]."""
 
+def with_shifted_captions(condition: Condition) -> Condition:
+    """Give each sample the caption of its neighbor in the batch."""
 
-def rolled(text: Text) -> Text:
-    """Each sample gets its neighbour's caption."""
-    return replace(text, states=text.states.roll(1, 0), mask=text.mask.roll(1, 0))
+    def shifted(text: Text) -> Text:
+        return replace(text, states=text.states.roll(1, 0), mask=text.mask.roll(1, 0))
+
+    return replace(condition, texts=[shifted(text) for text in condition.texts])
 
 
 @torch.no_grad()
 def losses_at_fixed_timesteps(
     predict: Predict,
-    batches: Iterable[tuple[Tensor, Tensor, list[Text]]],
-    objective: ObjectiveConfig,
+    batches: Iterable[tuple[Tensor, Tensor, Condition]],
+    objective: Objective,
     dtype: torch.dtype,
     shuffle_captions: bool = False,
 ) -> Tensor:
-    """Mean loss at each of `FIXED_TIMESTEPS`, fp64 [8], over this rank's batches of (clean, noise, texts).
+    """Return the mean loss at each of `FIXED_TIMESTEPS` over this rank's batches, fp64 [8].
 
-    With `shuffle_captions` each sample is given another sample's caption: a network that uses its text does worse then.
+    Args:
+        predict: the network.
+        batches: (clean latents, noise, condition) of each batch; the condition's timesteps are not read.
+        objective: what the network was trained to predict.
+        dtype: precision of the latents that the network gets.
+        shuffle_captions: give each sample another sample's caption; a network that uses its text does worse then.
     """
     sums = torch.zeros(len(FIXED_TIMESTEPS), dtype=torch.float64)
     count = 0
-    for clean, noise, texts in batches:
-        given = [rolled(text) for text in texts] if shuffle_captions else texts
+    for clean, noise, condition in batches:
+        given = with_shifted_captions(condition) if shuffle_captions else condition
         for index, fixed in enumerate(FIXED_TIMESTEPS):
             timesteps = torch.full((len(clean),), fixed, device=clean.device)
-            noisy, target = corrupt_at(objective, clean, noise, timesteps)
-            losses = loss_per_sample(predict(noisy.to(dtype), timesteps, given).float(), target)
-            sums[index] += losses.double().sum().cpu()
+            noisy, target = objective.add_noise(clean, noise, timesteps)
+            prediction = predict(noisy.to(dtype), replace(given, timesteps=timesteps))
+            sums[index] += objective.loss(prediction.float(), target).double().sum().cpu()
         count += len(clean)
     return sums / max(count, 1)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean of a CPU tensor over all ranks that see equally many samples."""
+    """Return the mean of a CPU tensor over all ranks, which see equally many samples."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         values = values.to(device)
         dist.all_reduce(values)
         return values.cpu() / dist.get_world_size()
     return values
+
+
+class Validation(Callback):
+    """Logs the loss of the averaged weights on held-out batches every `log.validate_every_samples` samples."""
+
+    def between_steps(self, trainer: "Trainer") -> None:
+        """Validate if it is due."""
+        if trainer.due(trainer.stage.log.validate_every_samples):
+            trainer.heartbeat.enter("validate", trainer.state.step)
+            self.validate(trainer)
+
+    def validate(self, trainer: "Trainer") -> None:
+        """Measure the losses on all ranks and log their mean."""
+        engine, inputs = trainer.engine, trainer.inputs
+        moved = (batch.to(engine.device) for batch in trainer.data.validation())
+        held_out = ((inputs.clean_latents(batch), batch.noise, inputs.condition(batch, batch.u)) for batch in moved)
+
+        with engine.averaged():
+            losses = losses_at_fixed_timesteps(engine, held_out, trainer.objective, engine.dtype)
+        losses = mean_over_ranks(losses)
+
+        by_timestep = zip(FIXED_TIMESTEPS, losses, strict=True)
+        values = {f"validation_t{fixed:.4f}": float(loss) for fixed, loss in by_timestep}
+        trainer.log_event("validation", loss=float(losses.mean()), **values)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from hypothesis import settings
 
+from model.condition import Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.fusion import Text
 
 SMALL = DiTConfig(depth=2, width=32, heads=2, patch=2, channels=4, frequency_width=16)
 

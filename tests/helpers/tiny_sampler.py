@@ -79,3 +79,12 @@ def make_sampler(objective: str = "flow", dtype: torch.dtype = torch.float32, lo
     network = make_network(stage.fusion)
     reader = PromptReader(families, constants, lambda family: LetterLLM(WIDTHS[family.name], longest))
     return Sampler(network, reader, make_vae, stage.objective, stage.sample, CPU, dtype)
+
+
+def sampler_with_families(objective="flow", dtype=torch.float32):
+    sampler = make_sampler(objective, dtype)
+    info = {"quantisation": "int8", "prefix_tokens": 3}
+    sampler.reader.families = {
+        name: Family(name, "text", {"llm": "letters", "layer": "-3"}, {**info, "width": width}) for name, width in WIDTHS.items()
+    }
+    return sampler

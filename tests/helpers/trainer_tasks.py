@@ -15,6 +15,7 @@ from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import Stop
 from pipeline.training import previews as grid
+from pipeline.training.callbacks import Callback
 from pipeline.training.trainer import Trainer
 from tests.helpers import fake_snapshot
 from tests.helpers.tiny_sampler import LetterLLM
@@ -62,22 +63,23 @@ def train(store, runs, stop_at=None, settings=None):
     return code, read_reports(config.run)
 
 
-class SpoiledTrainer(Trainer):
+class SpoiledNoise(Callback):
     """Multiplies the noise of some steps on the last rank."""
 
-    factor, steps = 1.0, ()
+    def __init__(self, factor, steps):
+        self.factor, self.steps = factor, steps
 
-    def _train_step(self, batch):
-        if self.step in self.steps and self.ranks.rank == self.ranks.world - 1:
+    def before_step(self, trainer, batch):
+        if trainer.state.step in self.steps and trainer.ranks.rank == trainer.ranks.world - 1:
             batch.noise.mul_(self.factor)
-        super()._train_step(batch)
 
 
 def train_spoiled(store, runs, factor, steps, settings):
     """Exit code of such a run, or the line that it ends with."""
     logging.disable(logging.INFO)
-    trainer = SpoiledTrainer(stage(store, runs, **settings), Distributed.from_environment(), Stop())
-    trainer.factor, trainer.steps = factor, steps
+    config = stage(store, runs, **settings)
+    ranks = Distributed.from_environment()
+    trainer = Trainer(config, ranks, Stop(), callbacks=[SpoiledNoise(factor, steps)])
     try:
         return trainer.run()
     except UserError as error:
@@ -99,9 +101,8 @@ def start_next_stage(store, runs, settings):
 
 def command(folder, path, factor=1.0, steps=()):
     """`python -m pipeline.train`, with stderr in a file as on a cluster."""
-    SpoiledTrainer.factor, SpoiledTrainer.steps = factor, steps
     sys.stderr = (Path(folder) / f"rank_{Distributed.from_environment().rank:05d}.txt").open("w", buffering=1)
-    train_command.Trainer = SpoiledTrainer
+    train_command.Trainer = partial(Trainer, callbacks=[SpoiledNoise(factor, steps)])
     train_command.STOP.install()
     sys.argv = ["train", path]
     train_command.main()
@@ -148,11 +149,11 @@ class Compilations:
 
 
 class WatchedWarmUp(Trainer):
-    """Warms up or not, and holds that this changes nothing that training could see."""
+    """Warms up or not, and checks that this changes nothing that training could see."""
 
     warms, compilations, after = True, None, None
 
-    def _warm_up(self):
+    def warm_up(self):
         def state():
             owned = [tensor for tensors in self.engine.state().tensors.values() for tensor in tensors]
             gradients = [parameter.grad for parameter in self.engine.module.parameters()]
@@ -160,7 +161,7 @@ class WatchedWarmUp(Trainer):
 
         before = state()
         if self.warms:
-            super()._warm_up()
+            super().warm_up()
         assert all(one is other or torch.equal(one, other) for one, other in zip(before, state(), strict=True))
         self.after = self.compilations.forward, self.compilations.backward
 

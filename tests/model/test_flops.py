@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.condition import Condition
 from model.config import FusionConfig
 from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
@@ -46,9 +47,9 @@ def test_operations_by_formula_are_those_of_the_forward_pass(fusion, llms, patch
     network = random_network(fusion, llms, patch=patch).float()
     latents, timesteps, texts = random_inputs(llms, lengths=(5, 5))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(latents, timesteps, texts)
+        network(latents, Condition(timesteps, texts))
     tokens, prefixes = [text.states.shape[1] for text in texts], [text.prefix for text in texts]
-    formula = flops_per_sample(replace(SMALL, patch=patch), fusion, WIDTHS[:llms], 4, 6, tokens, prefixes)
+    formula = flops_per_sample(replace(SMALL, patch=patch), fusion, WIDTHS[:llms], (4, 6), tokens, prefixes)
     assert formula == 3 * counter.get_total_flops() / len(latents)
 
 

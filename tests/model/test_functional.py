@@ -12,11 +12,11 @@ from tests.helpers.networks import close, few, normal
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
 def test_patchify_cuts_row_by_row_and_is_undone(rows, columns, patch, channels):
     latents = normal(2, channels, rows * patch, columns * patch)
-    patches = patchify(latents, patch)
+    patches = patchify(latents, (patch, patch))
     assert patches.shape == (2, rows * columns, patch * patch * channels)
     lowest_left = latents[:, :, -patch:, :patch].flatten(1)
     assert torch.equal(patches[:, (rows - 1) * columns].sort().values, lowest_left.sort().values)
-    assert torch.equal(unpatchify(patches, patch, rows * patch, columns * patch), latents)
+    assert torch.equal(unpatchify(patches, (patch, patch), (rows * patch, columns * patch)), latents)
 
 
 @few

@@ -1,5 +1,6 @@
 """The planner's terms against the real tiny network and engine, and how they scale."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
+from model.condition import Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.fusion import Text
 from pipeline.engine.optim import parameter_groups
-from pipeline.estimate import Setup, activation_bytes, main, make_plan, muon_parameters, state_memory
+from pipeline.estimate import Setup, activation_bytes, count_moments, main, make_plan, state_memory
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 from tests.helpers import engine_tasks as rank_tasks
 from tests.helpers.distributed import on_ranks
@@ -36,20 +37,25 @@ def test_state_memory_is_what_two_ranks_hold(engine):
     parameters, held = on_ranks(2, rank_tasks.held_bytes, engine)[0]
     stage = small_stage(**engine)
     dit = DiTConfig(depth=3, width=64, heads=4, channels=4)
-    planned = state_memory(stage, parameters, 2, muon_parameters(stage, dit, llms=2))
+    planned = state_memory(stage, parameters, 2, count_moments(stage, dit, LLM_WIDTHS))
     assert set(held) == {"weights", "gradients", "masters", "moments", "EMA"}
     for kind, real in held.items():
         assert planned[kind] == pytest.approx(real, rel=0.02), kind
 
 
 @pytest.mark.parametrize("fusion", [{}, {"refiner": "none"}, {"mode": "concat", "refiner_blocks": 1}, {"width": 48, "heads": 4}])
-def test_muons_share_is_the_group_that_it_trains(fusion):
+def test_muon_keeps_one_moment_of_the_matrices_of_blocks_and_two_of_the_rest(fusion):
     stage = StageConfig(fusion=FusionConfig(families=["a", "b"], **fusion))
     stage.optim.name = "muon"
     config = DiTConfig(depth=2, width=64, heads=4, channels=4)
-    group = parameter_groups(LIDiT(config, stage.fusion, LLM_WIDTHS), 0.1, muon=True)[0]
-    assert group.name == "muon"
-    assert sum(parameter.numel() for parameter in group.parameters) == muon_parameters(stage, config, llms=2)
+    network = LIDiT(config, stage.fusion, LLM_WIDTHS)
+    group = parameter_groups(network, stage.optim)[0]
+    assert group["name"] == "muon"
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert all(re.search(r"blocks\.\d+\..*weight$", names[id(parameter)]) for parameter in group["params"])
+    matrices = sum(parameter.numel() for parameter in group["params"])
+    total = sum(parameter.numel() for parameter in network.parameters())
+    assert count_moments(stage, config, LLM_WIDTHS) == 2 * total - matrices
 
 
 class Saved:
@@ -129,7 +135,7 @@ def test_checkpointing_and_sharding_save_memory_in_order():
     ]
     assert by_every == sorted(by_every)
     totals = [
-        sum(state_memory(replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64).values())
+        sum(state_memory(replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64, 2 * 10**10).values())
         for number in (3, 2, 1)
     ]
     assert totals == sorted(totals)

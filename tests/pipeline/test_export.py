@@ -14,7 +14,7 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.utils import hub_utils
 from PIL import Image
 
-from data_prep.dataset.schema import Family, Snapshot
+from data_prep.dataset.schema import Snapshot
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline import diffusers_pipeline, sample
@@ -24,19 +24,10 @@ from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import load_export, load_source
 from pipeline.stage.config import dump_stage
 from pipeline.stage.corpus import Corpus, Source
-from tests.helpers.tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage
+from tests.helpers.tiny_sampler import CPU, WIDTHS, LetterLLM, make_sampler, make_stage, sampler_with_families
 
 PROMPTS = ["a red cat", "", "two dogs"]
 SEEDS = [4, 9, 2**40]
-
-
-def sampler_with_families(objective="flow", dtype=torch.float32):
-    sampler = make_sampler(objective, dtype)
-    info = {"quantisation": "int8", "prefix_tokens": 3}
-    sampler.reader.families = {
-        name: Family(name, "text", {"llm": "letters", "layer": "-3"}, {**info, "width": width}) for name, width in WIDTHS.items()
-    }
-    return sampler
 
 
 @pytest.fixture(autouse=True)

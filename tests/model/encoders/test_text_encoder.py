@@ -322,7 +322,7 @@ def test_wrong_use_is_named(tmp_path):
     cases = {
         "no token": replace(config, suffix="", prefix="<bos>"),
         "leaves no token": replace(config, max_tokens=1),
-        "no T5": replace(config, encoder="t5", reuse_prefix=False),
+        "not a T5": replace(config, encoder="t5", reuse_prefix=False),
         "no such folder": replace(config, llm=str(tmp_path / "missing")),
         "commit hash": replace(config, llm="org/model", revision="main"),
         "at most 512": replace(config, max_tokens=600),

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
-from model.fusion import Text
-from pipeline.diffusion.objective import DDPM_STEPS, ddpm_alphas
-from pipeline.diffusion.solvers import SCHEDULERS, draw, initial_noise, make_scheduler, set_steps, stack_texts
+from model.condition import Condition, Text
+from pipeline.diffusion.ddpm import DDPM_STEPS, ddpm_alphas
+from pipeline.diffusion.objective import OBJECTIVES
+from pipeline.diffusion.solvers import initial_noise, make_scheduler, sample_latents, set_steps
 from pipeline.stage.config import ObjectiveConfig
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
-COMBINATIONS = [(objective, name) for objective, names in SCHEDULERS.items() for name in names]
+COMBINATIONS = [(objective, name) for objective in ("flow", "ddpm") for name in OBJECTIVES[objective].schedulers]
 
 
 def signal_and_noise(objective: ObjectiveConfig, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,9 +30,9 @@ def signal_and_noise(objective: ObjectiveConfig, t: torch.Tensor) -> tuple[torch
 def perfect(objective: ObjectiveConfig, std: float):
     """The best predictor where a prompt's images are Gaussian with mean = the value of its only token."""
 
-    def predict(noisy, t, texts):
-        mean = texts[0].states[:, 0, 0].view(-1, 1, 1, 1)
-        signal, amount = signal_and_noise(objective, t)
+    def predict(noisy, condition):
+        mean = condition.texts[0].states[:, 0, 0].view(-1, 1, 1, 1)
+        signal, amount = signal_and_noise(objective, condition.timesteps)
         rest = (noisy - signal * mean) / (signal**2 * std**2 + amount**2)
         clean, noise = mean + signal * std**2 * rest, amount * rest
         return noise - clean if objective.name == "flow" else noise
@@ -39,14 +40,17 @@ def perfect(objective: ObjectiveConfig, std: float):
     return predict
 
 
-def text(*values: float) -> list[Text]:
-    return [Text(torch.tensor(values).view(-1, 1, 1), torch.ones(len(values), 1, dtype=torch.bool), 0)]
+def prompts(*values: float) -> Condition:
+    text = Text(torch.tensor(values).view(-1, 1, 1), torch.ones(len(values), 1, dtype=torch.bool), 0)
+    return Condition(torch.zeros(len(values)), [text])
 
 
 def run(objective, scheduler, values, nulls, seeds, steps=25, guidance=1.0, std=0.0, shape=SHAPE):
     predict = perfect(objective, std)
-    texts, null_texts = text(*values), text(*nulls)
-    return draw(predict, objective, texts, null_texts, shape, seeds, steps, guidance, CPU, torch.float32, scheduler)
+    condition, null_condition = prompts(*values), prompts(*nulls)
+    return sample_latents(
+        predict, objective, condition, null_condition, shape, seeds, steps, guidance, torch.float32, scheduler
+    )
 
 
 @pytest.mark.parametrize(("name", "scheduler"), COMBINATIONS)
@@ -77,7 +81,7 @@ def test_an_image_depends_on_its_seed_alone_and_not_on_the_batch(name, scheduler
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("scheduler", SCHEDULERS["flow"])
+@pytest.mark.parametrize("scheduler", OBJECTIVES["flow"].schedulers)
 def test_flow_times_are_shifted_once_and_end_before_zero(scheduler, shift):
     times = [time for _, time in set_steps(make_scheduler(ObjectiveConfig(shift=shift), scheduler), 10, CPU)]
     even = [1 - i / 10 for i in range(10)]
@@ -94,9 +98,9 @@ def test_ddpm_times_are_whole_steps_from_the_noisiest():
 def test_only_the_network_sees_the_low_precision(dtype):
     seen, steps = [], []
 
-    def predict(noisy, t, texts):
-        seen.append((noisy.dtype, t.dtype, len(noisy), texts[0].states.shape[0]))
-        return torch.zeros(len(t), *noisy.shape[1:], dtype=noisy.dtype)
+    def predict(noisy, condition):
+        seen.append((noisy.dtype, condition.timesteps.dtype, len(noisy), condition.texts[0].states.shape[0]))
+        return torch.zeros(len(condition.timesteps), *noisy.shape[1:], dtype=noisy.dtype)
 
     config = ObjectiveConfig()
 
@@ -104,7 +108,7 @@ def test_only_the_network_sees_the_low_precision(dtype):
         steps.append(step)
         return latents
 
-    latents = draw(predict, config, text(1.0), text(0.0), SHAPE, [1], 3, 2.0, CPU, dtype, on_step=on_step)
+    latents = sample_latents(predict, config, prompts(1.0), prompts(0.0), SHAPE, [1], 3, 2.0, dtype, on_step=on_step)
     assert latents.dtype == torch.float32
     assert seen == [(dtype, torch.float32, 1, 2)] * 3  # the branches of guidance share the latents
     assert steps == [1, 2, 3]
@@ -115,7 +119,7 @@ def test_only_the_network_sees_the_low_precision(dtype):
 def test_stacked_texts_keep_their_tokens_and_mask_the_rest(long, short):
     first = Text(torch.randn(2, long, 3), torch.ones(2, long, dtype=torch.bool), 1, padded=False)
     second = Text(torch.randn(1, short, 3), torch.ones(1, short, dtype=torch.bool), 1, padded=False)
-    both = stack_texts(first, second)
+    both = Text.concatenate([first, second])
     assert both.mask.sum(1).tolist() == [long, long, short]
     assert torch.equal(both.states[:2, :long], first.states)
     assert torch.equal(both.states[2:, :short], second.states)

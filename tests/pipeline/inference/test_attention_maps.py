@@ -32,16 +32,16 @@ def test_the_weights_are_those_that_forward_uses(seed, masked):
 
 def test_looking_leaves_the_network_as_it_was():
     sampler = make_sampler()
-    texts = sampler.texts(["a red cat"], DRAWING)
+    condition = sampler.condition(["a red cat"], DRAWING).at(0.5)
     latents = torch.randn(1, 16, 4, 6)
-    before = sampler.network(latents, torch.tensor([0.5]), texts)
-    shares = attention_to_tokens(sampler.network, latents, 0.5, texts)
+    before = sampler.network(latents, condition)
+    shares = attention_to_tokens(sampler.network, latents, condition)
     assert shares.shape == (4, 6, 2 * len("a red cat"))
     torch.testing.assert_close(shares.sum(-1), torch.ones(4, 6))
     with recorded_attention(sampler.network) as seen:
-        assert torch.equal(sampler.network(latents, torch.tensor([0.5]), texts), before)
+        assert torch.equal(sampler.network(latents, condition), before)
     assert len(seen) == 2
-    sampler.network(latents, torch.tensor([0.5]), texts)
+    sampler.network(latents, condition)
     assert len(seen) == 2
 
 
@@ -81,7 +81,7 @@ def test_the_chosen_step_sees_the_latents_that_the_network_saw_then(step):
     sampler = make_sampler()
     seen = []
     network = sampler.network
-    handle = network.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0][:1].clone(), inputs[1][:1].clone())))
+    handle = network.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0][:1].clone(), inputs[1].timesteps[:1].clone())))
     sampler.latents_and_words(["a red cat", "tea"], [4, 5], DRAWING, step)
     handle.remove()
     *during, (latents, time) = seen  # on a CPU a pass of the network is one image: in each step the first, then the second

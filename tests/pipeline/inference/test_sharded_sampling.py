@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_export import sampler_with_families
 
 from pipeline.diffusion.solvers import initial_noise
 from pipeline.export import build_pipeline
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers import sampling_tasks as drawing_tasks
 from tests.helpers.distributed import on_ranks
+from tests.helpers.tiny_sampler import sampler_with_families
 
 PROMPTS = ["a red cat", "two dogs", "tea", "snow", "a very blue house"]
 

@@ -15,7 +15,9 @@ from data_prep.families.text import run_text
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
+from model.condition import Condition
 from pipeline import learned, train
+from pipeline.diffusion.objective import make_objective
 from pipeline.engine.network import build_network
 from pipeline.export import export
 from pipeline.inference import sampler
@@ -24,9 +26,10 @@ from pipeline.inference.source import load_export
 from pipeline.runtime.run_log import read_events
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import dump_stage
-from pipeline.stage.corpus import latents_family, resolve
+from pipeline.stage.corpus import resolve
 from pipeline.text.online import register_encoders
-from pipeline.training.inputs import batch_texts, clean_latents
+from pipeline.text.texts import to_text
+from pipeline.training.inputs import NetworkInputs
 from pipeline.training.validation import losses_at_fixed_timesteps
 from tests.helpers import fake_dataset, fake_snapshot, tiny_llm, tiny_sampler, trainer_tasks
 from tests.helpers.distributed import on_ranks
@@ -96,6 +99,10 @@ def losses(reports):
     return torch.tensor([report["loss"] for report in reports])
 
 
+def texts_of(batch, constants):
+    return [to_text(batch.texts[name], constants[name], torch.float32) for name in ("first", "second")]
+
+
 def make_losses(stage, snapshot, texts, batch):
     """Losses of a network whose gates are open, so that its text matters; and with shuffled captions."""
     torch.manual_seed(0)
@@ -103,8 +110,10 @@ def make_losses(stage, snapshot, texts, batch):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
-    held = [(clean_latents(batch, latents_family(stage, snapshot)), batch.noise, texts)]
-    return [losses_at_fixed_timesteps(network, held, stage.objective, torch.float32, shuffle) for shuffle in (False, True)]
+    inputs = NetworkInputs(stage, snapshot, {}, torch.float32)
+    measured = [(inputs.clean_latents(batch), batch.noise, Condition(batch.u, texts))]
+    objective = make_objective(stage.objective)
+    return [losses_at_fixed_timesteps(network, measured, objective, torch.float32, shuffle) for shuffle in (False, True)]
 
 
 def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path):
@@ -123,7 +132,7 @@ def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path)
     constants, lengths = data["families"].constants, set()
     for online, stored in zip(*batches, strict=True):
         assert torch.equal(online.ids, stored.ids)
-        fresh, read = (batch_texts(batch, ["first", "second"], constants, torch.float32) for batch in (online, stored))
+        fresh, read = (texts_of(batch, constants) for batch in (online, stored))
         for ours, theirs in zip(fresh, read, strict=True):
             assert torch.equal(ours.mask, theirs.mask)
             torch.testing.assert_close(ours.states, theirs.states, atol=0.03, rtol=0.02)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.fusion import Text
-from pipeline.training.gates import GateMeter
+from pipeline.training.gates import GateStats
 
 FAMILIES = ["a", "b"]
 
@@ -18,12 +18,12 @@ def network(**fusion):
 
 def run(model):
     texts = [Text(torch.randn(3, 5, width), torch.ones(3, 5, dtype=torch.bool), 2) for width in (8, 12)]
-    model(torch.randn(3, 4, 8, 8), torch.rand(3), texts)
+    model(torch.randn(3, 4, 8, 8), Condition(torch.rand(3), texts))
 
 
 def test_constant_gates_are_read_as_their_mean_magnitude():
     model = network(refiner_blocks=2, collaborative_blocks=1)
-    meter = GateMeter(model, FAMILIES)
+    meter = GateStats(model, FAMILIES)
     expected = {}
     with torch.no_grad():
         for index, name in enumerate(FAMILIES):
@@ -46,6 +46,6 @@ def test_constant_gates_are_read_as_their_mean_magnitude():
 
 @pytest.mark.parametrize("fusion", [{"refiner": "none", "mode": "concat"}, {"gate": False, "mode": "concat"}])
 def test_where_there_are_no_gates_nothing_is_measured(fusion):
-    meter = GateMeter(network(**fusion), FAMILIES)
+    meter = GateStats(network(**fusion), FAMILIES)
     meter.on = True
     assert (meter.names, meter.take()) == ([], [])

@@ -1,0 +1,82 @@
+"""What a block of the DiT is: the interface of every block type, and the registry of types."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from model.common.registry import Registry
+from model.config import DiTConfig
+from model.costs import LayerCost
+from model.layers import CrossAttention
+
+
+class Block(nn.Module, ABC):
+    """One block of the DiT.
+
+    The network, the engine, the compiler, the estimate and the FLOPs formula ask the block for what they need to know, so a
+    new type is one file with a class that fills in this interface. `forward` takes and returns nothing but tensors: as a
+    leaf of ZeRO-3 the block is gathered whole, and its `forward` compiles to one graph.
+    """
+
+    text_axes: ClassVar[dict[int, int]] = {1: 1, 2: 3}
+    """Argument of `forward` -> its axis that has the text's length, the one size that differs from batch to batch."""
+
+    def __init__(self, sizes: DiTConfig) -> None:
+        """Build the block for the sizes of the DiT."""
+        super().__init__()
+        self.sizes = sizes
+
+    @abstractmethod
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: patches [B, N, D].
+            text: text tokens [B, S, D].
+            text_mask: the result of `key_mask` for the text, or None if nothing is padded.
+            c: condition, [B, D]; or [B, N, D], one for each patch.
+
+        Returns:
+            Patches [B, N, D].
+        """
+
+    @classmethod
+    @abstractmethod
+    def costs(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCost]:
+        """Yield the cost of each layer for one sample of `patches` patches and `text_tokens` tokens."""
+
+    @classmethod
+    @abstractmethod
+    def attention(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
+        """Return width x queries x keys, summed over the block's attentions, for one sample."""
+
+    @classmethod
+    @abstractmethod
+    def activations(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
+        """Return how many values the block keeps for its backward pass for one sample, without compiling."""
+
+    def text_attention(self) -> CrossAttention | None:
+        """Return the layer whose weights show which text tokens a patch reads; None if there is none."""
+        return None
+
+    def example_inputs(self, samples: int, patches: int, text_tokens: int, padded: bool) -> tuple[Tensor | None, ...]:
+        """Return arguments for `forward`, all zeros, as training passes them: the block is compiled with them.
+
+        Args:
+            samples: samples of a micro-batch.
+            patches: patches of each sample.
+            text_tokens: text tokens of each sample.
+            padded: True for a batch whose text is padded, so that there is a mask.
+        """
+        weight, width = next(self.parameters()), self.sizes.width
+        x = weight.new_zeros(samples, patches, width, requires_grad=True)
+        text = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
+        mask = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
+        c = weight.new_zeros(samples, width, requires_grad=True)
+        return x, text, mask, c
+
+
+BLOCKS: Registry[type[Block]] = Registry("model.block")
+"""Block types by the name that `model.block` gives."""

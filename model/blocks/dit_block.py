@@ -1,0 +1,63 @@
+"""The paper's block: self-attention, cross-attention to the text, feed-forward layer (section 3.2)."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from model.blocks.block import BLOCKS, Block
+from model.config import DiTConfig
+from model.costs import LayerCost, feed_forward, gains, linear
+from model.functional import modulate, residual
+from model.layers import MLP, CrossAttention, Modulation, SelfAttention
+
+
+@BLOCKS.register("dit")
+class DiTBlock(Block):
+    """Self-attention, cross-attention to the text and feed-forward layer, each with its own shift, scale and gate."""
+
+    def __init__(self, sizes: DiTConfig) -> None:
+        super().__init__(sizes)
+        self.self_attention = SelfAttention(sizes.width, sizes.heads)
+        self.cross_attention = CrossAttention(sizes.width, sizes.heads)
+        self.mlp = MLP(sizes.width, int(sizes.mlp_ratio * sizes.width))
+        self.modulation = Modulation(sizes.width, 9)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:
+        """Run the block; arguments and result as `Block.forward`."""
+        vectors = self.modulation(c)  # 9 x [B, 1, D]
+
+        shift, scale, gate = vectors[0:3]
+        x = residual(x, self.self_attention(modulate(x, shift, scale)), gate)  # [B, N, D]
+
+        shift, scale, gate = vectors[3:6]
+        x = residual(x, self.cross_attention(modulate(x, shift, scale), text, text_mask), gate)  # [B, N, D]
+
+        shift, scale, gate = vectors[6:9]
+        return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, N, D]
+
+    def text_attention(self) -> CrossAttention:
+        """Return the cross-attention."""
+        return self.cross_attention
+
+    @classmethod
+    def costs(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCost]:
+        """Yield the cost of each layer; 25 width^2 parameters for `mlp_ratio` 4."""
+        width = sizes.width
+        yield linear(width, 9 * width, 1)  # modulation
+        yield linear(width, 3 * width, patches)  # self-attention
+        yield linear(width, width, patches)
+        yield linear(width, width, patches)  # cross-attention
+        yield linear(width, 2 * width, text_tokens)
+        yield linear(width, width, patches)
+        yield gains(*[width // sizes.heads] * 4)
+        yield from feed_forward(width, sizes.mlp_ratio, patches)
+
+    @classmethod
+    def attention(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
+        """Return width x queries x keys of both attentions."""
+        return sizes.width * patches * (patches + text_tokens)
+
+    @classmethod
+    def activations(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
+        """Return the values that are kept: 47 per patch and channel, 8 per text token and channel, 12 per channel."""
+        return sizes.width * (47 * patches + 8 * text_tokens + 12)

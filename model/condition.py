@@ -1,0 +1,82 @@
+"""What the network's prediction depends on besides the noisy latents."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Text:
+    """One LLM's standardized hidden states of a batch of prompts, padded on the right."""
+
+    states: Tensor
+    """[B, T, W]: the first `prefix` positions are the prefix, the same in every sample; padding is not read."""
+    mask: Tensor
+    """bool [B, T]: True = a token, False = padding."""
+    prefix: int
+    """Tokens of system prompt and instruction before the caption."""
+    padded: bool = True
+    """False = the caller knows that no position is padding, so that attention may run without a mask."""
+
+    def rows(self, rows: slice) -> "Text":
+        """Return some of the batch's samples."""
+        return replace(self, states=self.states[rows], mask=self.mask[rows])
+
+    def row(self, index: int) -> "Text":
+        """Return one sample of the batch, without its padding."""
+        tokens = int(self.mask[index].sum())
+        states, mask = self.states[index : index + 1, :tokens], self.mask[index : index + 1, :tokens]
+        return Text(states, mask, self.prefix, padded=False)
+
+    @staticmethod
+    def concatenate(texts: Sequence["Text"]) -> "Text":
+        """Join batches of one LLM, padded on the right to the longest."""
+        length = max(text.states.shape[1] for text in texts)
+        missing = [length - text.states.shape[1] for text in texts]
+
+        states = [F.pad(text.states, (0, 0, 0, pad)) for text, pad in zip(texts, missing, strict=True)]
+        masks = [F.pad(text.mask, (0, pad)) for text, pad in zip(texts, missing, strict=True)]
+        padded = any(text.padded for text in texts) or any(missing)
+        return Text(torch.cat(states), torch.cat(masks), texts[0].prefix, padded)
+
+
+@dataclass
+class Condition:
+    """All conditions of a batch of samples: one object from the batch to the blocks, in training and in sampling."""
+
+    timesteps: Tensor
+    """fp32 [B] in [0, 1], 1 = pure noise; or [B, N], a time of its own for each of the N patches."""
+    texts: Sequence[Text]
+    """One per LLM, in the order of `fusion.families`."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values [B, ...] of the network's further conditions (`model/conditions.py`), by name."""
+
+    def rows(self, rows: slice) -> "Condition":
+        """Return the conditions of some of the samples."""
+        texts = [text.rows(rows) for text in self.texts]
+        return Condition(self.timesteps[rows], texts, {name: values[rows] for name, values in self.extra.items()})
+
+    def row(self, index: int) -> "Condition":
+        """Return the condition of one sample, its texts without padding."""
+        one = slice(index, index + 1)
+        texts = [text.row(index) for text in self.texts]
+        return Condition(self.timesteps[one], texts, {name: values[one] for name, values in self.extra.items()})
+
+    def at(self, time: float) -> "Condition":
+        """Return the same conditions with one time for all samples."""
+        return replace(self, timesteps=torch.full_like(self.timesteps, time))
+
+    @staticmethod
+    def concatenate(conditions: Sequence["Condition"]) -> "Condition":
+        """Join the samples of several batches, such as the branches of guidance."""
+        texts = [Text.concatenate(of_llm) for of_llm in zip(*(each.texts for each in conditions), strict=True)]
+        extra = {name: torch.cat([each.extra[name] for each in conditions]) for name in conditions[0].extra}
+        return Condition(torch.cat([each.timesteps for each in conditions]), texts, extra)
+
+
+Predict = Callable[[Tensor, Condition], Tensor]
+"""The network as a function: noisy latents [B, C, ...] and their condition -> prediction [B, C, ...]. With the branches of
+guidance in one condition the latents may come once for all branches, [B / branches, C, ...]."""
