@@ -1,4 +1,4 @@
-"""Where training data continues after a restart."""
+"""The position in the training data at which a restarted run continues."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,24 +11,25 @@ class Position:
     """The next global batch, and all that decides which one that is."""
 
     snapshot: str
-    """Id of the snapshot; in a mixture, of all of them, with their weights."""
+    """Id of the snapshot; of a mixture, of all its snapshots, with their weights."""
     seed: int
     epoch: int
     batch: int
     global_batch: int
     order: dict[str, int] = field(default_factory=dict)
-    """What else decides the order: version of the planner, canonical nodes, window, held-out parts."""
+    """Everything else that decides the order: version of the planner, canonical nodes, window, held-out
+    parts."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a record for JSON."""
+        """Return a record for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Position":
-        """Read back what `to_dict` gave.
+        """Read a record that `to_dict` returned.
 
         Raises:
-            UserError: it was something else that gave the record.
+            UserError: if the record is of something else.
         """
         try:
             return cls(**record)
@@ -36,21 +37,24 @@ class Position:
             raise UserError(f"not a position in a snapshot: a record of {', '.join(record)}") from error
 
     def check(self, now: "Position") -> None:
-        """Refuse to go on inside an epoch whose order is another now; between epochs everything may change.
+        """Refuse to continue inside an epoch whose order has changed; between epochs everything may change.
 
         Args:
-            now: what the same batch of the same epoch would be with the present settings and data.
+            now: the same batch of the same epoch under the present settings and data.
 
         Raises:
-            UserError: the order is another.
+            UserError: if the order has changed.
         """
         if self.batch == 0:
             return
         old, new = ({**record.pop("order"), **record} for record in (self.to_dict(), now.to_dict()))
         keys = dict.fromkeys([*new, *old])
-        if changed := [f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]:
+        changed = [
+            f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys if old.get(key) != new.get(key)
+        ]
+        if changed:
             raise UserError(
-                f"cannot go on at batch {self.batch} of epoch {self.epoch}: {', '.join(changed)}, which gives "
-                "this epoch another order, so that samples would be repeated and others left out: set it back, or start a "
-                "new stage from the weights (start_from)"
+                f"cannot go on at batch {self.batch} of epoch {self.epoch}: {', '.join(changed)}, which "
+                "gives this epoch another order, so that samples would be repeated and others left out: "
+                "set it back, or start a new stage from the weights (start_from)"
             )

@@ -1,20 +1,19 @@
-"""Threads that fetch: what they do may be retried for minutes, and nobody waits for that at the end."""
+"""Threads that fetch files."""
 
 import multiprocessing
 from multiprocessing.pool import Pool, ThreadPool
 
 
 class Threads(ThreadPool):
-    """A pool of threads that an exception, Ctrl-C and the end of the process leave behind.
+    """A thread pool that never blocks shutdown: its threads are not joined on an exception, on Ctrl-C or at
+    exit.
 
-    Those of concurrent.futures are joined, however long they go on.
+    A download may be retried for minutes. The pools of concurrent.futures would be joined, however long that
+    takes.
     """
 
-    def __init__(self, number: int) -> None:
-        """Start them.
-
-        Args:
-            number: of threads.
-        """
-        # ThreadPool's own way gives semaphores names in the processes of a fork server, and the names outlive what kills those.
-        Pool.__init__(self, number, context=multiprocessing.get_context("fork"))
+    def __init__(self, count: int) -> None:
+        """Start `count` threads."""
+        # ThreadPool's own constructor creates named semaphores in processes of a fork server, and these names
+        # remain in the system after a kill; the context "fork" has none.
+        Pool.__init__(self, count, context=multiprocessing.get_context("fork"))

@@ -10,7 +10,7 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.format.mds.writer import MDSWriter
 
 from data_prep.dataset import mds
-from data_prep.dataset.mds import FIXED, VARIABLE, read_mds, write_mds
+from data_prep.dataset.mds import FIXED, VARIABLE, Shard, write_mds
 from data_prep.dataset.schema import LATENT_COLUMNS, TEXT_COLUMNS
 from model.common.errors import UserError
 
@@ -37,8 +37,7 @@ def streaming_reader(path, columns, rows):
 def test_rows_come_back_from_ours_and_from_streamings_reader(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("mds") / "shard.00000.mds"
     write_mds(path, COLUMNS, iter(rows))
-    assert list(read_mds(path, COLUMNS)) == rows
-    assert list(read_mds(path)) == rows
+    assert list(Shard(path, COLUMNS)) == rows
     reader = streaming_reader(path, COLUMNS, len(rows))
     assert [reader[i] for i in range(len(rows))] == rows
 
@@ -53,7 +52,7 @@ def test_the_file_is_the_one_that_streaming_writes(tmp_path_factory, rows):
             writer.write(row)
     if not rows:
         return  # MDSWriter writes no shard then
-    assert list(read_mds(folder / "theirs" / "shard.00000.mds", COLUMNS)) == rows
+    assert list(Shard(folder / "theirs" / "shard.00000.mds", COLUMNS)) == rows
     assert (folder / "ours.mds").read_bytes() == (folder / "theirs" / "shard.00000.mds").read_bytes()
 
 
@@ -65,7 +64,7 @@ def test_our_encodings_are_streamings():
 def test_the_columns_of_families_round_trip(tmp_path, columns):
     rows = [{name: 5 if encoding == "int" else b"\0\xff" * 7 for name, encoding in columns.items()}] * 3
     write_mds(tmp_path / "shard", columns, rows)
-    assert list(read_mds(tmp_path / "shard", columns)) == rows
+    assert list(Shard(tmp_path / "shard", columns)) == rows
 
 
 def test_a_failing_encoder_leaves_no_shard(tmp_path):
@@ -100,18 +99,18 @@ def test_anything_else_is_refused_in_one_line(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("mds") / "shard"
     path.write_bytes(data)
     with pytest.raises(UserError, match="shard"):
-        list(read_mds(path))
+        list(Shard(path, COLUMNS))
 
 
 def test_a_cut_shard_other_columns_and_pickle_are_refused(tmp_path):
     path = tmp_path / "shard"
     write_mds(path, COLUMNS, [{"id": 1, "data": b"12345", "text": "t"}] * 4)
     with pytest.raises(UserError, match="columns"):
-        list(read_mds(path, LATENT_COLUMNS))
+        list(Shard(path, LATENT_COLUMNS))
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"bytes"', b'"pkl"  '))
     with pytest.raises(UserError, match="pkl"):
-        list(read_mds(path))
+        list(Shard(path, COLUMNS))
     path.write_bytes(whole[:-3])
-    with pytest.raises(UserError, match="cut"):
-        list(read_mds(path))
+    with pytest.raises(UserError, match="ends too early"):
+        list(Shard(path, COLUMNS))

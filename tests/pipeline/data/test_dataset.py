@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.dataset.mds import read_mds, write_mds
+from data_prep.dataset.mds import Shard, write_mds
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline.data import shard_cache
-from pipeline.data.batch import draw_noise
-from pipeline.data.dataset import CaptionChoice
-from pipeline.data.shard_cache import Shard, ShardCache, locked
+from pipeline.data.batch import sample_noise
+from pipeline.data.captions import CaptionChoice
+from pipeline.data.shard_cache import ShardCache, locked
 from tests.helpers import fake_snapshot as fake
 from tests.helpers.fake_ranks import open_data
 
@@ -88,7 +88,7 @@ def test_randomness_is_the_samples_own(store, tmp_path):
 def test_captions_are_drawn_by_weight(kinds, drop, weight):
     choice = CaptionChoice(["a", "b", "c"], {"a": weight, "b": 1.0}, drop)
     rng = np.random.default_rng(0)
-    drawn = Counter(choice.draw(rng, np.array(kinds, np.uint8), True) for _ in range(3000))
+    drawn = Counter(choice.pick(rng, np.array(kinds, np.uint8), True) for _ in range(3000))
     assert abs(drawn[None] / 3000 - drop) < 0.05
     shares = {kind: {0: weight, 1: 1.0, 2: 0.0}[kind] for kind in set(kinds)}
     total = sum(shares.values())
@@ -100,10 +100,10 @@ def test_captions_are_drawn_by_weight(kinds, drop, weight):
 def test_all_captions_alike_without_weights_and_none_without_captions():
     choice = CaptionChoice(["a", "b"], {}, 0.0)
     rng = np.random.default_rng(0)
-    drawn = Counter(choice.draw(rng, np.array([0, 0, 1], np.uint8), True) for _ in range(3000))
+    drawn = Counter(choice.pick(rng, np.array([0, 0, 1], np.uint8), True) for _ in range(3000))
     assert max(abs(drawn[index] / 3000 - 1 / 3) for index in range(3)) < 0.04
-    assert choice.draw(rng, np.array([], np.uint8), True) is None
-    assert CaptionChoice(["a"], {}, 1.0).draw(rng, np.array([0], np.uint8), False) == 0
+    assert choice.pick(rng, np.array([], np.uint8), True) is None
+    assert CaptionChoice(["a"], {}, 1.0).pick(rng, np.array([0], np.uint8), False) == 0
 
 
 @pytest.mark.parametrize(("weights", "text"), [({"a": 0.0}, "above 0"), ({"a": -1.0}, "negative")])
@@ -160,8 +160,8 @@ def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path, mo
         path = folder / "shard.00000.mds"
         dataset = StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
         assert [dataset[number] for number in range(len(dataset))] == rows
-        assert list(read_mds(path, columns)) == rows
         shard = Shard(path, columns)
+        assert list(shard) == rows
         assert len(shard) == len(rows)
         for number, row in enumerate(rows):
             assert shard.row(number).id == row["id"]
@@ -186,7 +186,7 @@ def test_columns_longer_than_the_first_read(tmp_path):
     write_mds(tmp_path / "a.mds", fake.TEXTS["small"].columns, [row])
     shard = Shard(tmp_path / "a.mds", fake.TEXTS["small"].columns)
     assert {name: shard.row(0).read(name) for name in row if name != "id"} == {name: row[name] for name in row if name != "id"}
-    with pytest.raises(UserError, match="has columns"):
+    with pytest.raises(UserError, match="has the columns"):
         Shard(tmp_path / "a.mds", fake.LATENTS.columns)
 
 
@@ -213,7 +213,7 @@ def test_a_lock_ends_with_its_holder(tmp_path):
 
 
 def test_what_dead_processes_left_unfinished_is_removed_and_a_live_ones_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "_STRIPES", 1 << 62)  # no two files share a lock
+    monkeypatch.setattr(shard_cache, "LOCKS", 1 << 62)  # no two files share a lock
     store = open_store(str(tmp_path / "store"), create=True)
     caches = [ShardCache(store, tmp_path / "cache", snapshot, None) for snapshot in ("abc", "def")]
     suffixes = ("small/64x64/00007.mds.1f2e.part", "small/64x64/00007.mds.reserved", "small/64x64/00007.whole.part")
@@ -236,12 +236,12 @@ def test_a_download_in_progress_keeps_its_bytes_and_a_finished_one_does_not(tmp_
 
     def remains():
         whole.write_bytes(bytes(40))
-        with cache._room(cache.folder / "second.mds", 30):
+        with cache.reserve(cache.folder / "second.mds", 30):
             return whole.exists()
 
-    with cache._room(cache.folder / "first.mds", 30):
+    with cache.reserve(cache.folder / "first.mds", 30):
         assert remains()
-    with cache._room(cache.folder / "first.mds", 31):
+    with cache.reserve(cache.folder / "first.mds", 31):
         assert not remains()
     assert remains()
     assert not list(cache.folder.rglob("*.reserved"))
@@ -256,7 +256,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 def test_noise_is_the_samples_own():
     def noise(ids, seed=1, epoch=2, stream="noise"):
-        drawn = draw_noise(CPU, [len(ids), 2, 8, 8], [(seed, epoch, id) for id in ids], stream)
+        drawn = sample_noise(CPU, [len(ids), 2, 8, 8], [(seed, epoch, id) for id in ids], stream)
         return dict(zip(ids, drawn, strict=True))
 
     one, other = noise([3, 4, 5]), noise([5, 3])

@@ -17,8 +17,8 @@ SHAPE = st.builds(lambda seeds, buckets, sizes: (*seeds, buckets, *sizes), SEEDS
 
 
 def make(shape):
-    seed, epoch, buckets, lanes, per_lane, window = shape
-    return EpochPlan(seed, epoch, buckets, lanes * per_lane, lanes, window)
+    seed, epoch, buckets, nodes, per_node, window = shape
+    return EpochPlan(seed, epoch, buckets, nodes * per_node, nodes, window)
 
 
 def pairs(rows):
@@ -32,7 +32,7 @@ def test_each_row_once_but_for_the_left_over(shape):
     seen = {bucket: [] for bucket in buckets}
     for index in range(len(plan)):
         rows = plan.batch(index)
-        assert len(rows.parts) == batch == plan.size(index)
+        assert len(rows.parts) == batch
         seen[rows.bucket] += pairs(rows)
     for bucket, sizes in buckets.items():
         there = {(part, row) for part, size in enumerate(sizes) for row in range(size)}
@@ -65,17 +65,17 @@ def test_access_in_any_order_gives_the_same_batches(shape, data):
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPE)
-def test_a_lane_reads_only_its_own_parts(shape):
-    plan, lanes, window = make(shape), shape[3], shape[5]
+def test_a_canonical_node_reads_only_its_own_parts(shape):
+    plan, nodes, window = make(shape), shape[3], shape[5]
     for order in plan.orders:
-        parts_of = [set() for _ in range(lanes)]
+        parts_of = [set() for _ in range(nodes)]
         for index in range(order.batches):
-            for lane, parts in enumerate(parts_of):
-                share = order.batch // lanes
-                taken = order.take(index, lane * share, (lane + 1) * share)
+            for node, parts in enumerate(parts_of):
+                share = order.batch // nodes
+                taken = order.take(index, node * share, (node + 1) * share)
                 parts |= set(taken.parts.tolist())
         touched = sum(len(parts) for parts in parts_of)
-        assert touched <= len(set().union(*parts_of)) + lanes - 1
+        assert touched <= len(set().union(*parts_of)) + nodes - 1
         assert window >= 1
 
 
@@ -100,8 +100,8 @@ def test_parts_are_named_ahead_once_and_before_they_are_read():
                 bucket, parts = plan.ahead(index, rank, world)
                 named += [(bucket, part) for part in parts]
             assert len(named) == len(set(named)) or world == 1
-            lanes = 2 if world == 1 else 1
-            assert all(len(late) <= 4 * lanes for late in first_window.values())
+            nodes = 2 if world == 1 else 1
+            assert all(len(late) <= 4 * nodes for late in first_window.values())
 
 
 def test_epochs_differ_and_leave_out_other_rows():
@@ -122,9 +122,9 @@ def test_buckets_mix_and_the_order_of_the_mapping_does_not_matter():
 
 
 def test_batch_sizes_may_differ_by_bucket():
-    plan = EpochPlan(0, 0, {"a": [100], "b": [100]}, {"a": 10, "b": 4}, lanes=2)
+    plan = EpochPlan(0, 0, {"a": [100], "b": [100]}, {"a": 10, "b": 4}, canonical_nodes=2)
     assert {plan.batch(index).bucket: len(plan.batch(index).rows) for index in range(len(plan))} == {"a": 10, "b": 4}
-    assert sum(plan.size(index) for index in range(len(plan))) == 200
+    assert sum(len(plan.batch(index).rows) for index in range(len(plan))) == 200
 
 
 def test_the_order_of_version_1_stays():
@@ -134,10 +134,10 @@ def test_the_order_of_version_1_stays():
     assert order == ORDER
 
 
-@pytest.mark.parametrize("bad", [{"global_batch": 0}, {"global_batch": 3, "lanes": 2}, {"shuffle_parts": 0}])
+@pytest.mark.parametrize("bad", [{"global_batch": 0}, {"global_batch": 3, "canonical_nodes": 2}, {"shuffle_parts": 0}])
 def test_out_of_range(bad):
     with pytest.raises(ValueError, match=r"multiple|below"):
-        EpochPlan(**{"seed": 0, "epoch": 0, "buckets": {"a": [5]}, "global_batch": 2, "lanes": 1, "shuffle_parts": 1, **bad})
+        EpochPlan(**{"seed": 0, "epoch": 0, "buckets": {"a": [5]}, "global_batch": 2, "canonical_nodes": 1, "shuffle_parts": 1, **bad})
 
 
 def test_random_numbers_depend_on_each_key_alone():

@@ -49,16 +49,16 @@ def test_stop_and_resume_anywhere_in_another_world(store, cache, stop, before, a
 def test_each_sample_once_an_epoch(store, cache):
     stage = fake.stage(store, cache, global_batch=4)
     data = open_data(stage)
-    seen = [id for batch, _ in itertools.islice(data.batches(), len(data.plan(0))) for id in batch.ids.tolist()]
+    seen = [id for batch, _ in itertools.islice(data.batches(), len(data.schedule.plan(0))) for id in batch.ids.tolist()]
     everything = {id for part, ids in fake.ids_of(BUCKETS).items() for id in ids if part.bucket != "80x48"}
     assert len(set(seen)) == len(seen)
     assert set(seen) <= everything
-    assert len(everything) - len(seen) == sum(data.plan(0).left_over().values())
+    assert len(everything) - len(seen) == sum(data.schedule.plan(0).left_over().values())
 
 
 def test_small_buckets_are_left_out_and_reported(store, cache, caplog):
     data = open_data(fake.stage(store, cache, global_batch=4))
-    assert set(data.parts[0]) == {"64x64", "48x80"}
+    assert set(data.schedule.parts[0]) == {"64x64", "48x80"}
     assert "80x48 is left out: its 3 samples" in caplog.text
     with pytest.raises(UserError, match="no bucket of ds has as many samples: lower global_batch"):
         open_data(fake.stage(store, cache, global_batch=64))
@@ -99,7 +99,7 @@ def test_batches_by_a_token_budget_on_any_number_of_processes(sized, cache, stop
 def test_what_does_not_fit_a_token_budget_is_one_line(sized, cache):
     with pytest.raises(UserError, match="no batch of bucket 32x64 fits"):
         open_data(fake.stage(sized, cache, **{**BUDGET, "tokens_per_batch": 100}))
-    with pytest.raises(UserError, match="10 samples a batch of bucket 64x64 are not a multiple of 3 processes"):
+    with pytest.raises(UserError, match="10 samples per batch of bucket 64x64 are not a multiple of 3 processes"):
         open_data(fake.stage(sized, cache, **{**BUDGET, "batch_multiple": 1}), 0, 3, CPU)
     position = read(fake.stage(sized, cache, **BUDGET), 3)[1][-1]
     for change, text in ({"tokens_per_batch": None}, "was 700 and is None"), ({"tokens_per_batch": 1000}, "was 700 and is 1000"):
@@ -145,5 +145,5 @@ def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
             open_data(stage)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"4 samples a batch of bucket 48x80 are not a multiple of 3 processes"):
+    with pytest.raises(UserError, match=r"4 samples per batch of bucket 48x80 are not a multiple of 3 processes"):
         open_data(fake.stage(store, cache), 0, 3, CPU)

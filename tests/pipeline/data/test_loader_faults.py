@@ -24,7 +24,16 @@ from data_prep.store.store import StoreError, hash_file, open_store
 from pipeline.data import shard_cache
 from tests.helpers import fake_snapshot as fake
 from tests.helpers.fake_ranks import open_data
-from tests.helpers.loader_process import READERS, Job, fake_rows, line, lines, processes_with, shared_memory, wait_until
+from tests.helpers.loader_process import (
+    READERS,
+    Job,
+    fake_rows,
+    line,
+    lines,
+    processes_with,
+    shared_memory,
+    wait_until,
+)
 from tests.helpers.s3 import BUCKET, CREDENTIALS, Fault
 
 ROOT = Path(__file__).parents[3]
@@ -265,7 +274,7 @@ def test_who_waits_for_a_download_fails_with_it(remote, expected, tmp_path, monk
     """Not after as many retries again; who asks later tries anew."""
     stage = fake.stage(remote, tmp_path / "cache")
     data = open_data(stage)
-    (files,) = data.dataset.sources
+    (files,) = data.dataset.shards.sources
     file, name = files.index.file("48x80", 0, "small")
     cache, waiting, tries = files.cache, threading.Event(), []
     locked, fetch = cache.locked, cache.dataset.fetch
@@ -317,7 +326,7 @@ def test_a_small_cache_evicts_what_was_used_longest_ago(remote, expected, tmp_pa
 
 
 def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "_STRIPES", 1)  # all files share one lock, which tells nothing of the reservations
+    monkeypatch.setattr(shard_cache, "LOCKS", 1)  # all files share one lock, which tells nothing of the reservations
     stage = fake.stage(remote, tmp_path / "cache")
     lines(stage, STEPS)
     lost, other, *kept = shards(tmp_path / "cache")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,10 @@ BUCKETS = {"64x64": [20, 13, 7, 11], "48x80": [9, 25]}
 
 
 def children(process):
-    listed = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
+    listed = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with suppress(FileNotFoundError):  # the thread has ended
+            listed += map(int, (task / "children").read_text().split())
     return listed + [grandchild for child in listed for grandchild in children(child)]
 
 
@@ -110,6 +114,13 @@ def test_a_batch_reaches_the_gpu_from_pinned_memory(store, cache, workers):
     assert torch.equal(batch.mean.cpu(), expected.mean)
     assert all(torch.equal(batch.texts[name].values.cpu(), text.values) for name, text in expected.texts.items())
     data.close()
+
+
+def test_reading_batches_imports_no_encoder_and_no_engine():
+    """They would cost each machine seconds and gigabytes."""
+    code = "import sys, pipeline.data.loader; print({'transformers', 'deepspeed', 'diffusers'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100).stdout
+    assert printed.strip() == "set()"
 
 
 # -- connections ------------------------------------------------------------------------------------------------------------

@@ -76,10 +76,10 @@ def test_datasets_are_spread_evenly_and_pass_follows_pass():
     mixture = Mixture([{"a": np.full(90, 10)}, {"a": np.full(5, 10)}], [0.75, 0.25])
     pieces = mixture.epoch(0)["a"]
     plan = EpochPlan(3, 0, {"a": pieces.rows}, 20, 1, 8, {"a": (pieces.sources, pieces.passes)})
-    drawn = [pieces.draws(plan.batch(index)) for index in range(len(plan))]
-    shares = [np.concatenate([draws.sources for draws in drawn[at : at + 4]]).mean() for at in range(0, len(drawn), 4)]
+    picked = [pieces.pick(plan.batch(index)) for index in range(len(plan))]
+    shares = [np.concatenate([rows.sources for rows in picked[at : at + 4]]).mean() for at in range(0, len(picked), 4)]
     assert all(abs(share - 0.25) < 0.1 for share in shares), "in each window of 8 parts"
-    turns = np.concatenate([draws.passes[draws.sources == 1] for draws in drawn])
+    turns = np.concatenate([rows.passes[rows.sources == 1] for rows in picked])
     assert set(turns.tolist()) == set(range(6))
     assert np.corrcoef(turns, np.arange(len(turns)))[0, 1] > 0.95
 
@@ -103,7 +103,7 @@ def test_samples_of_an_epoch(store, cache):
     """Shares as weighed, bytes as stored, and other random numbers in each dataset and each pass."""
     data = open_data(mixed(store, cache, (0.4, 0.6)))
     noise, drawn = {}, Counter()
-    for batch, _ in itertools.islice(data.batches(), len(data.plan(0))):
+    for batch, _ in itertools.islice(data.batches(), len(data.schedule.plan(0))):
         for row, (source, turn, id) in enumerate(
             zip(*map(torch.Tensor.tolist, (batch.sources, batch.passes, batch.ids)), strict=True)
         ):
@@ -112,7 +112,7 @@ def test_samples_of_an_epoch(store, cache):
             noise[source, turn, id] = batch.noise[row].sum().item()
             stored = fake.latents_row(id, batch.bucket)
             assert batch.mean[row].contiguous().view(torch.uint8).numpy().tobytes() == stored["mean"]
-    left = sum(data.plan(0).left_over().values())
+    left = sum(data.schedule.plan(0).left_over().values())
     assert abs(drawn[1] - 0.6 * drawn.total()) <= left + 4
     assert {turn for source, turn, _ in noise if source == 0} == {0}
     assert {turn for source, turn, _ in noise if source == 1} > {0, 1, 2}

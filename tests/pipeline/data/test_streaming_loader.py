@@ -19,7 +19,6 @@ from data_prep.store.store import StoreError
 from model.common.errors import UserError
 from pipeline.data import streaming as streaming_snapshot
 from pipeline.data.streaming import StreamingSnapshot
-from pipeline.data.streaming_shard import JoinedReader
 from pipeline.data.threads import Threads
 from pipeline.runtime.distributed import free_port
 from tests.helpers import fake_snapshot as fake
@@ -60,14 +59,14 @@ ERRORS = {
 
 def fail_on_rank_0(store, cache, kind, row):
     """What a rank trains on and then meets, where rank 0 fails at a row; and how many batches the next epoch has."""
-    get, rows = JoinedReader.get_sample_data, itertools.count()
+    read_row, rows = StreamingSnapshot.read_row, itertools.count()
 
-    def failing(reader, index):
+    def failing(dataset, shards, index):
         if dist.get_rank() == 0 and next(rows) == row:
             raise ERRORS[kind]
-        return get(reader, index)
+        return read_row(dataset, shards, index)
 
-    JoinedReader.get_sample_data = failing
+    StreamingSnapshot.read_row = failing
     dataset, read, says = StreamingSnapshot(fake.stage(store, cache)), [], ""
     try:
         for batch in loader(dataset):
@@ -76,7 +75,7 @@ def fail_on_rank_0(store, cache, kind, row):
     except (StoreError, ValueError) as error:
         says = repr(error)
     finally:
-        JoinedReader.get_sample_data = get
+        StreamingSnapshot.read_row = read_row
     return read, says, len(list(loader(dataset)))
 
 
@@ -96,12 +95,12 @@ def test_an_error_of_one_rank_is_every_ranks_at_the_same_batch(stage, store, cac
 
 
 def die_in_the_first_batch(rank, port, store, cache):
-    def die(reader, index):
+    def die(dataset, shards, index):
         os._exit(9)
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     if rank == 1:
-        JoinedReader.get_sample_data = die
+        StreamingSnapshot.read_row = die
     try:
         list(loader(StreamingSnapshot(fake.stage(store, cache))))
     except RuntimeError:
@@ -123,7 +122,7 @@ def test_a_rank_that_dies_in_its_first_batch_keeps_nobody_waiting(store, cache):
 
 
 def test_an_error_is_raised_though_another_rank_has_gone(stage, monkeypatch):
-    def failing(reader, index):
+    def failing(dataset, shards, index):
         raise StoreError("x.mds: 503")
 
     def gone(failure):
@@ -133,7 +132,7 @@ def test_an_error_is_raised_though_another_rank_has_gone(stage, monkeypatch):
     batches = iter(loader(dataset))
     next(batches)
     monkeypatch.setattr(streaming_snapshot, "first_failure", gone)
-    monkeypatch.setattr(JoinedReader, "get_sample_data", failing)
+    monkeypatch.setattr(StreamingSnapshot, "read_row", failing)
     with pytest.raises(StoreError, match=r"^x\.mds: 503$"):
         next(batches)
 
@@ -359,5 +358,5 @@ def test_who_counts_samples_by_itself_goes_on_exactly(stage):
     dataset.load_state_dict(dataset.state_dict(3 * 4, True))
     assert place(dataset.state_dict(0, True)) == (1, 0)
     for samples in (-4, (EPOCH + 1) * 4):
-        with pytest.raises(UserError, match=rf"batch {samples // 4} of epoch 1, which has {EPOCH}: count anew in each epoch"):
+        with pytest.raises(UserError, match=rf"batch {samples // 4} of epoch 1, which has {EPOCH}: count from 0 in each epoch"):
             dataset.state_dict(samples, True)

@@ -80,14 +80,14 @@ def test_batches_are_those_of_our_loader_in_any_world(stage, world, workers, epo
     """Also when another world begins where this one stopped."""
     for rank in range(world):
         data = open_data(stage, rank, world)
-        taken = itertools.islice(data.batches(data.position(epoch, 0)), EPOCH)
+        taken = itertools.islice(data.batches(data.schedule.position(epoch, 0)), EPOCH)
         wanted = [batch.ids.tolist() for batch, _ in taken][start:]
         data.close()
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {"RANK": rank, "WORLD_SIZE": world}.items():
                 patch.setenv(name, str(value))
             dataset = StreamingSnapshot(stage)
-            dataset.load_state_dict(data.position(epoch, start).to_dict())
+            dataset.load_state_dict(data.schedule.position(epoch, start).to_dict())
             dataset.begin()
             shares = []
             for number in range(workers):
@@ -129,7 +129,7 @@ def test_a_mixture_of_datasets(tmp_path):
     dataset = StreamingSnapshot(stage)
     both = read(dataset, 2) + read(dataset)
     assert both == lines(stage, len(both), of=fake_rows)
-    dataset.load_state_dict(dataset.data.position(1, 2).to_dict())
+    dataset.load_state_dict(dataset.data.schedule.position(1, 2).to_dict())
     assert read(dataset, 1) == both[len(both) // 2 + 2 :]
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(tmp_path)
     dataset = StreamingSnapshot(fake.stage(tmp_path / "store", tmp_path / "cache"))
     rows = dataset[:]
     for path in (tmp_path / "store/ds/families").rglob("*.mds"):
-        whole, says = path.read_bytes(), f"{path}: a row is damaged: delete the file, or run `python -m data_prep verify`"
+        whole, says = path.read_bytes(), f"{path}: the file ends too early: delete the file, or run `python -m data_prep verify`"
         for end in range(0, len(whole), 7):
             path.write_bytes(whole[:end])
             right, told = [], None

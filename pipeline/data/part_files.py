@@ -1,0 +1,216 @@
+"""The shards of a snapshot's parts: where they are in the store, and those that a process has open.
+
+Both readers of a snapshot, our loader and `StreamingSnapshot`, open their files here.
+"""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+from data_prep.dataset.mds import Shard
+from data_prep.dataset.schema import Family, Part, Snapshot
+from data_prep.dataset.snapshot_reader import read_index
+from data_prep.store.store import StoredFile, StoreError
+from model.common.errors import UserError
+from model.common.files import atomic_path, naming_full_disk
+from pipeline.data.shard_cache import WAIT_SECONDS, CachedShard, ShardCache
+from pipeline.data.threads import Threads
+from pipeline.stage.config import DataConfig, cache_root
+from pipeline.stage.corpus import Source
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN_SHARDS = 256
+"""Files that a process keeps open, unless one batch needs more."""
+_MAX_THREADS = 8
+
+Place = tuple[int, int]
+"""Number of a dataset, and of a part in its bucket."""
+
+
+class PartIndex:
+    """The parts of each bucket and their files: columns that all processes of a machine map from one file per
+    bucket."""
+
+    def __init__(self, cache: ShardCache, snapshot: Snapshot) -> None:
+        """Put the index files into the cache, unless another process did.
+
+        Raises:
+            StoreError: if an index is missing or damaged.
+            UserError: if the disk is full.
+        """
+        self.paths: dict[str, Path] = {}
+        for bucket, record in sorted(snapshot.buckets.items()):
+            name = f"index/{bucket}-{record['index_xxh64']}"
+            self.paths[bucket] = path = cache.folder / f"{name}.arrow"
+            with naming_full_disk(path), cache.locked(name, WAIT_SECONDS) as is_held:
+                if not is_held:
+                    raise StoreError(f"{path}: another process has locked it for an hour: end that process")
+                if not path.exists():
+                    _write_table(path, read_index(cache.dataset, snapshot, bucket).combine_chunks())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths}
+
+    @cached_property
+    def tables(self) -> dict[str, pyarrow.Table]:
+        """Bucket -> table, mapped into memory."""
+        files = {bucket: pyarrow.memory_map(str(path)) for bucket, path in self.paths.items()}
+        return {bucket: pyarrow.ipc.open_file(file).read_all() for bucket, file in files.items()}
+
+    def rows(self, bucket: str) -> NDArray[np.int64]:
+        """Return the number of rows of each part of a bucket."""
+        return self.tables[bucket].column("rows").to_numpy().astype(np.int64)
+
+    def rows_of(self, bucket: str, part: int) -> int:
+        """Return the number of rows of one part."""
+        return int(self.tables[bucket].column("rows")[part].as_py())
+
+    def part(self, bucket: str, part: int) -> tuple[Part, str]:
+        """Return one part, and the hash of its sample ids."""
+        table = self.tables[bucket]
+        return Part(bucket, table.column("number")[part].as_py()), table.column("ids_xxh64")[part].as_py()
+
+    def file(self, bucket: str, part: int, family: str) -> tuple[StoredFile, str]:
+        """Return the payload of one part in a family, and its name in a cache."""
+        table = self.tables[bucket]
+        key, size, digest = (
+            table.column(f"{family}.{name}")[part].as_py() for name in ("key", "bytes", "xxh64")
+        )
+        return StoredFile(key, size, digest), f"{family}/{bucket}/{table.column('number')[part].as_py():05d}"
+
+
+def _write_table(path: Path, table: pyarrow.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        atomic_path(path, durable=True) as temporary,
+        pyarrow.OSFile(str(temporary), "wb") as file,
+        pyarrow.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+@dataclass
+class DatasetFiles:
+    """The payload files of one dataset of the corpus: the cache that fetches them, and their index."""
+
+    cache: ShardCache
+    index: PartIndex
+
+    @classmethod
+    def open(cls, source: Source, data: DataConfig) -> "DatasetFiles":
+        """Set up the cache of a dataset, and put the index of its snapshot there.
+
+        Raises:
+            StoreError: if an index is missing or damaged.
+            UserError: if the cache directory cannot be written, or the disk is full.
+        """
+        limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
+        cache = ShardCache(source.dataset, cache_root(data), source.snapshot.id, limit)
+        cache.clean()
+        return cls(cache, PartIndex(cache, source.snapshot))
+
+    def open_shard(self, bucket: str, part: int, family: Family) -> CachedShard:
+        """Open the shard of a part in a family, once its file is on this machine and whole.
+
+        Raises:
+            StoreError: if the file cannot be fetched, is damaged, has not the part's number of rows, or is
+                evicted again and again; the message names it.
+            UserError: if the disk is full.
+        """
+        file, name = self.index.file(bucket, part, family.name)
+        shard = self.cache.open(file, name, family.columns)
+        if len(shard) != self.index.rows_of(bucket, part):
+            raise StoreError(f"{shard.path}: families disagree on rows: take the snapshot again")
+        return shard
+
+
+class OpenShards:
+    """The shards that a process has open, in all families of the stage; those used longest ago are closed
+    first."""
+
+    def __init__(self, sources: Sequence[DatasetFiles], families: Sequence[Family]) -> None:
+        """Open nothing yet.
+
+        Args:
+            sources: the datasets, by number.
+            families: the families whose shards a part consists of.
+        """
+        self.sources = list(sources)
+        self.families = {family.name: family for family in families}
+        self._open: OrderedDict[tuple[str, Place, str], CachedShard] = OrderedDict()
+        self._threads: tuple[int, Threads] | None = None
+        """Process that has started the threads which fetch ahead; and these."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_threads": None, "_open": OrderedDict()}
+
+    def open(self, bucket: str, places: Collection[Place]) -> dict[Place, dict[str, Shard]]:
+        """Open the shards of parts; those that are not open yet are fetched in parallel.
+
+        Args:
+            bucket: the parts' bucket.
+            places: the parts.
+
+        Returns:
+            Part -> family -> shard.
+
+        Raises:
+            StoreError: if a file cannot be fetched or is damaged; the message names it.
+            UserError: if the disk is full.
+        """
+        keys = [(bucket, place, family) for place in sorted(places) for family in self.families]
+        missing = [key for key in keys if key not in self._open]
+        if missing:
+            with Threads(min(_MAX_THREADS, len(missing))) as pool:
+                self._open.update(zip(missing, pool.map(self._open_shard, missing, 1), strict=True))
+
+        shards: dict[Place, dict[str, Shard]] = {place: {} for place in places}
+        for key in keys:
+            self._open.move_to_end(key)
+            self._open[key].touch()
+            _, place, family = key
+            shards[place][family] = self._open[key]
+
+        while len(self._open) > max(MAX_OPEN_SHARDS, len(keys)):
+            self._open.popitem(last=False)
+        return shards
+
+    def _open_shard(self, key: tuple[str, Place, str]) -> CachedShard:
+        bucket, (source, part), family = key
+        return self.sources[source].open_shard(bucket, part, self.families[family])
+
+    def fetch_ahead(self, bucket: str, places: Iterable[Place]) -> None:
+        """Begin to fetch the shards of parts that will be needed soon; errors are only logged."""
+        remote = [place for place in places if not self.sources[place[0]].cache.is_local]
+        if not remote:
+            return
+        if self._threads is None or self._threads[0] != os.getpid():  # a fork does not copy threads
+            self._threads = os.getpid(), Threads(2)
+            weakref.finalize(self, self._threads[1].terminate)
+        for source, part in remote:
+            for family in self.families:
+                self._threads[1].apply_async(self._fetch_quietly, (source, bucket, part, family))
+
+    def _fetch_quietly(self, source: int, bucket: str, part: int, family: str) -> None:
+        files = self.sources[source]
+        try:
+            files.cache.get(*files.index.file(bucket, part, family), wait_seconds=0.0)
+        except UserError as error:
+            # The reader that needs the part tries again, and raises.
+            log.warning("ahead of its use: %s", error)
+
+
+def disagree(left: Shard, right: Shard, what: str) -> StoreError:
+    """Return the error of two families whose shards of one part are not about the same samples."""
+    return StoreError(f"{left.path} and {right.path} hold other {what}: run `python -m data_prep verify`")
