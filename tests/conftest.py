@@ -1,4 +1,4 @@
-"""Fixtures that several packages use: a real S3 API on loopback, with and without faults, and stores of both kinds."""
+"""Fixtures of several packages: an S3 API on loopback, with and without faults, and stores of both kinds."""
 
 import logging
 import resource
@@ -24,7 +24,7 @@ def s3_url():
 
 @pytest.fixture
 def s3(s3_url, monkeypatch):
-    """The environment of a process that may use the server; yields the URI of an empty store."""
+    """Set the environment of a process that uses the server, and return the URI of an empty store."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("S3_ENDPOINT_URL", s3_url)
@@ -36,7 +36,7 @@ def s3(s3_url, monkeypatch):
 
 @pytest.fixture
 def proxy(s3, s3_url, monkeypatch):
-    """A fault proxy that the store goes through; faults are appended to its `faults`."""
+    """Put a fault proxy in front of the store; tests set its `faults`."""
     proxy = FaultProxy(s3_url)
     monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
     yield proxy
@@ -45,7 +45,7 @@ def proxy(s3, s3_url, monkeypatch):
 
 @pytest.fixture
 def full_disk():
-    """A context in which no file may grow over a number of bytes, which a program sees as it sees a full disk."""
+    """Return a context manager that limits the size of files, which looks like a full disk to a program."""
 
     @contextmanager
     def limited(size):
@@ -63,7 +63,7 @@ def full_disk():
 
 @pytest.fixture(params=["local", "s3"])
 def store_uri(request, tmp_path, monkeypatch):
-    """The address of an empty store, once of each kind."""
+    """Return the address of an empty store, once for each kind."""
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "2")
     return str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from tests.helpers.raw_material import picture
+from tests.helpers.raw_material import smooth_image
 from tests.helpers.tiny_dataset import write_dataset, write_stage
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(280)]
@@ -18,7 +18,7 @@ def make_raw_pairs(folder):
     folder.mkdir()
     for number in range(PAIRS + 1):
         side = 48 if number < PAIRS else 16
-        picture(number, side, side).save(folder / f"{number:02d}.png")
+        smooth_image(number, side, side).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"picture number {number}")
 
 

@@ -1,4 +1,5 @@
-"""Preparation killed at any moment and run again ends with the same snapshot: nothing twice, nothing missing."""
+"""Preparation that is killed at any moment and run again ends with the same snapshot, without loss or
+repetition."""
 
 import json
 import multiprocessing
@@ -27,19 +28,21 @@ from tests.helpers.fake_dataset import make_all
 from tests.helpers.raw_material import png, sample_members, write_tar
 
 JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
-"""The commands that are killed, and the kind of parts that each makes."""
+"""Commands that are killed -> kind of the parts that they make."""
 
 
-def run(arguments, log, largest_file):
-    """In a forked process: a command, then the end of the process, as `python -m data_prep` ends."""
-    # A program of its own writes the log, for the limit on files holds for this process.
-    tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) if largest_file else None
+def run(arguments, log, max_file_bytes):
+    """Run a command in a forked process, and exit as `python -m data_prep` does."""
+    # Another program writes the log, because the limit on the size of files applies to this process.
+    tee = None
+    if max_file_bytes:
+        tee = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     target = tee.stdin.fileno() if tee else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(target, descriptor)
     if tee:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
     code = 1
     try:
         main(arguments)
@@ -59,19 +62,23 @@ def run(arguments, log, largest_file):
 
 
 def serve(requests):
-    """A process that has imported everything, so that a command starts in milliseconds. It forks a child for every pair of
-    arguments and seconds of a request, kills it when they are over, and answers with exit codes and times."""
+    """Serve requests in a process that has imported everything, so that a command starts in milliseconds.
+
+    A request has pairs of arguments and seconds. The process forks a child for each pair, kills it after
+    these seconds, and answers with the exit codes and the total time.
+    """
     from data_prep import report  # noqa: F401
     from data_prep.families import latents, text  # noqa: F401
 
     while request := requests.recv():
-        environment, log, largest_file, children = request
+        environment, log, max_file_bytes, children = request
         os.environ.update(environment)
-        alive, ended, start = {}, {}, time.monotonic()
+        alive, ended = {}, {}
+        start = time.monotonic()
         for number, (arguments, _) in enumerate(children):
             alive[number] = os.fork()
             if not alive[number]:
-                run(arguments, log, largest_file)
+                run(arguments, log, max_file_bytes)
         while alive:
             time.sleep(0.001)
             for number, pid in list(alive.items()):
@@ -80,8 +87,8 @@ def serve(requests):
                     os.waitpid(pid, 0)
                     ended[number] = -signal.SIGKILL
                 else:
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:
+                    exited, status = os.waitpid(pid, os.WNOHANG)
+                    if exited:
                         ended[number] = os.waitstatus_to_exitcode(status)
                 if number in ended:
                     del alive[number]
@@ -90,25 +97,37 @@ def serve(requests):
 
 
 class Commands:
-    """`python -m data_prep`'s commands on one dataset, run by the server, killed after some seconds."""
+    """Commands of `python -m data_prep` on one dataset, run by the server and killed after some seconds."""
 
     def __init__(self, folder):
         self.log = folder / "log.txt"
         self.settings = folder / "dataset.yaml"
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)
+        self.pipe, server_end = multiprocessing.Pipe()
+        self.server = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(server_end,), daemon=True
+        )
         self.server.start()
-        theirs.close()
+        server_end.close()
 
-    def __call__(self, command, store, *seconds, largest_file=None):
-        """Start a child for each of `seconds`; their exit codes, and how long it took. With `largest_file` bytes, they see a
-        full disk beyond."""
-        names = ("S3_ENDPOINT_URL", "LI_DIT_RETRY_SECONDS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    def __call__(self, command, store, *seconds, max_file_bytes=None):
+        """Run one child per entry of `seconds`; return their exit codes and the total time.
+
+        Files cannot grow beyond `max_file_bytes`, which looks like a full disk.
+        """
+        names = (
+            "S3_ENDPOINT_URL",
+            "LI_DIT_RETRY_SECONDS",
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+            "AWS_DEFAULT_REGION",
+        )
         environment = {name: os.environ[name] for name in names if name in os.environ}
         arguments = [command, str(self.settings), f"store={store}"]
-        self.pipe.send((environment, str(self.log), largest_file, [(arguments, limit) for limit in seconds]))
+        self.pipe.send(
+            (environment, str(self.log), max_file_bytes, [(arguments, limit) for limit in seconds])
+        )
         codes, took = self.pipe.recv()
-        assert set(codes) <= ({2} if largest_file else {0, -signal.SIGKILL}), self.log.read_text()[-3000:]
+        assert set(codes) <= ({2} if max_file_bytes else {0, -signal.SIGKILL}), self.log.read_text()[-3000:]
         return codes, took
 
     def close(self):
@@ -118,7 +137,8 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """A dataset of 22 pairs in two buckets, with images that fail only when they are made; a VAE; an LLM."""
+    """Make a dataset of 22 pairs in two buckets, with images that fail only in a full decode, a VAE and an
+    LLM."""
     import torch
 
     from model.encoders.vae import small_vae
@@ -129,18 +149,33 @@ def commands(tmp_path_factory):
     late = bytearray(images[5])
     late[-30] ^= 0xFF
     images[5] = bytes(late)
-    members = [m for n, image in enumerate(images) for m in sample_members(str(n), image, {"caption": [f"c {n}", f"long {n}"]})]
+    members = []
+    for n, image in enumerate(images):
+        members += sample_members(str(n), image, {"caption": [f"c {n}", f"long {n}"]})
     write_tar(folder / "in", "a.tar", [*members, *sample_members("again", images[0], {"caption": "twice"})])
     torch.manual_seed(0)
     small_vae().save_pretrained(folder / "vae")
     tiny_llm.save(folder / "llm", tiny_llm.llama())
     commands = Commands(folder)
     settings = {
-        "name": "ds", "store": "x", "workers": 0, "part_rows": 4, "image_format": "png",
-        "buckets": {"resolution": 32, "max_aspect": 2, "step": 8}, "sources": [{"path": str(folder / "in")}],
+        "name": "ds",
+        "store": "x",
+        "workers": 0,
+        "part_rows": 4,
+        "image_format": "png",
+        "buckets": {"resolution": 32, "max_aspect": 2, "step": 8},
+        "sources": [{"path": str(folder / "in")}],
         "latents": [{"name": "latents", "vae": str(folder / "vae"), "batch": 2}],
-        "text": [{"name": "tiny", "llm": str(folder / "llm"), "suffix": "<end>", "dtype": "fp32", "instruction": "Describe: "}],
-    }  # fmt: skip
+        "text": [
+            {
+                "name": "tiny",
+                "llm": str(folder / "llm"),
+                "suffix": "<end>",
+                "dtype": "fp32",
+                "instruction": "Describe: ",
+            }
+        ],
+    }
     commands.settings.write_text(json.dumps(settings))
     yield commands
     commands.close()
@@ -148,36 +183,38 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(commands, tmp_path_factory):
-    """Snapshot of a run that nobody kills, and the seconds that each command takes."""
+    """Return the snapshot of a run that is not killed, and the seconds that each command takes."""
     store = tmp_path_factory.mktemp("undisturbed")
     seconds = {command: commands(command, store, 300)[1] for command in ("plan", *JOBS, "snapshot")}
     return read_snapshot(open_store(str(store)).sub("ds")), seconds
 
 
 def ids_of(dataset):
-    """Ids in pairs and in the tables of dropped rows, in the order of the parts."""
+    """Return the ids in pairs and in the tables of dropped rows, in the order of the parts."""
     import io
 
     import pyarrow.parquet as pq
 
-    found = []
+    ids = []
     for commit in committed(dataset, PAIRS).values():
-        tables = [file.key for file in commit.files if file.key.endswith(".parquet")]
-        found += [id for key in tables for id in pq.read_table(io.BytesIO(dataset.read(key)))["id"].to_pylist()]
-    return found
+        for file in commit.files:
+            if file.key.endswith(".parquet"):
+                ids += pq.read_table(io.BytesIO(dataset.read(file.key)))["id"].to_pylist()
+    return ids
 
 
 @pytest.mark.parametrize("command", ["plan", *JOBS])
 def test_a_full_disk_ends_each_command_with_the_path(commands, undisturbed, tmp_path, command):
-    """Files may not grow over 2 kB: what a command then says is one line that names where, and running it again completes it."""
+    """With files limited to 2 kB, a command fails with one line that names the path; run again, it
+    completes."""
     order = ["plan", *JOBS]
     for earlier in order[: order.index(command)]:
         commands(earlier, tmp_path, 300)
     before = len(commands.log.read_text())
-    assert commands(command, tmp_path, 300, largest_file=2000)[0] == [2]
-    said = commands.log.read_text()[before:]
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert commands(command, tmp_path, 300, max_file_bytes=2000)[0] == [2]
+    output = commands.log.read_text()[before:]
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
     assert "File too large: free space there" in line
     for later in [*order[order.index(command) :], "snapshot"]:
         commands(later, tmp_path, 300)
@@ -185,27 +222,45 @@ def test_a_full_disk_ends_each_command_with_the_path(commands, undisturbed, tmp_
 
 
 def check_finished(dataset, expected):
-    """The snapshot is the expected one; every planned row is there once; what no commit names is garbage, and goes."""
+    """Check that the snapshot is the expected one, that every planned row exists once, and that the rest is
+    garbage.
+
+    Returns:
+        The number of orphans, which are removed.
+    """
     assert read_snapshot(dataset).id == expected == take_snapshot(dataset).id
-    planned = [id for part in read_plan(dataset).parts for id in read_manifest(dataset, part)["id"].to_pylist()]
+    planned = []
+    for part in read_plan(dataset).parts:
+        planned += read_manifest(dataset, part)["id"].to_pylist()
     assert sorted(ids_of(dataset)) == sorted(planned)
-    named = {file.key for kind in JOBS.values() for commit in committed(dataset, kind).values() for file in commit.files}
+
+    named = set()
+    for kind in JOBS.values():
+        for commit in committed(dataset, kind).values():
+            named |= {file.key for file in commit.files}
     for delete in (False, True):
         orphans = set(collect_garbage(dataset, -1, delete))
         assert not orphans & named
-    lies = {key for key, _ in dataset.entries("pairs/")} | {key for key, _ in dataset.entries("families/")}
-    assert {key for key in lies if not key.endswith("family.json") and "/constants-" not in key} == named
+    stored = {key for key, _ in [*dataset.entries("pairs/"), *dataset.entries("families/")]}
+    assert {key for key in stored if not key.endswith("family.json") and "/constants-" not in key} == named
     assert not [key for key, _ in dataset.entries("") if "/." in key]
-    found = verify(dataset, deep=True)
-    assert (found.problems, found.parts) == ([], dict.fromkeys(JOBS.values(), len(read_plan(dataset).parts)))
+    result = verify(dataset, deep=True)
+    parts = len(read_plan(dataset).parts)
+    assert (result.problems, result.parts) == ([], dict.fromkeys(JOBS.values(), parts))
     return len(orphans)
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize(("kind", "kills"), [("local", 17), ("s3", 4), pytest.param("s3", 17, marks=pytest.mark.slow)])
-def test_commands_killed_at_random_moments_and_run_again(request, tmp_path, commands, undisturbed, kind, kills):
-    """Each command at least `kills` times: two tasks at once on the same work, each killed at its own moment, until one of
-    them ends by itself."""
+@pytest.mark.parametrize(
+    ("kind", "kills"), [("local", 17), ("s3", 4), pytest.param("s3", 17, marks=pytest.mark.slow)]
+)
+def test_commands_killed_at_random_moments_and_run_again(
+    request, tmp_path, commands, undisturbed, kind, kills
+):
+    """Kill each command at least `kills` times.
+
+    Two tasks do the same work at once, each is killed at its own moment, until one of them completes.
+    """
     root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3")
     expected, seconds = undisturbed
     chance = random.Random(5)
@@ -217,7 +272,9 @@ def test_commands_killed_at_random_moments_and_run_again(request, tmp_path, comm
         for command, makes in JOBS.items():
             enough = False
             while not enough:
-                longest = 300 if killed[command] >= kills else seconds[command] * (1.5 if kind == "local" else 3)
+                longest = (
+                    300 if killed[command] >= kills else seconds[command] * (1.5 if kind == "local" else 3)
+                )
                 codes, _ = commands(command, uri, chance.uniform(0, longest), chance.uniform(0, longest))
                 killed[command] += codes.count(-signal.SIGKILL)
                 enough = 0 in codes
@@ -228,11 +285,13 @@ def test_commands_killed_at_random_moments_and_run_again(request, tmp_path, comm
         if min(killed.values()) >= kills:
             break
     assert min(killed.values()) >= kills
-    assert orphans > 0 or kind == "s3", "no kill fell between a payload and its commit: the test does not test"
+    assert orphans > 0 or kind == "s3", (
+        "no kill fell between a payload and its commit: the test does not test"
+    )
 
 
 def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, monkeypatch):
-    """Stop after every single write of `take_snapshot`: `latest` is then absent or complete."""
+    """Stop `take_snapshot` after each of its writes: `latest` must be absent or complete."""
     uri = str(tmp_path / "store")
     dataset = open_store(uri, create=True).sub("ds")
     make_all(dataset, {"64x64": [3, 2, 2], "32x96": [2, 1]})
@@ -261,13 +320,13 @@ def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, monkeypatch):
     assert complete
 
 
-def _nap(processes, chunk):
+def _sleep(processes, chunk):
     processes.put(os.getpid())
     time.sleep(60)
 
 
 def _work(processes):
-    with Workers(_nap, processes, str, 2) as workers:
+    with Workers(_sleep, processes, str, 2) as workers:
         list(workers.map([[1], [2]]))
 
 

@@ -1,4 +1,4 @@
-"""A small dataset with real pairs parts and a fast encoder whose numbers depend on nothing but the pair."""
+"""A small dataset with real pairs parts, and a fast encoder whose numbers depend only on the pair."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ FAMILIES = [
 
 
 def plan(dataset, buckets):
-    """Write the plan; `buckets`: name -> planned rows of its parts."""
+    """Write the plan; `buckets` maps names to the planned rows of their parts."""
     dataset.put_new(Manifest.KEY, Manifest("ds", ["original"], buckets).to_json())
 
 
@@ -37,7 +37,7 @@ def sample_ids(dataset, part):
 
 
 def one_caption(id):
-    """Kind and text of each caption of a sample."""
+    """Return kind and text of each caption of a sample."""
     return [(0, f"caption {id}")]
 
 
@@ -46,7 +46,8 @@ def make_pairs(dataset, share=ALONE, drop=(), captions=one_caption):
     done = committed_parts(dataset, PAIRS)
     for part in share.owns(read_plan(dataset).parts):
         if part not in done:
-            commit_pairs(dataset, part, [id for id in sample_ids(dataset, part) if id not in drop], captions)
+            ids = [id for id in sample_ids(dataset, part) if id not in drop]
+            commit_pairs(dataset, part, ids, captions)
 
 
 def commit_pairs(dataset, part, ids, captions=one_caption):
@@ -75,7 +76,7 @@ def commit_pairs(dataset, part, ids, captions=one_caption):
 
 
 def encoder(family, nap=0.0):
-    """A stand-in for a VAE or an LLM."""
+    """Return a function that replaces a VAE or an LLM; it sleeps `nap` seconds per call."""
 
     def encode(pairs):
         time.sleep(nap)

@@ -1,4 +1,4 @@
-"""A real S3 API on loopback, and a proxy in front of it that does what networks and endpoints do."""
+"""A real S3 API on loopback, and a proxy in front of it that imitates faults of networks and endpoints."""
 
 import http.client
 import re
@@ -11,17 +11,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from moto.server import ThreadedMotoServer
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 BUCKET = "test-bucket"
 HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive", "host", "expect"}
 
 STALL_SECONDS = 3
-CODES = {"503": "SlowDown", "500": "InternalError", "409": "ConditionalRequestConflict", "403": "AccessDenied"}
+CODES = {
+    "503": "SlowDown",
+    "500": "InternalError",
+    "409": "ConditionalRequestConflict",
+    "403": "AccessDenied",
+}
 
 
 @contextmanager
 def s3_server():
-    """Run moto's server; yields its URL."""
+    """Run moto's server, and yield its URL."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -33,17 +42,19 @@ def s3_server():
 
 @dataclass
 class Fault:
-    """What to do to the requests that match.
+    """A fault that happens to matching requests.
 
     Args:
-        do: a status (`503`, `500`, `409`, `403`), `reset` (break off half-way through the body), `stall` (half the body, then
-            silence), `short` (half the body under a Content-Length to match), `flip` (one byte), `flip_upload` (one byte of
-            the request's body), `lose_answer` (the request is done, the connection breaks), `ignore_condition` (drop
-            `If-None-Match`), `refuse_condition` (501, as endpoints without that header do).
+        do: a status (`503`, `500`, `409`, `403`), `reset` (disconnect in the middle of the body), `stall`
+        (half
+            the body, then silence), `short` (half the body with a Content-Length to match), `flip` (one
+            byte), `flip_upload` (one byte of the request's body), `lose_answer` (the request succeeds, the
+            connection breaks), `ignore_condition` (drop `If-None-Match`), `refuse_condition` (501, as
+            endpoints without that header do).
         method: HTTP method; empty = any.
         path: regular expression, searched in the path and query.
-        times: how often, None = always.
-        seconds: for how long after the first hit, None = for ever.
+        times: number of requests; None = all.
+        seconds: duration after the first hit; None = forever.
     """
 
     do: str
@@ -67,7 +78,10 @@ class Fault:
 
 
 class FaultProxy:
-    """Forwards to `upstream` and applies the first of `faults` that strikes. `requests` lists (method, path, fault)."""
+    """A proxy for `upstream` that applies the first matching one of `faults`.
+
+    `requests` lists (method, path, fault).
+    """
 
     def __init__(self, upstream):
         self.upstream = upstream.removeprefix("http://")
@@ -77,7 +91,9 @@ class FaultProxy:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def choose(self, method, path):
         with self.lock:
@@ -107,21 +123,25 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.choose(self.command, self.path)
         if fault in CODES:
-            self.answer(int(fault), [], f"<Error><Code>{CODES[fault]}</Code><Message>fault</Message></Error>".encode())
+            self.answer(
+                int(fault), [], f"<Error><Code>{CODES[fault]}</Code><Message>fault</Message></Error>".encode()
+            )
             return
         if fault == "refuse_condition" and self.headers.get("If-None-Match"):
             self.answer(501, [], b"<Error><Code>NotImplemented</Code><Message>header</Message></Error>")
             return
         if fault == "flip_upload" and body:
             body = flipped(body)
-        status, headers, data = self.ask(body, drop={"if-none-match"} if fault == "ignore_condition" else set())
+        status, headers, data = self.ask(
+            body, drop={"if-none-match"} if fault == "ignore_condition" else set()
+        )
         if fault == "lose_answer":
-            self.break_off()
+            self.disconnect()
         elif fault in ("reset", "stall"):
             self.answer(status, headers, data[: len(data) // 2], length=len(data))
             if fault == "stall":
                 time.sleep(STALL_SECONDS)
-            self.break_off()
+            self.disconnect()
         elif fault == "short":
             self.answer(status, headers, data[: len(data) // 2])
         elif fault == "flip" and data:
@@ -133,17 +153,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def ask(self, body, drop):
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP | drop}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP | drop
+        }
         connection.request(
-            self.command, self.path, body, {**headers, "Host": self.headers["Host"], "Content-Length": str(len(body))}
+            self.command,
+            self.path,
+            body,
+            {**headers, "Host": self.headers["Host"], "Content-Length": str(len(body))},
         )
         response = connection.getresponse()
         data = response.read()
-        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP]
+        returned = [(name, value) for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP]
         if self.command == "HEAD":
-            kept.append(("Content-Length", response.getheader("Content-Length") or "0"))
+            returned.append(("Content-Length", response.getheader("Content-Length") or "0"))
         connection.close()
-        return response.status, kept, data
+        return response.status, returned, data
 
     def answer(self, status, headers, data, length=None):
         self.send_response(status)
@@ -156,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
             self.wfile.flush()
 
-    def break_off(self):
+    def disconnect(self):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 

@@ -1,4 +1,4 @@
-"""A commit is won once and never changes; a family's name means one encoding."""
+"""Exactly one writer commits a part, the commit never changes, and a family's name has one encoding."""
 
 import multiprocessing
 import time
@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.dataset.parts import commit_part, committed, committed_parts, hash_ids, read_commit, read_plan, register_family
+from data_prep.dataset.parts import (
+    commit_part,
+    committed,
+    committed_parts,
+    hash_ids,
+    read_commit,
+    read_plan,
+    register_family,
+)
 from data_prep.dataset.schema import Commit, Family, Manifest, Part
 from data_prep.dataset.snapshot_reader import read_constants, read_families, read_family
 from data_prep.store.store import StoreError, open_store
@@ -18,7 +26,7 @@ PART = Part("64x64", 7)
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=9), st.lists(st.integers(0, 2**63 - 1), max_size=9))
-def test_ids_hash_tells_lists_apart(one, other):
+def test_the_hash_of_ids_distinguishes_lists(one, other):
     assert (hash_ids(one) == hash_ids(other)) == (one == other)
 
 
@@ -28,7 +36,7 @@ def write(tmp_path, data):
     return path
 
 
-def test_a_commit_names_a_payload_that_is_there(store, tmp_path):
+def test_a_commit_names_a_payload_that_exists(store, tmp_path):
     files = {"shard.00000.mds": write(tmp_path, b"one"), "more.bin": write(tmp_path, b"two")}
     commit = commit_part(store, "latents", PART, files, [4, 5], {"tokens": 3.0}, "hash")
     assert read_commit(store, "latents", PART) == commit == committed(store, "latents")[PART]
@@ -43,7 +51,7 @@ def test_the_second_writer_gets_the_firsts_commit_and_leaves_nothing(store, tmp_
     first = commit_part(store, "llm", PART, {"s": write(tmp_path, b"one")}, [1], {}, "h")
     assert commit_part(store, "llm", PART, {"s": write(tmp_path, b"two")}, [1], {}, "h") == first
     before = list(store.list(""))
-    # A writer that looked before the first had committed.
+    # This writer looked before the first one had committed.
     monkeypatch.setattr(store, "exists", lambda key: "commits/" not in key)
     assert commit_part(store, "llm", PART, {"s": write(tmp_path, b"two")}, [1], {}, "h") == first
     assert list(store.list("")) == before
@@ -85,7 +93,9 @@ def test_families_register_once(store):
     assert register_family(store, family, {"mean": torch.randn(4)}) == stored == read_family(store, "llm")
     assert read_families(store) == {"llm": stored}
     with pytest.raises(UserError, match=r"layer: stored 3, now 4"):
-        register_family(store, Family("llm", "text", {"model": "m", "layer": 4, "mean": [0.5]}, {"width": 2}), None)
+        register_family(
+            store, Family("llm", "text", {"model": "m", "layer": 4, "mean": [0.5]}, {"width": 2}), None
+        )
     for name in ("pairs", "a/b", "", "../x", ".x"):
         with pytest.raises(UserError, match="family name"):
             register_family(store, Family(name, "text", {}), None)
@@ -96,7 +106,7 @@ def test_families_register_once(store):
         read_constants(store, stored)
 
 
-def test_constants_of_a_beaten_writer_do_not_mix_in(store, monkeypatch):
+def test_constants_of_a_losing_writer_are_not_used(store, monkeypatch):
     family = Family("llm", "text", {"model": "m"})
     stored = register_family(store, family, {"mean": torch.zeros(2)})
     monkeypatch.setattr(store, "exists", lambda key: False)
@@ -116,12 +126,12 @@ def _race(uri, start, number, folder, results):
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("writers", [2, 8])
-def test_processes_that_race_make_one_commit_a_part(store, store_uri, tmp_path, writers):
+def test_processes_that_race_make_one_commit_per_part(store, store_uri, tmp_path, writers):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     start = time.time() + 0.5
     arguments = [(store_uri, start, number, tmp_path, results) for number in range(writers)]
-    children = [context.Process(target=_race, args=each) for each in arguments]
+    children = [context.Process(target=_race, args=case) for case in arguments]
     for child in children:
         child.start()
     seen = [results.get(timeout=60) for _ in range(6 * writers)]

@@ -1,4 +1,5 @@
-"""A snapshot is complete or says what is missing; its id is that of its content; garbage is what nothing names."""
+"""A snapshot is complete or says what is missing; its id depends on its content; garbage is what nothing
+names."""
 
 import os
 import re
@@ -57,7 +58,9 @@ def test_the_same_content_has_the_same_id_and_other_content_another(dataset, tmp
     other.delete(part.commit_key("latents"))
     rows = [{"id": id, "mean": b"other", "std": b"numbers"} for id in sample_ids(other, part)]
     write_mds(tmp_path / SHARD, FAMILIES[0].columns, rows)
-    commit_part(other, "latents", part, {SHARD: tmp_path / SHARD}, [row["id"] for row in rows], {}, FAMILIES[0].hash)
+    commit_part(
+        other, "latents", part, {SHARD: tmp_path / SHARD}, [row["id"] for row in rows], {}, FAMILIES[0].hash
+    )
     assert take_snapshot(other).id != snapshot.id
     assert take_snapshot(dataset, ["llm"]).id != snapshot.id
 
@@ -82,11 +85,12 @@ def read_snapshot_error(dataset, id):
 def test_missing_parts_are_listed_as_an_array(dataset):
     for number in (0, 2):
         dataset.delete(Part("64x64", number).commit_key("llm"))
-    with pytest.raises(UserError, match=r"llm: 2 of 4: `LI_DIT_TASKS=4 sbatch --array=0,3 cluster/encode\.sh") as error:
+    hint = r"llm: 2 of 4: `LI_DIT_TASKS=4 sbatch --array=0,3 cluster/encode\.sh"
+    with pytest.raises(UserError, match=hint) as error:
         take_snapshot(dataset)
     assert "latents:" not in str(error.value)
     assert not list(dataset.list("snapshots/"))
-    # The tasks of that list do just what is missing.
+    # The tasks of that list make exactly the missing parts.
     for task in (0, 3):
         make_families(dataset, Share(task, 4))
     assert take_snapshot(dataset).left_out == {}
@@ -94,11 +98,11 @@ def test_missing_parts_are_listed_as_an_array(dataset):
 
 @given(st.sets(st.integers(0, 60)))
 def test_array_lists_name_their_numbers(numbers):
-    found = set()
+    listed = set()
     for run in filter(None, array_list(numbers).split(",")):
         low, _, high = run.partition("-")
-        found |= set(range(int(low), int(high or low) + 1))
-    assert found == numbers
+        listed |= set(range(int(low), int(high or low) + 1))
+    assert listed == numbers
 
 
 def test_a_partial_snapshot_counts_what_it_leaves_out(dataset):
@@ -124,7 +128,7 @@ def test_rows_lost_at_decoding_are_lost_in_all_families(store):
     assert verify(dataset, deep=True).problems == []
 
 
-def test_what_does_not_fit_together_is_refused(dataset, tmp_path):
+def test_parts_that_do_not_fit_together_are_refused(dataset, tmp_path):
     part = Part("32x96", 0)
     dataset.delete(part.commit_key("llm"))
     dataset.delete(part.commit_key(PAIRS))
@@ -169,9 +173,9 @@ def test_damaged_records_and_indexes_are_refused(dataset):
 
 def test_verify_finds_what_is_wrong_and_says_what_to_do(dataset):
     snapshot = take_snapshot(dataset)
-    found = verify(dataset, deep=True)
-    assert found.problems == []
-    assert (found.parts, found.snapshots) == ({PAIRS: 4, "latents": 4, "llm": 4}, 1)
+    result = verify(dataset, deep=True)
+    assert result.problems == []
+    assert (result.parts, result.snapshots) == ({PAIRS: 4, "latents": 4, "llm": 4}, 1)
     (flipped,) = read_commit(dataset, "llm", Part("64x64", 0)).files
     data = dataset.read(flipped.key)
     dataset.put(flipped.key, data[:-1] + bytes([data[-1] ^ 1]))
@@ -187,7 +191,7 @@ def test_verify_finds_what_is_wrong_and_says_what_to_do(dataset):
     deep = [problem for problem in verify(dataset, deep=True).problems if "snapshot" not in problem]
     assert any(flipped.key in problem for problem in deep)
     assert len(deep) == 3
-    # The way out that the messages give: the same bytes under other keys are the same snapshot.
+    # The remedy that the messages name: the same bytes under other keys are the same snapshot.
     for kind, part in (("llm", Part("64x64", 0)), ("latents", Part("64x64", 1)), (PAIRS, Part("32x96", 0))):
         dataset.delete(part.commit_key(kind))
     make_pairs(dataset)
@@ -215,8 +219,8 @@ def test_garbage_is_what_nothing_names_and_only_when_it_is_old(dataset):
         orphan(dataset, f"families/llm/constants-{'0' * 16}.safetensors"),
         orphan(dataset, f"snapshots/{'0' * 16}/64x64-{'0' * 16}.parquet"),
     }
-    dataset.put("manifest/64x64.parquet", b"not ours to judge")
-    dataset.put("notes.txt", b"nor this")
+    dataset.put("manifest/64x64.parquet", b"not part of the layout")
+    dataset.put("notes.txt", b"neither")
     assert collect_garbage(dataset, 24, delete=True) == []
     assert set(collect_garbage(dataset, -1)) == orphans
     assert orphans < set(dataset.list(""))
@@ -243,8 +247,10 @@ def test_an_attempt_that_still_writes_is_not_garbage(tmp_path):
 
 def test_payloads_of_a_snapshot_are_kept_even_without_their_commits(dataset):
     take_snapshot(dataset)
-    payloads = {file.key for kind in ("latents", "llm") for commit in committed(dataset, kind).values() for file in commit.files}
+    payloads = set()
     for kind in ("latents", "llm"):
+        for commit in committed(dataset, kind).values():
+            payloads |= {file.key for file in commit.files}
         for part in read_plan(dataset).parts:
             dataset.delete(part.commit_key(kind))
     collect_garbage(dataset, -1, delete=True)

@@ -22,27 +22,27 @@ from data_prep.images.images import (
     image_size,
     resize_crop,
 )
-from tests.helpers.raw_material import bomb, encoded, picture
+from tests.helpers.raw_material import bomb, encoded, smooth_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
 
 
-def mean_colour(image):
+def mean_color(image):
     return np.asarray(image.convert("RGB"), np.float64).mean((0, 1))
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_every_format_keeps_its_colours(image_format):
+def test_every_format_keeps_its_colors(image_format):
     image = Image.new("RGB", (40, 24), (200, 40, 90))
     decoded = decode_image(encoded(image, image_format))
     assert decoded.mode == "RGB"
     assert decoded.size == (40, 24)
-    assert np.abs(mean_colour(decoded) - (200, 40, 90)).max() < 6
+    assert np.abs(mean_color(decoded) - (200, 40, 90)).max() < 6
 
 
 def test_cmyk():
     cmyk = Image.new("RGB", (32, 32), (255, 0, 0)).convert("CMYK")
-    assert np.abs(mean_colour(decode_image(encoded(cmyk, "JPEG", quality=95))) - (255, 0, 0)).max() < 6
+    assert np.abs(mean_color(decode_image(encoded(cmyk, "JPEG", quality=95))) - (255, 0, 0)).max() < 6
 
 
 def icc(space, tags, connection=b"XYZ "):
@@ -54,7 +54,9 @@ def icc(space, tags, connection=b"XYZ "):
         body += data + bytes(-len(data) % 4)
     white = struct.pack(">iii", 63190, 65536, 54061)
     kind = b"prtr" if space == b"CMYK" else b"mntr"
-    header = struct.pack(">I4sI4s4s4s12x4s", start + len(body), b"", 0x02100000, kind, space, connection, b"acsp")
+    header = struct.pack(
+        ">I4sI4s4s4s12x4s", start + len(body), b"", 0x02100000, kind, space, connection, b"acsp"
+    )
     return (header + bytes(68 - len(header)) + white).ljust(128, b"\0") + table + body
 
 
@@ -66,7 +68,11 @@ def gamma(value):
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
 
 
-TEXTS = {b"desc": b"desc\0\0\0\0\0\0\0\1\0".ljust(92, b"\0"), b"cprt": b"text\0\0\0\0\0", b"wtpt": xyz(0.9642, 1, 0.8249)}
+TEXTS = {
+    b"desc": b"desc\0\0\0\0\0\0\0\1\0".ljust(92, b"\0"),
+    b"cprt": b"text\0\0\0\0\0",
+    b"wtpt": xyz(0.9642, 1, 0.8249),
+}
 SRGB_PRIMARIES = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
 
 
@@ -77,7 +83,8 @@ def rgb_profile(primaries, power):
 
 
 def cmyk_profile():
-    """Ink of the first kind alone is a middle grey, every other combination black: nothing like Pillow's own conversion."""
+    """A profile unlike Pillow's own conversion: the first ink alone is a middle gray, all other combinations
+    are black."""
     lab = bytearray(bytes([0, 128, 128]) * 16)
     lab[0:3], lab[24:27] = bytes([255, 128, 128]), bytes([136, 128, 128])
     ramp = bytes(range(256))
@@ -87,23 +94,25 @@ def cmyk_profile():
 
 
 SWAPPED = rgb_profile(SRGB_PRIMARIES[::-1], 2.2)
-"""Red and blue change places."""
+"""Red and blue are swapped."""
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_embedded_profiles_are_converted_to_srgb(image_format):
     image = Image.new("RGB", (32, 32), (230, 30, 60))
     decoded = decode_image(encoded(image, image_format, icc_profile=SWAPPED))
-    assert np.abs(mean_colour(decoded) - (60, 30, 230)).max() < 9
+    assert np.abs(mean_color(decoded) - (60, 30, 230)).max() < 9
     assert "icc_profile" not in Image.open(io.BytesIO(encode_image(decoded, "png", 95))).info
-    bright = decode_image(encoded(image.convert("L"), image_format, icc_profile=icc(b"GRAY", {**TEXTS, b"kTRC": gamma(1.0)})))
-    if image_format != "WEBP":  # which has no grey images, so the profile does not fit
-        assert mean_colour(bright).min() > mean_colour(image.convert("L")).max() + 30
+    bright = decode_image(
+        encoded(image.convert("L"), image_format, icc_profile=icc(b"GRAY", {**TEXTS, b"kTRC": gamma(1.0)}))
+    )
+    if image_format != "WEBP":  # WebP has no gray images, so the profile does not fit
+        assert mean_color(bright).min() > mean_color(image.convert("L")).max() + 30
 
 
 def test_profiles_of_cmyk_and_under_alpha():
     ink = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
-    assert np.abs(mean_colour(decode_image(encoded(ink, "JPEG", icc_profile=cmyk_profile()))) - 127).max() < 12
+    assert np.abs(mean_color(decode_image(encoded(ink, "JPEG", icc_profile=cmyk_profile()))) - 127).max() < 12
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     half.paste((0, 0, 0, 0), (0, 0, 8, 4))
     pixels = np.asarray(decode_image(encoded(half, "PNG", icc_profile=SWAPPED))).astype(int)
@@ -112,7 +121,7 @@ def test_profiles_of_cmyk_and_under_alpha():
 
 
 def test_profiles_that_are_srgb_or_broken_change_nothing():
-    image = picture(3)
+    image = smooth_image(3)
     plain = np.asarray(decode_image(encoded(image)))
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     other_space = icc(b"GRAY", {**TEXTS, b"kTRC": gamma(1.0)})
@@ -122,7 +131,7 @@ def test_profiles_that_are_srgb_or_broken_change_nothing():
     assert (np.asarray(huge) == np.asarray(decode_image(encoded(image, "JPEG", quality=95)))).all()
 
 
-def test_palette_with_transparency_lies_on_white():
+def test_transparency_of_a_palette_becomes_white():
     image = Image.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     image.paste(0, (0, 0, 8, 4))
@@ -132,10 +141,11 @@ def test_palette_with_transparency_lies_on_white():
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"), [("RGBA", (0, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (0, 0), 255)]
+    ("mode", "color", "expected"),
+    [("RGBA", (0, 0, 0, 0), 255), ("RGBA", (0, 0, 0, 128), 127), ("LA", (0, 0), 255)],
 )
-def test_alpha_lies_on_white(mode, colour, expected):
-    pixels = np.asarray(decode_image(encoded(Image.new(mode, (8, 8), colour))))
+def test_alpha_becomes_white(mode, color, expected):
+    pixels = np.asarray(decode_image(encoded(Image.new(mode, (8, 8), color))))
     assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
@@ -145,32 +155,42 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.abs(pixels[0, :, 0].astype(int) - np.linspace(0, 255, 64)).max() <= 1
 
 
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> transpose that stores an upright image in it."""
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
     upright = Image.new("RGB", (64, 32), (255, 255, 255))
     upright.paste((255, 0, 0), (0, 0, 16, 16))
-    stored = upright.transpose(
-        {
-            2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_270,
-        }[orientation]
-    ) if orientation > 1 else upright  # fmt: skip
+    stored = upright.transpose(TRANSPOSES[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, "JPEG", quality=95, exif=exif)
     assert image_size(data) == (32, 64)
-    for decoded in (decode_image(data), decode_image(data, at_least=(16, 32)), fit_bucket(data, Bucket(16, 32))[0]):
+    for decoded in (
+        decode_image(data),
+        decode_image(data, at_least=(16, 32)),
+        fit_bucket(data, Bucket(16, 32))[0],
+    ):
         pixels = np.asarray(decoded.resize((64, 32)))
         assert np.abs(pixels[4:12, 4:12].astype(int) - (255, 0, 0)).max() < 16
         assert np.abs(pixels[20:, 20:].astype(int) - 255).max() < 16
 
 
-def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+def test_animations_yield_their_first_frame():
+    frames = [Image.new("RGB", (16, 16), color) for color in ((255, 0, 0), (0, 255, 0))]
     for image_format in ("GIF", "WEBP"):
         data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
-        assert np.abs(mean_colour(decode_image(data)) - (255, 0, 0)).max() < 8
+        assert np.abs(mean_color(decode_image(data)) - (255, 0, 0)).max() < 8
 
 
 @pytest.mark.parametrize(
@@ -180,9 +200,9 @@ def test_first_frame_of_an_animation():
         (b"no image at all", UNKNOWN),
         (bomb(), TOO_LARGE),
         (bomb(1, MAX_PIXELS + 1), TOO_LARGE),
-        (encoded(picture(0), "TIFF"), UNKNOWN),
-        (encoded(picture(0))[:-60], DAMAGED),
-        (encoded(picture(0), "JPEG")[:-200], DAMAGED),
+        (encoded(smooth_image(0), "TIFF"), UNKNOWN),
+        (encoded(smooth_image(0))[:-60], DAMAGED),
+        (encoded(smooth_image(0), "JPEG")[:-200], DAMAGED),
     ],
 )
 def test_bad_images_have_a_reason(data, reason):
@@ -194,7 +214,7 @@ def test_bad_images_have_a_reason(data, reason):
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
 def test_damage_never_raises_anything_else(image_format, data):
-    good = bytearray(encoded(picture(1, 24, 24), image_format))
+    good = bytearray(encoded(smooth_image(1, 24, 24), image_format))
     for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=4)):
         good[place] ^= 1 << data.draw(st.integers(0, 7))
     cut = bytes(good[: data.draw(st.integers(0, len(good)))])
@@ -207,8 +227,12 @@ def test_damage_never_raises_anything_else(image_format, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(8, 200), st.integers(8, 200), st.sampled_from([Bucket(32, 32), Bucket(16, 48), Bucket(48, 16)]))
-def test_crop_is_centred_and_has_the_buckets_aspect(height, width, bucket):
+@given(
+    st.integers(8, 200),
+    st.integers(8, 200),
+    st.sampled_from([Bucket(32, 32), Bucket(16, 48), Bucket(48, 16)]),
+)
+def test_crop_is_centered_and_has_the_buckets_aspect(height, width, bucket):
     image, crop = resize_crop(Image.new("RGB", (width, height)), bucket)
     assert image.size == (bucket.width, bucket.height)
     assert 0 <= crop.left < crop.right <= width
@@ -219,20 +243,22 @@ def test_crop_is_centred_and_has_the_buckets_aspect(height, width, bucket):
 
 
 @pytest.mark.parametrize("side", [512, 700, 1024, 1500])
-def test_scaled_decode_gives_nearly_the_same_picture(side):
+def test_scaled_decode_gives_nearly_the_same_image(side):
     noise = np.random.default_rng(0).normal(0, 1, (side // 4, side // 4, 3))
-    image = Image.fromarray((128 + 40 * noise).clip(0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.LANCZOS)
+    image = Image.fromarray((128 + 40 * noise).clip(0, 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.LANCZOS
+    )
     data = encoded(image, "JPEG", quality=95)
     quick, crop = fit_bucket(data, Bucket(256, 256))
     plain, expected = resize_crop(decode_image(data), Bucket(256, 256))
     error = np.asarray(quick, np.float64) - np.asarray(plain, np.float64)
-    assert 10 * np.log10(255**2 / (error**2).mean()) > 30  # of noise, which is the worst case
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 30  # for noise, the worst case
     assert (crop.right, crop.bottom) == pytest.approx((expected.right, expected.bottom))
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
 def test_encoding_round_trip(image_format):
-    data = encode_image(picture(3), image_format, 95)
+    data = encode_image(smooth_image(3), image_format, 95)
     assert Image.open(io.BytesIO(data)).format == image_format.upper()
-    difference = np.asarray(decode_image(data), float) - np.asarray(picture(3), float)
+    difference = np.asarray(decode_image(data), float) - np.asarray(smooth_image(3), float)
     assert np.abs(difference).mean() < (0.01 if image_format == "png" else 4)

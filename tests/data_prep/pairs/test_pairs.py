@@ -28,28 +28,29 @@ from tests.helpers.raw_material import (
     ALONE,
     all_pairs,
     config_of,
-    picture,
     png,
     prepare,
     reasons_of,
     sample_members,
+    smooth_image,
     write_mds_folder,
     write_parquet,
     write_tar,
 )
 
 
-def test_pairs_hold_the_sources_pictures_and_captions(tmp_path):
+def test_pairs_contain_the_sources_images_and_captions(tmp_path):
     for kind, first in (("t", 0), ("p", 10), ("f", 20), ("m", 30)):
         captions = [[f"{kind} {n}", f"more {n}"] for n in range(3)]
         images = [png(first + n, 40, 80) for n in range(3)]
+        rows = [{"image": image, "caption": texts} for image, texts in zip(images, captions, strict=True)]
         if kind == "t":
-            records = [{"caption": caption} for caption in captions]
-            write_tar(tmp_path / "t", "a.tar", [m for n in range(3) for m in sample_members(str(n), images[n], records[n])])
+            members = []
+            for n, row in enumerate(rows):
+                members += sample_members(str(n), row["image"], {"caption": row["caption"]})
+            write_tar(tmp_path / "t", "a.tar", members)
         elif kind == "p":
-            write_parquet(
-                tmp_path / "p/a.parquet", [{"image": i, "caption": c} for i, c in zip(images, captions, strict=True)], 2
-            )
+            write_parquet(tmp_path / "p/a.parquet", rows, 2)
         elif kind == "f":
             (tmp_path / "f").mkdir()
             for n, image in enumerate(images):
@@ -57,14 +58,18 @@ def test_pairs_hold_the_sources_pictures_and_captions(tmp_path):
             lines = [json.dumps({"file_name": f"{n}.png", "caption": captions[n]}) for n in range(3)]
             (tmp_path / "f/metadata.jsonl").write_text("\n".join(lines))
         else:
-            write_mds_folder(tmp_path / "m", [{"image": i, "caption": c} for i, c in zip(images, captions, strict=True)],
-                             {"image": "bytes", "caption": "json"})  # fmt: skip
+            write_mds_folder(tmp_path / "m", rows, {"image": "bytes", "caption": "json"})
+
     config = config_of(
         tmp_path,
-        *(("webdataset", tmp_path / "t"), ("parquet", tmp_path / "p"), ("folder", tmp_path / "f"), ("mds", tmp_path / "m")),
+        ("webdataset", tmp_path / "t"),
+        ("parquet", tmp_path / "p"),
+        ("folder", tmp_path / "f"),
+        ("mds", tmp_path / "m"),
         buckets=BucketConfig(resolution=32, max_aspect=2.0, step=8),
-    )  # fmt: skip
+    )
     dataset = prepare(config)
+
     pairs = {pair.captions[0][1]: pair for pair in all_pairs(dataset)}
     assert sorted(pairs) == sorted(f"{kind} {n}" for kind in "tpfm" for n in range(3))
     for first, kind in zip((0, 10, 20, 30), "tpfm", strict=True):
@@ -73,18 +78,21 @@ def test_pairs_hold_the_sources_pictures_and_captions(tmp_path):
             assert pair.captions == [("original", f"{kind} {n}"), ("original", f"more {n}")]
             bucket = Bucket(pair.height, pair.width)
             assert bucket in (Bucket(24, 40), Bucket(24, 48))
-            expected = np.asarray(resize_crop(picture(first + n, 40, 80), bucket)[0])
+            expected = np.asarray(resize_crop(smooth_image(first + n, 40, 80), bucket)[0])
             assert (np.asarray(decode_image(pair.image)) == expected).all()
     verify(dataset, True)
 
 
 @pytest.fixture
 def ten(tmp_path):
-    write_tar(tmp_path / "in", "a.tar", [m for n in range(10) for m in sample_members(str(n), png(n), {"caption": f"c{n}"})])
+    members = []
+    for n in range(10):
+        members += sample_members(str(n), png(n), {"caption": f"c{n}"})
+    write_tar(tmp_path / "in", "a.tar", members)
     return config_of(tmp_path, ("webdataset", tmp_path / "in"))
 
 
-def test_the_tar_is_a_webdataset_and_the_table_tells_the_crop(ten):
+def test_the_tar_is_a_webdataset_and_the_table_has_the_crop(ten):
     dataset = prepare(ten)
     commit = committed(dataset, PAIRS)[Part("32x32", 0)]
     paths = {file.key.rpartition("/")[2]: dataset.local_path(file.key) for file in commit.files}
@@ -135,13 +143,15 @@ def test_sources_that_changed_since_the_plan_are_dropped_with_a_reason(tmp_path)
     empty = [commit for commit in committed(dataset, PAIRS).values() if not commit.rows]
     assert len(empty) == 2
     assert read_pairs(dataset, empty[0], ["original"]) == []
-    assert [(one.written, one.dropped_in_parts, one.pending) for one in account(dataset)] == [(4, 2, 0)]
+    (totals,) = account(dataset)
+    assert (totals.written, totals.dropped_in_parts, totals.pending) == (4, 2, 0)
 
 
 def test_images_that_fail_only_at_full_decode_are_dropped_in_their_part(ten, monkeypatch):
-    monkeypatch.setattr(
-        "data_prep.pairs.make_images.fit_bucket", lambda data, bucket: (_ for _ in ()).throw(ImageError("image: damaged", "late"))
-    )
+    def fail(data, bucket):
+        raise ImageError("image: damaged", "late")
+
+    monkeypatch.setattr("data_prep.pairs.make_images.fit_bucket", fail)
     dataset = prepare(ten)
     assert reasons_of(dataset) == {"image: damaged": 10}
     commit = committed(dataset, PAIRS)[Part("32x32", 0)]
@@ -179,7 +189,7 @@ def test_from_and_to_a_bucket(s3, ten, tmp_path):
 
 
 def crash(context, chunk):
-    """Dies on the number 13, as a decoder may."""
+    """Die on the number 13, like a decoder that crashes."""
     if 13 in chunk:
         os.kill(os.getpid(), signal.SIGKILL)
     return [context * number for number in chunk]
@@ -191,11 +201,13 @@ def test_a_process_that_dies_costs_one_item():
     assert [n for _, numbers in results for n in numbers] == [-1 if n == 13 else 10 * n for n in range(24)]
 
 
-def along(tmp_path, files=3, rows=40, row_group=8, **settings):
-    """Parquet with bytes, of three aspects in turns, in small row groups."""
+def parquet_config(tmp_path, files=3, rows=40, row_group=8, **settings):
+    """A dataset of parquet with bytes, of three aspects in turn, in small row groups."""
     sides = [(48, 48), (40, 80), (80, 40)]
     for file in range(files):
-        content = [{"image": png(rows * file + n, *sides[n % 3]), "caption": f"{file} {n}"} for n in range(rows)]
+        content = [
+            {"image": png(rows * file + n, *sides[n % 3]), "caption": f"{file} {n}"} for n in range(rows)
+        ]
         write_parquet(tmp_path / f"p/{file}.parquet", content, row_group)
     buckets = BucketConfig(resolution=32, max_aspect=2.0, step=8)
     return config_of(tmp_path, ("parquet", tmp_path / "p"), buckets=buckets, part_rows=5, **settings)
@@ -204,20 +216,21 @@ def along(tmp_path, files=3, rows=40, row_group=8, **settings):
 @pytest.fixture
 def groups_read(monkeypatch):
     """Row groups in the order in which they are read."""
-    found = []
+    read = []
     real = pq.ParquetFile.iter_batches
 
     def counting(parquet, size, groups, *arguments, **options):
-        found.append((parquet.metadata.row_group(0).column(0).total_compressed_size, parquet.metadata.num_rows, *groups))
+        file_bytes = parquet.metadata.row_group(0).column(0).total_compressed_size
+        read.append((file_bytes, parquet.metadata.num_rows, *groups))
         return real(parquet, size, groups, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
-    return found
+    return read
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_row_groups_are_read_once_for_all_buckets(tmp_path, groups_read, tasks):
-    config = along(tmp_path)
+    config = parquet_config(tmp_path)
     dataset = open_store(config.store, create=True).sub("ds")
     run_plan(config, dataset, ALONE)
     assert len(groups_read) == len(set(groups_read)) == 15
@@ -226,13 +239,14 @@ def test_row_groups_are_read_once_for_all_buckets(tmp_path, groups_read, tasks):
         run_pairs(config, dataset, Share(task, tasks))
     assert len({part.bucket for part in read_plan(dataset).parts}) == 3
     assert len(set(groups_read)) == 15
-    # Where two tasks meet, the parts of each bucket end in other row groups: some are read twice.
+    # Each bucket's parts end in another row group where one task's share ends: those groups are read twice.
     assert len(groups_read) <= 15 + (tasks - 1) * 4
-    assert sorted(pair.captions[0][1] for pair in all_pairs(dataset)) == sorted(f"{f} {n}" for f in range(3) for n in range(40))
+    texts = sorted(pair.captions[0][1] for pair in all_pairs(dataset))
+    assert texts == sorted(f"{file} {n}" for file in range(3) for n in range(40))
 
 
 def test_parquet_that_changed_since_the_plan_is_dropped_with_a_reason(tmp_path):
-    config = along(tmp_path, files=4, rows=8)
+    config = parquet_config(tmp_path, files=4, rows=8)
     dataset = open_store(config.store, create=True).sub("ds")
     run_plan(config, dataset, ALONE)
     (tmp_path / "p/0.parquet").unlink()
@@ -250,8 +264,8 @@ def test_parquet_that_changed_since_the_plan_is_dropped_with_a_reason(tmp_path):
     assert {f"3 {n}" for n in range(8)} <= set(texts)
 
 
-def test_worker_processes_change_nothing_along_parquet(tmp_path):
-    config = along(tmp_path, files=2, rows=20)
+def test_worker_processes_change_nothing_for_parquet(tmp_path):
+    config = parquet_config(tmp_path, files=2, rows=20)
     alone = all_pairs(prepare(config))
     config.workers, config.store = 2, str(tmp_path / "other")
     assert all_pairs(prepare(config)) == alone
@@ -267,12 +281,14 @@ def _walk_large(path, peak):
     peak.value = pool.max_memory() if samples > 3 * walked - (1 << 20) > 0 else -1
 
 
-def test_memory_is_that_of_a_page_whatever_the_row_group(tmp_path):
-    """One row group of 134 MB in pages of 1 MB: reading it takes some pages."""
+def test_memory_is_that_of_pages_and_not_of_the_row_group(tmp_path):
+    """Reading one row group of 134 MB, in pages of 1 MB, takes the memory of some pages."""
     images = pa.array([os.urandom(32 << 10)] * 4096, pa.binary())
     table = pa.table({"image": images, "caption": ["x"] * 4096})
     path = tmp_path / "large.parquet"
-    pq.write_table(table, path, row_group_size=4096, use_dictionary=False, compression="none", write_batch_size=32)
+    pq.write_table(
+        table, path, row_group_size=4096, use_dictionary=False, compression="none", write_batch_size=32
+    )
     del table, images
     context = multiprocessing.get_context("fork")
     peak = context.Value("q", 0)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.plan.dedupe import Spool, exact_duplicates, near_duplicates, perceptual_hash
-from tests.helpers.raw_material import picture
+from tests.helpers.raw_material import smooth_image
 
 
 def spool_of(tmp_path, hashes):
@@ -15,7 +15,7 @@ def spool_of(tmp_path, hashes):
     return spool
 
 
-def found(chunks):
+def all_ids(chunks):
     return {int(id) for ids in chunks for id in ids}
 
 
@@ -24,7 +24,7 @@ def found(chunks):
 def test_exact_duplicates_are_all_but_the_first(tmp_path_factory, hashes, group_rows):
     spool = spool_of(tmp_path_factory.mktemp("d"), hashes)
     expected = {number * 3 for number, value in enumerate(hashes) if value in hashes[:number]}
-    assert found(exact_duplicates(spool, group_rows)) == expected
+    assert all_ids(exact_duplicates(spool, group_rows)) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,16 +33,15 @@ def test_exact_duplicates_are_all_but_the_first(tmp_path_factory, hashes, group_
     st.integers(0, 6),
     st.sampled_from([4, 1 << 20]),
 )
-def test_near_duplicates_agree_with_comparing_all(tmp_path_factory, made, distance, group_rows):
+def test_near_duplicates_agree_with_comparing_all(tmp_path_factory, changes, distance, group_rows):
     bases = [0x0123456789ABCDEF, 0xFEDCBA9876543210, 0, 0xFFFF0000FFFF0000]
-    hashes = [bases[base] ^ sum(1 << bit for bit in bits) for base, bits in made]
+    hashes = [bases[base] ^ sum(1 << bit for bit in bits) for base, bits in changes]
     spool = spool_of(tmp_path_factory.mktemp("d"), hashes)
-    expected = {
-        number * 3
-        for number, value in enumerate(hashes)
-        if any((value ^ earlier).bit_count() <= distance for earlier in hashes[:number])
-    }
-    assert found(near_duplicates(spool, distance, group_rows)) == expected
+    expected = set()
+    for number, value in enumerate(hashes):
+        if any((value ^ earlier).bit_count() <= distance for earlier in hashes[:number]):
+            expected.add(number * 3)
+    assert all_ids(near_duplicates(spool, distance, group_rows)) == expected
 
 
 def test_many_rows_in_small_groups(tmp_path):
@@ -50,13 +49,13 @@ def test_many_rows_in_small_groups(tmp_path):
     base = rng.integers(0, 2**63, 3000, dtype=np.uint64)
     planted = base[:300] ^ np.uint64(0b101)
     spool = spool_of(tmp_path, np.concatenate([base, planted]).tolist())
-    assert found(near_duplicates(spool, 2, group_rows=256)) == {3 * number for number in range(3000, 3300)}
+    assert all_ids(near_duplicates(spool, 2, group_rows=256)) == {3 * number for number in range(3000, 3300)}
     spool.close()
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("side", [40, 90])
-def test_a_resized_picture_looks_the_same_and_another_does_not(side):
-    here = perceptual_hash(picture(1, 64, 64))
-    assert (here ^ perceptual_hash(picture(1, side, side))).bit_count() <= 6
-    assert (here ^ perceptual_hash(picture(2, 64, 64))).bit_count() > 12
+def test_a_resized_image_looks_the_same_and_another_does_not(side):
+    original = perceptual_hash(smooth_image(1, 64, 64))
+    assert (original ^ perceptual_hash(smooth_image(1, side, side))).bit_count() <= 6
+    assert (original ^ perceptual_hash(smooth_image(2, 64, 64))).bit_count() > 12

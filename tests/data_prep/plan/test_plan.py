@@ -17,10 +17,19 @@ from data_prep.plan.plan import dropped_key, run_plan, source_files
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from tests.helpers.raw_material import ALONE, config_of, encoded, picture, png, sample_members, write_parquet, write_tar
+from tests.helpers.raw_material import (
+    ALONE,
+    config_of,
+    encoded,
+    png,
+    sample_members,
+    smooth_image,
+    write_parquet,
+    write_tar,
+)
 
 LATE = bytearray(png(23))
-LATE[-30] ^= 0xFF  # which only a full decode finds
+LATE[-30] ^= 0xFF  # damage that only a full decode finds
 IMAGES = [*map(png, range(8)), png(20, 40, 80), png(21, 80, 40), png(22, 8, 8), b"broken", b"", bytes(LATE)]
 CAPTIONS = ["a fox", "see http://a.org/", "", None, ["one", "two"], "IMG_1.jpg"]
 KINDS = BucketConfig(resolution=32, max_aspect=2.0, step=8)
@@ -50,19 +59,23 @@ def write_sources(folder, files):
                 lines.append(json.dumps({"file_name": f"{n}.png", "caption": text, "score": score}))
             (folder / f"f/{number}/metadata.jsonl").write_text("\n".join(lines))
         elif number % 3:
-            records = [{"image": IMAGES[image], "caption": json.dumps(text), "score": score} for image, text, score in content]
-            write_parquet(folder / f"p/{number}.parquet", records or [{"image": IMAGES[0], "caption": "x", "score": 1.0}])
+            records = [
+                {"image": IMAGES[image], "caption": json.dumps(text), "score": score}
+                for image, text, score in content
+            ] or [{"image": IMAGES[0], "caption": "x", "score": 1.0}]
+            write_parquet(folder / f"p/{number}.parquet", records)
         else:
-            members = [
-                m
-                for n, (image, text, score) in enumerate(content)
-                for m in sample_members(str(n), IMAGES[image], {"caption": text, "score": score})
-            ]
+            members = []
+            for n, (image, text, score) in enumerate(content):
+                members += sample_members(str(n), IMAGES[image], {"caption": text, "score": score})
             write_tar(folder / "t", f"{number}.tar", members)
 
 
 def planned_ids(dataset):
-    return [id for part in read_plan(dataset).parts for id in read_manifest(dataset, part)["id"].to_pylist()]
+    ids = []
+    for part in read_plan(dataset).parts:
+        ids += read_manifest(dataset, part)["id"].to_pylist()
+    return ids
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -73,13 +86,21 @@ def planned_ids(dataset):
     st.sampled_from([None, 4]),
     st.integers(1, 5),
 )
-def test_every_row_is_committed_or_dropped_with_a_reason(tmp_path_factory, files, filters, exact, near, part_rows):
+def test_every_row_is_committed_or_dropped_with_a_reason(
+    tmp_path_factory, files, filters, exact, near, part_rows
+):
     folder = tmp_path_factory.mktemp("plan")
     write_sources(folder, files)
     config = config_of(
-        folder, ("webdataset", folder / "t"), ("parquet", folder / "p"), ("folder", folder / "f"),
-        filters=filters, dedupe=DedupeConfig(exact, near), buckets=KINDS, part_rows=part_rows,
-    )  # fmt: skip
+        folder,
+        ("webdataset", folder / "t"),
+        ("parquet", folder / "p"),
+        ("folder", folder / "f"),
+        filters=filters,
+        dedupe=DedupeConfig(exact, near),
+        buckets=KINDS,
+        part_rows=part_rows,
+    )
     dataset = open_store(config.store, create=True).sub("ds")
     manifest, refusal = None, ""
     try:
@@ -98,17 +119,20 @@ def test_every_row_is_committed_or_dropped_with_a_reason(tmp_path_factory, files
         mine = [id for id in ids if id >> 32 == file.number]
         counts = record["files"][file.number]
         assert counts["rows"] == len(mine) + len(table)
-        assert sorted([*mine, *(row["id"] for row in table)]) == [file.number << 32 | n for n in range(counts["rows"])]
+        assert sorted([*mine, *(row["id"] for row in table)]) == [
+            file.number << 32 | n for n in range(counts["rows"])
+        ]
         assert all(row["reason"] for row in table)
     run_pairs(config, dataset, Share(0, 2))
     run_pairs(config, dataset, Share(1, 2))
     made = []
     for commit in committed(dataset, PAIRS).values():
-        tables = [file.key for file in commit.files if file.key.endswith(".parquet")]
-        made += [id for key in tables for id in pq.read_table(io.BytesIO(dataset.read(key)))["id"].to_pylist()]
+        for file in commit.files:
+            if file.key.endswith(".parquet"):
+                made += pq.read_table(io.BytesIO(dataset.read(file.key)))["id"].to_pylist()
     assert sorted(made) == sorted(ids)
-    for one in account(dataset):
-        assert (one.read, one.pending) == (one.written + one.dropped_by_plan + one.dropped_in_parts, 0)
+    for file in account(dataset):
+        assert (file.read, file.pending) == (file.written + file.dropped_by_plan + file.dropped_in_parts, 0)
     for bucket, parts in manifest.buckets.items():
         assert all(rows == part_rows for rows in parts[:-1]), "only a bucket's last part may be short"
         assert 1 <= parts[-1] <= part_rows, bucket
@@ -117,7 +141,9 @@ def test_every_row_is_committed_or_dropped_with_a_reason(tmp_path_factory, files
 @pytest.fixture
 def three_tars(tmp_path):
     for file in range(3):
-        members = [m for n in range(9) for m in sample_members(f"{n}", png(9 * file + n), {"caption": f"{file} {n}"})]
+        members = []
+        for n in range(9):
+            members += sample_members(f"{n}", png(9 * file + n), {"caption": f"{file} {n}"})
         write_tar(tmp_path / "in", f"{file}.tar", members)
     return config_of(tmp_path, ("webdataset", tmp_path / "in"))
 
@@ -137,18 +163,23 @@ def test_the_plan_is_the_same_for_any_number_of_tasks(three_tars, tmp_path):
     assert sorted(planned_ids(alone)) != planned_ids(alone), "rows are shuffled"
 
 
-def test_a_plan_goes_on_where_it_was_killed(three_tars, tmp_path):
+def test_a_killed_plan_is_resumed(three_tars, tmp_path):
     whole = open_store(three_tars.store, create=True).sub("ds")
     run_plan(three_tars, whole, ALONE)
     before = content(whole)
     for key in [*before, *whole.list("scan/")]:
-        if key not in ("dataset.json", "scan/files.json", "scan/00000001.parquet", "manifest/32x32/000000.parquet"):
+        if key not in (
+            "dataset.json",
+            "scan/files.json",
+            "scan/00000001.parquet",
+            "manifest/32x32/000000.parquet",
+        ):
             whole.delete(key)
     run_plan(three_tars, whole, ALONE)
     assert content(whole) == before
 
 
-def test_files_that_come_later_do_not_move_ids(three_tars, tmp_path):
+def test_files_that_are_added_later_do_not_change_ids(three_tars, tmp_path):
     dataset = open_store(three_tars.store, create=True).sub("ds")
     run_plan(three_tars, dataset, Share(0, 2))
     write_tar(tmp_path / "in", "0a.tar", sample_members("new", png(99), {"caption": "new"}))
@@ -185,7 +216,7 @@ def test_nothing_left_leaves_nothing_behind(three_tars):
 
 
 def test_duplicates_are_found_across_files_and_tasks(tmp_path):
-    same, similar = picture(1), picture(1).resize((64, 64))
+    same, similar = smooth_image(1), smooth_image(1).resize((64, 64))
     for name, image in (("a", encoded(same)), ("b", encoded(same)), ("c", encoded(similar)), ("d", png(2))):
         write_tar(tmp_path / "in", f"{name}.tar", sample_members(name, image, {"caption": name}))
     config = config_of(tmp_path, ("webdataset", tmp_path / "in"), dedupe=DedupeConfig(True, 6))

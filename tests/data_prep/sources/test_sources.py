@@ -13,17 +13,27 @@ from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE
 from data_prep.sources.webdataset import WebDatasetSource
 from data_prep.store.store import open_store
 from model.common.errors import UserError
-from tests.helpers.raw_material import png, sample_members, tar_bytes, write_mds_folder, write_parquet, write_tar
+from tests.helpers.raw_material import (
+    png,
+    sample_members,
+    tar_bytes,
+    write_mds_folder,
+    write_parquet,
+    write_tar,
+)
 
 IMAGES = [png(number) for number in range(7)]
 
 
 def rows_of(source, columns=("caption", "extra")):
-    return [(name, sample) for name in source.files() for sample in source.read(name, columns)]
+    rows = []
+    for name in source.files():
+        rows += [(name, sample) for sample in source.read(name, columns)]
+    return rows
 
 
 def check_fetch(source):
-    """`fetch` gives the bytes that `read` gave, in whatever order they are asked for."""
+    """Check that `fetch` gives the bytes that `read` gave, in any order of the places."""
     for name in source.files():
         good = [sample for sample in source.read(name, ["caption"]) if not sample.reason][::-1]
         fetched = dict(source.fetch(name, [sample.place for sample in good]))
@@ -31,7 +41,10 @@ def check_fetch(source):
 
 
 def tar_of(numbers, **record):
-    return tar_bytes([m for n in numbers for m in sample_members(f"{n:04d}", IMAGES[n], {"caption": f"picture {n}", **record})])
+    members = []
+    for n in numbers:
+        members += sample_members(f"{n:04d}", IMAGES[n], {"caption": f"image {n}", **record})
+    return tar_bytes(members)
 
 
 @pytest.mark.parametrize("glob", ["", "/*.tar", "/b.tar"])
@@ -43,15 +56,21 @@ def test_webdataset(store_uri, glob):
     source = WebDatasetSource(SourceConfig(path=store_uri + glob))
     expected = [("a.tar", 0), ("a.tar", 1), ("b.tar", 2), ("b.tar", 3)]
     expected = [entry for entry in expected if glob != "/b.tar" or entry[0] == "b.tar"]
-    found = rows_of(source)
-    assert [(name, sample.record["caption"]) for name, sample in found] == [(name, f"picture {n}") for name, n in expected]
-    assert [sample.image for _, sample in found] == [IMAGES[n] for _, n in expected]
+    rows = rows_of(source)
+    assert [(name, sample.record["caption"]) for name, sample in rows] == [
+        (name, f"image {n}") for name, n in expected
+    ]
+    assert [sample.image for _, sample in rows] == [IMAGES[n] for _, n in expected]
     check_fetch(source)
 
 
 def test_img2dataset_layout(tmp_path):
     record = {"caption": "from json", "url": "u", "width": 3}
-    write_tar(tmp_path, "0.tar", [("0.png", IMAGES[0]), ("0.txt", b"from txt"), ("0.json", json.dumps(record).encode())])
+    write_tar(
+        tmp_path,
+        "0.tar",
+        [("0.png", IMAGES[0]), ("0.txt", b"from txt"), ("0.json", json.dumps(record).encode())],
+    )
     write_tar(tmp_path, "1.tar", [("a/b.x.png", IMAGES[1]), ("a/b.txt", b"only txt")])
     first, *rest = [sample for _, sample in rows_of(WebDatasetSource(SourceConfig(path=str(tmp_path))))]
     assert (first.record["caption"], first.record["txt"]) == ("from json", "from txt")
@@ -72,9 +91,9 @@ def test_parquet_with_bytes(store_uri, as_struct, tmp_path):
     write_parquet(tmp_path / "local.parquet", rows)
     open_store(store_uri, create=True).put("in/a.parquet", (tmp_path / "local.parquet").read_bytes())
     source = ParquetSource(SourceConfig(kind="parquet", path=f"{store_uri}/in/*.parquet"))
-    found = [sample for _, sample in rows_of(source)]
-    assert [sample.image for sample in found] == IMAGES
-    assert found[3].record == {"caption": ["one 3", "two 3"], "extra": 3}
+    samples = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in samples] == IMAGES
+    assert samples[3].record == {"caption": ["one 3", "two 3"], "extra": 3}
     check_fetch(source)
 
 
@@ -86,7 +105,7 @@ def test_parquet_with_paths(tmp_path):
     paths = [
         "images/0.png",
         f"{tmp_path}/images/0.png",
-        "gone.png",
+        "absent.png",
         "../outside.png",
         str(tmp_path.parent / "outside.png"),
         "link.png",
@@ -95,36 +114,52 @@ def test_parquet_with_paths(tmp_path):
     ]
     write_parquet(tmp_path / "a.parquet", [{"image": path, "caption": "x"} for path in paths])
     source = ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path)))
-    found = [sample for _, sample in rows_of(source)]
-    assert [sample.image for sample in found] == [IMAGES[0], IMAGES[0], None, None, None, None, None, None]
-    assert [sample.reason for sample in found] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE, NO_IMAGE, OUTSIDE]
+    samples = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in samples] == [IMAGES[0], IMAGES[0], None, None, None, None, None, None]
+    assert [sample.reason for sample in samples] == [
+        "",
+        "",
+        NO_IMAGE,
+        OUTSIDE,
+        OUTSIDE,
+        OUTSIDE,
+        NO_IMAGE,
+        OUTSIDE,
+    ]
     check_fetch(source)
 
 
 def test_parquet_with_paths_in_a_bucket(s3, tmp_path):
     store = open_store(s3)
     store.put("in/images/0.png", IMAGES[0])
-    paths = ["images/0.png", f"{s3}/in/images/0.png", "gone.png", "../in/images/0.png", "s3://other/0.png", "/etc/passwd"]
+    inside = ["images/0.png", f"{s3}/in/images/0.png", "absent.png"]
+    paths = [*inside, "../in/images/0.png", "s3://other/0.png", "/etc/passwd"]
     write_parquet(tmp_path / "a.parquet", [{"image": path, "caption": "x"} for path in paths])
     store.put("in/a.parquet", tmp_path / "a.parquet")
     source = ParquetSource(SourceConfig(kind="parquet", path=f"{s3}/in"))
-    found = [sample for _, sample in rows_of(source)]
-    assert [sample.reason for sample in found] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE]
-    assert [sample.image for sample in found[:2]] == [IMAGES[0]] * 2
+    samples = [sample for _, sample in rows_of(source)]
+    assert [sample.reason for sample in samples] == ["", "", NO_IMAGE, OUTSIDE, OUTSIDE, OUTSIDE]
+    assert [sample.image for sample in samples[:2]] == [IMAGES[0]] * 2
     check_fetch(source)
 
 
 def test_parquet_without_the_image_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"caption": "x"}] * 5)
-    found = [sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))]
-    assert [sample.reason for sample in found] == [NO_COLUMN] * 5
+    samples = [
+        sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))
+    ]
+    assert [sample.reason for sample in samples] == [NO_COLUMN] * 5
 
 
 def test_parquet_with_text_that_is_not_utf8(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xff", b"fine"], pa.binary()).buffers())
-    pa.parquet.write_table(pa.table({"image": [IMAGES[0], IMAGES[1]], "caption": broken}), tmp_path / "a.parquet")
-    found = [sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))]
-    assert [sample.record["caption"] for sample in found] == [b"a\xff", "fine"]
+    pa.parquet.write_table(
+        pa.table({"image": [IMAGES[0], IMAGES[1]], "caption": broken}), tmp_path / "a.parquet"
+    )
+    samples = [
+        sample for _, sample in rows_of(ParquetSource(SourceConfig(kind="parquet", path=str(tmp_path))))
+    ]
+    assert [sample.record["caption"] for sample in samples] == [b"a\xff", "fine"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -132,19 +167,28 @@ def test_folder_with_metadata(store_uri, suffix):
     store = open_store(store_uri, create=True)
     for name in ("0.png", "sub/1.png", "unnamed.png"):
         store.put(name, IMAGES[0] if name == "0.png" else IMAGES[1])
-    rows = [("0.png", "zero"), ("sub/1.png", "one, with a comma"), ("gone.png", "two"), ("../x.png", "three"), ("", "four")]
+    rows = [
+        ("0.png", "zero"),
+        ("sub/1.png", "one, with a comma"),
+        ("absent.png", "two"),
+        ("../x.png", "three"),
+        ("", "four"),
+    ]
     if suffix == "csv":
         text = "file_name,caption\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows)
     else:
-        text = "".join(json.dumps({"file_name": name, "caption": caption}) + "\n" for name, caption in rows) + "{broken\n"
+        text = (
+            "".join(json.dumps({"file_name": name, "caption": caption}) + "\n" for name, caption in rows)
+            + "{broken\n"
+        )
     store.put(f"metadata.{suffix}", text.encode())
     source = FolderSource(SourceConfig(kind="folder", path=store_uri))
     assert source.files() == ["."]
-    found = [sample for _, sample in rows_of(source)]
+    samples = [sample for _, sample in rows_of(source)]
     reasons = ["", "", NO_IMAGE, OUTSIDE, NO_IMAGE] + ([BAD_LINE] if suffix == "jsonl" else []) + [""]
-    assert [sample.reason for sample in found] == reasons
-    assert [sample.record.get("caption") for sample in found[:2]] == ["zero", "one, with a comma"]
-    assert found[-1].key == "unnamed.png"
+    assert [sample.reason for sample in samples] == reasons
+    assert [sample.record.get("caption") for sample in samples[:2]] == ["zero", "one, with a comma"]
+    assert samples[-1].key == "unnamed.png"
     check_fetch(source)
 
 
@@ -160,22 +204,22 @@ def test_folder_with_texts(tmp_path):
 
 
 def test_mds(store_uri, tmp_path):
-    rows = [{"image": image, "caption": f"picture {n}", "extra": n} for n, image in enumerate(IMAGES)]
+    rows = [{"image": image, "caption": f"image {n}", "extra": n} for n, image in enumerate(IMAGES)]
     write_mds_folder(tmp_path / "written", rows, {"image": "bytes", "caption": "str", "extra": "int"})
     store = open_store(store_uri, create=True)
     for path in (tmp_path / "written").iterdir():
         store.put(f"in/{path.name}", path)
     source = MDSSource(SourceConfig(kind="mds", path=f"{store_uri}/in"))
     assert len(source.files()) > 1
-    found = [sample for _, sample in rows_of(source)]
-    assert [sample.image for sample in found] == IMAGES
-    assert [sample.record for sample in found] == [{"caption": f"picture {n}", "extra": n} for n in range(7)]
+    samples = [sample for _, sample in rows_of(source)]
+    assert [sample.image for sample in samples] == IMAGES
+    assert [sample.record for sample in samples] == [{"caption": f"image {n}", "extra": n} for n in range(7)]
     check_fetch(source)
     shard = f"in/{source.files()[-1]}"
     store.put(shard, store.read(shard)[:-100])
-    found = [sample for _, sample in rows_of(source)]
-    assert len(found) == 7
-    assert found[-1].reason == UNREADABLE
+    samples = [sample for _, sample in rows_of(source)]
+    assert len(samples) == 7
+    assert samples[-1].reason == UNREADABLE
 
 
 def test_openmoji():

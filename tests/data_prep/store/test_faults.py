@@ -1,4 +1,4 @@
-"""What networks and endpoints do to requests is survived, or a clear error: never wrong data."""
+"""Faults of networks and endpoints are survived or reported, and never give wrong data."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ GETS = ["503", "500", "reset", "stall", "short", "flip", "lose_answer"]
 
 @pytest.fixture
 def store(s3, proxy, monkeypatch):
-    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "12")  # a stall then counts as one after 1.2 s
+    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "12")  # a stall is then noticed after 1.2 s
     store = open_store(s3)
     yield store
     store.close()
@@ -38,7 +38,7 @@ def put(store, key, size):
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("do", GETS)
-def test_faults_on_the_way_down_are_survived(store, proxy, tmp_path, do, size):
+def test_faults_of_downloads_are_survived(store, proxy, tmp_path, do, size):
     data, file = put(store, "payload", size)
     for _ in range(2):
         proxy.faults = [Fault(do, "GET", "payload", times=2)]
@@ -52,7 +52,7 @@ def test_faults_on_the_way_down_are_survived(store, proxy, tmp_path, do, size):
         assert store.read("payload") == data
 
 
-def test_a_broken_download_goes_on_where_it_broke(store, proxy, tmp_path):
+def test_a_broken_download_resumes_where_it_broke(store, proxy, tmp_path):
     data, file = put(store, "payload", LARGE)
     proxy.faults = [Fault("reset", "GET", "payload", times=4)]
     proxy.requests.clear()
@@ -63,7 +63,7 @@ def test_a_broken_download_goes_on_where_it_broke(store, proxy, tmp_path):
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("do", ["503", "500", "409", "lose_answer", "flip_upload", "stall"])
-def test_faults_on_the_way_up_are_survived(store, proxy, tmp_path, do, size):
+def test_faults_of_uploads_are_survived(store, proxy, tmp_path, do, size):
     data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)
     assert store.put_new("probed", b"")
@@ -87,7 +87,8 @@ def test_faults_in_listings_are_survived(store, proxy, do):
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_ranged_reads_of_a_source_are_survived(store, proxy, size):
-    """Nothing vouches for a source's bytes but their number: a flipped one shows against the plan's hash of the image."""
+    """Only the number of a source's bytes is checked; a flipped byte is noticed by the plan's hash of the
+    image."""
     data, _ = put(store, "payload", size)
     for do in ("503", "500", "reset", "short", "lose_answer"):
         proxy.faults = [Fault(do, "GET", "payload", times=2)]
@@ -98,7 +99,8 @@ def test_ranged_reads_of_a_source_are_survived(store, proxy, size):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_storm_is_waited_out(s3, proxy, tmp_path, monkeypatch, seconds):
-    """Every request fails for `seconds`: at one minute with the ten minutes of retries of a real job."""
+    """Every request fails for `seconds`; the case of one minute has the ten minutes of retries of a real
+    job."""
     if seconds == 3:
         monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "12")
     else:
@@ -143,7 +145,7 @@ def test_retries_go_on_for_ten_minutes_unless_shortened(monkeypatch):
     assert sum(steps[:3]) < 8, "and begin short"
 
 
-def test_what_took_longer_than_the_retries_before_its_first_fault_is_tried_again(monkeypatch):
+def test_time_before_the_first_fault_does_not_count_against_the_retries(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -174,7 +176,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_object(store, proxy, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_refusal_is_not_tried_again(store, proxy):
+def test_a_refusal_is_not_retried(store, proxy):
     store.put("payload", b"x")
     proxy.faults = [Fault("403", path="payload")]
     began = time.monotonic()
@@ -235,8 +237,8 @@ def test_writers_that_race_without_conditional_puts_leave_one_whole_commit(store
     assert (tmp_path / "payload").read_bytes() == b"%d" % commit.counts["by"] * 1000
 
 
-class Weather(Fault):
-    """Any fault, on a share of all requests."""
+class RandomFaults(Fault):
+    """Random faults, for a share of all requests."""
 
     def __init__(self, seed, share):
         super().__init__("")
@@ -246,8 +248,10 @@ class Weather(Fault):
         if self.random.random() > self.share:
             return False
         uploads = ["503", "500", "lose_answer", "flip_upload"]
-        self.do = self.random.choice(uploads if method == "PUT" else ["503", "500", "reset", "short", "flip", "lose_answer"])
-        # Nothing vouches for the bytes of a listing but its being XML.
+        self.do = self.random.choice(
+            uploads if method == "PUT" else ["503", "500", "reset", "short", "flip", "lose_answer"]
+        )
+        # A flipped byte in a listing is only noticed if it breaks the XML.
         if "list-type" in path and self.do == "flip":
             self.do = "503"
         self.hits += 1
@@ -255,9 +259,9 @@ class Weather(Fault):
 
 
 @pytest.mark.timeout(120)
-def test_a_dataset_made_in_bad_weather_is_the_one_made_in_good(store, proxy, tmp_path):
+def test_a_dataset_made_under_faults_equals_one_made_without(store, proxy, tmp_path):
     buckets = {"64x64": [2, 1], "32x96": [1]}
-    proxy.faults = [Weather(7, 0.15)]
+    proxy.faults = [RandomFaults(7, 0.15)]
     make_all(store.sub("ds"), buckets)
     snapshot = take_snapshot(store.sub("ds"))
     assert proxy.faults[0].hits > 10

@@ -1,4 +1,4 @@
-"""A store keeps what it is given, whole or not at all, and lets one writer win; the same for a folder and for S3."""
+"""A store keeps objects completely or not at all and lets one writer win, in a folder as in S3."""
 
 import multiprocessing
 import os
@@ -44,10 +44,11 @@ def test_objects_round_trip(store, tmp_path):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
 @given(
-    st.sets(st.text("ab/", min_size=1, max_size=5).filter(lambda k: all(k.split("/"))), max_size=8), st.text("ab/", max_size=3)
+    st.sets(st.text("ab/", min_size=1, max_size=5).filter(lambda k: all(k.split("/"))), max_size=8),
+    st.text("ab/", max_size=3),
 )
 def test_listing_is_by_prefix_and_sorted(store, keys, prefix):
-    # A folder cannot hold both an object and objects below its name, which no layout of ours has.
+    # A folder cannot hold both an object and objects below its name; none of our layouts has that.
     keys = {key for key in keys if not any(other.startswith(key + "/") for other in keys)}
     if prefix.startswith("/") or "//" in prefix:
         return
@@ -55,7 +56,8 @@ def test_listing_is_by_prefix_and_sorted(store, keys, prefix):
     for key in keys:
         inner.put(key, b"x")
     assert list(inner.list(prefix)) == sorted(key for key in keys if key.startswith(prefix))
-    assert inner.folders("a/") == sorted({key.split("/")[1] for key in keys if key.startswith("a/") and key.count("/") > 1})
+    below_a = [key.split("/") for key in keys if key.startswith("a/")]
+    assert inner.folders("a/") == sorted({names[1] for names in below_a if len(names) > 2})
 
 
 def test_pages_of_a_long_listing_are_joined(store, monkeypatch):
@@ -76,8 +78,10 @@ def test_a_sub_store_sees_only_its_prefix(store):
     assert inner.uri == store.uri + "/one/two"
 
 
-@pytest.mark.parametrize("key", ["", "/a", "../a", "a/../b", "a//b", "a/", "a\\b", "a\0b", "a\nb", "./a", "x" * 300])
-def test_keys_cannot_lead_out(store, key):
+@pytest.mark.parametrize(
+    "key", ["", "/a", "../a", "a/../b", "a//b", "a/", "a\\b", "a\0b", "a\nb", "./a", "x" * 300]
+)
+def test_keys_cannot_lead_out_of_the_store(store, key):
     for use in (store.read, store.exists, store.delete, store.sub, store.local_path):
         with pytest.raises(UserError, match="key"):
             use(key)
@@ -100,7 +104,11 @@ def test_put_new_never_replaces(store):
 
 def test_one_of_many_threads_wins(store):
     wins = []
-    threads = [threading.Thread(target=lambda n=n: wins.append((store.put_new("race", b"%d" % n), n))) for n in range(16)]
+
+    def write(number):
+        wins.append((store.put_new("race", b"%d" % number), number))
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -114,7 +122,11 @@ def test_fetch_checks_size_and_hash_before_the_name_appears(store, tmp_path):
     store.put("payload", data)
     store.fetch(stored("payload", data), tmp_path / "deep" / "target")
     assert (tmp_path / "deep" / "target").read_bytes() == data
-    for wrong in (stored("payload", data[:-1]), stored("payload", data + b"x"), stored("payload", b"y" + data[1:])):
+    for wrong in (
+        stored("payload", data[:-1]),
+        stored("payload", data + b"x"),
+        stored("payload", b"y" + data[1:]),
+    ):
         with pytest.raises(StoreError, match="payload"):
             store.fetch(wrong, tmp_path / "deep" / "bad")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["target"]
@@ -139,7 +151,7 @@ def _read_often(store, number, wrong):
 
 @pytest.mark.timeout(60)
 def test_forked_children_do_not_share_connections(store):
-    """HTTP keep-alive connections that two processes use hand one the other's bytes."""
+    """With one keep-alive connection in two processes, a process would receive the other's bytes."""
     for number in range(4):
         store.put(f"k{number}", b"%d" % number * 1000)
     context = multiprocessing.get_context("fork")
