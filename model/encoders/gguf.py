@@ -1,9 +1,9 @@
 """LLMs in GGUF files: finding the file, reading it, and building a transformers model from it.
 
-transformers can read GGUF by itself (`gguf_file=`), but it walks the metadata one Python object per byte string, several
-times over: 13 s for SmolLM2-135M and 31 s for Gemma-3-270M on two cores, and the tokenizers that it builds for both cut
-words wrongly. Here the metadata is read once, in C-speed slices, only the blocks that are run are dequantised, and the
-tokenizer is built from the file's own vocabulary (`model/encoders/gguf_tokenizer.py`).
+transformers can read GGUF itself (`gguf_file=`), but it makes a Python object of each byte string of the metadata, several
+times. That takes 13 s for SmolLM2-135M and 31 s for Gemma-3-270M on two cores, and the tokenizers that it builds split the
+words of both models wrongly. Here the metadata is read once, arrays as NumPy views; only the blocks that are run are
+dequantized; and the tokenizer is built from the file's own vocabulary (`model/encoders/gguf_tokenizer.py`).
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -34,32 +34,35 @@ from model.common.files import atomic_path, cache_folder
 
 PACKAGE = "package:"
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-"""GGUF architecture -> transformers' model type; those whose every number is in the metadata."""
+"""GGUF architecture -> transformers' model type, for architectures whose metadata is complete."""
 _MAGIC = b"GGUF"
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""GGUF value type -> struct code; 8 is a string, 9 an array."""
+"""GGUF value type -> struct code, for numbers."""
 _STRING, _ARRAY = 8, 9
+_READ_BYTES = 1 << 22
+_DEQUANTIZE_VALUES = 1 << 16
+"""Values per row that gguf-py dequantizes; it loops over rows in Python, 16 at a time."""
 
 
 @dataclass(frozen=True)
 class _TensorInfo:
-    """Where a tensor lies in the file."""
+    """Type, shape and position of a tensor in the file."""
 
     shape: tuple[int, ...]
-    """Row-major: GGUF writes the fastest dimension first, this has it last."""
+    """Row-major: GGUF lists the fastest dimension first, here it is the last."""
     kind: GGMLQuantizationType
     offset: int
     bytes: int
 
 
 class GGUFFile:
-    """A GGUF file: its metadata, read at once, and its tensors, dequantised when asked for."""
+    """A GGUF file: its metadata, read when it is opened, and its tensors, dequantized on request."""
 
     def __init__(self, path: Path) -> None:
         """Read the header of `path`.
 
         Raises:
-            UserError: it is not a GGUF file of version 2 or 3, or it ends early.
+            UserError: if it is not a GGUF file of version 2 or 3, or it ends early.
         """
         self.path = path
         with path.open("rb") as file:
@@ -71,28 +74,35 @@ class GGUFFile:
 
     def _read_header(self) -> None:
         if self._bytes[:4] != _MAGIC:
-            raise UserError(f"{self.path}: not a GGUF file: give a `.gguf` file, a model folder or a hub name")
+            raise UserError(
+                f"{self.path}: not a GGUF file: give a `.gguf` file, a model folder or a hub name"
+            )
         version, tensors, entries = struct.unpack_from("<IQQ", self._bytes, 4)
         if version not in (2, 3):
             raise UserError(f"{self.path}: GGUF version {version} is not read here: convert it to version 3")
+
         self._at = 24
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string()
             self.metadata[key] = self._value(self._number("I"))
+
         self.tensors: dict[str, _TensorInfo] = {}
         for _ in range(tensors):
             name = self._string()
             sizes = [self._number("Q") for _ in range(self._number("I"))]
             kind = GGMLQuantizationType(self._number("I"))
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            count = int(np.prod(sizes))
-            self.tensors[name] = _TensorInfo(tuple(reversed(sizes)), kind, self._number("Q"), count // block * block_bytes)
+            size = int(np.prod(sizes)) // block * block_bytes
+            self.tensors[name] = _TensorInfo(tuple(reversed(sizes)), kind, self._number("Q"), size)
+
         alignment = self.metadata.get("general.alignment", 32)
         self._data_start = -(-self._at // alignment) * alignment
         end = max((self._data_start + info.offset + info.bytes for info in self.tensors.values()), default=0)
         if end > len(self._bytes):
-            raise UserError(f"{self.path}: the file ends early, {len(self._bytes)} bytes of {end}: download it again")
+            raise UserError(
+                f"{self.path}: the file ends early, {len(self._bytes)} bytes of {end}: download it again"
+            )
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._bytes, self._at)
@@ -109,6 +119,7 @@ class GGUFFile:
             return self._string()
         if kind != _ARRAY:
             return self._number(_NUMBERS[kind])
+
         kind, length = self._number("I"), self._number("Q")
         if kind in _NUMBERS:
             values = np.frombuffer(self._bytes, np.dtype("<" + _NUMBERS[kind]), length, self._at)
@@ -122,34 +133,48 @@ class GGUFFile:
         return self.metadata["general.architecture"]
 
     def tensor(self, name: str) -> Tensor:
-        """Dequantise one tensor to fp32."""
+        """Dequantize one tensor to fp32.
+
+        Raises:
+            KeyError: if the file has no such tensor.
+        """
         info = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, info.bytes, self._data_start + info.offset)
         if info.kind is GGMLQuantizationType.Q8_0:
             return _dequantize_q8_0(raw).reshape(info.shape)
         block, block_bytes = GGML_QUANT_SIZES[info.kind]
         blocks = info.bytes // block_bytes
-        # gguf-py works on 16 rows at a time in Python: rows of about 64k values instead of one matrix row each.
-        rows = next(rows for rows in range(max(1, blocks * block // 65536), 0, -1) if blocks % rows == 0)
+        # Rows of about 64k values, whatever the tensor's shape is, keep gguf-py's loop short.
+        most_rows = max(1, blocks * block // _DEQUANTIZE_VALUES)
+        rows = next(rows for rows in range(most_rows, 0, -1) if blocks % rows == 0)
         values = dequantize(raw.reshape(rows, -1), info.kind)
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
 
 
 def _dequantize_q8_0(raw: np.ndarray) -> Tensor:
-    """Blocks of an fp16 scale and 32 int8 values; written out because vocabulary tables are kept so, and large."""
+    """Dequantize blocks of an fp16 scale and 32 int8 values.
+
+    It is faster than gguf-py's, which matters because vocabulary tables are large and stored this way.
+    """
     blocks = torch.from_numpy(raw.reshape(-1, 34).copy())
     scales = blocks[:, :2].contiguous().view(torch.float16).float()
     return blocks[:, 2:].contiguous().view(torch.int8) * scales
 
 
 def find_gguf(llm: str) -> Path | None:
-    """The GGUF file that `llm` names: a `.gguf` path or `package:<python package>`; None if it names something else.
+    """Find the GGUF file that `llm` names.
 
-    A package either holds one `.gguf` file, or has its file in parts and says which (`chunk_paths()`, `MODEL_NAME`,
-    `EXPECTED_SHA256`); then the parts are put together in the cache folder, checked against the hash.
+    A package contains either one `.gguf` file, or its parts and a description of them (`chunk_paths()`, `MODEL_NAME`,
+    `EXPECTED_SHA256`). Parts are joined in the cache folder, and the hash is checked.
+
+    Args:
+        llm: a `.gguf` path or `package:<python package>`.
+
+    Returns:
+        The file's path; None if `llm` names something else.
 
     Raises:
-        UserError: no such file or package, or the package holds no GGUF file.
+        UserError: if the file or package does not exist, or the package does not have exactly one GGUF file.
     """
     if llm.startswith(PACKAGE):
         return _find_in_package(llm.removeprefix(PACKAGE))
@@ -164,18 +189,26 @@ def _find_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{PACKAGE}{name}: no such package: pip install {name.replace('_', '-')}")
-    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+
+    files = sorted(
+        file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
+    )
     if len(files) == 1:
         return files[0]
     if not files:
         package = importlib.import_module(name)
         if hasattr(package, "chunk_paths"):
             return _assemble(package.MODEL_NAME, package.chunk_paths(), package.EXPECTED_SHA256)
-    raise UserError(f"{PACKAGE}{name}: {len(files)} GGUF files in the package, not one: give the file's path instead")
+    raise UserError(
+        f"{PACKAGE}{name}: {len(files)} GGUF files in the package, not one: give the file's path instead"
+    )
 
 
 def _assemble(name: str, parts: list[Path], sha256: str) -> Path:
-    """Join `parts` under the cache folder, in a folder named by the hash; safe against other processes and crashes."""
+    """Join `parts` in the cache folder, unless they are there, and return the path.
+
+    Processes may do so at the same time. A file that was damaged later is written again.
+    """
     folder = cache_folder() / "models" / sha256[:16]
     target = folder / name
     if target.is_file() and file_sha256(target) == sha256:
@@ -188,7 +221,9 @@ def _assemble(name: str, parts: list[Path], sha256: str) -> Path:
             file.write(block)
             digest.update(block)
         if digest.hexdigest() != sha256:
-            raise UserError(f"{name}: its parts do not have the hash that their package states: reinstall the package")
+            raise UserError(
+                f"{name}: its parts do not have the hash that their package states: reinstall the package"
+            )
 
     return target
 
@@ -198,57 +233,76 @@ def _blocks(files: list[Path]) -> Iterator[bytes]:
         if not path.is_file():
             raise UserError(f"{path.name}: a part of the model is missing: reinstall its package")
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
+            while block := file.read(_READ_BYTES):
                 yield block
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def count_blocks(file: GGUFFile) -> int:
-    """Transformer blocks in the file."""
+    """Return the number of transformer blocks in the file."""
     return int(file.metadata[f"{file.architecture}.block_count"])
 
 
 def build_model(file: GGUFFile, blocks: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model (no LM head) with the first `blocks` blocks; only their weights are dequantised.
+    """Build the base model, without LM head, with the first `blocks` blocks.
+
+    Args:
+        file: the file.
+        blocks: number of blocks; only their weights are dequantized.
+        dtype: type of the weights.
+        device: where they are loaded.
 
     Raises:
-        UserError: an architecture that is not read here, rotary scaling that GGUF does not describe fully, or weights
+        UserError: if the architecture is not supported, its rotary scaling is not fully described by GGUF, or weights are
             missing from the file.
     """
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{file.path}: GGUF of {file.architecture!r} is not read here ({known} are): use its safetensors")
+        raise UserError(
+            f"{file.path}: GGUF of {file.architecture!r} is not supported ({known} are): use its safetensors"
+        )
     scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise UserError(f"{file.path}: scaled rotary embedding is not read from GGUF: use the model's safetensors")
+        raise UserError(
+            f"{file.path}: scaled rotary embedding is not read from GGUF: use the model's safetensors"
+        )
+
     settings = _settings(file) | {"num_hidden_layers": blocks}
     with init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(AutoConfig.for_model(ARCHITECTURES[file.architecture], **settings))
-    names = TensorNameMap(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture), blocks)
+
+    # Weights have other names in GGUF, and for some architectures another layout, which `processor` undoes.
+    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = TensorNameMap(architecture, blocks)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=settings)
     state: dict[str, Tensor] = {}
-    for ours in model.state_dict():
-        module, _, leaf = ours.rpartition(".")
-        theirs = f"{names.get_name('model.' + module)}.{leaf}"
-        if theirs not in file.tensors:
-            raise UserError(f"{file.path}: no tensor for {ours} ({theirs}): the file does not hold a whole model")
-        weights = processor.process(weights=file.tensor(theirs).numpy(), name=theirs).weights
-        state[ours] = torch.from_numpy(np.ascontiguousarray(weights)).to(device, dtype)
+    for parameter in model.state_dict():
+        module, _, leaf = parameter.rpartition(".")
+        tensor = f"{names.get_name('model.' + module)}.{leaf}"
+        if tensor not in file.tensors:
+            raise UserError(
+                f"{file.path}: no tensor for {parameter} ({tensor}): the file does not contain a whole model"
+            )
+        weights = processor.process(weights=file.tensor(tensor).numpy(), name=tensor).weights
+        state[parameter] = torch.from_numpy(np.ascontiguousarray(weights)).to(device, dtype)
+
     model.load_state_dict(state, assign=True)
     return model.to(device)
 
 
 def _settings(file: GGUFFile) -> dict[str, Any]:
-    """Metadata -> arguments of the transformers config."""
-    prefix = file.architecture + "."
+    """Return the arguments of the transformers config that the metadata gives."""
     names = GGUF_CONFIG_MAPPING[file.architecture]
-    found = {names[key.removeprefix(prefix)]: value for key, value in file.metadata.items() if key.removeprefix(prefix) in names}
-    settings = {key: value for key, value in found.items() if key and key != -1}
+    settings: dict[str, Any] = {}
+    for key, value in file.metadata.items():
+        name = names.get(key.removeprefix(file.architecture + "."))
+        if name and name != -1:  # None or -1 marks what transformers ignores
+            settings[name] = value
     settings["vocab_size"] = len(file.metadata["tokenizer.ggml.tokens"])
     settings["pad_token_id"] = None
     return settings

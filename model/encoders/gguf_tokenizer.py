@@ -1,9 +1,9 @@
 """The tokenizer inside a GGUF file, built from its own vocabulary, scores and merges.
 
-Two kinds exist: byte-level BPE with explicit merges (`gpt2`) and SentencePiece BPE (`llama`), which has no list of
-merges: any two neighbouring pieces that together are a known piece may merge, the one with the best score first. So
-every split of a piece into two known pieces is a merge, ordered by the piece's score. (Read as a Unigram model, as
-transformers 4.57 does for Gemma, the same vocabulary cuts words to letters.)
+There are two kinds: byte-level BPE with explicit merges (`gpt2`), and SentencePiece BPE (`llama`) without a list of merges.
+In the latter, two neighboring pieces may merge if together they are a known piece; the piece with the best score is merged
+first. So every split of a piece into two known pieces is a merge, ordered by the piece's score. (transformers 4.57 reads
+Gemma's vocabulary as a Unigram model, which splits words into letters.)
 """
 
 import numpy as np
@@ -23,10 +23,10 @@ _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 
 
 def build_tokenizer(file: GGUFFile) -> Tokenizer:
-    """Build the tokenizer of a GGUF file; it adds a beginning-of-sequence token where the file says so.
+    """Build the tokenizer of a GGUF file; it adds a beginning-of-sequence token if the file says so.
 
     Raises:
-        UserError: a kind of tokenizer or of pre-tokenisation that is not known here.
+        UserError: if the kind of tokenizer or of pre-tokenization is not supported.
     """
     kind = file.metadata["tokenizer.ggml.model"]
     if kind == "gpt2":
@@ -34,12 +34,17 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     elif kind == "llama":
         tokenizer = _sentencepiece(file)
     else:
-        raise UserError(f"{file.path}: tokenizer of kind {kind!r} is not read from GGUF: use the model's folder or hub name")
+        raise UserError(
+            f"{file.path}: tokenizer of kind {kind!r} is not read from GGUF: use the model's folder or hub name"
+        )
     _add_special_tokens(tokenizer, file)
+
     if file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         number = int(file.metadata["tokenizer.ggml.bos_token_id"])
         name = file.metadata["tokenizer.ggml.tokens"][number]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{name}:0 $A:0", special_tokens=[(name, number)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{name}:0 $A:0", special_tokens=[(name, number)]
+        )
     return tokenizer
 
 
@@ -48,10 +53,14 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata["tokenizer.ggml.merges"]]
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
+
     if name in ("gpt-2", "default"):
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     elif name == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        steps = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     elif name in ("llama-bpe", "qwen2"):
         pattern = Regex(_LLAMA3 if name == "llama-bpe" else _QWEN2)
         steps = [
@@ -59,7 +68,10 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     else:
-        raise UserError(f"{file.path}: pre-tokenisation {name!r} is not read from GGUF: use the model's folder or hub name")
+        raise UserError(
+            f"{file.path}: pre-tokenization {name!r} is not read from GGUF: use the model's folder or hub name"
+        )
+
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
     if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
@@ -71,8 +83,11 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = tokens[int(file.metadata["tokenizer.ggml.unknown_token_id"])]
-    model = models.BPE(vocabulary, merges_from_scores(file), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocabulary, merges_from_scores(file), unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
+
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(_SPACE))
@@ -84,14 +99,15 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
 
 
 def merges_from_scores(file: GGUFFile) -> list[tuple[str, str]]:
-    """Every split of a piece into two known pieces, best score first.
+    """Return every split of a piece into two known pieces, best score first.
 
-    Control, byte and user-defined tokens neither merge nor come out of a merge.
+    Control, byte and user-defined tokens are neither merged nor the result of a merge.
     """
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     types: np.ndarray = file.metadata["tokenizer.ggml.token_type"]
     scores: np.ndarray = file.metadata["tokenizer.ggml.scores"]
     known = {tokens[number]: number for number in np.flatnonzero(types == NORMAL).tolist()}
+
     merges: list[tuple[str, str]] = []
     order = np.argsort(-scores, kind="stable")
     for number in order[types[order] == NORMAL].tolist():
@@ -104,10 +120,13 @@ def merges_from_scores(file: GGUFFile) -> list[tuple[str, str]]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GGUFFile) -> None:
-    """Control tokens are special (a caption that spells one out is read as plain text); user-defined ones are words."""
+    """Add control tokens as special ones, which captions cannot spell out, and user-defined tokens as words."""
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     types: np.ndarray = file.metadata["tokenizer.ggml.token_type"]
     special = np.flatnonzero((types == CONTROL) | (types == UNKNOWN)).tolist()
-    tokenizer.add_special_tokens([AddedToken(tokens[number], normalized=False, special=True) for number in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(tokens[number], normalized=False, special=True) for number in special]
+    )
+
     words = np.flatnonzero(types == USER_DEFINED).tolist()
     tokenizer.add_tokens([AddedToken(tokens[number], normalized=False) for number in words])
