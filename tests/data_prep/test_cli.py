@@ -18,7 +18,11 @@ SHIPPED = sorted((Path(__file__).parent.parent.parent / "data_prep/datasets").gl
 
 @pytest.fixture
 def settings(tmp_path):
-    write_tar(tmp_path / "in", "a.tar", [m for n in range(5) for m in sample_members(str(n), png(n), {"caption": f"c{n}"})])
+    write_tar(
+        tmp_path / "in",
+        "a.tar",
+        [m for n in range(5) for m in sample_members(str(n), png(n), {"caption": f"c{n}"})],
+    )
     path = tmp_path / "dataset.yaml"
     path.write_text(
         f"name: ds\nstore: {tmp_path}/store\nworkers: 0\npart_rows: 2\nimage_format: png\n"
@@ -46,15 +50,26 @@ def test_plan_pairs_report_verify_gc(settings, tmp_path, capsys):
     assert (tmp_path / "r.html").exists()
 
 
-def test_a_plan_says_what_the_text_will_cost(settings, tmp_path, capsys):
-    """5 captions of 2 letters and a suffix of 5: 1.75 tokens of 48 values and a scale each; 5 blocks of 4 w^2 + 3 w f weights."""
+def test_a_plan_estimates_the_cost_of_the_text(settings, tmp_path, capsys):
+    """5 captions of 2 letters and a suffix of 5: 1.75 tokens of 48 values and a scale each; 5 blocks of 4 w^2
+    + 3 w f weights."""
     tiny_llm.make(tmp_path / "llm", tiny_llm.llama)
-    entries = [f"{{name: one, llm: {tmp_path}/llm, suffix: <end>}}", f"{{name: half, llm: {tmp_path}/llm, quantisation: bf16}}"]
-    main(["plan", settings, f"text=[{','.join(entries)}, {{name: away, llm: org/model}}]", "--gpu-tflops", "2"])
+    entries = [
+        f"{{name: one, llm: {tmp_path}/llm, suffix: <end>}}",
+        f"{{name: half, llm: {tmp_path}/llm, quantisation: bf16}}",
+    ]
+    main(
+        ["plan", settings, f"text=[{','.join(entries)}, {{name: away, llm: org/model}}]", "--gpu-tflops", "2"]
+    )
     lines = capsys.readouterr().out.splitlines()
-    one, half, away = (next(line for line in lines if f"text family {name}:" in line) for name in ("one", "half", "away"))
+    one, half, away = (
+        next(line for line in lines if f"text family {name}:" in line) for name in ("one", "half", "away")
+    )
     tokens, weights = (2 + 5) / 4, 5 * (4 * 48 * 48 + 3 * 48 * 64)
-    assert f"{tokens * 52 / 1e3:,.1f} kB per caption (2 tokens x 48, int8), {5 * tokens * 52 / 1e12:.3g} TB in all" in one
+    assert (
+        f"{tokens * 52 / 1e3:,.1f} kB per caption (2 tokens x 48, int8), {5 * tokens * 52 / 1e12:.3g} TB in all"
+        in one
+    )
     assert f"{2 * 5 * tokens * weights / 2e12 / 3600:.3g} GPU-hours at 2 TFLOP/s" in one
     assert f"{0.5 * 96 / 1e3:,.1f} kB per caption (0 tokens x 48, bf16)" in half
     assert "no estimate" in away
@@ -75,7 +90,9 @@ def test_errors_are_one_line_with_a_way_out(settings, capsys, tmp_path):
     assert "part_row" in failed(capsys, "plan", settings, "part_row=3")
     assert "not understood" in failed(capsys, "plan", settings, "--wrong")
     assert "no such filter" in failed(capsys, "plan", settings, "filters=[{name: tall}]")
-    assert "no pairs left of 5 rows read" in failed(capsys, "plan", settings, "filters=[{name: min_side, value: 999}]")
+    assert "no pairs left of 5 rows read" in failed(
+        capsys, "plan", settings, "filters=[{name: min_side, value: 999}]"
+    )
     assert "no plan yet" in failed(capsys, "pairs", settings)
     main(["plan", settings])
     assert "`seed` was 0, is 1" in failed(capsys, "pairs", settings, "seed=1")
@@ -83,7 +100,7 @@ def test_errors_are_one_line_with_a_way_out(settings, capsys, tmp_path):
     assert "no latents family other" in failed(capsys, "latents", settings, "--family", "other")
 
 
-def test_overrides_stand_anywhere():
+def test_overrides_can_be_anywhere():
     arguments = parse(["pairs", "x.yaml", "seed=1", "--task", "1/4", "workers=3"])
     assert arguments.overrides == ["seed=1", "workers=3"]
     assert arguments.task == Share(1, 4)
@@ -94,10 +111,12 @@ def test_shipped_datasets_are_sound(path):
     config = load_dataset(path, [])
     Filters(config.filters)
     assert make_buckets(config.buckets)
-    assert len({family.name for family in [*config.latents, *config.text]}) == len(config.latents) + len(config.text)
+    assert len({family.name for family in [*config.latents, *config.text]}) == len(config.latents) + len(
+        config.text
+    )
 
 
-def test_plan_and_pairs_do_without_torch(settings):
+def test_plan_and_pairs_do_not_import_torch(settings):
     code = "import sys, data_prep.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 

@@ -14,16 +14,20 @@ from tests.helpers.raw_material import ALONE, config_of, png, sample_members, wr
 @pytest.fixture
 def config(tmp_path):
     members = [
-        m for n in range(12) for m in sample_members(str(n), png(n), {"caption": ["<b>fox</b> & co", f"c{n}"], "score": n})
+        m
+        for n in range(12)
+        for m in sample_members(str(n), png(n), {"caption": ["<b>fox</b> & co", f"c{n}"], "score": n})
     ]
     write_tar(
-        tmp_path / "in", "a.tar", [*members, *sample_members("again", png(3), {"caption": "x", "score": 9}), ("bad.png", b"?")]
+        tmp_path / "in",
+        "a.tar",
+        [*members, *sample_members("again", png(3), {"caption": "x", "score": 9}), ("bad.png", b"?")],
     )
     filters = [FilterConfig("min_value", 4, "score"), FilterConfig("caption_without", ["c7"])]
     return config_of(tmp_path, ("webdataset", tmp_path / "in"), filters=filters, dedupe=DedupeConfig(True, 2))
 
 
-def test_the_page_shows_counts_pictures_and_reasons(config, tmp_path):
+def test_the_page_shows_counts_images_and_reasons(config, tmp_path):
     dataset = open_store(config.store, create=True).sub("ds")
     run_plan(config, dataset, ALONE)
     run_pairs(config, dataset, ALONE)
@@ -39,12 +43,14 @@ def test_the_page_shows_counts_pictures_and_reasons(config, tmp_path):
     ):
         assert text in words
     assert "&lt;b&gt;fox&lt;/b&gt; &amp; co" in page
-    assert page.count('<img src="data:image/jpeg;base64,') == 4 + 4  # of the first part, and of the filter's reason
+    assert (
+        page.count('<img src="data:image/jpeg;base64,') == 4 + 4
+    )  # the first part's, and those that the filter dropped
     assert "caption_without: c7 1" in words
     assert "not made yet" in words
 
 
-def test_the_page_of_a_job_that_still_runs(config, tmp_path):
+def test_the_page_of_an_unfinished_job(config, tmp_path):
     dataset = open_store(config.store, create=True).sub("ds")
     run_plan(config, dataset, ALONE)
     run_pairs(config, dataset, Share(1, 3))

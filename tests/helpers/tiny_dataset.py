@@ -1,4 +1,4 @@
-"""A dataset and a stage of the smallest size, for tests that run the real programs one after the other."""
+"""A dataset and a stage of minimum size, for tests that run the real programs one after the other."""
 
 from model.encoders.vae import small_vae
 from tests.helpers import tiny_llm
@@ -30,7 +30,10 @@ log: {{tensorboard: false, every_steps: 1}}
 
 
 def write_dataset(folder, source, kind, families=None):
-    """`set.yaml` in `folder`: captions of `kind` from `source`, read by random LLMs (name -> their builder and settings)."""
+    """Write `set.yaml` to `folder`: captions of `kind` from `source`, encoded by random LLMs.
+
+    `families` maps names to the builder and the settings of their LLM.
+    """
     text = []
     for name, (build, settings) in (families or {"tiny": (tiny_llm.llama, CAUSAL)}).items():
         llm = folder / build.__name__
@@ -44,7 +47,7 @@ def write_dataset(folder, source, kind, families=None):
 
 
 def write_stage(folder, name, family="tiny", **settings):
-    """`NAME.yaml` in `folder`, which trains on that dataset."""
+    """Write `NAME.yaml` to `folder`, a stage that trains on that dataset."""
     path = folder / f"{name}.yaml"
     more = "".join(f"{key}: {value}\n" for key, value in settings.items())
     path.write_text(STAGE.format(here=folder, families=family) + more)

@@ -11,8 +11,10 @@ from model.common.errors import UserError
 
 configs = st.builds(
     lambda step, times, aspect: BucketConfig(resolution=step * times, step=step, max_aspect=aspect),
-    st.sampled_from([8, 16, 32, 64]), st.integers(1, 32), st.floats(1, 4),
-)  # fmt: skip
+    st.sampled_from([8, 16, 32, 64]),
+    st.integers(1, 32),
+    st.floats(1, 4),
+)
 sides = st.integers(1, 5000)
 
 
@@ -32,30 +34,32 @@ def test_buckets_have_equal_area_and_come_in_mirrored_pairs(config):
 @given(configs, sides, sides, st.floats(0.5, 4), st.floats(0, 1))
 def test_the_nearest_aspect_is_chosen_and_limits_are_kept(config, height, width, max_upscale, max_crop):
     buckets = make_buckets(config)
-    found = assign(buckets, height, width, max_upscale, max_crop)
+    assigned = assign(buckets, height, width, max_upscale, max_crop)
     distances = {bucket: abs(math.log(bucket.height / bucket.width * width / height)) for bucket in buckets}
     nearest = min(distances, key=lambda b: (distances[b], b.height, b.width))
     scale = max(nearest.height / height, nearest.width / width)
     lost = 1 - nearest.height * nearest.width / (height * width * scale**2)
-    if isinstance(found, Bucket):
-        assert distances[found] == pytest.approx(min(distances.values()), abs=1e-9)
+    if isinstance(assigned, Bucket):
+        assert distances[assigned] == pytest.approx(min(distances.values()), abs=1e-9)
         assert scale <= max_upscale * (1 + 1e-9)
         assert lost <= max_crop + 1e-9
     else:
-        assert found == TOO_SMALL or lost > max_crop - 1e-9
-        assert found == TOO_CROPPED or scale > max_upscale * (1 - 1e-9)
+        assert assigned == TOO_SMALL or lost > max_crop - 1e-9
+        assert assigned == TOO_CROPPED or scale > max_upscale * (1 - 1e-9)
 
 
 @given(configs, sides, sides)
 def test_turning_the_image_turns_the_bucket(config, height, width):
     buckets = make_buckets(config)
-    one, other = assign(buckets, height, width, math.inf), assign(buckets, width, height, math.inf)
-    assert isinstance(one, Bucket)
-    assert isinstance(other, Bucket)
-    assert sorted((one.height, one.width)) == sorted((other.height, other.width))
+    bucket, turned = assign(buckets, height, width, math.inf), assign(buckets, width, height, math.inf)
+    assert isinstance(bucket, Bucket)
+    assert isinstance(turned, Bucket)
+    assert sorted((bucket.height, bucket.width)) == sorted((turned.height, turned.width))
 
 
-@pytest.mark.parametrize("config", [BucketConfig(resolution=100, step=32), BucketConfig(max_aspect=0.5), BucketConfig(step=0)])
+@pytest.mark.parametrize(
+    "config", [BucketConfig(resolution=100, step=32), BucketConfig(max_aspect=0.5), BucketConfig(step=0)]
+)
 def test_impossible_settings_are_refused(config):
     with pytest.raises(UserError, match=r"buckets\."):
         make_buckets(config)
