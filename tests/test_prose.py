@@ -20,7 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model", "data_prep", "pipeline", "benchmarks")
 MARKDOWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
-DATA = {"benchmarks/captions.py", "data_prep/scenes/captions.py", "pipeline/following/natural_prompts.py"}
+DATA = {
+    "benchmarks/captions.py",
+    "data_prep/scenes/captions.py",
+    "data_prep/scenes/grammar.py",
+    "data_prep/scenes/rendering.py",
+    "pipeline/following/natural_prompts.py",
+}
 """Files whose string literals are captions and not prose of ours."""
 
 UNITS = (

@@ -66,10 +66,8 @@ def test_a_plan_estimates_the_cost_of_the_text(settings, tmp_path, capsys):
         next(line for line in lines if f"text family {name}:" in line) for name in ("one", "half", "away")
     )
     tokens, weights = (2 + 5) / 4, 5 * (4 * 48 * 48 + 3 * 48 * 64)
-    assert (
-        f"{tokens * 52 / 1e3:,.1f} kB per caption (2 tokens x 48, int8), {5 * tokens * 52 / 1e12:.3g} TB in all"
-        in one
-    )
+    per_caption = f"{tokens * 52 / 1e3:,.1f} kB per caption (2 tokens x 48, int8)"
+    assert f"{per_caption}, {5 * tokens * 52 / 1e12:.3g} TB in all" in one
     assert f"{2 * 5 * tokens * weights / 2e12 / 3600:.3g} GPU-hours at 2 TFLOP/s" in one
     assert f"{0.5 * 96 / 1e3:,.1f} kB per caption (0 tokens x 48, bf16)" in half
     assert "no estimate" in away
