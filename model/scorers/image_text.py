@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers as a judge of pictures: VQAScore, and answers in words."""
+"""Image-text-to-text models of transformers: VQAScore, and answers in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +16,15 @@ ANSWER_TOKENS = 5
 
 
 def load_vqa(files: ScorerFiles, device: torch.device, side: int | None) -> "BlipVQA | ImageTextModel":
-    """The VQA model of a folder: BLIP in fp32, others in bf16 on a GPU.
+    """Load the VQA model of a folder: BLIP in fp32, others in bf16 on a GPU.
 
     Args:
-        files: where it is.
+        files: the scorer's folder.
         device: where it runs.
-        side: size of the pictures that BLIP sees.
+        side: size of the images for BLIP.
 
     Raises:
-        UserError: the folder holds another kind of model.
+        UserError: if the folder contains another kind of model.
     """
     if load_pretrained(AutoConfig, files).model_type == "blip":
         return BlipVQA(files, device, side)
@@ -32,13 +32,18 @@ def load_vqa(files: ScorerFiles, device: torch.device, side: int | None) -> "Bli
 
 
 class ImageTextModel:
-    """Answers questions about a picture: InstructBLIP-FlanT5, LLaVA, Qwen-VL and the like, by their own chat templates."""
+    """Answers questions about an image: InstructBLIP-FlanT5, LLaVA, Qwen-VL and others, with their own chat templates."""
 
     def __init__(self, files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> None:
-        """Load it.
+        """Load the model.
+
+        Args:
+            files: the scorer's folder.
+            device: where it runs.
+            dtype: type of its weights.
 
         Raises:
-            UserError: the folder holds another kind of model, or a decoder without a chat template.
+            UserError: if the folder contains another kind of model, or a decoder without a chat template.
         """
         self.processor: Any = load_pretrained(AutoProcessor, files)
         self.model: Any = load_model(AutoModelForImageTextToText, files, device, dtype)
@@ -46,30 +51,46 @@ class ImageTextModel:
         self.encodes = bool(self.model.config.get_text_config().is_encoder_decoder)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if not (self.encodes or self.chats):
-            raise UserError(f"{files.folder}: its processor has no chat template: take an instruction-tuned model")
-        self.identity = {**files.identity, "dtype": str(dtype).removeprefix("torch."), "chat_template": self.chats}
+            raise UserError(
+                f"{files.folder}: its processor has no chat template: take an instruction-tuned model"
+            )
+        self.identity = {
+            **files.identity,
+            "dtype": str(dtype).removeprefix("torch."),
+            "chat_template": self.chats,
+        }
 
     def likelihood(self, image: Image.Image, question: str, answer: str) -> float:
-        """VQAScore: geometric mean of the probabilities of the answer's tokens, for an encoder-decoder with its end token."""
+        """Return the VQAScore (Lin et al., 2024): the geometric mean of the probabilities of the answer's tokens.
+
+        For an encoder-decoder, its end token is included.
+        """
         wanted = self._tokens(answer)
         if self.encodes:
             wanted = [*wanted, self.tokenizer.eos_token_id]
-        return mean_probability(self._logits(image, question, wanted), wanted)
+        return mean_probability(self.logits(image, question, wanted), wanted)
 
     def yes(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
-        """P(Yes) / (P(Yes) + P(No)) of the answer's first token, per question."""
+        """Return P(Yes) / (P(Yes) + P(No)) of the answer's first token for each question."""
         words = [self._tokens(word)[0] for word in ("Yes", "No")]
-        return [float(self._logits(image, each, words[:1])[0, words].double().softmax(0)[0]) for each in questions]
+        probabilities: list[float] = []
+        for question in questions:
+            logits = self.logits(image, question, words[:1])[0, words]
+            probabilities.append(float(logits.double().softmax(0)[0]))
+        return probabilities
 
     @torch.no_grad()
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """The answers in words, greedily; lower case, without a full stop."""
+        """Return the answers in words, decoded greedily: lower case, without a period."""
         answers: list[str] = []
         for question in questions:
             inputs = self._inputs(image, question)
             tokens = self.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            # A decoder repeats the prompt.
             new = tokens if self.encodes else tokens[:, inputs["input_ids"].shape[1] :]
-            answers.append(self.tokenizer.decode(new[0], skip_special_tokens=True).strip().rstrip(".").lower())
+            answers.append(
+                self.tokenizer.decode(new[0], skip_special_tokens=True).strip().rstrip(".").lower()
+            )
         return answers
 
     def _tokens(self, text: str) -> list[int]:
@@ -79,16 +100,30 @@ class ImageTextModel:
         text = question
         if self.chats:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=image, text=text, return_tensors="pt").to(self.model.device, self.model.dtype)
+            messages = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return self.processor(images=image, text=text, return_tensors="pt").to(
+            self.model.device, self.model.dtype
+        )
 
     @torch.no_grad()
-    def _logits(self, image: Image.Image, question: str, answer: Sequence[int]) -> Tensor:
-        """Logits [len(answer), V] of each of the answer's tokens after the ones before it."""
+    def logits(self, image: Image.Image, question: str, answer: Sequence[int]) -> Tensor:
+        """Return the logits of an answer's tokens, each predicted from the tokens before it.
+
+        Args:
+            image: the image.
+            question: the question.
+            answer: token ids.
+
+        Returns:
+            [len(answer), V].
+        """
         inputs = self._inputs(image, question)
         wanted = torch.tensor([list(answer)], device=self.model.device)
         if self.encodes:
             return self.model(**inputs, labels=wanted).logits[0]
+
+        # A decoder reads prompt and answer as one sequence; the logits of a token are at the position before it.
         length = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], wanted], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
 
 
 class Inception:
-    """Features of pictures."""
+    """Computes features of images."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         """Load torch-fidelity's network in fp32.
@@ -26,7 +26,7 @@ class Inception:
             device: where it runs.
 
         Raises:
-            UserError: torch-fidelity is not installed, or the file is missing or holds something else.
+            UserError: if torch-fidelity is not installed, or the file is missing or contains something else.
         """
         try:
             import torch_fidelity  # pyright: ignore[reportMissingImports]
@@ -34,14 +34,23 @@ class Inception:
                 FeatureExtractorInceptionV3,
             )
         except ImportError as error:
-            raise UserError("FID needs torch-fidelity: pip install -c constraints.txt -e '.[eval]'") from error
+            raise UserError(
+                "FID needs torch-fidelity: pip install -c constraints.txt -e '.[eval]'"
+            ) from error
+
         weights = _read(path)
-        with tempfile.NamedTemporaryFile(suffix=".pth") as copy:  # torch-fidelity unpickles what it opens: only what we wrote
+        # torch-fidelity unpickles the file that it opens, so it gets one that was written here.
+        with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
             torch.save(weights, copy.name)
             try:
-                self.network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], copy.name).to(device)
+                self.network: Any = FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048"], copy.name
+                ).to(device)
             except RuntimeError as error:
-                raise UserError(f"--inception {path}: not torch-fidelity's Inception: {str(error).splitlines()[0]}") from error
+                raise UserError(
+                    f"--inception {path}: not torch-fidelity's Inception: {first_line(error)}"
+                ) from error
+
         self.device = device
         self.identity = {
             "name": "inception-v3-compat",
@@ -52,17 +61,25 @@ class Inception:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """fp32 [B, 2048] of pictures of any sizes; each is resized to 299 x 299 as TensorFlow 1 did."""
-        pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] for image in images]
-        return torch.cat([self.network(each.to(self.device))[0] for each in pixels])
+        """Return features fp32 [B, 2048] of images of any sizes.
+
+        Each image is resized to 299 x 299 as in TensorFlow 1.
+        """
+        features: list[Tensor] = []
+        for image in images:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+            features.append(self.network(pixels.to(self.device))[0])
+        return torch.cat(features)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"--inception {path}: no such file: give torch-fidelity's Inception weights, .pth or .safetensors")
+        raise UserError(
+            f"--inception {path}: no such file: give torch-fidelity's Inception weights, .pth or .safetensors"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"--inception {path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--inception {path}: cannot be read: {first_line(error)}") from error

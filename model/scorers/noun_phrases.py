@@ -1,4 +1,4 @@
-"""Words and noun phrases of a prompt, by spaCy, as T2I-CompBench asks for them."""
+"""Words and noun phrases of a prompt by spaCy, from which T2I-CompBench makes its questions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ class Parsed:
     """A prompt's grammar."""
 
     words: tuple[tuple[str, str], ...]
-    """(text, part of speech) of each token, parts as in Universal Dependencies: NOUN, ADJ, PROPN, ..."""
+    """(text, part of speech) of each token, with the parts of Universal Dependencies: NOUN, ADJ, PROPN, ..."""
     chunks: tuple[str, ...]
     """Noun chunks in order."""
 
@@ -20,22 +20,28 @@ class NounPhrases:
     """A spaCy pipeline."""
 
     def __init__(self, name: str) -> None:
-        """Load it.
+        """Load the pipeline.
 
         Args:
             name: an installed pipeline such as `en_core_web_sm`, or its folder.
 
         Raises:
-            UserError: spaCy or the pipeline is not there.
+            UserError: if spaCy or the pipeline is not installed.
         """
         try:
             import spacy  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError("T2I-CompBench needs spaCy: pip install -c constraints.txt -e '.[eval]'") from error
+            raise UserError(
+                "T2I-CompBench needs spaCy: pip install -c constraints.txt -e '.[eval]'"
+            ) from error
+
         try:
             self.pipeline: Any = spacy.load(name)
         except (OSError, ValueError) as error:
-            raise UserError(f"--phrases {name}: no such spaCy pipeline: install en_core_web_sm or give its folder") from error
+            raise UserError(
+                f"--phrases {name}: no such spaCy pipeline: install en_core_web_sm or give its folder"
+            ) from error
+
         meta = self.pipeline.meta
         self.identity = {
             "name": f"{meta['lang']}_{meta['name']}",
@@ -44,6 +50,7 @@ class NounPhrases:
         }
 
     def parse(self, prompt: str) -> Parsed:
-        """The prompt's words and noun chunks."""
+        """Return the prompt's words and noun chunks."""
         document = self.pipeline(prompt)
-        return Parsed(tuple((word.text, word.pos_) for word in document), tuple(str(chunk) for chunk in document.noun_chunks))
+        words = tuple((word.text, word.pos_) for word in document)
+        return Parsed(words, tuple(str(chunk) for chunk in document.noun_chunks))

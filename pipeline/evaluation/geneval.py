@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from model.common.errors import UserError
-from model.scorers.detectors import Found
+from model.scorers.detectors import Detection
 from pipeline.evaluation.common import Answer, Bench, BenchImage, Judges, Plan, Scores, iou, mean, read_text
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -98,7 +98,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     # a detector with fixed classes knows some of them under other names
     closed = judges.detector.identity.get("kind") == "mask2former"
     names_of_labels: dict[str, str] = {COCO_NAMES.get(name, name) if closed else name: name for name in names}
-    detections: dict[str, list[Found]] = {name: [] for name in names}
+    detections: dict[str, list[Detection]] = {name: [] for name in names}
     for detection in judges.detector.detect(image, list(names_of_labels), FLOOR):
         detections[names_of_labels[detection.label]].append(detection)
 
@@ -113,7 +113,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     return {"objects": objects}
 
 
-def _colors(judges: Judges, name: str, detections: Sequence[Found], image: Image.Image) -> list[str]:
+def _colors(judges: Judges, name: str, detections: Sequence[Detection], image: Image.Image) -> list[str]:
     """Return the color that CLIP sees in each detected object."""
     classes: list[list[str]] = []
     for color in COLORS:
@@ -122,7 +122,7 @@ def _colors(judges: Judges, name: str, detections: Sequence[Found], image: Image
     return [COLORS[index] for index in judges.clip.classify(crops, classes)]
 
 
-def _crop(image: Image.Image, detection: Found) -> Image.Image:
+def _crop(image: Image.Image, detection: Detection) -> Image.Image:
     if detection.mask is not None:
         background = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, background, Image.fromarray(detection.mask))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from model.scorers.detectors import Found
+from model.scorers.detectors import Detection
 from model.scorers.noun_phrases import Parsed
 from pipeline.evaluation.geneval import COLORS
 from tests.helpers.tiny_sampler import make_network, make_stage
@@ -163,15 +163,15 @@ class Judges:
         shown = self.showing = self.read(image)
         if shown is None:  # each class is there or not, on either side
             there = [name for name in classes if guess(image, name) < 0.5]
-            return [Found(name, 0.95, SLOTS["left" if guess(image, name, "where") < 0.5 else "right"]) for name in there]
+            return [Detection(name, 0.95, SLOTS["left" if guess(image, name, "where") < 0.5 else "right"]) for name in there]
         if isinstance(self.world[shown], dict):
             found = []
             for clause in reversed(self.world[shown]["include"]):  # what stands to the left is named last
                 for _ in range(clause["count"]):
-                    found.append(Found(clause["class"], 1.0, (len(found) * 12.0, 0.0, len(found) * 12.0 + 6, 6.0)))
+                    found.append(Detection(clause["class"], 1.0, (len(found) * 12.0, 0.0, len(found) * 12.0 + 6, 6.0)))
             return [each for each in found if each.label in classes]
         left, right = shown.split(" on the left of ")
-        return [Found(left, 1.0, SLOTS["left"]), Found(right, 1.0, SLOTS["right"])]
+        return [Detection(left, 1.0, SLOTS["left"]), Detection(right, 1.0, SLOTS["right"])]
 
     def classify(self, crops, classes):
         """Colours, of the picture that was looked at last: a crop does not show whose it is."""

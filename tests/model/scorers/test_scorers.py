@@ -12,7 +12,7 @@ from transformers import BlipForQuestionAnswering
 from model.common.errors import UserError
 from model.scorers import inception
 from model.scorers.clip import CLIPScorer
-from model.scorers.detectors import Found, load_detector
+from model.scorers.detectors import Detection, load_detector
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation import geneval
@@ -84,11 +84,11 @@ def test_blip_sees_pictures_of_the_size_that_is_asked_for(vqa):
 @pytest.mark.parametrize(("name", "ends"), [("blip2", True), ("llava", False)])
 def test_vqascore_is_the_geometric_mean_over_the_answers_tokens(vqa, name, ends):
     model = vqa(name)
-    first = model._logits(picture(), QUESTIONS[0], [3, 5])
-    alone = model._logits(picture(), QUESTIONS[0], [3])
+    first = model.logits(picture(), QUESTIONS[0], [3, 5])
+    alone = model.logits(picture(), QUESTIONS[0], [3])
     torch.testing.assert_close(first[:1], alone, atol=1e-5, rtol=1e-4)  # a later token does not reach an earlier one
     wanted = [3, 1] if ends else [3]
-    probabilities = model._logits(picture(), QUESTIONS[0], wanted).double().softmax(1)
+    probabilities = model.logits(picture(), QUESTIONS[0], wanted).double().softmax(1)
     product = np.prod([float(probabilities[i, token]) for i, token in enumerate(wanted)])
     assert model.likelihood(picture(), QUESTIONS[0], "Yes") == pytest.approx(product ** (1 / len(wanted)), rel=1e-6)
 
@@ -128,7 +128,7 @@ def test_a_mask2former_knows_its_classes_alone(folders):
 
 @pytest.mark.parametrize(("folder", "load"), [("clip", load_detector), ("clip", load_any_vqa), ("owl", CLIPScorer)])
 def test_another_model_than_is_needed_is_refused(folders, folder, load):
-    with pytest.raises(UserError, match=r"holds a clip|read from it|are missing"):
+    with pytest.raises(UserError, match=r"contains a clip|read from it|are missing"):
         load(find_scorer(str(folders(folder)), "--x"), CPU)
 
 
@@ -164,7 +164,7 @@ class Scripted:
 def test_geneval_shows_clip_an_object_on_grey_and_speaks_cocos_names():
     mask = np.zeros((40, 56), dtype=bool)
     mask[10:20, 5:10] = True
-    judge = Scripted(Found("mouse", 0.9, (5.0, 10.0, 15.0, 20.0), mask), Found("cat", 0.5, (0.0, 0.0, 5.0, 5.0)))
+    judge = Scripted(Detection("mouse", 0.9, (5.0, 10.0, 15.0, 20.0), mask), Detection("cat", 0.5, (0.0, 0.0, 5.0, 5.0)))
     clauses = [{"class": "computer mouse", "count": 1, "color": "green"}, {"class": "cat", "count": 1}]
     answer = geneval.ask(judge, BenchImage("x", "", (0,), {"include": clauses}), picture())
     assert judge.classes == ["mouse", "cat"]
