@@ -51,7 +51,9 @@ class Progress:
         self.bar = _start_bar(console) if shows and console.is_terminal else None
         self._prints_lines = shows and lines and self.bar is None
         if self.bar:
-            self._task = self.bar.add_task(title, total=total, completed=done, count=self._count(), note="", outcomes="")
+            self._task = self.bar.add_task(
+                title, total=total, completed=done, count=self._count(), note="", outcomes=""
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -79,7 +81,11 @@ class Progress:
         self.done = done
         if self.bar:
             self.bar.update(
-                self._task, completed=done, count=self._count(), note=self.note(), outcomes=self._list_outcomes()
+                self._task,
+                completed=done,
+                count=self._count(),
+                note=self.note(),
+                outcomes=self._list_outcomes(),
             )
         elif self._prints_lines and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._print_line()

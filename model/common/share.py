@@ -23,7 +23,9 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise UserError(f"task {self.index} of {self.count}: tasks are numbered from 0 to one below their number")
+            raise UserError(
+                f"task {self.index} of {self.count}: tasks are numbered from 0 to one below their number"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Share":
@@ -63,7 +65,9 @@ class Share:
 
     def owns(self, items: Sequence[Item]) -> list[Item]:
         """Return this task's items."""
-        return list(items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count])
+        return list(
+            items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count]
+        )
 
     @staticmethod
     def owner(item: int, items: int, count: int) -> int:

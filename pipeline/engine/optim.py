@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
 from model.common.registry import Registry
 from pipeline.engine.layout import Layout
 from pipeline.stage.config import OptimConfig
@@ -84,7 +84,7 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
         merged = OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings)
         settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"optim.settings.{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"optim.settings.{error.full_key}: {first_line(error)}") from error
     return settings
 
 

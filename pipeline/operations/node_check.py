@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from data_prep.store.store import StoreError, open_store
-from model.common.errors import UserError, command
+from model.common.errors import UserError, command, first_line
 from pipeline.operations.preflight import NodeReport, decide, print_verdict, read_reports
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import StageConfig, cache_root, load_stage
@@ -63,7 +63,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
         try:
             check()
         except (UserError, StoreError, OSError, RuntimeError, ValueError) as error:
-            report.errors.append((topic, str(error).splitlines()[0] if str(error) else type(error).__name__))
+            report.errors.append((topic, first_line(error)))
     report.write(folder)
 
     # with a bad node the collectives would only wait for their timeout
@@ -72,7 +72,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
             _check_network(report, ranks, per_node)
         # torch's DistError and DistBackendError are RuntimeErrors
         except (RuntimeError, ValueError) as error:
-            report.errors.append(("network", str(error).splitlines()[0]))
+            report.errors.append(("network", first_line(error)))
     report.seconds = time.monotonic() - started
     report.write(folder)
     return report
@@ -102,8 +102,8 @@ def versions() -> dict[str, str]:
         by_name["driver"] = "unknown"
         driver = Path("/proc/driver/nvidia/version")
         if driver.exists():
-            first_line = driver.read_text().splitlines()[0]
-            by_name["driver"] = first_line.split("Module")[-1].split()[0]
+            line = driver.read_text().splitlines()[0]
+            by_name["driver"] = line.split("Module")[-1].split()[0]
     return by_name
 
 
