@@ -45,6 +45,8 @@ MAX_BAD_NODES = 5
 """Stop after this many consecutive attempts that failed the preflight."""
 SMALL_DIT = 100_000_000
 """Maximum number of parameters of a DiT that can be trained without GPUs."""
+MAX_BLOCK_SQUARES = 200
+"""Upper bound of a block's parameters in units of width^2: a small network needs no exact count."""
 TAIL_BYTES = 65536
 """Bytes at the end of `metrics.jsonl` that are searched for the last step and the last stop."""
 ACTIVE_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "PENDING", "CONFIGURING", "REQUEUED")
@@ -111,10 +113,14 @@ def progress(run: Path) -> int:
 
 def needs_gpu(stage: StageConfig) -> bool:
     """True if a stage's DiT is too large for CPUs."""
-    from model.flops import count_parameters  # imports torch, which `pipeline.status` does without
+    dit = stage.dit(channels=16)  # the number of latent channels hardly changes the size
+    if MAX_BLOCK_SQUARES * dit.depth * dit.width**2 < SMALL_DIT:
+        return False
 
-    # the number of latent channels hardly changes the size
-    return count_parameters(stage.dit(channels=16), stage.fusion, [])["dit"] > SMALL_DIT
+    # imports torch, which takes seconds at each start of a job, and which `pipeline.status` does without
+    from model.flops import count_parameters
+
+    return count_parameters(dit, stage.fusion, [])["dit"] > SMALL_DIT
 
 
 def queue_state(job: str) -> str:
@@ -138,8 +144,8 @@ def _seconds(text: str) -> float:
 def cause_of_end(job: str, restart: int) -> Literal["itself", "outside", "time", "user"]:
     """Return the cause of a job's end.
 
-    A job's state is COMPLETING once it was canceled, requeued or out of time. Only the other fields show which
-    of these it was.
+    A job's state is COMPLETING once it was canceled, requeued or out of time. Only the other fields show
+    which of these it was.
 
     Args:
         job: line of `scontrol show job -o`, taken while the batch script still runs.
