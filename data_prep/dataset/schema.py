@@ -107,7 +107,7 @@ class Manifest:
     def parts(self) -> list[Part]:
         """All parts, in the order in which array tasks share them.
 
-        They follow the source, provided that each bucket's rows are spread evenly over it: neighbors in this
+        They follow the source, if each bucket's rows are distributed evenly over it: neighbors in this
         list, of any bucket, were cut from the same stretch of the source.
         """
         parts = []

@@ -139,7 +139,7 @@ class S3Bucket:
 
         If the endpoint ignores that header (probed once per process), fall back to look, put, wait and read
         again. The object that remains is then always complete and from one writer, but two writers at the
-        same moment may both be told that they won.
+        same moment may both get True.
 
         Returns:
             True if this call wrote the object.
