@@ -112,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m data_prep", description="Prepare a dataset of image-caption pairs."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Every command has the dataset and overrides; some have options of their own.
     commands: dict[str, argparse.ArgumentParser] = {}
     for name, (run, example) in COMMANDS.items():
         commands[name] = subparsers.add_parser(
@@ -211,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = load_dataset(arguments.dataset, arguments.overrides)
+
+    # Only the plan can create a store: with a mistyped path, other commands fail.
     store = open_store(config.store, create=arguments.command == "plan")
     COMMANDS[arguments.command][0](config, store.sub(config.name), arguments)
 

@@ -3,6 +3,7 @@ pairs."""
 
 import base64
 import io
+import itertools
 import math
 import posixpath
 from collections import Counter
@@ -126,6 +127,7 @@ def _steps(
             if name.startswith("dropped "):
                 in_parts[name.removeprefix("dropped ")] += int(count)
 
+    # Reasons follow in the order in which rows meet them, so `left` counts down to the committed rows.
     left = total = sum(account.read for account in accounts)
     steps: list[dict[str, Any]] = [{"name": "rows read", "dropped": None, "left": left}]
     for counts, suffix in ((in_plan, ""), (in_parts, " (at full decode)")):
@@ -210,7 +212,7 @@ def _evenly_spaced(entries: list[T], limit: int) -> list[T]:
 
 def _histograms(config: DatasetConfig, tables: list[list[dict[str, Any]]]) -> list[tuple[str, list[Bar]]]:
     """Return titles and bars."""
-    rows = [row for table in tables for row in table]
+    rows = list(itertools.chain.from_iterable(tables))
     if not rows:
         return []
 
@@ -222,7 +224,7 @@ def _histograms(config: DatasetConfig, tables: list[list[dict[str, Any]]]) -> li
         ("Share of the area kept by the crop", _bars([_crop_share(row) for row in rows])),
     ]
 
-    captions = [caption for row in rows for caption in row["captions"]]
+    captions = list(itertools.chain.from_iterable(row["captions"] for row in rows))
     for number, kind in enumerate(config.caption_kinds):
         lengths = [len(caption["text"]) for caption in captions if caption["kind"] == number]
         if lengths:
@@ -238,10 +240,12 @@ def _crop_share(row: dict[str, Any]) -> float:
 
 def _bars(values: Sequence[float]) -> list[Bar]:
     """Return a histogram of at most `MAX_BINS` bins; the last one includes the highest 1 %."""
+    # A few outliers would squeeze all other values into one bin, so the bins end at the 99th percentile.
     ordered = sorted(values)
     low, high = ordered[0], ordered[max(0, int(len(ordered) * 0.99) - 1)]
     whole = all(isinstance(value, int) for value in values)
 
+    # Bins of whole numbers have whole widths: each then has the same number of values.
     width = max((high - low) / MAX_BINS, 1 if whole else 1e-9)
     if whole:
         width = math.ceil(width)
@@ -305,6 +309,7 @@ def _dropped_samples(
         for number, row in enumerate(rows):
             tiles.setdefault(row["reason"], []).append(_dropped_tile(row, images.get(number)))
 
+    # The parts keep no image of a row that they dropped, nor its place in the source.
     keys: list[str] = []
     for commit in commits.values():
         keys += [file.key for file in commit.files if posixpath.basename(file.key) == DROPPED_TABLE]

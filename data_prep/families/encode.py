@@ -52,6 +52,7 @@ def encode_family(
     def read(part: Part) -> list[Pair]:
         return read_pairs(dataset, read_commit(dataset, PAIRS, part), plan.caption_kinds)
 
+    # One thread reads and one commits, while this one encodes.
     with (
         TemporaryDirectory(prefix="li-dit-") as folder,
         ThreadPoolExecutor(2) as pool,
@@ -61,11 +62,13 @@ def encode_family(
         commit: Future[Commit] | None = None
         for part, pairs in _read_ahead(pool, read, missing):
             rows, counts = encode_part(pairs) if pairs else ([], {})
+            # wait for the previous commit first, so that no more than three parts are in memory
             _finish(commit, progress)
             ids = [pair.id for pair in pairs]
             commit = pool.submit(_commit_rows, dataset, family, part, ids, rows, counts, Path(folder))
         _finish(commit, progress)
 
+    # All other parts are encoded by now: another run has only these left to do.
     without_pairs = [part for part in parts if part not in ready]
     if without_pairs:
         raise UserError(

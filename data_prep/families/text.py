@@ -64,6 +64,8 @@ def run_text(config: DatasetConfig, text: TextConfig, dataset: Store, share: Sha
     encoder = load_encoder(text, device)
 
     family = text_family(text, encoder)
+    # The first task measures the constants. If two do at once, one registration wins and both read its
+    # constants.
     registered = dataset.exists(family.key)
     family = register_family(dataset, family, None if registered else measure_constants(dataset, encoder))
     constants = read_constants(dataset, family)
@@ -109,6 +111,7 @@ def measure_channels(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and std, fp32 [W] each.
     """
+    # Sums of fp64: the variance is the small difference of two large numbers.
     count, total, square = 0, 0.0, 0.0
     for batch in states:
         exact = batch.double()
@@ -140,6 +143,7 @@ def calibration_captions(dataset: Store) -> list[str]:
 
     # If all of a few captions happen to be held out, use them all.
     sample = [caption for caption in captions if not is_held_out(caption)] or list(captions)
+    # Sorting by hash mixes the captions of all parts, in an order that every machine repeats.
     return sorted(sample, key=lambda caption: xxhash.xxh64_intdigest(caption.encode()))[:CALIBRATION_CAPTIONS]
 
 
@@ -223,6 +227,7 @@ class _QuantizationError:
         """
         rows = held_out.nonzero().flatten()[: MAX_ERROR_TOKENS - self.tokens].to(states.device)
         exact = (states[rows] - self._mean) / self._std
+        # bf16 has no scales
         row_scales = scales[rows] if len(scales) else scales
         stored = dequantize(
             values[rows], row_scales, self._quantisation, self._mean, self._std, torch.float32
@@ -370,6 +375,7 @@ class CaptionEncoder:
     def _chunks(self, texts: list[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
         """Yield captions with their token ids, sorted by length, in chunks of several batches."""
         tokens = self._encoder.tokenize(texts) if texts else []
+        # Captions of similar lengths share a batch.
         order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
         max_tokens = BATCHES_PER_CHUNK * self._encoder.config.tokens_per_batch
 

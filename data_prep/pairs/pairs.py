@@ -103,6 +103,7 @@ def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list
     if not commit.rows:
         return []
 
+    # Fetching to a file checks size and hash.
     with tempfile.TemporaryDirectory(prefix="li-dit-") as folder:
         for file in commit.files:
             name = posixpath.basename(file.key)
@@ -159,6 +160,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
 
 def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], progress: Progress) -> None:
     """Make and commit `parts`; those of one bucket are ordered by number."""
+    # Rank of each source file in the order in which the plan shuffled them.
     files = source_files(dataset)
     ranks = [0] * len(files)
     for rank, number in enumerate(file_order(config, files)):
@@ -172,7 +174,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
         Workers(encode_images, context, _crashed, config.workers) as workers,
         ThreadPoolExecutor(1) as committer,
     ):
-
+        # A part's rows are read when its first task is due, so only the open parts are in memory.
         def open_part(part: Part) -> list[dict[str, Any]]:
             open_parts[part] = _OpenPart(
                 part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part)
@@ -265,6 +267,7 @@ class _OpenPart:
         ordered = [self._stored[number] for number in range(len(self.rows))]
         written = [stored for stored in ordered if not stored.result.reason]
         dropped = [stored for stored in ordered if stored.result.reason]
+        # A part that lost all rows is committed too, without files, so that it counts as done.
         with naming_full_disk(self._folder):
             files = {**self._write_pairs(config, written), **self._write_dropped(dropped)}
 
@@ -289,6 +292,7 @@ class _OpenPart:
         records = [self._record(config, stored) for stored in written]
         pq.write_table(pa.Table.from_pylist(records, COLUMNS), files[TABLE], compression="zstd")
 
+        # The tar has the table's order, whereas the images were stored as they arrived.
         images = self._folder / IMAGES
         with images.open("rb") as source, tarfile.open(files[TAR], "w", format=tarfile.USTAR_FORMAT) as tar:
             for record, stored in zip(records, written, strict=True):

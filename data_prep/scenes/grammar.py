@@ -208,6 +208,7 @@ def _sample_counts(random: np.random.Generator, total: int) -> list[int]:
 
 def _sample_segments(random: np.random.Generator, counts: Sequence[int]) -> list[Segment]:
     """Sample one segment per group. Color and shape are always stated, size and texture half of the time."""
+    # A set of segments can leave no room for another one. It is then sampled again from the start.
     while True:
         segments: list[Segment] = []
         for _ in range(SEGMENT_TRIALS):
@@ -230,9 +231,12 @@ def differences(a: Segment, b: Segment) -> int:
 def _sample_centers(random: np.random.Generator, count: int, aspect: float) -> Iterator[tuple[float, float]]:
     """Sample centers of `count` large objects that keep their distance, in random order."""
     max_columns, max_rows = capacity(aspect)
-    sizes = [(c, r) for c in range(1, max_columns + 1) for r in range(1, max_rows + 1) if c * r >= count]
-    columns, rows = sizes[random.integers(len(sizes))]
+    grids: list[tuple[int, int]] = []
+    for columns in range(1, max_columns + 1):
+        grids += [(columns, rows) for rows in range(1, max_rows + 1) if columns * rows >= count]
+    columns, rows = grids[random.integers(len(grids))]
 
+    # An object can move inside its cell as far as its neighbors' gap allows.
     plane_width, plane_height = plane_sides(aspect)
     width, height = plane_width / columns, plane_height / rows
     room = EXTENTS["large"] + MIN_GAP

@@ -100,6 +100,7 @@ def coverage(
     Returns:
         Bright and dark shares, fp64 [len(v), len(u)] each.
     """
+    # Sample each pixel at the centers of samples x samples cells.
     steps = (np.arange(samples) + 0.5) / samples - 0.5
     fine_u = (u[:, None] + (u[1] - u[0]) * steps).reshape(1, -1)
     fine_v = (v[:, None] + (v[1] - v[0]) * steps).reshape(-1, 1)
@@ -130,6 +131,7 @@ def _render_object(image: np.ndarray, scene: Scene, item: SceneObject) -> None:
     half = EXTENTS[item.size] / 2
     pixels_per_unit = width / scene.sides[0], height / scene.sides[1]
 
+    # Only the pixels around the object are rendered.
     columns, u = _pixel_window(item.x, half, pixels_per_unit[0], width)
     rows, v = _pixel_window(item.y, half, pixels_per_unit[1], height)
     samples = 8 if pixels_per_unit[0] < LOW_RESOLUTION else 4
@@ -160,7 +162,7 @@ def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.nda
             wave = np.sin(2 * math.pi * 12 * (x + y))
         case "checked":
             wave = np.where((np.floor(16 * x) + np.floor(16 * y)) % 2 == 1, 1.0, -1.0)
-        case "speckled":
+        case "speckled":  # a table of grains, so that all resolutions have the same ones
             grains = np.random.default_rng(seed).uniform(-1, 1, (64, 64))
             wave = grains[(y * 32).astype(int) % 64, (x * 32).astype(int) % 64]
     return GRAY_LEVELS[ground.tone] + PATTERN_CONTRAST * wave

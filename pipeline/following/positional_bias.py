@@ -93,6 +93,7 @@ def positional_bias(scores: Sequence[Sequence[float]], seed: int = 0) -> Positio
 
 def _bootstrap(table: np.ndarray, seed: int) -> list[BootstrapMean]:
     """Return the mean of each column, with the interval between quantiles of the means of resampled rows."""
+    # Row weights of a resample are its counts: one matrix product gives the means of all resamples.
     random = np.random.default_rng(seed)
     weights = random.multinomial(len(table), np.full(len(table), 1 / len(table)), RESAMPLES) / len(table)
     tail = (1 - CONFIDENCE) / 2

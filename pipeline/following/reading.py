@@ -114,6 +114,7 @@ def _downscale(pixels: np.ndarray) -> np.ndarray:
 
 def _chroma_without_tint(pixels: np.ndarray) -> np.ndarray:
     """Return each pixel's chroma [H, W, 3], less the median of the ground's: an image may have a tint."""
+    # More than this share of every scene is ground.
     chroma = pixels - pixels.mean(2, keepdims=True)
     strength = np.linalg.norm(chroma, axis=2)
     ground = strength <= np.quantile(strength, GROUND_QUANTILE)
@@ -137,6 +138,7 @@ def _find_regions(
             regions.append((region, int(votes.argmax())))
             continue
 
+        # Objects of two hues touch in a blurred or generated image.
         for hue in np.flatnonzero(votes >= min_pixels).tolist():
             pieces = _components(region & (hues == hue))
             for piece in range(1, pieces.max() + 1):
@@ -195,6 +197,7 @@ def _template(shape: Shape, blur: float) -> _Template:
         by_texture.append(np.stack([1 - bright - dark, bright, dark], axis=1))
 
     parts = np.stack(by_texture)
+    # The variance that free colors explain is the length of the projection on an orthonormal basis.
     bases = np.linalg.qr(parts)[0]
     bases[0, :, :2], bases[0, :, 2] = np.linalg.qr(parts[0, :, :2])[0], 0.0
     return _Template(parts, np.ascontiguousarray(bases.swapaxes(1, 2)).reshape(-1, GRID * GRID))
@@ -246,6 +249,7 @@ def _recognize(
         poses = [(fit.shape, fit.radius, fit.x, fit.y) for fit in fits]
     best = fits[0]
 
+    # between the two sizes, on a log scale
     threshold = np.sqrt(EXTENTS["small"] * EXTENTS["large"]) / 2
     return DetectedObject(
         color,

@@ -115,7 +115,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
     """
     assigned = assign_objects(objects, caption.segments)
     length = len(caption.segments)
-    taken = {number for numbers in assigned for number in numbers}
+    taken = set().union(*assigned)
     unassigned = [item for number, item in enumerate(objects) if number not in taken]
 
     claims = []
@@ -124,6 +124,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
             correct = bool(numbers) and all(getattr(objects[number], name) == value for number in numbers)
             claims.append(Claim(image, name, position, length, correct))
 
+        # Surplus objects are unassigned ones that look the same. They make a count wrong, and no other claim.
         if segment.count > 1:
             surplus = sum(_matching_share(item, segment) == 1.0 for item in unassigned)
             claims.append(Claim(image, "count", position, length, len(numbers) + surplus == segment.count))
@@ -151,6 +152,7 @@ def assign_objects(objects: Sequence[DetectedObject], segments: Sequence[Segment
         shares[row] = [_matching_share(item, segments[owner]) for item in objects]
     shares[shares < MIN_SHARE] = 0.0
 
+    # Several assignments can be best; one of weight 0 is none.
     for row, column in zip(*linear_sum_assignment(shares, maximize=True), strict=True):
         if shares[row, column] > 0:
             assigned[owners[row]].append(int(column))
@@ -186,6 +188,7 @@ def chance_level(
         captions: their captions.
         shifts: each caption is compared with the images of this many captions that follow it.
     """
+    # Shift the images against the captions, so that no image meets its own caption.
     other_objects: list[Sequence[DetectedObject]] = []
     repeated_captions: list[SceneCaption] = []
     for shift in range(1, min(shifts + 1, len(detected))):
