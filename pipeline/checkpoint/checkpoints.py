@@ -107,7 +107,7 @@ class Checkpoints:
             UserError: if `wait` is set and the checkpoint could not be written. Without `wait` that is a
                 warning, and the run goes on with the checkpoints that it has.
         """
-        self.wait()
+        self.wait()  # one save at a time: they share the host memory
         if self._newest is not None and self._newest["step"] == step:
             return
         if not self._stage_hash:
@@ -225,6 +225,7 @@ class Checkpoints:
         job, self._writing = self._writing, None
         assert job is not None
         job.thread.join()
+
         ready = status == _DONE
         final = self.folder / job.folder.name.removeprefix(".tmp_")
 
@@ -262,6 +263,7 @@ class Checkpoints:
         newest = _name(self._newest["step"])  # later ones are damaged and were passed over: they do not count
         folders = [folder for folder in sorted(self.folder.glob("step_*")) if folder.name <= newest]
         uploading = self._uploading.folder if self._uploading is not None else None
+
         for folder in folders[: -max(1, self.config.keep_last)]:
             manifest = read_manifest(folder)
             if folder != uploading and not (manifest is not None and manifest["permanent"]):

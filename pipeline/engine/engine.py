@@ -49,11 +49,9 @@ class Engine:
         """
         ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = DTYPES[stage.engine.precision]
 
         self.micro_batch = stage.engine.micro_batch or local_batch
@@ -71,8 +69,11 @@ class Engine:
             self.module = build_partitioned(build, config)
         else:
             self.module = build().to(self.device)
+
+        # DeepSpeed makes the masters from the cast parameters; `fill` below gives them their exact values.
         initial = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
+
         self._leaves = [block for block in self.module.modules() if isinstance(block, Block)]
         if stage.model.compile:
             compile_blocks(self._leaves)
@@ -91,10 +92,9 @@ class Engine:
 
         self._micro_step, self._limit, self._norm = 0, float("inf"), float("nan")
         if stage.engine.zero_stage == 3:
-            self._norms_of_groups, self._optimizer._get_norm_groups = (
-                self._optimizer._get_norm_groups,
-                self._limited_norms,
-            )
+            # The only place where ZeRO-3 computes the norm before it clips: a step can still be skipped here.
+            self._norms_of_groups = self._optimizer._get_norm_groups
+            self._optimizer._get_norm_groups = self._limited_norms
 
     def warm_up(self, samples: int, patches: int) -> None:
         """Compile the blocks for a batch of `samples` on this rank with `patches` each; change nothing else.
@@ -103,7 +103,7 @@ class Engine:
             ValueError: if `micro_batches` raises it.
         """
         part = next(self.micro_batches(samples))
-        block = self._leaves[0]
+        block = self._leaves[0]  # all blocks share their graphs
         with deepspeed.zero.GatheredParameters(list(block.parameters())):
             make_graphs(block, part.stop, patches)
 

@@ -84,6 +84,7 @@ class Layout:
         stop = place.numel if stop is None else stop
 
         while start < stop:
+            # `inside`: first element in the piece of its rank.
             if self.partition == "parameter":
                 rank, inside = divmod(start, place.per_rank)
                 offset = place.offset + inside
@@ -122,7 +123,9 @@ class Layout:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Layout":
         """Read what `to_json` wrote."""
-        groups = [[(name, tuple(shape)) for name, shape in group] for group in record["groups"]]
+        groups: list[list[Parameter]] = []
+        for group in record["groups"]:
+            groups.append([(name, tuple(shape)) for name, shape in group])  # JSON has no tuples
         return cls(record["world"], record["partition"], groups, record["lengths"])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.common.errors import UserError
-from pipeline.engine.layout import Layout
+from pipeline.engine.layout import Layout, Parameter
 from pipeline.engine.optim import OptimizerSettings
 
 
@@ -67,19 +67,20 @@ class MasterWeights:
         elif hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has a class of its own
             groups, self.tensors = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
         else:
-            groups, self.tensors = (
-                optimizer.round_robin_bit16_groups,
-                optimizer.single_partition_of_fp32_groups,
-            )
+            groups = optimizer.round_robin_bit16_groups
+            self.tensors = optimizer.single_partition_of_fp32_groups
 
+        layout_groups: list[list[Parameter]] = []
+        for group in groups:
+            # A partitioned parameter is empty; its shape is `ds_shape`.
+            layout_groups.append([(names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group])
         self.layout = Layout(
             world=world,
             partition="parameter" if stage == 3 else "flat",
-            groups=[
-                [(names[id(p)], tuple(getattr(p, "ds_shape", p.shape))) for p in group] for group in groups
-            ],
+            groups=layout_groups,
             lengths=[tensor.numel() for tensor in self.tensors],
         )
+
         wrong = {tensor.dtype for tensor in self.tensors} - {torch.float32}
         if wrong:
             raise AssertionError(f"master weights are {wrong}, not fp32")
@@ -124,6 +125,7 @@ class MasterWeights:
         for master, group in zip(self.tensors, self._param_groups, strict=True):
             state = self.inner.state[master]
             if not state:
+                # AdamW's fused kernels want the step count on the device.
                 on_device = group.get("fused") or group.get("capturable")
                 state["step"] = torch.zeros(
                     (), dtype=torch.float32, device=master.device if on_device else "cpu"

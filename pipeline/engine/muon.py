@@ -66,7 +66,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
     wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
+    x = x if wide else x.T  # so that the Gram matrix is the smaller one
 
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_ITERATIONS):
@@ -124,6 +124,7 @@ class Muon(torch.optim.AdamW):
         momentum: Tensor = state["exp_avg"].lerp_(gradient, 1 - self._momentum)
         update = gradient.lerp(momentum, self._momentum)
 
+        # As many matrices at a time as there are ranks, so that every rank has one to orthogonalize.
         pieces = self._pieces[id(master)]
         for start in range(0, len(pieces), self._world):
             self._orthogonalize(update, pieces[start : start + self._world])
@@ -135,6 +136,7 @@ class Muon(torch.optim.AdamW):
         lengths = [piece.length for piece in pieces] + [0] * (self._world - len(pieces))
         own = pieces[rank] if rank < len(pieces) else None
 
+        # Every rank sends its piece of matrix i to rank i, and gets back its piece of the result.
         sent = torch.cat([update[piece.offset : piece.offset + piece.length] for piece in pieces]).bfloat16()
         whole = self._exchange(sent, lengths, [lengths[rank]] * self._world)
         if own is not None:

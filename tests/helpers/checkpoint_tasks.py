@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from model.common.errors import UserError
+from model.layers import ZeroLinear
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.stage.config import CheckpointConfig
 from tests.helpers.engine_tasks import full_weights, gathered, make_engine, same, tiny_dit, train
@@ -87,9 +87,7 @@ class WithToyBranch(Network):
 
     def __init__(self):
         super().__init__()
-        self.toy = nn.Linear(5, 5)
-        nn.init.zeros_(self.toy.weight)
-        nn.init.zeros_(self.toy.bias)
+        self.toy = ZeroLinear(5, 5)
 
     def forward(self, latents, timesteps, texts):
         return super().forward(latents, timesteps, texts) + self.toy(latents)

@@ -27,18 +27,14 @@ def test_it_trains_on_two_ranks_as_on_one(zero_stage):
 
 def test_it_resumes_exactly_on_any_number_of_processes_and_not_with_another_optimizer(tmp_path):
     state, _, loss = on_ranks(2, toy_optimizer.train_and_save, str(tmp_path), SETTINGS)[0]
-    assert {kind for kind, name in state if name == "blocks.1.1.weight"} == {
-        "master",
-        "momentum_buffer",
-        "ema_0",
-        "ema_1",
-    }
+    kinds = {key[0] for key in state if "blocks.1.1.weight" in key}
+    assert kinds == {"master", "momentum_buffer", "ema_0", "ema_1"}
     assert state["momentum_buffer", "blocks.1.1.weight"].abs().sum() > 0
 
     for world in (2, 3):
         _, resumed, next_loss, _ = on_ranks(world, toy_optimizer.resume, str(tmp_path), SETTINGS)[0]
         assert resumed.keys() == state.keys()
-        assert all(torch.equal(resumed[name], state[name]) for name in state if name != "step")
+        assert all(torch.equal(resumed[name], state[name]) for name in state)
         assert next_loss == (loss if world == 2 else pytest.approx(loss, rel=1e-6))
 
     message = "was trained with moments momentum_buffer, the stage has exp_avg, exp_avg_sq: set optim.name"
