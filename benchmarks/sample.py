@@ -106,7 +106,7 @@ def build_pixart(sizes: Sizes, llm: TextEncoder, vae: VAE, side: int) -> PixArtA
     )
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=llm._tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+        tokenizer_object=llm.llm.tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     parts: dict[str, Any] = {
         "tokenizer": tokenizer,
