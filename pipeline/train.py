@@ -27,6 +27,7 @@ import argparse
 from model.common.errors import command
 from pipeline.engine.network import network_sizes
 from pipeline.engine.processes import exit_process, join_process_group
+from pipeline.engine.settings import check_settings
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
 from pipeline.stage.config import StageConfig, dump_stage, load_stage
 from pipeline.stage.corpus import resolve
@@ -78,6 +79,7 @@ def main() -> None:
     """Run the command line."""
     arguments = parse()
     stage = load_stage(arguments.stage, arguments.overrides)
+    check_settings(stage)
     if arguments.dry_run:
         dry_run(stage)
         return

@@ -328,6 +328,8 @@ def say(monkeypatch, capsys, *arguments):
         ("fusion.families=[small,larger]", "no text family `larger`: it has small, wide"),
         ("fusion.expect.small.llm=another", "was made with llm=fake small, the stage expects another"),
         ("optim.lrr=1", "Did you mean: 'lr'"),
+        ("optim.name=adamv", "optim.name=adamv is unknown: did you mean `adamw`?"),
+        ("optim.settings.nesterov=true", "optim.settings.nesterov: unknown for optim.name=adamw"),
         ("model.preset=huge", "model.preset=huge is unknown"),
     ],
 )
