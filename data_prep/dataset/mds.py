@@ -40,7 +40,7 @@ VARIABLE: dict[str, Callable[[bytes], Any]] = {
 """Encodings of variable size. Those that would run code when they are read (pickle) are left out."""
 
 _HEAD_BYTES = 4096
-"""How much of a row is read at once: its sizes, and for most rows all of its small columns."""
+"""Bytes of a row that are read at once: its sizes, and for most rows all of its small columns."""
 _WAY_OUT = "delete the file, or run `python -m data_prep verify`"
 
 Span = tuple[int, int]
@@ -198,7 +198,7 @@ class Shard:
 
         Args:
             path: the shard file.
-            columns: name -> MDS encoding that the shard must have; each one a key of `FIXED` or `VARIABLE`.
+            columns: name -> MDS encoding that the shard must have; all of them keys of `FIXED` or `VARIABLE`.
 
         Raises:
             FileNotFoundError: if there is no such file; it may have been evicted from a cache.

@@ -27,10 +27,10 @@ class MDSSource:
         """Shard -> number of its rows, and their layout, both from the index."""
 
     def files(self) -> list[str]:
-        """Shards that the index files below the path list.
+        """Return the shards that the index files below the path list.
 
         Raises:
-            UserError: no index, compressed shards, or an image column that does not hold image files.
+            UserError: if there is no index, a shard is compressed, or the image column has no image files.
         """
         indexes = [name for name in self._files.names() if posixpath.basename(name) == "index.json"]
         for name in indexes:
@@ -43,6 +43,7 @@ class MDSSource:
                 raise UserError(
                     f"{self._path}/{name}: not an MDS index ({error!r}): write the dataset again"
                 ) from error
+
         if not self._shards:
             raise UserError(f"{self._path}: no MDS index.json below it: check `sources.path`")
         return sorted(self._shards)
@@ -62,9 +63,10 @@ class MDSSource:
         return layout
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """All rows of a shard; a damaged one gives what can be read, and the rest as dropped rows."""
+        """Yield all rows of a shard; unreadable rows have that as their reason."""
         if not self._shards:
             self.files()
+
         rows, layout = self._shards[name]
         done = 0
         try:
@@ -72,6 +74,7 @@ class MDSSource:
                 offsets = read_offsets(file, max_rows=rows)
                 if len(offsets) - 1 != rows:
                     raise ValueError(f"{len(offsets) - 1} rows where the index says {rows}")
+
                 for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
                     file.seek(start)
                     yield self._sample(
@@ -93,12 +96,13 @@ class MDSSource:
             }
         except (ValueError, RecursionError) as error:
             return Sample(key, reason=UNREADABLE, detail=str(error)[:200])
+
         if begin == end:
             return Sample(key, record=record, reason=NO_IMAGE)
         return Sample(key, data[begin:end], record, Place(start + begin, end - begin))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Images by ranged reads."""
+        """Yield images by ranged reads."""
         yield from self._files.fetch(
             places, lambda place: self._files.read_range(name, place.offset, place.length)
         )

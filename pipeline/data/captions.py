@@ -1,4 +1,4 @@
-"""Which caption of a sample is used, and the captions themselves where the trainer encodes them."""
+"""The choice of a sample's caption, and the captions themselves where the trainer encodes them."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _MAX_PARTS = 256
 
 @dataclass
 class CaptionChoice:
-    """How a sample's caption is picked."""
+    """The rule by which a sample's caption is picked."""
 
     kinds: list[str]
     """The dataset's kinds of captions; shards contain indices into this list."""

@@ -1,4 +1,4 @@
-"""Which rows make which global batch: pure functions of integers, the same on any number of processes.
+"""The rows of each global batch: pure functions of integers, the same on any number of processes.
 
 An epoch of one bucket is a fixed sequence of rows. Its parts are shuffled and concatenated. The rows are cut
 into one contiguous span per canonical node, and inside a span they are shuffled within windows of
@@ -53,7 +53,7 @@ def sample_seed(seed: int, epoch: int, id: int, stream: str) -> int:
 
 
 Origins = tuple[Integers, Integers]
-"""Of parts [P] that come from several datasets: the number of the dataset, and the pass over it."""
+"""Number of the dataset, and of the pass over it, of parts [P] that come from several datasets."""
 
 
 def _interleave(order: Integers, sizes: Integers, sources: Integers, passes: Integers) -> Integers:

@@ -27,7 +27,7 @@ from model.common.files import naming_full_disk, write_atomic
 LOCKS = 256
 """Lock files per machine; a few files of the cache share each one."""
 WAIT_SECONDS = 3600.0
-"""How long a process waits for another one that downloads the file."""
+"""Seconds that a process waits for another one which downloads the file."""
 _MAX_OPEN_TRIES = 10
 _TOUCH_SECONDS = 30.0
 _SPARE_BYTES = 256 << 20

@@ -79,7 +79,7 @@ class StreamingSnapshot(StreamingDataset):
         self.upcoming = 0, 0
         """Epoch and batch with which the next iteration begins."""
         self.jumps = 0
-        """How often `upcoming` was set from outside."""
+        """Number of times that `upcoming` was set from outside."""
         self.is_over = False
         """True if the iteration was read to its end; `SnapshotLoader` sets it."""
 

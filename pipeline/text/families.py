@@ -1,4 +1,4 @@
-"""The text families that a stage fuses: stored ones, or those of the encoders that the run has itself."""
+"""The text families that a stage fuses: stored ones, or those of the encoders that the run itself has."""
 
 from data_prep.dataset.schema import Family
 from data_prep.store.store import Store, open_store
@@ -9,22 +9,30 @@ from pipeline.text.online import online_families, register_encoders
 
 
 def text_families(stage: StageConfig, corpus: Corpus) -> dict[str, Family]:
-    """The text families in fusion order: the corpus's, or those of the run's own encoders."""
+    """Return the text families in fusion order: the corpus's, or those of the run's own encoders."""
     if stage.fusion.encode == "families":
         return {name: corpus.families[name] for name in stage.fusion.families}
     return online_families(stage)
 
 
 def open_texts(stage: StageConfig, corpus: Corpus) -> Store:
-    """Where the constants of the text families lie: in the first dataset, or in the run that encodes online.
+    """Open the store of the text families' constants: the first dataset's, or that of a run that encodes
+    online.
 
     Raises:
-        UserError: there is no such store.
+        UserError: if there is no such store.
     """
-    return corpus.sources[0].dataset if stage.fusion.encode == "families" else open_store(str(stage.text_folder))
+    return (
+        corpus.sources[0].dataset if stage.fusion.encode == "families" else open_store(str(stage.text_folder))
+    )
 
 
 def prepare_texts(stage: StageConfig, corpus: Corpus, ranks: Distributed) -> None:
-    """Before a network is built: make what a run that encodes online has in place of families; nothing for the others."""
+    """Measure what a run that encodes online needs instead of stored families; call it before the network is
+    built.
+
+    Raises:
+        UserError: if an encoder cannot be loaded, or the dataset has no captions yet.
+    """
     if stage.fusion.encode == "online":
         register_encoders(stage, corpus.sources[0].dataset, ranks.device)

@@ -1,10 +1,11 @@
-"""Online mode (`fusion.encode: online`): the trainer runs the LLMs itself, for small data or to try an encoder.
+"""Online mode (`fusion.encode: online`): the trainer runs the LLMs itself, to try an encoder or for small data.
 
-Captions come from the pairs, so a dataset with pairs and latents is enough. The stage describes its encoders (`text`) by the
-settings that a dataset's YAML has for families. What all captions share (states of the prefix and of the null caption, mean
-and spread of each channel) is measured once, at the run's first start, and kept in the run's folder as a store keeps a
-family: training, sampling and export read it in one way, and an encoder that changed since is refused. States pass through
-the family's quantisation, so the network sees the numbers that it would read from a store.
+Captions come from the pairs, so a dataset with pairs and latents is enough. The stage describes its encoders
+(`text`) by the settings that a dataset's YAML has for families. What all captions share (hidden states of the
+prefix and of the null caption, mean and std of each channel) is measured once, at the run's first start, and
+kept in the run's folder as a store keeps a family: training, sampling and export read it in one way, and an
+encoder that has changed since is refused. Hidden states are quantized and dequantized as a family's, so the
+network sees the numbers that it would read from a store.
 """
 
 import logging
@@ -27,59 +28,76 @@ log = logging.getLogger(__name__)
 
 
 def register_encoders(stage: StageConfig, dataset: Store, device: torch.device) -> None:
-    """Measure what all captions share and keep it in the run's folder, unless an earlier start did; each rank may call this.
+    """Measure what all captions share and keep it in the run's folder, unless an earlier start did.
+
+    Each rank may call this.
+
+    Args:
+        stage: describes the encoders.
+        dataset: a store with pairs, whose captions are measured.
+        device: of the encoders.
 
     Raises:
-        UserError: an encoder cannot be loaded, or the dataset has no captions yet.
+        UserError: if an encoder cannot be loaded, or the dataset has no captions yet.
     """
-    kept = open_store(str(stage.text_folder), create=True)
+    store = open_store(str(stage.text_folder), create=True)
     for text in _in_fusion_order(stage):
-        if not kept.exists(Family(text.name, "text", {}).key):
+        if not store.exists(Family(text.name, "text", {}).key):
             encoder = load_encoder(text, device)
-            register_family(kept, text_family(text, encoder), measure_constants(dataset, encoder))
+            register_family(store, text_family(text, encoder), measure_constants(dataset, encoder))
 
 
 def online_families(stage: StageConfig) -> dict[str, Family]:
-    """The families of the stage's encoders in fusion order: as registered, or, before the first start, as the LLMs say."""
+    """Return the families of the stage's encoders in fusion order.
+
+    They are read from the run's folder or, before its first start, made from the LLMs.
+    """
+    texts = _in_fusion_order(stage)
     if stage.text_folder.is_dir():
-        kept = open_store(str(stage.text_folder))
-        return {text.name: read_family(kept, text.name) for text in _in_fusion_order(stage)}
-    return {text.name: text_family(text, load_encoder(text, torch.device("cpu"))) for text in _in_fusion_order(stage)}
+        store = open_store(str(stage.text_folder))
+        return {text.name: read_family(store, text.name) for text in texts}
+    return {text.name: text_family(text, load_encoder(text, torch.device("cpu"))) for text in texts}
 
 
 def _in_fusion_order(stage: StageConfig) -> list[TextConfig]:
-    described = {text.name: text for text in stage.text}
-    return [described[name] for name in dict.fromkeys(stage.fusion.families)]
+    texts = {text.name: text for text in stage.text}
+    return [texts[name] for name in dict.fromkeys(stage.fusion.families)]
 
 
 class OnlineTexts:
-    """The stage's encoders, at work beside the network."""
+    """The stage's encoders, which run next to the network."""
 
     def __init__(self, stage: StageConfig, device: torch.device) -> None:
-        """Load them.
+        """Load the encoders.
 
         Raises:
-            UserError: one cannot be loaded, or gives other numbers than at the run's first start.
+            UserError: if an encoder cannot be loaded, or has other outputs than at the run's first start.
         """
-        kept = open_store(str(stage.text_folder))
+        store = open_store(str(stage.text_folder))
         self.constants: dict[str, TextConstants] = {}
         self._encoders: dict[str, TextEncoder] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         for text in _in_fusion_order(stage):
-            encoder, family = load_encoder(text, device), read_family(kept, text.name)
+            encoder, family = load_encoder(text, device), read_family(store, text.name)
             check_identity(encoder, text.name, family.identity)
-            check_prefix(encoder, family, read_constants(kept, family))
-            self.constants[text.name] = TextConstants.load(kept, family, device)
+            check_prefix(encoder, family, read_constants(store, family))
+            self.constants[text.name] = TextConstants.load(store, family, device)
             self._encoders[text.name] = encoder
 
     def encode(self, captions: Sequence[str]) -> dict[str, PackedText]:
-        """A batch's captions as each family would store them; an empty one is the null caption.
+        """Return a batch's captions as each family would store them.
 
-        What a batch gives depends on the batch alone, nothing is remembered between batches: so a resumed run repeats an
-        uninterrupted one.
+        The result depends only on the batch, since nothing is kept from one batch to the next: so a resumed
+        run repeats an uninterrupted one.
+
+        Args:
+            captions: one per sample; an empty one is the null caption.
+
+        Returns:
+            Family -> packed captions.
 
         Raises:
-            UserError: states are not finite.
+            UserError: if hidden states are not finite.
         """
         stripped = [caption.strip() for caption in captions]
         distinct = [caption for caption in dict.fromkeys(stripped) if caption]
@@ -89,8 +107,10 @@ class OnlineTexts:
             try:
                 packed[name] = pack([states.get(caption) for caption in stripped], self.constants[name])
             except ValueError as error:
-                raise UserError(f"{encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32") from error
-            if encoder.truncated and name not in self._told:
-                self._told.add(name)
+                raise UserError(
+                    f"{encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32"
+                ) from error
+            if encoder.truncated and name not in self._warned:
+                self._warned.add(name)
                 log.warning("%s: captions longer than max_tokens=%d are cut", name, encoder.config.max_tokens)
         return packed

@@ -1,4 +1,4 @@
-"""Prompts on their way to the network: each LLM reads them as the families of its training were made."""
+"""Prompts on their way to the network: each LLM reads them as it read the captions of its family."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,10 +13,10 @@ from pipeline.text.texts import TextConstants, pack, text_from_states, to_text
 
 
 def load_llm(family: Family, device: torch.device) -> TextEncoder:
-    """The LLM that made a text family, and nothing but that one.
+    """Load the LLM that made a text family, and refuse any other.
 
     Raises:
-        UserError: it is missing, or gives other numbers.
+        UserError: if the LLM is missing, or has other outputs.
     """
     llm = load_encoder(config_from_identity(family.identity), device)
     check_identity(llm, family.name, family.identity)
@@ -24,30 +24,37 @@ def load_llm(family: Family, device: torch.device) -> TextEncoder:
 
 
 class PromptReader:
-    """Keeps the states of the prompts that it has read, so each distinct prompt goes through each LLM once."""
+    """Reads prompts with each LLM, and keeps their hidden states, so that no LLM reads a prompt twice."""
 
     def __init__(
-        self, families: Mapping[str, Family], constants: Mapping[str, TextConstants], load: Callable[[Family], TextEncoder]
+        self,
+        families: Mapping[str, Family],
+        constants: Mapping[str, TextConstants],
+        load: Callable[[Family], TextEncoder],
     ) -> None:
         """Load nothing yet.
 
         Args:
             families: text families in fusion order.
-            constants: what all captions of each family share.
-            load: gives a family's LLM; called when the first prompt comes.
+            constants: of each family.
+            load: returns a family's LLM; called when the first prompt comes.
         """
         self.families = families
         self.constants = constants
         self.llms: dict[str, TextEncoder] = {}
         self._load = load
         self.known: dict[str, dict[str, Tensor]] = {name: {} for name in families}
-        """Family -> prompt -> its states [T, W]."""
+        """Family -> prompt -> its hidden states [T, W]."""
 
     def read(self, prompts: Sequence[str], keep_llms: bool = True) -> None:
-        """Run each LLM on the prompts that are new to it; `keep_llms=False` frees each one's memory before the next.
+        """Run each LLM on the prompts that it has not read yet.
+
+        Args:
+            prompts: may repeat, and may be empty.
+            keep_llms: False frees an LLM's memory before the next one is loaded.
 
         Raises:
-            UserError: a prompt is longer than the families were made for.
+            UserError: if a prompt has more tokens than the captions of a family can have.
         """
         for name, family in self.families.items():
             known = self.known[name]
@@ -55,7 +62,7 @@ class PromptReader:
             if not new:
                 continue
             llm = self._llm(name, family)
-            for prompt in new:  # one by one, so that a prompt's states do not depend on the others
+            for prompt in new:  # one by one, so that the hidden states do not depend on the other prompts
                 known[prompt] = llm.encode([_tokenize(llm, name, prompt)])[0]
             if not keep_llms:
                 del self.llms[name]
@@ -66,43 +73,51 @@ class PromptReader:
         return self.llms[name]
 
     def spans(self, prompt: str, without: Sequence[str] = ()) -> list[list[tuple[int, int]]]:
-        """For each LLM, where in the prompt each token stands that `texts` gives after the prefix; (0, 0) = nowhere."""
-        return [
-            [(0, 0)] * len(self.constants[name].null) if name in without else self._llm(name, family).spans(prompt)
-            for name, family in self.families.items()
-        ]
-
-    def texts(
-        self, prompts: Sequence[str], dtype: torch.dtype, quantised: bool = False, without: Sequence[str] = ()
-    ) -> list[Text]:
-        """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption.
+        """Return the tokens' places in a prompt.
 
         Args:
-            prompts: one per picture.
-            dtype: of the states.
-            quantised: take the states through the family's quantisation first, as training saw them.
+            prompt: the text.
+            without: families that get the null caption.
+
+        Returns:
+            For each LLM, begin and end of each token that `texts` returns after the prefix; (0, 0) = not in
+            the prompt.
+        """
+        spans = []
+        for name, family in self.families.items():
+            if name in without:
+                spans.append([(0, 0)] * len(self.constants[name].null))
+            else:
+                spans.append(self._llm(name, family).spans(prompt))
+        return spans
+
+    def texts(
+        self, prompts: Sequence[str], dtype: torch.dtype, quantized: bool = False, without: Sequence[str] = ()
+    ) -> list[Text]:
+        """Return the prompts as the network reads them, one `Text` per LLM.
+
+        Args:
+            prompts: one per image; an empty prompt is the null caption.
+            dtype: of the hidden states.
+            quantized: quantize and dequantize the hidden states first, as those that training saw.
             without: families that get the null caption.
         """
         self.read(prompts)
-        make = _quantized_text if quantised else text_from_states
-        return [
-            make(
-                [known[prompt] if prompt.strip() and name not in without else None for prompt in prompts],
-                self.constants[name],
-                dtype,
-            )
-            for name, known in self.known.items()
-        ]
+        texts = []
+        for name, known in self.known.items():
+            constants = self.constants[name]
+            states = [known[prompt] if prompt.strip() and name not in without else None for prompt in prompts]
+            if quantized:
+                texts.append(to_text(pack(states, constants), constants, dtype))
+            else:
+                texts.append(text_from_states(states, constants, dtype))
+        return texts
 
 
 def _tokenize(llm: TextEncoder, name: str, prompt: str) -> list[int]:
     before = llm.truncated
     ids = llm.tokenize([prompt])[0]
     if llm.truncated > before:
-        raise UserError(f"prompt {prompt[:40]!r}...: longer than the {llm.config.max_tokens} tokens of {name}: shorten it")
+        limit = f"longer than the {llm.config.max_tokens} tokens of {name}"
+        raise UserError(f"prompt {prompt[:40]!r}...: {limit}: shorten it")
     return ids
-
-
-def _quantized_text(states: Sequence[Tensor | None], constants: TextConstants, dtype: torch.dtype) -> Text:
-    """`text_from_states`, with the states taken through the family's quantisation first."""
-    return to_text(pack(states, constants), constants, dtype)

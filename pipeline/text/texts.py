@@ -1,7 +1,7 @@
-"""From stored or fresh states of a frozen LLM to the `Text` that the network reads, on the training device.
+"""From stored or fresh hidden states of a frozen LLM to the `Text` that the network reads.
 
-Captions travel ragged and quantised, one after another; they are dequantised, given their prefix and padded only after the
-copy to the device, so the copy carries neither padding nor the prefix.
+Captions travel ragged and quantized, one after another. They are dequantized, get their prefix and are padded
+only after the copy to the device, so the copy contains neither padding nor the prefix.
 """
 
 from collections.abc import Sequence
@@ -20,41 +20,53 @@ from model.encoders.quantize import dequantize, quantize
 
 @dataclass
 class TextConstants:
-    """What all captions of a text family share; states are standardised, fp32, on the training device."""
+    """Everything that all captions of a text family share.
+
+    Hidden states are standardized, fp32, on the training device.
+    """
 
     prefix: Tensor
-    """[P, W]: states of system prompt and instruction."""
+    """[P, W]: hidden states of system prompt and instruction."""
     null: Tensor
-    """[T0, W]: states of the null caption."""
+    """[T0, W]: hidden states of the null caption."""
     mean: Tensor
-    """[W]: mean of each channel of the raw states."""
+    """[W]: mean of each channel of the raw hidden states."""
     std: Tensor
-    """[W]: spread of each channel."""
-    quantisation: str
+    """[W]: std of each channel."""
+    quantization: str
     width: int
     rescale: Tensor | None = None
-    """[S, 2, W]: factor and shift that bring standardised states of each dataset of a mixture to this standardisation; None
-    where it is the same for all."""
+    """[S, 2, W]: per dataset of a mixture, factor and shift from its standardization to this one.
+
+    None if all datasets have the same.
+    """
 
     @classmethod
     def load(cls, dataset: Store, family: Family, device: torch.device) -> "TextConstants":
-        """Read them from the store.
+        """Read a family's constants from the store.
 
         Raises:
-            UserError: the family lacks some of them, or is damaged.
+            UserError: if the family lacks some of them, or is damaged.
         """
         tensors = read_constants(dataset, family)
         if lacking := {"prefix_states", "null_states", "mean", "spread"} - set(tensors):
-            raise UserError(f"{dataset.uri}: family `{family.name}` lacks {', '.join(sorted(lacking))}: encode it anew")
+            names = ", ".join(sorted(lacking))
+            raise UserError(f"{dataset.uri}: family `{family.name}` lacks {names}: encode it again")
+
         mean, std = tensors["mean"].float(), tensors["spread"].float()
         prefix, null = ((tensors[f"{name}_states"].float() - mean) / std for name in ("prefix", "null"))
-        width, quantisation = int(family.info["width"]), str(family.info["quantisation"])
-        return cls(prefix.to(device), null.to(device), mean.to(device), std.to(device), quantisation, width)
+        width, quantization = int(family.info["width"]), str(family.info["quantisation"])
+        return cls(prefix.to(device), null.to(device), mean.to(device), std.to(device), quantization, width)
 
     def for_all(self, others: "Sequence[TextConstants]") -> "TextConstants":
-        """These, for a mixture of their own dataset and then those of `others`, which were standardised with theirs."""
-        alike = all(torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std) for other in others)
-        if alike or self.quantisation == "bf16":  # bf16 states are stored raw
+        """Return the constants for a mixture of this dataset and the datasets of `others`, in this order.
+
+        The hidden states of each dataset were standardized with its own mean and std; `to_text` will bring
+        them to these.
+        """
+        same_mean = all(torch.equal(self.mean, other.mean) for other in others)
+        same_std = all(torch.equal(self.std, other.std) for other in others)
+        if (same_mean and same_std) or self.quantization == "bf16":  # bf16 states are stored raw
             return self
         pairs = [torch.stack([c.std / self.std, (c.mean - self.mean) / self.std]) for c in (self, *others)]
         return replace(self, rescale=torch.stack(pairs))
@@ -62,28 +74,38 @@ class TextConstants:
 
 @dataclass
 class PackedText:
-    """The captions of a batch as stored: quantised tokens one after another, without padding."""
+    """The captions of a batch as stored: quantized tokens one after another, without padding."""
 
     values: Tensor
-    """uint8 [N, bytes]: states of all tokens."""
+    """uint8 [N, bytes]: hidden states of all tokens."""
     scales: Tensor
     """fp32 [N]: scale of each token; empty for bf16."""
     lengths: Tensor
     """int32 [B]: tokens of each caption; 0 = the null caption."""
     counts: Sequence[int] | None = None
-    """`lengths` as numbers on the host, so that no shape has to be fetched from the device; None = fetch them."""
+    """`lengths` on the host, so that no shape has to be fetched from the device; None = fetch them."""
     sources: Tensor | None = None
-    """int64 [B]: dataset of each caption in a mixture; None = there is one."""
+    """int64 [B]: dataset of each caption in a mixture; None = there is only one dataset."""
 
 
 def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) -> Text:
-    """Dequantise a batch of captions, put the prefix before each and pad on the right: states [B, T, W] of `dtype`."""
+    """Dequantize a batch of captions, put the prefix before each and pad on the right.
+
+    Args:
+        packed: the captions.
+        constants: of their family.
+        dtype: of the result.
+
+    Returns:
+        Text with hidden states [B, T, W].
+    """
     counts = packed.lengths.tolist() if packed.counts is None else packed.counts
     c = constants
     if c.rescale is None or packed.sources is None:
-        tokens = dequantize(packed.values, packed.scales, c.quantisation, c.mean, c.std, dtype)  # [N, W]
+        tokens = dequantize(packed.values, packed.scales, c.quantization, c.mean, c.std, dtype)  # [N, W]
     else:
-        tokens = dequantize(packed.values, packed.scales, c.quantisation, c.mean, c.std, torch.float32)  # [N, W]
+        # [N, W] in fp32, so that the change of standardization is rounded only once.
+        tokens = dequantize(packed.values, packed.scales, c.quantization, c.mean, c.std, torch.float32)
         owner = torch.repeat_interleave(packed.sources, packed.lengths.long(), output_size=len(tokens))  # [N]
         factor, shift = c.rescale[owner].unbind(1)  # [N, W] each
         tokens = torch.addcmul(shift, tokens, factor).to(dtype)
@@ -91,31 +113,46 @@ def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) ->
 
 
 def pack(states: Sequence[Tensor | None], constants: TextConstants) -> PackedText:
-    """Raw states of an LLM, one [T_i, W] per caption, as a family stores them; None or no tokens = the null caption.
+    """Quantize raw hidden states of an LLM as a family stores them.
+
+    Args:
+        states: one [T_i, W] per caption; None or no tokens = the null caption.
+        constants: of the family.
 
     Raises:
-        ValueError: a state is not finite.
+        ValueError: if a hidden state is not finite.
     """
-    device = constants.mean.device
-    counts = [0 if caption is None else len(caption) for caption in states]
-    captions = [caption.to(device).float() for caption in states if caption is not None]
-    tokens = torch.cat([*captions, constants.mean.new_zeros(0, constants.width)])  # [N, W]
-    values, scales, _ = quantize(tokens, constants.quantisation, constants.mean, constants.std)
-    return PackedText(values, scales, torch.tensor(counts, dtype=torch.int32, device=device), counts)
+    tokens, lengths, counts = _concatenate(states, constants)
+    values, scales, _ = quantize(tokens, constants.quantization, constants.mean, constants.std)
+    return PackedText(values, scales, lengths, counts)
 
 
 def text_from_states(states: Sequence[Tensor | None], constants: TextConstants, dtype: torch.dtype) -> Text:
-    """The same from raw states of an LLM, one [T_i, W] per caption; None or no tokens = the null caption."""
+    """Do the same as `to_text` with raw hidden states of an LLM, without quantizing them.
+
+    Args:
+        states: one [T_i, W] per caption; None or no tokens = the null caption.
+        constants: of the LLM's family.
+        dtype: of the result.
+    """
+    tokens, lengths, counts = _concatenate(states, constants)
+    standardized = ((tokens - constants.mean) / constants.std).to(dtype)
+    return _assemble(standardized, lengths, counts, constants)
+
+
+def _concatenate(
+    states: Sequence[Tensor | None], constants: TextConstants
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the tokens of all captions [N, W], and the number of each caption's, on device and on host."""
     device = constants.mean.device
     counts = [0 if caption is None else len(caption) for caption in states]
     captions = [caption.to(device).float() for caption in states if caption is not None]
     tokens = torch.cat([*captions, constants.mean.new_zeros(0, constants.width)])  # [N, W]
-    standardised = ((tokens - constants.mean) / constants.std).to(dtype)
-    return _assemble(standardised, torch.tensor(counts, dtype=torch.int32, device=device), counts, constants)
+    return tokens, torch.tensor(counts, dtype=torch.int32, device=device), counts
 
 
 def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants: TextConstants) -> Text:
-    """Standardised tokens [N, W] of captions with `lengths` [B] -> states with prefix and padding."""
+    """Add prefix and padding to the standardized tokens [N, W] of captions with `lengths` [B]."""
     batch, prefix, null = len(counts), len(constants.prefix), len(constants.null)
     filled = [count or null for count in counts]
     longest = max(filled)
@@ -125,8 +162,12 @@ def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants:
 
     states = tokens.new_zeros(batch, length, constants.width)  # [B, T, W]
     states[:, :prefix] = constants.prefix.to(tokens.dtype)
-    states[:, prefix : prefix + null] = (missing[:, None, None] * constants.null.to(tokens.dtype))[:, :longest]
-    owner = torch.repeat_interleave(torch.arange(batch, device=device), lengths, output_size=len(tokens))  # [N]
+    nulls = missing[:, None, None] * constants.null.to(tokens.dtype)  # [B, T0, W], zero for other captions
+    states[:, prefix : prefix + null] = nulls[:, :longest]
+
+    # One scatter puts each token behind its caption's prefix.
+    captions = torch.arange(batch, device=device)
+    owner = torch.repeat_interleave(captions, lengths, output_size=len(tokens))  # [N]
     begin = lengths.cumsum(0) - lengths  # [B]
     place = torch.arange(len(tokens), device=device) - begin[owner] + prefix  # [N]
     states.view(batch * length, constants.width).index_copy_(0, owner * length + place, tokens)

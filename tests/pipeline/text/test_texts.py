@@ -10,11 +10,11 @@ from pipeline.text.texts import PackedText, TextConstants, text_from_states, to_
 WIDTH = 6
 
 
-def make_constants(quantisation="int8", prefix=3, null=2):
+def make_constants(quantization="int8", prefix=3, null=2):
     draw = torch.Generator().manual_seed(1)
     mean, std = torch.randn(WIDTH, generator=draw) * 10, torch.rand(WIDTH, generator=draw) + 0.5
     states = [torch.randn(count, WIDTH, generator=draw) for count in (prefix, null)]
-    return TextConstants(*states, mean, std, quantisation, WIDTH)
+    return TextConstants(*states, mean, std, quantization, WIDTH)
 
 
 def make_states(counts, constants):
@@ -24,7 +24,7 @@ def make_states(counts, constants):
 
 def pack(states, constants):
     raw = torch.cat([constants.mean.new_zeros(0, WIDTH), *(caption for caption in states if caption is not None)])
-    values, scales, _ = quantize(raw, constants.quantisation, constants.mean, constants.std)
+    values, scales, _ = quantize(raw, constants.quantization, constants.mean, constants.std)
     counts = [0 if caption is None else len(caption) for caption in states]
     return PackedText(values, scales, torch.tensor(counts, dtype=torch.int32))
 
@@ -34,8 +34,8 @@ COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 @settings(max_examples=80, deadline=None)
 @given(COUNTS, st.sampled_from(["int8", "bf16"]), st.integers(0, 3), st.integers(1, 4))
-def test_each_caption_stands_behind_its_prefix(counts, quantisation, prefix, null):
-    constants = make_constants(quantisation, prefix, null)
+def test_each_caption_stands_behind_its_prefix(counts, quantization, prefix, null):
+    constants = make_constants(quantization, prefix, null)
     states = make_states(counts, constants)
     text = to_text(pack(states, constants), constants, torch.float32)
     lengths = [count or null for count in counts]
