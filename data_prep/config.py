@@ -132,6 +132,7 @@ class DatasetConfig:
         for number, source in enumerate(self.sources):
             self._check_source(number, source)
 
+        # equal names would be one kind with two numbers
         kinds = self.caption_kinds
         if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
             raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
@@ -150,6 +151,7 @@ class DatasetConfig:
         if not source.path and source.kind not in ("openmoji", "scenes"):
             raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
 
+        # The rows of all sources share one list of kinds, so that a kind has one number.
         for kind in source.captions:
             if kind not in self.caption_kinds:
                 raise UserError(

@@ -61,6 +61,7 @@ class Workers(Generic[Context, Item, Result]):
                 yield chunk, self._function(self._context, chunk)
             return
 
+        # Results are yielded in order, so the oldest chunk is the one to wait for.
         waiting: deque[tuple[Sequence[Item], Future[list[Result]]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, self._submit(chunk)))
@@ -90,6 +91,7 @@ class Workers(Generic[Context, Item, Result]):
 
     def _retry(self, chunk: Sequence[Item]) -> list[Result]:
         """Work on a chunk in a new process; if that dies as well, on each item."""
+        # A crash also loses the chunks of the pool's other processes, which are fine by themselves.
         try:
             with self._make_pool(1) as pool:
                 return pool.submit(_call, self._function, chunk).result()

@@ -90,10 +90,12 @@ def summarize(name: str, commits: Iterable[Commit]) -> TextReport:
     for commit in filled:
         total.update(commit.counts)  # pyright: ignore[reportArgumentType]
 
+    # Whatever was not run was saved, so both add up to the baseline.
     saved = {saving: total[f"block_tokens_saved_{saving}"] for saving in SAVINGS}
     run = total["block_tokens_run"]
     baseline = max(1, run + sum(saved.values()))
 
+    # Means are weighted by the tokens that they were measured on; parts of cached captions have none.
     measured = [commit.counts for commit in filled if commit.counts.get("error_tokens")]
     error_tokens = sum(counts["error_tokens"] for counts in measured)
     error_sum = sum(counts["error_mean"] * counts["error_tokens"] for counts in measured)

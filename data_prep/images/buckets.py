@@ -59,9 +59,11 @@ def assign(
         max_upscale: images that would have to grow by a larger factor are left out.
         max_crop: images that would lose a larger share of their area to the center crop are left out.
     """
+    # On a log scale, an image and its transpose are equally far from a bucket and its transpose.
     aspect = math.log(height / width)
     bucket = min(buckets, key=lambda b: (abs(math.log(b.height / b.width) - aspect), b.height, b.width))
 
+    # The image is scaled until it covers the bucket; the crop removes what exceeds it along the other axis.
     rows, columns = bucket.height / height, bucket.width / width
     scale = max(rows, columns)
     if scale > max_upscale:

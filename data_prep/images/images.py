@@ -112,10 +112,12 @@ def resize_crop(
     scale = max(bucket.height / height, bucket.width / width)
     crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
 
+    # Resizing from the box saves a copy of the cropped image.
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
     box = (left, top, left + crop_width, top + crop_height)
     resized = image.resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box=box)
 
+    # A scaled decode rounds both sides up, so the two factors can differ.
     rows, columns = (original[0] / height, original[1] / width) if original else (1.0, 1.0)
     return resized, Crop(box[0] * columns, box[1] * rows, box[2] * columns, box[3] * rows)
 
@@ -126,6 +128,7 @@ def fit_bucket(data: bytes, bucket: Bucket) -> tuple[Image.Image, Crop]:
     Raises:
         ImageError: if the data is no image, is damaged or is too large.
     """
+    # The smallest size that covers the bucket is enough.
     height, width = image_size(data)
     scale = max(bucket.height / height, bucket.width / width)
     covering = (max(1, min(height, int(height * scale))), max(1, min(width, int(width * scale))))
@@ -156,6 +159,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     if len(data) > MAX_FILE_BYTES:
         raise ImageError(TOO_LARGE, f"{len(data)} bytes")
 
+    # Opening reads the header alone.
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if not width or not height:
@@ -240,6 +244,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     except (OSError, ValueError, ImageCms.PyCMSError):
         return None
 
+    # CMYK is always converted: Pillow's own conversion is only an approximation.
     bands = len(Image.new(mode, (1, 1)).getbands())
     if bands > 3:
         return transform

@@ -129,10 +129,12 @@ def caption_scene(scene: Scene, kind: CaptionKind, seed: int, index: int) -> Sce
         seed: seed of the set of scenes.
         index: index of the scene within the set.
     """
+    # The key ends with the kind, since (seed, index) alone is the scene's own.
     random = np.random.default_rng([seed, index, 1 + CAPTION_KINDS.index(kind)])
     order = random.permutation(len(scene.segments)).tolist()
     segments = tuple(scene.segments[number] for number in order)
 
+    # Relations refer to the segments in their new order.
     position = {number: place for place, number in enumerate(order)}
     relations = [
         Relation(position[relation.subject], relation.direction, position[relation.other])
@@ -231,6 +233,7 @@ def _paragraph(
         if split and adjectives:
             lines.append(f"{'It is' if single else 'They are'} {' and '.join(adjectives)}.")
 
+    # The ground comes first or last.
     lines.insert(
         0 if random.random() < 0.5 else len(lines), f"The ground is {ground.tone} and {ground.pattern}."
     )

@@ -119,6 +119,7 @@ def render_scene(scene: Scene, height: int, width: int) -> np.ndarray:
     Returns:
         The image, uint8 [height, width, 3].
     """
+    # Objects do not overlap, so their order does not matter.
     image = np.repeat(_render_ground(scene.ground, scene.seed, height, width)[:, :, None], 3, axis=2)
     for item in scene.objects:
         _render_object(image, scene, item)
@@ -137,6 +138,7 @@ def _render_object(image: np.ndarray, scene: Scene, item: SceneObject) -> None:
     samples = 8 if pixels_per_unit[0] < LOW_RESOLUTION else 4
     bright, dark = coverage(item.shape, item.texture, u, v, samples)
 
+    # What the object does not cover of a pixel keeps its value.
     color = np.array(PALETTE[item.colour], float)
     window = image[rows, columns]
     window *= (1 - bright - dark)[:, :, None]
@@ -152,6 +154,7 @@ def _pixel_window(center: float, half: float, pixels_per_unit: float, side: int)
 
 def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.ndarray:
     """Return gray levels, fp64 [height, width]. A pattern has the same periods at any resolution."""
+    # The unit is the same along both axes, so patterns are not stretched.
     unit = math.sqrt(height * width)
     y, x = np.mgrid[:height, :width] / unit
 

@@ -41,6 +41,7 @@ def natural_prompts(count: int, seed: int = 0, segments: int | None = None) -> l
     """
     prompts = []
     for index in range(count):
+        # a generator per prompt: more prompts leave the first ones as they are
         random = np.random.default_rng([seed, index])
         number = segments or 2 + index % (MAX_SEGMENTS - 1)
         nouns = random.choice(NOUNS, number, replace=False).tolist()

@@ -87,6 +87,7 @@ def positional_bias(scores: Sequence[Sequence[float]], seed: int = 0) -> Positio
     if not rows:
         raise UserError("no prompt with two or more segments: a positional curve needs them")
 
+    # Curve, slope and gap are columns of one table, so all use the same resamples.
     means = _bootstrap(np.stack(rows), seed)
     return PositionalBias(positions.tolist(), means[:POSITIONS], means[-2], means[-1], len(rows))
 
@@ -110,6 +111,7 @@ def scene_segment_scores(scores: SceneScores, images: int = 1) -> list[list[floa
         scores: scores of `images` images of each prompt, one after another.
         images: number of images per prompt; their claims are averaged.
     """
+    # Every segment has claims, since its color and shape are always stated.
     prompts: dict[int, list[list[bool]]] = {}
     for claim in scores.claims:
         segments = prompts.setdefault(claim.image // images, [[] for _ in range(claim.length)])

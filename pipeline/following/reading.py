@@ -320,7 +320,8 @@ def _sample_patches(
     """Read the window at the template's points, shifted by each pair of `shifts`: [shifts**2, GRID * GRID,
     3]."""
     height, width, _ = window.shape
-    # the points of all shifts in one row
+    # Interpolation is separable, and the points of all shifts are read in one row: two matrix products give
+    # all patches.
     offsets = (np.asarray(shifts)[:, None] + _POINTS).ravel() * radius
     down = _interpolation(y + offsets, height, point_width)
     right = _interpolation(x + offsets, width, point_width)
@@ -344,6 +345,7 @@ def _interpolation(positions: np.ndarray, length: int, width: float) -> NDArray[
 
 def _texture(fit: _Fit) -> Texture:
     """Return plain if no marks are darker than the rest, else the texture with the smallest residual."""
+    # Plain is a special case of every texture, whose marks are then as bright as the rest.
     best = 1 + int(np.argmin(fit.residuals[1:]))
     lumas = np.linalg.lstsq(fit.template.parts[best], fit.patch, rcond=None)[0][:, 0]
     _, bright, dark = lumas

@@ -58,6 +58,7 @@ class SceneScores:
 
     def segments(self) -> "SceneScores":
         """Return one claim per segment, `segment`: correct if all of its own claims are."""
+        # A relation belongs to two segments.
         judgments: dict[tuple[int, int, int], bool] = {}
         for claim in self.claims:
             if claim.attribute != "relation":
