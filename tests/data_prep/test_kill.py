@@ -69,6 +69,7 @@ def serve(requests):
     """
     from data_prep import report  # noqa: F401
     from data_prep.families import latents, text  # noqa: F401
+    from model.encoders import vae  # noqa: F401
 
     while request := requests.recv():
         environment, log, max_file_bytes, children = request
