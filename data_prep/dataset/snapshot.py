@@ -83,7 +83,8 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     if any(missing.values()) and not partial:
         raise UserError(_how_to_complete(dataset, plan, missing))
 
-    complete = [part for part in plan.parts if all(part in parts for parts in commits.values())]
+    incomplete: set[Part] = set().union(*missing.values())
+    complete = [part for part in plan.parts if part not in incomplete]
     with_rows = [part for part in complete if commits[PAIRS][part].rows]
     if not with_rows:
         raise UserError(f"{dataset.uri}: no part has rows in {', '.join(commits)}: nothing to train on")

@@ -51,8 +51,9 @@ def make_pairs(dataset, share=ALONE, drop=(), captions=one_caption):
 
 
 def commit_pairs(dataset, part, ids, captions=one_caption):
-    rows = [
-        {
+    rows = []
+    for id in ids:
+        row = {
             "id": id,
             "key": f"k{id}",
             "captions": [{"kind": kind, "text": text} for kind, text in captions(id)],
@@ -60,8 +61,8 @@ def commit_pairs(dataset, part, ids, captions=one_caption):
             "crop": [0.0, 0.0, 64.0, 64.0],
             "member": f"{id:019d}.jpg",
         }
-        for id in ids
-    ]
+        rows.append(row)
+
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in (TABLE, TAR)} if ids else {}
         if ids:
