@@ -231,7 +231,9 @@ def texts(path):
 def without_code(text):
     """The text with code in backticks, links, options and paths blanked out, at the same length."""
     return re.sub(
-        r"`[^`\n]*`|https?://\S+|--[\w-]+|\]\([^)]*\)|\S*[\w-]/\w\S*", lambda match: "`" * len(match.group()), text
+        r"`[^`\n]*`|https?://\S+|--[\w-]+|\]\([^)]*\)|\S*[\w-]/\w\S*",
+        lambda match: "`" * len(match.group()),
+        text,
     )
 
 
