@@ -100,7 +100,7 @@ BATCH = (
     Step("Dataset", "pipeline.data.dataset:SnapshotDataset", "bytes of a batch in one block"),
     Step("Loader", "pipeline.data.loader:TrainingData", "processes that read ahead"),
     Step("Inputs", "pipeline.training.inputs:NetworkInputs", "clean latents, condition"),
-    Step("Objective", "pipeline.diffusion.objective:Objective.training_example", "timestep, noise, target"),
+    Step("Objective", "pipeline.diffusion.objective:Objective", "timestep, noise, target"),
     Step("Engine", "pipeline.engine.engine:Engine.backward", "gradients under ZeRO"),
     Step("Optimizer step", "pipeline.engine.engine:Engine.step", "fp32 partitions, clipping, EMA"),
     Step("Checkpoint", "pipeline.checkpoint.checkpoints:Checkpoints", "a file per rank, then the manifest"),

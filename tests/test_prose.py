@@ -65,7 +65,7 @@ RULES = (
         docstring_only=True,
     ),
     Rule(
-        r"(?m)^\s*[A-Z]\w*(?:Error|Exception): (?!if\b|when\b|from\b|as\b|with\b)[^\n]*",
+        r"(?m)^\s*[A-Z]\w*(?:Error|Exception): (?!if\b|when\b|from\b|as\b|with\b|always\b)[^\n]*",
         "`XError: if the run does not exist`: say of what it speaks",
         docstring_only=True,
     ),
@@ -94,7 +94,6 @@ RULES = (
         "generate or sample an image, sample noise, pick a row, render a scene",
     ),
     Rule(r"\bspreads?\b(?! (?:over|across|out|among|evenly|to)\b)", "std"),
-    Rule(r"\b(?:vanish|vanishes|vanished)\b", "is removed"),
     Rule(r"\b(?:gives|give) (?:False|True|None)\b", "returns None, or None if ..."),
     Rule(
         r"(?i)\b(?:de|re|un|non-)?(?:normal|quant|standard|token|initial|optim|summar|serial|synchron|recogn|organ|general|"
