@@ -1,4 +1,4 @@
-"""Online mode (`fusion.encode: online`): the trainer runs the LLMs itself, to try an encoder or for small data.
+"""Online mode (`fusion.encode: online`): the trainer runs the LLMs itself, to try an encoder on small data.
 
 Captions come from the pairs, so a dataset with pairs and latents is enough. The stage describes its encoders
 (`text`) by the settings that a dataset's YAML has for families. What all captions share (hidden states of the

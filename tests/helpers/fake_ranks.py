@@ -1,4 +1,4 @@
-"""What simulated worlds of ranks read."""
+"""Batches that simulated worlds of ranks read."""
 
 import itertools
 
@@ -17,9 +17,27 @@ def open_data(stage, rank=0, world=1, device=CPU):
 
 def summary(batch):
     """All that a step depends on."""
-    texts = {name: (tuple(packed.counts), packed.values.tolist(), packed.scales.tolist()) for name, packed in batch.texts.items()}
-    tensors = (batch.sources, batch.passes, batch.mean, batch.std, batch.posterior_noise, batch.noise, batch.u)
-    return batch.bucket, batch.epoch, batch.index, batch.ids.tolist(), [tensor.float().tolist() for tensor in tensors], texts
+    texts = {
+        name: (tuple(packed.counts), packed.values.tolist(), packed.scales.tolist())
+        for name, packed in batch.texts.items()
+    }
+    tensors = (
+        batch.sources,
+        batch.passes,
+        batch.mean,
+        batch.std,
+        batch.posterior_noise,
+        batch.noise,
+        batch.u,
+    )
+    return (
+        batch.bucket,
+        batch.epoch,
+        batch.index,
+        batch.ids.tolist(),
+        [tensor.float().tolist() for tensor in tensors],
+        texts,
+    )
 
 
 def read(stage, count, position=None, rank=0, world=1):

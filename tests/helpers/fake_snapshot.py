@@ -23,7 +23,12 @@ LATENTS = Family(
     {"channels": CHANNELS, "downsampling": DOWN, "scaling_factor": 1.0, "shift_factor": 0.0},
 )
 TEXTS = {
-    name: Family(name, "text", {"llm": f"fake {name}"}, {"width": width, "prefix_tokens": PREFIX, "quantisation": quantisation})
+    name: Family(
+        name,
+        "text",
+        {"llm": f"fake {name}"},
+        {"width": width, "prefix_tokens": PREFIX, "quantisation": quantisation},
+    )
     for name, (width, quantisation) in WIDTHS.items()
 }
 FAMILIES = [LATENTS, *TEXTS.values()]
@@ -42,15 +47,25 @@ def captions(id):
 def latents_row(id, bucket):
     size = Bucket.parse(bucket)
     shape = (CHANNELS, size.height // DOWN, size.width // DOWN)
-    mean, std = (torch.from_numpy(rng(name, id).standard_normal(shape)).to(torch.bfloat16) for name in ("mean", "std"))
-    return {"id": id, "mean": mean.view(torch.uint8).numpy().tobytes(), "std": std.view(torch.uint8).numpy().tobytes()}
+    mean, std = (
+        torch.from_numpy(rng(name, id).standard_normal(shape)).to(torch.bfloat16) for name in ("mean", "std")
+    )
+    return {
+        "id": id,
+        "mean": mean.view(torch.uint8).numpy().tobytes(),
+        "std": std.view(torch.uint8).numpy().tobytes(),
+    }
 
 
 def text_row(id, family):
     width, quantisation = WIDTHS[family]
     kinds = captions(id)
     tokens = rng("tokens", id, family).integers(1, 6, len(kinds)).astype("<i4")  # other LLM, other tokens
-    values = rng("values", id, family).integers(0, 60, (int(tokens.sum()), bytes_per_token(quantisation, width))).astype(np.uint8)
+    values = (
+        rng("values", id, family)
+        .integers(0, 60, (int(tokens.sum()), bytes_per_token(quantisation, width)))
+        .astype(np.uint8)
+    )
     scales = rng("scales", id, family).random(0 if quantisation == "bf16" else len(values)).astype("<f4")
     columns = {"kinds": kinds, "tokens": tokens, "values": values, "scales": scales}
     return {"id": id, **{name: array.tobytes() for name, array in columns.items()}}
@@ -77,16 +92,22 @@ def ids_of(buckets):
 def make(uri, buckets, folder, families=FAMILIES, name="ds"):
     """Commit all parts and take a snapshot; `buckets`: name -> rows of its parts."""
     dataset = open_store(str(uri), create=True).sub(name)
-    dataset.put_new(Manifest.KEY, Manifest(name, KINDS, {key: list(rows) for key, rows in buckets.items()}).to_json())
+    dataset.put_new(
+        Manifest.KEY, Manifest(name, KINDS, {key: list(rows) for key, rows in buckets.items()}).to_json()
+    )
     registered = [
-        register_family(dataset, family, constants(family.name, name) if family.kind == "text" else None) for family in families
+        register_family(dataset, family, constants(family.name, name) if family.kind == "text" else None)
+        for family in families
     ]
     path = folder / "shard.00000.mds"
     for part, ids in ids_of(buckets).items():
         path.write_bytes(b"pairs are not read here")
         commit_part(dataset, PAIRS, part, {"pairs.tar": path}, ids, {})
         for family in registered:
-            rows = [latents_row(id, part.bucket) if family.kind == "latents" else text_row(id, family.name) for id in ids]
+            rows = [
+                latents_row(id, part.bucket) if family.kind == "latents" else text_row(id, family.name)
+                for id in ids
+            ]
             write_mds(path, family.columns, rows)
             commit_part(dataset, family.name, part, {"shard.00000.mds": path}, ids, {}, family.hash)
     return take_snapshot(dataset)

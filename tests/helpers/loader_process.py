@@ -1,6 +1,7 @@
-"""A rank that reads its data as the trainer does: a collective in each step, a watchdog beside it.
+"""A rank that reads its data as the trainer does: a collective in each step, and a watchdog.
 
-`Job` runs it in a process of its own; `python -m tests.helpers.loader_process JSON` runs it alone, until it is killed.
+`Job` runs it in a process of its own; `python -m tests.helpers.loader_process JSON` runs it alone, until it
+is killed.
 """
 
 import itertools
@@ -43,18 +44,25 @@ def lines(stage, steps, rank=0, world=1, of=line):
 
 def streaming_line(rows):
     """The same for a batch of mosaicml-streaming's rows."""
-    return json.dumps([[row["id"] for row in rows], xxhash.xxh64_hexdigest(repr([sorted(row.items()) for row in rows]))])
+    return json.dumps(
+        [[row["id"] for row in rows], xxhash.xxh64_hexdigest(repr([sorted(row.items()) for row in rows]))]
+    )
 
 
 def fake_row(id, bucket):
     """A row of all families as mosaicml-streaming must give it."""
     rows = {"latents": fake.latents_row(id, bucket), **{name: fake.text_row(id, name) for name in fake.TEXTS}}
-    columns = {f"{name}/{column}": value for name, row in rows.items() for column, value in row.items() if column != "id"}
+    columns = {
+        f"{name}/{column}": value
+        for name, row in rows.items()
+        for column, value in row.items()
+        if column != "id"
+    }
     return {"id": id, **columns}
 
 
 def fake_rows(batch):
-    """What `streaming_line` gives for a batch of ours."""
+    """The line that `streaming_line` returns for a batch of ours."""
     return streaming_line([fake_row(id, batch.bucket) for id in batch.ids.tolist()])
 
 
@@ -65,11 +73,16 @@ def _read_by_loader(stage, rank, world):
 def _read_by_streaming(stage, rank, world):
     from pipeline.data.streaming import SnapshotLoader, StreamingSnapshot  # takes seconds to import
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+    )
     workers = stage.data.workers
     # As a process that was not itself started by multiprocessing has it.
     loader = SnapshotLoader(
-        StreamingSnapshot(stage), num_workers=workers, collate_fn=list, multiprocessing_context="fork" if workers else None
+        StreamingSnapshot(stage),
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context="fork" if workers else None,
     )
     return (streaming_line(rows) for _ in itertools.count() for rows in loader)
 
@@ -81,18 +94,22 @@ class Job:
     """The ranks of one job, each a process; their batches and errors go into files."""
 
     def __init__(self, folder, store, settings, steps, world=1, largest_file=None, reader="loader"):
-        """Start; `largest_file`: bytes over which no file may grow once the store is open, as on a full disk."""
+        """Start; `largest_file`: bytes over which no file may grow once the store is open, as on a full
+        disk."""
         self.logs = [Path(folder) / f"rank_{rank}" for rank in range(world)]
         for log in self.logs:
             log.with_suffix(".txt").unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         fixed = (world, free_port(), environment, store, settings, steps, largest_file, reader)
-        self.processes = [CONTEXT.Process(target=_rank, args=(rank, log, *fixed)) for rank, log in enumerate(self.logs)]
+        self.processes = [
+            CONTEXT.Process(target=_rank, args=(rank, log, *fixed)) for rank, log in enumerate(self.logs)
+        ]
         for process in self.processes:
             process.start()
 
     def end(self, seconds=60):
-        """Exit code, lines and stderr of each rank; they have `seconds` from when all have opened the store."""
+        """Exit code, lines and stderr of each rank; they have `seconds` from when all have opened the
+        store."""
         opened = time.monotonic() + 2 * seconds
         while time.monotonic() < opened and not all(self._is_open(rank) for rank in range(len(self.logs))):
             time.sleep(0.05)
@@ -126,7 +143,9 @@ def _rank(rank, log, world, port, environment, store, settings, steps, largest_f
     try:
         batches = READERS[reader](fake.stage(store, **settings), rank, world)
         if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
         with log.with_suffix(".txt").open("w", buffering=1) as printed:
             for batch in itertools.islice(batches, steps):
                 dist.all_reduce(torch.ones(()))
@@ -146,10 +165,11 @@ def wait_until(true, seconds=20):
 
 
 def processes_with(text):
-    """Ids of the living processes that were started with `text` in their environment, whoever their parent is now."""
+    """Ids of the living processes that were started with `text` in their environment, whoever their parent is
+    now."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another user's, or gone
+        with suppress(OSError):  # of another user, or it has exited
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
             if state != "Z" and text.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
@@ -160,9 +180,13 @@ def shared_memory(processes):
     """Files in /dev/shm that these processes have mapped."""
     maps = []
     for process in processes:
-        with suppress(OSError):  # gone
+        with suppress(OSError):  # it has exited
             maps += Path(f"/proc/{process}/maps").read_text().splitlines()
-    return {Path(entry.split(maxsplit=5)[5]) for entry in maps if "/dev/shm/" in entry and not entry.endswith("(deleted)")}
+    return {
+        Path(entry.split(maxsplit=5)[5])
+        for entry in maps
+        if "/dev/shm/" in entry and not entry.endswith("(deleted)")
+    }
 
 
 if __name__ == "__main__":

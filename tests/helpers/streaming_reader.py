@@ -10,7 +10,9 @@ EPOCH = 7
 
 def loader(dataset, workers=0, context="fork", collate=list, **options):
     context = context if workers else None
-    return SnapshotLoader(dataset, num_workers=workers, collate_fn=collate, multiprocessing_context=context, **options)
+    return SnapshotLoader(
+        dataset, num_workers=workers, collate_fn=collate, multiprocessing_context=context, **options
+    )
 
 
 def read(dataset, workers=0, **options):

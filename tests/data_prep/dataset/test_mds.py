@@ -16,19 +16,28 @@ from model.common.errors import UserError
 
 COLUMNS = {"text": "str", "id": "int", "data": "bytes"}
 ROWS = st.lists(
-    st.fixed_dictionaries({"id": st.integers(-(2**63), 2**63 - 1), "data": st.binary(max_size=50), "text": st.text(max_size=20)}),
+    st.fixed_dictionaries(
+        {"id": st.integers(-(2**63), 2**63 - 1), "data": st.binary(max_size=50), "text": st.text(max_size=20)}
+    ),
     max_size=20,
 )
 
 
 def streaming_reader(path, columns, rows):
     names = sorted(columns)
-    raw = {"basename": path.name, "bytes": path.stat().st_size, "hashes": {}}
     record = {
-        "version": 2, "format": "mds", "compression": None, "hashes": [], "size_limit": None, "zip_data": None,
-        "raw_data": raw, "samples": rows, "column_names": names, "column_encodings": [columns[name] for name in names],
+        "version": 2,
+        "format": "mds",
+        "compression": None,
+        "hashes": [],
+        "size_limit": None,
+        "zip_data": None,
+        "raw_data": {"basename": path.name, "bytes": path.stat().st_size, "hashes": {}},
+        "samples": rows,
+        "column_names": names,
+        "column_encodings": [columns[name] for name in names],
         "column_sizes": [8 if columns[name] == "int" else None for name in names],
-    }  # fmt: skip
+    }
     return MDSReader.from_json(str(path.parent), "", record)
 
 
@@ -57,7 +66,10 @@ def test_the_file_is_the_one_that_streaming_writes(tmp_path_factory, rows):
 
 
 def test_our_encodings_are_streamings():
-    assert all(is_mds_encoding(name) for name in [*FIXED, *VARIABLE, *LATENT_COLUMNS.values(), *TEXT_COLUMNS.values()])
+    assert all(
+        is_mds_encoding(name)
+        for name in [*FIXED, *VARIABLE, *LATENT_COLUMNS.values(), *TEXT_COLUMNS.values()]
+    )
 
 
 @pytest.mark.parametrize("columns", [LATENT_COLUMNS, TEXT_COLUMNS])
@@ -74,7 +86,11 @@ def test_a_failing_encoder_leaves_no_shard(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_mds(tmp_path / "shard", COLUMNS, rows())
-    for wrong in ({"id": 1}, {"id": 1, "data": "text", "text": ""}, {"id": 1, "data": b"", "text": "", "more": b""}):
+    for wrong in (
+        {"id": 1},
+        {"id": 1, "data": "text", "text": ""},
+        {"id": 1, "data": b"", "text": "", "more": b""},
+    ):
         with pytest.raises((ValueError, TypeError)):
             write_mds(tmp_path / "shard", COLUMNS, [wrong])
     assert not list(tmp_path.iterdir())
@@ -94,7 +110,9 @@ def test_a_full_disk_is_named(tmp_path, full_disk):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=60) | st.binary(max_size=20).map(lambda tail: b"\2\0\0\0" + b"\x20\0\0\0" * 3 + tail))
+@given(
+    st.binary(max_size=60) | st.binary(max_size=20).map(lambda tail: b"\2\0\0\0" + b"\x20\0\0\0" * 3 + tail)
+)
 def test_anything_else_is_refused_in_one_line(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("mds") / "shard"
     path.write_bytes(data)

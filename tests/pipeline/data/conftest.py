@@ -24,16 +24,21 @@ def stage(store, cache):
 
 @pytest.fixture
 def wrong_store(tmp_path, monkeypatch):
-    """Makes a store whose texts hold `rows` of 6 rows, and one of them other ids; its commits do not say so."""
+    """Makes a store whose texts hold `rows` of 6 rows, and one of them other ids; its commits do not say
+    so."""
     text_row, write = fake.text_row, fake.write_mds
 
     def make(rows):
         monkeypatch.setattr(
             fake,
             "write_mds",
-            lambda path, columns, all: write(path, columns, all if columns == fake.LATENTS.columns else all[:rows]),
+            lambda path, columns, all: write(
+                path, columns, all if columns == fake.LATENTS.columns else all[:rows]
+            ),
         )
-        monkeypatch.setattr(fake, "text_row", lambda id, family: {**text_row(id, family), "id": id + (family == "wide")})
+        monkeypatch.setattr(
+            fake, "text_row", lambda id, family: {**text_row(id, family), "id": id + (family == "wide")}
+        )
         fake.make(tmp_path / "store", {"64x64": [6]}, tmp_path)
         return tmp_path / "store"
 

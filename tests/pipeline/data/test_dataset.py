@@ -1,4 +1,4 @@
-"""What a loader process makes of the files: right bytes, drawn captions, and errors that name the file."""
+"""A batch that a loader process reads: right bytes, picked captions, and errors that name the file."""
 
 import gc
 import itertools
@@ -43,7 +43,9 @@ def test_every_byte_is_the_samples_own(store, tmp_path):
         for row, id in enumerate(batch.ids.tolist()):
             stored = fake.latents_row(id, batch.bucket)
             for name in ("mean", "std"):
-                assert getattr(batch, name)[row].contiguous().view(torch.uint8).numpy().tobytes() == stored[name]
+                assert (
+                    getattr(batch, name)[row].contiguous().view(torch.uint8).numpy().tobytes() == stored[name]
+                )
             chosen = set()
             for name, packed in batch.texts.items():
                 assert packed.counts == packed.lengths.tolist()
@@ -52,14 +54,20 @@ def test_every_byte_is_the_samples_own(store, tmp_path):
                 values = np.frombuffer(text["values"], np.uint8).reshape(-1, packed.values.shape[1])
                 part = packed.values[taken[name] : taken[name] + length].numpy()
                 starts = tokens.cumsum() - tokens
-                fits = {k for k in range(len(tokens)) if np.array_equal(values[starts[k] : starts[k] + tokens[k]], part)}
+                fits = {
+                    k
+                    for k in range(len(tokens))
+                    if np.array_equal(values[starts[k] : starts[k] + tokens[k]], part)
+                }
                 chosen = fits if not chosen else chosen & fits
                 if not length:
                     assert not chosen
                 elif len(packed.scales):
                     scales = np.frombuffer(text["scales"], "<f4")
                     at = int(starts[min(fits)])
-                    assert np.array_equal(packed.scales[taken[name] : taken[name] + length].numpy(), scales[at : at + length])
+                    assert np.array_equal(
+                        packed.scales[taken[name] : taken[name] + length].numpy(), scales[at : at + length]
+                    )
                 taken[name] += length
             counts = {bool(packed.counts[row]) for packed in batch.texts.values()}
             assert len(counts) == 1, "a caption is dropped in all families or in none"
@@ -72,7 +80,12 @@ def test_randomness_is_the_samples_own(store, tmp_path):
         for batch in first_batches(fake.stage(store, tmp_path, **settings), 3):
             for row, id in enumerate(batch.ids.tolist()):
                 counts = tuple(packed.counts[row] for packed in batch.texts.values())
-                seen[id] = (batch.noise[row].sum().item(), batch.posterior_noise[row].sum().item(), batch.u[row].item(), counts)
+                seen[id] = (
+                    batch.noise[row].sum().item(),
+                    batch.posterior_noise[row].sum().item(),
+                    batch.u[row].item(),
+                    counts,
+                )
         return seen
 
     one, other, reseeded = numbers(global_batch=2), numbers(global_batch=6), numbers(global_batch=6, seed=1)
@@ -85,23 +98,23 @@ def test_randomness_is_the_samples_own(store, tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.floats(0, 1), st.floats(0.01, 5))
-def test_captions_are_drawn_by_weight(kinds, drop, weight):
+def test_captions_are_picked_by_weight(kinds, drop, weight):
     choice = CaptionChoice(["a", "b", "c"], {"a": weight, "b": 1.0}, drop)
     rng = np.random.default_rng(0)
-    drawn = Counter(choice.pick(rng, np.array(kinds, np.uint8), True) for _ in range(3000))
-    assert abs(drawn[None] / 3000 - drop) < 0.05
+    picked = Counter(choice.pick(rng, np.array(kinds, np.uint8), True) for _ in range(3000))
+    assert abs(picked[None] / 3000 - drop) < 0.05
     shares = {kind: {0: weight, 1: 1.0, 2: 0.0}[kind] for kind in set(kinds)}
     total = sum(shares.values())
     for index, kind in enumerate(kinds):
         share = shares[kind] / total / kinds.count(kind) if total else 1 / len(kinds)
-        assert abs(drawn[index] / 3000 - share * (1 - drop)) < 0.06
+        assert abs(picked[index] / 3000 - share * (1 - drop)) < 0.06
 
 
 def test_all_captions_alike_without_weights_and_none_without_captions():
     choice = CaptionChoice(["a", "b"], {}, 0.0)
     rng = np.random.default_rng(0)
-    drawn = Counter(choice.pick(rng, np.array([0, 0, 1], np.uint8), True) for _ in range(3000))
-    assert max(abs(drawn[index] / 3000 - 1 / 3) for index in range(3)) < 0.04
+    picked = Counter(choice.pick(rng, np.array([0, 0, 1], np.uint8), True) for _ in range(3000))
+    assert max(abs(picked[index] / 3000 - 1 / 3) for index in range(3)) < 0.04
     assert choice.pick(rng, np.array([], np.uint8), True) is None
     assert CaptionChoice(["a"], {}, 1.0).pick(rng, np.array([0], np.uint8), False) == 0
 
@@ -138,7 +151,8 @@ def test_damaged_local_file_is_an_error_every_time(tmp_path, how, workers):
 
 
 def test_streaming_dataset_reads_our_shards_and_we_read_its_writers(tmp_path, monkeypatch):
-    """The shards are MDS: mosaicml's own StreamingDataset gives the rows that ours hold, and ours reads what its writer wrote."""
+    """The shards are MDS: mosaicml's own StreamingDataset gives the rows that ours hold, and ours reads what
+    its writer wrote."""
     from streaming import MDSWriter, StreamingDataset
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where it leaves files of locks
@@ -177,46 +191,58 @@ def test_families_that_do_not_belong_together_are_not_joined(wrong_store, tmp_pa
 
 
 def test_a_local_store_is_only_read(store_of_another, tmp_path):
-    """Its files may be another user's, who alone may set their times."""
+    """Its files may belong to another user, who alone may set their times."""
     assert first_batches(fake.stage(store_of_another, tmp_path / "cache"), 2)
 
 
 def test_columns_longer_than_the_first_read(tmp_path):
-    row = {"id": 5, "kinds": bytes(9000), "scales": b"", "tokens": bytes(range(200)), "values": bytes(range(256)) * 100}
+    row = {
+        "id": 5,
+        "kinds": bytes(9000),
+        "scales": b"",
+        "tokens": bytes(range(200)),
+        "values": bytes(range(256)) * 100,
+    }
     write_mds(tmp_path / "a.mds", fake.TEXTS["small"].columns, [row])
     shard = Shard(tmp_path / "a.mds", fake.TEXTS["small"].columns)
-    assert {name: shard.row(0).read(name) for name in row if name != "id"} == {name: row[name] for name in row if name != "id"}
+    assert {name: shard.row(0).read(name) for name in row if name != "id"} == {
+        name: row[name] for name in row if name != "id"
+    }
     with pytest.raises(UserError, match="has the columns"):
         Shard(tmp_path / "a.mds", fake.LATENTS.columns)
 
 
 def test_a_lock_is_free_again_although_a_forked_process_has_its_file(tmp_path):
-    with locked(tmp_path / "lock", 0.0) as held:
-        assert held
+    with locked(tmp_path / "lock", 0.0) as is_held:
+        assert is_held
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
     try:
-        with locked(tmp_path / "lock", 0.0) as held:
-            assert held
+        with locked(tmp_path / "lock", 0.0) as is_held:
+            assert is_held
     finally:
         child.kill()
         child.join()
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
-    with locked(tmp_path / "lock", 0.0) as held:
-        assert held
+    with locked(tmp_path / "lock", 0.0) as is_held:
+        assert is_held
         with locked(tmp_path / "lock", 0.1) as second:
             assert not second
-    with locked(tmp_path / "lock", 0.0) as held:
-        assert held
+    with locked(tmp_path / "lock", 0.0) as is_held:
+        assert is_held
 
 
 def test_what_dead_processes_left_unfinished_is_removed_and_a_live_ones_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_cache, "LOCKS", 1 << 62)  # no two files share a lock
     store = open_store(str(tmp_path / "store"), create=True)
     caches = [ShardCache(store, tmp_path / "cache", snapshot, None) for snapshot in ("abc", "def")]
-    suffixes = ("small/64x64/00007.mds.1f2e.part", "small/64x64/00007.mds.reserved", "small/64x64/00007.whole.part")
+    suffixes = (
+        "small/64x64/00007.mds.1f2e.part",
+        "small/64x64/00007.mds.reserved",
+        "small/64x64/00007.whole.part",
+    )
     suffixes += ("index/64x64-ff.part",)
     paths = [cache.folder / suffix for cache in caches for suffix in suffixes]
     for path in paths:
@@ -256,12 +282,18 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 def test_noise_is_the_samples_own():
     def noise(ids, seed=1, epoch=2, stream="noise"):
-        drawn = sample_noise(CPU, [len(ids), 2, 8, 8], [(seed, epoch, id) for id in ids], stream)
-        return dict(zip(ids, drawn, strict=True))
+        noise_of = sample_noise(CPU, [len(ids), 2, 8, 8], [(seed, epoch, id) for id in ids], stream)
+        return dict(zip(ids, noise_of, strict=True))
 
     one, other = noise([3, 4, 5]), noise([5, 3])
     assert all(torch.equal(one[id], other[id]) for id in other)
-    variants = [one[3], one[4], noise([3], seed=2)[3], noise([3], epoch=3)[3], noise([3], stream="posterior_noise")[3]]
+    variants = [
+        one[3],
+        one[4],
+        noise([3], seed=2)[3],
+        noise([3], epoch=3)[3],
+        noise([3], stream="posterior_noise")[3],
+    ]
     assert len({values.sum().item() for values in variants}) == len(variants)
     numbers = torch.stack(list(noise(list(range(100))).values()))
     assert abs(numbers.mean()) < 0.05

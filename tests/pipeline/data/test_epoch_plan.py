@@ -1,4 +1,4 @@
-"""The plan of an epoch: each row once, one bucket a batch, nothing that depends on the number of processes."""
+"""The plan of an epoch: each row once, one bucket per batch, the same on any number of processes."""
 
 import itertools
 
@@ -123,7 +123,10 @@ def test_buckets_mix_and_the_order_of_the_mapping_does_not_matter():
 
 def test_batch_sizes_may_differ_by_bucket():
     plan = EpochPlan(0, 0, {"a": [100], "b": [100]}, {"a": 10, "b": 4}, canonical_nodes=2)
-    assert {plan.batch(index).bucket: len(plan.batch(index).rows) for index in range(len(plan))} == {"a": 10, "b": 4}
+    assert {plan.batch(index).bucket: len(plan.batch(index).rows) for index in range(len(plan))} == {
+        "a": 10,
+        "b": 4,
+    }
     assert sum(len(plan.batch(index).rows) for index in range(len(plan))) == 200
 
 
@@ -134,10 +137,22 @@ def test_the_order_of_version_1_stays():
     assert order == ORDER
 
 
-@pytest.mark.parametrize("bad", [{"global_batch": 0}, {"global_batch": 3, "canonical_nodes": 2}, {"shuffle_parts": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"global_batch": 0}, {"global_batch": 3, "canonical_nodes": 2}, {"shuffle_parts": 0}]
+)
 def test_out_of_range(bad):
     with pytest.raises(ValueError, match=r"multiple|below"):
-        EpochPlan(**{"seed": 0, "epoch": 0, "buckets": {"a": [5]}, "global_batch": 2, "canonical_nodes": 1, "shuffle_parts": 1, **bad})
+        EpochPlan(
+            **{
+                "seed": 0,
+                "epoch": 0,
+                "buckets": {"a": [5]},
+                "global_batch": 2,
+                "canonical_nodes": 1,
+                "shuffle_parts": 1,
+                **bad,
+            }
+        )
 
 
 def test_random_numbers_depend_on_each_key_alone():

@@ -49,7 +49,11 @@ def test_stop_and_resume_anywhere_in_another_world(store, cache, stop, before, a
 def test_each_sample_once_an_epoch(store, cache):
     stage = fake.stage(store, cache, global_batch=4)
     data = open_data(stage)
-    seen = [id for batch, _ in itertools.islice(data.batches(), len(data.schedule.plan(0))) for id in batch.ids.tolist()]
+    seen = [
+        id
+        for batch, _ in itertools.islice(data.batches(), len(data.schedule.plan(0)))
+        for id in batch.ids.tolist()
+    ]
     everything = {id for part, ids in fake.ids_of(BUCKETS).items() for id in ids if part.bucket != "80x48"}
     assert len(set(seen)) == len(seen)
     assert set(seen) <= everything
@@ -64,7 +68,9 @@ def test_small_buckets_are_left_out_and_reported(store, cache, caplog):
         open_data(fake.stage(store, cache, global_batch=64))
 
 
-@pytest.mark.parametrize("change", [{"global_batch": 8}, {"seed": 1}, {"canonical_nodes": 2}, {"shuffle_parts": 3}])
+@pytest.mark.parametrize(
+    "change", [{"global_batch": 8}, {"seed": 1}, {"canonical_nodes": 2}, {"shuffle_parts": 3}]
+)
 def test_another_order_inside_an_epoch_is_refused(store, cache, change):
     position = read(fake.stage(store, cache), 3)[1][-1]
     data = open_data(fake.stage(store, cache, **change))
@@ -76,7 +82,7 @@ def test_another_order_inside_an_epoch_is_refused(store, cache, change):
 
 
 BUDGET = {"global_batch": 12, "tokens_per_batch": 700, "batch_multiple": 4}
-"""64x64 has 8x8 latents, so 8 samples a batch; 32x32 and 32x64 have less than half of that, so all 12."""
+"""64x64 has 8x8 latents, so 8 samples per batch; 32x32 and 32x64 have less than half of that, so all 12."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,11 @@ def sized(tmp_path_factory):
 def test_batches_by_a_token_budget_on_any_number_of_processes(sized, cache, stop, before, after):
     stage = fake.stage(sized, cache, **BUDGET)
     whole = world_of(stage, 1, stop + 4)
-    assert {(step[0], len(step[3])) for step in world_of(stage, 1, 12)} == {("64x64", 8), ("32x32", 12), ("32x64", 12)}
+    assert {(step[0], len(step[3])) for step in world_of(stage, 1, 12)} == {
+        ("64x64", 8),
+        ("32x32", 12),
+        ("32x64", 12),
+    }
     position = read(stage, stop, None, 0, before)[1][-1]
     assert world_of(stage, before, stop) + world_of(stage, after, 4, position) == whole
 
@@ -99,10 +109,15 @@ def test_batches_by_a_token_budget_on_any_number_of_processes(sized, cache, stop
 def test_what_does_not_fit_a_token_budget_is_one_line(sized, cache):
     with pytest.raises(UserError, match="no batch of bucket 32x64 fits"):
         open_data(fake.stage(sized, cache, **{**BUDGET, "tokens_per_batch": 100}))
-    with pytest.raises(UserError, match="10 samples per batch of bucket 64x64 are not a multiple of 3 processes"):
+    with pytest.raises(
+        UserError, match="10 samples per batch of bucket 64x64 are not a multiple of 3 processes"
+    ):
         open_data(fake.stage(sized, cache, **{**BUDGET, "batch_multiple": 1}), 0, 3, CPU)
     position = read(fake.stage(sized, cache, **BUDGET), 3)[1][-1]
-    for change, text in ({"tokens_per_batch": None}, "was 700 and is None"), ({"tokens_per_batch": 1000}, "was 700 and is 1000"):
+    for change, text in (
+        ({"tokens_per_batch": None}, "was 700 and is None"),
+        ({"tokens_per_batch": 1000}, "was 700 and is 1000"),
+    ):
         with pytest.raises(UserError, match=f"tokens_per_batch {text}"):
             next(open_data(fake.stage(sized, cache, **{**BUDGET, **change})).batches(position))
 
@@ -145,5 +160,7 @@ def test_one_line_for_what_the_user_can_put_right(store, cache, tmp_path):
             open_data(stage)
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"4 samples per batch of bucket 48x80 are not a multiple of 3 processes"):
+    with pytest.raises(
+        UserError, match=r"4 samples per batch of bucket 48x80 are not a multiple of 3 processes"
+    ):
         open_data(fake.stage(store, cache), 0, 3, CPU)

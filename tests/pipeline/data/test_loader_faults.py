@@ -67,7 +67,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(local, tmp_path_factory):
-    """What each rank of each world must read."""
+    """Batches that each rank of each world must read."""
     stage = fake.stage(local, tmp_path_factory.mktemp("cache"))
     return {(rank, world): lines(stage, STEPS, rank, world) for world in (1, 2) for rank in range(world)}
 
@@ -76,7 +76,11 @@ def expected(local, tmp_path_factory):
 def expected_rows(local, tmp_path_factory):
     """The same as rows of mosaicml-streaming."""
     stage = fake.stage(local, tmp_path_factory.mktemp("cache"))
-    return {(rank, world): lines(stage, STEPS, rank, world, fake_rows) for world in (1, 2) for rank in range(world)}
+    return {
+        (rank, world): lines(stage, STEPS, rank, world, fake_rows)
+        for world in (1, 2)
+        for rank in range(world)
+    }
 
 
 def shards(cache):
@@ -92,7 +96,7 @@ def payloads(proxy):
     return [path for method, path, _ in proxy.requests if method == "GET" and ".mds" in path]
 
 
-# -- the table: research on what breaks streaming readers, row by row -----------------------------------------------------
+# -- the table: research on what breaks streaming readers, row by row ------------------------------
 
 
 @dataclass
@@ -149,7 +153,7 @@ def damage_cache(case):
             path.unlink()
 
 
-def make_anew(case):
+def make_again(case):
     """Another dataset lay at the same place when the cache was filled."""
     store = open_store(case.remote)
     for buckets in ({"64x64": [6], "48x80": [9, 8]}, BUCKETS):
@@ -175,23 +179,25 @@ class Row:
     faults: list = ()
     """(what, path, how often; None = always) of the proxy."""
     says: str | None = ""
-    """What every rank says in its error; empty = right data on every rank, None = either."""
+    """Pattern of every rank's error; empty = right data on every rank, None = either."""
     before: Callable = lambda case: None
     again: bool = False
-    """Whether a restart must end in the same way."""
+    """True if a restart must end in the same way."""
     largest_file: int | None = None
 
     @property
     def writes(self):
-        """Whether `before` changes the store."""
-        return self.before in (damage_object, cut_object, lose_object, make_anew)
+        """True if `before` changes the store."""
+        return self.before in (damage_object, cut_object, lose_object, make_again)
 
 
 TABLE = {
     "503 twice": Row([("503", ANY, 2)]),
     "503 twice, index and records": Row([("503", r"/snapshots/|constants", 4)]),
     "503 always": Row([("503", WIDE, None)], r"families/wide/\S*\.mds: 503 SlowDown"),
-    "no access": Row([("403", WIDE, None)], r"families/wide/\S*\.mds: 403 AccessDenied: check the credentials"),
+    "no access": Row(
+        [("403", WIDE, None)], r"families/wide/\S*\.mds: 403 AccessDenied: check the credentials"
+    ),
     "reset twice": Row([("reset", ANY, 2)]),
     "reset always": Row([("reset", WIDE, None)], None),
     "stall once": Row([("stall", ANY, 1)]),
@@ -199,14 +205,18 @@ TABLE = {
     "short body twice": Row([("short", ANY, 2)]),
     "short body always": Row([("short", WIDE, None)], None),
     "flipped byte twice": Row([("flip", ANY, 2)]),
-    "flipped byte always": Row([("flip", WIDE, None)], r"families/wide/\S*\.mds: .* the object is damaged", again=True),
+    "flipped byte always": Row(
+        [("flip", WIDE, None)], r"families/wide/\S*\.mds: .* the object is damaged", again=True
+    ),
     "flipped byte in a range": Row([("reset", ONE, 1), ("flip", ONE, 1)]),
-    "damaged object": Row([], r"families/small/48x80/\S*\.mds: .* the object is damaged", damage_object, again=True),
+    "damaged object": Row(
+        [], r"families/small/48x80/\S*\.mds: .* the object is damaged", damage_object, again=True
+    ),
     "cut object": Row([], r"families/small/48x80/\S*\.mds: .* the object is damaged", cut_object, again=True),
     "missing object": Row([], r"families/small/48x80/\S*\.mds: is missing", lose_object, again=True),
     "full disk": Row([], r"cache/\S*\.mds: .*free space", largest_file=4300),
     "damaged cache": Row([], before=damage_cache),
-    "dataset made anew": Row([], before=make_anew),
+    "dataset made again": Row([], before=make_again),
     "killed": Row([], before=kill),
 }
 BY_DEFAULT = {
@@ -246,20 +256,28 @@ def test_right_data_or_a_clear_error_on_every_rank(
             assert printed == wanted[: len(printed)], "no wrong batch, not before an error either"
             assert code in ({0, 2} if row.says is None else {2} if row.says else {0}), error
             if code:
-                told = [text for text in error.splitlines() if re.search(row.says or r"families/wide/\S*\.mds: ", text)]
-                assert [text for text in told if text.startswith(("error: ", f"rank {rank} ends: "))], error
+                printed_errors = [
+                    text
+                    for text in error.splitlines()
+                    if re.search(row.says or r"families/wide/\S*\.mds: ", text)
+                ]
+                assert [
+                    text for text in printed_errors if text.startswith(("error: ", f"rank {rank} ends: "))
+                ], error
             else:
                 assert printed == wanted
         assert all(fault.hits for fault in proxy.faults)
     right = {hash_file(path) for path in local.rglob("*.mds")}
-    cached = {hash_file(path) for path in shards(case.cache / read_snapshot(open_store(case.remote).sub("ds")).id)}
+    cached = {
+        hash_file(path) for path in shards(case.cache / read_snapshot(open_store(case.remote).sub("ds")).id)
+    }
     assert cached <= right, "no bad file gets its name"
     if code == 0:
         assert cached == right
         assert not unfinished(case.cache)
 
 
-# -- several ranks and jobs on one cache ------------------------------------------------------------------------------------
+# -- several ranks and jobs on one cache -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("workers", "world"), [(2, 1), (0, 2)])
@@ -271,7 +289,7 @@ def test_all_processes_of_a_node_share_one_download(remote, proxy, expected, tmp
 
 
 def test_who_waits_for_a_download_fails_with_it(remote, expected, tmp_path, monkeypatch):
-    """Not after as many retries again; who asks later tries anew."""
+    """Not after as many retries again; a process that asks later tries again."""
     stage = fake.stage(remote, tmp_path / "cache")
     data = open_data(stage)
     (files,) = data.dataset.shards.sources
@@ -326,7 +344,9 @@ def test_a_small_cache_evicts_what_was_used_longest_ago(remote, expected, tmp_pa
 
 
 def test_what_a_killed_download_had_reserved_is_free_again(remote, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "LOCKS", 1)  # all files share one lock, which tells nothing of the reservations
+    monkeypatch.setattr(
+        shard_cache, "LOCKS", 1
+    )  # all files share one lock, which tells nothing of the reservations
     stage = fake.stage(remote, tmp_path / "cache")
     lines(stage, STEPS)
     lost, other, *kept = shards(tmp_path / "cache")
@@ -350,7 +370,8 @@ def temporaries():
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, tmp_path, kills):
-    """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the cache."""
+    """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the
+    cache."""
     cache, moments = tmp_path / "cache", random.Random(kills)
     live = open_data(fake.stage(remote, cache))
     living = live.batches()
@@ -358,9 +379,16 @@ def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, t
     def start(number, steps):
         mark = uuid.uuid4().hex
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": temporaries[number % 2], "MARK": mark}
-        environment["LI_DIT_RETRY_SECONDS"] = "30"  # faults here end by themselves; it must outlast a busy machine
+        environment["LI_DIT_RETRY_SECONDS"] = (
+            "30"  # faults here end by themselves; it must outlast a busy machine
+        )
         settings = {"cache": str(cache), "workers": 1 + number % 2}
-        command = [sys.executable, "-m", "tests.helpers.loader_process", json.dumps([remote, settings, steps, "loader"])]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.helpers.loader_process",
+            json.dumps([remote, settings, steps, "loader"]),
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return mark, subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -371,7 +399,10 @@ def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, t
         proxy.faults[:] = [Fault("stall", "GET", WIDE, times=2)]
         mark, process = start(number, 10**6)
         asked = moments.randrange(3)
-        wait_until(lambda asked=asked, process=process: len(payloads(proxy)) > asked or process.poll() is not None, 60)
+        wait_until(
+            lambda asked=asked, process=process: len(payloads(proxy)) > asked or process.poll() is not None,
+            60,
+        )
         assert process.poll() is None, process.communicate()[1]
         time.sleep(moments.random())
         shared = shared_memory(processes_with(mark))

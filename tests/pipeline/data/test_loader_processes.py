@@ -1,4 +1,4 @@
-"""What passes between loader processes and the trainer, and what does not: signals, connections, pickled data."""
+"""Between loader processes and the trainer: which data, signals and connections pass, and which do not."""
 
 import io
 import itertools
@@ -34,7 +34,7 @@ def children(process):
     return listed + [grandchild for child in listed for grandchild in children(child)]
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 RECORD = {
@@ -64,7 +64,8 @@ class Names(pickle.Unpickler):
 
 
 def test_a_batch_crosses_as_a_handle_to_its_memory(store, cache, monkeypatch):
-    """Nothing is pickled but a few numbers: the pickle holds no data, and grows by the captions' lengths alone."""
+    """Nothing is pickled but a few numbers: the pickle holds no data, and grows by the captions' lengths
+    alone."""
     monkeypatch.setattr(packing, "get_worker_info", lambda: True)  # allocate as in a loader process
     sizes = {}
     for samples in (4, 16):
@@ -86,7 +87,9 @@ def test_a_batch_crosses_as_a_handle_to_its_memory(store, cache, monkeypatch):
 
 def test_a_batch_is_pinned_as_one_block_where_there_is_a_gpu(store, cache, monkeypatch):
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1]
+    )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
     data = open_data(fake.stage(store, cache))
@@ -98,7 +101,9 @@ def test_a_batch_is_pinned_as_one_block_where_there_is_a_gpu(store, cache, monke
     assert item.memory is pinned[0]
     tensors, expected = (tensors_in(packed.memory, packed.layout) for packed in (item, on_cpu))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    assert {tensor.untyped_storage().data_ptr() for tensor in tensors.values()} == {item.memory.untyped_storage().data_ptr()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors.values()} == {
+        item.memory.untyped_storage().data_ptr()
+    }
 
 
 @pytest.mark.gpu
@@ -112,18 +117,23 @@ def test_a_batch_reaches_the_gpu_from_pinned_memory(store, cache, workers):
     batch, (expected, _) = item.unpack(data.device), next(open_data(stage).batches())
     assert batch.mean.is_cuda
     assert torch.equal(batch.mean.cpu(), expected.mean)
-    assert all(torch.equal(batch.texts[name].values.cpu(), text.values) for name, text in expected.texts.items())
+    assert all(
+        torch.equal(batch.texts[name].values.cpu(), text.values) for name, text in expected.texts.items()
+    )
     data.close()
 
 
 def test_reading_batches_imports_no_encoder_and_no_engine():
     """They would cost each machine seconds and gigabytes."""
-    code = "import sys, pipeline.data.loader; print({'transformers', 'deepspeed', 'diffusers'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100).stdout
+    heavy = {"transformers", "deepspeed", "diffusers"}
+    code = f"import sys, pipeline.data.loader; print({heavy} & set(sys.modules))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100
+    ).stdout
     assert printed.strip() == "set()"
 
 
-# -- connections ------------------------------------------------------------------------------------------------------------
+# -- connections -----------------------------------------------------------------------------------
 
 
 def connections(process, port):
@@ -144,18 +154,19 @@ def test_no_process_inherits_a_connection_to_the_store(s3, proxy, tmp_path):
     assert connections(os.getpid(), port), "the trainer has some when the loader processes start"
     batches = data.batches()
     list(itertools.islice(batches, 6))
-    held = [connections(process, port) for process in [os.getpid(), *children(os.getpid())]]
-    assert sum(map(bool, held)) >= 3, "both loader processes have their own"
-    assert sum(map(len, held)) == len(set().union(*held)), "none belongs to two processes"
+    sockets = [connections(process, port) for process in [os.getpid(), *children(os.getpid())]]
+    assert sum(map(bool, sockets)) >= 3, "both loader processes have their own"
+    assert sum(map(len, sockets)) == len(set().union(*sockets)), "none belongs to two processes"
     data.close()
 
 
-# -- signals and ends -------------------------------------------------------------------------------------------------------
+# -- signals and ends ------------------------------------------------------------------------------
 
 
 def in_a_process_of_its_own(body, store, cache):
     """Call a function where no other test has children that its signals would reach."""
-    code = f"from tests.pipeline.data.test_loader_processes import {body.__name__} as body; body({str(store)!r}, {str(cache)!r})"
+    arguments = f"{str(store)!r}, {str(cache)!r}"
+    code = f"from {__name__} import {body.__name__} as body; body({arguments})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 

@@ -59,10 +59,15 @@ def test_shares_are_exact_and_passes_whole(datasets):
     for epoch in range(epochs):
         read = pieces_of(mixture, epoch)
         seen.update(read)
-        drawn = Counter(source for _, source, *_ in read)
+        picked = Counter(source for _, source, *_ in read)
         for source, (dataset, weight) in enumerate(datasets):
-            assert abs(drawn[source] - len(read) * weight / sum(weights)) <= 2 * len(dataset) + 2 * len(read) / 1e6
-            assert drawn[source] >= sum(map(sum, dataset.values())), "none has rows that an epoch does not reach"
+            assert (
+                abs(picked[source] - len(read) * weight / sum(weights))
+                <= 2 * len(dataset) + 2 * len(read) / 1e6
+            )
+            assert picked[source] >= sum(map(sum, dataset.values())), (
+                "none has rows that an epoch does not reach"
+            )
     assert set(seen.values()) == {1}, "no row twice in one pass"
     for source, (dataset, _) in enumerate(datasets):
         for bucket, parts in dataset.items():
@@ -77,7 +82,10 @@ def test_datasets_are_spread_evenly_and_pass_follows_pass():
     pieces = mixture.epoch(0)["a"]
     plan = EpochPlan(3, 0, {"a": pieces.rows}, 20, 1, 8, {"a": (pieces.sources, pieces.passes)})
     picked = [pieces.pick(plan.batch(index)) for index in range(len(plan))]
-    shares = [np.concatenate([rows.sources for rows in picked[at : at + 4]]).mean() for at in range(0, len(picked), 4)]
+    shares = [
+        np.concatenate([rows.sources for rows in picked[at : at + 4]]).mean()
+        for at in range(0, len(picked), 4)
+    ]
     assert all(abs(share - 0.25) < 0.1 for share in shares), "in each window of 8 parts"
     turns = np.concatenate([rows.passes[rows.sources == 1] for rows in picked])
     assert set(turns.tolist()) == set(range(6))
@@ -102,18 +110,18 @@ def test_loader_processes_change_nothing(store, cache):
 def test_samples_of_an_epoch(store, cache):
     """Shares as weighed, bytes as stored, and other random numbers in each dataset and each pass."""
     data = open_data(mixed(store, cache, (0.4, 0.6)))
-    noise, drawn = {}, Counter()
+    noise, picked = {}, Counter()
     for batch, _ in itertools.islice(data.batches(), len(data.schedule.plan(0))):
         for row, (source, turn, id) in enumerate(
             zip(*map(torch.Tensor.tolist, (batch.sources, batch.passes, batch.ids)), strict=True)
         ):
-            drawn[source] += 1
-            assert (source, turn, id) not in noise, "a sample is drawn once a pass"
+            picked[source] += 1
+            assert (source, turn, id) not in noise, "a sample is picked once per pass"
             noise[source, turn, id] = batch.noise[row].sum().item()
             stored = fake.latents_row(id, batch.bucket)
             assert batch.mean[row].contiguous().view(torch.uint8).numpy().tobytes() == stored["mean"]
     left = sum(data.schedule.plan(0).left_over().values())
-    assert abs(drawn[1] - 0.6 * drawn.total()) <= left + 4
+    assert abs(picked[1] - 0.6 * picked.total()) <= left + 4
     assert {turn for source, turn, _ in noise if source == 0} == {0}
     assert {turn for source, turn, _ in noise if source == 1} > {0, 1, 2}
     assert len(set(noise.values())) == len(noise)
@@ -126,12 +134,24 @@ def test_states_of_all_datasets_are_standardised_alike():
     raw = torch.randn(2, 5, 16) * 3 + 1
     for quantisation, tolerance in (("int8", 0.05), ("bf16", 0.02)):
         constants = [
-            TextConstants(torch.zeros(1, 16), torch.zeros(1, 16), torch.randn(16), torch.rand(16) + 0.5, quantisation, 16)
+            TextConstants(
+                torch.zeros(1, 16),
+                torch.zeros(1, 16),
+                torch.randn(16),
+                torch.rand(16) + 0.5,
+                quantisation,
+                16,
+            )
             for _ in range(2)
         ]
-        stored = [quantize(states, quantisation, c.mean, c.std)[:2] for states, c in zip(raw, constants, strict=True)]
+        stored = [
+            quantize(states, quantisation, c.mean, c.std)[:2]
+            for states, c in zip(raw, constants, strict=True)
+        ]
         values, scales = (torch.cat(parts) for parts in zip(*stored, strict=True))
-        packed = PackedText(values, scales, torch.tensor([5, 5], dtype=torch.int32), None, torch.tensor([0, 1]))
+        packed = PackedText(
+            values, scales, torch.tensor([5, 5], dtype=torch.int32), None, torch.tensor([0, 1])
+        )
         text = to_text(packed, constants[0].for_all(constants[1:]), torch.float32)
         expected = (raw - constants[0].mean) / constants[0].std
         torch.testing.assert_close(text.states[:, 1:], expected, atol=tolerance * 3, rtol=tolerance)
@@ -141,13 +161,13 @@ def test_states_of_all_datasets_are_standardised_alike():
 def test_held_out_rows_come_from_each_dataset(store, cache):
     data = open_data(mixed(store, cache, validation_parts=1))
     assert {int(batch.sources[0]) for batch in data.validation()} == {0, 1}
-    held = {(int(batch.sources[0]), id) for batch in data.validation() for id in batch.ids.tolist()}
+    held_out = {(int(batch.sources[0]), id) for batch in data.validation() for id in batch.ids.tolist()}
     trained = {
         pair
         for batch, _ in itertools.islice(data.batches(), 60)
         for pair in zip(batch.sources.tolist(), batch.ids.tolist(), strict=True)
     }
-    assert not held & trained
+    assert not held_out & trained
     data.close()
 
 
@@ -172,15 +192,17 @@ def test_families_made_in_another_way_do_not_mix(store, cache, tmp_path):
     fake.make(tmp_path / "store", SMALL, tmp_path, [fake.LATENTS, other], name="small")
     stage = mixed(store, cache, families=["small"])
     stage.data.datasets["small"].store = str(tmp_path / "store")
-    with pytest.raises(UserError, match=r"family `small` was made in one way in ds .* and in another in small"):
+    with pytest.raises(
+        UserError, match=r"family `small` was made in one way in ds .* and in another in small"
+    ):
         open_data(stage)
 
 
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        ({"dataset": "c"}, "in place of"),
-        ({"snapshot": "0123"}, "in place of"),
+        ({"dataset": "c"}, r"replaces data\.dataset"),
+        ({"snapshot": "0123"}, r"replaces data\.dataset"),
         ({"datasets": {"a": DatasetShare()}}, "names a alone"),
         ({"datasets": {"a": DatasetShare(), "b": DatasetShare(0.0)}}, r"data\.datasets\.b\.weight=0"),
     ],

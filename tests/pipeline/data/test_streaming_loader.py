@@ -1,4 +1,4 @@
-"""What a loop around mosaicml-streaming's loader meets: errors on all ranks, positions, resume, and epochs left early."""
+"""A loop around mosaicml-streaming's loader: errors on all ranks, positions, resume, epochs left early."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ ERRORS = {
 
 
 def fail_on_rank_0(store, cache, kind, row):
-    """What a rank trains on and then meets, where rank 0 fails at a row; and how many batches the next epoch has."""
+    """Batches and error of a rank where rank 0 fails at a row; and the number of batches of the next one."""
     read_row, rows = StreamingSnapshot.read_row, itertools.count()
 
     def failing(dataset, shards, index):
@@ -79,12 +79,17 @@ def fail_on_rank_0(store, cache, kind, row):
     return read, says, len(list(loader(dataset)))
 
 
-@pytest.mark.parametrize(("kind", "row"), [("store", 4), ("store", 2 * EPOCH - 1), ("other", 5), ("silent", 5)])
+@pytest.mark.parametrize(
+    ("kind", "row"), [("store", 4), ("store", 2 * EPOCH - 1), ("other", 5), ("silent", 5)]
+)
 def test_an_error_of_one_rank_is_every_ranks_at_the_same_batch(stage, store, cache, kind, row):
-    """With the name of the shard, also where each step is a collective; and once all have caught it, it is over."""
+    """With the name of the shard, also where each step is a collective; and once all have caught it, it is
+    over."""
     ended = on_ranks(2, fail_on_rank_0, str(store), str(cache), kind, row)
     says = {
-        "store": [f"StoreError('families/small/x.mds: 503 SlowDown{where}')" for where in ("", " (on rank 0)")],
+        "store": [
+            f"StoreError('families/small/x.mds: 503 SlowDown{where}')" for where in ("", " (on rank 0)")
+        ],
         "other": ["ValueError('what is this?')", """StoreError("ValueError('what is this?') (on rank 0)")"""],
         "silent": ["StoreError('')", """StoreError("StoreError('') (on rank 0)")"""],
     }
@@ -109,7 +114,10 @@ def die_in_the_first_batch(rank, port, store, cache):
 
 def test_a_rank_that_dies_in_its_first_batch_keeps_nobody_waiting(store, cache):
     port = free_port()
-    ranks = [CONTEXT.Process(target=die_in_the_first_batch, args=(rank, port, str(store), str(cache))) for rank in range(2)]
+    ranks = [
+        CONTEXT.Process(target=die_in_the_first_batch, args=(rank, port, str(store), str(cache)))
+        for rank in range(2)
+    ]
     try:
         for rank in ranks:
             rank.start()
@@ -125,13 +133,13 @@ def test_an_error_is_raised_though_another_rank_has_gone(stage, monkeypatch):
     def failing(dataset, shards, index):
         raise StoreError("x.mds: 503")
 
-    def gone(failure):
+    def fail(failure):
         raise RuntimeError("Connection closed by peer")
 
     dataset = StreamingSnapshot(stage)
     batches = iter(loader(dataset))
     next(batches)
-    monkeypatch.setattr(streaming_snapshot, "first_failure", gone)
+    monkeypatch.setattr(streaming_snapshot, "first_failure", fail)
     monkeypatch.setattr(StreamingSnapshot, "read_row", failing)
     with pytest.raises(StoreError, match=r"^x\.mds: 503$"):
         next(batches)
@@ -174,14 +182,21 @@ def test_a_loader_that_does_not_begin_its_epochs_is_refused(stage, expected):
 def test_an_error_of_a_loader_process_is_one_line_and_ends_the_others(wrong_store, tmp_path):
     before = multiprocessing.active_children()
     dataset = StreamingSnapshot(fake.stage(wrong_store(5), tmp_path / "cache"))
-    with pytest.raises(StoreError, match=r"^\S*shard\.00000\.mds: families disagree on rows: take the snapshot again$"):
+    with pytest.raises(
+        StoreError, match=r"^\S*shard\.00000\.mds: families disagree on rows: take the snapshot again$"
+    ):
         read(dataset, 2)
-    assert set(multiprocessing.active_children()) <= set(before), "none of its own; processes of other tests may end meanwhile"
+    assert set(multiprocessing.active_children()) <= set(before), (
+        "none of its own; processes of other tests may end meanwhile"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"batch_size": 8}, r"batch_size=8: the stage's batches have batch_size=4"), ({"in_order": False}, "in_order=False")],
+    [
+        ({"batch_size": 8}, r"batch_size=8: the stage's batches have batch_size=4"),
+        ({"in_order": False}, "in_order=False"),
+    ],
 )
 def test_options_that_would_give_other_batches_are_refused(stage, options, says):
     with pytest.raises(UserError, match=says):
@@ -196,12 +211,14 @@ def test_an_epoch_that_ends_early_is_an_error(stage, workers):
     def collate(rows):
         return next(iter([])) if next(calls) == 3 else rows
 
-    with pytest.raises(RuntimeError, match=r"epoch 0 has ended early, at batch \d: does collate_fn raise StopIteration\?"):
+    with pytest.raises(
+        RuntimeError, match=r"epoch 0 has ended early, at batch \d: does collate_fn raise StopIteration\?"
+    ):
         list(loader(StreamingSnapshot(stage), workers, collate=collate))
 
 
 def names_that_threads_leave():
-    """What the threads of a process that a fork server has made register to be removed after its end."""
+    """Names that the threads of a process from a fork server register for removal after its end."""
     registered, register = [], resource_tracker.register
     resource_tracker.register = lambda *what: registered.append(what)
     try:
@@ -218,7 +235,9 @@ def test_threads_leave_no_name_behind():
 
 def test_the_batch_size_may_be_named(stage, expected):
     dataset = StreamingSnapshot(stage)
-    assert read(dataset, 2, batch_size=dataset.batch_size, drop_last=True, prefetch_factor=3) == expected[:EPOCH]
+    assert (
+        read(dataset, 2, batch_size=dataset.batch_size, drop_last=True, prefetch_factor=3) == expected[:EPOCH]
+    )
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
@@ -252,10 +271,12 @@ def test_an_iteration_reads_the_turn_in_which_it_began(stage, expected, monkeypa
         assert [streaming_line(batch) for batch in batches] == expected[EPOCH * number :][:EPOCH]
 
 
-# -- resume ---------------------------------------------------------------------------------------------------------------
+# -- resume ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epoch", "stop", "before", "after"), [(0, 3, 0, 2), (1, 6, 2, 0), (1, 7, 1, 1), (0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    ("epoch", "stop", "before", "after"), [(0, 3, 0, 2), (1, 6, 2, 0), (1, 7, 1, 1), (0, 0, 0, 0)]
+)
 def test_resume_repeats_an_uninterrupted_run(stage, expected, epoch, stop, before, after):
     dataset = StreamingSnapshot(stage)
     for _ in range(epoch):
@@ -298,7 +319,7 @@ def test_a_position_in_another_order_is_refused(stage, store, cache):
 
 
 def test_a_count_that_is_no_whole_batches_is_refused(stage):
-    """As StreamingDataLoader itself counts, where the first value of a batch is not one a sample."""
+    """As StreamingDataLoader itself counts, if the first value of a batch has not one entry per sample."""
     with pytest.raises(UserError, match="9 samples are not whole batches of 4"):
         StreamingSnapshot(stage).state_dict(9, True)
 
@@ -309,7 +330,7 @@ def test_a_record_of_something_else_is_refused(stage):
         StreamingSnapshot(stage).load_state_dict({"epoch": 1, "sample_in_epoch": 4})
 
 
-# -- where the dataset goes on, whoever moves it -----------------------------------------------------------------------------
+# -- where the dataset goes on, whoever moves it ---------------------------------------------------
 
 
 def test_a_position_that_the_dataset_takes_is_the_loaders(stage, expected):
@@ -358,5 +379,8 @@ def test_who_counts_samples_by_itself_goes_on_exactly(stage):
     dataset.load_state_dict(dataset.state_dict(3 * 4, True))
     assert place(dataset.state_dict(0, True)) == (1, 0)
     for samples in (-4, (EPOCH + 1) * 4):
-        with pytest.raises(UserError, match=rf"batch {samples // 4} of epoch 1, which has {EPOCH}: count from 0 in each epoch"):
+        with pytest.raises(
+            UserError,
+            match=rf"batch {samples // 4} of epoch 1, which has {EPOCH}: count from 0 in each epoch",
+        ):
             dataset.state_dict(samples, True)

@@ -1,4 +1,5 @@
-"""mosaicml-streaming reads a snapshot: the same batches as our own loader, whole files or an error, and nothing left behind.
+"""mosaicml-streaming reads a snapshot: the same batches as our own loader, whole files or an error, and
+nothing left behind.
 
 The faults of stores are in `test_loader_faults.py`, for both readers.
 """
@@ -95,7 +96,9 @@ def test_batches_are_those_of_our_loader_in_any_world(stage, world, workers, epo
                 dataset._is_kept = False
                 patch.setattr(streaming_snapshot, "get_worker_info", lambda worker=worker: worker)
                 ids = [row["id"] for row in dataset]
-                shares.append([ids[at : at + dataset.batch_size] for at in range(0, len(ids), dataset.batch_size)])
+                shares.append(
+                    [ids[at : at + dataset.batch_size] for at in range(0, len(ids), dataset.batch_size)]
+                )
         rounds = itertools.zip_longest(*shares)  # as a DataLoader goes round its processes
         assert [batch for batches in rounds for batch in batches if batch] == wanted
 
@@ -104,7 +107,9 @@ def test_batches_are_those_of_our_loader_in_any_world(stage, world, workers, epo
     ("workers", "context", "kept"),
     [(0, None, False), (1, "fork", False), (3, "fork", False), (3, "fork", True), (2, "forkserver", True)],
 )
-def test_processes_of_any_number_and_kind_give_the_batches_of_our_loader(stage, expected, workers, context, kept):
+def test_processes_of_any_number_and_kind_give_the_batches_of_our_loader(
+    stage, expected, workers, context, kept
+):
     batches = loader(StreamingSnapshot(stage), workers, context, persistent_workers=kept)
     assert [streaming_line(rows) for _ in range(4) for rows in batches] == expected
 
@@ -133,7 +138,7 @@ def test_a_mixture_of_datasets(tmp_path):
     assert read(dataset, 1) == both[len(both) // 2 + 2 :]
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(tmp_path):
@@ -141,16 +146,19 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_that_names_it(tmp_path)
     dataset = StreamingSnapshot(fake.stage(tmp_path / "store", tmp_path / "cache"))
     rows = dataset[:]
     for path in (tmp_path / "store/ds/families").rglob("*.mds"):
-        whole, says = path.read_bytes(), f"{path}: the file ends too early: delete the file, or run `python -m data_prep verify`"
+        whole, says = (
+            path.read_bytes(),
+            f"{path}: the file ends too early: delete the file, or run `python -m data_prep verify`",
+        )
         for end in range(0, len(whole), 7):
             path.write_bytes(whole[:end])
-            right, told = [], None
+            right, message = [], None
             try:
                 for number in range(4):
                     right.append(dataset[number])
             except StoreError as error:
-                told = str(error)
-            assert (right, told) == (rows[: len(right)], says)
+                message = str(error)
+            assert (right, message) == (rows[: len(right)], says)
         path.write_bytes(whole)
     assert dataset[:] == rows
 
@@ -180,7 +188,7 @@ def test_a_local_store_is_only_read(store_of_another, tmp_path):
     assert len(read(StreamingSnapshot(fake.stage(store_of_another, tmp_path / "cache")))) == 2
 
 
-# -- what is left behind --------------------------------------------------------------------------------------------------
+# -- what is left behind ---------------------------------------------------------------------------
 
 
 class Alone:
@@ -190,7 +198,12 @@ class Alone:
         self.mark = uuid.uuid4().hex
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MARK": self.mark}
         data = {"cache": stage.data.cache, "workers": workers}
-        command = [sys.executable, "-m", "tests.helpers.loader_process", json.dumps([stage.data.store, data, steps, reader])]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.helpers.loader_process",
+            json.dumps([stage.data.store, data, steps, reader]),
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -207,7 +220,8 @@ class Alone:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_killed_and_restarted_unattended(store, expected, tmp_path, kills):
-    """SIGKILL at any moment leaves no process, no shared memory, and nothing that stops the next start or a live job."""
+    """SIGKILL at any moment leaves no process, no shared memory, and nothing that stops the next start or a
+    live job."""
     stage, moments = fake.stage(store, tmp_path / "cache"), random.Random(kills)
     (tmp_path / "temporary").mkdir()
     live = iter(loader(StreamingSnapshot(stage), 1))
@@ -225,7 +239,7 @@ def test_killed_and_restarted_unattended(store, expected, tmp_path, kills):
     assert "leaked" not in error
 
 
-# -- S3 -------------------------------------------------------------------------------------------------------------------
+# -- S3 --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -260,7 +274,9 @@ def test_a_small_cache_evicts_and_fetches_again(remote, expected, tmp_path):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_ctrl_c_does_not_wait_for_downloads_that_are_tried_again(remote, proxy, monkeypatch, tmp_path, reader):
+def test_ctrl_c_does_not_wait_for_downloads_that_are_tried_again(
+    remote, proxy, monkeypatch, tmp_path, reader
+):
     """Neither for the one that the batch needs, nor for those ahead."""
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "600")
     proxy.faults[:] = [Fault("503", "GET", r"\.mds")]

@@ -1,4 +1,5 @@
-"""Captions encoded in the trainer: the numbers of stored families, from pairs and latents alone, exact when resumed."""
+"""Captions encoded in the trainer: the numbers of stored families, from pairs and latents alone, exact when
+resumed."""
 
 import itertools
 from dataclasses import replace
@@ -47,7 +48,8 @@ def captions(id):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A dataset with a snapshot of latents alone and one with text families too; and the encoders' settings."""
+    """A dataset with a snapshot of latents alone and one with text families too; and the encoders'
+    settings."""
     folder = tmp_path_factory.mktemp("online")
     dataset = open_store(str(folder / "store"), create=True).sub("ds")
     fake_dataset.plan(dataset, BUCKETS)
@@ -61,7 +63,9 @@ def prepared(tmp_path_factory):
     alone = take_snapshot(dataset)
     texts = [
         tiny_llm.make(folder / "llama", tiny_llm.llama, name="first", instruction="Describe: "),
-        tiny_llm.make(folder / "gemma", tiny_llm.gemma3, name="second", instruction="Say it: ", quantisation="bf16"),
+        tiny_llm.make(
+            folder / "gemma", tiny_llm.gemma3, name="second", instruction="Say it: ", quantisation="bf16"
+        ),
     ]
     for text in texts:
         run_text(DatasetConfig(name="ds"), text, dataset, Share())
@@ -84,7 +88,9 @@ def settings(prepared, encode, **more):
 
 
 def run(prepared, runs, encode, stop_at=None, **more):
-    (code, reports), _ = on_ranks(2, trainer_tasks.train, prepared[0], str(runs), stop_at, settings(prepared, encode, **more))
+    (code, reports), _ = on_ranks(
+        2, trainer_tasks.train, prepared[0], str(runs), stop_at, settings(prepared, encode, **more)
+    )
     assert code == (0 if stop_at is None else EXIT_AGAIN)
     return reports
 
@@ -113,7 +119,10 @@ def make_losses(stage, snapshot, texts, batch):
     inputs = NetworkInputs(stage, snapshot, {}, torch.float32)
     measured = [(inputs.clean_latents(batch), batch.noise, Condition(batch.u, texts))]
     objective = make_objective(stage.objective)
-    return [losses_at_fixed_timesteps(network, measured, objective, torch.float32, shuffle) for shuffle in (False, True)]
+    return [
+        losses_at_fixed_timesteps(network, measured, objective, torch.float32, shuffle)
+        for shuffle in (False, True)
+    ]
 
 
 def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path):
@@ -126,7 +135,10 @@ def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path)
             register_encoders(stage, open_store(store).sub("ds"), CPU)
         data[encode] = open_data(stage)
     ways = [(one.batches(), one.validation()) for one in data.values()]
-    batches = [[*(batch for batch, _ in itertools.islice(training, 12)), *validation] for training, validation in ways]
+    batches = [
+        [*(batch for batch, _ in itertools.islice(training, 12)), *validation]
+        for training, validation in ways
+    ]
     for one in data.values():
         one.close()
     constants, lengths = data["families"].constants, set()
@@ -141,7 +153,9 @@ def test_batches_and_losses_are_those_of_the_stored_families(prepared, tmp_path)
     assert 0 in lengths  # the null caption
     assert len(lengths) > 3
     stage, snapshot = data["families"].stage, data["families"].corpus
-    (right, shuffled), (expected, _) = (make_losses(stage, snapshot, texts, stored) for texts in (fresh, read))
+    (right, shuffled), (expected, _) = (
+        make_losses(stage, snapshot, texts, stored) for texts in (fresh, read)
+    )
     torch.testing.assert_close(right, expected, rtol=1e-4, atol=0)
     assert not torch.allclose(shuffled, expected, rtol=1e-3, atol=0)
 
@@ -156,7 +170,10 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(prepared, online_run, tmp_pa
     reports = run(prepared, tmp_path, "online")
     folder, expected = online_run
     assert losses(reports).tolist() == losses(expected).tolist()
-    validations = [[event["loss"] for event in read_events(where, "validation")] for where in (tmp_path / "small", folder)]
+    validations = [
+        [event["loss"] for event in read_events(where, "validation")]
+        for where in (tmp_path / "small", folder)
+    ]
     assert validations[0] == validations[1] != []
 
 
@@ -183,7 +200,9 @@ def test_a_changed_encoder_is_refused(prepared, tmp_path):
     stage = trainer_tasks.stage(store, tmp_path, **settings(prepared, "online"))
     register_encoders(stage, open_store(store).sub("ds"), CPU)
     stage.text = [replace(texts[0], layer="-2"), texts[1]]
-    with pytest.raises(UserError, match=r"family first was made by another encoder \(layer: '-3' in the family, '-2' here"):
+    with pytest.raises(
+        UserError, match=r"family first was made by another encoder \(layer: '-3' in the family, '-2' here"
+    ):
         open_data(stage)
 
 
@@ -193,7 +212,9 @@ def test_captions_that_are_gone_are_named(prepared, tmp_path):
     dataset = open_store(store).sub("ds")
     register_encoders(stage, dataset, CPU)
     data = open_data(stage)
-    tables = [dataset.local_path(file.key) for commit in committed(dataset, PAIRS).values() for file in commit.files]
+    tables = [
+        dataset.local_path(file.key) for commit in committed(dataset, PAIRS).values() for file in commit.files
+    ]
     tables = [path for path in tables if path.suffix == ".parquet"]
     whole = {path: path.read_bytes() for path in tables}
     try:

@@ -19,11 +19,16 @@ def make_constants(quantization="int8", prefix=3, null=2):
 
 def make_states(counts, constants):
     draw = torch.Generator().manual_seed(2)
-    return [torch.randn(count, WIDTH, generator=draw) * constants.std + constants.mean if count else None for count in counts]
+    return [
+        torch.randn(count, WIDTH, generator=draw) * constants.std + constants.mean if count else None
+        for count in counts
+    ]
 
 
 def pack(states, constants):
-    raw = torch.cat([constants.mean.new_zeros(0, WIDTH), *(caption for caption in states if caption is not None)])
+    raw = torch.cat(
+        [constants.mean.new_zeros(0, WIDTH), *(caption for caption in states if caption is not None)]
+    )
     values, scales, _ = quantize(raw, constants.quantization, constants.mean, constants.std)
     counts = [0 if caption is None else len(caption) for caption in states]
     return PackedText(values, scales, torch.tensor(counts, dtype=torch.int32))
@@ -43,7 +48,9 @@ def test_each_caption_stands_behind_its_prefix(counts, quantization, prefix, nul
     assert text.prefix == prefix
     assert text.padded == (min(lengths) < max(lengths))
     for row, (caption, length) in enumerate(zip(states, lengths, strict=True)):
-        assert text.mask[row].tolist() == [position < prefix + length for position in range(text.mask.shape[1])]
+        assert text.mask[row].tolist() == [
+            position < prefix + length for position in range(text.mask.shape[1])
+        ]
         assert torch.equal(text.states[row, :prefix], constants.prefix)
         expected = constants.null if caption is None else (caption - constants.mean) / constants.std
         torch.testing.assert_close(text.states[row, prefix : prefix + length], expected, atol=0.08, rtol=0.02)
@@ -54,8 +61,13 @@ def test_each_caption_stands_behind_its_prefix(counts, quantization, prefix, nul
 @given(COUNTS)
 def test_stored_and_fresh_states_give_the_same_text(counts):
     constants = make_constants("bf16")
-    states = [None if caption is None else caption.bfloat16().float() for caption in make_states(counts, constants)]
-    stored, fresh = to_text(pack(states, constants), constants, torch.float32), text_from_states(states, constants, torch.float32)
+    states = [
+        None if caption is None else caption.bfloat16().float() for caption in make_states(counts, constants)
+    ]
+    stored, fresh = (
+        to_text(pack(states, constants), constants, torch.float32),
+        text_from_states(states, constants, torch.float32),
+    )
     torch.testing.assert_close(stored.states, fresh.states)
     assert torch.equal(stored.mask, fresh.mask)
     assert (stored.prefix, stored.padded) == (fresh.prefix, fresh.padded)
@@ -76,4 +88,6 @@ def test_lengths_known_on_the_host_change_nothing():
     constants = make_constants()
     packed = pack(make_states([4, 0, 2], constants), constants)
     known = PackedText(packed.values, packed.scales, packed.lengths, [4, 0, 2])
-    assert torch.equal(to_text(packed, constants, torch.float32).states, to_text(known, constants, torch.float32).states)
+    assert torch.equal(
+        to_text(packed, constants, torch.float32).states, to_text(known, constants, torch.float32).states
+    )
