@@ -48,13 +48,15 @@ def qwen3():
 
 
 def mistral():
-    """Every layer looks back over a sliding window."""
+    """A model in which every layer attends over a sliding window."""
     return MistralModel(MistralConfig(**SIZES, **WINDOW))
 
 
 def gemma2():
-    """Layers with and without a window in turns, capped scores."""
-    settings = Gemma2Config(**SIZES, **WINDOW, query_pre_attn_scalar=12, attn_logit_softcapping=2.0, attn_implementation="eager")
+    """A model with alternating layers with and without a window, and capped scores."""
+    settings = Gemma2Config(
+        **SIZES, **WINDOW, query_pre_attn_scalar=12, attn_logit_softcapping=2.0, attn_implementation="eager"
+    )
     return Gemma2Model(settings)
 
 
@@ -66,7 +68,9 @@ def gemma3(bidirectional=False):
 
 def llava():
     """A language model inside a multimodal checkpoint."""
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28
+    )
     settings = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_index=299)
     return LlavaForConditionalGeneration(settings)
 
@@ -77,11 +81,13 @@ def t5():
 
 def clip():
     sizes = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-    return CLIPTextModel(CLIPTextConfig(**{**sizes, "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2}))
+    return CLIPTextModel(
+        CLIPTextConfig(**{**sizes, "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2})
+    )
 
 
 def tokenizer(before="", after="", pad=True):
-    """Byte-level, without merges: a token a byte, and four special ones."""
+    """A byte-level tokenizer without merges: one token per byte, and four special ones."""
     special = ["<pad>", "<bos>", "<eos>", "<end>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(special + alphabet)}, []))
@@ -90,7 +96,9 @@ def tokenizer(before="", after="", pad=True):
     backend.add_special_tokens(special)
     template = [(token, special.index(token)) for token in (before, after) if token]
     if template:
-        backend.post_processor = processors.TemplateProcessing(single=f"{before} $A {after}".strip(), special_tokens=template)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}".strip(), special_tokens=template
+        )
     return PreTrainedTokenizerFast(tokenizer_object=backend, **({"pad_token": "<pad>"} if pad else {}))
 
 
@@ -102,7 +110,7 @@ def save(folder, module, words=None, safe=True):
 
 
 def make(folder, build, words=None, **settings):
-    """A saved random model, and the settings that read it."""
+    """Save a random model, and return the settings that read it."""
     torch.manual_seed(0)
     save(folder, build(), words)
     return TextConfig(**{"name": "tiny", "llm": str(folder), "suffix": "<end>", "dtype": "fp32", **settings})

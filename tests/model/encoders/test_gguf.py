@@ -1,4 +1,6 @@
 import hashlib
+import importlib
+import importlib.util
 import types
 from itertools import pairwise
 
@@ -10,7 +12,7 @@ import torch
 
 from benchmarks.captions import short_captions
 from model.common.errors import UserError
-from model.encoders import gguf as ours
+from model.common.files import cache_folder
 from model.encoders.gguf import GGUFFile, build_model, find_gguf
 from model.encoders.gguf_tokenizer import BYTE, NORMAL, USER_DEFINED, build_tokenizer
 
@@ -54,8 +56,10 @@ def gemma_tokenizer(gemma):
 
 
 def sentencepiece_ids(file, text):
-    """SentencePiece's BPE as its authors describe it: user-defined pieces first; then the best-scored neighbours merge."""
-    tokens, kinds, scores = (file.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores"))
+    """SentencePiece's BPE as its authors describe it: user-defined pieces first; then the best-scored neighbors merge."""
+    tokens, kinds, scores = (
+        file.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
+    )
     if not hasattr(file, "known"):
         file.known = {token: number for number, token in enumerate(tokens) if kinds[number] == NORMAL}
         file.bytes = {token: number for number, token in enumerate(tokens) if kinds[number] == BYTE}
@@ -69,7 +73,9 @@ def sentencepiece_ids(file, text):
             continue
         symbols = list(piece.replace(" ", "▁"))
         while True:
-            pairs = [(scores[known[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in known]
+            pairs = [
+                (scores[known[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in known
+            ]
             if not pairs:
                 break
             at = -max(pairs)[1]
@@ -83,17 +89,23 @@ def sentencepiece_ids(file, text):
 def byte_level_ids(file, text):
     """GPT-2's byte-level BPE, each digit on its own."""
     if not hasattr(file, "ranks"):
-        file.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(file.metadata["tokenizer.ggml.merges"])}
+        file.ranks = {
+            tuple(merge.split(" ")): rank for rank, merge in enumerate(file.metadata["tokenizer.ggml.merges"])
+        }
         file.known = {token: number for number, token in enumerate(file.metadata["tokenizer.ggml.tokens"])}
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = [byte for byte in range(256) if byte not in plain]
-        file.letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+        file.letters = {byte: chr(byte) for byte in plain} | {
+            byte: chr(256 + n) for n, byte in enumerate(rest)
+        }
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     ids = []
     for piece in regex.split(r"(\p{N})", text):
         for word in regex.findall(pattern, piece):
             symbols = [file.letters[byte] for byte in word.encode()]
-            while ranked := [(file.ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in file.ranks]:
+            while ranked := [
+                (file.ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in file.ranks
+            ]:
                 at = min(ranked)[1]
                 symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
             ids += [file.known[symbol] for symbol in symbols]
@@ -111,7 +123,9 @@ def test_ids_of_1000_captions_equal_a_reference(smollm2, gemma, gemma_tokenizer)
     assert len(texts) == 1000
     words = build_tokenizer(smollm2)
     for text in texts:
-        assert gemma_tokenizer.encode(text, add_special_tokens=False).ids == sentencepiece_ids(gemma, text), text
+        assert gemma_tokenizer.encode(text, add_special_tokens=False).ids == sentencepiece_ids(gemma, text), (
+            text
+        )
         assert words.encode(text, add_special_tokens=False).ids == byte_level_ids(smollm2, text), text
 
 
@@ -135,7 +149,9 @@ def test_only_the_blocks_asked_for_are_built(smollm2):
     model = build_model(smollm2, 2, torch.bfloat16, torch.device("cpu"))
     assert len(model.layers) == 2
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert not [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not [
+        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta
+    ]
 
 
 def test_a_damaged_file_is_named(tmp_path, smollm2):
@@ -172,13 +188,13 @@ def split_package(tmp_path, monkeypatch):
     )
     (tmp_path / "pkg").mkdir()
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "pkg")])
-    monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(ours.importlib, "import_module", lambda name: package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib, "import_module", lambda name: package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return package, parts, whole
 
 
-def test_parts_are_joined_once_and_mended(split_package):
+def test_parts_are_joined_once_and_a_damaged_file_is_written_again(split_package):
     _, _, whole = split_package
     path = find_gguf("package:pkg")
     assert path.read_bytes() == whole
@@ -194,7 +210,7 @@ def test_parts_of_another_model_are_refused(split_package):
     parts[1].write_bytes(b"other")
     with pytest.raises(UserError, match="reinstall"):
         find_gguf("package:pkg")
-    assert not list(ours.cache_folder().rglob("*.gguf*"))
+    assert not list(cache_folder().rglob("*.gguf*"))
     parts[1].unlink()
     with pytest.raises(UserError, match="part1"):
         find_gguf("package:pkg")

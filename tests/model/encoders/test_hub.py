@@ -1,4 +1,4 @@
-"""Models from a hub, here a small server of the same interface: pinned, safetensors only, and one line when it fails."""
+"""Models from the hub, here a small server with its interface: pinned, safetensors only, one line when it fails."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ CAPTIONS = ["a cat", "", "two dogs"]
 
 @contextmanager
 def serve(revisions):
-    """The hub's interface over folders, one per commit of `org/tiny`; yields its URL and the paths asked for."""
+    """Serve folders, one per commit of `org/tiny`, like the hub; yields the URL and the requested paths."""
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -36,7 +36,11 @@ def serve(revisions):
             for commit, folder in revisions.items():
                 names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
                 if path == f"/api/models/org/tiny/revision/{commit}":
-                    record = {"id": "org/tiny", "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+                    record = {
+                        "id": "org/tiny",
+                        "sha": commit,
+                        "siblings": [{"rfilename": name} for name in names],
+                    }
                     return self.answer(200, json.dumps(record).encode(), commit)
                 name = path.removeprefix(f"/org/tiny/resolve/{commit}/")
                 if name in names:
@@ -45,7 +49,12 @@ def serve(revisions):
 
         def answer(self, status, body, commit="", etag="", error=""):
             self.send_response(status)
-            headers = {"Content-Length": len(body), "X-Repo-Commit": commit, "ETag": f'"{etag}"', "X-Error-Code": error}
+            headers = {
+                "Content-Length": len(body),
+                "X-Repo-Commit": commit,
+                "ETag": f'"{etag}"',
+                "X-Error-Code": error,
+            }
             for header, value in headers.items():
                 if value not in ("", '""'):
                     self.send_header(header, str(value))
@@ -67,28 +76,30 @@ def serve(revisions):
 
 @pytest.fixture(scope="module")
 def revisions(tmp_path_factory):
-    """Two sets of weights under one name, with what else such repositories hold; and one with pickles alone."""
+    """Two sets of weights under one name, with other files of such repositories, and one set of pickles only."""
     folder = tmp_path_factory.mktemp("hub")
-    found = {commit: folder / commit for commit in (FIRST, SECOND, PICKLED)}
+    folders = {commit: folder / commit for commit in (FIRST, SECOND, PICKLED)}
     for seed, commit in enumerate((FIRST, SECOND)):
         torch.manual_seed(seed)
-        tiny_llm.save(found[commit], tiny_llm.llama())
-        (found[commit] / "pytorch_model.bin").write_bytes(b"pickled")
-        (found[commit] / "modeling_tiny.py").write_text("raise SystemExit('ran code of the repository')")
-        shutil.copy(found[commit] / "model.safetensors", found[commit] / "consolidated.safetensors")
-    tiny_llm.save(found[PICKLED], tiny_llm.llama(), safe=False)
-    return found
+        tiny_llm.save(folders[commit], tiny_llm.llama())
+        (folders[commit] / "pytorch_model.bin").write_bytes(b"pickled")
+        (folders[commit] / "modeling_tiny.py").write_text("raise SystemExit('ran code of the repository')")
+        shutil.copy(folders[commit] / "model.safetensors", folders[commit] / "consolidated.safetensors")
+    tiny_llm.save(folders[PICKLED], tiny_llm.llama(), safe=False)
+    return folders
 
 
 @pytest.fixture
 def hub(revisions, tmp_path, monkeypatch):
-    """Point the client at the server, with an empty cache; yields the paths asked for, and how to turn the server off."""
+    """Point the client at the server, with an empty cache; yields the requested paths."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     with serve(revisions) as (url, asked):
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         reset_sessions()
         yield asked
         reset_sessions()
@@ -102,22 +113,22 @@ def states(encoder):
     return torch.cat(encoder.encode(encoder.tokenize(CAPTIONS)))
 
 
-def test_a_pinned_revision_is_what_is_read(revisions, hub):
-    found = {commit: load_encoder(config(commit), CPU) for commit in (FIRST, SECOND)}
-    for commit, encoder in found.items():
+def test_the_pinned_revision_is_read(revisions, hub):
+    encoders = {commit: load_encoder(config(commit), CPU) for commit in (FIRST, SECOND)}
+    for commit, encoder in encoders.items():
         local = load_encoder(replace(config(None), llm=str(revisions[commit])), CPU)
         assert relative_error(states(encoder), states(local)) < 1e-6
         assert encoder.identity["weights"] == f"commit:{commit}"
-    assert relative_error(states(found[FIRST]), states(found[SECOND])) > 0.1
+    assert relative_error(states(encoders[FIRST]), states(encoders[SECOND])) > 0.1
     with pytest.raises(UserError, match=rf"revision: '{FIRST}' in the family, '{SECOND}' here"):
-        check_identity(found[SECOND], "f", found[FIRST].identity)
+        check_identity(encoders[SECOND], "f", encoders[FIRST].identity)
     fetched = {path.rpartition("/")[2] for path in hub if "/resolve/" in path}
     assert fetched >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert not fetched & {"pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"}
     assert all(FIRST in path or SECOND in path for path in hub)
 
 
-def test_what_was_fetched_is_read_without_the_hub(hub, monkeypatch):
+def test_downloaded_files_are_read_without_the_hub(hub, monkeypatch):
     online = states(load_encoder(config(FIRST), CPU))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     reset_sessions()
@@ -138,7 +149,7 @@ def test_what_was_fetched_is_read_without_the_hub(hub, monkeypatch):
         (None, "40-digit commit hash"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(hub, revision, says):
+def test_an_error_is_one_line(hub, revision, says):
     with pytest.raises(UserError, match=says) as raised:
         load_encoder(config(revision), CPU)
     assert "\n" not in str(raised.value)

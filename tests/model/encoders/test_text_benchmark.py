@@ -35,4 +35,6 @@ def test_counted_work_is_what_is_run():
     tokens = sum(map(len, ids))
     longest = len(encoder.prefix_ids) + max(map(len, ids))
     assert attention <= 2 * 4 * 64 * tokens * longest
-    assert encoding_flops(encoder, whole, ids[:1]) == pytest.approx(encoding_flops(encoder, whole, ids[:1] * 2) / 2)
+    assert encoding_flops(encoder, whole, ids[:1]) == pytest.approx(
+        encoding_flops(encoder, whole, ids[:1] * 2) / 2
+    )

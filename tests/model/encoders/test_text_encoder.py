@@ -11,16 +11,30 @@ from model.common.errors import UserError
 from model.encoders import text_encoder
 from model.encoders.language_model import parse_layer
 from model.encoders.packed_attention import block_mask, plan_groups
-from model.encoders.text_encoder import TextEncoder, check_identity, config_from_identity, load_encoder, relative_error
+from model.encoders.text_encoder import (
+    TextEncoder,
+    check_identity,
+    config_from_identity,
+    load_encoder,
+    relative_error,
+)
 from tests.helpers import tiny_llm
 
 CPU = torch.device("cpu")
-CAPTIONS = ["a cat", "", "two dogs, “quoted”", "一只猫", "x", "a cat", "seven birds on a wire over the street"]
+CAPTIONS = [
+    "a cat",
+    "",
+    "two dogs, “quoted”",
+    "一只猫",
+    "x",
+    "a cat",
+    "seven birds on a wire over the street",
+]
 
 
 def plain_states(module, prefix, captions, batch=16, read=lambda output: output.hidden_states[-3]):
-    """What transformers gives for whole prompts, padded, all blocks run."""
-    found = {}
+    """Return transformers' own states of whole prompts, padded, with all blocks run."""
+    by_row = {}
     order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
@@ -30,12 +44,13 @@ def plain_states(module, prefix, captions, batch=16, read=lambda output: output.
         mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
         with torch.inference_mode():
             states = read(module(input_ids=ids, attention_mask=mask, output_hidden_states=True))
-        found |= {row: state[len(prefix) : len(prompt)] for row, state, prompt in zip(rows, states, prompts, strict=True)}
-    return [found[row] for row in range(len(captions))]
+        for row, state, prompt in zip(rows, states, prompts, strict=True):
+            by_row[row] = state[len(prefix) : len(prompt)]
+    return [by_row[row] for row in range(len(captions))]
 
 
 def worst(states, reference):
-    return max(relative_error(ours, theirs) for ours, theirs in zip(states, reference, strict=True))
+    return max(relative_error(state, expected) for state, expected in zip(states, reference, strict=True))
 
 
 @pytest.fixture(scope="module", params=ENCODERS, ids=lambda config: config.name)
@@ -70,7 +85,7 @@ def test_real_llm_without_prefix_equals_the_plain_way(real):
 
 
 def test_real_template(real):
-    """The parts of a prompt are cut as the whole prompt is; markup in a caption is plain text."""
+    """The parts of a prompt are tokenized like the whole prompt; markup in a caption is plain text."""
     encoder, _ = real
     words = encoder.llm.tokenizer
     words.encode_special_tokens = False
@@ -85,7 +100,7 @@ def test_real_template(real):
     assert ids.count(encoder.suffix_ids[0]) == 1
 
 
-def test_real_tokens_know_where_they_stand(real):
+def test_spans_of_real_tokens_cover_the_caption(real):
     encoder, _ = real
     for caption in ("a red backpack", "  two dogs, “quoted” ", "一只蓝色的背包 😀", ""):
         spans = encoder.spans(caption)
@@ -95,7 +110,11 @@ def test_real_tokens_know_where_they_stand(real):
         assert covered >= {at for at, letter in enumerate(caption) if not letter.isspace()}
         assert all(end <= len(caption) for _, end in spans)
         decoded = [encoder.llm.tokenizer.decode([token]).strip() for token in ids]
-        words = [(caption[start:end].strip(), token) for (start, end), token in zip(spans, decoded, strict=True) if end]
+        words = [
+            (caption[start:end].strip(), token)
+            for (start, end), token in zip(spans, decoded, strict=True)
+            if end
+        ]
         assert all(word == token for word, token in words if word.isascii())
 
 
@@ -119,7 +138,9 @@ def test_any_decoder_equals_the_plain_way(tmp_path, build, layer):
     def read(output):
         states = output.hidden_states
         if layer == "norm_mean":
-            return sum(torch.nn.functional.layer_norm(state, state.shape[-1:]) for state in states[1:]) / (len(states) - 1)
+            return sum(torch.nn.functional.layer_norm(state, state.shape[-1:]) for state in states[1:]) / (
+                len(states) - 1
+            )
         return torch.cat([states[int(index)] for index in layer.split(",")], dim=-1)
 
     ids = encoder.tokenize(CAPTIONS)
@@ -133,7 +154,7 @@ def test_any_decoder_equals_the_plain_way(tmp_path, build, layer):
 
 @pytest.mark.parametrize("build", [tiny_llm.llama, tiny_llm.gemma2], ids=lambda build: build.__name__)
 def test_rounded_lengths_change_nothing(tmp_path, monkeypatch, build):
-    """The way that GPUs take inside attention."""
+    """On GPUs lengths are rounded up inside attention."""
     encoder = load_encoder(tiny_llm.make(tmp_path, build), CPU)
     ids = encoder.tokenize(CAPTIONS)
     exact = encoder.encode(ids)
@@ -141,7 +162,7 @@ def test_rounded_lengths_change_nothing(tmp_path, monkeypatch, build):
     assert worst(encoder.encode(ids), exact) < 1e-5
 
 
-def test_order_and_company_do_not_matter(tmp_path):
+def test_states_do_not_depend_on_order_and_batch(tmp_path):
     encoder = load_encoder(tiny_llm.make(tmp_path, tiny_llm.llama, tokens_per_batch=30), CPU)
     ids = encoder.tokenize(CAPTIONS)
     together = encoder.encode(ids)
@@ -232,7 +253,7 @@ def test_long_captions_are_cut_and_counted(tmp_path):
 
 
 def test_counts(tmp_path):
-    """What was run and saved adds up to what the plain way would have run."""
+    """Work done and work saved add up to the work of whole padded prompts."""
     encoder = load_encoder(tiny_llm.make(tmp_path, tiny_llm.llama), CPU)
     ids = encoder.tokenize(CAPTIONS)
     encoder.encode(ids)
@@ -273,7 +294,7 @@ def test_bf16_states(tmp_path):
 
 
 def test_huge_states_survive(tmp_path):
-    """Gemma's states pass 1e5, beyond fp16; nothing on the way may be fp16."""
+    """Gemma's states exceed 1e5, which fp16 cannot represent, so nothing on the way may be fp16."""
     config = tiny_llm.make(tmp_path, tiny_llm.llama, dtype="bf16")
     llm = load_encoder(config, CPU).llm
     with torch.no_grad():
@@ -290,10 +311,12 @@ def test_layers_that_do_not_exist(layer):
         parse_layer(layer, 5)
 
 
-@pytest.mark.parametrize("build", [tiny_llm.llama, tiny_llm.gemma3, tiny_llm.llava], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build", [tiny_llm.llama, tiny_llm.gemma3, tiny_llm.llava], ids=lambda build: build.__name__
+)
 @pytest.mark.parametrize("layer", ["-2", "norm_mean"])
-def test_a_model_spread_over_devices_gives_the_same_states(tmp_path, build, layer):
-    """accelerate's dispatch: here every other block lies on disk and comes to the processor when it is run."""
+def test_a_model_on_several_devices_gives_the_same_states(tmp_path, build, layer):
+    """accelerate's dispatch: here every other block is on disk and is loaded when it is run."""
     config = tiny_llm.make(tmp_path, build, layer=layer)
     whole = load_encoder(config, CPU)
     ids = whole.tokenize(CAPTIONS)
@@ -304,7 +327,9 @@ def test_a_model_spread_over_devices_gives_the_same_states(tmp_path, build, laye
         pieces |= {"vision_tower": "cpu", "multi_modal_projector": "disk"}
     for device_map in ("auto", pieces):
         offloaded = load_encoder(replace(config, device_map=device_map), CPU)
-        assert ("meta" in {weights.device.type for weights in offloaded.llm.module.parameters()}) == (device_map is pieces)
+        assert ("meta" in {weights.device.type for weights in offloaded.llm.module.parameters()}) == (
+            device_map is pieces
+        )
         assert offloaded.device == CPU
         assert worst(offloaded.encode(ids), whole.encode(ids)) < 1e-6
         assert offloaded.identity == whole.identity
