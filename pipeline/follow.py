@@ -14,6 +14,7 @@ are `scenes`, which are scored exactly, or `natural`, which are scored by BLIP o
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def score_scenes(
     """
     captions = [prompt.caption for prompt in prompts]
     objects = [read_scene(image) for image in images]
-    scores = score_objects(objects, [caption for caption in captions for _ in range(per_prompt)])
+    # the images of a prompt come one after another, and all have its caption
+    captions_of_images = [captions[number // per_prompt] for number in range(len(objects))]
+    scores = score_objects(objects, captions_of_images)
     segments = scene_segment_scores(scores, per_prompt)
     return {
         "summary": scores.summary(),
@@ -111,7 +114,8 @@ def score_natural(
                 answers.append(vqa.yes(image.convert("RGB"), questions))
         scores.append(np.mean(answers, axis=0).tolist())
 
-    mean = float(np.mean([score for segments in scores for score in segments]))
+    # prompts differ in their number of segments, so this is not a mean of means
+    mean = float(np.mean(list(chain.from_iterable(scores))))
     return {
         "summary": {"segment": mean},
         "vqa": {**vqa.identity, "template": QUESTION},
@@ -145,7 +149,10 @@ def find_images(folder: Path, prompts: int) -> tuple[list[Path], int]:
     """
     files = sorted(folder.glob("[0-9]*_[0-9]*.png"))
     per_prompt = len(files) // prompts
-    expected = [f"{number:05d}_{i:02d}.png" for number in range(prompts) for i in range(per_prompt)]
+    # the names that `pipeline.sample` gives
+    expected: list[str] = []
+    for number in range(prompts):
+        expected += [f"{number:05d}_{offset:02d}.png" for offset in range(per_prompt)]
     if not files or [file.name for file in files] != expected:
         raise UserError(
             f"{folder}: {len(files)} images for {prompts} prompts: "

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ class SampleImage:
 
 def plan_images(prompts: Sequence[str], images_per_prompt: int, seed: int) -> list[SampleImage]:
     """Return the images to generate. The j-th image of each prompt has seed + j."""
-    return [
-        SampleImage(f"{number:05d}_{offset:02d}.png", prompt, seed + offset)
-        for number, prompt in enumerate(prompts)
-        for offset in range(images_per_prompt)
-    ]
+    images: list[SampleImage] = []
+    for number, prompt in enumerate(prompts):
+        for offset in range(images_per_prompt):
+            images.append(SampleImage(f"{number:05d}_{offset:02d}.png", prompt, seed + offset))
+    return images
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
@@ -95,7 +96,8 @@ def write_images(
         A record per image, as `index.jsonl` has it.
     """
     chunks = [images[first : first + batch] for first in range(0, len(images), batch)]
-    batches = [[(image.prompt, image.seed) for image in chunk] for chunk in chunks]
+    requests = [(image.prompt, image.seed) for image in images]
+    batches = [requests[first : first + batch] for first in range(0, len(images), batch)]
     settings = {**params.record(), **about}
 
     records: list[dict[str, Any]] = []
@@ -110,8 +112,7 @@ def write_images(
 def gather_records(records: list[dict[str, Any]], ranks: Distributed) -> list[dict[str, Any]]:
     """Return the records of all processes by file, once all processes are done. Collective."""
     ensure_process_group(ranks)
-    shares = gather(records)
-    return sorted((record for share in shares for record in share), key=lambda record: record["file"])
+    return sorted(chain.from_iterable(gather(records)), key=lambda record: record["file"])
 
 
 def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:

@@ -89,13 +89,16 @@ def build_page(studio: InteractiveSampler) -> Any:
         def run(past_files: list[tuple[str, str]], *values: Any) -> Any:
             request = GenerationRequest(*values)
             try:
-                columns = studio.draw(request)
+                columns = studio.generate(request)
             except UserError as error:
                 # gr.Error would leave gradio 6.17's spinners on the images forever
                 gr.Warning(str(error), title="Error")
                 return gr.skip()
 
-            paths = [str(path) for column in columns for path in column.files]
+            paths: list[str] = []
+            for column in columns:
+                paths += map(str, column.files)
+            # newest first
             past_files = [*((path, request.prompt) for path in paths), *past_files][:MAX_HISTORY]
             return (
                 *show(columns[0]),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,15 @@ def make_line(
 
 def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
     """Return the tables: rows, then the rows' mean chance level, and the paper's orderings of the rows."""
-    records = [record for row in scores.values() for record in row.values()]
-    attributes = [name for name in ATTRIBUTES if any(name in record["attributes"] for record in records)]
+    records = list(chain.from_iterable(row.values() for row in scores.values()))
+    # scenes of one segment have no relations, for example
+    measured = set(chain.from_iterable(record["attributes"] for record in records))
+    attributes = [name for name in ATTRIBUTES if name in measured]
     columns = ["prompt following", *attributes, "validation loss"]
 
-    means = {name: float(np.mean([record["chance"][name] for record in records])) for name in attributes}
+    means: dict[str, float] = {}
+    for name in attributes:
+        means[name] = float(np.mean([record["chance"][name] for record in records]))
     chance: dict[int, dict[str, Any]] = {}
     if records:
         chance[0] = {"score": prompt_following(means), "attributes": means, "loss": None}
@@ -174,7 +179,7 @@ def build(
         Path of the page.
     """
     scores = gather(jobs)
-    done = [record for records in scores.values() for record in records.values()]
+    done = list(chain.from_iterable(row.values() for row in scores.values()))
     hours = sum(record["seconds"] for record in done) / 3600
     cost = (
         f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, "

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -55,8 +55,7 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
     """
     ablation: Ablation = read_settings(Ablation, path, overrides)
     ablation.tables = ablation.tables or {path.stem: list(ablation.rows)}
-    named = [*only, *(row for rows in ablation.tables.values() for row in rows)]
-    for name in named:
+    for name in chain(only, *ablation.tables.values()):
         if name not in ablation.rows:
             raise UserError(f"row `{name}` does not exist in {path}: it has {', '.join(ablation.rows)}")
 

@@ -32,8 +32,12 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
     lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--prompts {prompts}: no prompt in it: write one per line")
-    repeated = [line for line in lines for _ in range(images_per_prompt)]
-    return Plan([BenchImage(f"{i:06d}.png", line, (seed + i,)) for i, line in enumerate(repeated)])
+
+    images: list[BenchImage] = []
+    for number in range(len(lines) * images_per_prompt):
+        prompt = lines[number // images_per_prompt]
+        images.append(BenchImage(f"{number:06d}.png", prompt, (seed + number,)))
+    return Plan(images)
 
 
 def reference_images(folder: Path) -> list[BenchImage]:

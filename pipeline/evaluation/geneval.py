@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +245,15 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: Ge
     return {
         "overall": mean(list(by_tag.values())),
         "tags": by_tag,
-        "images": mean([right for results in tags.values() for right in results]),
+        "images": mean(list(chain.from_iterable(tags.values()))),
         "prompts_any_image": mean(list(prompts.values())),
     }
 
 
 def needs(images: Sequence[BenchImage]) -> set[str]:
     """The detector, and CLIP if a color is asked for."""
-    colored = any("color" in clause for image in images for clause in image.about.get("include", []))
+    clauses = chain.from_iterable(image.about.get("include", []) for image in images)
+    colored = any("color" in clause for clause in clauses)
     return {"detector", "clip"} if colored else {"detector"}
 
 

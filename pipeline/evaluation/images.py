@@ -97,7 +97,12 @@ def generate_missing(
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
 
     chunks = _batches(missing, batch)
-    batches = [[(image.prompt, seed) for image in chunk for seed in image.seeds] for chunk in chunks]
+    batches: list[list[tuple[str, int]]] = []
+    for chunk in chunks:
+        batches.append([])
+        for image in chunk:
+            batches[-1] += [(image.prompt, seed) for seed in image.seeds]
+
     # the generator comes first, so that `zip` exhausts it
     for generated, chunk in zip(generate_images(sampler, batches, params, shows), chunks, strict=True):
         cells = iter(generated)

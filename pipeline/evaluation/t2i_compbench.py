@@ -180,8 +180,11 @@ def spatial(prompt: str, answer: Answer, rules: T2IRules) -> float:
     if len(answer["objects"]) != 2:
         return 0.0
     first, second = answer["objects"]
-    boxes = _boxes(answer, rules)
-    a, b = (next((box for box in boxes if box.name == name), None) for name in (first, second))
+    # the most confident box of each object counts
+    best: dict[str, Box] = {}
+    for box in _boxes(answer, rules):
+        best.setdefault(box.name, box)
+    a, b = best.get(first), best.get(second)
 
     value = 0.25 * sum(box.score for box in (a, b) if box is not None)
     if a is not None and b is not None:

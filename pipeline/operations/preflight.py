@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -133,9 +134,9 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
         if any(topic not in common for topic, _ in node_errors):
             verdict.bad[node] = "; ".join(text for _, text in sorted(node_errors))
 
-    network = [
-        f"{report.node}: {text}" for report in reports for topic, text in report.errors if topic == "network"
-    ]
+    network: list[str] = []
+    for report in reports:
+        network += [f"{report.node}: {text}" for topic, text in report.errors if topic == "network"]
     if network and not verdict.bad and not common:
         verdict.network = network[0]
 
@@ -163,8 +164,7 @@ def _odd_versions(reports: list[NodeReport]) -> dict[str, str]:
     """Return the nodes that have another version of a package than most."""
     odd: dict[str, str] = {}
     by_node = {report.node: report.versions for report in reports if report.versions}
-    names = {name for versions in by_node.values() for name in versions}
-    for name in sorted(names):
+    for name in sorted(set(chain.from_iterable(by_node.values()))):
         versions = {node: installed.get(name, "missing") for node, installed in by_node.items()}
         usual = Counter(versions.values()).most_common(1)[0][0]
         for node, version in versions.items():

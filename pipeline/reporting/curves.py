@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def series(rows: Sequence[dict[str, Any]], name: str, smoothed: bool = True) -> 
 
 def names_in(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the names of all quantities, in the order in which they first appear."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+    return list(dict.fromkeys(chain.from_iterable(rows)))
 
 
 def gate_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:

@@ -34,11 +34,9 @@ def describe_data(stage: StageConfig) -> dict[str, Any]:
 
 
 def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
-    indexes = [
-        read_index(source.dataset, source.snapshot, bucket)
-        for source in corpus.sources
-        for bucket in source.snapshot.buckets
-    ]
+    indexes: list[Any] = []
+    for source in corpus.sources:
+        indexes += [read_index(source.dataset, source.snapshot, bucket) for bucket in source.snapshot.buckets]
 
     rows: list[dict[str, str]] = []
     for name in read_families(stage):
