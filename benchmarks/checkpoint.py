@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.reporting import at_most, conditions, print_goals
-from model.condition import Text
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from pipeline.checkpoint.checkpoints import Checkpoints
@@ -53,7 +53,7 @@ def train_step(engine: Engine) -> float:
     latents = torch.randn(1, 16, SIDE, SIDE, dtype=engine.dtype, device=engine.device)
     mask = torch.ones(1, TOKENS, dtype=torch.bool, device=engine.device)
     text = Text(torch.randn(1, TOKENS, LLM_WIDTH, device=engine.device), mask, 4, padded=False)
-    loss = engine(latents, torch.rand(1, device=engine.device), [text]).float().square().mean()
+    loss = engine(latents, Condition(torch.rand(1, device=engine.device), [text])).float().square().mean()
     engine.backward(loss)
     engine.step(1e-4)
     engine.update_averages(engine.stage.global_batch)

@@ -31,7 +31,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.reporting import at_least, conditions, print_goals
 from model.common.dtypes import DTYPES
-from model.condition import Text
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.flops import count_parameters, flops_per_sample
@@ -80,7 +80,7 @@ def our_step(options: argparse.Namespace) -> tuple[Step, int]:
 
     def step(latents: Tensor, timesteps: Tensor, text: Tensor, target: Tensor) -> None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        prediction = engine(latents, timesteps, [Text(text, mask, 0, padded=False)])
+        prediction = engine(latents, Condition(timesteps, [Text(text, mask, 0, padded=False)]))
         engine.backward((prediction.float() - target).square().mean())
         engine.step(LR)
         engine.update_averages(stage.global_batch)
@@ -253,7 +253,7 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
     record = {name: ours / result["samples_per_second"] for name, result in results.items() if name != OURS}
     gpu = torch.cuda.is_available()
     goals = {"samples/s / PixArt's, equal parameters": at_least(record[SAME_PARAMETERS], 1.3 if gpu else 1.0)}
-    flops = flops_per_sample(config, FUSION, [LLM_WIDTH], options.side, options.side, [options.tokens])
+    flops = flops_per_sample(config, FUSION, [LLM_WIDTH], (options.side, options.side), [options.tokens])
     peak = peak_flops(LogConfig())
 
     if peak is not None:

@@ -1,4 +1,4 @@
-"""Collaborative refiner: lets the tokens of each LLM look at those of the others (paper section 3.1)."""
+"""Collaborative refiner: lets the tokens of each LLM attend to those of the others (paper section 3.1)."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class CollaborativeBranch(nn.Module):
         self.modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, others: Tensor, others_mask: Tensor | None, c: Tensor) -> Tensor:
-        """Refine tokens x [B, T, R] by tokens `others` [B, S, R], where `others_mask` is what `key_mask` gives."""
+        """Refine tokens x [B, T, R] by tokens `others` [B, S, R], where `others_mask` is the result of `key_mask`."""
         vectors = self.modulation(c)  # 6 x [B, 1, R]
         shift, scale, gate = vectors[0:3]
         x = residual(x, self.attention(modulate(x, shift, scale), self.others_norm(others), others_mask), gate)  # [B, T, R]
@@ -29,7 +29,7 @@ class CollaborativeBranch(nn.Module):
 
 
 class CollaborativeBlock(nn.Module):
-    """One branch per LLM, side by side: each reads the others as they were before the block."""
+    """One branch per LLM, in parallel: each reads the others as they were before the block."""
 
     def __init__(self, width: int, heads: int, hidden: int, branches: int) -> None:
         super().__init__()
@@ -69,11 +69,12 @@ class CollaborativeRefiner(nn.Module):
             [B, T_i - prefix_i, R] of each LLM.
         """
         keys = [None if masks is None else key_mask(_join_others(masks, own)) for own in range(len(tokens))]
-        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
-            tokens = block(tokens, keys, conditions, [0] * len(tokens) if left else prefixes)
+        last = self.blocks[-1]
+        for block in self.blocks:
+            tokens = block(tokens, keys, conditions, prefixes if block is last else [0] * len(tokens))
         return list(tokens)
 
 
 def _join_others(items: Sequence[Tensor], own: int) -> Tensor:
-    """Put all but one of the branches side by side along the sequence."""
+    """Concatenate all but one of the branches along the sequence."""
     return torch.cat([item for branch, item in enumerate(items) if branch != own], dim=1)

@@ -1,4 +1,4 @@
-"""What the network's prediction depends on besides the noisy latents."""
+"""All that the network's prediction depends on besides the noisy latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

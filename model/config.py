@@ -15,10 +15,10 @@ INSTRUCTION = (
 
 @dataclass
 class FusionConfig:
-    """How the states of the frozen LLMs become the text tokens that the DiT attends to (paper section 3.1).
+    """Settings of the fusion: from the LLMs' hidden states to the text tokens that the DiT attends to (paper section 3.1).
 
     Every row of the paper's tables 2, 3, 5 and 6 is one setting of these fields; with or without the instruction is a
-    choice of text family, since the states of a caption depend on what stood before it.
+    choice of text family, since the hidden states of a caption depend on the text before it.
     """
 
     families: list[str] = field(default_factory=list)
@@ -32,13 +32,13 @@ class FusionConfig:
     gate: bool = True
     """Adaptive gates on the refiner's sub-layers; off = plain residual connections (table 5)."""
     time: bool = True
-    """Whether the timestep enters the refiners' conditioning beside the pooled text."""
+    """True if the timestep conditions the refiners, in addition to the pooled text."""
     width: int | None = None
-    """Width of the refiners; None = the DiT's. At the LLM's 4096 they would cost as much as the 1B DiT itself."""
+    """Width of the refiners; None = the DiT's. At the LLM's 4,096 they would cost as much as the 1B DiT itself."""
     heads: int | None = None
     """Attention heads of the refiners; None = the DiT's."""
     crop: Literal["after", "before"] = "after"
-    """Where the prefix is cut off: after both refiners (the paper) or before them."""
+    """Cut off the prefix after both refiners (the paper) or before them."""
     pool: Literal["caption", "all"] = "caption"
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not say)."""
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class FusionConfig:
         """Check the fields against one another.
 
         Raises:
-            UserError: the settings contradict one another.
+            UserError: if the settings contradict one another.
         """
         if self.mode == "none" and len(self.families) > 1:
             raise UserError(f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or collaborative")
@@ -119,7 +119,7 @@ class DiTConfig:
 
 @dataclass
 class TextConfig:
-    """A text family: which LLM reads the captions, how, and what is kept."""
+    """Settings of a text family: which LLM reads the captions, how, and what is stored."""
 
     name: str = ""
     llm: str = ""
@@ -129,10 +129,10 @@ class TextConfig:
     layer: str = "-3"
     """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` = concatenated."""
     prefix: str = "{instruction} "
-    """What stands before the caption: system prompt, chat markup; `{instruction}` is filled in."""
+    """Text before the caption: system prompt, chat markup; `{instruction}` is filled in."""
     instruction: str = INSTRUCTION
     suffix: str = ""
-    """What stands after the caption, such as the end-of-turn markup; the null caption needs at least one token here."""
+    """Text after the caption, such as the end-of-turn markup; the null caption needs at least one token here."""
     max_tokens: int = 256
     """Most tokens of a caption (suffix included, prefix not)."""
     quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
@@ -140,4 +140,4 @@ class TextConfig:
     reuse_prefix: bool = True
     tokens_per_batch: int = 4096
     device_map: str | None = None
-    """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate spreads it; None = one device."""
+    """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it; None = one device."""

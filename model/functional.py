@@ -16,12 +16,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         q: queries [B, S, H, d].
         k: keys [B, T, H, d].
         v: values [B, T, H, d].
-        mask: what `key_mask` gives, or None where every key is a token.
+        mask: the result of `key_mask`, or None if every key is a token.
         causal: hide later keys, the last query being as late as the last key; with padding on the right this hides the
             padding too, so it excludes `mask`.
 
     Returns:
-        The heads side by side, [B, S, H * d].
+        The heads concatenated, [B, S, H * d].
     """
     kind = q.dtype
     if kind == torch.bfloat16 and q.device.type == "cpu":  # where torch's bf16 backward pass is 3 to 14 times slower than fp32's
@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The softmax inside `attention`, which torch's fused kernels never hold: fp32 [B, H, S, T]."""
+    """Return the softmax inside `attention`, which torch's fused kernels never store: fp32 [B, H, S, T]."""
     scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -52,23 +52,23 @@ def key_mask(mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the tokens of x [B, S, D] that `mask` [B, S] names, summed in fp32; zero where there is none."""
+    """Return the mean [B, D] of the tokens of x [B, S, D] where `mask` [B, S] is True, summed in fp32; zero if there is none."""
     total = x.masked_fill(~mask[..., None], 0).sum(dim=1, dtype=torch.float32)
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: x [B, S, D] normalised, then scaled and shifted by [B, 1, D] (DiT, arXiv 2212.09748)."""
+    """Apply adaptive layer norm: x [B, S, D] normalized, then scaled and shifted by [B, 1, D] or [B, S, D] (DiT, arXiv 2212.09748)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def residual(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
-    """Add a sub-layer's output to its input, through a gate [B, 1, D] where there is one."""
+    """Add a sub-layer's output to its input, through a gate [B, 1, D] or [B, S, D] if there is one."""
     return x + change if gate is None else torch.addcmul(x, gate, change)
 
 
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids of timesteps in [0, 1]: fp32 [...] -> fp32 [..., width].
+    """Return sinusoids of timesteps in [0, 1]: fp32 [...] -> fp32 [..., width].
 
     The unit is a thousandth, the step of DDPM, and periods run from 2 pi to 20,000 pi of them. The frequencies are made
     at each call: a buffer made in a bf16 model would hold rounded ones.

@@ -1,4 +1,4 @@
-"""Layers that the refiners and the DiT share.
+"""Layers of the refiners and of the DiT.
 
 Every layer with parameters sets them in its own `reset_parameters`, so a model built under DeepSpeed's `zero.Init`, which
 takes each layer's parameters away as soon as the layer exists, starts from the same distribution as any other.
@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
         return self.out(x)
 
     def weights(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What `forward` weighs the context's tokens with, fp32 [B, H, S, T]: for looking at, far too large for training."""
+        """Return the attention weights of `forward`, fp32 [B, H, S, T]: for inspection, far too large for training."""
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
         k = self.key_value(context).unflatten(-1, (2, self.heads, -1)).select(2, 0)  # [B, T, H, d]
         return attention_weights(self.query_norm(q), self.key_norm(k), mask)  # [B, H, S, T]
@@ -138,9 +138,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class PositionBlock(nn.Module):
-    """Convolutional residual block after patchify: the network's only knowledge of where a patch is (paper section 3.2).
+    """Convolutional residual block after patchify: the network's only knowledge of a patch's place (paper section 3.2).
 
-    Zero padding tells a patch how far the border is, neighbours tell it what is around it, and no table ties it to a
+    Zero padding gives a patch its distance to the border, its neighbors give it its surroundings, and no table ties it to a
     resolution. The paper does not give its width; between full-width convolutions (18 D^2) the 1B model would exceed its
     size by 3 %, so the inner width is a quarter (4.5 D^2).
     """

@@ -18,7 +18,7 @@ class TokenRefinerBlock(nn.Module):
         self.gates = Modulation(width, 2) if gate else None
 
     def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, causal: bool, first: int) -> Tensor:
-        """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is what `key_mask` gives."""
+        """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is the result of `key_mask`."""
         gate_attention, gate_mlp = self.gates(c) if self.gates is not None else (None, None)
         change = self.attention(self.attention_norm(x), mask, causal, first)  # [B, T - first, R]
         x = residual(x[:, first:], change, gate_attention)
@@ -38,7 +38,7 @@ class TokenRefiner(nn.Module):
         self.blocks = nn.ModuleList(TokenRefinerBlock(width, heads, hidden, gate) for _ in range(blocks))
 
     def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, first: int = 0) -> Tensor:
-        """Refine an LLM's tokens and cut off those before `first`, which nobody reads any more.
+        """Refine an LLM's tokens and cut off those before `first`, which no later layer reads.
 
         The last block computes only the tokens that stay: as a query, another changes no token but itself.
 
@@ -52,6 +52,7 @@ class TokenRefiner(nn.Module):
             [B, T - first, R].
         """
         keys = None if mask is None or self.causal else key_mask(mask)  # padding on the right is later than any token
-        for left, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
-            x = block(x, keys, c, self.causal, 0 if left else first)
+        last = self.blocks[-1]
+        for block in self.blocks:
+            x = block(x, keys, c, self.causal, first if block is last else 0)  # [B, T, R], at last [B, T - first, R]
         return x

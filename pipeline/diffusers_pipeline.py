@@ -28,15 +28,15 @@ from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 
 FORMAT = 1
-"""Of an exported folder."""
+"""Format of an exported folder."""
 PARTS = {
     "transformer": ["pipeline.diffusers_pipeline", "LIDiTModel"],
     "text": ["pipeline.diffusers_pipeline", "LIDiTText"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-"""What an exported folder names beside a scheduler: diffusers imports whatever stands there."""
+"""Parts that an exported folder names besides a scheduler; diffusers imports whatever a folder names."""
 CARD = ("README.md", "samples.png")
-"""The model card and its picture: carried from folder to folder."""
+"""The model card and its image, which are copied from folder to folder."""
 CONSTANTS = {"prefix": "prefix", "null": "null", "mean": "mean", "spread": "std"}
 """Parameter of an exported text part -> field of `TextConstants`."""
 
@@ -49,7 +49,7 @@ class StrictModel(ModelMixin):
         """Load.
 
         Raises:
-            UserError: weights are missing, or too many, or of other shapes.
+            UserError: if weights are missing, left over or of other shapes.
         """
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -105,12 +105,12 @@ class LIDiTText(StrictModel, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load in fp32, whatever the network's type: rounded to bf16, mean and spread would shift every state."""
+        """Load in fp32, whatever the network's type: rounded to bf16, mean and std would shift every state."""
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32})
 
     @classmethod
     def from_parts(cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]) -> "LIDiTText":
-        """Take them from a run."""
+        """Build the part from families and constants of a run."""
         records = [
             {
                 "name": name,
@@ -127,7 +127,7 @@ class LIDiTText(StrictModel, ConfigMixin):
         return text
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LIDiTText":
-        """Move to a device and stay fp32: a spread in bf16 would shift every state."""
+        """Move to a device and stay fp32: a std in bf16 would shift every state."""
         self._reader = None
         return super()._apply(lambda tensor: fn(tensor).float(), recurse)
 
@@ -135,9 +135,9 @@ class LIDiTText(StrictModel, ConfigMixin):
     def reader(self) -> PromptReader:
         """Reads prompts on the device where the constants are."""
         if self._reader is None:
-            families = {
-                each["name"]: Family(each["name"], "text", each["identity"], each["info"]) for each in self.config["families"]
-            }
+            families = {}
+            for record in self.config["families"]:
+                families[record["name"]] = Family(record["name"], "text", record["identity"], record["info"])
             constants = {name: self._constants(name, family) for name, family in families.items()}
             device = next(self.parameters()).device
             self._reader = PromptReader(families, constants, lambda family: load_llm(family, device))
@@ -148,7 +148,7 @@ class LIDiTText(StrictModel, ConfigMixin):
         return TextConstants(prefix, null, mean, std, family.info["quantisation"], family.info["width"])
 
     def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
-        """The prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption."""
+        """Return the prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption."""
         return self.reader.texts(prompts, dtype)
 
 
@@ -178,10 +178,10 @@ class LIDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Read which parts a folder has, before any of them is imported or loaded.
+        """Read the names of the folder's parts, before any of them is imported or loaded.
 
         Raises:
-            UserError: it is of another model or of another format version.
+            UserError: if the folder is of another model or of another format version.
         """
         config: Any = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
@@ -199,7 +199,7 @@ class LIDiTPipeline(DiffusionPipeline):
         """Load as any diffusers pipeline, from safetensors alone; the model card comes along.
 
         Raises:
-            UserError: a folder of another model or format version, or weights that do not fit.
+            UserError: if the folder is of another model or format version, or its weights do not fit.
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         pipeline.card = {
@@ -242,31 +242,32 @@ class LIDiTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         conditions: Mapping[str, str] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw.
+        """Generate images.
 
         Args:
             prompt: one or several.
             negative_prompt: to steer away from; empty = the null caption of training.
             height: in pixels; None = the pipeline's default, as for the next three.
             width: in pixels.
-            num_inference_steps: evaluations of the network per picture.
+            num_inference_steps: evaluations of the network per image.
             guidance_scale: 1 = no guidance.
-            num_images_per_prompt: pictures of each prompt, one after another.
-            generator: of the noise: one for all pictures or one per picture.
-            seed: instead of generators: the j-th picture of each prompt has seed + j, as in `pipeline.sample`.
+            num_images_per_prompt: images of each prompt, one after another.
+            generator: of the noise: one for all images or one per image.
+            seed: instead of generators: the j-th image of each prompt has seed + j, as in `pipeline.sample`.
             latents: the noise itself, [B, C, h, w].
-            output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalised).
+            output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalized).
             return_dict: an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return new latents.
             conditions: values of the network's further conditions by name; None = their defaults.
 
         Raises:
-            UserError: a size that does not divide, a prompt too long, an unknown output type, or the wrong number of generators.
+            UserError: if a size does not divide, a prompt is too long, or the output type or number of generators is wrong.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: take pil, np, pt or latent")
         config, device, dtype = self.config, self._execution_device, self.transformer.dtype
-        prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
+        distinct = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in distinct for _ in range(num_images_per_prompt)]
         vae = VAE(self.vae, "")
         height, width = height or config["height"], width or config["width"]
         shape = latent_shape(self.transformer, vae.downsampling, height, width)
@@ -290,27 +291,27 @@ class LIDiTPipeline(DiffusionPipeline):
                 return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get("latents", now)
 
             noise = latents.to(device)
-            drawn = denoise(
+            sampled = denoise(
                 self.transformer, self.scheduler, condition, null_condition, noise, steps, guidance, dtype, on_step
             )
-        images = drawn if output_type == "latent" else _finish(decode_each(vae, drawn), output_type)
+        images = sampled if output_type == "latent" else _finish(decode_each(vae, sampled), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
 
-def _noise(shape: tuple[int, ...], pictures: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
-    """The noise that `seed` or the generators give: fp32 [pictures, *shape] on the CPU."""
+def _noise(shape: tuple[int, ...], images: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
+    """Return the noise of `seed` or of the generators: fp32 [images, *shape] on the CPU."""
     if generator is None:
         first = int(torch.randint(2**31, ())) if seed is None else seed
-        return initial_noise(shape, [first + number % per_prompt for number in range(pictures)])
-    generators = generator if isinstance(generator, list) else [generator] * pictures
-    if len(generators) != pictures:
-        raise UserError(f"{len(generators)} generators for {pictures} pictures: give one, or one per picture")
-    return torch.stack([torch.randn(*shape, generator=each, device=each.device).cpu() for each in generators])
+        return initial_noise(shape, [first + number % per_prompt for number in range(images)])
+    generators = generator if isinstance(generator, list) else [generator] * images
+    if len(generators) != images:
+        raise UserError(f"{len(generators)} generators for {images} images: give one, or one per image")
+    return torch.stack([torch.randn(*shape, generator=own, device=own.device).cpu() for own in generators])
 
 
 def _finish(pixels: Tensor, output_type: str) -> Any:
-    """Pixels [B, 3, H, W] in [-1, 1] as the caller wants them."""
+    """Return pixels [B, 3, H, W] in [-1, 1] as the output type."""
     if output_type == "pil":
         return to_images(pixels)
     unit = (pixels + 1.0) / 2.0

@@ -1,4 +1,4 @@
-"""What a stage needs: parameters, FLOPs, memory per GPU, speed, days, store.
+"""Estimate what a stage needs: parameters, FLOPs, memory per GPU, speed, days, store.
 
     python -m pipeline.estimate li_dit_1b_256 --gpus 8,64,512 [--mfu 0.5] [--resolution 256] [--widths 4096,4096] [key=value ...]
 
@@ -31,7 +31,7 @@ _REFINER_VALUES = 33
 
 @dataclass(frozen=True)
 class Setup:
-    """What the stage's file does not say."""
+    """Facts that the stage's file does not state."""
 
     gpus: int
     gpus_per_node: int = 8
@@ -61,7 +61,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """The results; bytes per GPU in `memory`."""
+    """Results of an estimate; bytes per GPU in `memory`."""
 
     parameters: dict[str, int]
     flops_per_sample: float
@@ -73,7 +73,7 @@ class Plan:
     bytes_per_pair: float
     store_bytes: float
     read_per_node: float
-    """Bytes a second."""
+    """Bytes per second."""
     checkpoint_bytes: float
 
     @property
@@ -83,10 +83,10 @@ class Plan:
 
 
 def make_plan(stage: StageConfig, setup: Setup) -> Plan:
-    """Work a stage out for a number of GPUs.
+    """Estimate a stage for a number of GPUs.
 
     Raises:
-        UserError: the global batch does not divide, or there is no width for some LLM.
+        UserError: if the global batch does not divide, or an LLM has no width.
     """
     if len(setup.llm_widths) != len(stage.fusion.families):
         raise UserError(
@@ -136,7 +136,7 @@ def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> 
 
 
 def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -> dict[str, float]:
-    """Bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
+    """Return the bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
     ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients. `step` is the fp32 copy
     of one sub-group's gradients, `gathered` the whole weights that ZeRO-3 keeps at a time.
@@ -166,7 +166,7 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -
 
 
 def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
-    """Bytes of activations per sample, eager; a compiled block keeps less.
+    """Return the bytes of activations per sample without compiling; a compiled block keeps less.
 
     A checkpointed block keeps only its input; the largest recomputed one comes on top.
     """
@@ -186,7 +186,7 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
 
 
 def bytes_per_pair(setup: Setup) -> float:
-    """Bytes in the store of one pair's latents (mean and spread, bf16) and captions (int8, an fp32 scale a token, each LLM)."""
+    """Return the bytes in the store of one pair's latents (mean and std, bf16) and captions (int8, an fp32 scale per token, each LLM)."""
     latents = 4.0 * setup.channels * math.prod(setup.latents)
     return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
 

@@ -61,7 +61,7 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
         shard: largest file of weights.
 
     Raises:
-        UserError: `out` exists, or the run cannot be read.
+        UserError: if `out` exists, or the run cannot be read.
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it or name another folder")
@@ -73,7 +73,7 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
 
 
 def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:
-    """README.md and, if the run has drawn pictures, samples.png: from the run's own record."""
+    """Return README.md and, if the run has sampled images, samples.png: from the run's own record."""
     stage, corpus = resolve(load_run(run))
     newest = Checkpoints(run / "checkpoints", CheckpointConfig()).newest()
     manifest = (read_manifest(newest) if newest else None) or {}
@@ -99,9 +99,9 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
         "```python", "from pipeline.diffusers_pipeline import LIDiTPipeline", "",
         'pipeline = LIDiTPipeline.from_pretrained("FOLDER")', 'pipeline("a red apple", seed=0).images[0].save("apple.png")',
         "```", "",
-        "Language models, not part of this folder, each under its own licence:", "", *llms, "",
+        "Language models, not part of this folder, each under its own license:", "", *llms, "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
-        "Licence of the training data: TO FILL IN. Intended use and limits: TO FILL IN.", "",
+        "License of the training data: TO FILL IN. Intended use and limits: TO FILL IN.", "",
         "## Stage", "", "```yaml", dump_stage(without_folders(stage)).rstrip(), "```", "",
     ]  # fmt: skip
     card = {"README.md": "\n".join(lines).encode()}
@@ -111,7 +111,7 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
 
 
 def without_folders(stage: StageConfig) -> StageConfig:
-    """The stage as others may read it: of an absolute path, the last name alone."""
+    """Return the stage as others may read it: absolute paths are cut to their last name."""
 
     def name(path: str) -> str:
         return Path(path).name if path.startswith(("/", "~")) else path

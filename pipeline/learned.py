@@ -1,4 +1,4 @@
-"""Whether a run has learned anything: its loss against an untrained network's, and with shuffled captions.
+"""Check that a run has learned: its loss against an untrained network's, and with shuffled captions.
 
 python -m pipeline.learned runs/demo
 """

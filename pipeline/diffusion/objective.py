@@ -1,4 +1,4 @@
-"""What an objective is: the interface of what the network can learn to predict, and the registry of objectives."""
+"""The interface of an objective, which is what the network learns to predict, and the registry of objectives."""
 
 import math
 from abc import ABC, abstractmethod
@@ -29,10 +29,10 @@ class TrainingExample:
 
 
 class Objective(ABC):
-    """How clean latents and noise become what the network reads and what it has to predict.
+    """Makes what the network reads and what it has to predict from clean latents and noise.
 
     Another objective is one file with a class that fills this interface in. Settings that `ObjectiveConfig` has no field for
-    come in `config.options`.
+    come in `config.settings`.
     """
 
     schedulers: ClassVar[Mapping[str, Callable[[ObjectiveConfig], Any]]]

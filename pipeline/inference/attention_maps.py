@@ -1,4 +1,4 @@
-"""Which words an image's patches attend to: the DiT's cross-attention, word by word."""
+"""Attention of an image's patches to the words of its prompt: the DiT's cross-attention, word by word."""
 
 import itertools
 import re

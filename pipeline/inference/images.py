@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with the prompt and settings in it, and a grid with captions."""
+"""Images as files: PNG with the prompt and settings in it, and a grid with captions."""
 
 import json
 import math
@@ -12,19 +12,19 @@ from torch import Tensor
 
 MARGIN = 12
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-"""With accents, Greek and Cyrillic, which Pillow's own font lacks."""
+"""Has accents, Greek and Cyrillic, which Pillow's own font lacks."""
 MIN_SHOWN = 128
-"""Pictures smaller than this are enlarged in a grid, so that a caption fits below."""
+"""Side in pixels below which images are enlarged in a grid, so that a caption fits below."""
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Images of pixels [B, 3, H, W] in [-1, 1]."""
+    """Return pixels [B, 3, H, W] in [-1, 1] as images."""
     values = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]
 
 
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Write a PNG that carries what it was drawn with: `prompt` as text, all of `settings` as JSON under `li-dit`."""
+    """Write a PNG with its settings in it: `prompt` as text, all of `settings` as JSON under `li-dit`."""
     texts = PngImagePlugin.PngInfo()
     texts.add_itxt("prompt", str(settings.get("prompt", "")))
     texts.add_itxt("li-dit", json.dumps(settings, ensure_ascii=False, sort_keys=True))
@@ -32,31 +32,41 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What `save_png` wrote beside the picture."""
+    """Return the settings that `save_png` wrote into an image."""
     with Image.open(path) as image:
         return json.loads(image.info["li-dit"])
 
 
 def make_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
-    """All images on white in rows, each with its caption below; as square as it can be unless `columns` is given."""
+    """Lay out images in rows on white, each with its caption below.
+
+    Args:
+        images: of any sizes.
+        captions: one per image.
+        columns: images per row; None = as square a grid as possible.
+    """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     factor = max(1, math.ceil(MIN_SHOWN / max(max(image.size) for image in images)))
     width = max(image.width for image in images) * factor
     height = max(image.height for image in images) * factor
+
     font = ImageFont.truetype(FONT, size=max(11.0, width / 20))
     lines = [_wrap(caption, font, width, most=3) for caption in captions]
     line_height = math.ceil(font.getbbox("Ag")[3] * 1.25)
-    below = max(len(each) for each in lines) * line_height + MARGIN
+    below = max(len(caption) for caption in lines) * line_height + MARGIN
+
     rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN) + MARGIN), "white")
+    size = columns * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN) + MARGIN
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    for index, (image, caption) in enumerate(zip(images, lines, strict=True)):
+    for index, (image, caption_lines) in enumerate(zip(images, lines, strict=True)):
         left = MARGIN + index % columns * (width + MARGIN)
         top = MARGIN + index // columns * (height + below + MARGIN)
         shown = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
         grid.paste(shown, (left + (width - shown.width) // 2, top + (height - shown.height) // 2))
-        for number, line in enumerate(caption):
-            draw.text((left + width / 2, top + height + 4 + number * line_height), line, fill="#333333", font=font, anchor="ma")
+        for number, line in enumerate(caption_lines):
+            place = (left + width / 2, top + height + 4 + number * line_height)
+            draw.text(place, line, fill="#333333", font=font, anchor="ma")
     return grid
 
 
@@ -76,7 +86,7 @@ def _wrap(caption: str, font: Any, width: int, most: int) -> list[str]:
 def _shorten(line: str, font: Any, width: int) -> str:
     if font.getlength(line) <= width:
         return line
-    kept = line.rstrip(" …")
-    while kept and font.getlength(f"{kept}…") > width:
-        kept = kept[:-1]
-    return f"{kept}…"
+    start = line.rstrip(" …")
+    while start and font.getlength(f"{start}…") > width:
+        start = start[:-1]
+    return f"{start}…"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample; every field changes the image."""
+    """Settings of sampling; every field changes the image."""
 
     steps: int = 30
     guidance: float = 4.0

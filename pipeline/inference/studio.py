@@ -1,4 +1,4 @@
-"""What the web page draws: requests checked against limits, drawn one at a time, kept as PNG with their settings."""
+"""Images for the web page: requests are checked against limits, sampled one at a time, and saved as PNG with their settings."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ WITHOUT = "without "
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """Upper limits of a request."""
 
     side: int = 1024
     steps: int = 100
@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What the page sends."""
+    """A request of the page."""
 
     prompt: str
     negative: str
@@ -45,27 +45,27 @@ class GenerationRequest:
     scheduler: str
     compare: str = NOTHING
     attention: int = 0
-    """Step at which to look at the attention per word; 0 = do not look."""
+    """Step whose attention per word is shown; 0 = none."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one column of the page shows."""
+    """One column of the page."""
 
     files: list[Path]
     words: list[tuple[Image.Image, str]]
-    """Attention of the first picture: for each word an overlay, and the word with its mean share of the attention."""
+    """Attention of the first image: for each word an overlay, and the word with its mean share of the attention."""
 
 
 class InteractiveSampler:
-    """Draws requests, one at a time, and keeps the pictures."""
+    """Samples the images of requests, one request at a time, and saves them."""
 
     def __init__(self, samplers: Mapping[str, Sampler], out: Path, limits: Limits) -> None:
         """Prepare the folder.
 
         Args:
-            samplers: by name; the first draws, the second, if there is one, is to compare with.
-            out: folder of the pictures.
+            samplers: by name; the first one samples, the second, if there is one, is for comparison.
+            out: folder of the images.
             limits: of a request.
         """
         self.samplers = dict(samplers)
@@ -76,34 +76,36 @@ class InteractiveSampler:
 
     @property
     def comparisons(self) -> list[str]:
-        """What a second column can show."""
+        """Choices for a second column."""
         llms = list(next(iter(self.samplers.values())).reader.families)
         without = [f"{WITHOUT}{llm}" for llm in llms] if len(llms) > 1 else []
         return [NOTHING, *([OTHER] if len(self.samplers) > 1 else []), NO_INSTRUCTION, *without]
 
-    def draw(self, request: GenerationRequest) -> list[Column]:
-        """Draw a request and, if it asks for that, the same changed in one thing to compare with.
+    def generate(self, request: GenerationRequest) -> list[Column]:
+        """Sample a request's images and, if it asks for that, a second column that differs in one setting.
 
         Raises:
-            UserError: the request is out of bounds or cannot be drawn; nothing was drawn then.
+            UserError: if the request is out of bounds or cannot be sampled; nothing is sampled then.
         """
         self._check(request)
         (name, sampler), *others = self.samplers.items()
-        drawing = SamplingParams(
+        params = SamplingParams(
             request.steps, request.guidance, request.height, request.width, request.scheduler, request.negative.strip()
         )
-        columns = [(name, sampler, drawing)]
+
+        columns = [(name, sampler, params)]
         if request.compare == OTHER:
-            columns.append((*others[0], drawing))
+            columns.append((*others[0], params))
         elif request.compare == NO_INSTRUCTION:
-            columns.append((name, sampler, replace(drawing, instruction=False)))
+            columns.append((name, sampler, replace(params, instruction=False)))
         elif request.compare != NOTHING:
             without = (request.compare.removeprefix(WITHOUT),)
-            columns.append((name, sampler, replace(drawing, without=without)))
-        for _, each, settings in columns:
-            each.check(settings)
+            columns.append((name, sampler, replace(params, without=without)))
+
+        for _, column_sampler, column_params in columns:
+            column_sampler.check(column_params)
         with self._lock:
-            return [self._draw_column(*column, request) for column in columns]
+            return [self._generate_column(*column, request) for column in columns]
 
     def _check(self, request: GenerationRequest) -> None:
         limits = self.limits
@@ -119,7 +121,7 @@ class InteractiveSampler:
             if not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"{what}={value}: choose a whole number from {least} to {most}")
         if not request.prompt.strip():
-            raise UserError("the prompt is empty: say what to draw")
+            raise UserError("the prompt is empty: describe an image")
         if max(len(request.prompt), len(request.negative)) > MAX_PROMPT_LENGTH:
             raise UserError(f"the prompt has more than {MAX_PROMPT_LENGTH:,} characters: shorten it")
         if not 0 <= request.guidance <= 30:
@@ -127,15 +129,21 @@ class InteractiveSampler:
         if request.compare not in self.comparisons:
             raise UserError(f"compare={request.compare}: choose {', '.join(self.comparisons)}")
 
-    def _draw_column(self, name: str, sampler: Sampler, drawing: SamplingParams, request: GenerationRequest) -> Column:
+    def _generate_column(
+        self, name: str, sampler: Sampler, params: SamplingParams, request: GenerationRequest
+    ) -> Column:
         prompt = request.prompt.strip()
         seeds = [request.seed + number for number in range(request.images)]
-        latents, maps = sampler.latents_and_words([prompt] * len(seeds), seeds, drawing, request.attention)
+        latents, maps = sampler.latents_and_words([prompt] * len(seeds), seeds, params, request.attention)
         images = to_images(sampler.pixels(latents))
         files: list[Path] = []
         for seed, image in zip(seeds, images, strict=True):
             path = self.out / f"{time.time_ns()}_{seed}.png"
-            save_png(image, path, {"prompt": prompt, "seed": seed, "source": Path(name).absolute().name, **drawing.record()})
+            source = Path(name).absolute().name
+            save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **params.record()})
             files.append(path)
-        words = [(overlay(images[0], each.shares), f"{each.word} {each.shares.mean().item():.1%}") for each in maps[:MAX_WORDS]]
+
+        words = []
+        for word in maps[:MAX_WORDS]:
+            words.append((overlay(images[0], word.shares), f"{word.word} {word.shares.mean().item():.1%}"))
         return Column(files, words)

@@ -27,7 +27,7 @@ class DatasetShare:
     """One dataset of a mixture."""
 
     weight: float = 1.0
-    """Samples are drawn from each dataset in proportion to its weight; small ones are read several times over."""
+    """Samples are taken from each dataset in proportion to its weight; small ones are read several times."""
     store: str = ""
     """Empty = `data.store`."""
     snapshot: str = "latest"
@@ -35,15 +35,15 @@ class DatasetShare:
 
 @dataclass
 class DataConfig:
-    """What a stage reads."""
+    """The data that a stage reads."""
 
     store: str = ""
     dataset: str = ""
     snapshot: str = "latest"
     """Id of a snapshot, or `latest`: the newest when the run starts; the run then keeps to it."""
     datasets: dict[str, DatasetShare] = field(default_factory=dict)
-    """A mixture, in place of `dataset` and `snapshot`: name -> weight, and its own store and snapshot where they differ. The
-    first one's constants of text families hold for all, so add others behind it."""
+    """A mixture, instead of `dataset` and `snapshot`: name -> weight, and its own store and snapshot if they differ. The
+    constants of the first one's text families apply to all, so add others after it."""
     latents: str = "latents"
     """Name of the latents family."""
     cache: str = ""
@@ -52,7 +52,7 @@ class DataConfig:
     workers: int = 2
     """Loader processes per rank."""
     caption_weights: dict[str, float] = field(default_factory=dict)
-    """Caption kind -> weight in the draw of a sample's caption; empty = all captions alike."""
+    """Caption kind -> weight when a sample's caption is picked; empty = all captions alike."""
     caption_drop: float = 0.1
     """Share of samples whose caption is the null caption, for classifier-free guidance."""
     canonical_nodes: int = 1
@@ -60,7 +60,7 @@ class DataConfig:
     shuffle_parts: int = 8
     """Parts per lane whose rows are shuffled together."""
     tokens_per_batch: int | None = None
-    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples a step than
+    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples per step than
     `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
     batch_multiple: int = 1
     """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the run may have."""
@@ -93,7 +93,7 @@ class ModelConfig(DiTConfig):
 
 @dataclass
 class ObjectiveConfig:
-    """What the network learns to predict."""
+    """The target that the network learns to predict."""
 
     name: str = "flow"
     """A name of `pipeline.diffusion.objective.OBJECTIVES`. `flow`: rectified flow, velocity; `ddpm`: the paper's
@@ -103,9 +103,9 @@ class ObjectiveConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0
-    """Resolution shift of t towards noise: t -> shift t / (1 + (shift - 1) t)."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of an objective that has others."""
+    """Resolution shift of t toward noise: t -> shift t / (1 + (shift - 1) t)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the objective that are not among the fields above."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ class OptimConfig:
     warmup_samples: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     final_lr: float = 0.0
-    """Where cosine and linear end, as a share of `lr`."""
+    """End of cosine and linear, as a share of `lr`."""
     clip: float = 1.0
     max_skipped_steps: int = 20
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
@@ -136,7 +136,7 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """ZeRO settings; the reasons stand in pipeline/engine/settings.py."""
+    """ZeRO settings; pipeline/engine/settings.py gives the reasons."""
 
     zero_stage: Literal[1, 2, 3] = 3
     """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32 gradients in
@@ -157,25 +157,26 @@ class EngineConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and which stay."""
+    """Times at which checkpoints are written, and which of them are kept."""
 
     every_samples: int = 100_000
     keep_last: int = 2
     keep_every_samples: int | None = None
-    """Checkpoints at multiples of this stay for ever."""
+    """Checkpoints at multiples of this are kept forever."""
     upload: str = ""
     """A store URI that gets a copy of each checkpoint; empty = none."""
 
 
 @dataclass
 class SampleConfig:
-    """The grid of images drawn while training, and the defaults of sampling."""
+    """The grid of images during training, and the defaults of sampling."""
 
     every_samples: int = 0
     """0 = no grids while training."""
     prompts: list[str] = field(default_factory=list)
     scenes: int = 0
-    """Held-out scenes that are drawn too and scored, so that prompt following is a curve; `data_prep/scenes/grammar.py`."""
+    """Held-out scenes that are sampled and scored too, which gives prompt following as a curve; see
+    `data_prep/scenes/grammar.py`."""
     steps: int = 30
     guidance: float = 4.0
     seed: int = 0
@@ -185,7 +186,7 @@ class SampleConfig:
 
 @dataclass
 class LogConfig:
-    """What is written while training."""
+    """The metrics that are written during training."""
 
     every_steps: int = 10
     tensorboard: bool = True
@@ -211,7 +212,7 @@ class StageConfig:
     """Length of the stage."""
     global_batch: int = 256
     vae: str = ""
-    """Folder or hub name of the VAE, for drawing images; empty = the one that the latents family names."""
+    """Folder or hub name of the VAE that decodes images; empty = the one that the latents family names."""
     data: DataConfig = field(default_factory=DataConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     text: list[TextConfig] = field(default_factory=list)
@@ -231,38 +232,62 @@ class StageConfig:
         """Check the fields against one another.
 
         Raises:
-            UserError: a setting is out of range or contradicts another.
+            UserError: if a setting is out of range or contradicts another.
         """
         if not re.fullmatch(r"[\w.-]*", self.name):
-            raise UserError(f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's folder")
+            raise UserError(
+                f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's folder"
+            )
         if self.global_batch < 1 or self.samples < self.global_batch:
             raise UserError(f"samples={self.samples} is less than one global batch of {self.global_batch}: raise samples")
-        if not 0 <= self.data.caption_drop <= 1:
-            raise UserError(f"data.caption_drop={self.data.caption_drop}: set a share between 0 and 1")
         if any(not 0 < decay < 1 for decay in self.ema) or not self.ema:
             raise UserError(f"ema={self.ema}: name at least one decay between 0 and 1")
-        if self.fusion.encode == "online":
-            if lacking := set(self.fusion.families) - {text.name for text in self.text}:
-                raise UserError(f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it")
-            if self.fusion.expect:
-                raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
         if self.sample.every_samples and not (self.sample.prompts or self.sample.scenes):
-            raise UserError("sample.every_samples asks for pictures, and there are none: set sample.prompts or sample.scenes")
-        if self.global_batch % self.data.canonical_nodes:
-            lanes = self.data.canonical_nodes
-            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.canonical_nodes={lanes}: change one")
+            raise UserError(
+                "sample.every_samples asks for images, and there are no prompts: set sample.prompts or sample.scenes"
+            )
+
+        self._check_encoders()
+        self._check_data()
+        self._check_mixture()
+
+    def _check_encoders(self) -> None:
+        """Check the settings of a run that encodes its captions itself."""
+        if self.fusion.encode != "online":
+            return
+        if lacking := set(self.fusion.families) - {text.name for text in self.text}:
+            raise UserError(
+                f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it"
+            )
+        if self.fusion.expect:
+            raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
+
+    def _check_data(self) -> None:
+        """Check that the global batch fits the settings of the data."""
+        batch, data = self.global_batch, self.data
+        if not 0 <= data.caption_drop <= 1:
+            raise UserError(f"data.caption_drop={data.caption_drop}: set a share between 0 and 1")
+        if batch % data.canonical_nodes:
+            raise UserError(
+                f"global_batch={batch} is not a multiple of data.canonical_nodes={data.canonical_nodes}: change one"
+            )
+        if data.batch_multiple < 1 or batch % data.batch_multiple:
+            raise UserError(
+                f"global_batch={batch} is not a multiple of data.batch_multiple={data.batch_multiple}: change one"
+            )
+
+    def _check_mixture(self) -> None:
+        """Check the datasets of a mixture."""
         mixed = self.data.datasets
         if mixed and (self.data.dataset or self.data.snapshot != "latest"):
             raise UserError(
-                "data.datasets stands in place of data.dataset and data.snapshot: empty data.dataset, or name one only"
+                "data.datasets replaces data.dataset and data.snapshot: empty data.dataset, or name one dataset only"
             )
         if len(mixed) == 1:
             raise UserError(f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed")
-        if wrong := [name for name, share in mixed.items() if not 0 < share.weight < math.inf]:
-            raise UserError(f"data.datasets.{wrong[0]}.weight={mixed[wrong[0]].weight}: set a number above 0")
-        if self.data.batch_multiple < 1 or self.global_batch % self.data.batch_multiple:
-            multiple = self.data.batch_multiple
-            raise UserError(f"global_batch={self.global_batch} is not a multiple of data.batch_multiple={multiple}: change one")
+        for name, share in mixed.items():
+            if not 0 < share.weight < math.inf:
+                raise UserError(f"data.datasets.{name}.weight={share.weight}: set a number above 0")
 
     @property
     def run(self) -> Path:
@@ -271,11 +296,15 @@ class StageConfig:
 
     @property
     def text_folder(self) -> Path:
-        """Where a run that encodes online keeps what all captions share."""
+        """Folder of the constants that all captions share, in a run that encodes online."""
         return self.run / "text"
 
     def batch(self, positions: int) -> int:
-        """Samples of a global batch of a bucket whose latents have `positions` = height x width; 0 = not one fits."""
+        """Return the samples of a global batch of a bucket; 0 = not one fits.
+
+        Args:
+            positions: positions of a sample's latents, such as height x width.
+        """
         if self.data.tokens_per_batch is None:
             return self.global_batch
         multiple = math.lcm(self.data.canonical_nodes, self.data.batch_multiple)
@@ -305,8 +334,8 @@ def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     """Read a stage by the name of a shipped one or by the path of a YAML, and apply `key=value` overrides.
 
     Raises:
-        UserError: no such stage, an unknown key (the message names the nearest right one), a wrong type, or settings
-            that contradict one another.
+        UserError: if there is no such stage, a key is unknown (the message names the nearest right one), a type is wrong, or
+            settings contradict one another.
     """
     path = Path(stage)
     if not stage.endswith((".yaml", ".yml")):
@@ -319,10 +348,10 @@ def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
 
 
 def load_run(run: Path) -> StageConfig:
-    """The stage of a run, as its folder keeps it.
+    """Read the stage of a run from its folder.
 
     Raises:
-        UserError: the folder is not a run's.
+        UserError: if the folder is not a run's.
     """
     if not (run / "stage.yaml").exists():
         raise UserError(f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo")
@@ -330,10 +359,10 @@ def load_run(run: Path) -> StageConfig:
 
 
 def dump_stage(config: StageConfig) -> str:
-    """The resolved stage as YAML, as `--dry-run` prints it and a run keeps it."""
+    """Return the resolved stage as YAML, as `--dry-run` prints it and a run's folder has it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def cache_root(config: DataConfig) -> Path:
-    """Directory under which shards of remote stores are cached."""
+    """Return the folder in which shards of remote stores are cached."""
     return Path(config.cache or cache_folder())

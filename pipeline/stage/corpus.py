@@ -60,74 +60,71 @@ class Corpus:
 
 
 def shares(stage: StageConfig) -> dict[str, DatasetShare]:
-    """Dataset -> its place in the mixture; a stage without a mixture has one dataset.
+    """Return the datasets of the mixture by name; a stage without a mixture has one.
 
     Raises:
-        UserError: the stage names no store or dataset.
+        UserError: if the stage names no store or dataset.
     """
     data = stage.data
     if not data.datasets and not data.dataset:
         raise UserError("data.dataset is empty: set it in the stage, or give data.dataset=... on the command line")
-    found = data.datasets or {data.dataset: DatasetShare(snapshot=data.snapshot)}
-    found = {name: replace(share, store=share.store or data.store) for name, share in found.items()}
-    if not all(share.store for share in found.values()):
+    datasets = data.datasets or {data.dataset: DatasetShare(snapshot=data.snapshot)}
+    datasets = {name: replace(share, store=share.store or data.store) for name, share in datasets.items()}
+    if not all(share.store for share in datasets.values()):
         raise UserError("data.store is empty: set it in the stage, or give data.store=... on the command line")
-    return found
+    return datasets
 
 
 def open_datasets(stage: StageConfig) -> list[Store]:
-    """The stage's datasets, in order.
+    """Open the stage's datasets, in order.
 
     Raises:
-        UserError: the stage names no store or dataset, or a store does not exist.
+        UserError: if the stage names no store or dataset, or a store does not exist.
     """
     return [open_store(share.store).sub(name) for name, share in shares(stage).items()]
 
 
 def open_corpus(stage: StageConfig) -> Corpus:
-    """The stage's snapshots, checked against what it names and against one another.
+    """Read the stage's snapshots, and check them against the stage and against one another.
 
     Raises:
-        UserError: no such store or snapshot; a family is missing, or was made in another way than the stage says or than
-            in another dataset of the mixture.
+        UserError: if there is no such store or snapshot, or a family is missing, or was made in another way than the stage
+            says or than in another dataset of the mixture.
     """
-    corpus = Corpus(
-        [
-            Source(dataset, read_snapshot(dataset, share.snapshot), share.weight)
-            for dataset, share in zip(open_datasets(stage), shares(stage).values(), strict=True)
-        ]
-    )
-    for source in corpus.sources:
-        check_families(stage, source.snapshot)
-    first, *others = corpus.sources
+    sources = []
+    for dataset, share in zip(open_datasets(stage), shares(stage).values(), strict=True):
+        sources.append(Source(dataset, read_snapshot(dataset, share.snapshot), share.weight))
+        check_families(stage, sources[-1].snapshot)
+
+    first, *others = sources
     for other in others:
         for name in read_families(stage):
-            ours, theirs = first.snapshot.families[name], other.snapshot.families[name]
-            if (ours.hash, _fixed(ours)) != (theirs.hash, _fixed(theirs)):
+            family, same = first.snapshot.families[name], other.snapshot.families[name]
+            if (family.hash, _shared_info(family)) != (same.hash, _shared_info(same)):
                 raise UserError(
-                    f"family `{name}` was made in one way in {first.snapshot.dataset} ({ours.hash}) and in another in "
-                    f"{other.snapshot.dataset} ({theirs.hash}): encode one of them anew as the other, or leave it out"
+                    f"family `{name}` was made in one way in {first.snapshot.dataset} ({family.hash}) and in another in "
+                    f"{other.snapshot.dataset} ({same.hash}): encode one of them again like the other, or leave it out"
                 )
-    return corpus
+    return Corpus(sources)
 
 
-def _fixed(family: Family) -> dict[str, object]:
-    """What readers take from one dataset's record for all."""
+def _shared_info(family: Family) -> dict[str, object]:
+    """Return the fields that readers take from one dataset's record for all datasets."""
     latents = ("channels", "downsampling", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
     keys = (*latents, "width", "prefix_tokens", "quantisation")
     return {key: family.info[key] for key in keys if key in family.info}
 
 
 def read_families(stage: StageConfig) -> list[str]:
-    """Families of the store that the stage reads: latents, and texts unless they are encoded while training."""
+    """Return the families that the stage reads from the store: latents, and texts unless it encodes them itself."""
     return [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
 
 
 def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
-    """Hold the snapshot's families against what the stage names.
+    """Check the snapshot's families against the stage.
 
     Raises:
-        UserError: a family is missing, of the wrong kind, or its identity differs from `fusion.expect`.
+        UserError: if a family is missing or of the wrong kind, or its identity differs from `fusion.expect`.
     """
     if not stage.fusion.families:
         raise UserError("fusion.families is empty: name at least one text family of the snapshot")
@@ -135,8 +132,12 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
         kind = "latents" if name == stage.data.latents else "text"
         family = snapshot.families.get(name)
         if family is None or family.kind != kind:
-            there = ", ".join(sorted(name for name, other in snapshot.families.items() if other.kind == kind)) or "none"
-            raise UserError(f"snapshot {snapshot.id} of {snapshot.dataset} has no {kind} family `{name}`: it has {there}")
+            names = sorted(other.name for other in snapshot.families.values() if other.kind == kind)
+            raise UserError(
+                f"snapshot {snapshot.id} of {snapshot.dataset} has no {kind} family `{name}`: "
+                f"it has {', '.join(names) or 'none'}"
+            )
+
     for name, fields in stage.fusion.expect.items():
         family = snapshot.families.get(name)
         if name not in stage.fusion.families or family is None:
@@ -153,21 +154,20 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
 
 
 def resolve(stage: StageConfig) -> tuple[StageConfig, Corpus]:
-    """The stage with `latest` replaced by the snapshots' ids, and these snapshots, checked against the stage.
+    """Return the stage with `latest` replaced by the snapshots' ids, and its datasets, checked against the stage.
 
     Raises:
-        UserError: no such store or snapshot, a family is missing from it, or was made in another way than the stage says.
+        UserError: if the stage and its datasets do not fit, as in `open_corpus`.
     """
     corpus = open_corpus(stage)
     ids = [source.snapshot.id for source in corpus.sources]
-    data = replace(
-        stage.data,
-        snapshot=stage.data.snapshot if stage.data.datasets else ids[0],
-        datasets={name: replace(share, snapshot=id) for (name, share), id in zip(stage.data.datasets.items(), ids, strict=False)},
-    )
-    return replace(stage, data=data), corpus
+    mixed = stage.data.datasets
+    if mixed:
+        datasets = {name: replace(mixed[name], snapshot=id) for name, id in zip(mixed, ids, strict=True)}
+        return replace(stage, data=replace(stage.data, datasets=datasets)), corpus
+    return replace(stage, data=replace(stage.data, snapshot=ids[0])), corpus
 
 
 def latents_family(stage: StageConfig, corpus: Corpus) -> Family:
-    """The latents family that the stage trains on."""
+    """Return the latents family that the stage trains on."""
     return corpus.families[stage.data.latents]

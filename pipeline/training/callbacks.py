@@ -1,4 +1,4 @@
-"""What a feature of training can hook into, so that it needs no change of the loop."""
+"""Hooks for features of training, so that they need no change of the loop."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""How far the refiners' gates have opened: the mean magnitude of each block's, per LLM."""
+"""Opening of the refiners' gates: the mean magnitude of each block's, per LLM."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial

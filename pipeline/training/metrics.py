@@ -1,4 +1,4 @@
-"""What a run tells about itself: JSONL always, TensorBoard by default, W&B on request."""
+"""Metrics of a run: JSONL always, TensorBoard by default, W&B on request."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(log: LogConfig) -> float | None:
-    """Peak FLOP/s of this rank's device, or None where it is not known (then no MFU is reported)."""
+    """Return the peak FLOP/s of this rank's device, or None if it is not known (then no MFU is reported)."""
     if log.peak_tflops is not None:
         return log.peak_tflops * 1e12
     if not torch.cuda.is_available():
@@ -44,7 +44,7 @@ def peak_flops(log: LogConfig) -> float | None:
 
 
 def peak_memory_gb() -> float:
-    """Most memory that this rank has held so far, in GiB: of its GPU, or of the process where there is none."""
+    """Return the most memory that this rank has used so far, in GiB: of its GPU, or of the process if it has none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -134,12 +134,12 @@ class MetricsLog:
             self._wandb = _import_wandb().init(project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run))
 
     def event(self, name: str, **fields: Any) -> None:
-        """One line about something that happened: start, resume, save, stop."""
+        """Write one line about something that happened: start, save, stop."""
         if self._file is not None:
             self._file.write(json.dumps({"event": name, "time": time.time(), **fields}) + "\n")
 
     def report(self, step: int, samples: int, values: dict[str, float]) -> None:
-        """The numbers of an interval that ended after `step` steps and `samples` samples."""
+        """Write the numbers of an interval that ended after `step` steps and `samples` samples."""
         if self._file is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -147,7 +147,7 @@ class MetricsLog:
         self._curves(step, samples, values)
 
     def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """What an evaluation found: an event in the file, a curve each, `<name>/<key>`, elsewhere."""
+        """Write the scores of an evaluation: an event in the file, one curve `<name>/<key>` per score elsewhere."""
         if not values:
             return
         self.event(name, step=step, samples=samples, **values)
@@ -161,7 +161,7 @@ class MetricsLog:
             self._wandb.log({"samples": samples, **values}, step=step)
 
     def image(self, name: str, pixels: Any, samples: int) -> None:
-        """A picture, uint8 [H, W, 3]."""
+        """Write an image, uint8 [H, W, 3]."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, pixels, samples, dataformats="HWC")
 

@@ -9,7 +9,7 @@ from pipeline.training.metrics import Interval
 
 @dataclass
 class TrainState:
-    """How far a run has come; a resumed run continues from it exactly."""
+    """Progress of a run; a resumed run continues from it exactly."""
 
     step: int = 0
     samples: int = 0
@@ -21,7 +21,7 @@ class TrainState:
     running_grad_norm: float | None = None
     """Exponential mean of the gradient norms of applied steps; None before the first."""
     position: Position | None = None
-    """Where the next batch is read; None = at the beginning."""
+    """Position of the next batch; None = the beginning."""
     interval: Interval = field(default_factory=Interval)
     """Sums since the last report."""
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.common.errors import UserError
-from model.flops import flops_per_sample
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
@@ -37,6 +36,7 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.gates import GateStats
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.metrics import TIMESTEP_BINS, MetricsLog, RankSums, peak_flops, peak_memory_gb
+from pipeline.training.mfu import StepFlops
 from pipeline.training.previews import Previews
 from pipeline.training.state import TrainState
 from pipeline.training.validation import Validation
@@ -58,8 +58,8 @@ class Trainer:
         Args:
             stage: what to train.
             ranks: this process's place among the ranks.
-            stop: says when to stop.
-            heartbeat: is told each phase of the loop.
+            stop: asked between steps whether to stop.
+            heartbeat: records each phase of the loop.
             callbacks: called after those of the stage.
 
         Raises:
@@ -75,7 +75,7 @@ class Trainer:
                 f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: change one"
             )
         prepare_texts(self.stage, self.corpus, ranks)
-        self.sizes, self.text_widths = network_sizes(self.stage, self.corpus)
+        self.sizes, _ = network_sizes(self.stage, self.corpus)
         self.objective = make_objective(stage.objective, self.sizes.patch_shape)
 
         torch.manual_seed(stage.data.seed)
@@ -83,8 +83,6 @@ class Trainer:
         self.data = TrainingData(self.stage, self.corpus, ranks.rank, ranks.world, self.engine.device)
         self.inputs = NetworkInputs(self.stage, self.corpus, self.data.constants, self.engine.dtype)
         self.latents = latents_family(self.stage, self.corpus)
-        families = text_families(self.stage, self.corpus)
-        self.prefixes = [int(family.info["prefix_tokens"]) for family in families.values()]
 
         stage.run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(stage.run / "checkpoints", stage.checkpoint)
@@ -92,6 +90,9 @@ class Trainer:
         self.peak = peak_flops(stage.log)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
+        if self.peak is not None:
+            texts = list(text_families(self.stage, self.corpus).values())
+            self.callbacks.append(StepFlops(self.sizes, stage.fusion, self.latents, texts))
         if stage.sample.every_samples:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks
@@ -248,16 +249,6 @@ class Trainer:
         caption_tokens = float(sum(text.lengths.float().mean() for text in batch.texts.values()))
         interval.add("caption_tokens", caption_tokens)
         interval.add("step_samples", self.samples_of_step)
-        if self.peak is not None:
-            interval.add("step_flops", self.samples_of_step * self._flops(batch.bucket, caption_tokens))
-
-    def _flops(self, bucket: str, caption_tokens: float) -> float:
-        """Return the FLOPs of a sample, forward and backward, at the captions' mean length in all families together."""
-        tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
-        latents = latent_shape(self.latents, bucket)[1:]
-        return flops_per_sample(
-            self.sizes, self.stage.fusion, self.text_widths, latents, tokens, self.prefixes
-        )
 
     # -- between steps ------------------------------------------------------------------------------------------------
 

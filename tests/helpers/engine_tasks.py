@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.blocks import BLOCKS
-from model.blocks.dit_block import DiTBlock
+from model.dit_block import DiTBlock
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig

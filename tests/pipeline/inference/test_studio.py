@@ -26,11 +26,11 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_a_request_gives_pictures_with_their_settings(studio):
-    (column,) = studio.draw(REQUEST)
+    (column,) = studio.generate(REQUEST)
     assert column.words == []
     assert [read_settings(path)["seed"] for path in column.files] == [7, 8]
     assert all(read_settings(path)["prompt"] == "a red cat" for path in column.files)
-    (again,) = studio.draw(replace(REQUEST, images=1))
+    (again,) = studio.generate(replace(REQUEST, images=1))
     assert (pixels(again.files[0]) == pixels(column.files[0])).all()
     assert len(list(studio.out.glob("*.png"))) == 3
 
@@ -38,7 +38,7 @@ def test_a_request_gives_pictures_with_their_settings(studio):
 def test_the_second_column_differs_in_one_thing(studio):
     assert studio.comparisons == [NOTHING, NO_INSTRUCTION, "without first", "without second"]
     for compare in studio.comparisons[1:]:
-        left, right = (column.files for column in studio.draw(replace(REQUEST, compare=compare, images=1)))
+        left, right = (column.files for column in studio.generate(replace(REQUEST, compare=compare, images=1)))
         ours, theirs = read_settings(left[0]), read_settings(right[0])
         assert [key for key in ours if ours[key] != theirs[key]] == ["instruction" if compare == NO_INSTRUCTION else "without"]
         assert (pixels(left[0]) != pixels(right[0])).any()
@@ -46,7 +46,7 @@ def test_the_second_column_differs_in_one_thing(studio):
 
 def test_other_weights_can_be_compared(tmp_path):
     studio = InteractiveSampler({str(tmp_path / "one"): make_sampler(), "runs/two": make_sampler()}, tmp_path, Limits())
-    left, right = (column.files for column in studio.draw(replace(REQUEST, compare=OTHER)))
+    left, right = (column.files for column in studio.generate(replace(REQUEST, compare=OTHER)))
     assert [read_settings(path)["source"] for path in (left[0], right[0])] == ["one", "two"]
     assert (pixels(left[0]) == pixels(right[0])).all()
 
@@ -72,13 +72,13 @@ def test_other_weights_can_be_compared(tmp_path):
 )
 def test_what_is_out_of_bounds_is_refused_and_nothing_is_drawn(studio, change, message):
     with pytest.raises(UserError, match=message):
-        studio.draw(replace(REQUEST, **change))
+        studio.generate(replace(REQUEST, **change))
     assert not list(studio.out.glob("*.png"))
 
 
 def test_attention_is_shown_per_word_in_each_column_and_changes_no_picture(studio):
-    plain, _ = studio.draw(replace(REQUEST, compare=NO_INSTRUCTION))
-    left, right = studio.draw(replace(REQUEST, compare=NO_INSTRUCTION, attention=2))
+    plain, _ = studio.generate(replace(REQUEST, compare=NO_INSTRUCTION))
+    left, right = studio.generate(replace(REQUEST, compare=NO_INSTRUCTION, attention=2))
     for column in (left, right):
         assert [label.split()[0] for _, label in column.words] == ["a", "red", "cat"]
         assert all(image.size == (256, 171) for image, _ in column.words)

@@ -1,4 +1,4 @@
-"""What a block of the DiT is: the interface of every block type, and the registry of types."""
+"""The interface of every type of block of the DiT, and the registry of types."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class Block(nn.Module, ABC):
         """Return how many values the block keeps for its backward pass for one sample, without compiling."""
 
     def text_attention(self) -> CrossAttention | None:
-        """Return the layer whose weights show which text tokens a patch reads; None if there is none."""
+        """Return the layer whose attention weights show the text tokens that each patch reads; None if there is none."""
         return None
 
     def example_inputs(self, samples: int, patches: int, text_tokens: int, padded: bool) -> tuple[Tensor | None, ...]:

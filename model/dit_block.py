@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from model.blocks.block import BLOCKS, Block
+from model.block import BLOCKS, Block
 from model.config import DiTConfig
 from model.costs import LayerCost, feed_forward, gains, linear
 from model.functional import modulate, residual
