@@ -15,7 +15,8 @@ def print_error(error: UserError) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message, or the name of its class if the message is empty."""
+    """Return the first line of another library's error message, or its class name if it is empty."""
+    # Messages of transformers and the hub client have many lines; a `UserError` has one.
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

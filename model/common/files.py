@@ -18,9 +18,10 @@ UNFINISHED = ".part"
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to, and rename it to `path` if the block ends without an error.
 
-    Readers see the old file, or the whole new one, never a part of it. The temporary name, `NAME.RANDOM.part` in the same
-    folder, is unique, so several processes may write one file: the last one wins. After an error nothing is left of it.
-    The block may make a file or a folder; a folder replaces only what does not exist or is an empty folder.
+    Readers see the old file, or the whole new one, never a part of it. The temporary name, `NAME.RANDOM.part`
+    in the same folder, is unique, so several processes may write one file: the last one wins. After an error
+    nothing is left of it. The block may make a file or a folder; a folder replaces only what does not exist
+    or is an empty folder.
 
     A full disk is an `OSError` here: put `naming_full_disk` around it where a user should read the path.
 
@@ -28,12 +29,15 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
         path: the final name; its folder has to exist.
         durable: force the file, and then its name, to disk, so that both survive a power cut. For files only.
     """
+    # In the same folder, since only within one file system a rename is atomic.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         yield temporary
+        # Content first: a name that survives a power cut before its content would be an empty file.
         if durable:
             sync_path(temporary)
         os.replace(temporary, path)
+    # Ctrl-C, too, should leave nothing.
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -69,6 +73,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # EFBIG: `ulimit -f`, which some clusters set.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"{path}: {os.strerror(error.errno)}: free space there, or use another disk, and run again"
@@ -78,5 +83,6 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 def cache_folder() -> Path:
     """Return this program's cache folder, `$XDG_CACHE_HOME/li-dit`; it may not exist yet."""
+    # By the XDG specification an empty variable counts as unset.
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "li-dit"

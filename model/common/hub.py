@@ -1,4 +1,4 @@
-"""Files of pretrained models: downloaded from the Hugging Face hub at a pinned commit, and identified by a fingerprint."""
+"""Files of pretrained models: downloads from the Hugging Face hub, and fingerprints of local files."""
 
 import hashlib
 import json
@@ -57,15 +57,16 @@ def download(
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(
-            f"{what}: cannot be downloaded ({first_line(error)}): check the name, the revision and the network"
+            f"{what}: cannot be downloaded ({first_line(error)}): "
+            "check the name, the revision and the network"
         ) from error
 
 
 def fingerprint(folder: Path, weights: Sequence[Path]) -> str:
     """Return a hash of a folder's settings and tokenizer, and of 64 samples of each weight file.
 
-    Of a weight file, its size, its header and samples spread over its length count. To read 16 GB at the start of every task
-    would cost more than it finds: a fine-tune changes all tensors.
+    Of a weight file, its size, its header and samples spread over its length count. To read 16 GB at the
+    start of every task would cost more than it finds: a fine-tune changes all tensors.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
@@ -74,9 +75,11 @@ def fingerprint(folder: Path, weights: Sequence[Path]) -> str:
             digest.update(json.dumps([name, len(settings)]).encode() + settings)
 
     for path in weights:
+        # The length and name come first, so that two lists of files never give the same bytes.
         size = path.stat().st_size
         digest.update(json.dumps([path.name, size]).encode())
         with path.open("rb") as file:
+            # A safetensors file begins with the length of its JSON header: names, types and shapes.
             header = int.from_bytes(file.read(8), "little")
             digest.update(file.read(header))
             for sample in range(_SAMPLES):

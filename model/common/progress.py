@@ -47,6 +47,7 @@ class Progress:
         self.done = done
         self.outcomes: Counter[str] = Counter()
         self._start = self._last_line = time.monotonic()
+        # A bar in a file would be a line per update, so a log gets a line every `LINE_SECONDS`.
         console = console or Console(stderr=True)
         self.bar = _start_bar(console) if shows and console.is_terminal else None
         self._prints_lines = shows and lines and self.bar is None
@@ -61,6 +62,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # After an error the last line would look like a success.
         if self._prints_lines and kind is None:
             self._print_line()
         self.close()

@@ -20,12 +20,12 @@ def read_settings(
         schema: the dataclass.
         path: of the YAML.
         overrides: `key=value` each.
-        defaults: given the settings of YAML and overrides, returns the instance of `schema` that they are set over; it may
-            change the settings. None = the defaults of the fields.
+        defaults: given the settings of YAML and overrides, returns the instance of `schema` that they are set
+            over; it may change the settings. None = the defaults of the fields.
 
     Raises:
-        UserError: if the file is missing or is not YAML, a key is unknown, or a value is missing or has the wrong type; the
-            message names the key and the nearest right one.
+        UserError: if the file is missing or is not YAML, a key is unknown, or a value is missing or has the
+            wrong type; the message names the key and the nearest right one.
     """
     try:
         empty = OmegaConf.structured(schema)
@@ -42,7 +42,7 @@ def read_settings(
 
 
 def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:
-    """Return the overrides with `key=` written as empty text if the key's value is text; elsewhere it means None."""
+    """Return the overrides with `key=` written as an empty text if the value is a text; else it is None."""
     written = []
     for override in overrides:
         key, sign, value = override.partition("=")

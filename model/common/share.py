@@ -43,8 +43,8 @@ class Share:
     def from_environment(cls) -> "Share":
         """Return the share of this Slurm array task; outside an array, everything.
 
-        A sparse array (`--array=3,17`, to repeat some tasks of 64) does not show how many tasks share the work: then
-        `LI_DIT_TASKS=64` has to say so.
+        A sparse array (`--array=3,17`, to repeat some tasks of 64) does not show how many tasks share the
+        work: then `LI_DIT_TASKS=64` has to say so.
 
         Raises:
             UserError: if the array is sparse and `LI_DIT_TASKS` is not set, or does not fit.
@@ -55,11 +55,12 @@ class Share:
         if tasks := os.environ.get("LI_DIT_TASKS"):
             return cls(int(task), int(tasks))
 
+        # An array may be numbered from any number on.
         count, low, high = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("COUNT", "MIN", "MAX"))
         if high - low + 1 != count:
             raise UserError(
-                f"array of {count} tasks between {low} and {high}: set LI_DIT_TASKS to the number of tasks that share "
-                "the work"
+                f"array of {count} tasks between {low} and {high}: "
+                "set LI_DIT_TASKS to the number of tasks that share the work"
             )
         return cls(int(task) - low, count)
 
@@ -72,4 +73,5 @@ class Share:
     @staticmethod
     def owner(item: int, items: int, count: int) -> int:
         """Return which of `count` tasks has item number `item` of `items`."""
+        # The smallest index with `item < items * (index + 1) // count`, see `owns`.
         return (count * (item + 1) - 1) // items

@@ -1,9 +1,10 @@
 """LLMs in GGUF files: finding the file, reading it, and building a transformers model from it.
 
-transformers can read GGUF itself (`gguf_file=`), but it makes a Python object of each byte string of the metadata, several
-times. That takes 13 s for SmolLM2-135M and 31 s for Gemma-3-270M on two cores, and the tokenizers that it builds split the
-words of both models wrongly. Here the metadata is read once, arrays as NumPy views; only the blocks that are run are
-dequantized; and the tokenizer is built from the file's own vocabulary (`model/encoders/gguf_tokenizer.py`).
+transformers can read GGUF itself (`gguf_file=`), but it makes a Python object of each byte string of the
+metadata, several times. That takes 13 s for SmolLM2-135M and 31 s for Gemma-3-270M on two cores, and the
+tokenizers that it builds split the words of both models wrongly. Here the metadata is read once, arrays as
+NumPy views; only the blocks that are run are dequantized; and the tokenizer is built from the file's own
+vocabulary (`model/encoders/gguf_tokenizer.py`).
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -66,6 +67,7 @@ class GGUFFile:
         """
         self.path = path
         with path.open("rb") as file:
+            # Mapped, so that tensors of blocks that are not run are never read.
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read_header()
@@ -96,6 +98,7 @@ class GGUFFile:
             size = int(np.prod(sizes)) // block * block_bytes
             self.tensors[name] = _TensorInfo(tuple(reversed(sizes)), kind, self._number("Q"), size)
 
+        # Tensors begin at the next multiple of the alignment, their offsets count from there.
         alignment = self.metadata.get("general.alignment", 32)
         self._data_start = -(-self._at // alignment) * alignment
         end = max((self._data_start + info.offset + info.bytes for info in self.tensors.values()), default=0)
@@ -121,6 +124,7 @@ class GGUFFile:
             return self._number(_NUMBERS[kind])
 
         kind, length = self._number("I"), self._number("Q")
+        # A vocabulary has 100,000s of scores and types: one view instead of as many Python objects.
         if kind in _NUMBERS:
             values = np.frombuffer(self._bytes, np.dtype("<" + _NUMBERS[kind]), length, self._at)
             self._at += values.nbytes
@@ -164,8 +168,8 @@ def _dequantize_q8_0(raw: np.ndarray) -> Tensor:
 def find_gguf(llm: str) -> Path | None:
     """Find the GGUF file that `llm` names.
 
-    A package contains either one `.gguf` file, or its parts and a description of them (`chunk_paths()`, `MODEL_NAME`,
-    `EXPECTED_SHA256`). Parts are joined in the cache folder, and the hash is checked.
+    A package contains either one `.gguf` file, or its parts and a description of them (`chunk_paths()`,
+    `MODEL_NAME`, `EXPECTED_SHA256`). Parts are joined in the cache folder, and the hash is checked.
 
     Args:
         llm: a `.gguf` path or `package:<python package>`.
@@ -195,6 +199,7 @@ def _find_in_package(name: str) -> Path:
     )
     if len(files) == 1:
         return files[0]
+    # Large models are split because package indexes limit the size of a file.
     if not files:
         package = importlib.import_module(name)
         if hasattr(package, "chunk_paths"):
@@ -258,8 +263,8 @@ def build_model(file: GGUFFile, blocks: int, dtype: torch.dtype, device: torch.d
         device: where they are loaded.
 
     Raises:
-        UserError: if the architecture is not supported, its rotary scaling is not fully described by GGUF, or weights are
-            missing from the file.
+        UserError: if the architecture is not supported, its rotary scaling is not fully described by GGUF, or
+            weights are missing from the file.
     """
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -273,6 +278,7 @@ def build_model(file: GGUFFile, blocks: int, dtype: torch.dtype, device: torch.d
         )
 
     settings = _settings(file) | {"num_hidden_layers": blocks}
+    # Weights are assigned below, so random ones need not be made; buffers (rotary frequencies) are computed.
     with init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(AutoConfig.for_model(ARCHITECTURES[file.architecture], **settings))
 
@@ -301,8 +307,10 @@ def _settings(file: GGUFFile) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in file.metadata.items():
         name = names.get(key.removeprefix(file.architecture + "."))
-        if name and name != -1:  # None or -1 marks what transformers ignores
+        # None or -1 marks what transformers ignores.
+        if name and name != -1:
             settings[name] = value
+    # The vocabulary's size is optional in the metadata.
     settings["vocab_size"] = len(file.metadata["tokenizer.ggml.tokens"])
     settings["pad_token_id"] = None
     return settings

@@ -1,9 +1,10 @@
 """The tokenizer inside a GGUF file, built from its own vocabulary, scores and merges.
 
-There are two kinds: byte-level BPE with explicit merges (`gpt2`), and SentencePiece BPE (`llama`) without a list of merges.
-In the latter, two neighboring pieces may merge if together they are a known piece; the piece with the best score is merged
-first. So every split of a piece into two known pieces is a merge, ordered by the piece's score. (transformers 4.57 reads
-Gemma's vocabulary as a Unigram model, which splits words into letters.)
+There are two kinds: byte-level BPE with explicit merges (`gpt2`), and SentencePiece BPE (`llama`) without a
+list of merges. In the latter, two neighboring pieces may merge if together they are a known piece; the piece
+with the best score is merged first. So every split of a piece into two known pieces is a merge, ordered by
+the piece's score. (transformers 4.57 reads Gemma's vocabulary as a Unigram model, which splits words into
+letters.)
 """
 
 import numpy as np
@@ -35,10 +36,12 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
         tokenizer = _sentencepiece(file)
     else:
         raise UserError(
-            f"{file.path}: tokenizer of kind {kind!r} is not read from GGUF: use the model's folder or hub name"
+            f"{file.path}: tokenizer of kind {kind!r} is not read from GGUF: "
+            "use the model's folder or hub name"
         )
     _add_special_tokens(tokenizer, file)
 
+    # llama.cpp's default, where the file does not say, depends on the kind.
     if file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         number = int(file.metadata["tokenizer.ggml.bos_token_id"])
         name = file.metadata["tokenizer.ggml.tokens"][number]
@@ -52,8 +55,10 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate(file.metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata["tokenizer.ggml.merges"]]
     name = file.metadata.get("tokenizer.ggml.pre", "default")
+    # Llama 3 takes words of the vocabulary whole, even if no sequence of merges leads to them.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
 
+    # GGUF names only the pre-tokenizer; its rules are those of llama.cpp.
     if name in ("gpt-2", "default"):
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     elif name == "smollm":
@@ -69,7 +74,8 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
         ]
     else:
         raise UserError(
-            f"{file.path}: pre-tokenization {name!r} is not read from GGUF: use the model's folder or hub name"
+            f"{file.path}: pre-tokenization {name!r} is not read from GGUF: "
+            "use the model's folder or hub name"
         )
 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,6 +89,7 @@ def _sentencepiece(file: GGUFFile) -> Tokenizer:
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = tokens[int(file.metadata["tokenizer.ggml.unknown_token_id"])]
+    # Letters that are no piece are written as bytes, `<0xE4>`.
     model = models.BPE(
         vocabulary, merges_from_scores(file), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
@@ -109,6 +116,7 @@ def merges_from_scores(file: GGUFFile) -> list[tuple[str, str]]:
     known = {tokens[number]: number for number in np.flatnonzero(types == NORMAL).tolist()}
 
     merges: list[tuple[str, str]] = []
+    # Pieces of equal score keep the order of the vocabulary.
     order = np.argsort(-scores, kind="stable")
     for number in order[types[order] == NORMAL].tolist():
         piece = tokens[number]
@@ -120,7 +128,7 @@ def merges_from_scores(file: GGUFFile) -> list[tuple[str, str]]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GGUFFile) -> None:
-    """Add control tokens as special ones, which captions cannot spell out, and user-defined tokens as words."""
+    """Add control tokens as special ones, which captions cannot contain, and user-defined tokens as words."""
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     types: np.ndarray = file.metadata["tokenizer.ggml.token_type"]
     special = np.flatnonzero((types == CONTROL) | (types == UNKNOWN)).tolist()

@@ -1,7 +1,7 @@
 """Loading a frozen language model from a folder, the hub or a GGUF file, with only the blocks that are read.
 
-Weights are read from safetensors or GGUF only, never from pickles. Code in a checkpoint's repository is never run. A hub model
-needs a commit hash, so that a family always means the same numbers.
+Weights are read from safetensors or GGUF only, never from pickles. Code in a checkpoint's repository is never
+run. A hub model needs a commit hash, so that a family always means the same numbers.
 """
 
 import re
@@ -44,7 +44,7 @@ _OTHER_FILES = ["*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _T5_CLASSES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 _BLOCK_LISTS = (("", "layers"), ("text_model.encoder", "layers"), ("encoder", "block"), ("", "h"))
-"""Submodule and attribute with the blocks: of decoders, CLIP's text model, T5's encoder, and GPT-2's kind of decoder."""
+"""Submodule and attribute with the blocks: decoders, CLIP's text model, T5's encoder, GPT-2."""
 
 AttentionInterface.register(PACKED, packed_attention)
 
@@ -66,7 +66,7 @@ class LanguageModel:
     """Blocks of the whole model."""
     reading: Reading
     layers_read: list[int]
-    """Indices into transformers' `hidden_states`: i = output of the i-th block; the last one is after the final norm."""
+    """Indices into transformers' `hidden_states`: i = output of block i; the last is after the final norm."""
 
     @property
     def blocks_run(self) -> int:
@@ -76,6 +76,7 @@ class LanguageModel:
     @property
     def added_tokens(self) -> tuple[list[int], list[int]]:
         """Tokens that the tokenizer itself adds before and after a text."""
+        # The post-processor's template cannot be read, so an example shows what it adds.
         text = self.tokenizer.encode("a", add_special_tokens=False).ids
         whole = self.tokenizer.encode("a", add_special_tokens=True).ids
         start = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
@@ -84,6 +85,7 @@ class LanguageModel:
     @contextmanager
     def packed(self) -> Iterator[None]:
         """Use attention over packed captions inside the context."""
+        # transformers reads this name in every forward pass.
         before = self.module.config._attn_implementation
         self.module.config._attn_implementation = PACKED
         try:
@@ -92,17 +94,19 @@ class LanguageModel:
             self.module.config._attn_implementation = before
 
     def states(self, **inputs: Any) -> Tensor:
-        """Run the model on `inputs`, the arguments of its forward pass, and return the hidden states read, [B, T, W]."""
+        """Run the model on the arguments of its forward pass; return the hidden states read, [B, T, W]."""
         if self.reading == "norm_mean":
             return self._mean_states(inputs)
 
         states: dict[int, Tensor] = {}
         last = self._run(inputs, states.__setitem__)
+        # With a device map, layers are on several devices.
         layers = [states[index].to(last.device) for index in self.layers_read]
         return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
 
     def _mean_states(self, inputs: dict[str, Any]) -> Tensor:
-        """Return the mean of the layers, each normalized over channels in fp32; one layer is in memory at a time."""
+        """Return the mean of the layers, each normalized over channels in fp32."""
+        # Layers are added while the model runs, so that only one is in memory.
         total: Tensor | None = None
 
         def add(_: int, states: Tensor) -> None:
@@ -115,12 +119,14 @@ class LanguageModel:
         return (total / len(self.layers_read)).to(last.dtype)
 
     def _run(self, inputs: dict[str, Any], read: Callable[[int, Tensor], None]) -> Tensor:
-        """Run the model, call `read` with index and hidden states of every layer read, and return the last hidden states."""
+        """Run the model, call `read(index, states)` for each layer read, and return the last states."""
 
         def hook(index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            # Blocks return a tensor or a tuple, depending on architecture and version of transformers.
             read(index, output if isinstance(output, Tensor) else output[0])
 
         blocks = list_blocks(self.module)
+        # `output_hidden_states=True` would keep the states of all layers.
         hooks = []
         for index in self.layers_read:
             if index < self.blocks:
@@ -187,13 +193,15 @@ def parse_layer(layer: str, blocks: int) -> tuple[Reading, list[int]]:
 def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     if config.encoder != "causal":
         raise UserError(
-            f"{config.llm}: GGUF files are read as causal LLMs only: give encoder={config.encoder} a model folder"
+            f"{config.llm}: GGUF files are read as causal LLMs only: "
+            f"give encoder={config.encoder} a model folder"
         )
     if config.device_map:
         raise UserError(
             f"{config.llm}: a GGUF file is read to one device: leave device_map out, or give a model folder"
         )
 
+    # Only the blocks up to the highest one read are built.
     file = GGUFFile(path)
     blocks = count_blocks(file)
     reading, layers = parse_layer(config.layer, blocks)
@@ -229,9 +237,11 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
     max_tokens = getattr(text, "max_position_embeddings", None)
     if max_tokens and config.max_tokens > max_tokens:
         raise UserError(
-            f"{config.llm}: reads at most {max_tokens} tokens: set text.max_tokens lower than {config.max_tokens}"
+            f"{config.llm}: reads at most {max_tokens} tokens: "
+            f"set text.max_tokens lower than {config.max_tokens}"
         )
 
+    # The encoder truncates and pads by itself.
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -241,6 +251,7 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
 
 
 def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    # transformers would otherwise fall back to pickles.
     loading = {"dtype": dtype, "use_safetensors": True, "device_map": config.device_map}
     if config.encoder == "clip":
         return CLIPTextModel.from_pretrained(folder, **loading)
@@ -253,7 +264,8 @@ def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.d
 
     module = AutoModel.from_pretrained(folder, trust_remote_code=False, **loading)
     if getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        module.set_attn_implementation("eager")  # transformers' sdpa silently ignores the cap
+        # transformers' SDPA silently ignores the cap.
+        module.set_attn_implementation("eager")
     # A multimodal checkpoint also has a vision tower, which is not needed.
     language_model = getattr(module, "language_model", None)
     return module if language_model is None else language_model
@@ -274,7 +286,8 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.llm) or config.llm.startswith("."):
         raise UserError(
-            f"text.llm={config.llm!r}: no such folder: give a folder, a hub name, a .gguf file or package:NAME"
+            f"text.llm={config.llm!r}: no such folder: "
+            "give a folder, a hub name, a .gguf file or package:NAME"
         )
     if not is_commit(config.revision):
         raise UserError(f"{config.llm}: a hub name needs text.revision: its 40-digit commit hash")
@@ -282,7 +295,8 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
     folder = download(config.llm, config.llm, config.revision, _FILES, ignore=_OTHER_FILES)
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{config.llm}: revision {config.revision} has no safetensors: take a revision or a copy that has them"
+            f"{config.llm}: revision {config.revision} has no safetensors: "
+            "take a revision or a copy that has them"
         )
     return folder, f"commit:{config.revision}"
 
@@ -303,5 +317,6 @@ def _find_blocks(module: PreTrainedModel) -> tuple[nn.Module, str]:
         if isinstance(getattr(owner, name, None), nn.ModuleList):
             return owner, name
     raise UserError(
-        f"{type(module).__name__}: unknown architecture, its blocks were not found: use a decoder-only LLM, T5 or CLIP"
+        f"{type(module).__name__}: unknown architecture, its blocks were not found: "
+        "use a decoder-only LLM, T5 or CLIP"
     )

@@ -1,8 +1,9 @@
 """Attention over captions that are packed without padding behind one shared prefix.
 
-A single row of tokens contains the captions one after another, sorted by length. Each caption attends to the prefix, whose
-keys and values were computed once, and causally to itself. Captions of equal length form the rows of a batch. Short captions
-share a row under a block-diagonal mask, so that the prefix's keys are not copied once per caption.
+A single row of tokens contains the captions one after another, sorted by length. Each caption attends to the
+prefix, whose keys and values were computed once, and causally to itself. Captions of equal length form the
+rows of a batch. Short captions share a row under a block-diagonal mask, so that the prefix's keys are not
+copied once per caption.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ ROW_TOKENS = 32
 The fastest of 1 to 256 on a CPU, by up to 10 % for short captions.
 """
 CUDA_LENGTH_STEP = 16
-"""On a GPU, lengths are rounded up to a multiple of this inside attention: fewer kernels for a little padding."""
+"""On a GPU, lengths are rounded up to a multiple of this inside attention.
+
+Fewer kernels are worth a little padding there.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def _group(start: int, lengths: list[int], rows: int, length: int) -> Group:
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     slots = torch.arange(length)
-    # A slot past the end of a caption repeats its last token: the causal mask hides it from the caption's queries.
+    # A slot past the end of a caption repeats its last token: the causal mask hides it from the caption's
+    # queries.
     index = start + starts[:, None] + slots.minimum(sizes[:, None] - 1)
     inverse = (torch.arange(len(lengths))[:, None] * length + slots)[slots < sizes[:, None]]
     return Group(start, tokens, rows, captions, length, index.flatten(), inverse)
@@ -95,7 +100,8 @@ def block_mask(captions: int, length: int, prefix: int, window: int | None, devi
         captions: captions in the row.
         length: tokens of each caption.
         prefix: tokens of the prefix.
-        window: if given, a query sees only keys fewer than this many positions back in the caption's own sequence.
+        window: if given, a query sees only keys fewer than this many positions back in the caption's own
+            sequence.
         device: device of the mask.
 
     Returns:
@@ -144,16 +150,19 @@ def packed_attention(
     """
     if packing is None:
         raise TypeError(f"{type(module).__name__} was given no packing")
+    # The prefix's keys and values are stored per layer.
     layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
     if packing.recorded is not None:
         packing.recorded[layer] = (key, value)
 
+    # Captions of different lengths cannot share a batch, so there is one call of the kernel per group.
     prefix = packing.prefix.get(layer)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [N, H, d]
     for group in packing.groups:
         rows_q, rows_k, rows_v = (
             _rows(tensor, group) for tensor in (query, key, value)
         )  # [rows, H or G, L, d]
+        # A view for each row: only `cat` copies the prefix, once per row and not per caption.
         if prefix is not None:
             prefix_k, prefix_v = (shared.expand(group.rows, -1, -1, -1) for shared in prefix)
             rows_k, rows_v = torch.cat([prefix_k, rows_k], dim=2), torch.cat([prefix_v, rows_v], dim=2)
@@ -161,6 +170,7 @@ def packed_attention(
         mask = _mask(packing, group, rows_k.shape[2] - rows_q.shape[2], sliding_window, query.device)
         mixed = _attend(rows_q, rows_k, rows_v, mask, scaling, softcap)  # [rows, H, L, d]
         tokens = mixed.transpose(1, 2).flatten(0, 1)  # [rows * L, H, d]
+        # Drop the slots past the ends of captions.
         if group.inverse is not None:
             tokens = tokens[group.inverse.to(tokens.device)]
         output[group.start : group.start + group.tokens] = tokens
@@ -179,7 +189,8 @@ def _rows(tensor: Tensor, group: Group) -> Tensor:
 
 def _mask(packing: Packing, group: Group, prefix: int, window: int | None, device: torch.device) -> Tensor:
     if window is not None and prefix + group.length <= window:
-        window = None  # It hides nothing, so layers with and without a window share a mask.
+        # The window hides nothing, so layers with and without one share a mask.
+        window = None
     key = (group.captions, group.length, window)
     if key not in packing.masks:
         packing.masks[key] = block_mask(group.captions, group.length, prefix, window, device)

@@ -1,8 +1,9 @@
 """Quantization of LLM hidden states for the store.
 
-LLM hidden states contain massive activations: a few channels are hundreds of times larger than the rest, so one scale per
-token alone loses the others (int8: 15 to 229 % error in the worst channel). Therefore channels are standardized first, with a
-mean and std measured once per family. Then each token gets one scale: the error is below 1 % in every channel.
+LLM hidden states contain massive activations: a few channels are hundreds of times larger than the rest, so
+one scale per token alone loses the others (int8: 15 to 229 % error in the worst channel). Therefore channels
+are standardized first, with a mean and std measured once per family. Then each token gets one scale: the
+error is below 1 % in every channel.
 """
 
 import math
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 RANGE = 8.0
-"""Tokens with values beyond this many standard deviations are counted; the largest value of most tokens is 3 to 5."""
+"""Tokens with values beyond this many standard deviations are counted.
+
+The largest value of most tokens is at 3 to 5.
+"""
 BITS = {"int8": 8, "int6": 6, "int4": 4, "bf16": 16}
 
 
@@ -30,8 +34,9 @@ def quantize(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> tu
         std: the family's channel standard deviations, fp32 [W].
 
     Returns:
-        Values uint8 [N, bytes per token]; scales fp32 [N] (empty for bf16); and the number of tokens with values beyond
-        `RANGE` standard deviations. They are not clipped (each token has its own scale) but quantized more coarsely.
+        Values uint8 [N, bytes per token]; scales fp32 [N] (empty for bf16); and the number of tokens with
+        values beyond `RANGE` standard deviations. They are not clipped (each token has its own scale) but
+        quantized more coarsely.
 
     Raises:
         ValueError: if a state is not finite.
@@ -44,9 +49,12 @@ def quantize(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> tu
     top = 2 ** (BITS[quantization] - 1) - 1
     standard = (states.float() - mean) / std  # [N, W]
 
-    # The range of a token is its largest value. A smaller range reduces the mean error of int4 (13 to 12 %) but increases
-    # that of the worst channel (14 to 28 % on Gemma), since the clipped channels are always the same.
+    # The range of a token is its largest value. A smaller range reduces the mean error of int4 (13 to 12 %)
+    # but increases that of the worst channel (14 to 28 % on Gemma), since the clipped channels are always the
+    # same.
+    # The lower bound keeps a token of zeros from dividing by zero.
     largest = standard.abs().amax(1).clamp(min=1e-12)  # [N]
+    # Symmetric, so that zero is exact and dequantizing is one multiplication.
     scales = largest / top
     levels = (standard / scales[:, None]).round_().clamp_(-top, top)
     return _pack(levels.to(torch.int8), BITS[quantization]), scales, int((largest > RANGE).sum())
@@ -57,7 +65,8 @@ def dequantize(
 ) -> Tensor:
     """Return standardized hidden states, (x - mean) / std.
 
-    int8 is one fused multiplication: only bytes are copied to the device, and no wider copy of them is made there.
+    int8 is one fused multiplication: only bytes are copied to the device, and no wider copy of them is made
+    there.
 
     Args:
         values: uint8 [N, bytes per token].
@@ -76,6 +85,7 @@ def dequantize(
         return ((raw.float() - mean) / std).to(dtype)
 
     levels = values.view(torch.int8) if quantization == "int8" else _unpack(values, BITS[quantization], width)
+    # `out` sets the type of the product; int8 x fp32 alone would give fp32.
     output = torch.empty(levels.shape, dtype=dtype, device=values.device)
     return torch.mul(levels, scales[:, None], out=output)
 

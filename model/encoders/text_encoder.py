@@ -1,10 +1,11 @@
 """A frozen LLM as a text encoder: captions in, hidden states out (paper section 3.1).
 
-A decoder-only LLM reads `prefix + caption + suffix`. Under causal attention the hidden states of the prefix (system prompt
-and instruction) are the same for every caption, so they are computed once, with their keys and values. Captions are then
-sorted by length and packed without padding behind those keys and values (`model/encoders/packed_attention.py`). Blocks
-above the one that is read are removed, and there is no LM head. Encoders that are not causal (T5, CLIP), and causal ones
-with `reuse_prefix: false`, run whole prompts, padded.
+A decoder-only LLM reads `prefix + caption + suffix`. Under causal attention the hidden states of the prefix
+(system prompt and instruction) are the same for every caption, so they are computed once, with their keys and
+values. Captions are then sorted by length and packed without padding behind those keys and values
+(`model/encoders/packed_attention.py`). Blocks above the one that is read are removed, and there is no LM
+head. Encoders that are not causal (T5, CLIP), and causal ones with `reuse_prefix: false`, run whole prompts,
+padded.
 """
 
 from collections import Counter
@@ -51,16 +52,18 @@ def load_encoder(config: TextConfig, device: torch.device) -> "TextEncoder":
         device: where it runs, unless `config.device_map` places it.
 
     Raises:
-        UserError: if the model cannot be found, is not in safetensors or GGUF, or cannot do what the settings ask for.
+        UserError: if the model cannot be found, is not in safetensors or GGUF, or cannot do what the settings
+            ask for.
     """
     if config.encoder != "causal" and config.reuse_prefix:
         raise UserError(
-            f"text {config.name}: encoder={config.encoder} is not causal, so its prefix states depend on the caption: "
-            "set reuse_prefix: false"
+            f"text {config.name}: encoder={config.encoder} is not causal, so its prefix states depend on the "
+            "caption: set reuse_prefix: false"
         )
     llm = load_language_model(config, DTYPES[config.dtype], device)
     if config.device_map:
-        # Token ids go to the device of the first layer. Weights that are offloaded to disk are on the meta device.
+        # Token ids go to the device of the first layer. Weights that are offloaded to disk are on the meta
+        # device.
         devices = (weights.device for weights in llm.module.parameters())
         device = next((place for place in devices if place.type != "meta"), device)
     return TextEncoder(config, llm, device)
@@ -87,7 +90,8 @@ def check_identity(encoder: "TextEncoder", name: str, identity: dict[str, Any]) 
 
     if differences:
         raise UserError(
-            f"family {name} was made by another encoder ({', '.join(differences)}): use its settings, or another family name"
+            f"family {name} was made by another encoder ({', '.join(differences)}): "
+            "use its settings, or another family name"
         )
 
 
@@ -98,7 +102,8 @@ class TextEncoder:
         llm: the language model.
         width: channels of a hidden state, over all concatenated layers.
         prompt_ids: tokens before the caption in a whole prompt.
-        prefix_ids: the same tokens if their states are stored once per family; empty if the encoder is not causal.
+        prefix_ids: the same tokens if their states are stored once per family; empty if the encoder is not
+            causal.
         suffix_ids: tokens after the caption.
         identity: every setting that decides the numbers, for `Family.identity`.
         truncated: number of captions truncated so far.
@@ -129,9 +134,11 @@ class TextEncoder:
         self._run_prefix()
 
     def _read_template(self) -> None:
-        """Tokenize prefix and suffix. A space at the end of the prefix belongs to the caption's first token."""
+        """Tokenize prefix and suffix."""
         name = self.config.name or self.config.llm
         self._prefix_text = self.config.prefix.replace("{instruction}", self.config.instruction)
+        # In byte-level BPE a word's first token contains the space before it, so a space at the end of the
+        # prefix is tokenized with the caption.
         head = self._prefix_text.rstrip(" ")
         self._lead = " " if head != self._prefix_text else ""
 
@@ -144,10 +151,11 @@ class TextEncoder:
         joint = self._ids(head + self._lead + _PROBE)
         self.llm.tokenizer.encode_special_tokens = True
 
+        # Prefix and caption are tokenized apart, so no token may contain parts of both.
         if prefix + self._ids(self._lead + _PROBE) != joint:
             raise UserError(
-                f"text {name}: the end of the prefix merges with the caption's first letters into one token: end it with "
-                "chat markup, one newline or one space"
+                f"text {name}: the end of the prefix merges with the caption's first letters into one token: "
+                "end it with chat markup, one newline or one space"
             )
         if len(self.suffix_ids) >= self.config.max_tokens:
             raise UserError(
@@ -184,7 +192,8 @@ class TextEncoder:
         return token_ids
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
-        """Return the characters [start, end) of `caption` that each token of `tokenize` covers; (0, 0) for the suffix."""
+        """Return the characters [start, end) of `caption` that each token covers; (0, 0) for the suffix."""
+        # `tokenize` strips captions and puts `_lead` before them; offsets count from there.
         begin = len(caption) - len(caption.lstrip()) - len(self._lead)
         encoding = self.llm.tokenizer.encode(self._lead + caption.strip(), add_special_tokens=False)
         tokens = len(self._caption_ids(encoding.ids)[0]) - len(self.suffix_ids)
@@ -211,6 +220,7 @@ class TextEncoder:
             raise ValueError("a caption has no token: encode the null caption instead")
 
         lengths = [len(ids) for ids in token_ids]
+        # Captions of similar length share a batch: packed, they form larger groups; padded, less is wasted.
         order = sorted(range(len(token_ids)), key=lambda row: lengths[row])
         states: dict[int, Tensor] = {}
         for rows in self._batches(order, lengths):
@@ -222,9 +232,10 @@ class TextEncoder:
         return [states[row] for row in range(len(token_ids))]
 
     def _batches(self, order: list[int], lengths: list[int]) -> list[list[int]]:
-        """Cut `order` into batches of at most `tokens_per_batch` tokens, including the prefix if it is run."""
+        """Cut `order` into batches of at most `tokens_per_batch` tokens, with the prefix if it is run."""
         extra = 0 if self.config.reuse_prefix else len(self.prompt_ids)
         batches: list[list[int]] = []
+        # More than fits, so that the first caption opens a batch.
         tokens = self.config.tokens_per_batch + 1
         for row in order:
             tokens += lengths[row] + extra
@@ -263,6 +274,7 @@ class TextEncoder:
             self._prefix_states = self._encode_padded([[]])[0].float()
         else:
             tokens = len(self.prefix_ids)
+            # The prefix is a single packed caption that records its keys and values.
             packing = Packing(plan_groups([tokens]), recorded={})
             self._prefix_states = self._forward_packed(self.prefix_ids, list(range(tokens)), packing).float()
             self._prefix_cache = packing.recorded or {}
@@ -271,11 +283,13 @@ class TextEncoder:
             self._check_packing()
 
     def _check_packing(self) -> None:
-        """Compare packed captions with whole prompts on two captions, so that no architecture is packed wrongly.
+        """Compare packed captions with whole prompts, so that no architecture is packed wrongly.
 
         Raises:
-            UserError: if they differ: the model is not causal, or has state that packing would mix between captions.
+            UserError: if they differ: the model is not causal, or has state that packing would mix between
+                captions.
         """
+        # Two captions of different lengths, so that a state that leaks from one to the other is found.
         captions = [self._ids(self._lead + text) + self.suffix_ids for text in (_PROBE, _PROBE[:10])]
         packed = self._encode_packed(captions)
         whole = [self._encode_padded([caption], pad=0)[0] for caption in captions]
@@ -286,13 +300,13 @@ class TextEncoder:
         # `not <=` also refuses NaN.
         if not worst <= CHECK_TOLERANCE[self.config.dtype]:
             raise UserError(
-                f"{self.config.llm}: packed captions behind a shared prefix differ from whole prompts by {worst:.2g}, so "
-                "this model is not purely causal: set reuse_prefix: false"
+                f"{self.config.llm}: packed captions behind a shared prefix differ from whole prompts by "
+                f"{worst:.2g}, so this model is not purely causal: set reuse_prefix: false"
             )
 
     @torch.inference_mode()
     def _encode_packed(self, batch: list[list[int]]) -> list[Tensor]:
-        """Return the hidden states of captions, shortest first, packed in one row behind the prefix's keys and values."""
+        """Return the hidden states of captions, shortest first, packed in one row behind the prefix."""
         lengths = [len(ids) for ids in batch]
         step = CUDA_LENGTH_STEP if self.device.type == "cuda" else 1
         packing = Packing(plan_groups(lengths, step=step), self._prefix_cache)
@@ -323,9 +337,11 @@ class TextEncoder:
         pad = self.llm.pad if pad is None else pad
         if pad is None and min(ends) < longest:
             raise UserError(
-                f"{self.config.llm}: its tokenizer has no padding token: set reuse_prefix: true, which needs none"
+                f"{self.config.llm}: its tokenizer has no padding token: "
+                "set reuse_prefix: true, which needs none"
             )
 
+        # Padding on the right changes nothing for causal models, and positions need no correction.
         ids = torch.tensor(
             [prompt + [pad or 0] * (longest - len(prompt)) for prompt in prompts], device=self.device
         )
@@ -336,13 +352,13 @@ class TextEncoder:
 
 
 def padding_tokens(lengths: Sequence[int]) -> int:
-    """Return the padding of whole prompts, in tokens, if every `PADDED_BATCH` captions are padded to the longest of them."""
+    """Return the tokens of padding if every `PADDED_BATCH` captions are padded to their longest."""
     batches = [lengths[start : start + PADDED_BATCH] for start in range(0, len(lengths), PADDED_BATCH)]
     return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
 
 def relative_error(states: Tensor, reference: Tensor) -> float:
-    """Return the largest difference of a token's states from the reference, relative to the norm of the reference.
+    """Return the largest difference of a token's states from the reference, relative to its norm.
 
     Args:
         states: [T, W].

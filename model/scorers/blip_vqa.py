@@ -25,7 +25,8 @@ class BlipVQA:
         Args:
             files: the scorer's folder.
             device: where it runs.
-            side: resize images to side x side and interpolate the position embeddings; None = the size of its training.
+            side: resize images to side x side and interpolate the position embeddings; None = the size of its
+                training.
 
         Raises:
             UserError: if the folder contains another model.
@@ -71,12 +72,14 @@ class BlipVQA:
                 eos_token_id=self.tokenizer.sep_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
+            # The first token is the start token.
             answers.append(self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True).strip().lower())
         return answers
 
     @torch.no_grad()
     def likelihood(self, image: Image.Image, question: str, answer: str) -> float:
         """Return the geometric mean of the probabilities of the answer's tokens and its end token."""
+        # Each token is predicted from the ones before it, so the last one is not an input.
         (states,) = self._read(image, [question])
         wanted = [
             *self.tokenizer(answer.lower(), add_special_tokens=False).input_ids,
@@ -86,7 +89,7 @@ class BlipVQA:
         return mean_probability(logits, wanted)
 
     def _read(self, image: Image.Image, questions: Sequence[str]) -> list[Tensor]:
-        """Return each question's hidden states [1, T, C] after attention to the image; one by one, so none is padded."""
+        """Return each question's hidden states [1, T, C] after attention to the image."""
         if not questions:
             return []
 
@@ -97,11 +100,13 @@ class BlipVQA:
         patches = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True)[0]
 
         states: list[Tensor] = []
+        # One by one: BLIP's answers change if questions are padded.
         for question in questions:
             tokens = self.tokenizer(
                 question, truncation=True, max_length=QUESTION_TOKENS, return_tensors="pt"
             )
-            # BLIP was trained with questions that start with [ENC], the token after [DEC]; transformers writes [CLS].
+            # BLIP was trained with questions that start with [ENC], the token after [DEC]; transformers
+            # writes [CLS].
             tokens.input_ids[:, 0] = self.start + 1
             tokens = tokens.to(patches.device)
             output = self.model.text_encoder(

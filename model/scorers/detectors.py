@@ -93,8 +93,8 @@ class Mask2Former:
     def detect(self, image: Image.Image, classes: Sequence[str], above: float) -> list[Detection]:
         """Detect objects, as described in `Detector.detect`.
 
-        A score is the class probability times the mean probability of the mask's own pixels (Mask2Former, section 3.3).
-        A box is the bounding box of the mask.
+        A score is the class probability times the mean probability of the mask's own pixels (Mask2Former,
+        section 3.3). A box is the bounding box of the mask.
 
         Raises:
             UserError: if the model does not know one of the classes.
@@ -102,10 +102,12 @@ class Mask2Former:
         unknown = sorted(set(classes) - set(self.labels))
         if unknown:
             raise UserError(
-                f"{self.identity['name']} does not know {', '.join(unknown)}: take a detector that does, such as OWL"
+                f"{self.identity['name']} does not know {', '.join(unknown)}: "
+                "take a detector that does, such as OWL"
             )
 
         outputs = self.model(**self.processor(images=image, return_tensors="pt").to(self.model.device))
+        # The last class is "no object". As in Mask2Former's own code, a query may give several classes.
         scores = outputs.class_queries_logits[0].softmax(-1)[:, :-1].flatten()
         top = scores.topk(min(MAX_DETECTIONS, len(scores)))
 
@@ -149,6 +151,7 @@ class OWL:
     @torch.no_grad()
     def detect(self, image: Image.Image, classes: Sequence[str], above: float) -> list[Detection]:
         """Detect objects, as described in `Detector.detect`."""
+        # A class that is named twice would be detected twice.
         names = list(dict.fromkeys(classes))
         if not names:
             return []
@@ -162,6 +165,7 @@ class OWL:
         )[0]
 
         boxes, scores, labels = (result[key].cpu() for key in ("boxes", "scores", "labels"))
+        # OWL's boxes may reach beyond the image, or be empty.
         boxes = clip_boxes_to_image(boxes, (image.height, image.width))
         inside = remove_small_boxes(boxes, 1.0)
         boxes, scores, labels = boxes[inside], scores[inside], labels[inside]
@@ -178,4 +182,5 @@ class OWL:
 def _box(mask: Tensor) -> tuple[float, float, float, float]:
     """Return the bounding box of a mask bool [H, W]."""
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    # The right and bottom edges are those of the last pixels.
     return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1

@@ -22,7 +22,7 @@ class ScorerFiles:
 
     folder: Path
     identity: dict[str, Any]
-    """Name, revision (the hub's commit, or a fingerprint of a local folder) and the library that runs the model."""
+    """Name, revision (the hub's commit, or a local folder's fingerprint) and library of the model."""
 
 
 def find_scorer(source: str, option: str) -> ScorerFiles:
@@ -33,7 +33,8 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
         option: the option that named it, for messages.
 
     Raises:
-        UserError: if the folder does not exist, the hub name has no commit, the download fails, or there are no safetensors.
+        UserError: if the folder does not exist, the hub name has no commit, the download fails, or there are
+            no safetensors.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -42,7 +43,8 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
         pinned = re.fullmatch(_PINNED, source)
         if pinned is None:
             raise UserError(
-                f"{option} {source}: no such folder: give a folder, or OWNER/NAME@COMMIT with the 40-digit commit"
+                f"{option} {source}: no such folder: "
+                "give a folder, or OWNER/NAME@COMMIT with the 40-digit commit"
             )
         name, revision = pinned["name"], pinned["commit"]
         folder = download(f"{option} {source}", name, revision, _FILES)
@@ -75,10 +77,12 @@ def load_model(
         UserError: if the folder holds another model, or not all of this model's weights.
     """
     model, info = load_pretrained(kind, files, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    # transformers only warns of missing weights, and leaves them random.
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"{files.folder}: no {kind.__name__}: {len(missing)} weights are missing, the first is {missing[0]}"
+            f"{files.folder}: no {kind.__name__}: {len(missing)} weights are missing, "
+            f"the first is {missing[0]}"
         )
     return model.to(device).eval().requires_grad_(False)
 
@@ -87,7 +91,8 @@ def _find_weights(folder: Path, source: str, option: str) -> list[Path]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(
-            f"{option} {source}: no safetensors there (pickled weights are never opened): take a copy that has them"
+            f"{option} {source}: no safetensors there (pickled weights are never opened): "
+            "take a copy that has them"
         )
     return weights
 
@@ -105,9 +110,11 @@ def download_data(source: str, option: str) -> Path:
     pinned = re.fullmatch(_PINNED + "(?::(?P<path>.+))?", source)
     if pinned is None:
         raise UserError(
-            f"{option} {source}: no such file: give a path, or OWNER/NAME@COMMIT:PATH with the 40-digit commit"
+            f"{option} {source}: no such file: "
+            "give a path, or OWNER/NAME@COMMIT:PATH with the 40-digit commit"
         )
     path = pinned["path"]
+    # The path may be a file or a folder.
     files = None if path is None else (path, f"{path}/*")
     root = download(f"{option} {source}", pinned["name"], pinned["commit"], files, dataset=True)
     return root / (path or "")

@@ -32,7 +32,7 @@ def load_vqa(files: ScorerFiles, device: torch.device, side: int | None) -> "Bli
 
 
 class ImageTextModel:
-    """Answers questions about an image: InstructBLIP-FlanT5, LLaVA, Qwen-VL and others, with their own chat templates."""
+    """Answers questions about an image: InstructBLIP-FlanT5, LLaVA, Qwen-VL and others."""
 
     def __init__(self, files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> None:
         """Load the model.
@@ -50,6 +50,7 @@ class ImageTextModel:
         self.tokenizer: Any = self.processor.tokenizer
         self.encodes = bool(self.model.config.get_text_config().is_encoder_decoder)
         self.chats = getattr(self.processor, "chat_template", None) is not None
+        # An encoder-decoder of FlanT5's kind reads the plain question.
         if not (self.encodes or self.chats):
             raise UserError(
                 f"{files.folder}: its processor has no chat template: take an instruction-tuned model"
@@ -61,7 +62,7 @@ class ImageTextModel:
         }
 
     def likelihood(self, image: Image.Image, question: str, answer: str) -> float:
-        """Return the VQAScore (Lin et al., 2024): the geometric mean of the probabilities of the answer's tokens.
+        """Return the VQAScore (Lin et al., 2024): the geometric mean of the token probabilities of an answer.
 
         For an encoder-decoder, its end token is included.
         """
@@ -123,9 +124,11 @@ class ImageTextModel:
         if self.encodes:
             return self.model(**inputs, labels=wanted).logits[0]
 
-        # A decoder reads prompt and answer as one sequence; the logits of a token are at the position before it.
+        # A decoder reads prompt and answer as one sequence; the logits of a token are at the position before
+        # it.
         length = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], wanted], 1)
+        # One prompt is never padded.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "token_type_ids" in inputs:
             inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros_like(wanted)], 1)

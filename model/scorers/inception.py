@@ -1,5 +1,8 @@
 """Inception-v3 with the weights of the original FID, as torch-fidelity ports it."""
 
+# torch-fidelity is an optional dependency.
+# pyright: reportMissingImports=false
+
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -29,10 +32,8 @@ class Inception:
             UserError: if torch-fidelity is not installed, or the file is missing or contains something else.
         """
         try:
-            import torch_fidelity  # pyright: ignore[reportMissingImports]
-            from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
-                FeatureExtractorInceptionV3,
-            )
+            import torch_fidelity
+            import torch_fidelity.feature_extractor_inceptionv3 as port
         except ImportError as error:
             raise UserError(
                 "FID needs torch-fidelity: pip install -c constraints.txt -e '.[eval]'"
@@ -43,7 +44,7 @@ class Inception:
         with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
             torch.save(weights, copy.name)
             try:
-                self.network: Any = FeatureExtractorInceptionV3(
+                self.network: Any = port.FeatureExtractorInceptionV3(
                     "inception-v3-compat", ["2048"], copy.name
                 ).to(device)
             except RuntimeError as error:
@@ -65,6 +66,7 @@ class Inception:
 
         Each image is resized to 299 x 299 as in TensorFlow 1.
         """
+        # One by one, since sizes differ.
         features: list[Tensor] = []
         for image in images:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
@@ -81,5 +83,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    # Both readers raise many kinds of errors for a file of another format.
     except Exception as error:
         raise UserError(f"--inception {path}: cannot be read: {first_line(error)}") from error

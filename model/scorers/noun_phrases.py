@@ -11,7 +11,7 @@ class Parsed:
     """A prompt's grammar."""
 
     words: tuple[tuple[str, str], ...]
-    """(text, part of speech) of each token, with the parts of Universal Dependencies: NOUN, ADJ, PROPN, ..."""
+    """(text, part of speech) of each token, by Universal Dependencies: NOUN, ADJ, PROPN, ..."""
     chunks: tuple[str, ...]
     """Noun chunks in order."""
 
@@ -29,6 +29,7 @@ class NounPhrases:
             UserError: if spaCy or the pipeline is not installed.
         """
         try:
+            # An optional dependency: only this benchmark needs it.
             import spacy  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(

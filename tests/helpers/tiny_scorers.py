@@ -1,4 +1,4 @@
-"""Folders with scorer models of the real classes, with random weights and small enough to be made in a test."""
+"""Folders with scorer models of the real classes, with random weights and small enough for a test."""
 
 import json
 import string

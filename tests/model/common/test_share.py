@@ -1,4 +1,4 @@
-"""Shares of the work: every item has one owner, and a task knows its share from Slurm or from the command line."""
+"""Shares of the work: every item has one owner; a task reads its share from Slurm or the command line."""
 
 import pytest
 from hypothesis import given

