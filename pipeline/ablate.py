@@ -53,8 +53,10 @@ def train(job: Job, processes: int) -> None:
     """
     job.run.parent.mkdir(parents=True, exist_ok=True)
     stage_file = job.run.with_suffix(".yaml")
+    # the ranks read the resolved stage, with the row's settings and the snapshot
     stage_file.write_text(dump_stage(job.stage))
     code = wait_for(start_ranks(processes, str(stage_file)), 0, EXIT_AGAIN)
+    # 85 ends this command too: the job is to be started again
     if code:
         sys.exit(code)
 
@@ -67,6 +69,7 @@ def generate(job: Job, prompts: list[str]) -> Path:
     """
     folder = job.run / "scenes"
     if not (folder / "index.jsonl").exists():
+        # kept with the run, so that a later call can check that its prompts are the same
         job.prompts.write_text("\n".join(prompts), encoding="utf-8")
         arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder)]
         code = subprocess.run([sys.executable, "-m", "pipeline.sample", *arguments]).returncode
@@ -206,6 +209,7 @@ def main() -> None:
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
     prompts = held_out_prompts(base, arguments.scored, arguments.segments)
     texts = [prompt.caption.text for prompt in prompts]
+    # before any run is trained: a difference would be found hours later otherwise
     for job in jobs:
         job.check(texts)
 

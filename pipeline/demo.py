@@ -76,6 +76,7 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
         if stop_after is None or sent:
             return
         reports = read_reports(stage.run)
+        # the ranks agree to stop when any one of them is asked
         if reports and reports[-1]["samples"] >= stop_after:
             ranks[-1].send_signal(signal.SIGTERM)
             sent = True
@@ -133,6 +134,7 @@ def write_examples(stage: StageConfig, count: int) -> list[dict[str, str]]:
     folder.mkdir(exist_ok=True)
     examples: list[dict[str, str]] = []
     for index in range(count):
+        # evenly over the dataset, since neighboring rows are similar
         pair = pairs[index * len(pairs) // count]
         path = folder / f"{index:03d}.png"
         path.write_bytes(pair.image)
@@ -211,6 +213,7 @@ def main() -> None:
     phases("2 VAE: train", lambda: run("pipeline.train_vae", yaml, "--out", dataset.latents[0].vae))
     phases("2 VAE: latents", lambda: run("data_prep", "latents", yaml))
     phases("3 LLM states", lambda: run("data_prep", "text", yaml))
+    # the snapshot is what training reads: it freezes which parts belong together
     phases("3 snapshot", lambda: run("data_prep", "snapshot", yaml))
 
     # the stop and the resume are part of the demo: the losses are those of an uninterrupted run

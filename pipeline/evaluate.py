@@ -156,6 +156,7 @@ def generate_stage(
     precision = choose_precision(arguments.precision, device)
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
     params = choose_sampling_params(sampler.defaults, arguments)
+    # wrong settings are found before the LLMs are loaded, which can take minutes
     sampler.check(params)
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
@@ -173,6 +174,7 @@ def generate_stage(
         "weights_hash": hash_weights(sampler),
         "prompts": Path(str(arguments.prompts)).name,
     }
+    # the weights' hash is part of the plan: images of two checkpoints are never mixed
     write_plan(out, plan, settings)
     generated = generate_missing(sampler, share.owns(plan.images), params, arguments.batch, out, about, shows)
     if shows:
@@ -210,6 +212,7 @@ def answer_stage(
     settings: dict[str, Any] = dict(bench.settings)
     if bench is genai_bench.BENCH:
         settings |= {"template": arguments.question, "answer": arguments.answer}
+    # the score stage reads the same reference again
     if bench is fid.BENCH:
         settings["reference"] = str(arguments.reference.resolve())
     record_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(images))})
@@ -282,6 +285,7 @@ def show(result: dict[str, Any]) -> None:
     for name, identity in result["scorer"]["models"].items():
         CONSOLE.print(f"{name}: {identity['name']} at {identity['revision']}")
     defaults = asdict(BENCHES[result["bench"]].rules())
+    # readers compare with published numbers, so only what differs from them is of interest
     changed = {key: value for key, value in result["rules"].items() if value != defaults[key]}
     CONSOLE.print(f"formula: {changed or 'as published'}")
 
@@ -298,6 +302,7 @@ def main() -> None:
     """Run the command line."""
     arguments = parse()
     bench = BENCHES[arguments.bench]
+    # the formula's settings are checked now, not after hours of generating
     rules = read_rules(bench, arguments.rules)
 
     # tasks of an array and ranks of a task share the work alike

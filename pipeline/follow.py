@@ -135,6 +135,7 @@ def write_prompts(out: Path, settings: dict[str, Any]) -> None:
         given = f"--count {settings['count']} --segments {settings['segments']}"
         raise UserError(f"{given}: at least 1, and 2 to {MAX_SEGMENTS}")
     prompts = make_prompts(settings)
+    # the score command makes the prompts again from these settings
     record_settings(out / "prompts.json", settings)
     texts = [prompt.caption.text if isinstance(prompt, ScenePrompt) else prompt.text for prompt in prompts]
     (out / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -177,6 +178,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
     prompts = make_prompts(settings)
     files, per_prompt = find_images(out / IMAGES, len(prompts))
 
+    # all prompts of a folder are of one kind
     natural = [prompt for prompt in prompts if isinstance(prompt, NaturalPrompt)]
     if not natural:
         scenes = [prompt for prompt in prompts if isinstance(prompt, ScenePrompt)]

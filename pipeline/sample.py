@@ -119,6 +119,7 @@ def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Write `index.jsonl`, with one line per image, and `grid.png` with the first images."""
     first = records[:MAX_GRID]
     images = [Image.open(out / record["file"]) for record in first]
+    # a grid of thousands of images would be too large to open
     make_grid(images, [record["prompt"] for record in first]).save(out / "grid.png")
 
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
@@ -152,9 +153,11 @@ def main() -> None:
     precision = choose_precision(arguments.precision, device)
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
     params = choose_sampling_params(sampler.defaults, arguments)
+    # wrong settings are found before the LLMs are loaded, which can take minutes
     sampler.check(params)
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
+    # interleaved, so that the processes' shares differ by at most one image
     images = plan_images(prompts, arguments.images, seed)[ranks.rank :: ranks.world]
     out = arguments.out or arguments.source / "samples"
     out.mkdir(parents=True, exist_ok=True)

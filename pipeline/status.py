@@ -62,6 +62,7 @@ def queue_line(job: str) -> str:
         return ""
     arguments = ["squeue", "-h", "-j", job, "-o", QUEUE_FORMAT]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    # squeue fails for jobs that are no longer in the queue
     if result.returncode or not result.stdout.strip():
         return ""
     state, reason, start, nodes = result.stdout.strip().splitlines()[0].split("|")
@@ -83,6 +84,7 @@ def read_status(run: Path, now: float) -> Status:
     attempt, endings = read_attempt(run), read_endings(run)
     status = Status(run.name, _state(run, endings, queue_line(attempt.job if attempt else "")))
     status.starts = sum(line.get("event") == "start" for line in lines)
+    # only this key is read, so that runs of other versions can be shown too
     stage_file = run / "stage.yaml"
     if stage_file.exists():
         status.total = int(OmegaConf.select(OmegaConf.load(stage_file), "samples"))
@@ -106,6 +108,7 @@ def read_status(run: Path, now: float) -> Status:
         status.seconds_left = 0.0
     elif status.total and status.samples is not None and status.samples_per_second and status.goodput:
         left = max(0, status.total - status.samples)
+        # goodput includes restarts and saves, so the estimate does too
         status.seconds_left = left / status.samples_per_second / min(1.0, status.goodput)
     return status
 
@@ -119,6 +122,7 @@ def _speed(reports: list[dict[str, Any]]) -> float | None:
 def _state(run: Path, endings: list[Ending], queued: str) -> str:
     if (run / "finished.json").exists():
         return "finished"
+    # the queue is more recent than the last ending
     if queued:
         return queued
     if endings and not endings[-1].requeued:

@@ -137,6 +137,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
         height = slider(step, limits.side, defaults.height, step=step, label="Height", elem_id="height")
         width = slider(step, limits.side, defaults.width, step=step, label="Width", elem_id="width")
     with gr.Row():
+        # a run's default may exceed the page's limit
         default_steps = min(defaults.steps, limits.steps)
         steps = slider(1, limits.steps, default_steps, step=1, label="Steps", elem_id="steps")
         guidance = slider(0, 30, defaults.guidance, step=0.1, label="Guidance")
@@ -180,9 +181,8 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
         UserError: if the port is taken.
     """
     gr: Any = importlib.import_module("gradio")
-    theme = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )  # no web fonts
+    # the default theme loads fonts from another host
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page = build_page(studio)
     try:
         _, address, _ = page.launch(
@@ -221,6 +221,7 @@ def main() -> None:
     for name, value in asdict(Limits()).items():
         parser.add_argument(f"--max-{name}", type=int, default=value)
     arguments = parser.parse_args()
+    # checked before the network is loaded
     if importlib.util.find_spec("gradio") is None:
         raise UserError("package gradio is missing: install the extra, pip install -e '.[web]'")
 

@@ -48,6 +48,7 @@ def make_line(
     cells = [str(SeedMean.of(values)) if values else "-" for values in shares]
 
     losses = [record["loss"] for record in records.values() if record["loss"] is not None]
+    # a loss is not a share, so it is not shown in percent
     cells.append(SeedMean.of(losses).text(1, 4) if losses else "-")
     return {
         "title": title,
@@ -106,6 +107,7 @@ def positional_biases(ablation: Ablation, scores: Scores) -> dict[str, Positiona
     for name in [name for name in POSITION_ROWS if name in scores] or list(scores)[:4]:
         by_seed = [record["segments"] for record in scores[name].values()]
         means = [np.mean(segments, axis=0).tolist() for segments in zip(*by_seed, strict=True)]
+        # a prompt of one segment has no positions to compare
         if any(len(segments) > 1 for segments in means):
             biases[ablation.rows[name].title] = positional_bias(means)
     return biases
@@ -186,10 +188,12 @@ def build(
         f"{hours:.2f} hours of one run at a time."
     )
     tables, biases = make_tables(ablation, scores), positional_biases(ablation, scores)
+    # all runs have the same prompts, which `Job.check` makes sure of
     prompts_file = next((job.prompts for job in jobs if job.row in scores), None)
     prompts = prompts_file.read_text(encoding="utf-8").splitlines() if prompts_file is not None else []
 
     folder.mkdir(parents=True, exist_ok=True)
+    # array tasks may write the report at the same time
     write_atomic(folder / "table.md", markdown(tables, biases, left_out, cost))
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     text = page.render(

@@ -155,6 +155,7 @@ def make_jobs(
             ]
             config = load_stage(stage, [*settings, *row.settings, *own])
             absent = [family for family in config.fusion.families if family not in snapshot.families]
+            # the row is named in the report, which so shows why a table is shorter than the paper's
             if absent:
                 missing[name] = absent[0]
             else:
@@ -230,6 +231,7 @@ def orderings(ablation: Ablation, scores: dict[str, dict[int, float]]) -> dict[s
     for title, names in ablation.tables.items():
         pairs: list[Ordering] = []
         for first, second in combinations(names, 2):
+            # rows without a number in the paper are not ordered by it
             papers = ablation.rows[first].paper, ablation.rows[second].paper
             if papers[0] is None or papers[1] is None or first not in scores or second not in scores:
                 continue

@@ -148,6 +148,7 @@ def answer_missing(
 
     path = out / ANSWERS / f"{part}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a killed process may have left an incomplete line
     _cut_unfinished(path)
     with (
         path.open("a", encoding="utf-8") as file,
@@ -158,6 +159,7 @@ def answer_missing(
         for image in unanswered:
             answer = bench.ask(judges, image, open_image(out / IMAGES / image.file))
             file.write(json.dumps({"file": image.file, "answer": answer}, ensure_ascii=False) + "\n")
+            # a killed process loses only the image that it was asking about
             file.flush()
             progress.advance()
             progress.advance()

@@ -78,6 +78,7 @@ def cells(image: Image.Image, count: int) -> list[Image.Image]:
     """Return the grid's cells, row by row."""
     if count == 1:
         return [image]
+    # `pipeline.evaluate` always writes a 2x2 grid, also of two or three cells
     width, height = image.width // 2, image.height // 2
     corners = [(0, 0), (width, 0), (0, height), (width, height)][:count]
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]
@@ -145,6 +146,7 @@ def score_prompt(
             return None
         scores.append(sum(gated.values()) / len(gated))
 
+        # as published: each cell overwrites the points of the cell before
         if rules.raw_categories:
             points = [(categories[question], value) for question, value in right.items()]
         else:

@@ -58,6 +58,7 @@ def reference_images(folder: Path) -> list[BenchImage]:
 
 def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     """Return the image's features, fp32 in base64."""
+    # little-endian, so that answers can be read on any machine
     features = np.asarray(judges.inception.features([image])[0].cpu(), dtype="<f4")
     return {"features": base64.b64encode(features.tobytes()).decode()}
 

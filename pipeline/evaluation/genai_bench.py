@@ -41,6 +41,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
         skills: dict[str, list[str]] = {key: [] for key in texts}
         for skill, members in members_of_skills.items():
             for member in members:
+                # the skills file has numbers, the prompts file has five digits
                 skills[f"{int(member):05d}"].append(skill)
 
         for key, entry in texts.items():

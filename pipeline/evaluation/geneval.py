@@ -127,6 +127,7 @@ def _crop(image: Image.Image, detection: Detection) -> Image.Image:
     if detection.mask is not None:
         background = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, background, Image.fromarray(detection.mask))
+    # a box may be thinner than a pixel, and an empty crop is an error
     left, top, right, bottom = (round(side) for side in detection.box)
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
@@ -223,6 +224,7 @@ def positions(a: Sequence[float], b: Sequence[float], threshold: float) -> set[s
         math.copysign(max(abs(value) - threshold * size, 0.0), value)
         for value, size in zip(offset, sizes, strict=True)
     ]
+    # an offset within the threshold is no relation
     if all(abs(value) < 1e-3 for value in revised):
         return set()
 
@@ -238,6 +240,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: Ge
     for image in images:
         right, _ = is_correct(image.about, answers[image.file]["objects"], rules)
         tags.setdefault(image.about["tag"], []).append(right)
+        # the images of a prompt share its metadata
         key = json.dumps(image.about, sort_keys=True)
         prompts[key] = prompts.get(key, False) or right
 

@@ -35,6 +35,7 @@ def hash_weights(sampler: Sampler) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(sampler.network.named_parameters()):
         digest.update(name.encode())
+        # partitioned parameters are gathered one at a time
         with sampler.sharded.whole(parameter) if sampler.sharded else nullcontext():
             digest.update(parameter.detach().flatten()[:HASHED_VALUES].float().cpu().numpy().tobytes())
     return f"sampled-sha256:{digest.hexdigest()}"

@@ -142,6 +142,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     elif category == "numeracy":
         names, answer["numbers"] = t2i_objects.count_objects(parsed, entry.about["names"])
 
+    # the detector is asked once for all objects, also those that appear twice
     if category in ("spatial", "numeracy") or parts in ("spatial", "all"):
         classes = [t2i_objects.detector_name(name) for name in names]
         answer |= {"objects": classes, "size": list(image.size)}
@@ -177,6 +178,7 @@ def _boxes(answer: Answer, rules: T2IRules) -> list[Box]:
 
 def spatial(prompt: str, answer: Answer, rules: T2IRules) -> float:
     """Return a quarter of each object's confidence plus half of their position's score; 0 below the floor."""
+    # as published, a prompt without two objects scores 0
     if len(answer["objects"]) != 2:
         return 0.0
     first, second = answer["objects"]

@@ -91,6 +91,7 @@ def nouns_around_preposition(parsed: Parsed) -> list[str]:
     texts = [text for text, _ in words]
     objects: list[str] = []
     for i in range(len(words)):
+        # the longest preposition that starts here
         length = next((n for n in (3, 2, 1) if " ".join(texts[i : i + n]) in PREPOSITIONS), 0)
         if not length:
             continue
@@ -141,6 +142,7 @@ def count_objects(parsed: Parsed, names: Names) -> tuple[list[str], list[int]]:
         if word not in NUMBERS and word not in ARTICLES:
             continue
         next_two, next_word = " ".join(texts[i + 1 : i + 3]), " ".join(texts[i + 1 : i + 2])
+        # as published, `one` counts like an article
         single = word in (*ARTICLES, "one")
         if i < len(texts) - 2 and (next_two in singulars or next_two in plurals):
             plural = next_two in plurals and not single
@@ -214,6 +216,7 @@ def score_counts(objects: Sequence[str], numbers: Sequence[int], boxes: Sequence
     names = [box.name for box in distinct]
     total = 0.0
     for index, wanted in enumerate(objects):
+        # as published, and in place: it also affects the objects after this one
         if wanted not in names:
             names = [wanted if wanted in name else name for name in names]
         if wanted in names:

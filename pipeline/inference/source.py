@@ -59,6 +59,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     Raises:
         UserError: if the folder contains another model or another format version, or is damaged.
     """
+    # diffusers would show a progress bar for each part
     logging.disable_progress_bar()
     try:
         # with ZeRO-3 no process loads the whole network
@@ -72,6 +73,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         logging.enable_progress_bar()
 
     scheduler = pipeline.scheduler.config
+    # the scheduler's config is all that an export records of the objective
     flow = "shift" in scheduler or scheduler.get("prediction_type") == "flow_prediction"
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
     objective = ObjectiveConfig(name="flow" if flow else "ddpm", shift=shift)

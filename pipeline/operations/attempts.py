@@ -188,6 +188,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
                 f"`scancel {before.job}` first, or give name=..."
             )
 
+    # a job whose node died never called `end`
     recorded = {f"{ending.job}.{ending.restart}" for ending in read_endings(run)}
     if before is not None and before.name not in recorded:
         reason = "the job ended without a record: its node died, or it was killed or requeued from outside"
@@ -197,6 +198,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
     logs.mkdir(parents=True, exist_ok=True)
     attempt.log_sizes = {path.name: path.stat().st_size for path in logs.glob("*.txt")}
     if attempt.output:
+        # the job's output is stored elsewhere, and is easier to find from the run
         link = logs / f"job_{attempt.job}.txt"
         link.unlink(missing_ok=True)
         link.symlink_to(attempt.output)
@@ -233,16 +235,19 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
     saved = ", after saving a checkpoint" if rc == EXIT_AGAIN else ""
     if rc == 0 and not bad_nodes:
         return "finished", "the stage is finished", False
+    # the requeued job is a new attempt that Slurm starts by itself
     if ended_by == "outside":
         return "outside", f"requeued from outside{saved}", False
     if ended_by == "user":
         return "cancelled", f"canceled{saved}", False
 
     if bad_nodes:
+        # another start may get fit nodes, but not forever
         others = (i for i, ending in enumerate(reversed(endings)) if ending.kind != "bad_node")
         repeated = 1 + next(others, len(endings))
         return "bad_node", f"preflight failed on {bad_nodes}", repeated < MAX_BAD_NODES
 
+    # the same command would fail the same way
     if rc == 2:
         return "user_error", "an error that you can fix, see the message", False
 
@@ -263,6 +268,7 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
     if ended_by == "time":
         why = why or "out of time before all ranks had saved: give --signal a longer lead"
     reason = why or (f"killed by signal {rc - 128}" if rc > 128 else f"crashed with exit code {rc}")
+    # progress resets the count: only crashes at the same step show a persistent error
     repeated = 1 + _count_last(endings, {"crash", "lost"}, step)
     if repeated >= MAX_CRASHES:
         return (

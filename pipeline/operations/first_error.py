@@ -65,6 +65,7 @@ def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
     """
     failures: list[Failure] = []
     for path in sorted(logs.glob("*.txt")):
+        # the job's own output repeats rank 0's log
         if path.is_symlink():
             continue
         text = path.read_bytes()[sizes.get(path.name, 0) :].decode(errors="replace")
@@ -72,6 +73,7 @@ def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
 
         for block in _errors(text)[:1]:
             kind = CONSEQUENCE if CONSEQUENCES.search(block[-1]) else OWN
+            # the first line and the innermost frames say most
             shown = block if len(block) <= MAX_LINES else [block[0], "  ...", *block[2 - MAX_LINES :]]
             failures.append(Failure(kind, written, path.name, "\n".join(shown)))
         if path.name == "srun.txt" and (killed := KILLED.search(text)):

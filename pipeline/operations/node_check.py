@@ -152,6 +152,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_cache(stage: StageConfig) -> None:
+    # local stores are read in place, without a cache
     if not any(share.store.startswith("s3://") for share in shares(stage).values()):
         return
     folder = cache_root(stage.data)
@@ -169,6 +170,7 @@ def _check_store(stage: StageConfig) -> None:
     for dataset in open_datasets(stage):
         if not next(iter(dataset.folders("snapshots/")), None):
             raise UserError(f"{dataset.uri} has no snapshot: run `python -m data_prep snapshot DATASET.yaml`")
+    # credentials for reading may not allow writing
     if stage.checkpoint.upload:
         store, key = open_store(stage.checkpoint.upload), f"preflight/{secrets.token_hex(8)}"
         store.put(key, b"preflight")
@@ -190,6 +192,7 @@ def _check_network(report: NodeReport, ranks: Distributed, per_node: int) -> Non
     # right after the first collective, all processes are at the same point in time
     report.clock = time.time()
 
+    # each process has to create all groups, also those of other nodes
     groups = [list(range(first, first + per_node)) for first in range(0, ranks.world, per_node)]
     if 1 < per_node < ranks.world:
         own = [dist.new_group(group) for group in groups][ranks.rank // per_node]

@@ -92,6 +92,7 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
     Raises:
         UserError: if the stage cannot run.
     """
+    # sizes that do not fit, such as a width that heads do not divide, are errors here
     stage.dit(channels=16)
     if not gpus and needs_gpu(stage):
         raise UserError(
@@ -119,6 +120,7 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
             error for error in report.errors if error[0] != "network"
         )
     present = {report.node for report in reports}
+    # a node that is down writes no report at all
     for node in nodes:
         if node not in present:
             errors[node].add(("node", "did not answer"))
@@ -178,6 +180,7 @@ def _odd_clocks(reports: list[NodeReport]) -> dict[str, str]:
     clocks = {report.node: report.clock for report in reports if report.clock is not None}
     if not clocks:
         return {}
+    # the majority's clock, even if a few are off by hours
     usual = statistics.median_low(list(clocks.values()))
     return {
         node: f"clock is {clock - usual:+.0f} s off"

@@ -87,6 +87,7 @@ def curve(
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
+    # without the XML header, so that HTML can contain it
     svg = text.getvalue()
     return {"title": title, "note": note, "svg": svg[svg.index("<svg") :]}
 
@@ -129,6 +130,7 @@ def gate_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
 
     means: list[dict[str, Any]] = []
     for report in reports:
+        # a report without all gates has no mean
         if all(report.get(name) is not None for name in gates):
             mean = {"samples": report["samples"]}
             for label, names in blocks.items():
@@ -143,6 +145,7 @@ def bucket_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
     for name in names_in(reports):
         if match := BUCKET.fullmatch(name):
             lines[match[1]] = series(reports, name)
+    # rare buckets have noisy lines, and many lines hide each other
     frequent = sorted(lines, key=lambda bucket: len(lines[bucket][0]), reverse=True)[:MAX_LINES]
     return {bucket: line for bucket, line in lines.items() if bucket in frequent}
 

@@ -69,6 +69,7 @@ def _steps(corpus: Corpus) -> list[dict[str, str]]:
             files = []
         for file in files:
             dropped.update(file["dropped"])
+    # `plan` reads only headers, so damaged images are found later, by `pairs`
     missing["dropped when decoded in full"] = planned - used - missing.total()
 
     left = planned + dropped.total()

@@ -28,6 +28,7 @@ def list_events(run: Path) -> list[dict[str, Any]]:
     """Return starts, stops, the last saves, and how each attempt of a cluster job ended, by time."""
     events = read_events(run)
     shown = [event for event in events if event["event"] in ("start", "stop")]
+    # a run of weeks has thousands of saves
     shown += [event for event in events if event["event"] == "save"][-MAX_SAVES:]
 
     rows: list[dict[str, Any]] = []
@@ -95,6 +96,7 @@ def build(run: Path) -> Path:
     phases = extra.get("phases", [])
     longest = max((phase["seconds"] for phase in phases), default=1.0)
     curves = curves_of(run)
+    # the demo adds it; other runs are not compared with an untrained network
     if "learned" in extra:
         curves.insert(0, learned_curve(extra["learned"]))
 

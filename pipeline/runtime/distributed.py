@@ -68,6 +68,7 @@ class Distributed:
 
         if not torch.cuda.is_available():
             return torch.device("cpu")
+        # Slurm may give each task a single visible GPU, which is number 0 then
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     def _export(self) -> None:
@@ -99,6 +100,7 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)  # `gpu[07-09,12]` or `n1,n2`
     if first is None:
         return {}
+    # jobs on one node get different ports without talking to each other
     port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
     return {"MASTER_ADDR": first[1] + (first[2] or ""), "MASTER_PORT": str(port)}
 

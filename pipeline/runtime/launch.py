@@ -11,6 +11,7 @@ from pipeline.runtime.distributed import free_port
 def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
     """Start `count` ranks of `python -m pipeline.train ARGUMENTS` that share this machine's cores."""
     port = free_port()
+    # ranks that each use all cores would slow each other down
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return [
         subprocess.Popen(
@@ -47,6 +48,7 @@ def wait_for(
         for rank in [rank for rank in running if rank.poll() is not None]:
             running.remove(rank)
             if rank.returncode not in good:
+                # their collectives would wait for the failed rank until the timeout
                 for other in running:
                     other.kill()
                 return rank.returncode

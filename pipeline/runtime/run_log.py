@@ -14,6 +14,7 @@ def read_lines(run: Path) -> Iterator[dict[str, Any]]:
 
     with path.open() as file:
         for line in file:
+            # a killed rank may leave an incomplete line, and a running one may be writing it
             if line.endswith("\n"):
                 yield json.loads(line)
 

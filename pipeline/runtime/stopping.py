@@ -31,6 +31,7 @@ class Stop:
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # nothing else: the signal may interrupt any line, even an allocation
         self.reason = signal.Signals(number).name
 
     def watch(self, file: Path, minutes: float | None) -> None:
