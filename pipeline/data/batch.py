@@ -122,8 +122,25 @@ class PackedBatch:
                 text.sources = tensors["sources"]
 
         shape = tensors["mean"].shape
-        tensors |= {name: sample_noise(device, shape, keys, name) for name in ("posterior_noise", "noise")}
-        return Batch(self.bucket, self.epoch, self.index, **tensors, texts=texts, captions=self.captions)
+        posterior_noise, noise = (
+            sample_noise(device, shape, keys, stream) for stream in ("posterior_noise", "noise")
+        )
+        return Batch(
+            bucket=self.bucket,
+            epoch=self.epoch,
+            index=self.index,
+            ids=tensors["ids"],
+            sources=tensors["sources"],
+            passes=tensors["passes"],
+            mean=tensors["mean"],
+            std=tensors["std"],
+            posterior_noise=posterior_noise,
+            noise=noise,
+            u=tensors["u"],
+            keys=keys,
+            texts=texts,
+            captions=self.captions,
+        )
 
 
 def sample_keys(

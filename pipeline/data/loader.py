@@ -91,8 +91,7 @@ class TrainingData:
         return first.for_all(others)
 
     def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
-        """Yield this rank's batches from `position` on, epoch after epoch without an end, each with the
-        position after it.
+        """Yield this rank's batches from `position` on without an end, each with the position after it.
 
         Raises:
             UserError: if the position is inside an epoch of another order, or a file cannot be fetched or is
@@ -130,8 +129,7 @@ class TrainingData:
             epoch, first = epoch + 1, 0
 
     def validation(self) -> Iterator[Batch]:
-        """Yield this rank's batches of the held-out parts, the same every time; none if no parts are held
-        out.
+        """Yield this rank's batches of the held-out parts, if there are any; they are always the same.
 
         Raises:
             UserError: if fewer samples are held out than there are ranks, or a file cannot be fetched or is

@@ -129,8 +129,10 @@ class _WorkerStart:
         self.environment = dict(os.environ)
 
     def __call__(self, worker: int) -> None:
-        """Ignore signals that are meant for the trainer; exit on SIGTERM only if the trainer is closing or
-        has exited."""
+        """Ignore signals that are meant for the trainer.
+
+        Exit on SIGTERM only if the trainer is closing or has exited.
+        """
         # The fork server may have been started with an older environment than the trainer's (credentials,
         # endpoint).
         os.environ.update(self.environment)

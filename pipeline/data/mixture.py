@@ -1,5 +1,4 @@
-"""Several datasets as one: which rows of each make an epoch, so that each dataset's share of the samples
-follows its weight.
+"""Several datasets as one: the rows of each that make an epoch, so that shares of samples follow the weights.
 
 Each dataset is repeated endlessly, pass after pass, separately for each bucket. An epoch of the mixture takes
 the next stretch of it: one whole pass of the dataset that is largest for its weight, and more of the others,
@@ -103,8 +102,10 @@ class Mixture:
 
 
 def source_seeds(seed: int, datasets: Sequence[str]) -> tuple[int, ...]:
-    """Return one seed per dataset for the random numbers of its samples, whose ids count from 0 in each
-    dataset."""
+    """Return one seed per dataset for the random numbers of its samples.
+
+    Ids of samples count from 0 in each dataset, so they do not distinguish samples of several datasets.
+    """
     if len(datasets) == 1:
         return (seed,)
     return tuple(sample_seed(seed, 0, 0, f"dataset {name}") for name in datasets)

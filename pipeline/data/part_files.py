@@ -39,8 +39,10 @@ Place = tuple[int, int]
 
 
 class PartIndex:
-    """The parts of each bucket and their files: columns that all processes of a machine map from one file per
-    bucket."""
+    """The parts of each bucket, and their files.
+
+    All processes of a machine map its columns from one file per bucket.
+    """
 
     def __init__(self, cache: ShardCache, snapshot: Snapshot) -> None:
         """Put the index files into the cache, unless another process did.
@@ -136,8 +138,7 @@ class DatasetFiles:
 
 
 class OpenShards:
-    """The shards that a process has open, in all families of the stage; those used longest ago are closed
-    first."""
+    """The shards that a process has open; those used longest ago are closed first."""
 
     def __init__(self, sources: Sequence[DatasetFiles], families: Sequence[Family]) -> None:
         """Open nothing yet.

@@ -17,8 +17,7 @@ class Position:
     batch: int
     global_batch: int
     order: dict[str, int] = field(default_factory=dict)
-    """Everything else that decides the order: version of the planner, canonical nodes, window, held-out
-    parts."""
+    """Everything else that decides the order: planner version, canonical nodes, window, held-out parts."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a record for JSON."""

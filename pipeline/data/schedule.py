@@ -1,5 +1,4 @@
-"""The batches of one rank: a stage and its corpus become requests for rows, the same in every run, from any
-position on."""
+"""The batches of one rank: a stage and its corpus become requests for rows, from any position on."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,10 @@ _FIXED_SEED = 0
 
 
 class Schedule:
-    """The order of the stage's samples, and this rank's share of each global batch. Plain integers; reads no
-    payload."""
+    """The order of the stage's samples, and this rank's share of each global batch.
+
+    It works with integers from the parts' indexes, and reads no payload.
+    """
 
     def __init__(
         self, stage: StageConfig, corpus: Corpus, indexes: Sequence[PartIndex], rank: int, world: int

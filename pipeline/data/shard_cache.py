@@ -85,8 +85,7 @@ def locked(path: Path, wait_seconds: float) -> Iterator[bool]:
 
 
 class ShardCache:
-    """Returns the path of a payload file that is on this machine and whole. For all processes of a machine at
-    once."""
+    """Payload files that are on this machine and whole; all processes of a machine share it."""
 
     def __init__(self, dataset: Store, root: Path, snapshot: str, limit: int | None) -> None:
         """Set up the cache.
@@ -216,8 +215,10 @@ class ShardCache:
         return self.folder / f"{name}.failed"
 
     def _is_whole(self, path: Path, file: StoredFile, name: str) -> bool:
-        """True if the file has the right size and hash; hashed once per state of the file and boot of the
-        machine."""
+        """True if the file has the right size and hash.
+
+        It is hashed once per state of the file and boot of the machine.
+        """
         marker = self._marker_path(name)
         try:
             if path.stat().st_size != file.bytes:
@@ -241,8 +242,7 @@ class ShardCache:
 
     @contextmanager
     def reserve(self, path: Path, needed: int) -> Iterator[None]:
-        """Evict what was used longest ago until `needed` more bytes fit, and keep these bytes reserved in the
-        block.
+        """Evict what was used longest ago until `needed` more bytes fit; the block keeps them reserved.
 
         A process that has an evicted file open can go on reading it.
 
@@ -287,8 +287,10 @@ class ShardCache:
             surplus -= status.st_size
 
     def clean(self) -> None:
-        """Remove what dead processes left unfinished, in the caches of all snapshots; never a living
-        process's files."""
+        """Remove what dead processes left unfinished, in the caches of all snapshots.
+
+        The files of living processes stay.
+        """
         for path, _ in _files_under(self.root, ".part", ".reserved"):
             with self._locked(
                 path.with_name(path.name.partition(".")[0]), 0.0
@@ -298,8 +300,7 @@ class ShardCache:
 
 
 def _reserved_bytes(reservation: Path) -> int:
-    """Bytes that a download in progress may still take; 0 if its process, which locks the reservation, has
-    exited."""
+    """Bytes that a download in progress may still take; 0 if the process that locked them has exited."""
     with suppress(FileNotFoundError), reservation.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -109,8 +109,9 @@ class StreamingSnapshot(StreamingDataset):
         self.jumps, self.is_over = self.jumps + 1, False
 
     def begin(self) -> tuple[int, int]:
-        """Start an iteration: an epoch, or the rest of one. Call it before each iteration, as
-        `SnapshotLoader` does.
+        """Start an iteration: an epoch, or the rest of one.
+
+        Call it before each iteration, as `SnapshotLoader` does.
 
         Returns:
             Epoch and batch with which it begins.
@@ -230,8 +231,9 @@ class StreamingSnapshot(StreamingDataset):
         return self.position(epoch, batch).to_dict()
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Let the next iteration continue where `state_dict` was called, on any number of ranks and loader
-        processes.
+        """Let the next iteration continue where `state_dict` was called.
+
+        The number of ranks and loader processes may have changed.
 
         Raises:
             UserError: if the position is inside an epoch whose order has changed.
@@ -246,11 +248,10 @@ class StreamingSnapshot(StreamingDataset):
 
 
 class SnapshotLoader(StreamingDataLoader):
-    """A DataLoader for `StreamingSnapshot`: each iteration is its next epoch, and an error on one rank is
-    raised on every rank.
+    """A DataLoader for `StreamingSnapshot`: each iteration is its next epoch.
 
-    All ranks iterate together: they agree on each batch that all of them have it. To look at rows on one
-    rank, index the dataset.
+    An error on one rank is raised on every rank. All ranks iterate together: they agree on each batch
+    that all of them have it. To look at rows on one rank, index the dataset.
     """
 
     _iterator = None

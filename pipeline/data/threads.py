@@ -5,11 +5,10 @@ from multiprocessing.pool import Pool, ThreadPool
 
 
 class Threads(ThreadPool):
-    """A thread pool that never blocks shutdown: its threads are not joined on an exception, on Ctrl-C or at
-    exit.
+    """A thread pool that never blocks shutdown.
 
-    A download may be retried for minutes. The pools of concurrent.futures would be joined, however long that
-    takes.
+    Its threads are not joined on an exception, on Ctrl-C or at exit. A download may be retried for minutes.
+    The pools of concurrent.futures would be joined, however long that takes.
     """
 
     def __init__(self, count: int) -> None:

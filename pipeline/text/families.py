@@ -16,8 +16,7 @@ def text_families(stage: StageConfig, corpus: Corpus) -> dict[str, Family]:
 
 
 def open_texts(stage: StageConfig, corpus: Corpus) -> Store:
-    """Open the store of the text families' constants: the first dataset's, or that of a run that encodes
-    online.
+    """Open the store of the text families' constants: the first dataset's, or the run's own.
 
     Raises:
         UserError: if there is no such store.
@@ -28,8 +27,9 @@ def open_texts(stage: StageConfig, corpus: Corpus) -> Store:
 
 
 def prepare_texts(stage: StageConfig, corpus: Corpus, ranks: Distributed) -> None:
-    """Measure what a run that encodes online needs instead of stored families; call it before the network is
-    built.
+    """Measure what a run that encodes online needs instead of stored families.
+
+    Call it before the network is built.
 
     Raises:
         UserError: if an encoder cannot be loaded, or the dataset has no captions yet.
