@@ -35,7 +35,10 @@ def test_a_run_resumes_with_the_losses_that_it_would_have_had(tmp_path, world):
     assert [report["step"] for report in reports] == [report["step"] for report in EXPECTED["reports"]]
     for report, expected in zip(reports, EXPECTED["reports"], strict=True):
         for name in ("loss", "grad_norm", "lr", "loss_t0"):
-            assert report[name] == pytest.approx(expected[name], rel=1e-5), f"step {report['step']}, {name}"
+            if expected[name] is None:  # no sample of the step fell into the bin
+                assert name not in report
+            else:
+                assert report[name] == pytest.approx(expected[name], rel=1e-5), f"step {report['step']}, {name}"
 
 
 def test_a_stage_with_nulls_for_the_presets_sizes_is_read(tmp_path):

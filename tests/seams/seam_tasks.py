@@ -13,6 +13,8 @@ from tests.helpers import fake_snapshot, trainer_tasks
 from tests.seams import toys  # noqa: F401
 
 FRAMES = 3
+STEPS = 6
+PLAIN = {"samples": 8 * STEPS, "log__validate_every_samples": 0, "data__validation_parts": 0}
 
 
 def train(store, runs, stop_at, settings):
@@ -21,8 +23,7 @@ def train(store, runs, stop_at, settings):
     real = torch.compile
     torch.compile = lambda function, **options: real(function, **{**options, "backend": "eager"})
     try:
-        settings = {"log__validate_every_samples": 0, "data__validation_parts": 0, **settings}
-        return trainer_tasks.train(store, runs, stop_at, settings)
+        return trainer_tasks.train(store, runs, stop_at, {**PLAIN, **settings})
     finally:
         torch.compile = real
 
@@ -47,7 +48,7 @@ def watched(store, runs):
     """Steps that a callback has seen, and names of what was reported."""
     logging.disable(logging.INFO)
     watch = Watch()
-    config = trainer_tasks.stage(store, runs, log__validate_every_samples=0, data__validation_parts=0)
+    config = trainer_tasks.stage(store, runs, **PLAIN)
     assert Trainer(config, Distributed.from_environment(), Stop(), callbacks=[watch]).run() == 0
     return watch.steps, list(read_reports(config.run)[-1])
 
