@@ -15,13 +15,15 @@ from model.layers import CrossAttention
 class Block(nn.Module, ABC):
     """One block of the DiT.
 
-    The network, the engine, the compiler, the estimate and the FLOPs formula ask the block for what they need to know, so a
-    new type is one file with a class that fills in this interface. `forward` takes and returns nothing but tensors: as a
-    leaf of ZeRO-3 the block is gathered whole, and its `forward` compiles to one graph.
+    The network, the engine, the compiler, the estimate and the FLOPs formula ask the block for what they need
+    to know, so a new type is one file with a class that fills in this interface. `forward` takes and returns
+    nothing but tensors: as a leaf of ZeRO-3 the block is gathered whole, and its `forward` compiles to one
+    graph.
     """
 
     text_axes: ClassVar[dict[int, int]] = {1: 1, 2: 3}
-    """Argument of `forward` -> its axis that has the text's length, the one size that differs from batch to batch."""
+    """Argument of `forward` -> its axis that has the text's length, the one size that differs from batch to
+    batch."""
 
     def __init__(self, sizes: DiTConfig) -> None:
         """Build the block for the sizes of the DiT."""
@@ -58,11 +60,15 @@ class Block(nn.Module, ABC):
         """Return how many values the block keeps for its backward pass for one sample, without compiling."""
 
     def text_attention(self) -> CrossAttention | None:
-        """Return the layer whose attention weights show the text tokens that each patch reads; None if there is none."""
+        """Return the layer whose attention weights show the text tokens that each patch reads; None if there
+        is none."""
         return None
 
-    def example_inputs(self, samples: int, patches: int, text_tokens: int, padded: bool) -> tuple[Tensor | None, ...]:
-        """Return arguments for `forward`, all zeros, as training passes them: the block is compiled with them.
+    def example_inputs(
+        self, samples: int, patches: int, text_tokens: int, padded: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Return arguments for `forward`, all zeros, as training passes them: the block is compiled with
+        them.
 
         Args:
             samples: samples of a micro-batch.

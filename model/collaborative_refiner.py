@@ -20,10 +20,13 @@ class CollaborativeBranch(nn.Module):
         self.modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, others: Tensor, others_mask: Tensor | None, c: Tensor) -> Tensor:
-        """Refine tokens x [B, T, R] by tokens `others` [B, S, R], where `others_mask` is the result of `key_mask`."""
+        """Refine tokens x [B, T, R] by tokens `others` [B, S, R], where `others_mask` is the result of
+        `key_mask`."""
         vectors = self.modulation(c)  # 6 x [B, 1, R]
         shift, scale, gate = vectors[0:3]
-        x = residual(x, self.attention(modulate(x, shift, scale), self.others_norm(others), others_mask), gate)  # [B, T, R]
+        x = residual(
+            x, self.attention(modulate(x, shift, scale), self.others_norm(others), others_mask), gate
+        )  # [B, T, R]
         shift, scale, gate = vectors[3:6]
         return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, T, R]
 
@@ -36,9 +39,14 @@ class CollaborativeBlock(nn.Module):
         self.branches = nn.ModuleList(CollaborativeBranch(width, heads, hidden) for _ in range(branches))
 
     def forward(
-        self, tokens: Sequence[Tensor], keys: Sequence[Tensor | None], conditions: Sequence[Tensor], cuts: Sequence[int]
+        self,
+        tokens: Sequence[Tensor],
+        keys: Sequence[Tensor | None],
+        conditions: Sequence[Tensor],
+        cuts: Sequence[int],
     ) -> list[Tensor]:
-        """Refine each LLM's tokens [B, T_i, R] from position `cuts[i]` on, where `keys[i]` shows the tokens of the others."""
+        """Refine each LLM's tokens [B, T_i, R] from position `cuts[i]` on, where `keys[i]` shows the tokens
+        of the others."""
         return [
             branch(tokens[own][:, cuts[own] :], _join_others(tokens, own), keys[own], conditions[own])
             for own, branch in enumerate(self.branches)
@@ -53,11 +61,16 @@ class CollaborativeRefiner(nn.Module):
         self.blocks = nn.ModuleList(CollaborativeBlock(width, heads, hidden, branches) for _ in range(blocks))
 
     def forward(
-        self, tokens: Sequence[Tensor], masks: Sequence[Tensor] | None, conditions: Sequence[Tensor], prefixes: Sequence[int]
+        self,
+        tokens: Sequence[Tensor],
+        masks: Sequence[Tensor] | None,
+        conditions: Sequence[Tensor],
+        prefixes: Sequence[int],
     ) -> list[Tensor]:
         """Refine each LLM's tokens by the others' and cut off the prefixes.
 
-        The last block computes only the tokens that stay: as a query, a prefix token changes no token but itself.
+        The last block computes only the tokens that stay: as a query, a prefix token changes no token but
+        itself.
 
         Args:
             tokens: [B, T_i, R] of each LLM.

@@ -13,7 +13,8 @@ class Text:
     """One LLM's standardized hidden states of a batch of prompts, padded on the right."""
 
     states: Tensor
-    """[B, T, W]: the first `prefix` positions are the prefix, the same in every sample; padding is not read."""
+    """[B, T, W]: the first `prefix` positions are the prefix, the same in every sample; padding is not
+    read."""
     mask: Tensor
     """bool [B, T]: True = a token, False = padding."""
     prefix: int
@@ -45,7 +46,8 @@ class Text:
 
 @dataclass
 class Condition:
-    """All conditions of a batch of samples: one object from the batch to the blocks, in training and in sampling."""
+    """All conditions of a batch of samples: one object from the batch to the blocks, in training and in
+    sampling."""
 
     timesteps: Tensor
     """fp32 [B] in [0, 1], 1 = pure noise; or [B, N], a time of its own for each of the N patches."""
@@ -57,13 +59,17 @@ class Condition:
     def rows(self, rows: slice) -> "Condition":
         """Return the conditions of some of the samples."""
         texts = [text.rows(rows) for text in self.texts]
-        return Condition(self.timesteps[rows], texts, {name: values[rows] for name, values in self.extra.items()})
+        return Condition(
+            self.timesteps[rows], texts, {name: values[rows] for name, values in self.extra.items()}
+        )
 
     def row(self, index: int) -> "Condition":
         """Return the condition of one sample, its texts without padding."""
         one = slice(index, index + 1)
         texts = [text.row(index) for text in self.texts]
-        return Condition(self.timesteps[one], texts, {name: values[one] for name, values in self.extra.items()})
+        return Condition(
+            self.timesteps[one], texts, {name: values[one] for name, values in self.extra.items()}
+        )
 
     def at(self, time: float) -> "Condition":
         """Return the same conditions with one time for all samples."""
@@ -72,11 +78,14 @@ class Condition:
     @staticmethod
     def concatenate(conditions: Sequence["Condition"]) -> "Condition":
         """Join the samples of several batches, such as the branches of guidance."""
-        texts = [Text.concatenate(of_llm) for of_llm in zip(*(each.texts for each in conditions), strict=True)]
+        texts = [
+            Text.concatenate(of_llm) for of_llm in zip(*(each.texts for each in conditions), strict=True)
+        ]
         extra = {name: torch.cat([each.extra[name] for each in conditions]) for name in conditions[0].extra}
         return Condition(torch.cat([each.timesteps for each in conditions]), texts, extra)
 
 
 Predict = Callable[[Tensor, Condition], Tensor]
-"""The network as a function: noisy latents [B, C, ...] and their condition -> prediction [B, C, ...]. With the branches of
-guidance in one condition the latents may come once for all branches, [B / branches, C, ...]."""
+"""The network as a function: noisy latents [B, C, ...] and their condition -> prediction [B, C, ...]. With
+the branches of guidance in one condition the latents may come once for all branches, [B / branches, C,
+...]."""

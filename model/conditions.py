@@ -1,4 +1,5 @@
-"""Conditions of the network beside timestep and text, such as the size of the training image: a class each, by name."""
+"""Conditions of the network beside timestep and text, such as the size of the training image: a class each,
+by name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from model.costs import LayerCost
 
 
 class ExtraCondition(nn.Module, ABC):
-    """Embeds one value per sample; the embedding is added to that of timestep and text, which every block reads.
+    """Embeds one value per sample; the embedding is added to that of timestep and text, which every block
+    reads.
 
-    End with a `ZeroLinear`, so that a network that gets the condition in a later stage starts as it was. A class serves
-    training and sampling alike: `from_batch` takes the values from the training data, `for_sampling` from the request.
+    End with a `ZeroLinear`, so that a network that gets the condition in a later stage starts as it was. A
+    class serves training and sampling alike: `from_batch` takes the values from the training data,
+    `for_sampling` from the request.
     """
 
     def __init__(self, sizes: DiTConfig) -> None:

@@ -8,25 +8,29 @@ from typing import Any, Literal
 from model.common.errors import UserError
 
 INSTRUCTION = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of the objects:"
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, "
+    "and spatial relationships of the objects:"
 )
 """The paper's instruction (section 3.1)."""
 
 
 @dataclass
 class FusionConfig:
-    """Settings of the fusion: from the LLMs' hidden states to the text tokens that the DiT attends to (paper section 3.1).
+    """Settings of the fusion: from the LLMs' hidden states to the text tokens that the DiT attends to (paper
+    section 3.1).
 
-    Every row of the paper's tables 2, 3, 5 and 6 is one setting of these fields; with or without the instruction is a
-    choice of text family, since the hidden states of a caption depend on the text before it.
+    Every row of the paper's tables 2, 3, 5 and 6 is one setting of these fields; with or without the
+    instruction is a choice of text family, since the hidden states of a caption depend on the text before it.
     """
 
     families: list[str] = field(default_factory=list)
     """Text families to fuse, in order; the order fixes the order of branches in the weights."""
     mode: Literal["none", "concat", "collaborative"] = "collaborative"
-    """`none`: one LLM alone; `concat`: branches side by side; `collaborative`: the paper's refiner across branches."""
+    """`none`: one LLM alone; `concat`: branches side by side; `collaborative`: the paper's refiner across
+    branches."""
     refiner: Literal["none", "full", "causal"] = "full"
-    """Linguistic token refiner: absent, full attention (the paper's), or causal (the paper's counter-test)."""
+    """Linguistic token refiner: absent, full attention (the paper's), or causal (the paper's
+    counter-test)."""
     refiner_blocks: int = 2
     collaborative_blocks: int = 1
     gate: bool = True
@@ -34,17 +38,21 @@ class FusionConfig:
     time: bool = True
     """True if the timestep conditions the refiners, in addition to the pooled text."""
     width: int | None = None
-    """Width of the refiners; None = the DiT's. At the LLM's 4,096 they would cost as much as the 1B DiT itself."""
+    """Width of the refiners; None = the DiT's. At the LLM's 4,096 they would cost as much as the 1B DiT
+    itself."""
     heads: int | None = None
     """Attention heads of the refiners; None = the DiT's."""
     crop: Literal["after", "before"] = "after"
     """Cut off the prefix after both refiners (the paper) or before them."""
     pool: Literal["caption", "all"] = "caption"
-    """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not say)."""
+    """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not
+    say)."""
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another way is refused."""
+    """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another
+    way is refused."""
     encode: Literal["families", "online"] = "families"
-    """Read the states from text families, or run the LLMs in the trainer, with the settings in the stage's `text`."""
+    """Read the states from text families, or run the LLMs in the trainer, with the settings in the stage's
+    `text`."""
 
     def __post_init__(self) -> None:
         """Check the fields against one another.
@@ -53,11 +61,19 @@ class FusionConfig:
             UserError: if the settings contradict one another.
         """
         if self.mode == "none" and len(self.families) > 1:
-            raise UserError(f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or collaborative")
+            raise UserError(
+                f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or "
+                "collaborative"
+            )
         if self.refiner != "none" and self.refiner_blocks < 1:
-            raise UserError(f"fusion.refiner_blocks={self.refiner_blocks}: set at least 1, or fusion.refiner=none")
+            raise UserError(
+                f"fusion.refiner_blocks={self.refiner_blocks}: set at least 1, or fusion.refiner=none"
+            )
         if self.mode == "collaborative" and self.collaborative_blocks < 1:
-            raise UserError(f"fusion.collaborative_blocks={self.collaborative_blocks}: set at least 1, or fusion.mode=concat")
+            raise UserError(
+                f"fusion.collaborative_blocks={self.collaborative_blocks}: set at least 1, or "
+                "fusion.mode=concat"
+            )
 
 
 @dataclass
@@ -86,11 +102,13 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Check the fields against one another.
 
-        Raises:
-            UserError: if the heads do not divide the width, or the latents have another number of axes than 2 or 3.
+        Raises: UserError: if the heads do not divide the width, or the latents have another number of axes
+            than 2 or 3.
         """
         if self.width % self.heads:
-            raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them")
+            raise UserError(
+                f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them"
+            )
         if self.axes not in (2, 3):
             raise UserError(f"model.axes={self.axes}: latents are [C, h, w] or [C, T, h, w], so set 2 or 3")
 
@@ -113,7 +131,9 @@ class DiTConfig:
         shape = self.patch_shape
         if len(latents) != len(shape) or any(size % side for size, side in zip(latents, shape, strict=True)):
             sizes, sides = (" x ".join(map(str, numbers)) for numbers in (latents, shape))
-            raise UserError(f"latents of {sizes} do not divide into patches of {sides}: choose a multiple of it")
+            raise UserError(
+                f"latents of {sizes} do not divide into patches of {sides}: choose a multiple of it"
+            )
         return tuple(size // side for size, side in zip(latents, shape, strict=True))
 
 
@@ -127,12 +147,14 @@ class TextConfig:
     revision: str | None = None
     encoder: Literal["causal", "t5", "clip"] = "causal"
     layer: str = "-3"
-    """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` = concatenated."""
+    """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` =
+    concatenated."""
     prefix: str = "{instruction} "
     """Text before the caption: system prompt, chat markup; `{instruction}` is filled in."""
     instruction: str = INSTRUCTION
     suffix: str = ""
-    """Text after the caption, such as the end-of-turn markup; the null caption needs at least one token here."""
+    """Text after the caption, such as the end-of-turn markup; the null caption needs at least one token
+    here."""
     max_tokens: int = 256
     """Most tokens of a caption (suffix included, prefix not)."""
     quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
@@ -140,4 +162,5 @@ class TextConfig:
     reuse_prefix: bool = True
     tokens_per_batch: int = 4096
     device_map: str | None = None
-    """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it; None = one device."""
+    """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it;
+    None = one device."""

@@ -1,4 +1,5 @@
-"""LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper section 3)."""
+"""LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper
+section 3)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -30,10 +31,12 @@ class FinalLayer(nn.Module):
 
 
 class LIDiT(nn.Module):
-    """The whole trained network, from noisy latents, timesteps and the LLMs' hidden states to a prediction per latent."""
+    """The whole trained network, from noisy latents, timesteps and the LLMs' hidden states to a prediction
+    per latent."""
 
     new_branches: ClassVar[tuple[str, ...]] = ("fusion",)
-    """Modules that start as the identity, so that a stage may add them, or branches of them, to an earlier stage's weights."""
+    """Modules that start as the identity, so that a stage may add them, or branches of them, to an earlier
+    stage's weights."""
 
     def __init__(
         self, config: DiTConfig, fusion: FusionConfig, text_widths: Sequence[int], checkpoint_every: int = 0
@@ -44,7 +47,8 @@ class LIDiT(nn.Module):
             config: sizes of the DiT.
             fusion: switches of the text side.
             text_widths: width of each LLM's hidden states, in the order of `fusion.families`.
-            checkpoint_every: recompute every n-th block in the backward pass instead of keeping its activations; 0 = none.
+            checkpoint_every: recompute every n-th block in the backward pass instead of keeping its
+            activations; 0 = none.
 
         Raises:
             UserError: if the settings do not fit together, or name a block or condition that does not exist.
@@ -63,15 +67,17 @@ class LIDiT(nn.Module):
     def init_weights(self) -> None:
         """Set the starting weights again, such as after a model built on the meta device got its memory.
 
-        | parameters                                            | start                                        |
+        | parameters                                            | start
+        |
         |-------------------------------------------------------|----------------------------------------------|
-        | linear layers                                         | Xavier-uniform, bias 0                       |
-        | modulations and gates, linear layer of the last layer | 0, so blocks start as the identity, output 0 |
-        | gains of RMS norms                                    | 1                                            |
-        | convolutions                                          | torch's default                              |
+        | linear layers                                         | Xavier-uniform, bias 0
+        | | modulations and gates, linear layer of the last layer | 0, so blocks start as the identity, output
+        0 | | gains of RMS norms                                    | 1
+        | | convolutions                                          | torch's default
+        |
 
-        Each layer initializes itself when it is built, because parameters that ZeRO-3 has partitioned cannot be set from
-        here.
+        Each layer initializes itself when it is built, because parameters that ZeRO-3 has partitioned cannot
+        be set from here.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.RMSNorm):
@@ -80,10 +86,10 @@ class LIDiT(nn.Module):
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """Predict the objective's target.
 
-        Args:
-            latents: noisy latents [B, C, h, w] or [B, C, T, h, w]; if they are the same in each branch of guidance, once for
-                all branches: [B / branches, C, ...].
-            condition: timesteps, one text per LLM in the order of `text_widths`, and the values of `model.conditions`.
+        Args: latents: noisy latents [B, C, h, w] or [B, C, T, h, w]; if they are the same in each branch of
+            guidance, once for all branches: [B / branches, C, ...].
+            condition: timesteps, one text per LLM in the order of `text_widths`, and the values of
+            `model.conditions`.
 
         Returns:
             [B, C, ...] in the dtype of the weights.
@@ -104,7 +110,9 @@ class LIDiT(nn.Module):
 
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
-                x = checkpoint(block, x, text, text_mask, c, use_reentrant=False, preserve_rng_state=False)  # [B, N, D]
+                x = checkpoint(
+                    block, x, text, text_mask, c, use_reentrant=False, preserve_rng_state=False
+                )  # [B, N, D]
             else:
                 x = block(x, text, text_mask, c)  # [B, N, D]
 
@@ -113,8 +121,8 @@ class LIDiT(nn.Module):
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
         """Turn the condition into what every block reads.
 
-        Returns:
-            Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector [B, D], or
+        Returns: Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition
+            vector [B, D], or
             [B, N, D] where each patch has a time of its own.
         """
         times = condition.timesteps

@@ -13,7 +13,8 @@ from model.layers import MLP, CrossAttention, Modulation, SelfAttention
 
 @BLOCKS.register("dit")
 class DiTBlock(Block):
-    """Self-attention, cross-attention to the text and feed-forward layer, each with its own shift, scale and gate."""
+    """Self-attention, cross-attention to the text and feed-forward layer, each with its own shift, scale and
+    gate."""
 
     def __init__(self, sizes: DiTConfig) -> None:
         super().__init__(sizes)
@@ -59,5 +60,6 @@ class DiTBlock(Block):
 
     @classmethod
     def activations(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
-        """Return the values that are kept: 47 per patch and channel, 8 per text token and channel, 12 per channel."""
+        """Return the values that are kept: 47 per patch and channel, 8 per text token and channel, 12 per
+        channel."""
         return sizes.width * (47 * patches + 8 * text_tokens + 12)

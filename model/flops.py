@@ -36,10 +36,11 @@ def flops_per_sample(
     text_tokens: Sequence[int],
     prefix_tokens: Sequence[int] | None = None,
 ) -> float:
-    """Return the floating-point operations of one sample's forward and backward pass, without recomputed activations.
+    """Return the floating-point operations of one sample's forward and backward pass, without recomputed
+    activations.
 
-    6 x weights x vectors that go through them, plus 12 x width x queries x keys for each attention, a multiplication and an
-    addition being two operations and a backward pass two forward passes.
+    6 x weights x vectors that go through them, plus 12 x width x queries x keys for each attention, a
+    multiplication and an addition being two operations and a backward pass two forward passes.
 
     Args:
         config: sizes of the DiT.
@@ -53,7 +54,10 @@ def flops_per_sample(
     patches = math.prod(latents) // math.prod(config.patch_shape)
     captions = [total - prefix for total, prefix in zip(text_tokens, prefix_tokens, strict=True)]
 
-    layers = [*_dit(config, patches, sum(captions)), *_refiners(config, fusion, text_widths, text_tokens, captions)]
+    layers = [
+        *_dit(config, patches, sum(captions)),
+        *_refiners(config, fusion, text_widths, text_tokens, captions),
+    ]
     attention = config.depth * BLOCKS[config.block].attention(config, patches, sum(captions))
     attention += _refiner_attention(config, fusion, text_tokens, captions)
     return 6.0 * sum(layer.weights * layer.rows for layer in layers) + 12.0 * attention
@@ -96,7 +100,9 @@ def _refiners(
     refined = captions if fusion.crop == "before" else tokens
 
     queries_of_llms = _refinements(fusion, refined, captions)
-    for states, total, inside, queries_of_blocks in zip(text_widths, tokens, refined, queries_of_llms, strict=True):
+    for states, total, inside, queries_of_blocks in zip(
+        text_widths, tokens, refined, queries_of_llms, strict=True
+    ):
         yield gains(states, width)
         yield linear(states, width, total)
         yield linear(width, width, 1)

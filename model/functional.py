@@ -17,19 +17,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         k: keys [B, T, H, d].
         v: values [B, T, H, d].
         mask: the result of `key_mask`, or None if every key is a token.
-        causal: hide later keys, the last query being as late as the last key; with padding on the right this hides the
-            padding too, so it excludes `mask`.
+        causal: hide later keys, the last query being as late as the last key; with padding on the right this
+            hides the padding too, so it excludes `mask`.
 
     Returns:
         The heads concatenated, [B, S, H * d].
     """
     kind = q.dtype
-    if kind == torch.bfloat16 and q.device.type == "cpu":  # where torch's bf16 backward pass is 3 to 14 times slower than fp32's
+    if (
+        kind == torch.bfloat16 and q.device.type == "cpu"
+    ):  # where torch's bf16 backward pass is 3 to 14 times slower than fp32's
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
     if causal and queries < keys:  # torch would take the first query for as early as the first key
-        mask, causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries), False
+        mask, causal = (
+            torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries),
+            False,
+        )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, S, d]
     return out.transpose(1, 2).flatten(2).to(kind)
 
@@ -43,7 +48,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def key_mask(mask: Tensor) -> Tensor:
-    """Turn a padding mask [B, S] (True = a token) into one that broadcasts over heads and queries, [B, 1, 1, S].
+    """Turn a padding mask [B, S] (True = a token) into one that broadcasts over heads and queries, [B, 1, 1,
+    S].
 
     A row without any token shows its first key: attention over no key at all would be 0 / 0.
     """
@@ -52,13 +58,15 @@ def key_mask(mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean [B, D] of the tokens of x [B, S, D] where `mask` [B, S] is True, summed in fp32; zero if there is none."""
+    """Return the mean [B, D] of the tokens of x [B, S, D] where `mask` [B, S] is True, summed in fp32; zero
+    if there is none."""
     total = x.masked_fill(~mask[..., None], 0).sum(dim=1, dtype=torch.float32)
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply adaptive layer norm: x [B, S, D] normalized, then scaled and shifted by [B, 1, D] or [B, S, D] (DiT, arXiv 2212.09748)."""
+    """Apply adaptive layer norm: x [B, S, D] normalized, then scaled and shifted by [B, 1, D] or [B, S, D]
+    (DiT, arXiv 2212.09748)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -70,12 +78,14 @@ def residual(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
     """Return sinusoids of timesteps in [0, 1]: fp32 [...] -> fp32 [..., width].
 
-    The unit is a thousandth, the step of DDPM, and periods run from 2 pi to 20,000 pi of them. The frequencies are made
-    at each call: a buffer made in a bf16 model would hold rounded ones.
+    The unit is a thousandth, the step of DDPM, and periods run from 2 pi to 20,000 pi of them. The
+    frequencies are made at each call: a buffer made in a bf16 model would hold rounded ones.
     """
     half = width // 2
     exponents = torch.arange(half, device=timesteps.device).float() / half
-    angles = 1000 * timesteps.float()[..., None] * torch.exp(-math.log(10_000) * exponents)  # [..., width / 2]
+    angles = (
+        1000 * timesteps.float()[..., None] * torch.exp(-math.log(10_000) * exponents)
+    )  # [..., width / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -101,7 +111,8 @@ def patchify(latents: Tensor, patch: Sequence[int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: Sequence[int], latents: Sequence[int]) -> Tensor:
-    """Undo `patchify` for latents of `latents` = (h, w) or (T, h, w) positions: [B, N, values] -> [B, C, *latents]."""
+    """Undo `patchify` for latents of `latents` = (h, w) or (T, h, w) positions: [B, N, values] -> [B, C,
+    *latents]."""
     whole, cut = _LATENTS_AND_PATCHES[len(patch)]
     grid = [size // side for size, side in zip(latents, patch, strict=True)]
     axes = dict(zip("qpo", reversed(patch), strict=False)) | dict(zip("wht", reversed(grid), strict=False))

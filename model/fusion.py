@@ -1,4 +1,5 @@
-"""From the hidden states of several frozen LLMs to the text tokens that the DiT attends to (paper section 3.1)."""
+"""From the hidden states of several frozen LLMs to the text tokens that the DiT attends to (paper section
+3.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from model.token_refiner import TokenRefiner
 class TextProjection(nn.Module):
     """From an LLM's hidden states to tokens of the refiners' width.
 
-    The norm comes first since an LLM's first token is hundreds of times larger than the rest, standardized or not.
+    The norm comes first since an LLM's first token is hundreds of times larger than the rest, standardized or
+    not.
     """
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -83,8 +85,9 @@ class BranchState:
 class TextFusion(nn.Module):
     """The text side of the network.
 
-    Projections bring the LLMs to one width, token refiners let each LLM's tokens see one another, the collaborative
-    refiner lets the LLMs see one another; then the prefixes are cut off and the LLMs are concatenated to one sequence.
+    Projections bring the LLMs to one width, token refiners let each LLM's tokens see one another, the
+    collaborative refiner lets the LLMs see one another; then the prefixes are cut off and the LLMs are
+    concatenated to one sequence.
     """
 
     def __init__(self, config: FusionConfig, widths: Sequence[int], dit: DiTConfig) -> None:
@@ -95,8 +98,8 @@ class TextFusion(nn.Module):
             widths: width of each LLM's hidden states, in the order in which `forward` gets the texts.
             dit: sizes of the DiT that reads the tokens.
 
-        Raises:
-            UserError: if there is no LLM, if there are several without fusion, or if heads do not divide the width.
+        Raises: UserError: if there is no LLM, if there are several without fusion, or if heads do not divide
+            the width.
         """
         super().__init__()
         if not widths:
@@ -109,7 +112,8 @@ class TextFusion(nn.Module):
         hidden = int(dit.mlp_ratio * width)
         self.config = config
 
-        # The layers are listed by kind, not by branch: their names are those of every checkpoint, and their order
+        # The layers are listed by kind, not by branch: their names are those of every checkpoint, and their
+        # order
         # fixes the starting weights.
         self.projections = nn.ModuleList(TextProjection(states, width) for states in widths)
         self.pools = nn.ModuleList(ConditionEmbedding(width, width) for _ in widths)
@@ -122,7 +126,9 @@ class TextFusion(nn.Module):
             self.refiners = nn.ModuleList(refiner(causal=config.refiner == "causal") for _ in widths)
         self.collaborative = None
         if collaborates(config, len(widths)):
-            self.collaborative = CollaborativeRefiner(width, heads, hidden, len(widths), config.collaborative_blocks)
+            self.collaborative = CollaborativeRefiner(
+                width, heads, hidden, len(widths), config.collaborative_blocks
+            )
         self.norms = nn.ModuleList(RMSNorm(width) for _ in widths)
         self.tokens_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
         self.pooled_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
@@ -159,7 +165,9 @@ class TextFusion(nn.Module):
         ]
 
         # 2. pool the captions; with the time, they condition the refiners
-        pooled = [branch.pool(self.mean_token(state)) for branch, state in zip(branches, states, strict=True)]  # [B, R]
+        pooled = [
+            branch.pool(self.mean_token(state)) for branch, state in zip(branches, states, strict=True)
+        ]  # [B, R]
         time = self.time(time_embedding) if self.time is not None else 0
         conditions = [time + vector for vector in pooled]  # [B, R]
 
@@ -173,7 +181,9 @@ class TextFusion(nn.Module):
         if self.collaborative is not None:
             tokens, masks = [state.tokens for state in states], [state.mask for state in states]
             prefixes = [state.prefix for state in states]
-            refined = self.collaborative(tokens, masks if padded else None, conditions, prefixes)  # [B, S_i, R]
+            refined = self.collaborative(
+                tokens, masks if padded else None, conditions, prefixes
+            )  # [B, S_i, R]
             for state, own in zip(states, refined, strict=True):
                 state.tokens = own
 
@@ -184,12 +194,14 @@ class TextFusion(nn.Module):
         return tokens, mask, self.pooled_out(torch.stack(pooled).mean(dim=0))
 
     def mean_token(self, state: BranchState) -> Tensor:
-        """Return the mean [B, R] of a branch's caption tokens, or with `fusion.pool=all` of all its tokens."""
+        """Return the mean [B, R] of a branch's caption tokens, or with `fusion.pool=all` of all its
+        tokens."""
         first = state.prefix if self.config.pool == "caption" else 0
         return masked_mean(state.tokens[:, first:], state.mask[:, first:])
 
     def refine(self, branch: Branch, state: BranchState, c: Tensor, padded: bool) -> None:
-        """Run a branch's token refiner in place; the prefix is cut off unless the collaborative refiner reads it."""
+        """Run a branch's token refiner in place; the prefix is cut off unless the collaborative refiner reads
+        it."""
         unread = 0 if self.collaborative is not None else state.prefix
         if branch.refine is None:
             state.tokens = state.tokens[:, unread:]
@@ -198,5 +210,6 @@ class TextFusion(nn.Module):
 
 
 def zero_padding(text: Text) -> Tensor:
-    """Return the states with zeros for padding, so that nothing depends on its values (a masked NaN is still a NaN)."""
+    """Return the states with zeros for padding, so that nothing depends on its values (a masked NaN is still
+    a NaN)."""
     return text.states.masked_fill(~text.mask[..., None], 0) if text.padded else text.states

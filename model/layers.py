@@ -1,7 +1,8 @@
 """Layers of the refiners and of the DiT.
 
-Every layer with parameters sets them in its own `reset_parameters`, so a model built under DeepSpeed's `zero.Init`, which
-takes each layer's parameters away as soon as the layer exists, starts from the same distribution as any other.
+Every layer with parameters sets them in its own `reset_parameters`, so a model built under DeepSpeed's
+`zero.Init`, which takes each layer's parameters away as soon as the layer exists, starts from the same
+distribution as any other.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ class Linear(nn.Linear):
 
 
 class ZeroLinear(nn.Linear):
-    """Linear layer that starts at zero: gates and modulations, so that a new branch changes nothing at first."""
+    """Linear layer that starts at zero: gates and modulations, so that a new branch changes nothing at
+    first."""
 
     def reset_parameters(self) -> None:
         """Set the starting values."""
@@ -31,7 +33,8 @@ class ZeroLinear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm with a learned gain; the epsilon is named, since torch's default depends on the type (0.8 % in bf16)."""
+    """RMS norm with a learned gain; the epsilon is named, since torch's default depends on the type (0.8 % in
+    bf16)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
@@ -49,7 +52,8 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int = 0) -> Tensor:
-        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S] shows."""
+        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S]
+        shows."""
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
         x = attention(self.query_norm(q[:, first:]), self.key_norm(k), v, mask, causal)  # [B, S - first, D]
         return self.out(x)
@@ -68,14 +72,16 @@ class CrossAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let each token of x [B, S, D] attend to the tokens of `context` [B, T, D] that `mask` [B, 1, 1, T] shows."""
+        """Let each token of x [B, S, D] attend to the tokens of `context` [B, T, D] that `mask` [B, 1, 1, T]
+        shows."""
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # 2 x [B, T, H, d]
         x = attention(self.query_norm(q), self.key_norm(k), v, mask)  # [B, S, D]
         return self.out(x)
 
     def weights(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attention weights of `forward`, fp32 [B, H, S, T]: for inspection, far too large for training."""
+        """Return the attention weights of `forward`, fp32 [B, H, S, T]: for inspection, far too large for
+        training."""
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
         k = self.key_value(context).unflatten(-1, (2, self.heads, -1)).select(2, 0)  # [B, T, H, d]
         return attention_weights(self.query_norm(q), self.key_norm(k), mask)  # [B, H, S, T]
@@ -95,7 +101,8 @@ class MLP(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`count` vectors of scale, shift or gate from a condition; all start at zero (adaLN-zero, arXiv 2212.09748)."""
+    """`count` vectors of scale, shift or gate from a condition; all start at zero (adaLN-zero, arXiv
+    2212.09748)."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -103,7 +110,8 @@ class Modulation(nn.Module):
         self.linear = ZeroLinear(width, count * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Turn a condition [B, D] into `count` vectors [B, 1, D]; one per patch, [B, N, D], into [B, N, D]."""
+        """Turn a condition [B, D] into `count` vectors [B, 1, D]; one per patch, [B, N, D], into [B, N,
+        D]."""
         vectors = self.linear(F.silu(c))
         if vectors.dim() == 2:
             vectors = vectors.unsqueeze(1)  # one for all patches
@@ -138,11 +146,12 @@ class TimestepEmbedding(nn.Module):
 
 
 class PositionBlock(nn.Module):
-    """Convolutional residual block after patchify: the network's only knowledge of a patch's place (paper section 3.2).
+    """Convolutional residual block after patchify: the network's only knowledge of a patch's place (paper
+    section 3.2).
 
-    Zero padding gives a patch its distance to the border, its neighbors give it its surroundings, and no table ties it to a
-    resolution. The paper does not give its width; between full-width convolutions (18 D^2) the 1B model would exceed its
-    size by 3 %, so the inner width is a quarter (4.5 D^2).
+    Zero padding gives a patch its distance to the border, its neighbors give it its surroundings, and no
+    table ties it to a resolution. The paper does not give its width; between full-width convolutions (18 D^2)
+    the 1B model would exceed its size by 3 %, so the inner width is a quarter (4.5 D^2).
     """
 
     def __init__(self, width: int, axes: int = 2) -> None:
@@ -154,7 +163,8 @@ class PositionBlock(nn.Module):
         self.widen = convolution(width // 4, width, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns) or (frames, rows, columns)."""
+        """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns) or
+        (frames, rows, columns)."""
         h = F.silu(self.input_norm(x)).unflatten(1, tuple(grid))  # [B, *grid, D]
         h = self.narrow(h.movedim(-1, 1)).movedim(1, -1)  # [B, *grid, D / 4]
         h = F.silu(self.inner_norm(h))

@@ -18,7 +18,8 @@ class TokenRefinerBlock(nn.Module):
         self.gates = Modulation(width, 2) if gate else None
 
     def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, causal: bool, first: int) -> Tensor:
-        """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is the result of `key_mask`."""
+        """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is the result of
+        `key_mask`."""
         gate_attention, gate_mlp = self.gates(c) if self.gates is not None else (None, None)
         change = self.attention(self.attention_norm(x), mask, causal, first)  # [B, T - first, R]
         x = residual(x[:, first:], change, gate_attention)
@@ -28,8 +29,8 @@ class TokenRefinerBlock(nn.Module):
 class TokenRefiner(nn.Module):
     """Refiner of one LLM's tokens.
 
-    A decoder-only LLM's causal attention keeps early tokens from later ones, so this attention has no causal mask;
-    `causal` puts it back, as the paper's table 3 does to show that it matters.
+    A decoder-only LLM's causal attention keeps early tokens from later ones, so this attention has no causal
+    mask; `causal` puts it back, as the paper's table 3 does to show that it matters.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, blocks: int, gate: bool, causal: bool) -> None:
@@ -51,8 +52,12 @@ class TokenRefiner(nn.Module):
         Returns:
             [B, T - first, R].
         """
-        keys = None if mask is None or self.causal else key_mask(mask)  # padding on the right is later than any token
+        keys = (
+            None if mask is None or self.causal else key_mask(mask)
+        )  # padding on the right is later than any token
         last = self.blocks[-1]
         for block in self.blocks:
-            x = block(x, keys, c, self.causal, first if block is last else 0)  # [B, T, R], at last [B, T - first, R]
+            x = block(
+                x, keys, c, self.causal, first if block is last else 0
+            )  # [B, T, R], at last [B, T - first, R]
         return x

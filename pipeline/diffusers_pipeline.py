@@ -1,6 +1,7 @@
 """LI-DiT as a diffusers pipeline: `LIDiTPipeline.from_pretrained(folder)`, with the usual call.
 
-The arithmetic is that of `pipeline.sample`: the same functions read the prompts, follow the scheduler and decode.
+The arithmetic is that of `pipeline.sample`: the same functions read the prompts, follow the scheduler and
+decode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,8 @@ CONSTANTS = {"prefix": "prefix", "null": "null", "mean": "mean", "spread": "std"
 
 
 class StrictModel(ModelMixin):
-    """A diffusers model that refuses weights which do not fit, where diffusers would warn and make some up."""
+    """A diffusers model that refuses weights which do not fit, where diffusers would warn and make some
+    up."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -51,12 +53,15 @@ class StrictModel(ModelMixin):
         Raises:
             UserError: if weights are missing, left over or of other shapes.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
         model, info = loaded
         wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
         if wrong:
             raise UserError(
-                f"{pretrained_model_name_or_path}: the weights do not fit the config, such as {wrong[0]}: export again"
+                f"{pretrained_model_name_or_path}: the weights do not fit the config, such as {wrong[0]}: "
+                "export again"
             )
         return model
 
@@ -65,11 +70,13 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     """The network as a diffusers model; its weights have the names that they have in training."""
 
     @register_to_config
-    def __init__(self, dit_config: Mapping[str, Any], fusion_config: Mapping[str, Any], text_widths: Sequence[int]) -> None:
+    def __init__(
+        self, dit_config: Mapping[str, Any], fusion_config: Mapping[str, Any], text_widths: Sequence[int]
+    ) -> None:
         """Build it.
 
-        Args:
-            dit_config: fields of `DiTConfig`. (A key must not be the name of a submodule: diffusers would take it for that.)
+        Args: dit_config: fields of `DiTConfig`. (A key must not be the name of a submodule: diffusers would
+            take it for that.)
             fusion_config: fields of `FusionConfig`.
             text_widths: width of each LLM's states.
         """
@@ -77,39 +84,50 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
 
 
 class LIDiTText(StrictModel, ConfigMixin):
-    """The text side before the network: what all captions share, and by which name and revision each LLM is found.
+    """The text side before the network: what all captions share, and by which name and revision each LLM is
+    found.
 
-    The LLMs are not part of the folder. Each is loaded when the first prompt comes, checked against the family's identity
-    (weights, template, layer), and dropped when the pipeline moves to another device.
+    The LLMs are not part of the folder. Each is loaded when the first prompt comes, checked against the
+    family's identity (weights, template, layer), and dropped when the pipeline moves to another device.
     """
 
     @register_to_config
     def __init__(self, families: Sequence[Mapping[str, Any]]) -> None:
         """Make room for the constants.
 
-        Args:
-            families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many the prefix and
-                the null caption have.
+        Args: families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many
+            the prefix and the null caption have.
         """
         super().__init__()
         self.constants = nn.ModuleDict()
         for family in families:
             width = family["info"]["width"]
-            shapes = ((family["tokens"]["prefix"], width), (family["tokens"]["null"], width), (width,), (width,))
+            shapes = (
+                (family["tokens"]["prefix"], width),
+                (family["tokens"]["null"], width),
+                (width,),
+                (width,),
+            )
             holder = nn.Module()
             for name, shape in zip(CONSTANTS, shapes, strict=True):
-                # Parameters, though nothing trains them: diffusers' offloading asks for a part's first parameter.
+                # Parameters, though nothing trains them: diffusers' offloading asks for a part's first
+                # parameter.
                 holder.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
             self.constants[family["name"]] = holder
         self._reader: PromptReader | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load in fp32, whatever the network's type: rounded to bf16, mean and std would shift every state."""
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32})
+        """Load in fp32, whatever the network's type: rounded to bf16, mean and std would shift every
+        state."""
+        return super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "torch_dtype": torch.float32}
+        )
 
     @classmethod
-    def from_parts(cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]) -> "LIDiTText":
+    def from_parts(
+        cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]
+    ) -> "LIDiTText":
         """Build the part from families and constants of a run."""
         records = [
             {
@@ -122,7 +140,11 @@ class LIDiTText(StrictModel, ConfigMixin):
         ]
         text = cls(records)
         text.load_state_dict(
-            {f"constants.{name}.{key}": getattr(constants[name], field) for name in families for key, field in CONSTANTS.items()}
+            {
+                f"constants.{name}.{key}": getattr(constants[name], field)
+                for name in families
+                for key, field in CONSTANTS.items()
+            }
         )
         return text
 
@@ -144,11 +166,14 @@ class LIDiTText(StrictModel, ConfigMixin):
         return self._reader
 
     def _constants(self, name: str, family: Family) -> TextConstants:
-        prefix, null, mean, std = (self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS)
+        prefix, null, mean, std = (
+            self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS
+        )
         return TextConstants(prefix, null, mean, std, family.info["quantisation"], family.info["width"])
 
     def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
-        """Return the prompts as the network reads them, one `Text` per LLM; an empty prompt is the null caption."""
+        """Return the prompts as the network reads them, one `Text` per LLM; an empty prompt is the null
+        caption."""
         return self.reader.texts(prompts, dtype)
 
 
@@ -189,9 +214,14 @@ class LIDiTPipeline(DiffusionPipeline):
         package, scheduler = index.get("scheduler") or ("", "")
         others = any(index.get(part) != value for part, value in PARTS.items())
         if others or package != "diffusers" or "Scheduler" not in scheduler:
-            raise UserError(f"{folder} holds a {kind} of other parts than pipeline.export writes: name another folder")
+            raise UserError(
+                f"{folder} holds a {kind} of other parts than pipeline.export writes: name another folder"
+            )
         if version != FORMAT:
-            raise UserError(f"{folder}: an export of format {version}, this version reads format {FORMAT}: export the run again")
+            raise UserError(
+                f"{folder}: an export of format {version}, this version reads format {FORMAT}: export the "
+                "run again"
+            )
         return config
 
     @classmethod
@@ -201,16 +231,23 @@ class LIDiTPipeline(DiffusionPipeline):
         Raises:
             UserError: if the folder is of another model or format version, or its weights do not fit.
         """
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        pipeline = super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}
+        )
         pipeline.card = {
-            file: path.read_bytes() for file in CARD if (path := Path(pretrained_model_name_or_path, file)).is_file()
+            file: path.read_bytes()
+            for file in CARD
+            if (path := Path(pretrained_model_name_or_path, file)).is_file()
         }
         return pipeline
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as any diffusers pipeline; the model card comes along, the place that it was loaded from does not."""
+        """Save as any diffusers pipeline; the model card comes along, the place that it was loaded from does
+        not."""
         for part in (self, *self.components.values()):
-            part._internal_dict = FrozenDict({key: value for key, value in part.config.items() if key != "_name_or_path"})
+            part._internal_dict = FrozenDict(
+                {key: value for key, value in part.config.items() if key != "_name_or_path"}
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         apply_umask(Path(save_directory))
         self._write_card(save_directory)
@@ -220,7 +257,8 @@ class LIDiTPipeline(DiffusionPipeline):
             Path(folder, file).write_bytes(data)
 
     def _upload_folder(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """The last step of `push_to_hub`, before which diffusers has put a generated card in place of the run's own."""
+        """The last step of `push_to_hub`, before which diffusers has put a generated card in place of the
+        run's own."""
         self._write_card(working_dir)
         return super()._upload_folder(working_dir, *args, **kwargs)
 
@@ -257,11 +295,12 @@ class LIDiTPipeline(DiffusionPipeline):
             latents: the noise itself, [B, C, h, w].
             output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalized).
             return_dict: an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return new latents.
+            callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return
+            new latents.
             conditions: values of the network's further conditions by name; None = their defaults.
 
-        Raises:
-            UserError: if a size does not divide, a prompt is too long, or the output type or number of generators is wrong.
+        Raises: UserError: if a size does not divide, a prompt is too long, or the output type or number of
+            generators is wrong.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: take pil, np, pt or latent")
@@ -288,11 +327,21 @@ class LIDiTPipeline(DiffusionPipeline):
                 if callback_on_step_end is None:
                     return now
                 timestep = self.scheduler.timesteps[number - 1]
-                return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get("latents", now)
+                return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get(
+                    "latents", now
+                )
 
             noise = latents.to(device)
             sampled = denoise(
-                self.transformer, self.scheduler, condition, null_condition, noise, steps, guidance, dtype, on_step
+                self.transformer,
+                self.scheduler,
+                condition,
+                null_condition,
+                noise,
+                steps,
+                guidance,
+                dtype,
+                on_step,
             )
         images = sampled if output_type == "latent" else _finish(decode_each(vae, sampled), output_type)
         self.maybe_free_model_hooks()

@@ -1,8 +1,10 @@
 """Estimate what a stage needs: parameters, FLOPs, memory per GPU, speed, days, store.
 
-    python -m pipeline.estimate li_dit_1b_256 --gpus 8,64,512 [--mfu 0.5] [--resolution 256] [--widths 4096,4096] [key=value ...]
+    python -m pipeline.estimate li_dit_1b_256 --gpus 8,64,512 [--mfu 0.5] [--resolution 256] [--widths
+    4096,4096] [key=value ...]
 
-All of it is arithmetic on the settings; the terms are the ones below, each tested against the real tiny network.
+All of it is arithmetic on the settings; the terms are the ones below, each tested against the real tiny
+network.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.stage.config import StageConfig, load_stage
 
 _OUTER_VALUES = 11
-"""Values that the layers before and after the blocks keep for the backward pass without compiling, per patch and channel."""
+"""Values that the layers before and after the blocks keep for the backward pass without compiling, per patch
+and channel."""
 _REFINER_VALUES = 33
 """The same of a refiner's block, per token and channel of the refiners' width."""
 
@@ -90,11 +93,14 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     """
     if len(setup.llm_widths) != len(stage.fusion.families):
         raise UserError(
-            f"--widths gives {len(setup.llm_widths)} widths for the {len(stage.fusion.families)} LLMs of fusion.families"
+            f"--widths gives {len(setup.llm_widths)} widths for the {len(stage.fusion.families)} LLMs of "
+            "fusion.families"
         )
     local_batch, left = divmod(stage.global_batch, setup.gpus)
     if left or local_batch == 0:
-        raise UserError(f"global_batch={stage.global_batch} is not a multiple of {setup.gpus} GPUs: choose another --gpus")
+        raise UserError(
+            f"global_batch={stage.global_batch} is not a multiple of {setup.gpus} GPUs: choose another --gpus"
+        )
     dit = stage.dit(setup.channels, axes=len(setup.latents))
     widths = list(setup.llm_widths)
     parameters = count_parameters(dit, stage.fusion, widths)
@@ -138,8 +144,9 @@ def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> 
 def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -> dict[str, float]:
     """Return the bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
-    ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients. `step` is the fp32 copy
-    of one sub-group's gradients, `gathered` the whole weights that ZeRO-3 keeps at a time.
+    ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients.
+    `step` is the fp32 copy of one sub-group's gradients, `gathered` the whole weights that ZeRO-3 keeps at a
+    time.
 
     Args:
         stage: the stage.
@@ -176,7 +183,9 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     block = BLOCKS[dit.block].activations(dit, patches, text)
     every = stage.model.checkpoint_every
     checkpointed = dit.depth // every if every else 0
-    blocks = (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
+    blocks = (
+        (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
+    )
     refiner_width, _ = refiner_size(stage.fusion, dit)
     own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
     across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
@@ -186,7 +195,8 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
 
 
 def bytes_per_pair(setup: Setup) -> float:
-    """Return the bytes in the store of one pair's latents (mean and std, bf16) and captions (int8, an fp32 scale per token, each LLM)."""
+    """Return the bytes in the store of one pair's latents (mean and std, bf16) and captions (int8, an fp32
+    scale per token, each LLM)."""
     latents = 4.0 * setup.channels * math.prod(setup.latents)
     return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
 
@@ -197,9 +207,12 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     first, setup = plans[0], setups[0]
     counts, tera = first.parameters, first.flops_per_sample / 1e12
     for line in (
-        f"{stage.name}: {counts['dit'] / 1e9:.2f}B parameters in the DiT, {counts['refiners'] / 1e9:.2f}B in the refiners",
-        f"{tera:.2f} TFLOP per sample at {setup.height} x {setup.width}; MFU {setup.mfu:.0%} of {setup.peak_tflops:g} TFLOP/s",
-        f"store {first.store_bytes / 1e12:.2f} TB: {setup.pairs:,} pairs of {first.bytes_per_pair / 1e3:.0f} kB",
+        f"{stage.name}: {counts['dit'] / 1e9:.2f}B parameters in the DiT, {counts['refiners'] / 1e9:.2f}B "
+        "in the refiners",
+        f"{tera:.2f} TFLOP per sample at {setup.height} x {setup.width}; MFU {setup.mfu:.0%} of "
+        f"{setup.peak_tflops:g} TFLOP/s",
+        f"store {first.store_bytes / 1e12:.2f} TB: {setup.pairs:,} pairs of "
+        f"{first.bytes_per_pair / 1e3:.0f} kB",
         f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
     ):
         console.print(line, highlight=False)
@@ -210,8 +223,14 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         table.add_row(f"{kind}, GB", *[f"{plan.memory[kind] / 1e9:.2f}" for plan in plans])
     table.add_row("memory per GPU, GB", *[f"{plan.total_memory / 1e9:.1f}" for plan in plans], style="bold")
     for label, every in (("no checkpointing", 0), ("every block", 1)):
-        other, dit = replace(stage, model=replace(stage.model, checkpoint_every=every)), stage.dit(setup.channels)
-        row = [activation_bytes(other, dit, setup) * plan.micro_batch / 1e9 for setup, plan in zip(setups, plans, strict=True)]
+        other, dit = (
+            replace(stage, model=replace(stage.model, checkpoint_every=every)),
+            stage.dit(setup.channels),
+        )
+        row = [
+            activation_bytes(other, dit, setup) * plan.micro_batch / 1e9
+            for setup, plan in zip(setups, plans, strict=True)
+        ]
         table.add_row(f"activations, {label}, GB", *[f"{value:.1f}" for value in row])
     table.add_row("samples/s", *[f"{plan.samples_per_second:,.0f}" for plan in plans])
     table.add_row("days", *[f"{plan.days:.2f}" for plan in plans], style="bold")
@@ -226,15 +245,21 @@ def _numbers(text: str) -> tuple[int, ...]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.estimate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", help="name of a shipped stage, or path of a YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=_numbers, default=(8, 64, 512), help="one or more numbers of GPUs, such as 8,64,512")
+    parser.add_argument(
+        "--gpus", type=_numbers, default=(8, 64, 512), help="one or more numbers of GPUs, such as 8,64,512"
+    )
     parser.add_argument("--gpus-per-node", type=int, default=Setup.gpus_per_node)
     parser.add_argument("--mfu", type=float, default=Setup.mfu, help="share of the peak that is reached")
     parser.add_argument("--peak-tflops", type=float, default=Setup.peak_tflops)
-    parser.add_argument("--resolution", type=int, help="pixels of a square image; default: the stage's sample.height")
+    parser.add_argument(
+        "--resolution", type=int, help="pixels of a square image; default: the stage's sample.height"
+    )
     parser.add_argument("--widths", type=_numbers, help="width of each LLM's states; default 4096 each")
     parser.add_argument("--caption-tokens", type=int, default=Setup.caption_tokens)
     parser.add_argument("--prefix-tokens", type=int, default=Setup.prefix_tokens)

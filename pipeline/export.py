@@ -1,7 +1,7 @@
 """A run as a diffusers folder: `python -m pipeline.export RUN OUT`.
 
-The folder holds the network as safetensors shards, scheduler and VAE as diffusers writes them, what all captions share
-under each LLM, and the LLMs by name, revision and fingerprint, not their weights.
+The folder holds the network as safetensors shards, scheduler and VAE as diffusers writes them, what all
+captions share under each LLM, and the LLMs by name, revision and fingerprint, not their weights.
 """
 
 import argparse
@@ -35,12 +35,17 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     """
     space = sampler.vae
     if not isinstance(space, VAE):
-        raise UserError(f"latent space `{space.name}`: an export holds a diffusers AutoencoderKL: sample from the run itself")
+        raise UserError(
+            f"latent space `{space.name}`: an export holds a diffusers AutoencoderKL: sample from the run "
+            "itself"
+        )
 
     network = sampler.network
     widths = [constants.width for constants in sampler.reader.constants.values()]
     transformer: Any = LIDiTModel(asdict(network.sizes), asdict(network.fusion.config), widths)
-    nn.Module.to(transformer, sampler.dtype)  # diffusers' own `to` warns of modules to keep in fp32, of which there are none
+    nn.Module.to(
+        transformer, sampler.dtype
+    )  # diffusers' own `to` warns of modules to keep in fp32, of which there are none
     transformer.load_state_dict(network.state_dict())
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
@@ -81,23 +86,27 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
     parameters = sum(parameter.numel() for parameter in sampler.network.parameters())
     rows = sum(corpus.rows.values())
     llms = [f"- `{name}`: {_llm(family.identity)}" for name, family in sampler.reader.families.items()]
+    samples, steps = manifest.get("samples", 0), manifest.get("step", 0)
+    loss = reports[-1].get("loss") if reports else None
     facts = {
         "Parameters trained": f"{parameters:,}",
         "Objective": stage.objective.name,
-        "Samples seen": f"{manifest.get('samples', 0):,} in {manifest.get('step', 0):,} steps of {stage.global_batch}",
+        "Samples seen": f"{samples:,} in {steps:,} steps of {stage.global_batch}",
         "Weights": f"{weights}, {precision}",
         "Training pairs": f"{rows:,} in {len(corpus.rows)} buckets: {corpus}",
-        "Last training loss": f"{reports[-1]['loss']:.4f}" if reports and "loss" in reports[-1] else "not recorded",
+        "Last training loss": "not recorded" if loss is None else f"{loss:.4f}",
     }
     grids = [*sorted((run / "grids").glob("*.png"))[-1:], *(run / "samples").glob("grid.png")]
     lines = [
         "---", "library_name: diffusers", "pipeline_tag: text-to-image", "license: other",
         "license_name: TO FILL IN", "license_link: TO FILL IN", "---", "",
         f"# {stage.name}", "",
-        "LI-DiT: a diffusion transformer on the fused states of frozen LLMs (Ma et al., NeurIPS 2024, arXiv 2406.11831).", "",
+        "LI-DiT: a diffusion transformer on the fused states of frozen LLMs "
+        "(Ma et al., NeurIPS 2024, arXiv 2406.11831).", "",
         *(["![samples](samples.png)", ""] if grids else []),
         "```python", "from pipeline.diffusers_pipeline import LIDiTPipeline", "",
-        'pipeline = LIDiTPipeline.from_pretrained("FOLDER")', 'pipeline("a red apple", seed=0).images[0].save("apple.png")',
+        'pipeline = LIDiTPipeline.from_pretrained("FOLDER")',
+        'pipeline("a red apple", seed=0).images[0].save("apple.png")',
         "```", "",
         "Language models, not part of this folder, each under its own license:", "", *llms, "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), "",
@@ -125,7 +134,10 @@ def without_folders(stage: StageConfig) -> StageConfig:
             stage.data,
             store=name(stage.data.store),
             cache=name(stage.data.cache),
-            datasets={dataset: replace(share, store=name(share.store)) for dataset, share in stage.data.datasets.items()},
+            datasets={
+                dataset: replace(share, store=name(share.store))
+                for dataset, share in stage.data.datasets.items()
+            },
         ),
         checkpoint=replace(stage.checkpoint, upload=name(stage.checkpoint.upload)),
     )
@@ -140,15 +152,22 @@ def _llm(identity: dict[str, Any]) -> str:
 @command
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average")
+    parser.add_argument(
+        "--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average"
+    )
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--shard", default="5GB", help="largest file of weights")
     arguments = parser.parse_args()
     export(arguments.run, arguments.out, arguments.weights, arguments.precision, arguments.shard)
-    print(f"{arguments.out}: load it with LIDiTPipeline.from_pretrained, or draw with python -m pipeline.sample {arguments.out}")
+    print(
+        f"{arguments.out}: load it with LIDiTPipeline.from_pretrained, or draw with python -m "
+        f"pipeline.sample {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ PAIRS = 256
 def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     """Measure the loss at eight fixed timesteps on fixed training pairs, in three ways.
 
-    `right`: the averaged weights, each image with its caption; `shuffled`: each image with another one's caption;
-    `untrained`: fresh weights. A network that learned nothing has `right` = `untrained`; one that ignores its text has
-    `right` = `shuffled`.
+    `right`: the averaged weights, each image with its caption; `shuffled`: each image with another one's
+    caption; `untrained`: fresh weights. A network that learned nothing has `right` = `untrained`; one that
+    ignores its text has `right` = `shuffled`.
 
     Raises:
         UserError: if the folder is not a run's, or has no good checkpoint.
@@ -63,11 +63,18 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     network = build_network(stage, corpus)
     record: dict[str, Any] = {"untrained": losses(network, False)}
     network.float().load_state_dict(load_weights(run, "ema"))
-    record |= {"right": losses(network, False), "shuffled": losses(network, True), "timesteps": FIXED_TIMESTEPS}
+    record |= {
+        "right": losses(network, False),
+        "shuffled": losses(network, True),
+        "timesteps": FIXED_TIMESTEPS,
+    }
     for way in ("untrained", "right", "shuffled"):
         record[f"{way}_mean"] = sum(record[way]) / len(record[way])
     seen = sum(len(clean) for clean, _, _ in measured)
-    record["note"] = f"Averaged weights on {seen} training pairs with fixed noise, mean squared error at 8 fixed timesteps."
+    record["note"] = (
+        f"Averaged weights on {seen} training pairs with fixed noise, mean squared error at 8 fixed "
+        "timesteps."
+    )
     return record
 
 
@@ -75,7 +82,9 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
 def main() -> None:
     """Entry of `python -m pipeline.learned`."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.learned", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.learned",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run, such as runs/demo")
     print(json.dumps(measure(parser.parse_args().run), indent=2))

@@ -1,4 +1,5 @@
-"""The shape of the code base: which sub-package may import which, which package is fenced in where, how long a file may be."""
+"""The shape of the code base: which sub-package may import which, which package is fenced in where, how long
+a file may be."""
 
 import ast
 from pathlib import Path
@@ -43,14 +44,16 @@ LAYERS = (
     "pipeline.ablation",
     "pipeline",
 )
-"""Sub-packages, lowest first: each imports only from those before it. `model`, `data_prep` and `pipeline` are the files at the
-top of a package: the network, the preparation's command line, and the commands."""
+"""Sub-packages, lowest first: each imports only from those before it. `model`, `data_prep` and `pipeline` are
+the files at the top of a package: the network, the preparation's command line, and the commands."""
 
 AT_THE_TOP = {"pipeline.diffusers_pipeline": "pipeline.inference"}
-"""Modules at the top that belong to a sub-package: their path is written in every export's model_index.json."""
+"""Modules at the top that belong to a sub-package: their path is written in every export's
+model_index.json."""
 
 FROM_DATA_PREP = {"data_prep.dataset", "data_prep.store", "data_prep.images", "data_prep.scenes"}
-"""The only sub-packages of data preparation that `pipeline` imports: what is stored, and the scenes that its scorer reads."""
+"""The only sub-packages of data preparation that `pipeline` imports: what is stored, and the scenes that its
+scorer reads."""
 PREPARES_DATA = {"pipeline/demo.py", "pipeline/train_vae.py", "pipeline/text/online.py"}
 """Files of `pipeline` that prepare data themselves, so they may import all of `data_prep`."""
 
@@ -76,7 +79,11 @@ FENCES = {
 def imports(path, types=True):
     """Dotted modules that a file imports, with or without those that only the type checker sees."""
     tree = ast.parse(path.read_text())
-    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     hidden = [] if types else [inner for block in blocks for inner in ast.walk(block)]
     for node in ast.walk(tree):
         if node in hidden:
@@ -87,7 +94,8 @@ def imports(path, types=True):
             assert node.level == 0, f"{path}: relative import"
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (
-                module if (ROOT / module.replace(".", "/")).with_suffix(".py").exists() else node.module for module in modules
+                module if (ROOT / module.replace(".", "/")).with_suffix(".py").exists() else node.module
+                for module in modules
             )
 
 
@@ -110,7 +118,9 @@ def test_imports_point_one_way(path):
     for module in imports(path):
         if module.split(".")[0] in PACKAGES:
             theirs = layer(module)
-            assert LAYERS.index(theirs) <= LAYERS.index(ours), f"{name(path)} imports {module}, which is above {ours}"
+            assert LAYERS.index(theirs) <= LAYERS.index(ours), (
+                f"{name(path)} imports {module}, which is above {ours}"
+            )
         assert module.split(".")[0] not in ("benchmarks", "tests"), f"{name(path)} imports {module}"
 
 
@@ -124,7 +134,9 @@ def test_commands_only_at_the_top_of_pipeline():
     for path in (ROOT / "pipeline").glob("*.py"):
         if path.name == "__init__.py" or f"pipeline.{path.stem}" in AT_THE_TOP:
             continue
-        assert '__name__ == "__main__"' in path.read_text(), f"{name(path)} is no command: move it into a sub-package"
+        assert '__name__ == "__main__"' in path.read_text(), (
+            f"{name(path)} is no command: move it into a sub-package"
+        )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -137,7 +149,11 @@ def test_fenced_packages_stay_in_their_files(path):
 @pytest.mark.parametrize("path", [path for path in SOURCES if name(path).startswith("pipeline/")], ids=name)
 def test_training_takes_only_the_stores_view_of_the_data(path):
     for module in imports(path):
-        allowed = not module.startswith("data_prep") or layer(module) in FROM_DATA_PREP or name(path) in PREPARES_DATA
+        allowed = (
+            not module.startswith("data_prep")
+            or layer(module) in FROM_DATA_PREP
+            or name(path) in PREPARES_DATA
+        )
         assert allowed, f"{name(path)} imports {module}"
 
 
@@ -179,9 +195,13 @@ def test_no_swallowed_exceptions_and_no_unsafe_loading(path):
             assert not (silent and broad), f"{name(path)}:{node.lineno} swallows every exception"
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), f"{name(path)}:{node.lineno} calls {called}"
+            assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), (
+                f"{name(path)}:{node.lineno} calls {called}"
+            )
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert options.get("trust_remote_code", "False") == "False", f"{name(path)}:{node.lineno} trusts remote code"
+            assert options.get("trust_remote_code", "False") == "False", (
+                f"{name(path)}:{node.lineno} trusts remote code"
+            )
             lenient = options.get("strict") == "False" and called != "zip"
             assert not lenient, f"{name(path)}:{node.lineno} loads with strict=False"
             if called == "torch.load":

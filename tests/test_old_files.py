@@ -1,7 +1,7 @@
 """A run and an export written before the code moved into sub-packages still resume, load and generate.
 
-`tests/fixtures/before_the_house` was written by commit b394b20: a store, a run that was stopped at step 4 of 8, an export, and
-the numbers that b394b20 itself continued with.
+`tests/fixtures/before_the_house` was written by commit b394b20: a store, a run that was stopped at step 4 of
+8, an export, and the numbers that b394b20 itself continued with.
 """
 
 import json
@@ -38,7 +38,9 @@ def test_a_run_resumes_with_the_losses_that_it_would_have_had(tmp_path, world):
             if expected[name] is None:  # no sample of the step fell into the bin
                 assert name not in report
             else:
-                assert report[name] == pytest.approx(expected[name], rel=1e-5), f"step {report['step']}, {name}"
+                assert report[name] == pytest.approx(expected[name], rel=1e-5), (
+                    f"step {report['step']}, {name}"
+                )
 
 
 def test_a_stage_with_nulls_for_the_presets_sizes_is_read(tmp_path):

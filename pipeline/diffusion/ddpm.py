@@ -11,7 +11,8 @@ from pipeline.diffusion.objective import OBJECTIVES, Objective
 
 DDPM_STEPS = 1000
 DDPM_BETAS = (0.00085, 0.012)
-"""Ends of the "scaled linear" schedule of latent diffusion (Rombach et al. 2022); the paper names no schedule."""
+"""Ends of the "scaled linear" schedule of latent diffusion (Rombach et al. 2022); the paper names no
+schedule."""
 
 _SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": DDPM_STEPS,
@@ -25,7 +26,8 @@ _SCHEDULER: dict[str, Any] = {
 
 @functools.cache
 def ddpm_alphas() -> Tensor:
-    """Share of signal variance that is left after each of the DDPM steps, fp32 [1000]: the cumulative product of 1 - beta.
+    """Share of signal variance that is left after each of the DDPM steps, fp32 [1000]: the cumulative product
+    of 1 - beta.
 
     Computed as diffusers' schedulers do, so that training and sampling agree to the bit.
     """
@@ -40,7 +42,8 @@ class DDPM(Objective):
 
     schedulers: ClassVar = {
         "dpm": lambda config: DPMSolverMultistepScheduler(**_SCHEDULER),
-        # DPM-Solver of first order is DDIM (Lu et al. 2022, section 4.1); diffusers' own DDIM does not reach the clean
+        # DPM-Solver of first order is DDIM (Lu et al. 2022, section 4.1); diffusers' own DDIM does not reach
+        # the clean
         # latents unless the steps divide 1,000.
         "ddim": lambda config: DPMSolverMultistepScheduler(**_SCHEDULER, solver_order=1),
     }
@@ -50,7 +53,8 @@ class DDPM(Objective):
         return (u.double() * DDPM_STEPS).long().clamp(0, DDPM_STEPS - 1).float() / DDPM_STEPS
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix clean latents with noise at the nearest step; the target is the noise (Ho et al. 2020, equation 4)."""
+        """Mix clean latents with noise at the nearest step; the target is the noise (Ho et al. 2020, equation
+        4)."""
         clean, noise = clean.float(), noise.float()
         step = (timesteps.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
         alpha = self.per_position(ddpm_alphas().to(clean.device)[step], clean)

@@ -24,8 +24,8 @@ class Flow(Objective):
     def sample_timesteps(self, u: Tensor) -> Tensor:
         """Map uniform `u` [B] to timesteps by the inverse of their distribution function, fp32 [B] in [0, 1].
 
-        `logit_normal` (Esser et al. 2024, equation 19): logit(t) ~ N(mean, std); then the resolution shift (their
-        equation 23).
+        `logit_normal` (Esser et al. 2024, equation 19): logit(t) ~ N(mean, std); then the resolution shift
+        (their equation 23).
         """
         config, t = self.config, u.float()
         if config.timesteps == "logit_normal":

@@ -1,4 +1,5 @@
-"""The interface of an objective, which is what the network learns to predict, and the registry of objectives."""
+"""The interface of an objective, which is what the network learns to predict, and the registry of
+objectives."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +14,8 @@ from model.functional import unpatchify
 from pipeline.stage.config import ObjectiveConfig
 
 SampleNormal = Callable[[str, Sequence[int]], Tensor]
-"""(name of the numbers' purpose, shape of one sample's) -> normal numbers fp32 [B, *shape] from each sample's own generator."""
+"""(name of the numbers' purpose, shape of one sample's) -> normal numbers fp32 [B, *shape] from each sample's
+own generator."""
 
 
 @dataclass
@@ -31,19 +33,21 @@ class TrainingExample:
 class Objective(ABC):
     """Makes what the network reads and what it has to predict from clean latents and noise.
 
-    Another objective is one file with a class that fills this interface in. Settings that `ObjectiveConfig` has no field for
-    come in `config.settings`.
+    Another objective is one file with a class that fills this interface in. Settings that `ObjectiveConfig`
+    has no field for come in `config.settings`.
     """
 
     schedulers: ClassVar[Mapping[str, Callable[[ObjectiveConfig], Any]]]
-    """diffusers schedulers that sample from a network with this objective, by name; the first is the default."""
+    """diffusers schedulers that sample from a network with this objective, by name; the first is the
+    default."""
 
     def __init__(self, config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> None:
         """Keep the settings.
 
         Args:
             config: settings of the objective.
-            patch: latent positions of a patch along each axis, for objectives whose timesteps differ from patch to patch.
+            patch: latent positions of a patch along each axis, for objectives whose timesteps differ from
+            patch to patch.
         """
         self.config = config
         self.patch = patch
@@ -60,7 +64,9 @@ class Objective(ABC):
             The noisy latents and what the network has to predict, both fp32 [B, C, ...].
         """
 
-    def training_example(self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal) -> TrainingExample:
+    def training_example(
+        self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal
+    ) -> TrainingExample:
         """Make a batch of training examples.
 
         Args:

@@ -1,8 +1,9 @@
 """From noise to latents: diffusers' schedulers, with classifier-free guidance in one batch.
 
-The scheduler's state and the latents stay fp32; only the network runs in a lower precision. Each image has its own seed and its
-own noise generator, so it is the same in a batch of any size and at any place in it: on the CPU bit for bit, since the network
-takes one image at a time there; on a GPU up to rounding, and bit for bit in batches of one.
+The scheduler's state and the latents stay fp32; only the network runs in a lower precision. Each image has
+its own seed and its own noise generator, so it is the same in a batch of any size and at any place in it: on
+the CPU bit for bit, since the network takes one image at a time there; on a GPU up to rounding, and bit for
+bit in batches of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
     name = name or next(iter(known))
     if name not in known:
         raise UserError(
-            f"scheduler {name!r} does not exist for objective {objective.name}: take one of {', '.join(known)}"
+            f"scheduler {name!r} does not exist for objective {objective.name}: take one of "
+            f"{', '.join(known)}"
         )
     return known[name](objective)
 
@@ -49,7 +51,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
         raise UserError(f"steps={steps}: set a number between 1 and {DDPM_STEPS}")
 
     if "shift" in scheduler.config:
-        # The flow-matching schedulers shift their last time twice by default; from these even times they shift each once.
+        # The flow-matching schedulers shift their last time twice by default; from these even times they
+        # shift each once.
         scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
@@ -61,7 +64,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Return normal noise fp32 [len(seeds), *shape] on the CPU, so that a seed means the same image on each device."""
+    """Return normal noise fp32 [len(seeds), *shape] on the CPU, so that a seed means the same image on each
+    device."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -70,9 +74,10 @@ def guided(
 ) -> Callable[[Tensor, float], Tensor]:
     """Return a prediction with classifier-free guidance (Ho and Salimans 2022), both branches in one batch.
 
-    On the CPU each image is a batch of its own. There, two operations depend on the other images of a batch: matrix products
-    of few rows (of the conditions, one row per image) and attention to padded texts; both sum in another order for other
-    shapes. Batches gain nothing on the CPU, where one image's patches fill a product.
+    On the CPU each image is a batch of its own. There, two operations depend on the other images of a batch:
+    matrix products of few rows (of the conditions, one row per image) and attention to padded texts; both sum
+    in another order for other shapes. Batches gain nothing on the CPU, where one image's patches fill a
+    product.
 
     Args:
         predict: the network.

@@ -1,8 +1,10 @@
-"""`torch.compile` of the DiT's blocks: a graph for each shape of the latents, whatever the length of the text.
+"""`torch.compile` of the DiT's blocks: a graph for each shape of the latents, whatever the length of the
+text.
 
-Buckets are a fixed set of shapes, so a graph of its own for each lets the compiler know all sizes but one; the text's length
-differs from batch to batch and stays symbolic. Blocks share their graphs. A graph that is missing is made in the step that
-needs it, which takes seconds to minutes while the other ranks wait: so all are made before the first step.
+Buckets are a fixed set of shapes, so a graph of its own for each lets the compiler know all sizes but one;
+the text's length differs from batch to batch and stays symbolic. Blocks share their graphs. A graph that is
+missing is made in the step that needs it, which takes seconds to minutes while the other ranks wait: so all
+are made before the first step.
 """
 
 from collections.abc import Iterable
@@ -13,10 +15,11 @@ from torch import Tensor
 from model.blocks import Block
 
 _MAX_GRAPHS = 256
-"""Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than the usual buckets."""
+"""Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
+the usual buckets."""
 _TEXT_TOKENS = (64, 77)
-"""Lengths of text to compile with: attention's kernels pad a mask whose length is not a multiple of 16, which makes a
-different graph."""
+"""Lengths of text to compile with: attention's kernels pad a mask whose length is not a multiple of 16, which
+makes a different graph."""
 
 
 def compile_blocks(blocks: Iterable[Block]) -> None:

@@ -26,18 +26,21 @@ class WordMap:
 
     word: str
     shares: Tensor
-    """fp32 [rows, columns] in [0, 1]: summed over the word's tokens in all LLMs, averaged over blocks and heads."""
+    """fp32 [rows, columns] in [0, 1]: summed over the word's tokens in all LLMs, averaged over blocks and
+    heads."""
 
 
 @contextmanager
 def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
-    """Record each block's attention to the text in every pass of the network, averaged over heads: [B, patches, tokens]."""
+    """Record each block's attention to the text in every pass of the network, averaged over heads: [B,
+    patches, tokens]."""
     seen: list[Tensor] = []
 
     def record(layer: Any, inputs: tuple[Any, ...]) -> None:
         seen.append(layer.weights(*inputs).mean(1))
 
-    layers = [layer for block in network.blocks if (layer := block.text_attention()) is not None]  # type: ignore[operator]
+    # type: ignore[operator]
+    layers = [layer for block in network.blocks if (layer := block.text_attention()) is not None]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield seen
@@ -48,7 +51,8 @@ def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def attention_to_tokens(network: LIDiT, latents: Tensor, condition: Condition) -> Tensor:
-    """Run the network once and return the attention: fp32 [rows, columns, tokens], averaged over blocks and heads.
+    """Run the network once and return the attention: fp32 [rows, columns, tokens], averaged over blocks and
+    heads.
 
     Each patch's shares sum to 1.
 
@@ -63,7 +67,9 @@ def attention_to_tokens(network: LIDiT, latents: Tensor, condition: Condition) -
     with recorded_attention(network) as seen:
         network(latents, condition)
     if not seen:
-        raise UserError(f"model.block={network.sizes.block} has no cross-attention to show: ask for no attention maps")
+        raise UserError(
+            f"model.block={network.sizes.block} has no cross-attention to show: ask for no attention maps"
+        )
     grid = network.sizes.patch_grid(latents.shape[2:])
     return torch.stack(seen).mean(0)[0].unflatten(0, grid).cpu()
 
@@ -73,7 +79,8 @@ def sum_over_words(prompt: str, spans: Sequence[Sequence[tuple[int, int]]], shar
 
     Args:
         prompt: the words.
-        spans: for each LLM the range of the prompt that each of its tokens covers; empty ranges belong to no word.
+        spans: for each LLM the range of the prompt that each of its tokens covers; empty ranges belong to no
+        word.
         shares: [rows, columns, tokens], the LLMs' tokens one after another.
     """
     places = list(itertools.chain.from_iterable(spans))

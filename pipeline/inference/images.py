@@ -19,7 +19,9 @@ MIN_SHOWN = 128
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Return pixels [B, 3, H, W] in [-1, 1] as images."""
-    values = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    values = (
+        ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )
     return [Image.fromarray(value) for value in values]
 
 
@@ -37,7 +39,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         return json.loads(image.info["li-dit"])
 
 
-def make_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+def make_grid(
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None
+) -> Image.Image:
     """Lay out images in rows on white, each with its caption below.
 
     Args:
@@ -71,7 +75,8 @@ def make_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: i
 
 
 def _wrap(caption: str, font: Any, width: int, most: int) -> list[str]:
-    """Break a caption into at most `most` lines of `width` pixels; the last one ends with an ellipsis if that is too little."""
+    """Break a caption into at most `most` lines of `width` pixels; the last one ends with an ellipsis if that
+    is too little."""
     lines: list[str] = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

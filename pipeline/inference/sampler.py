@@ -1,4 +1,5 @@
-"""A trained run, ready to sample: the network, the LLMs that read prompts as its families were made, and the latent space."""
+"""A trained run, ready to sample: the network, the LLMs that read prompts as its families were made, and the
+latent space."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,7 +49,8 @@ class SamplingParams:
     without: tuple[str, ...] = ()
     """Text families that read the null caption instead of the prompt."""
     conditions: Mapping[str, str] = field(default_factory=dict)
-    """Values of the network's further conditions (`model.conditions`), by name; the others take their default."""
+    """Values of the network's further conditions (`model.conditions`), by name; the others take their
+    default."""
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are written next to an image; `conditions` only if there are any."""
@@ -61,7 +63,8 @@ class SamplingParams:
 class Sampler:
     """Generates images with one network; LLMs and the latent space are loaded when they are first needed.
 
-    With a partitioned network the ranks sample together: each calls `latents` for its own images, then `keep_pace`.
+    With a partitioned network the ranks sample together: each calls `latents` for its own images, then
+    `keep_pace`.
     """
 
     def __init__(
@@ -112,11 +115,14 @@ class Sampler:
             dtype: precision of the network.
             zero3: partition the network over the processes.
 
-        Raises:
-            UserError: if there is no run or no checkpoint, or something that it was made with is missing or has changed.
+        Raises: UserError: if there is no run or no checkpoint, or something that it was made with is missing
+            or has changed.
         """
         stage, corpus = resolve(load_run(run))
-        stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # the folder may have been moved
+        stage.runs, stage.name = (
+            str(run.absolute().parent),
+            run.absolute().name,
+        )  # the folder may have been moved
 
         build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)
         sharded = shard(build, loaded, dtype, stage.engine) if zero3 else None
@@ -138,8 +144,8 @@ class Sampler:
     def check(self, params: SamplingParams) -> None:
         """Find what is wrong with the settings before the LLMs are loaded.
 
-        Raises:
-            UserError: if a size does not divide, the scheduler or a condition is unknown, or steps are out of range.
+        Raises: UserError: if a size does not divide, the scheduler or a condition is unknown, or steps are
+            out of range.
         """
         self.latent_shape(params)
         extra_conditions(self.network, params, 1, self.device)
@@ -154,7 +160,11 @@ class Sampler:
         return latent_shape(self.network, self.vae.downsampling, params.height, params.width)
 
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, on_step: OnStep | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Sample one image's normalized latents per prompt and seed: fp32 [B, C, h, w]."""
         missing = self._batch_size(len(prompts)) - len(prompts)
@@ -167,7 +177,8 @@ class Sampler:
             self._latents([""] * size, [0] * size, params, None)
 
     def _batch_size(self, images: int) -> int:
-        """Return how many images this pass samples: with a partitioned network, those of the rank that has most."""
+        """Return how many images this pass samples: with a partitioned network, those of the rank that has
+        most."""
         return images if self.sharded is None else -all_reduce_min(-images)
 
     def _latents(
@@ -228,7 +239,8 @@ class Sampler:
         texts = self.reader.texts(prompts, self.dtype, params.quantised, params.without)
         if not params.instruction:
             texts = [
-                Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded) for text in texts
+                Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded)
+                for text in texts
             ]
         extra = extra_conditions(self.network, params, len(prompts), self.device)
         return Condition(torch.zeros(len(prompts), device=self.device), texts, extra)
@@ -281,7 +293,9 @@ def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
     return network
 
 
-def latent_shape(network: LIDiT, downsampling: int | Sequence[int], height: int, width: int) -> tuple[int, ...]:
+def latent_shape(
+    network: LIDiT, downsampling: int | Sequence[int], height: int, width: int
+) -> tuple[int, ...]:
     """Return the shape of one image's latents, (C, h, w).
 
     Args:
@@ -316,6 +330,7 @@ def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> Laten
     vae = load_latent_space(source, None if stage.vae else latents.info["revision"], device, space)
     if any(latents.identity.get(key) != value for key, value in vae.identity.items()):
         raise UserError(
-            f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in the stage"
+            f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in "
+            "the stage"
         )
     return vae

@@ -1,4 +1,5 @@
-"""Images for the web page: requests are checked against limits, sampled one at a time, and saved as PNG with their settings."""
+"""Images for the web page: requests are checked against limits, sampled one at a time, and saved as PNG with
+their settings."""
 
 import threading
 import time
@@ -54,7 +55,8 @@ class Column:
 
     files: list[Path]
     words: list[tuple[Image.Image, str]]
-    """Attention of the first image: for each word an overlay, and the word with its mean share of the attention."""
+    """Attention of the first image: for each word an overlay, and the word with its mean share of the
+    attention."""
 
 
 class InteractiveSampler:
@@ -90,7 +92,12 @@ class InteractiveSampler:
         self._check(request)
         (name, sampler), *others = self.samplers.items()
         params = SamplingParams(
-            request.steps, request.guidance, request.height, request.width, request.scheduler, request.negative.strip()
+            request.steps,
+            request.guidance,
+            request.height,
+            request.width,
+            request.scheduler,
+            request.negative.strip(),
         )
 
         columns = [(name, sampler, params)]

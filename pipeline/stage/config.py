@@ -1,6 +1,7 @@
 """A stage: one YAML under `pipeline/stages/`, or anywhere, checked against these dataclasses.
 
-Progress, schedules and intervals are counted in samples, so they keep their meaning when the batch size changes.
+Progress, schedules and intervals are counted in samples, so they keep their meaning when the batch size
+changes.
 """
 
 import math
@@ -42,8 +43,8 @@ class DataConfig:
     snapshot: str = "latest"
     """Id of a snapshot, or `latest`: the newest when the run starts; the run then keeps to it."""
     datasets: dict[str, DatasetShare] = field(default_factory=dict)
-    """A mixture, instead of `dataset` and `snapshot`: name -> weight, and its own store and snapshot if they differ. The
-    constants of the first one's text families apply to all, so add others after it."""
+    """A mixture, instead of `dataset` and `snapshot`: name -> weight, and its own store and snapshot if they
+    differ. The constants of the first one's text families apply to all, so add others after it."""
     latents: str = "latents"
     """Name of the latents family."""
     cache: str = ""
@@ -60,10 +61,11 @@ class DataConfig:
     shuffle_parts: int = 8
     """Parts per lane whose rows are shuffled together."""
     tokens_per_batch: int | None = None
-    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples per step than
-    `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
+    """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples
+    per step than `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
     batch_multiple: int = 1
-    """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the run may have."""
+    """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the
+    run may have."""
     seed: int = 0
     validation_parts: int = 0
     """Parts at the end of the snapshot's largest bucket held out from training for the validation loss."""
@@ -96,8 +98,8 @@ class ObjectiveConfig:
     """The target that the network learns to predict."""
 
     name: str = "flow"
-    """A name of `pipeline.diffusion.objective.OBJECTIVES`. `flow`: rectified flow, velocity; `ddpm`: the paper's
-    epsilon-prediction (appendix A.1)."""
+    """A name of `pipeline.diffusion.objective.OBJECTIVES`. `flow`: rectified flow, velocity; `ddpm`: the
+    paper's epsilon-prediction (appendix A.1)."""
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     """Density of t for `flow`; `ddpm` samples its 1,000 steps uniformly."""
     logit_mean: float = 0.0
@@ -113,8 +115,8 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: str = "adamw"
-    """An optimizer registered in `pipeline/engine/`. `muon`: Muon for the matrices of the blocks, AdamW for the rest, with one
-    learning rate and decay for both."""
+    """An optimizer registered in `pipeline/engine/`. `muon`: Muon for the matrices of the blocks, AdamW for
+    the rest, with one learning rate and decay for both."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the optimizer that are not among the fields below."""
     momentum: float = 0.95
@@ -131,7 +133,8 @@ class OptimConfig:
     max_skipped_steps: int = 20
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     spike: float | None = None
-    """Skip a step whose gradient norm is above this multiple of its running mean; None = only non-finite steps."""
+    """Skip a step whose gradient norm is above this multiple of its running mean; None = only non-finite
+    steps."""
 
 
 @dataclass
@@ -139,8 +142,8 @@ class EngineConfig:
     """ZeRO settings; pipeline/engine/settings.py gives the reasons."""
 
     zero_stage: Literal[1, 2, 3] = 3
-    """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32 gradients in
-    DeepSpeed."""
+    """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32
+    gradients in DeepSpeed."""
     precision: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int | None = None
     """Samples per rank and micro-step; None = the whole share of the global batch at once."""
@@ -216,8 +219,8 @@ class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     text: list[TextConfig] = field(default_factory=list)
-    """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML describes it. The captions
-    come from the pairs, so the dataset needs pairs and latents alone."""
+    """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML
+    describes it. The captions come from the pairs, so the dataset needs pairs and latents alone."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.of_preset("tiny"))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -236,15 +239,19 @@ class StageConfig:
         """
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise UserError(
-                f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's folder"
+                f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's "
+                "folder"
             )
         if self.global_batch < 1 or self.samples < self.global_batch:
-            raise UserError(f"samples={self.samples} is less than one global batch of {self.global_batch}: raise samples")
+            raise UserError(
+                f"samples={self.samples} is less than one global batch of {self.global_batch}: raise samples"
+            )
         if any(not 0 < decay < 1 for decay in self.ema) or not self.ema:
             raise UserError(f"ema={self.ema}: name at least one decay between 0 and 1")
         if self.sample.every_samples and not (self.sample.prompts or self.sample.scenes):
             raise UserError(
-                "sample.every_samples asks for images, and there are no prompts: set sample.prompts or sample.scenes"
+                "sample.every_samples asks for images, and there are no prompts: set sample.prompts or "
+                "sample.scenes"
             )
 
         self._check_encoders()
@@ -269,11 +276,13 @@ class StageConfig:
             raise UserError(f"data.caption_drop={data.caption_drop}: set a share between 0 and 1")
         if batch % data.canonical_nodes:
             raise UserError(
-                f"global_batch={batch} is not a multiple of data.canonical_nodes={data.canonical_nodes}: change one"
+                f"global_batch={batch} is not a multiple of data.canonical_nodes={data.canonical_nodes}: "
+                "change one"
             )
         if data.batch_multiple < 1 or batch % data.batch_multiple:
             raise UserError(
-                f"global_batch={batch} is not a multiple of data.batch_multiple={data.batch_multiple}: change one"
+                f"global_batch={batch} is not a multiple of data.batch_multiple={data.batch_multiple}: "
+                "change one"
             )
 
     def _check_mixture(self) -> None:
@@ -281,10 +290,13 @@ class StageConfig:
         mixed = self.data.datasets
         if mixed and (self.data.dataset or self.data.snapshot != "latest"):
             raise UserError(
-                "data.datasets replaces data.dataset and data.snapshot: empty data.dataset, or name one dataset only"
+                "data.datasets replaces data.dataset and data.snapshot: empty data.dataset, or name one "
+                "dataset only"
             )
         if len(mixed) == 1:
-            raise UserError(f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed")
+            raise UserError(
+                f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed"
+            )
         for name, share in mixed.items():
             if not 0 < share.weight < math.inf:
                 raise UserError(f"data.datasets.{name}.weight={share.weight}: set a number above 0")
@@ -333,9 +345,8 @@ def _over_preset(given: Any) -> StageConfig:
 def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     """Read a stage by the name of a shipped one or by the path of a YAML, and apply `key=value` overrides.
 
-    Raises:
-        UserError: if there is no such stage, a key is unknown (the message names the nearest right one), a type is wrong, or
-            settings contradict one another.
+    Raises: UserError: if there is no such stage, a key is unknown (the message names the nearest right one),
+        a type is wrong, or settings contradict one another.
     """
     path = Path(stage)
     if not stage.endswith((".yaml", ".yml")):
@@ -354,7 +365,9 @@ def load_run(run: Path) -> StageConfig:
         UserError: if the folder is not a run's.
     """
     if not (run / "stage.yaml").exists():
-        raise UserError(f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo")
+        raise UserError(
+            f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo"
+        )
     return read_settings(StageConfig, run / "stage.yaml", [], _over_preset)
 
 

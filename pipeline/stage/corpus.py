@@ -35,7 +35,9 @@ class Corpus:
         """Bucket -> samples in all datasets together."""
         counted: Counter[str] = Counter()
         for source in self.sources:
-            counted.update({bucket: int(record["rows"]) for bucket, record in source.snapshot.buckets.items()})
+            counted.update(
+                {bucket: int(record["rows"]) for bucket, record in source.snapshot.buckets.items()}
+            )
         return dict(counted)
 
     @property
@@ -45,16 +47,20 @@ class Corpus:
 
     @property
     def id(self) -> str:
-        """All that decides which samples there are: the snapshot's id; of a mixture, all of them with their weights."""
+        """All that decides which samples there are: the snapshot's id; of a mixture, all of them with their
+        weights."""
         if len(self.sources) == 1:
             return self.sources[0].snapshot.id
-        return " + ".join(f"{source.weight:g} {source.snapshot.dataset}@{source.snapshot.id}" for source in self.sources)
+        return " + ".join(
+            f"{source.weight:g} {source.snapshot.dataset}@{source.snapshot.id}" for source in self.sources
+        )
 
     def __str__(self) -> str:
         """In words, with the share of each dataset."""
         total = sum(source.weight for source in self.sources)
         named = [
-            (source.weight / total, f"snapshot {source.snapshot.id} of {source.snapshot.dataset}") for source in self.sources
+            (source.weight / total, f"snapshot {source.snapshot.id} of {source.snapshot.dataset}")
+            for source in self.sources
         ]
         return named[0][1] if len(named) == 1 else ", ".join(f"{share:.3g} x {name}" for share, name in named)
 
@@ -67,11 +73,15 @@ def shares(stage: StageConfig) -> dict[str, DatasetShare]:
     """
     data = stage.data
     if not data.datasets and not data.dataset:
-        raise UserError("data.dataset is empty: set it in the stage, or give data.dataset=... on the command line")
+        raise UserError(
+            "data.dataset is empty: set it in the stage, or give data.dataset=... on the command line"
+        )
     datasets = data.datasets or {data.dataset: DatasetShare(snapshot=data.snapshot)}
     datasets = {name: replace(share, store=share.store or data.store) for name, share in datasets.items()}
     if not all(share.store for share in datasets.values()):
-        raise UserError("data.store is empty: set it in the stage, or give data.store=... on the command line")
+        raise UserError(
+            "data.store is empty: set it in the stage, or give data.store=... on the command line"
+        )
     return datasets
 
 
@@ -87,9 +97,8 @@ def open_datasets(stage: StageConfig) -> list[Store]:
 def open_corpus(stage: StageConfig) -> Corpus:
     """Read the stage's snapshots, and check them against the stage and against one another.
 
-    Raises:
-        UserError: if there is no such store or snapshot, or a family is missing, or was made in another way than the stage
-            says or than in another dataset of the mixture.
+    Raises: UserError: if there is no such store or snapshot, or a family is missing, or was made in another
+        way than the stage says or than in another dataset of the mixture.
     """
     sources = []
     for dataset, share in zip(open_datasets(stage), shares(stage).values(), strict=True):
@@ -102,8 +111,10 @@ def open_corpus(stage: StageConfig) -> Corpus:
             family, same = first.snapshot.families[name], other.snapshot.families[name]
             if (family.hash, _shared_info(family)) != (same.hash, _shared_info(same)):
                 raise UserError(
-                    f"family `{name}` was made in one way in {first.snapshot.dataset} ({family.hash}) and in another in "
-                    f"{other.snapshot.dataset} ({same.hash}): encode one of them again like the other, or leave it out"
+                    f"family `{name}` was made in one way in {first.snapshot.dataset} ({family.hash}) and "
+                    "in another in "
+                    f"{other.snapshot.dataset} ({same.hash}): encode one of them again like the other, or "
+                    "leave it out"
                 )
     return Corpus(sources)
 
@@ -116,7 +127,8 @@ def _shared_info(family: Family) -> dict[str, object]:
 
 
 def read_families(stage: StageConfig) -> list[str]:
-    """Return the families that the stage reads from the store: latents, and texts unless it encodes them itself."""
+    """Return the families that the stage reads from the store: latents, and texts unless it encodes them
+    itself."""
     return [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
 
 
@@ -142,19 +154,22 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
         family = snapshot.families.get(name)
         if name not in stage.fusion.families or family is None:
             raise UserError(
-                f"fusion.expect names `{name}`, which is not one of fusion.families: {', '.join(stage.fusion.families)}"
+                f"fusion.expect names `{name}`, which is not one of fusion.families: "
+                f"{', '.join(stage.fusion.families)}"
             )
         for key, value in fields.items():
             made = family.identity.get(key)
             if str(made) != str(value):
                 raise UserError(
-                    f"family `{name}` of snapshot {snapshot.id} was made with {key}={made}, the stage expects {value}: "
+                    f"family `{name}` of snapshot {snapshot.id} was made with {key}={made}, the stage "
+                    f"expects {value}: "
                     f"encode a new family, or change fusion.expect.{name}.{key}"
                 )
 
 
 def resolve(stage: StageConfig) -> tuple[StageConfig, Corpus]:
-    """Return the stage with `latest` replaced by the snapshots' ids, and its datasets, checked against the stage.
+    """Return the stage with `latest` replaced by the snapshots' ids, and its datasets, checked against the
+    stage.
 
     Raises:
         UserError: if the stage and its datasets do not fit, as in `open_corpus`.

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 class Callback:
     """Something that happens at times beside the training steps; every method is called on all ranks alike.
 
-    A callback must leave the run's numbers as they are: what it computes with weights or random numbers, it puts back.
+    A callback must leave the run's numbers as they are: what it computes with weights or random numbers, it
+    puts back.
     """
 
     def quantities(self) -> Sequence[str]:
-        """Return names that the callback adds to the trainer's `sums`; each is reported as a mean over the interval."""
+        """Return names that the callback adds to the trainer's `sums`; each is reported as a mean over the
+        interval."""
         return ()
 
     def on_train_start(self, trainer: "Trainer") -> None:
@@ -28,7 +30,8 @@ class Callback:
         """Act on a batch before its step."""
 
     def after_micro_batch(self, trainer: "Trainer", batch: Batch, losses: Tensor, timesteps: Tensor) -> None:
-        """Act on the losses fp32 [B] of a micro-batch at its timesteps, [B] or [B, N], after their backward pass."""
+        """Act on the losses fp32 [B] of a micro-batch at its timesteps, [B] or [B, N], after their backward
+        pass."""
 
     def after_step(self, trainer: "Trainer", batch: Batch) -> None:
         """Act after a step and the update of the averages."""

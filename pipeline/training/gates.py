@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class GateStats(Callback):
-    """Measures the gates in steps that end with a report; they depend on timestep and text, so it takes a mean over a batch."""
+    """Measures the gates in steps that end with a report; they depend on timestep and text, so it takes a
+    mean over a batch."""
 
     def __init__(self, network: LIDiT, families: Sequence[str]) -> None:
         """Hook onto the network, whose outputs stay as they are, on partitioned parameters too.
@@ -71,5 +72,6 @@ def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[tuple[str, nn.Mo
                 yield f"gate_refiner_{family}_{number}", block.gates, (0, 1)
 
     for number, block in enumerate(fusion.collaborative.blocks if fusion.collaborative is not None else []):
-        for family, branch in zip(families, block.branches, strict=True):  # pyright: ignore[reportArgumentType]
+        # pyright: ignore[reportArgumentType]
+        for family, branch in zip(families, block.branches, strict=True):
             yield f"gate_collaborative_{family}_{number}", branch.modulation, (2, 5)

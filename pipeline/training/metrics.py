@@ -44,14 +44,16 @@ def peak_flops(log: LogConfig) -> float | None:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory that this rank has used so far, in GiB: of its GPU, or of the process if it has none."""
+    """Return the most memory that this rank has used so far, in GiB: of its GPU, or of the process if it has
+    none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Interval:
-    """Sums over the steps since the last report; kept in checkpoints, so that a resumed run reports the same numbers."""
+    """Sums over the steps since the last report; kept in checkpoints, so that a resumed run reports the same
+    numbers."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -82,7 +84,8 @@ class Interval:
 
 
 class RankSums:
-    """Sums and counts of named quantities on this rank's device, to be added up over the ranks once in a while."""
+    """Sums and counts of named quantities on this rank's device, to be added up over the ranks once in a
+    while."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.columns = {name: column for column, name in enumerate(names)}
@@ -94,7 +97,8 @@ class RankSums:
         self._table[1, self.columns[name]] += values.numel()
 
     def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Add per-sample losses [B] to the bins `loss_t<i>` of their timesteps [B]; of [B, N], the mean counts."""
+        """Add per-sample losses [B] to the bins `loss_t<i>` of their timesteps [B]; of [B, N], the mean
+        counts."""
         if timesteps.dim() > 1:
             timesteps = timesteps.mean(dim=1)
         columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
@@ -108,14 +112,19 @@ class RankSums:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(table)
         totals, counts = table.tolist()
-        return {name: (totals[at] / counts[at] if counts[at] else 0.0, counts[at]) for name, at in self.columns.items()}
+        return {
+            name: (totals[at] / counts[at] if counts[at] else 0.0, counts[at])
+            for name, at in self.columns.items()
+        }
 
 
 def _import_wandb() -> ModuleType:
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
-        raise UserError(f"log.wandb is set, but the package {error.name} is missing: pip install wandb") from error
+        raise UserError(
+            f"log.wandb is set, but the package {error.name} is missing: pip install wandb"
+        ) from error
 
 
 class MetricsLog:
@@ -131,7 +140,9 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(str(run / "tensorboard"))
             self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
         if writes and log.wandb:
-            self._wandb = _import_wandb().init(project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run))
+            self._wandb = _import_wandb().init(
+                project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run)
+            )
 
     def event(self, name: str, **fields: Any) -> None:
         """Write one line about something that happened: start, save, stop."""
@@ -147,7 +158,8 @@ class MetricsLog:
         self._curves(step, samples, values)
 
     def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """Write the scores of an evaluation: an event in the file, one curve `<name>/<key>` per score elsewhere."""
+        """Write the scores of an evaluation: an event in the file, one curve `<name>/<key>` per score
+        elsewhere."""
         if not values:
             return
         self.event(name, step=step, samples=samples, **values)

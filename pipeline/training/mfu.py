@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 class StepFlops(Callback):
     """Adds the FLOPs of each step to the interval as `step_flops`."""
 
-    def __init__(
-        self, sizes: DiTConfig, fusion: FusionConfig, latents: Family, texts: list[Family]
-    ) -> None:
+    def __init__(self, sizes: DiTConfig, fusion: FusionConfig, latents: Family, texts: list[Family]) -> None:
         """Keep what the FLOPs depend on.
 
         Args:

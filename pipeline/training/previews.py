@@ -1,8 +1,8 @@
-"""Images during training: the same prompts and seeds, sampled repeatedly with the averaged weights, and how well those of
-scenes follow their captions.
+"""Images during training: the same prompts and seeds, sampled repeatedly with the averaged weights, and how
+well those of scenes follow their captions.
 
-Under ZeRO-3 no rank has a whole network, so all ranks sample together: each its share of the prompts, all with the same number
-of forward passes. The LLMs read the prompts once, before the first step, and are freed.
+Under ZeRO-3 no rank has a whole network, so all ranks sample together: each its share of the prompts, all
+with the same number of forward passes. The LLMs read the prompts once, before the first step, and are freed.
 """
 
 import itertools
@@ -53,7 +53,8 @@ class PreviewImages(NamedTuple):
 
 
 class Previews(Callback):
-    """Samples images of `sample.prompts` and of held-out scenes; every method is collective unless it says otherwise."""
+    """Samples images of `sample.prompts` and of held-out scenes; every method is collective unless it says
+    otherwise."""
 
     def __init__(
         self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine
@@ -66,9 +67,8 @@ class Previews(Callback):
             constants: what all captions of each text family share.
             engine: the network that samples.
 
-        Raises:
-            UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or the size does not
-                divide.
+        Raises: UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or
+            the size does not divide.
         """
         self.stage = stage
         sample = stage.sample
@@ -78,7 +78,9 @@ class Previews(Callback):
         latents = latents_family(stage, corpus)
         self.shape = latent_shape(engine.module, latents.info["downsampling"], sample.height, sample.width)
 
-        reader = PromptReader(text_families(stage, corpus), constants, partial(load_llm, device=engine.device))
+        reader = PromptReader(
+            text_families(stage, corpus), constants, partial(load_llm, device=engine.device)
+        )
         if engine.rank == 0:
             reader.read(self.prompts, keep_llms=False)
         reader.known = gather(_to_host(reader.known) if engine.rank == 0 else None)[0]

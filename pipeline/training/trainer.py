@@ -1,7 +1,7 @@
 """The training loop, in a fixed order: report, callbacks, save, stop?, then one step and its moving averages.
 
-Progress is counted in samples of the plan. Randomness comes from (seed, epoch, sample id), so a run that was stopped and
-resumed repeats an uninterrupted one exactly.
+Progress is counted in samples of the plan. Randomness comes from (seed, epoch, sample id), so a run that was
+stopped and resumed repeats an uninterrupted one exactly.
 """
 
 import json
@@ -72,7 +72,8 @@ class Trainer:
         local_batch, left = divmod(stage.global_batch, ranks.world)
         if left:
             raise UserError(
-                f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: change one"
+                f"global_batch={stage.global_batch} is not a multiple of the {ranks.world} processes: "
+                "change one"
             )
         prepare_texts(self.stage, self.corpus, ranks)
         self.sizes, _ = network_sizes(self.stage, self.corpus)
@@ -105,13 +106,13 @@ class Trainer:
         added = [name for callback in self.callbacks for name in callback.quantities()]
         self.sums = RankSums(["loss", *bins, *buckets, *added], self.engine.device)
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Train to the end of the stage, or until asked to stop.
 
-        Returns:
-            0 when the stage is finished, `EXIT_AGAIN` when a checkpoint was committed and the stage is not finished.
+        Returns: 0 when the stage is finished, `EXIT_AGAIN` when a checkpoint was committed and the stage is
+            not finished.
 
         Raises:
             UserError: if too many steps in a row had non-finite gradients.
@@ -224,7 +225,8 @@ class Trainer:
         self.log.event("skipped", step=state.step, **where, grad_norm=str(norm))
         if state.skipped_in_a_row > self.stage.optim.max_skipped_steps:
             raise UserError(
-                f"{state.skipped_in_a_row} steps in a row up to step {state.step} had non-finite or spiking gradients: "
+                f"{state.skipped_in_a_row} steps in a row up to step {state.step} had non-finite or "
+                "spiking gradients: "
                 f"lower optim.lr, or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
             )
 
@@ -250,7 +252,7 @@ class Trainer:
         interval.add("caption_tokens", caption_tokens)
         interval.add("step_samples", self.samples_of_step)
 
-    # -- between steps ------------------------------------------------------------------------------------------------
+    # -- between steps ---------------------------------------------------------------------------------------
 
     def due(self, every: int | None) -> bool:
         """Return True if the last step, which this start has done, passed a multiple of `every` samples."""
@@ -282,7 +284,7 @@ class Trainer:
         self.log.report(state.step, state.samples, values)
         progress.report(state.step, state.samples, values)
 
-    # -- stop, save, resume -------------------------------------------------------------------------------------------
+    # -- stop, save, resume ----------------------------------------------------------------------------------
 
     def _agree_to_stop(self) -> bool:
         """Return True if any rank was asked to stop: all ranks get the same answer at the same step."""
@@ -302,7 +304,8 @@ class Trainer:
         self.log_event("save", seconds=time.monotonic() - began)
 
     def _resume(self) -> None:
-        """Continue from the newest good checkpoint; else start, from an earlier stage's weights if the stage names one."""
+        """Continue from the newest good checkpoint; else start, from an earlier stage's weights if the stage
+        names one."""
         run = self.stage.run
         newest = self.checkpoints.newest()
         if newest is not None:

@@ -1,4 +1,5 @@
-"""Losses at fixed timesteps on fixed batches: the numbers that show whether, and what, a network has learned."""
+"""Losses at fixed timesteps on fixed batches: the numbers that show whether, and what, a network has
+learned."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -43,7 +44,8 @@ def losses_at_fixed_timesteps(
         batches: (clean latents, noise, condition) of each batch; the condition's timesteps are not read.
         objective: what the network was trained to predict.
         dtype: precision of the latents that the network gets.
-        shuffle_captions: give each sample another sample's caption; a network that uses its text does worse then.
+        shuffle_captions: give each sample another sample's caption; a network that uses its text does worse
+        then.
     """
     sums = torch.zeros(len(FIXED_TIMESTEPS), dtype=torch.float64)
     count = 0
@@ -69,7 +71,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class Validation(Callback):
-    """Logs the loss of the averaged weights on held-out batches every `log.validate_every_samples` samples."""
+    """Logs the loss of the averaged weights on held-out batches every `log.validate_every_samples`
+    samples."""
 
     def between_steps(self, trainer: "Trainer") -> None:
         """Validate if it is due."""
@@ -81,7 +84,9 @@ class Validation(Callback):
         """Measure the losses on all ranks and log their mean."""
         engine, inputs = trainer.engine, trainer.inputs
         moved = (batch.to(engine.device) for batch in trainer.data.validation())
-        held_out = ((inputs.clean_latents(batch), batch.noise, inputs.condition(batch, batch.u)) for batch in moved)
+        held_out = (
+            (inputs.clean_latents(batch), batch.noise, inputs.condition(batch, batch.u)) for batch in moved
+        )
 
         with engine.averaged():
             losses = losses_at_fixed_timesteps(engine, held_out, trainer.objective, engine.dtype)

@@ -34,7 +34,11 @@ checkpoint: {{every_samples: 80}}
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slurm") and MISSING:
-            item.add_marker(pytest.mark.skip(reason=f"needs Slurm, missing: {', '.join(MISSING)} (Debian: slurm-wlm, munge)"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason=f"needs Slurm, missing: {', '.join(MISSING)} (Debian: slurm-wlm, munge)"
+                )
+            )
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +62,9 @@ class Training:
         self.python.write_text(PYTHON.format(python=sys.executable, here=ROOT / "tests" / "helpers"))
         self.python.chmod(0o755)
         self.settings = folder / "env.sh"
-        self.settings.write_text(". cluster/env.sh\nSHARD_OPTIONS=(--array=0-2)\nENCODE_OPTIONS=(--array=0-2)\n")
+        self.settings.write_text(
+            ". cluster/env.sh\nSHARD_OPTIONS=(--array=0-2)\nENCODE_OPTIONS=(--array=0-2)\n"
+        )
         self.real_python = sys.executable
         self.logs = folder / "logs"
         self.logs.mkdir()
@@ -102,11 +108,17 @@ class Training:
 
     def at_step(self, step, seconds=20):
         """Wait until the run has reported this step."""
-        self.cluster.wait(lambda: any(row.get("step", 0) >= step for row in self.rows()), f"step {step}", seconds)
+        self.cluster.wait(
+            lambda: any(row.get("step", 0) >= step for row in self.rows()), f"step {step}", seconds
+        )
 
     def rows(self):
         path = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
 
     def steps(self):
         return [row["step"] for row in self.rows() if "event" not in row]
@@ -130,7 +142,8 @@ def training(slurm, tmp_path):
 def out_of_time(slurm, tmp_path_factory):
     """A training and its job, with one minute to live, of which Slurm tells it at 50 s.
 
-    Slurm looks at limits twice a minute and may tell a minute early; so the job runs aside while other tests run.
+    Slurm looks at limits twice a minute and may tell a minute early; so the job runs aside while other tests
+    run.
     """
     training = Training(slurm, tmp_path_factory.mktemp("out_of_time"))
     return training, training.submit("--partition=aside", "--time=1", "--signal=B:USR1@50", FAKE_STEP=1)

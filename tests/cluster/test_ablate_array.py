@@ -30,7 +30,10 @@ def test_the_line_that_is_printed_does_what_is_not_done(slurm, training, tmp_pat
     name, tasks = assignment.split("=")
     job = training.type(line[0], "--parsable", *line[1:], **{name: tasks}).strip()
     slurm.wait(lambda: not slurm.queue(), "end of the array", 60)
-    done = {path.parent.relative_to(folder): json.loads(path.read_text())["task"] for path in folder.rglob("score.json")}
+    done = {
+        path.parent.relative_to(folder): json.loads(path.read_text())["task"]
+        for path in folder.rglob("score.json")
+    }
     said = "\n".join(path.read_text() for path in training.logs.iterdir())
     assert {str(run): task for run, task in done.items()} == {
         "none/seed_0": -1, "full/seed_0": 1, "none/seed_1": 2, "full/seed_1": 3,

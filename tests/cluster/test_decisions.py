@@ -12,12 +12,12 @@ from pipeline.operations.attempts import (
     MAX_BAD_NODES,
     MAX_CRASHES,
     begin,
+    cause_of_end,
     end,
     exit_code,
     needs_gpu,
     progress,
     read_endings,
-    cause_of_end,
 )
 from pipeline.operations.first_error import find_first_error
 from pipeline.operations.preflight import NodeReport, decide
@@ -100,7 +100,9 @@ def test_ranks_exit_codes_beat_the_codes_of_those_that_srun_killed(stage):
     run = begin(stage, attempt(), gpus=0)
     log = run / "logs/srun.txt"
     for own, rc in ((85, 85), (2, 2), (1, 137)):
-        log.write_text(f"srun: error: n2: tasks 1-3: Exited with exit code {own}\nsrun: error: n1: task 0: Killed\n")
+        log.write_text(
+            f"srun: error: n2: tasks 1-3: Exited with exit code {own}\nsrun: error: n1: task 0: Killed\n"
+        )
         assert exit_code(run, 137, attempt()) == rc
     log.write_text("srun: error: n1: task 0: User defined signal 1\n")
     assert exit_code(run, 138, attempt()) == 85
@@ -134,8 +136,13 @@ def test_only_the_demo_runs_without_gpus():
 
 
 def test_first_error_is_the_cause_not_the_echo(tmp_path):
-    echo = "Traceback (most recent call last):\n  File a\nRuntimeError: [gloo/transport/tcp] Connection closed by peer [n2]\n"
-    cause = "Traceback (most recent call last):\n  File b\n    x = 1 / 0\nZeroDivisionError: division by zero\n"
+    echo = (
+        "Traceback (most recent call last):\n  File a\n"
+        "RuntimeError: [gloo/transport/tcp] Connection closed by peer [n2]\n"
+    )
+    cause = (
+        "Traceback (most recent call last):\n  File b\n    x = 1 / 0\nZeroDivisionError: division by zero\n"
+    )
     (tmp_path / "rank_00000.txt").write_text("old Error: of an earlier start\n" + echo)
     (tmp_path / "rank_00003.txt").write_text("step 1\n" + cause)
     (tmp_path / "srun.txt").write_text("srun: error: n1: task 0: Killed\n")
@@ -148,7 +155,9 @@ def test_first_error_is_the_cause_not_the_echo(tmp_path):
 
 
 def fit(node, rank=0, **changes):
-    return NodeReport(**{"node": node, "rank": rank, "local_rank": 0, "versions": {"torch": "2"}, "clock": 100.0, **changes})
+    return NodeReport(
+        **{"node": node, "rank": rank, "local_rank": 0, "versions": {"torch": "2"}, "clock": 100.0, **changes}
+    )
 
 
 NODES = st.lists(st.sampled_from([f"n{i}" for i in range(8)]), min_size=3, max_size=8, unique=True)
@@ -203,13 +212,21 @@ def test_status_counts_steps_once_and_foretells_the_end(stage):
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 15')
     status = read_status(run, now=1000.0)
-    assert (status.step, status.samples, status.total, status.loss, status.starts) == (150, 1500, 3000, 0.5, 2)
+    assert (status.step, status.samples, status.total, status.loss, status.starts) == (
+        150,
+        1500,
+        3000,
+        0.5,
+        2,
+    )
     assert status.goodput == pytest.approx(150 / 250)
     assert status.seconds_left == pytest.approx(150 / status.goodput)
     with pytest.raises(UserError, match="no such run"):
         read_status(run.parent / "none", 0.0)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(8, "8 s"), (720, "12 min"), (19_200, "5 h 20 min"), (273_600, "3 d 4 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8, "8 s"), (720, "12 min"), (19_200, "5 h 20 min"), (273_600, "3 d 4 h")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

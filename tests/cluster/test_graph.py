@@ -17,7 +17,10 @@ def done(training):
     """(command, share) of every make-believe command that was run."""
     path = training.folder / "done.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(row["command"][1] if row["command"][0] == "data_prep" else row["command"][0], tuple(row["share"])) for row in rows]
+    return [
+        (row["command"][1] if row["command"][0] == "data_prep" else row["command"][0], tuple(row["share"]))
+        for row in rows
+    ]
 
 
 @pytest.fixture
@@ -41,7 +44,10 @@ def test_bad_node_is_named_and_excluded(slurm, training):
     slurm.start_now(job)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
     assert "preflight: n1 is bad: /dev/shm has" in training.output(job)
-    assert [(ending["kind"], ending["nodes"]) for ending in training.endings()] == [("bad_node", "n1"), ("finished", "n2")]
+    assert [(ending["kind"], ending["nodes"]) for ending in training.endings()] == [
+        ("bad_node", "n1"),
+        ("finished", "n2"),
+    ]
     assert slurm.job(job)["ExcNodeList"] == "n1"
 
 
@@ -81,7 +87,11 @@ def test_tasks_of_a_plan_wait_for_one_another(slurm, training, dataset):
     slurm.wait(lambda: not slurm.queue(), "the array's end")
     assert {share for what, share in done(training) if what == "pairs"} == {(0, 3), (1, 3), (2, 3)}
     first_pairs = [what for what, _ in done(training)].index("pairs")
-    assert {share for what, share in done(training)[:first_pairs] if what == "plan"} == {(0, 3), (1, 3), (2, 3)}
+    assert {share for what, share in done(training)[:first_pairs] if what == "plan"} == {
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    }
 
 
 def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):
@@ -90,7 +100,12 @@ def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):
     slurm.wait(lambda: ("text", (1, 3)) in done(training), "task 1")
     slurm.run("scancel", f"{encode}_1")
     assert slurm.wait_for(snapshot)["JobState"] == "FAILED"
-    again = next(line.split("`")[1] for path in training.logs.iterdir() for line in path.read_text().splitlines() if "`" in line)
+    again = next(
+        line.split("`")[1]
+        for path in training.logs.iterdir()
+        for line in path.read_text().splitlines()
+        if "`" in line
+    )
     assert "--array=1 " in again
     variable, *words = again.split()
     training.type(*words, **dict([variable.split("=")]))
@@ -104,7 +119,9 @@ def test_whole_graph(slurm, training, dataset):
     jobs = jobs_of(printed)
     conditions = ["", "afterok", "afterok", "afterany", "afterok", "afterok", "afterok"]
     before = ["", *(job for job, _ in jobs)]
-    assert [after for _, after in jobs] == [f"{word}:{job}".strip(":") for word, job in zip(conditions, before, strict=False)]
+    assert [after for _, after in jobs] == [
+        f"{word}:{job}".strip(":") for word, job in zip(conditions, before, strict=False)
+    ]
     assert slurm.wait_for(jobs[-1][0], seconds=60)["JobState"] == "COMPLETED", printed
     order = list(dict.fromkeys(what for what, _ in done(training)))
     assert order[:2] == ["plan", "pairs"]

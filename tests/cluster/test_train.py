@@ -64,7 +64,11 @@ def test_crash_is_started_again_but_not_a_third_time_at_one_step(slurm, training
     for _ in range(2):
         slurm.start_now(job)
     assert slurm.wait_for(job)["JobState"] == "FAILED"
-    assert [(ending["requeued"], ending["step"]) for ending in training.endings()] == [(True, 12), (True, 12), (False, 12)]
+    assert [(ending["requeued"], ending["step"]) for ending in training.endings()] == [
+        (True, 12),
+        (True, 12),
+        (False, 12),
+    ]
     end = training.output(job)[-1000:]
     assert "first error: rank_00001: Traceback" in end
     assert "ValueError: a made-up fault" in end
@@ -84,7 +88,11 @@ def test_killed_rank_and_frozen_rank(slurm, training):
     assert "signal 9" in training.endings()[0]["reason"]
     assert "nothing was written for 3 s" in training.endings()[1]["reason"]
     steps = training.steps()
-    assert (steps.count(10), steps.count(20), steps[-1]) == (1, 1, 30)  # saved there: only later steps are done again
+    assert (steps.count(10), steps.count(20), steps[-1]) == (
+        1,
+        1,
+        30,
+    )  # saved there: only later steps are done again
 
 
 def test_ranks_that_do_not_save_in_time_are_killed(slurm, training):

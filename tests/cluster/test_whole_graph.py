@@ -30,7 +30,9 @@ def test_from_raw_pairs_to_pictures(slurm, training, tmp_path):
         file.write("filters: [{name: min_side, value: 24}]\n")
     stages = [str(write_stage(graph, name)) for name in ("first", "second")]
     (tmp_path / "prompts.txt").write_text("a red apple\ntwo birds\n")
-    training.settings.write_text(". cluster/env.sh\nSHARD_OPTIONS=(--array=0-1)\nENCODE_OPTIONS=(--array=0-1)\n")
+    training.settings.write_text(
+        ". cluster/env.sh\nSHARD_OPTIONS=(--array=0-1)\nENCODE_OPTIONS=(--array=0-1)\n"
+    )
     real = {"PYTHON": training.real_python, "DS_ACCELERATOR": "cpu", "PROMPTS": tmp_path / "prompts.txt"}
 
     printed = training.type("cluster/pretrain.sh", "--nodes=2", str(dataset), *stages, **real)
@@ -42,10 +44,16 @@ def test_from_raw_pairs_to_pictures(slurm, training, tmp_path):
     snapshot = json.loads(next((graph / "store/set/snapshots").glob("*/snapshot.json")).read_text())
     assert sum(bucket["rows"] for bucket in snapshot["buckets"].values()) == PAIRS, said
     assert sorted(snapshot["families"]) == ["latents", "tiny"]
-    starts = [json.loads(line) for line in (graph / "runs/second/metrics.jsonl").read_text().splitlines() if '"start"' in line]
+    starts = [
+        json.loads(line)
+        for line in (graph / "runs/second/metrics.jsonl").read_text().splitlines()
+        if '"start"' in line
+    ]
     assert starts[0]["how"] == f"started from {graph}/runs/first", said
     assert starts[0]["world"] == 2
-    drawn = [json.loads(line) for line in (graph / "runs/second/samples/index.jsonl").read_text().splitlines()]
+    drawn = [
+        json.loads(line) for line in (graph / "runs/second/samples/index.jsonl").read_text().splitlines()
+    ]
     assert [record["prompt"] for record in drawn] == ["a red apple", "two birds"]
     for record in drawn:
         with Image.open(graph / "runs/second/samples" / record["file"]) as image:

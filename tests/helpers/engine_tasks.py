@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.blocks import BLOCKS
-from model.dit_block import DiTBlock
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
+from model.dit_block import DiTBlock
 from pipeline.engine.ema import warm_decay
 from pipeline.engine.engine import Engine
 from pipeline.engine.optim import optimizer_settings, parameter_groups

@@ -1,4 +1,5 @@
-"""`python -m pipeline.evaluate` as one of several processes, which may be killed at a chosen image or answer."""
+"""`python -m pipeline.evaluate` as one of several processes, which may be killed at a chosen image or
+answer."""
 
 import os
 import signal
@@ -27,9 +28,16 @@ def killed_after(count, function):
 
 
 def run(rank, world, port, truth, arguments, images=None, answers=None):
-    """Run as `rank` of `world` processes that connect through a port; killed after that many images or answers."""
+    """Run as `rank` of `world` processes that connect through a port; killed after that many images or
+    answers."""
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
     save, opened = bench_images.save_image, bench_answers.open_image
     with (
@@ -37,6 +45,8 @@ def run(rank, world, port, truth, arguments, images=None, answers=None):
         patch.object(evaluate, "load_source", lambda *_: make_sampler()),
         patch.object(evaluate, "ScorerModels", lambda *_: make_judges(truth)),
         patch.object(bench_images, "save_image", save if images is None else killed_after(images, save)),
-        patch.object(bench_answers, "open_image", opened if answers is None else killed_after(answers, opened)),
+        patch.object(
+            bench_answers, "open_image", opened if answers is None else killed_after(answers, opened)
+        ),
     ):
         evaluate.main()

@@ -15,5 +15,8 @@ def run_job(job, processes, prompts):
         (job.run / "score.json").write_text(json.dumps({"task": int(os.environ["SLURM_ARRAY_TASK_ID"])}))
 
 
-with patch.object(ablate, "run_job", run_job), patch.object(ablation_report, "build", lambda folder, *_: Path(folder)):
+with (
+    patch.object(ablate, "run_job", run_job),
+    patch.object(ablation_report, "build", lambda folder, *_: Path(folder)),
+):
     ablate.main()

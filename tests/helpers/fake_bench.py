@@ -1,7 +1,9 @@
-"""Small benchmarks whose truth is known, a sampler that draws it, and judges that read it or, where there is none, guess.
+"""Small benchmarks whose truth is known, a sampler that draws it, and judges that read it or, where there is
+none, guess.
 
-A true picture shows the number of its prompt as six squares, black or white. Judges read the number and answer about that prompt;
-where the squares are anything else they guess, each answer from a hash of the picture and the question.
+A true picture shows the number of its prompt as six squares, black or white. Judges read the number and
+answer about that prompt; where the squares are anything else they guess, each answer from a hash of the
+picture and the question.
 """
 
 import csv
@@ -23,7 +25,16 @@ SEEN = ("red", "blue", "pink", "black")
 PAIRS = list(itertools.permutations(ANIMALS, 2))[:24]
 SLOTS = {"left": (0, 0, 6, 6), "right": (16, 0, 22, 6)}
 SIDE = 8
-DPG_COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple")
+DPG_COLUMNS = (
+    "item_id",
+    "text",
+    "keywords",
+    "proposition_id",
+    "dependency",
+    "category_broad",
+    "category_detailed",
+    "tuple",
+)
 DPG_COLUMNS += ("question_natural_language",)
 
 
@@ -36,10 +47,13 @@ def geneval(folder):
         lines.append([
             {"tag": "single_object", "include": [one], "prompt": f"{a} {number}"},
             {"tag": "two_object", "include": [one, other], "prompt": f"{a} and {b} {number}"},
-            {"tag": "counting", "include": [two], "exclude": [{**one, "count": 3}], "prompt": f"two {a}s {number}"},
+            {"tag": "counting", "include": [two], "exclude": [{**one, "count": 3}],
+             "prompt": f"two {a}s {number}"},
             {"tag": "colors", "include": [{**one, **red}], "prompt": f"one {a} {number}"},
-            {"tag": "position", "include": [other, {**one, "position": ["left of", 0]}], "prompt": f"{a} left {b} {number}"},
-            {"tag": "color_attr", "include": [{**one, **red}, {**other, **blue}], "prompt": f"both {a} {b} {number}"},
+            {"tag": "position", "include": [other, {**one, "position": ["left of", 0]}],
+             "prompt": f"{a} left {b} {number}"},
+            {"tag": "color_attr", "include": [{**one, **red}, {**other, **blue}],
+             "prompt": f"both {a} {b} {number}"},
         ][number % 6])  # fmt: skip
     path = folder / "evaluation_metadata.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -56,16 +70,24 @@ def dpg(folder):
         rows.writerow(["0", "a ant 9", "", 1, "0", "", "", "entity - whole (ant)", "Is there a ant?"])
         for number, (a, b) in enumerate(PAIRS):
             text = f"a {a}, a {b} {number}"
-            questions = [(1, "0", f"Is there a {a}?"), (2, "1", f"Is the {a} small?"), (3, "0", f"Is there a {b}?")]
+            questions = [
+                (1, "0", f"Is there a {a}?"),
+                (2, "1", f"Is the {a} small?"),
+                (3, "0", f"Is there a {b}?"),
+            ]
             for ordinal, parent, asked in questions:
-                rows.writerow([str(number + 1), text, "", ordinal, parent, "", "", "entity - whole (x)", asked])
+                rows.writerow(
+                    [str(number + 1), text, "", ordinal, parent, "", "", "entity - whole (x)", asked]
+                )
             world[text] = {asked for _, _, asked in questions}
     return path, world
 
 
 def genai_bench(folder):
     texts = [f"a {a}, a {b} {number}" for number, (a, b) in enumerate(PAIRS)]
-    (folder / "genai_image.json").write_text(json.dumps({f"{i:05d}": {"prompt": text} for i, text in enumerate(texts)}))
+    (folder / "genai_image.json").write_text(
+        json.dumps({f"{i:05d}": {"prompt": text} for i, text in enumerate(texts)})
+    )
     skills = {"basic": list(range(12)), "advanced": list(range(12, 24)), "counting": [20, 21, 22, 23]}
     (folder / "genai_skills.json").write_text(json.dumps(skills))
     return folder, {text: text for text in texts}
@@ -85,7 +107,13 @@ def fid(folder):
     return folder / "captions.txt", {text: text for text in texts}
 
 
-WORLDS = {"geneval": geneval, "dpg": dpg, "genai_bench": genai_bench, "t2i_compbench": t2i_compbench, "fid": fid}
+WORLDS = {
+    "geneval": geneval,
+    "dpg": dpg,
+    "genai_bench": genai_bench,
+    "t2i_compbench": t2i_compbench,
+    "fid": fid,
+}
 
 
 class Oracle:
@@ -145,12 +173,16 @@ class Judges:
 
     def yes(self, image, questions):
         shown = self.read(image)
-        return [guess(image, each) if shown is None else float(each.rstrip("?") in shown) for each in questions]
+        return [
+            guess(image, each) if shown is None else float(each.rstrip("?") in shown) for each in questions
+        ]
 
     def answers(self, image, questions):
         Judges.asked += 1
         shown = self.read(image)
-        right = [guess(image, each) < 0.5 if shown is None else each in self.world[shown] for each in questions]
+        right = [
+            guess(image, each) < 0.5 if shown is None else each in self.world[shown] for each in questions
+        ]
         return ["yes" if each else "no" for each in right]
 
     def likelihood(self, image, question, answer):
@@ -163,12 +195,17 @@ class Judges:
         shown = self.showing = self.read(image)
         if shown is None:  # each class is there or not, on either side
             there = [name for name in classes if guess(image, name) < 0.5]
-            return [Detection(name, 0.95, SLOTS["left" if guess(image, name, "where") < 0.5 else "right"]) for name in there]
+            return [
+                Detection(name, 0.95, SLOTS["left" if guess(image, name, "where") < 0.5 else "right"])
+                for name in there
+            ]
         if isinstance(self.world[shown], dict):
             found = []
             for clause in reversed(self.world[shown]["include"]):  # what stands to the left is named last
                 for _ in range(clause["count"]):
-                    found.append(Detection(clause["class"], 1.0, (len(found) * 12.0, 0.0, len(found) * 12.0 + 6, 6.0)))
+                    found.append(
+                        Detection(clause["class"], 1.0, (len(found) * 12.0, 0.0, len(found) * 12.0 + 6, 6.0))
+                    )
             return [each for each in found if each.label in classes]
         left, right = shown.split(" on the left of ")
         return [Detection(left, 1.0, SLOTS["left"]), Detection(right, 1.0, SLOTS["right"])]
@@ -178,7 +215,9 @@ class Judges:
         name = classes[0][0].split()[-1]
         if self.showing is None:
             return [int(guess(crop, name) * len(COLORS)) for crop in crops]
-        color = next(clause["color"] for clause in self.world[self.showing]["include"] if clause["class"] == name)
+        color = next(
+            clause["color"] for clause in self.world[self.showing]["include"] if clause["class"] == name
+        )
         return [COLORS.index(color)] * len(crops)
 
     def parse(self, prompt):

@@ -14,13 +14,21 @@ module, *words = sys.argv[1:]
 record = Path(os.environ["FAKE_RECORD"])
 share = Share.from_environment()
 with (record / "done.jsonl").open("a") as file:
-    file.write(json.dumps({"command": [module, *words], "share": [share.index, share.count], "time": time.time()}) + "\n")
+    file.write(
+        json.dumps({"command": [module, *words], "share": [share.index, share.count], "time": time.time()})
+        + "\n"
+    )
 if module == "data_prep" and words[0] in ("plan", "text"):
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     (record / f"{words[0]}.{share.index}").touch()
 scanned = len(list(record.glob("plan.*")))
 if words[0] == "plan" and scanned < TASKS:
     print(f"plan: {TASKS - scanned} of {TASKS} source files are not scanned yet")
-if words[0] == "snapshot" and (left := [str(index) for index in range(TASKS) if not (record / f"text.{index}").exists()]):
-    print(f"error: text: `LI_DIT_TASKS={TASKS} sbatch --array={','.join(left)} cluster/encode.sh {words[1]}`", file=sys.stderr)
+if words[0] == "snapshot" and (
+    left := [str(index) for index in range(TASKS) if not (record / f"text.{index}").exists()]
+):
+    print(
+        f"error: text: `LI_DIT_TASKS={TASKS} sbatch --array={','.join(left)} cluster/encode.sh {words[1]}`",
+        file=sys.stderr,
+    )
     sys.exit(2)

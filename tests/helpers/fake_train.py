@@ -1,7 +1,8 @@
-"""A trainer that only sleeps, with the real one's contract: signals, exit codes, metrics, checkpoints, finished.json.
+"""A trainer that only sleeps, with the real one's contract: signals, exit codes, metrics, checkpoints,
+finished.json.
 
-Ranks meet at every step through files; a rank that does not come holds up the others, as a collective does. FAKE_CRASH=RANK:STEP
-makes a rank raise there, FAKE_STEP sets the seconds of a step.
+Ranks meet at every step through files; a rank that does not come holds up the others, as a collective does.
+FAKE_CRASH=RANK:STEP makes a rank raise there, FAKE_STEP sets the seconds of a step.
 """
 
 import json
@@ -58,12 +59,23 @@ def main():
             (run / "finished.json").write_text("{}")
             sys.exit(0)
         if stopping:
-            log.write(json.dumps({"event": "stop", "time": time.time(), "step": step, "reason": STOP.reason or "other"}) + "\n")
+            log.write(
+                json.dumps(
+                    {"event": "stop", "time": time.time(), "step": step, "reason": STOP.reason or "other"}
+                )
+                + "\n"
+            )
             sys.exit(EXIT_AGAIN)
         time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
         step += 1
         loss = 1 / step
-        row = {"step": step, "samples": step * stage.global_batch, "time": time.time(), "loss": loss, "samples_per_second": 80.0}
+        row = {
+            "step": step,
+            "samples": step * stage.global_batch,
+            "time": time.time(),
+            "loss": loss,
+            "samples_per_second": 80.0,
+        }
         log.write(json.dumps(row) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Small networks with random weights, and random texts for them.
 
-Weights are drawn anew since a fresh network has its gates at zero and would hide almost every property; tests run in fp64,
-so that what must be equal is equal far below any real difference.
+Weights are drawn anew since a fresh network has its gates at zero and would hide almost every property; tests
+run in fp64, so that what must be equal is equal far below any real difference.
 """
 
 from dataclasses import replace
@@ -37,7 +37,8 @@ SWITCHES = {
     "without_time": (FusionConfig(time=False), 2),
     "narrow": (FusionConfig(width=16, heads=4), 2),
 }
-"""Settings of every row of the paper's tables 2, 3, 5 and 6, and of our own switches, with the number of LLMs."""
+"""Settings of every row of the paper's tables 2, 3, 5 and 6, and of our own switches, with the number of
+LLMs."""
 
 WIDTHS = (12, 20, 8)
 
@@ -73,7 +74,10 @@ def random_text(width, lengths, prefix=3, padding=0, fill=0.0, seed=0):
 
 def random_inputs(llms=2, lengths=(4, 2), height=4, width=6, padding=0, fill=0.0, seed=0):
     batch = len(lengths)
-    texts = [random_text(WIDTHS[i], lengths, prefix=i + 2, padding=padding, fill=fill, seed=seed + i) for i in range(llms)]
+    texts = [
+        random_text(WIDTHS[i], lengths, prefix=i + 2, padding=padding, fill=fill, seed=seed + i)
+        for i in range(llms)
+    ]
     timesteps = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
     return normal(batch, SMALL.channels, height, width, seed=seed), timesteps, texts
 

@@ -18,7 +18,8 @@ from tests.helpers.tiny_sampler import LetterLLM, make_sampler
 
 
 def draw(*arguments):
-    """`python -m pipeline.sample` on this rank, in the process group that it already has; names of the files that it wrote."""
+    """`python -m pipeline.sample` on this rank, in the process group that it already has; names of the files
+    that it wrote."""
     files = []
 
     def save_png(image, path, settings):
@@ -37,12 +38,16 @@ def draw(*arguments):
 
 
 def shard_all(build, weights, dtype, settings):
-    """`sampler.shard`, which leaves small parameters whole, for a network all of whose parameters are small."""
-    return sampler.shard(build, weights, dtype, replace(settings, persistence_threshold=0, max_live_parameters=0))
+    """`sampler.shard`, which leaves small parameters whole, for a network all of whose parameters are
+    small."""
+    return sampler.shard(
+        build, weights, dtype, replace(settings, persistence_threshold=0, max_live_parameters=0)
+    )
 
 
 def draw_export(program, *arguments):
-    """`python -m pipeline.<program>` on this rank with an exported folder; bytes of it that this rank holds, and all."""
+    """`python -m pipeline.<program>` on this rank with an exported folder; bytes of it that this rank holds,
+    and all."""
     used = []
 
     def load_export(*given):
@@ -67,7 +72,9 @@ def latents_of_run(run, shards, prompts):
     loaded._load_vae = lambda: SimpleNamespace(downsampling=DOWN)
     for name, (width, _) in WIDTHS.items():
         rng = torch.Generator().manual_seed(width)
-        loaded.reader.known[name] = {prompt: torch.randn(len(prompt), width, generator=rng) for prompt in prompts}
+        loaded.reader.known[name] = {
+            prompt: torch.randn(len(prompt), width, generator=rng) for prompt in prompts
+        }
     drawing = SamplingParams(2, 3.0, 8 * DOWN, 4 * DOWN)
     latents = [loaded.latents([prompt], [len(prompt)], drawing) for prompt in prompts]
     loaded.keep_pace(drawing)

@@ -1,4 +1,5 @@
-"""A private Slurm on this machine: its own munged, slurmctld and two slurmd, in one folder, on free ports; gone afterwards."""
+"""A private Slurm on this machine: its own munged, slurmctld and two slurmd, in one folder, on free ports;
+gone afterwards."""
 
 import os
 import re
@@ -74,7 +75,8 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Slurm:
-    """The cluster: nodes n1 and n2 (partition `cpu`), g1 with two make-believe GPUs (`gpu`), and t1 (`aside`).
+    """The cluster: nodes n1 and n2 (partition `cpu`), g1 with two make-believe GPUs (`gpu`), and t1
+    (`aside`).
 
     What runs in `aside` goes on from test to test.
     """
@@ -98,21 +100,29 @@ class Slurm:
         ports = free_ports(1 + len(NODES))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=500{gpus} State=UNKNOWN"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
+            f"RealMemory=500{gpus} State=UNKNOWN"
             for node, port, gpus in zip(NODES, ports[1:], ("", "", " Gres=gpu:2", ""), strict=True)
         )
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         config = CONFIG.format(host=host, ports=ports, user=user, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(config)
-        (self.folder / "gres.conf").write_text("NodeName=g1 Name=gpu File=/dev/null\nNodeName=g1 Name=gpu File=/dev/zero\n")
+        (self.folder / "gres.conf").write_text(
+            "NodeName=g1 Name=gpu File=/dev/null\nNodeName=g1 Name=gpu File=/dev/zero\n"
+        )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
         munge = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-        self._start("munged", "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *munge)
+        self._start(
+            "munged", "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *munge
+        )
         self.wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
         self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
         for node in NODES:
             self.start_node(node)
-        self.wait(lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * len(NODES), "idle nodes")
+        self.wait(
+            lambda: self.run("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle"] * len(NODES),
+            "idle nodes",
+        )
 
     def _start(self, name: str, *command: str) -> None:
         environment = {**self.environment, MARK: name}
@@ -125,7 +135,8 @@ class Slurm:
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
     def kill_node(self, node: str) -> None:
-        """The machine dies: its slurmd, the slurmstepds, and all that ran under them; nobody reports anything."""
+        """The machine dies: its slurmd, the slurmstepds, and all that ran under them; nobody reports
+        anything."""
         daemon = self.daemons.pop(node)
         for mark in (f"{MARK}={node}", f"SLURMD_NODENAME={node}"):
             for pid in self.processes():
@@ -139,14 +150,24 @@ class Slurm:
         """The machine is back."""
         self.start_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.wait(lambda: self.run("sinfo", "-N", "-h", "-n", node, "-o", "%T").strip() == "idle", f"{node} to be idle")
+        self.wait(
+            lambda: self.run("sinfo", "-N", "-h", "-n", node, "-o", "%T").strip() == "idle",
+            f"{node} to be idle",
+        )
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
         """Run a command on the cluster and return what it printed on stdout."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, cwd=cwd, capture_output=True, text=True, timeout=60
+            command,
+            env={**self.environment, **environment},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
     def queue(self) -> list[str]:
@@ -171,7 +192,9 @@ class Slurm:
     def start_now(self, job: int | str) -> None:
         """Skip the two minutes that Slurm lets a requeued job wait; returns when it has started again."""
         self.wait(lambda: self.job(job)["Reason"] == "BeginTime", f"job {job} requeued")
-        time.sleep(1.1)  # Slurm counts in seconds when it revokes a job's credential: a start in the same one fails
+        time.sleep(
+            1.1
+        )  # Slurm counts in seconds when it revokes a job's credential: a start in the same one fails
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         self.wait(lambda: self.job(job)["JobState"] != "PENDING", f"new start of job {job}")
 
@@ -190,15 +213,21 @@ class Slurm:
         end = time.monotonic() + seconds
         while not true():
             if time.monotonic() > end:
-                logs = "\n".join(log.read_text(errors="replace")[-1500:] for log in sorted(self.folder.glob("slurm*.log")))
-                raise AssertionError(f"no {what} after {seconds} s\n{self.run('squeue', check=False)}\n{logs}")
+                logs = "\n".join(
+                    log.read_text(errors="replace")[-1500:] for log in sorted(self.folder.glob("slurm*.log"))
+                )
+                raise AssertionError(
+                    f"no {what} after {seconds} s\n{self.run('squeue', check=False)}\n{logs}"
+                )
             time.sleep(0.1)
 
     def processes(self) -> list[int]:
         """All processes that belong to this Slurm, by the configuration named in their environment."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}"
         return [
-            int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in self.environ(int(entry.name))
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and mark in self.environ(int(entry.name))
         ]
 
     def stop(self) -> None:

@@ -1,4 +1,5 @@
-"""A sampler of the real classes with random weights, and an LLM that only counts letters: what tests of drawing need."""
+"""A sampler of the real classes with random weights, and an LLM that only counts letters: what tests of
+drawing need."""
 
 import torch
 
@@ -72,7 +73,9 @@ def make_stage(objective: str = "flow") -> StageConfig:
     return stage
 
 
-def make_sampler(objective: str = "flow", dtype: torch.dtype = torch.float32, longest: int = MAX_TOKENS) -> Sampler:
+def make_sampler(
+    objective: str = "flow", dtype: torch.dtype = torch.float32, longest: int = MAX_TOKENS
+) -> Sampler:
     stage = make_stage(objective)
     families = {name: Family(name, "text", {}, {"width": width}) for name, width in WIDTHS.items()}
     constants = {name: make_constants(width) for name, width in WIDTHS.items()}
@@ -85,6 +88,7 @@ def sampler_with_families(objective="flow", dtype=torch.float32):
     sampler = make_sampler(objective, dtype)
     info = {"quantisation": "int8", "prefix_tokens": 3}
     sampler.reader.families = {
-        name: Family(name, "text", {"llm": "letters", "layer": "-3"}, {**info, "width": width}) for name, width in WIDTHS.items()
+        name: Family(name, "text", {"llm": "letters", "layer": "-3"}, {**info, "width": width})
+        for name, width in WIDTHS.items()
     }
     return sampler

@@ -56,7 +56,9 @@ def stage(store, runs, **settings):
 def train(store, runs, stop_at=None, settings=None):
     """Train on this rank; returns the exit code and the reports so far."""
     logging.disable(logging.INFO)
-    torch.manual_seed(Distributed.from_environment().rank)  # the trainer must not depend on what was drawn before
+    torch.manual_seed(
+        Distributed.from_environment().rank
+    )  # the trainer must not depend on what was drawn before
     config = stage(store, runs, **(settings or {}))
     stop = Stop() if stop_at is None else StopAt(stop_at, rank=Distributed.from_environment().world - 1)
     code = Trainer(config, Distributed.from_environment(), stop).run()
@@ -133,11 +135,14 @@ def train_and_draw(store, runs, settings):
 
 
 class Compilations:
-    """A backend of `torch.compile` that runs graphs as they are, and counts those of forward and of backward passes."""
+    """A backend of `torch.compile` that runs graphs as they are, and counts those of forward and of backward
+    passes."""
 
     def __init__(self):
         self.forward = self.backward = 0
-        self.compile = partial(torch.compile, backend=aot_autograd(fw_compiler=self._forward, bw_compiler=self._backward))
+        self.compile = partial(
+            torch.compile, backend=aot_autograd(fw_compiler=self._forward, bw_compiler=self._backward)
+        )
 
     def _forward(self, graph, inputs):
         self.forward += 1
@@ -162,12 +167,15 @@ class WatchedWarmUp(Trainer):
         before = state()
         if self.warms:
             super().warm_up()
-        assert all(one is other or torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+        assert all(
+            one is other or torch.equal(one, other) for one, other in zip(before, state(), strict=True)
+        )
         self.after = self.compilations.forward, self.compilations.backward
 
 
 def train_compiled(store, runs, settings, warms):
-    """`train` with compiled blocks: reports, graphs (forward, backward) after the warm-up and at the end, graph breaks."""
+    """`train` with compiled blocks: reports, graphs (forward, backward) after the warm-up and at the end,
+    graph breaks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     logging.disable(logging.INFO)

@@ -39,7 +39,9 @@ def test_any_resolution_and_aspect_runs(rows, columns, patch):
     latents, timesteps, texts = random_inputs(height=rows * patch, width=columns * patch)
     assert network(latents, Condition(timesteps, texts)).shape == latents.shape
     if patch == 2:
-        with pytest.raises(UserError, match=f"latents of {2 * rows + 1} x {2 * columns} do not divide into patches of 2 x 2"):
+        with pytest.raises(
+            UserError, match=f"latents of {2 * rows + 1} x {2 * columns} do not divide into patches of 2 x 2"
+        ):
             network(normal(2, 4, 2 * rows + 1, 2 * columns), Condition(timesteps, texts))
 
 
@@ -47,8 +49,12 @@ def test_latents_serve_each_branch_of_guidance():
     network = random_network()
     latents, timesteps, texts = random_inputs(lengths=(4, 2, 3, 1, 5, 2))
     twice = latents[:3].repeat(2, 1, 1, 1)
-    assert close(network(latents[:3], Condition(timesteps, texts)), network(twice, Condition(timesteps, texts)))
-    assert not close(network(twice, Condition(timesteps, texts)), network(latents, Condition(timesteps, texts)))
+    assert close(
+        network(latents[:3], Condition(timesteps, texts)), network(twice, Condition(timesteps, texts))
+    )
+    assert not close(
+        network(twice, Condition(timesteps, texts)), network(latents, Condition(timesteps, texts))
+    )
 
 
 def test_a_fresh_network_predicts_zero():
@@ -66,23 +72,37 @@ def test_position_is_known_and_only_from_the_position_block(order):
         return unpatchify(patchify(x, (2, 2))[:, order], (2, 2), (6, 8))
 
     moved = order != sorted(order)
-    assert close(network(shuffle(latents), Condition(timesteps, texts)), shuffle(network(latents, Condition(timesteps, texts)))) == (not moved)
+    assert close(
+        network(shuffle(latents), Condition(timesteps, texts)),
+        shuffle(network(latents, Condition(timesteps, texts))),
+    ) == (not moved)
     nn.init.zeros_(network.position.widen.weight)
-    assert close(network(shuffle(latents), Condition(timesteps, texts)), shuffle(network(latents, Condition(timesteps, texts))))
+    assert close(
+        network(shuffle(latents), Condition(timesteps, texts)),
+        shuffle(network(latents, Condition(timesteps, texts))),
+    )
 
 
 @few
-@given(st.lists(st.integers(0, 5), min_size=3, max_size=3), st.integers(0, 4), st.sampled_from(["full", "causal"]))
+@given(
+    st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    st.integers(0, 4),
+    st.sampled_from(["full", "causal"]),
+)
 def test_a_sample_depends_neither_on_padding_nor_on_its_batch(lengths, padding, refiner):
     network = random_network(FusionConfig(refiner=refiner))
-    latents, timesteps, texts = random_inputs(lengths=[length + 1 for length in lengths], padding=padding, fill=float("nan"))
+    latents, timesteps, texts = random_inputs(
+        lengths=[length + 1 for length in lengths], padding=padding, fill=float("nan")
+    )
     together = network(latents, Condition(timesteps, texts))
     for row in range(3):
         alone = []
         for text in texts:
             kept = text.mask[row]
             alone.append(Text(text.states[row : row + 1, kept], kept[None, kept], text.prefix))
-        assert close(network(latents[row : row + 1], Condition(timesteps[row : row + 1], alone))[0], together[row])
+        assert close(
+            network(latents[row : row + 1], Condition(timesteps[row : row + 1], alone))[0], together[row]
+        )
 
 
 @pytest.mark.parametrize("changed", ["latents", "timesteps", "first text", "second text"])
@@ -135,7 +155,12 @@ def test_no_matrix_of_queries_by_keys_is_made_for_scores_or_masks(padded):
         network(latents, Condition(timesteps, texts)).square().mean().backward()
     patches, words = 35, 2 * 15  # no other size of this network is one of these
     lengths = [text.states.shape[1] for text in texts]
-    pairs = {(patches, patches), (patches, words), (words, patches), *itertools.product((*lengths, words, 15), repeat=2)}
+    pairs = {
+        (patches, patches),
+        (patches, words),
+        (words, patches),
+        *itertools.product((*lengths, words, 15), repeat=2),
+    }
     assert (patches, 32) in shapes.seen
     assert not shapes.seen & pairs
     with Shapes() as shapes:  # and they would have been seen

@@ -57,6 +57,8 @@ def test_operations_by_formula_are_those_of_the_forward_pass(fusion, llms, patch
 def test_presets_have_the_papers_sizes(preset, wanted):
     with torch.device("meta"):
         network = LIDiT(PRESETS[preset], FusionConfig(), [4096, 4096])
-    dit = sum(parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("fusion."))
+    dit = sum(
+        parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("fusion.")
+    )
     assert dit == pytest.approx(wanted, rel=0.02)
     assert dit == count_parameters(PRESETS[preset], FusionConfig(), [4096, 4096])["dit"]

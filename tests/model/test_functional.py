@@ -54,5 +54,7 @@ def test_timesteps_stay_fp32_and_apart():
     features = timestep_features(torch.tensor([0.9990, 0.9991]), 16)
     assert features.dtype == torch.float32
     assert (features[0] - features[1]).abs().max() > 0.02
-    wanted = [math.cos(999.0 * 10_000 ** (-i / 8)) for i in range(8)] + [math.sin(999.0 * 10_000 ** (-i / 8)) for i in range(8)]
+    wanted = [math.cos(999.0 * 10_000 ** (-i / 8)) for i in range(8)] + [
+        math.sin(999.0 * 10_000 ** (-i / 8)) for i in range(8)
+    ]
     assert torch.allclose(features[0], torch.tensor(wanted), atol=1e-3)

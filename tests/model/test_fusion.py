@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from model.common.errors import UserError
 from model.config import FusionConfig
 from model.fusion import TextFusion
-from tests.helpers.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_text, randomise
+from tests.helpers.networks import (
+    SMALL,
+    SWITCHES,
+    WIDTHS,
+    close,
+    few,
+    normal,
+    random_inputs,
+    random_text,
+    randomise,
+)
 
 every_switch = pytest.mark.parametrize(("config", "llms"), SWITCHES.values(), ids=SWITCHES)
 
@@ -29,7 +39,9 @@ def test_prefix_tokens_influence_the_output_and_are_absent_from_it(config, llms)
         text.states = text.states.clone()
         text.states[:, : text.prefix] *= normal(text.prefix, 1, seed=9)
     changed, _, changed_pooled = fuse(texts, time)
-    refined = config.crop == "after" and (config.refiner != "none" or (llms > 1 and config.mode == "collaborative"))
+    refined = config.crop == "after" and (
+        config.refiner != "none" or (llms > 1 and config.mode == "collaborative")
+    )
     assert close(changed, tokens) == (not refined and config.pool == "caption")
     assert close(changed_pooled, pooled) == (config.pool == "caption")
 
@@ -70,7 +82,9 @@ def test_a_caption_without_tokens_gives_numbers(config, llms):
     tokens, _, pooled = fuse(texts, normal(2, 32))
     (tokens.square().sum() + pooled.square().sum()).backward()
     assert tokens.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in fuse.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all() for parameter in fuse.parameters() if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize("time", [True, False])

@@ -1,4 +1,5 @@
-"""An ablation from scenes to its report, with the real programs, at the smallest size; and all rows of the paper."""
+"""An ablation from scenes to its report, with the real programs, at the smallest size; and all rows of the
+paper."""
 
 import json
 import logging
@@ -38,8 +39,8 @@ ROLES = [f"families.{role}={role}" for role in FAMILIES]
 ROWS = """
 families: {role: a}
 rows:
-  full: {title: Full refiner, paper: 2.0, settings: ["fusion.families=[${families.role}]", fusion.refiner_blocks=1]}
-  other: {title: Another LLM, paper: 1.0, settings: ["fusion.families=[absent]"]}
+  full: {title: Full refiner, paper: 2.0, settings: ["fusion.families=[${families.role}]",
+  fusion.refiner_blocks=1]} other: {title: Another LLM, paper: 1.0, settings: ["fusion.families=[absent]"]}
 """
 
 
@@ -95,7 +96,13 @@ def test_from_scenes_to_a_report(world, run, capfd):
     run(*arguments)
     assert (folder / "full/seed_0/metrics.jsonl").read_text() == before
     refused(run, capfd, "has images of other prompts", *arguments, "--scored", "5")
-    refused(run, capfd, "was trained with other settings than are asked for now (optim.lr=0.5)", *arguments, "optim.lr=0.5")
+    refused(
+        run,
+        capfd,
+        "was trained with other settings than are asked for now (optim.lr=0.5)",
+        *arguments,
+        "optim.lr=0.5",
+    )
     run(*arguments, "--dry-run")
     printed = capfd.readouterr().out
     assert "1 of 1 runs done" in printed
@@ -104,11 +111,14 @@ def test_from_scenes_to_a_report(world, run, capfd):
 
 PARTS = {
     **dict.fromkeys(("a", "a_instruction", "b", "t5", "clip"), (1, 0, 0, 0)),
-    **dict.fromkeys(("a_refiner", "a_both", "a_causal", "b_refiner", "b_both", "t5_refiner", "clip_refiner"), (1, 2, 2, 0)),
+    **dict.fromkeys(
+        ("a_refiner", "a_both", "a_causal", "b_refiner", "b_both", "t5_refiner", "clip_refiner"), (1, 2, 2, 0)
+    ),
     "a_refiner_1": (1, 1, 1, 0), "a_refiner_3": (1, 3, 3, 0), "a_refiner_plain": (1, 2, 0, 0),
     "ab_concat": (2, 4, 4, 0), "ab_collaborative": (2, 4, 4, 1),
 }  # fmt: skip
-"""Row -> LLMs, blocks of their refiners, gated ones among them, collaborative blocks: in the weights of its checkpoint."""
+"""Row -> LLMs, blocks of their refiners, gated ones among them, collaborative blocks: in the weights of its
+checkpoint."""
 
 
 SOME_ROWS = ("a_causal", "a_refiner_plain", "ab_collaborative", "t5_refiner", "clip")
@@ -121,7 +131,12 @@ def parts_of(run):
         return len({match[0] for name in names if (match := re.match(rf"fusion\.{pattern}", name))})
 
     block = r"refiners\.\d+\.blocks\.\d+\."
-    return count(r"projections\.\d+"), count(block), count(rf"{block}gates"), count(r"collaborative\.blocks\.\d+")
+    return (
+        count(r"projections\.\d+"),
+        count(block),
+        count(rf"{block}gates"),
+        count(r"collaborative\.blocks\.\d+"),
+    )
 
 
 def train_all(configs):
@@ -132,13 +147,16 @@ def train_all(configs):
 
 @pytest.mark.parametrize("rows", [SOME_ROWS, pytest.param(tuple(PARTS), marks=pytest.mark.slow, id="all")])
 def test_rows_of_the_paper_train(world, rows):
-    """With encoders of each row's kind, T5 and CLIP among them: two steps by the real trainer, of the row's own network."""
+    """With encoders of each row's kind, T5 and CLIP among them: two steps by the real trainer, of the row's
+    own network."""
     stage = str(world / "small.yaml")
     ablation = read_ablation(PAPER_ROWS, ROLES, rows)
     assert rows == SOME_ROWS or ablation.rows.keys() == read_ablation(PAPER_ROWS, [], []).rows.keys()
     base = load_stage(stage, [])
     settings = [f"name=rows_{len(rows)}", "engine.precision=fp32", "optim.warmup_samples=0"]
-    jobs, left_out = make_jobs(stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], base.data.snapshot))
+    jobs, left_out = make_jobs(
+        stage, settings, ablation, 1, read_snapshot(open_datasets(base)[0], base.data.snapshot)
+    )
     assert (len(jobs), left_out) == (len(rows), [])
     assert on_ranks(1, train_all, [job.stage for job in jobs]) == [[0] * len(jobs)]
     losses = {job.row: [report["loss"] for report in read_reports(job.run)] for job in jobs}

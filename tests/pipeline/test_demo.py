@@ -42,7 +42,9 @@ def test_make_names_what_the_machine_lacks(missing, says, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "make", "touch", *(["g++"] if missing != "g++" else [])):
-        found = next(path for folder in os.environ["PATH"].split(":") if (path := Path(folder) / name).exists())
+        found = next(
+            path for folder in os.environ["PATH"].split(":") if (path := Path(folder) / name).exists()
+        )
         (programs / name).symlink_to(found)
     if missing != "python":
         (programs / "python3").symlink_to(sys.executable)
@@ -51,10 +53,13 @@ def test_make_names_what_the_machine_lacks(missing, says, tmp_path):
     env = {"PATH": str(programs)}
     if missing == "disk":
         (tmp_path / "sitecustomize.py").write_text(
-            "import shutil\nfull = shutil.disk_usage('/')._replace(free=11_900_000_000)\nshutil.disk_usage = lambda path: full\n"
+            "import shutil\nfull = shutil.disk_usage('/')._replace(free=11_900_000_000)\nshutil.disk_usage "
+            "= lambda path: full\n"
         )
         env["PYTHONPATH"] = str(tmp_path)
-    done = subprocess.run(["make", "-s", "demo"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "-s", "demo"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert says in done.stderr
     assert not (tmp_path / ".venv").exists()

@@ -43,7 +43,9 @@ def test_state_memory_is_what_two_ranks_hold(engine):
         assert planned[kind] == pytest.approx(real, rel=0.02), kind
 
 
-@pytest.mark.parametrize("fusion", [{}, {"refiner": "none"}, {"mode": "concat", "refiner_blocks": 1}, {"width": 48, "heads": 4}])
+@pytest.mark.parametrize(
+    "fusion", [{}, {"refiner": "none"}, {"mode": "concat", "refiner_blocks": 1}, {"width": 48, "heads": 4}]
+)
 def test_muon_keeps_one_moment_of_the_matrices_of_blocks_and_two_of_the_rest(fusion):
     stage = StageConfig(fusion=FusionConfig(families=["a", "b"], **fusion))
     stage.optim.name = "muon"
@@ -91,8 +93,19 @@ def test_activations_are_what_autograd_keeps(size, depth):
     stage = StageConfig(fusion=FusionConfig(families=["a", "b"]))
     config = DiTConfig(depth=depth, width=64, heads=4, channels=4)
     network = LIDiT(config, stage.fusion, LLM_WIDTHS).to(torch.bfloat16)
-    setup = Setup(1, height=size * 8, width=size * 8, llm_widths=LLM_WIDTHS, prefix_tokens=4, caption_tokens=12, channels=4)
-    texts = [Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False) for width in LLM_WIDTHS]
+    setup = Setup(
+        1,
+        height=size * 8,
+        width=size * 8,
+        llm_widths=LLM_WIDTHS,
+        prefix_tokens=4,
+        caption_tokens=12,
+        channels=4,
+    )
+    texts = [
+        Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
+        for width in LLM_WIDTHS
+    ]
     kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, size, size), torch.rand(2), texts))
     assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.09)
 
@@ -112,7 +125,9 @@ def test_checkpointed_activations_are_what_autograd_keeps_and_one_recomputed_blo
     assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.05)
 
 
-@given(st.sampled_from(["li_dit_1b_256", "li_dit_10b_512"]), st.sampled_from([8, 16, 64]), st.floats(0.1, 0.7))
+@given(
+    st.sampled_from(["li_dit_1b_256", "li_dit_10b_512"]), st.sampled_from([8, 16, 64]), st.floats(0.1, 0.7)
+)
 @settings(deadline=None, derandomize=True, database=None, max_examples=10)
 def test_twice_the_gpus_take_half_the_days_and_half_the_shard(name, gpus, mfu):
     stage = load_stage(name, [])
@@ -135,7 +150,11 @@ def test_checkpointing_and_sharding_save_memory_in_order():
     ]
     assert by_every == sorted(by_every)
     totals = [
-        sum(state_memory(replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64, 2 * 10**10).values())
+        sum(
+            state_memory(
+                replace(stage, engine=replace(stage.engine, zero_stage=number)), 10**10, 64, 2 * 10**10
+            ).values()
+        )
         for number in (3, 2, 1)
     ]
     assert totals == sorted(totals)
@@ -146,8 +165,10 @@ def test_every_large_stage_is_planned(name, capsys):
     main([name, "--gpus", "8,64,512"])
     shown = capsys.readouterr().out
     for row in (
-        "8 GPUs", "64 GPUs", "512 GPUs", "parameters in the DiT", "TFLOP per sample", "MFU 50%", "weights, GB", "gradients, GB",
-        "masters, GB", "moments, GB", "EMA, GB", "activations, no checkpointing, GB", "activations, every block, GB",
+        "8 GPUs", "64 GPUs", "512 GPUs", "parameters in the DiT", "TFLOP per sample", "MFU 50%",
+        "weights, GB", "gradients, GB",
+        "masters, GB", "moments, GB", "EMA, GB",
+        "activations, no checkpointing, GB", "activations, every block, GB",
         "memory per GPU, GB", "samples/s", "days", "store ", "read per node, MB/s",
     ):  # fmt: skip
         assert row in shown

@@ -1,4 +1,5 @@
-"""The public benchmarks as commands: chance and truth, layouts, resuming and sharing, and one line for each wrong input."""
+"""The public benchmarks as commands: chance and truth, layouts, resuming and sharing, and one line for each
+wrong input."""
 
 import json
 import shutil
@@ -20,7 +21,8 @@ from tests.helpers.fake_bench import WORLDS, Judges, Oracle, make_judges
 from tests.helpers.tiny_sampler import make_sampler
 
 CHANCE = {
-    # right by guessing: one object 1/2, two 1/4, a count of two never, a colour 1/20, a place 1/16, two colours 1/400
+    # right by guessing: one object 1/2, two 1/4, a count of two never, a colour 1/20, a place 1/16, two
+    # colours 1/400
     "geneval": (np.mean([1 / 2, 1 / 4, 0, 1 / 20, 1 / 16, 1 / 400]), 0.13),
     # 1/2, a child of it 1/4, and 1/2
     "dpg": (100 * (1 / 2 + 1 / 4 + 1 / 2) / 3, 14),
@@ -31,8 +33,9 @@ CHANCE = {
 
 
 def grey(world):
-    """FID has no level of guessing. A model that knows nothing of the reference is about as far from it as pictures with nothing
-    on them, whose distance is the reference's variance and that of its mean from grey."""
+    """FID has no level of guessing. A model that knows nothing of the reference is about as far from it as
+    pictures with nothing on them, whose distance is the reference's variance and that of its mean from
+    grey."""
     paths = sorted((world.folder / "truth" / "images").glob("*.png"))
     reference = Judges(world.world).features([Image.open(path) for path in paths]).double().numpy()
     return float(((reference.mean(0) - 127.5) ** 2).sum() + reference.var(0, ddof=1).sum())
@@ -62,10 +65,16 @@ class Place:
         evaluate.main()
 
     def run_on_two(self, *arguments, out, killed=({}, {})):
-        """The same on two processes that meet as torchrun's do; `killed`: when each of them is. Returns their exit codes."""
+        """The same on two processes that meet as torchrun's do; `killed`: when each of them is. Returns their
+        exit codes."""
         words, port = self.words(*arguments, out=out), free_port()
         processes = [
-            CONTEXT.Process(target=evaluate_tasks.run, args=(rank, 2, port, self.world, words), kwargs=killed[rank], daemon=True)
+            CONTEXT.Process(
+                target=evaluate_tasks.run,
+                args=(rank, 2, port, self.world, words),
+                kwargs=killed[rank],
+                daemon=True,
+            )
             for rank in (0, 1)
         ]
         for process in processes:
@@ -109,10 +118,17 @@ def test_the_truth_scores_everything_and_random_weights_score_at_chance(place, u
 
 
 LAYOUTS = {
-    "geneval": ["00000/metadata.jsonl", *(f"00000/samples/{j:05d}.png" for j in range(4)), "00023/samples/00003.png"],
+    "geneval": [
+        "00000/metadata.jsonl",
+        *(f"00000/samples/{j:05d}.png" for j in range(4)),
+        "00023/samples/00003.png",
+    ],
     "dpg": ["0.png", "24.png"],
     "genai_bench": ["00000.jpeg", "00023.jpeg"],
-    "t2i_compbench": ["color/samples/a cat, a dog_000000.png", "spatial/samples/cat on the left of cow_000019.png"],
+    "t2i_compbench": [
+        "color/samples/a cat, a dog_000000.png",
+        "spatial/samples/cat on the left of cow_000019.png",
+    ],
     "fid": ["000000.png", "000023.png"],
 }
 
@@ -269,7 +285,12 @@ def test_other_weights_settings_and_benchmarks_are_not_mixed(place, capsys):
     [
         ("geneval", "evaluation_metadata.jsonl", '{"tag": "x"}', "line 1"),
         ("geneval", "evaluation_metadata.jsonl", "", "no prompt"),
-        ("geneval", "evaluation_metadata.jsonl", '{"tag": "x", "prompt": "", "include": [{"class": "a"}]}', "line 1"),
+        (
+            "geneval",
+            "evaluation_metadata.jsonl",
+            '{"tag": "x", "prompt": "", "include": [{"class": "a"}]}',
+            "line 1",
+        ),
         ("dpg", "dpg_bench.csv", "item_id,text\n1,a", "dpg_bench.csv"),
         ("genai_bench", "genai_skills.json", '{"basic": [99]}', "genai_skills.json"),
         ("genai_bench", "genai_skills.json", "{", "not JSON"),

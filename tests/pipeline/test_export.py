@@ -1,4 +1,5 @@
-"""The exported diffusers folder: same pictures as the run, byte-identical when saved again, one line for each wrong folder."""
+"""The exported diffusers folder: same pictures as the run, byte-identical when saved again, one line for each
+wrong folder."""
 
 import json
 import os
@@ -87,7 +88,10 @@ def test_bf16_is_close(folders):
 
 
 def test_what_standardises_the_text_stays_exact_in_bf16(folders):
-    exact, loaded = (LIDiTPipeline.from_pretrained(folders["flow"], torch_dtype=kind) for kind in (torch.float32, torch.bfloat16))
+    exact, loaded = (
+        LIDiTPipeline.from_pretrained(folders["flow"], torch_dtype=kind)
+        for kind in (torch.float32, torch.bfloat16)
+    )
     assert loaded.transformer.dtype == torch.bfloat16
     for ours, theirs in zip(loaded.text.parameters(), exact.text.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -104,7 +108,9 @@ def test_weights_keep_the_names_of_training_and_split_into_shards(tmp_path):
     build_pipeline(sampler).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     files = [path.name for path in (tmp_path / "shards" / "transformer").glob("*.safetensors")]
     assert len(files) > 2
-    index = json.loads((tmp_path / "shards" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "shards" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
     assert index["weight_map"].keys() == sampler.network.state_dict().keys()
     drawing = SamplingParams(2, 3.0, 16, 16)
     loaded = load_export(tmp_path / "shards", CPU, torch.float32)
@@ -120,14 +126,21 @@ def test_the_usual_arguments_of_a_call(folders):
         seen.append((step, float(timestep), tensors["latents"].shape))
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else None
 
-    images = pipeline("tea", num_images_per_prompt=2, seed=3, num_inference_steps=2, callback_on_step_end=callback).images
+    images = pipeline(
+        "tea", num_images_per_prompt=2, seed=3, num_inference_steps=2, callback_on_step_end=callback
+    ).images
     assert [image.size for image in images] == [(24, 16)] * 2
     assert [step for step, *_ in seen] == [0, 1]
     assert np.array_equal(np.asarray(images[0]), np.asarray(images[1]))  # the callback set both to zero
     first, second = pipeline("tea", num_images_per_prompt=2, seed=3, output_type="pt", return_dict=False)[0]
     assert not torch.equal(first, second)
-    assert torch.equal(pipeline("tea", seed=4, output_type="pt").images[0].isfinite(), torch.ones_like(second, dtype=torch.bool))
-    array = pipeline(["tea"], generator=torch.Generator().manual_seed(3), height=8, width=32, output_type="np").images
+    assert torch.equal(
+        pipeline("tea", seed=4, output_type="pt").images[0].isfinite(),
+        torch.ones_like(second, dtype=torch.bool),
+    )
+    array = pipeline(
+        ["tea"], generator=torch.Generator().manual_seed(3), height=8, width=32, output_type="np"
+    ).images
     assert array.shape == (1, 8, 32, 3)
     for wrong in ({"height": 10}, {"output_type": "gif"}, {"generator": generators()}, {"prompt": "x" * 99}):
         with pytest.raises(UserError):
@@ -143,7 +156,9 @@ def test_a_compiled_network_still_draws(folders):
 
 
 def test_the_sample_command_reads_an_export(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample", str(folders["flow"]), "--prompt", "tea", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        "sys.argv", ["sample", str(folders["flow"]), "--prompt", "tea", "--out", str(tmp_path)]
+    )
     sample.main()
     with Image.open(tmp_path / "00000_00.png") as image:
         assert image.size == (24, 16)
@@ -217,9 +232,16 @@ def test_all_files_follow_the_umask(folders, tmp_path, umask):
 def test_the_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "small"
     stage = make_stage()
-    stage.name, stage.runs, stage.data.store, stage.start_from = "small", str(run.parent), str(tmp_path / "store"), "runs/before"
+    stage.name, stage.runs, stage.data.store, stage.start_from = (
+        "small",
+        str(run.parent),
+        str(tmp_path / "store"),
+        "runs/before",
+    )
     stage.checkpoint.upload = "s3://bucket/kept"
-    snapshot = Snapshot("ds", [], {}, {"16x24": {"parts": 1, "rows": 7, "content": "", "index_xxh64": ""}}, {})
+    snapshot = Snapshot(
+        "ds", [], {}, {"16x24": {"parts": 1, "rows": 7, "content": "", "index_xxh64": ""}}, {}
+    )
     corpus = Corpus([Source(open_store(str(tmp_path)), snapshot)])
     monkeypatch.setattr("pipeline.export.resolve", lambda stage: (stage, corpus))
     run.mkdir(parents=True)
@@ -267,7 +289,9 @@ def test_pushing_uploads_the_folder_with_the_runs_own_card(folders, tmp_path, mo
 
     for module in (hub_utils, pipeline_utils):
         monkeypatch.setattr(module, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
-        monkeypatch.setattr(module, "load_or_create_model_card", lambda *_, **__: hub_utils.ModelCard("made up"))
+        monkeypatch.setattr(
+            module, "load_or_create_model_card", lambda *_, **__: hub_utils.ModelCard("made up")
+        )
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
     pipeline = LIDiTPipeline.from_pretrained(folders["flow"])
     if way == "push_to_hub":

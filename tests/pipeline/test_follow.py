@@ -1,4 +1,5 @@
-"""`pipeline.follow` as a user types it, and what the truth and a model that cannot have learned score in it."""
+"""`pipeline.follow` as a user types it, and what the truth and a model that cannot have learned score in
+it."""
 
 import json
 
@@ -34,7 +35,17 @@ class Folder:
 
     def draw(self, sampler, *words):
         self.monkeypatch.setattr(sample, "load_source", lambda *_: sampler)
-        self.type(sample, "run", "--prompts", self.out / "prompts.txt", "--out", self.out / "pictures", "--steps", 2, *words)
+        self.type(
+            sample,
+            "run",
+            "--prompts",
+            self.out / "prompts.txt",
+            "--out",
+            self.out / "pictures",
+            "--steps",
+            2,
+            *words,
+        )
 
     def draw_truth(self, images=1):
         (self.out / "pictures").mkdir()
@@ -65,7 +76,9 @@ def refused(capsys, says, type, *words):
 
 def test_the_truth_of_scenes_scores_everything(folder, capsys):
     folder.type(follow, "write", folder.out, "--count", 14)
-    assert (folder.out / "prompts.txt").read_text().splitlines() == [prompt.caption.text for prompt in folder.prompts()]
+    assert (folder.out / "prompts.txt").read_text().splitlines() == [
+        prompt.caption.text for prompt in folder.prompts()
+    ]
     folder.draw_truth(images=2)
     folder.type(follow, "score", folder.out)
     result = folder.scores()
@@ -141,10 +154,16 @@ def test_blip_judges_natural_prompts(folder, tmp_path, capsys):
         answers = []
         for image in range(2):
             with Image.open(folder.out / "pictures" / f"{number:05d}_{image:02d}.png") as picture:
-                answers.append(model.yes(picture.convert("RGB"), [f"{segment}?" for segment in prompts[number].segments]))
+                answers.append(
+                    model.yes(picture.convert("RGB"), [f"{segment}?" for segment in prompts[number].segments])
+                )
         assert result["segments"][number] == pytest.approx(np.mean(answers, axis=0))
-    assert result["summary"]["segment"] == pytest.approx(np.mean([score for each in result["segments"] for score in each]))
-    assert len({score for each in result["segments"] for score in each}) == sum(range(2, 9)), "each segment is asked about"
+    assert result["summary"]["segment"] == pytest.approx(
+        np.mean([score for each in result["segments"] for score in each])
+    )
+    assert len({score for each in result["segments"] for score in each}) == sum(range(2, 9)), (
+        "each segment is asked about"
+    )
 
 
 def test_wrong_input_is_one_line(folder, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""The page of a run: curves of what its metrics hold and of nothing else, restarts and why, data used and left out, grids."""
+"""The page of a run: curves of what its metrics hold and of nothing else, restarts and why, data used and
+left out, grids."""
 
 import base64
 import json
@@ -17,7 +18,12 @@ from pipeline.stage.config import dump_stage
 from pipeline.training.metrics import TIMESTEP_BINS
 from tests.helpers import fake_snapshot
 
-PLAIN = {"loss": 1.0, "grad_norm": 0.5, "samples_per_second": 9.0, **{f"loss_t{i}": 1.0 for i in range(TIMESTEP_BINS)}}
+PLAIN = {
+    "loss": 1.0,
+    "grad_norm": 0.5,
+    "samples_per_second": 9.0,
+    **{f"loss_t{i}": 1.0 for i in range(TIMESTEP_BINS)},
+}
 EVERYTHING = {
     "mfu": 0.41,
     "goodput": 0.93,
@@ -38,7 +44,9 @@ def write_run(folder, metrics, stage=None):
 
 
 def reports(count, **values):
-    return [{"step": step, "samples": 8 * step, "time": step, **PLAIN, **values} for step in range(1, count + 1)]
+    return [
+        {"step": step, "samples": 8 * step, "time": step, **PLAIN, **values} for step in range(1, count + 1)
+    ]
 
 
 def event(name, step, **fields):
@@ -71,23 +79,43 @@ def test_a_curve_is_there_if_and_only_if_the_metrics_hold_it(tmp_path):
 
 def test_gates_are_a_line_a_block_or_where_they_are_many_their_mean():
     few = reports(2, gate_refiner_a_b_0=0.1, gate_refiner_a_b_1=0.3)
-    assert gate_lines(few) == {"refiner a_b, block 1": ([8, 16], [0.1, 0.1]), "refiner a_b, block 2": ([8, 16], [0.3, 0.3])}
+    assert gate_lines(few) == {
+        "refiner a_b, block 1": ([8, 16], [0.1, 0.1]),
+        "refiner a_b, block 2": ([8, 16], [0.3, 0.3]),
+    }
     many = reports(2, **{f"gate_refiner_{llm}_{block}": block for llm in "xy" for block in range(MAX_LINES)})
     mean = (MAX_LINES - 1) / 2
     assert gate_lines(many) == {f"refiner {llm}, mean of blocks": ([8, 16], [mean, mean]) for llm in "xy"}
 
 
 def test_scores_of_scenes_are_found_in_reports_and_in_events_and_count_as_last_drawn(tmp_path):
-    lines = [event("scenes", 4, colour=0.1), event("scenes", 2, colour=0.2), event("scenes", 4, colour=0.3, how="text")]
+    lines = [
+        event("scenes", 4, colour=0.1),
+        event("scenes", 2, colour=0.2),
+        event("scenes", 4, colour=0.3, how="text"),
+    ]
     lines += [*reports(1, scenes_shape=0.5), event("save", 4, seconds=1.0)]
-    assert scene_lines(write_run(tmp_path / "run", lines)) == {"colour": ([16, 32], [0.2, 0.3]), "scenes_shape": ([8], [0.5])}
+    assert scene_lines(write_run(tmp_path / "run", lines)) == {
+        "colour": ([16, 32], [0.2, 0.3]),
+        "scenes_shape": ([8], [0.5]),
+    }
 
 
 def test_restarts_and_why_stand_between_starts_and_stops(tmp_path):
     lines = [event("start", 0, how="started from fresh weights"), event("stop", 3, reason="SIGUSR1")]
     run = write_run(tmp_path / "run", [*lines, event("start", 5, how="resumed from step_3")])
-    ending = {"job": "7", "restart": 0, "nodes": "n[1-2]", "started": 0.0, "ended": 4.0, "kind": "crash", "step": 3}
-    (run / "attempts.jsonl").write_text(json.dumps({**ending, "reason": "killed by signal 9 & gone", "requeued": True}) + "\n")
+    ending = {
+        "job": "7",
+        "restart": 0,
+        "nodes": "n[1-2]",
+        "started": 0.0,
+        "ended": 4.0,
+        "kind": "crash",
+        "step": 3,
+    }
+    (run / "attempts.jsonl").write_text(
+        json.dumps({**ending, "reason": "killed by signal 9 & gone", "requeued": True}) + "\n"
+    )
     cells = [row[1:2] + row[4:] for row in rows(build(run).read_text(), "Starts, saves, stops and why")[1:]]
     assert cells == [
         ["start", "started from fresh weights"],
@@ -104,8 +132,14 @@ def test_data_used_and_left_out(tmp_path):
     page = build(write_run(tmp_path / "without", [], stage)).read_text()
     families = rows(page, "<h2>Data</h2>")[1:]
     assert [row[:1] + row[2:3] for row in families] == [[name, "15"] for name in ("latents", "small", "wide")]
-    assert rows(page, "Used and left out") == [["rows of the sources", "", "15"], ["pairs in the snapshot", "", "15"]]
-    files = [{"dropped": {"dedupe: same file": 1200, "bucket: too small": 2}}, {"dropped": {"bucket: too small": 3}}]
+    assert rows(page, "Used and left out") == [
+        ["rows of the sources", "", "15"],
+        ["pairs in the snapshot", "", "15"],
+    ]
+    files = [
+        {"dropped": {"dedupe: same file": 1200, "bucket: too small": 2}},
+        {"dropped": {"bucket: too small": 3}},
+    ]
     open_store(str(store)).sub("ds").put_new(PLAN_KEY, json.dumps({"files": files}).encode())
     assert rows(build(write_run(tmp_path / "with", [], stage)).read_text(), "Used and left out") == [
         ["rows of the sources", "", "1,220"],
@@ -137,8 +171,18 @@ def test_the_slider_shows_the_grids_through_time(tmp_path, chromium):
     moved = tmp_path / "moved.html"
     slide = 'const s = document.getElementById("slide"); s.value = 0; s.dispatchEvent(new Event("input"));'
     moved.write_text(page.read_text().replace("</body>", f"<script>{slide}</script></body>"))
-    for path, label, image in ((page, "after 8,000 samples", images[1]), (moved, "after 16 samples", images[0])):
-        command = [chromium, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    for path, label, image in (
+        (page, "after 8,000 samples", images[1]),
+        (moved, "after 16 samples", images[0]),
+    ):
+        command = [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            path.as_uri(),
+        ]
         drawn = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
         assert f'id="when">{label}<' in drawn
         assert f"data:image/png;base64,{image}" in re.search(r'<img id="shown".*?>', drawn)[0]

@@ -1,4 +1,5 @@
-"""From a run on disk to pictures by the commands themselves: parity, no pickle on the way, one line for each wrong input."""
+"""From a run on disk to pictures by the commands themselves: parity, no pickle on the way, one line for each
+wrong input."""
 
 import json
 import pickle
@@ -28,7 +29,9 @@ def make_vae(*_):
     torch.manual_seed(0)
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     sizes = {"block_out_channels": (8,) * 4, "latent_channels": fake_snapshot.CHANNELS, "norm_num_groups": 4}
-    module = AutoencoderKL(down_block_types=down, up_block_types=up, layers_per_block=1, mid_block_add_attention=False, **sizes)
+    module = AutoencoderKL(
+        down_block_types=down, up_block_types=up, layers_per_block=1, mid_block_add_attention=False, **sizes
+    )
     return VAE(module.eval().requires_grad_(False), "")
 
 
@@ -76,11 +79,22 @@ def no_pickle(monkeypatch):
         pickle.loads(pickle.dumps(1))
 
 
-def test_run_export_and_pipeline_draw_the_same_picture_and_open_no_pickle(trained, command, no_pickle, tmp_path):
+def test_run_export_and_pipeline_draw_the_same_picture_and_open_no_pickle(
+    trained, command, no_pickle, tmp_path
+):
     run, exported = trained
     command(export, run, tmp_path / "again", "--precision", "fp32")
     for source in (run, tmp_path / "again"):
-        command(sample, source, "--prompt", "a red cat", "--images", 2, "--out", tmp_path / "pictures" / source.name)
+        command(
+            sample,
+            source,
+            "--prompt",
+            "a red cat",
+            "--images",
+            2,
+            "--out",
+            tmp_path / "pictures" / source.name,
+        )
     pipeline = LIDiTPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
     for number, picture in enumerate(pipeline("a red cat", num_images_per_prompt=2, seed=0).images):
@@ -151,7 +165,9 @@ def refused(capsys, message, command, *arguments):
 
 
 @pytest.mark.parametrize(("spoil", "message"), RUNS)
-def test_a_run_that_cannot_be_drawn_with_is_one_line_in_each_program(copies, command, capsys, tmp_path, spoil, message):
+def test_a_run_that_cannot_be_drawn_with_is_one_line_in_each_program(
+    copies, command, capsys, tmp_path, spoil, message
+):
     run, exported = copies
     spoil(run, exported)
     refused(capsys, message, command, sample, run, "--prompt", "a")
@@ -162,7 +178,9 @@ def test_a_run_that_cannot_be_drawn_with_is_one_line_in_each_program(copies, com
 
 
 @pytest.mark.parametrize(("spoil", "message"), EXPORTS)
-def test_an_export_that_cannot_be_drawn_with_is_one_line_in_each_program(copies, command, capsys, tmp_path, spoil, message):
+def test_an_export_that_cannot_be_drawn_with_is_one_line_in_each_program(
+    copies, command, capsys, tmp_path, spoil, message
+):
     run, exported = copies
     spoil(run, exported)
     refused(capsys, message, command, sample, exported, "--prompt", "a")

@@ -1,4 +1,5 @@
-"""Drawing from a trained run: independence of the batch, files with their settings, and one line for each wrong input."""
+"""Drawing from a trained run: independence of the batch, files with their settings, and one line for each
+wrong input."""
 
 import json
 
@@ -38,14 +39,23 @@ def test_batches_of_one_three_and_eight_draw_the_same_pictures_bit_for_bit(objec
 
     def drawn(batch, order):
         latents = [
-            sampler.latents([PROMPTS[place] for place in order[start : start + batch]], order[start : start + batch], DRAWING)
+            sampler.latents(
+                [PROMPTS[place] for place in order[start : start + batch]],
+                order[start : start + batch],
+                DRAWING,
+            )
             for start in range(0, 8, batch)
         ]
         return torch.cat(latents)[torch.tensor(order).argsort()]
 
     alone = drawn(1, list(range(8)))
     assert alone.std(0).min() > 1e-3
-    for batch, order in ((3, list(range(8))), (8, list(range(8))), (3, [5, 2, 7, 0, 6, 1, 4, 3]), (8, [5, 2, 7, 0, 6, 1, 4, 3])):
+    for batch, order in (
+        (3, list(range(8))),
+        (8, list(range(8))),
+        (3, [5, 2, 7, 0, 6, 1, 4, 3]),
+        (8, [5, 2, 7, 0, 6, 1, 4, 3]),
+    ):
         assert torch.equal(drawn(batch, order), alone)
 
 
@@ -55,14 +65,22 @@ def test_prompt_seed_guidance_negative_prompt_and_order_matter(sampler):
 
     reference = one()
     assert torch.equal(reference, one())
-    changed = [one("a blue cat"), one(seed=2), one(guidance=1.0), one(negative="dogs"), one(steps=4), one(scheduler="dpm")]
+    changed = [
+        one("a blue cat"),
+        one(seed=2),
+        one(guidance=1.0),
+        one(negative="dogs"),
+        one(steps=4),
+        one(scheduler="dpm"),
+    ]
     changed += [one(instruction=False), one(without=("first",)), one(without=("second",))]
     assert all((each - reference).abs().max() > 1e-4 for each in changed)
 
 
 def test_the_quantisations_round_trip_changes_little(sampler):
     plain, taken = (
-        sampler.latents(["a red cat"], [1], SamplingParams(**{**vars(DRAWING), "quantised": q})) for q in (False, True)
+        sampler.latents(["a red cat"], [1], SamplingParams(**{**vars(DRAWING), "quantised": q}))
+        for q in (False, True)
     )
     assert 0 < (plain - taken).abs().max() < 0.1 * plain.std()
 
@@ -115,9 +133,24 @@ def test_the_command_writes_pictures_with_settings_an_index_and_a_grid(monkeypat
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("two dogs\n\nein Haus – schön\n", encoding="utf-8")
     out = tmp_path / "out"
-    run_main(monkeypatch, "run", "--prompt", "a red cat", "--prompts", prompts, "--images", 2, "--batch", 4, "--out", out)
+    run_main(
+        monkeypatch,
+        "run",
+        "--prompt",
+        "a red cat",
+        "--prompts",
+        prompts,
+        "--images",
+        2,
+        "--batch",
+        4,
+        "--out",
+        out,
+    )
     index = [json.loads(line) for line in (out / "index.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [record["prompt"] for record in index] == [p for p in ("a red cat", "two dogs", "ein Haus – schön") for _ in range(2)]
+    assert [record["prompt"] for record in index] == [
+        p for p in ("a red cat", "two dogs", "ein Haus – schön") for _ in range(2)
+    ]
     assert [record["seed"] for record in index] == [5, 6] * 3
     for record in index:
         assert read_settings(out / record["file"]) == record
@@ -135,16 +168,22 @@ def test_files_are_the_same_bytes_in_batches_of_one_three_and_eight(monkeypatch,
     for batch in (1, 3, 8):
         prompts = [each for prompt in PROMPTS if prompt for each in ("--prompt", prompt)]
         run_main(monkeypatch, "run", *prompts, "--batch", batch, "--out", tmp_path / str(batch))
-    one, *others = ({path.name: path.read_bytes() for path in (tmp_path / str(batch)).iterdir()} for batch in (1, 3, 8))
+    one, *others = (
+        {path.name: path.read_bytes() for path in (tmp_path / str(batch)).iterdir()} for batch in (1, 3, 8)
+    )
     assert len(one) == 7 + 2
     assert all(files == one for files in others)
 
 
 def test_two_processes_share_the_pictures_and_draw_the_same_as_one(tmp_path):
     arguments = ("--prompt", "a red cat", "--prompt", "two dogs", "--prompt", "tea", "--images", 2, "--out")
-    written = {world: on_ranks(world, sampling_tasks.draw, *arguments, str(tmp_path / str(world))) for world in (1, 2)}
+    written = {
+        world: on_ranks(world, sampling_tasks.draw, *arguments, str(tmp_path / str(world)))
+        for world in (1, 2)
+    }
     one, two = (
-        [json.loads(line) for line in (tmp_path / str(world) / "index.jsonl").read_text().splitlines()] for world in (1, 2)
+        [json.loads(line) for line in (tmp_path / str(world) / "index.jsonl").read_text().splitlines()]
+        for world in (1, 2)
     )
     assert one == two
     names = [record["file"] for record in one]
@@ -182,7 +221,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_an_llm_that_is_missing_is_one_line():
-    settings_of = {name: getattr(TextConfig(), name) for name in _IDENTITY} | {"llm": "package:no_such_llm", "prefix": ""}
+    settings_of = {name: getattr(TextConfig(), name) for name in _IDENTITY} | {
+        "llm": "package:no_such_llm",
+        "prefix": "",
+    }
     with pytest.raises(UserError, match="no_such_llm"):
         load_llm(Family("first", "text", settings_of), torch.device("cpu"))
 
@@ -206,7 +248,10 @@ def test_a_grid_holds_any_number_of_pictures_and_any_caption(count, caption, siz
     assert red >= 0.9 * count * size[0] * size[1] * factor**2
 
 
-@given(st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.booleans(), max_size=4), st.text(max_size=60))
+@given(
+    st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.booleans(), max_size=4),
+    st.text(max_size=60),
+)
 @settings(deadline=None, max_examples=15)
 def test_a_picture_carries_its_settings(tmp_path_factory, fields, prompt):
     path = tmp_path_factory.mktemp("png") / "picture.png"

@@ -38,7 +38,8 @@ def address(tmp_path):
 
 
 def type_in(view, field, text):
-    """Type until it stays: gradio sets the fields once more when the page has loaded, and a person is not that quick."""
+    """Type until it stays: gradio sets the fields once more when the page has loaded, and a person is not
+    that quick."""
     for _ in range(40):
         view.locator(field).fill(text)
         view.wait_for_timeout(250)
@@ -66,7 +67,8 @@ def view(address):
 def wait_for_pictures(view, gallery, count):
     """Wait until a gallery holds `count` pictures that have arrived whole."""
     view.wait_for_function(
-        "([id, count]) => { const all = [...document.querySelectorAll(`#${id} .thumbnail-item img, #${id} img`)];"
+        "([id, count]) => { const all = [...document.querySelectorAll(`#${id} .thumbnail-item img, #${id} "
+        "img`)];"
         " return all.length >= count && all.every(image => image.complete && image.naturalWidth > 0); }",
         arg=[gallery, count],
         timeout=60_000,

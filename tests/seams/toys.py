@@ -1,6 +1,8 @@
-"""A toy of each kind that a researcher may add, registered from outside the packages, as a file of theirs would do it."""
+"""A toy of each kind that a researcher may add, registered from outside the packages, as a file of theirs
+would do it."""
 
 import math
+from typing import ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -55,7 +57,7 @@ class TextOnlyBlock(Block):
 class ToyFlow(Objective):
     """The clean latents as target; and the loss is an absolute error."""
 
-    schedulers = {"toy": lambda config: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)}  # noqa: RUF012
+    schedulers: ClassVar = {"toy": lambda config: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)}
 
     def sample_timesteps(self, u):
         return u.float() ** self.config.settings.get("power", 1.0)
@@ -100,7 +102,9 @@ class SizeCondition(ExtraCondition):
     @classmethod
     def from_batch(cls, batch):
         bucket = Bucket.parse(batch.bucket)
-        return torch.tensor([[bucket.height / 256, bucket.width / 256]], device=batch.u.device).repeat(len(batch.ids), 1)
+        return torch.tensor([[bucket.height / 256, bucket.width / 256]], device=batch.u.device).repeat(
+            len(batch.ids), 1
+        )
 
     @classmethod
     def for_sampling(cls, height, width, given):

@@ -28,7 +28,10 @@ def snapshot(*families):
 
 def test_the_papers_rows_are_its_tables():
     ablation = read_ablation(PAPER_ROWS, ROLES, [])
-    numbers = {title.split(":")[0]: [ablation.rows[name].paper for name in rows] for title, rows in ablation.tables.items()}
+    numbers = {
+        title.split(":")[0]: [ablation.rows[name].paper for name in rows]
+        for title, rows in ablation.tables.items()
+    }
     assert numbers == PAPER
 
 
@@ -43,7 +46,11 @@ def test_rows_differ_only_in_their_settings_and_seeds():
     assert len({job.run for job in jobs}) == len(jobs)
     first = jobs[0].stage
     for job in jobs:
-        assert (job.stage.samples, job.stage.data.snapshot, job.stage.model) == (640, first.data.snapshot, first.model)
+        assert (job.stage.samples, job.stage.data.snapshot, job.stage.model) == (
+            640,
+            first.data.snapshot,
+            first.model,
+        )
         assert job.stage.data.seed == job.seed
     fusions = [(str(job.stage.fusion)) for job in jobs if job.seed == 0]
     assert len(set(fusions)) == len(fusions)
@@ -81,14 +88,18 @@ def test_changed_settings_are_refused(tmp_path):
 def test_the_interval_is_students():
     estimate = SeedMean.of([0.1, 0.2, 0.3])
     assert estimate.mean == pytest.approx(0.2)
-    assert estimate.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+    assert estimate.half == pytest.approx(
+        4.302653 * 0.1 / math.sqrt(3), rel=1e-5
+    )  # t of 2 degrees of freedom
     assert str(estimate) == "20.0 ± 24.8"
     assert str(SeedMean.of([0.5])) == "50.0"
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=5), st.floats(0.01, 0.5))
 def test_a_constant_lead_holds_whatever_the_noise_that_both_share(noise, lead):
-    ablation = Ablation(rows={"low": Row("low", paper=1.0), "high": Row("high", paper=2.0)}, tables={"t": ["low", "high"]})
+    ablation = Ablation(
+        rows={"low": Row("low", paper=1.0), "high": Row("high", paper=2.0)}, tables={"t": ["low", "high"]}
+    )
     low = dict(enumerate(noise))
     high = {seed: value + lead for seed, value in low.items()}
     (held,) = orderings(ablation, {"low": low, "high": high})["t"]

@@ -1,4 +1,5 @@
-"""Training objectives: their times, mixtures and targets, and that they agree with the samplers' schedulers."""
+"""Training objectives: their times, mixtures and targets, and that they agree with the samplers'
+schedulers."""
 
 import pytest
 import torch
@@ -80,7 +81,9 @@ def test_alphas_are_those_of_diffusers():
 
 
 def test_ddpm_draws_each_step_alike_often():
-    _, t, _ = example(ObjectiveConfig(name="ddpm"), torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 1, 1, 1), uniform(4000))
+    _, t, _ = example(
+        ObjectiveConfig(name="ddpm"), torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 1, 1, 1), uniform(4000)
+    )
     assert torch.bincount((t * 1000).round().long()).tolist() == [4] * 1000
 
 

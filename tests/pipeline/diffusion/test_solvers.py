@@ -16,7 +16,9 @@ from pipeline.stage.config import ObjectiveConfig
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
-COMBINATIONS = [(objective, name) for objective in ("flow", "ddpm") for name in OBJECTIVES[objective].schedulers]
+COMBINATIONS = [
+    (objective, name) for objective in ("flow", "ddpm") for name in OBJECTIVES[objective].schedulers
+]
 
 
 def signal_and_noise(objective: ObjectiveConfig, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,16 +58,22 @@ def run(objective, scheduler, values, nulls, seeds, steps=25, guidance=1.0, std=
 @pytest.mark.parametrize(("name", "scheduler"), COMBINATIONS)
 @given(shift=st.floats(1, 4), guidance=st.floats(1, 7), steps=st.integers(2, 30), seed=st.integers(0, 2**40))
 @settings(deadline=None, max_examples=8)
-def test_a_single_possible_image_is_reached_and_guidance_extrapolates(name, scheduler, shift, guidance, steps, seed):
+def test_a_single_possible_image_is_reached_and_guidance_extrapolates(
+    name, scheduler, shift, guidance, steps, seed
+):
     objective = ObjectiveConfig(name=name, shift=shift)
     images = run(objective, scheduler, [1.0, -0.5], [0.25, 0.25], [seed, seed + 1], steps, guidance)
-    expected = torch.tensor([0.25 + guidance * 0.75, 0.25 - guidance * 0.75]).view(2, 1, 1, 1).expand_as(images)
+    expected = (
+        torch.tensor([0.25 + guidance * 0.75, 0.25 - guidance * 0.75]).view(2, 1, 1, 1).expand_as(images)
+    )
     torch.testing.assert_close(images, expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), COMBINATIONS)
 def test_a_gaussian_is_sampled_with_its_mean_and_spread(name, scheduler):
-    images = run(ObjectiveConfig(name=name), scheduler, [0.7], [0.0], [3], steps=100, std=0.5, shape=(4, 50, 50))
+    images = run(
+        ObjectiveConfig(name=name), scheduler, [0.7], [0.0], [3], steps=100, std=0.5, shape=(4, 50, 50)
+    )
     assert images.mean().item() == pytest.approx(0.7, abs=0.03)
     assert images.std().item() == pytest.approx(0.5, rel=0.05)
 
@@ -108,7 +116,9 @@ def test_only_the_network_sees_the_low_precision(dtype):
         steps.append(step)
         return latents
 
-    latents = sample_latents(predict, config, prompts(1.0), prompts(0.0), SHAPE, [1], 3, 2.0, dtype, on_step=on_step)
+    latents = sample_latents(
+        predict, config, prompts(1.0), prompts(0.0), SHAPE, [1], 3, 2.0, dtype, on_step=on_step
+    )
     assert latents.dtype == torch.float32
     assert seen == [(dtype, torch.float32, 1, 2)] * 3  # the branches of guidance share the latents
     assert steps == [1, 2, 3]

@@ -42,7 +42,9 @@ def test_geneval_thresholds_differ_for_counting_and_are_exclusive():
 
 def test_geneval_counts_with_include_and_exclude():
     about = {"tag": "counting", "include": [include("cat", 2)], "exclude": [include("cat", 3)]}
-    results = [correct(about, *[thing("cat", box=(20 * i, 0, 20 * i + 9, 9)) for i in range(n)]) for n in range(5)]
+    results = [
+        correct(about, *[thing("cat", box=(20 * i, 0, 20 * i + 9, 9)) for i in range(n)]) for n in range(5)
+    ]
     assert results == [False, False, True, False, False]
     # at most 16 of a class are looked at: 17 asked for can never be there, nor be excluded
     many = [thing("cat") for _ in range(20)]
@@ -55,7 +57,9 @@ def test_geneval_looks_at_colours_of_the_surest_objects_alone():
     about = {"include": [include("cat", color="red")]}
     assert correct(about, thing("cat", 0.5, color="red"))
     assert not correct(about, thing("cat", 0.5, color="red"), thing("cat", 0.6, color="blue"))
-    assert not correct({"include": [include("cat", 2, color="red")]}, thing("cat", color="red"), thing("cat", color="blue"))
+    assert not correct(
+        {"include": [include("cat", 2, color="red")]}, thing("cat", color="red"), thing("cat", color="blue")
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,9 @@ def test_geneval_position_needs_its_target():
     assert correct(about, cat, dog)
     assert not correct(about, cat)
     assert not correct(about, thing("cat", box=(90, 0, 99, 10)), dog)
-    assert not correct({"include": [include("dog", color="red"), include("cat", position=["left of", 0])]}, cat, dog)
+    assert not correct(
+        {"include": [include("dog", color="red"), include("cat", position=["left of", 0])]}, cat, dog
+    )
 
 
 def test_geneval_overlap_is_published_as_off():
@@ -102,7 +108,9 @@ def test_geneval_overall_is_the_mean_over_tags():
     two = {"tag": "two", "prompt": "b", "include": [include("cat"), include("dog")]}
     pictures = [BenchImage(f"{i}", "", (i,), one if i < 3 else two) for i in range(4)]
     answers = {"0": [thing("cat")], "1": [], "2": [], "3": [thing("cat"), thing("dog")]}
-    scores = geneval.score(pictures, {key: {"objects": value} for key, value in answers.items()}, GenEvalRules())
+    scores = geneval.score(
+        pictures, {key: {"objects": value} for key, value in answers.items()}, GenEvalRules()
+    )
     assert scores["tags"] == {"single": pytest.approx(1 / 3), "two": 1.0}
     assert scores["overall"] == pytest.approx(2 / 3)
     assert scores["images"] == 0.5
@@ -113,11 +121,22 @@ def test_geneval_overall_is_the_mean_over_tags():
 
 
 def question(number, parents=(0,), row=9, category="entity - whole"):
-    return {"id": number, "parents": list(parents), "row": row, "category": category, "question": f"q{number}"}
+    return {
+        "id": number,
+        "parents": list(parents),
+        "row": row,
+        "category": category,
+        "question": f"q{number}",
+    }
 
 
 def test_dpg_takes_the_points_of_children():
-    assert dpg.gate({1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: [0], 2: [1], 3: [2], 4: [0]}) == {1: 0, 2: 0, 3: 0, 4: 1}
+    assert dpg.gate({1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: [0], 2: [1], 3: [2], 4: [0]}) == {
+        1: 0,
+        2: 0,
+        3: 0,
+        4: 1,
+    }
     # in the order of the questions: 1 sees 2 before it falls
     assert dpg.gate({1: 1.0, 2: 1.0, 3: 0.0}, {1: [2], 2: [3], 3: [0]}) == {1: 1, 2: 0, 3: 0}
 
@@ -127,7 +146,11 @@ def test_dpg_means_over_cells_and_counts_only_yes():
     cells = [["yes", "yes", "yes"], ["yes", "no", "yes"], ["no", "yes", "yes"], ["yes", "yes", "yes, it is"]]
     value, points = dpg.score_prompt(questions, cells, DPGRules())
     assert value == pytest.approx((1 + 1 / 3 + 0 + 2 / 3) / 4)
-    assert points == [("entity - whole", 1.0), ("entity - whole", 1.0), ("entity - whole", 0.0)]  # the last cell, as answered
+    assert points == [
+        ("entity - whole", 1.0),
+        ("entity - whole", 1.0),
+        ("entity - whole", 0.0),
+    ]  # the last cell, as answered
     _, gated = dpg.score_prompt(questions, cells, DPGRules(raw_categories=False))
     assert [value for _, value in gated] == [1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0]
 
@@ -145,15 +168,27 @@ def test_dpg_skips_the_first_row_and_drops_a_prompt_that_needs_it():
 def test_dpg_overall_and_categories():
     pictures = [
         BenchImage("a.png", "", (0,), {"questions": [question(1, row=0), question(2, (1,), row=1)]}),
-        BenchImage("b.png", "", (0,), {"questions": [question(1), question(2, (1,), category="attribute - color")]}),
+        BenchImage(
+            "b.png", "", (0,), {"questions": [question(1), question(2, (1,), category="attribute - color")]}
+        ),
         BenchImage("c.png", "", (0,), {"questions": [question(1, category="attribute - shape")]}),
     ]
-    answers = {name: {"cells": [cell]} for name, cell in {"a.png": ["yes"] * 2, "b.png": ["no", "yes"], "c.png": ["yes"]}.items()}
+    answers = {
+        name: {"cells": [cell]}
+        for name, cell in {"a.png": ["yes"] * 2, "b.png": ["no", "yes"], "c.png": ["yes"]}.items()
+    }
     scores = dpg.score(pictures, answers, DPGRules())
     assert scores["left_out"] == ["a"]
     assert scores["overall"] == 50.0
-    assert scores["categories"] == {"entity": 0.0, "attribute": 100.0}  # the child's own answer, though its parent is wrong
-    assert scores["categories_fine"] == {"attribute - color": 100, "attribute - shape": 100, "entity - whole": 0}
+    assert scores["categories"] == {
+        "entity": 0.0,
+        "attribute": 100.0,
+    }  # the child's own answer, though its parent is wrong
+    assert scores["categories_fine"] == {
+        "attribute - color": 100,
+        "attribute - shape": 100,
+        "entity - whole": 0,
+    }
     kept = dpg.score(pictures, answers, DPGRules(skip_first_row=False, raw_categories=False))
     assert kept["overall"] == pytest.approx(200 / 3)
     assert kept["categories"]["attribute"] == 50.0
@@ -265,7 +300,9 @@ def test_t2i_numeracy_gives_half_for_presence_and_half_for_the_number():
     boxes = [(0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30)]
 
     def value(objects, numbers, *found):
-        return t2i_compbench.numeracy({"objects": objects, "numbers": numbers, "found": list(found)}, T2IRules())
+        return t2i_compbench.numeracy(
+            {"objects": objects, "numbers": numbers, "found": list(found)}, T2IRules()
+        )
 
     two = [thing("cat", box=box) for box in boxes[:2]]
     assert value(["cat"], [2], *two) == 1.0
@@ -281,11 +318,15 @@ def test_t2i_complex_is_the_mean_of_its_parts_and_overall_that_of_the_attributes
     found = [thing("cat", 1.0), thing("dog", 1.0, (50, 0, 60, 10))]
     answer = {"yes": [0.5], "similarity": 0.3, "objects": ["cat", "dog"], "found": found, "size": [479, 479]}
     prompt = "a cat on the left of a dog"
-    value = {p: t2i_compbench.complex_score(prompt, p, answer, T2IRules()) for p in ("spatial", "action", "all")}
+    value = {
+        p: t2i_compbench.complex_score(prompt, p, answer, T2IRules()) for p in ("spatial", "action", "all")
+    }
     assert value == {"spatial": pytest.approx(0.75), "action": pytest.approx(0.4), "all": pytest.approx(0.6)}
     names = ["color", "shape", "texture", "non_spatial"]
     pictures = [BenchImage(name, "", (0,), {"category": name}) for name in names]
-    answers = {name: {"yes": [0.1 * i]} for i, name in enumerate(names, start=1)} | {"non_spatial": {"similarity": 0.9}}
+    answers = {name: {"yes": [0.1 * i]} for i, name in enumerate(names, start=1)} | {
+        "non_spatial": {"similarity": 0.9}
+    }
     scores = t2i_compbench.score(pictures, answers, T2IRules())
     assert scores["overall"] == pytest.approx(0.2)
     assert scores["categories"]["non_spatial"] == 0.9
@@ -296,17 +337,24 @@ def test_t2i_complex_is_the_mean_of_its_parts_and_overall_that_of_the_attributes
 
 def test_genai_skills_and_their_union():
     skills = [["basic", "attribute"], ["basic"], ["advanced", "counting"], []]
-    pictures = [BenchImage(f"{i}.jpeg", "", (0,), {"id": str(i), "skills": each}) for i, each in enumerate(skills)]
+    pictures = [
+        BenchImage(f"{i}.jpeg", "", (0,), {"id": str(i), "skills": each}) for i, each in enumerate(skills)
+    ]
     answers = {f"{i}.jpeg": {"vqascore": value} for i, value in enumerate((0.2, 0.6, 0.7, 1.0))}
     scores = genai_bench.score(pictures, answers, GenAIRules())
     assert scores["overall"] == pytest.approx(0.5)  # the prompt without a skill is in none of the sums
-    assert scores["skills"] == pytest.approx({"basic": 0.4, "attribute": 0.2, "advanced": 0.7, "counting": 0.7})
+    assert scores["skills"] == pytest.approx(
+        {"basic": 0.4, "attribute": 0.2, "advanced": 0.7, "counting": 0.7}
+    )
     assert scores["deviation"]["basic"] == pytest.approx(math.sqrt(0.08))  # over n - 1
     assert genai_bench.score(pictures, answers, GenAIRules(untagged=True))["overall"] == pytest.approx(0.625)
 
 
 def test_genai_images_of_a_prompt_are_averaged_first():
-    pictures = [BenchImage(file, "", (0,), {"id": key, "skills": ["basic"]}) for file, key in (("a", "0"), ("b", "0"), ("c", "1"))]
+    pictures = [
+        BenchImage(file, "", (0,), {"id": key, "skills": ["basic"]})
+        for file, key in (("a", "0"), ("b", "0"), ("c", "1"))
+    ]
     answers = {file: {"vqascore": value} for file, value in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
     assert genai_bench.score(pictures, answers, GenAIRules())["overall"] == 0.75
 
@@ -329,7 +377,10 @@ def test_fid_of_a_shift_and_a_scale_is_known(seed, shift, scale):
 def test_fid_of_covariances_that_do_not_commute_is_that_of_scipys_root():
     linalg = pytest.importorskip("scipy.linalg")
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) + 1
+    a, b = (
+        rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)),
+        rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)) + 1,
+    )
     root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
     assert fid.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
@@ -337,8 +388,12 @@ def test_fid_of_covariances_that_do_not_commute_is_that_of_scipys_root():
 
 def test_fid_reads_features_from_answers():
     values = np.random.default_rng(0).normal(size=(8, 3)).astype("<f4")
-    answers = {str(i): {"features": base64.b64encode(value.tobytes()).decode()} for i, value in enumerate(values)}
+    answers = {
+        str(i): {"features": base64.b64encode(value.tobytes()).decode()} for i, value in enumerate(values)
+    }
     pictures = [BenchImage(str(i), "", (), {"reference": True} if i >= 4 else {}) for i in range(8)]
     scores = fid.score(pictures, answers, fid.FIDRules())
-    assert scores["overall"] == pytest.approx(fid.frechet_distance(values[:4].astype(float), values[4:].astype(float)))
+    assert scores["overall"] == pytest.approx(
+        fid.frechet_distance(values[:4].astype(float), values[4:].astype(float))
+    )
     assert (scores["drawn"], scores["reference"]) == (4, 4)

@@ -9,7 +9,13 @@ from PIL import Image
 from model.config import FusionConfig
 from model.functional import key_mask
 from model.layers import CrossAttention
-from pipeline.inference.attention_maps import WORD, attention_to_tokens, overlay, recorded_attention, sum_over_words
+from pipeline.inference.attention_maps import (
+    WORD,
+    attention_to_tokens,
+    overlay,
+    recorded_attention,
+    sum_over_words,
+)
 from pipeline.inference.sampler import SamplingParams
 from tests.helpers.tiny_sampler import make_network, make_sampler
 
@@ -59,20 +65,28 @@ def test_each_words_tokens_are_summed_over_all_llms(prompt):
     pairs = [(place, min(place + 2, len(prompt))) for place in range(0, len(prompt), 2)]
     suffix = [(0, 0)]
     tokens = len(letters) + len(pairs) + 2
-    maps = sum_over_words(prompt, [letters + suffix, pairs + suffix], torch.eye(tokens).view(1, tokens, tokens))
+    maps = sum_over_words(
+        prompt, [letters + suffix, pairs + suffix], torch.eye(tokens).view(1, tokens, tokens)
+    )
     assert [each.word for each in maps] == WORD.findall(prompt)
     for match, each in zip(WORD.finditer(prompt), maps, strict=True):
         counted = {at for at, place in enumerate(letters) if match.start() <= place[0] < match.end()}
-        counted |= {len(letters) + 1 + at for at, (a, b) in enumerate(pairs) if a < match.end() and b > match.start()}
+        counted |= {
+            len(letters) + 1 + at for at, (a, b) in enumerate(pairs) if a < match.end() and b > match.start()
+        }
         assert set(each.shares.flatten().nonzero().flatten().tolist()) == counted
 
 
 def test_a_family_that_reads_the_null_caption_belongs_to_no_word():
     sampler = make_sampler()
     _, whole = sampler.latents_and_words(["a cat"], [1], DRAWING, 1)
-    _, halved = sampler.latents_and_words(["a cat"], [1], SamplingParams(**{**vars(DRAWING), "without": ("second",)}), 1)
+    _, halved = sampler.latents_and_words(
+        ["a cat"], [1], SamplingParams(**{**vars(DRAWING), "without": ("second",)}), 1
+    )
     assert [each.word for each in whole] == [each.word for each in halved] == ["a", "cat"]
-    assert sum(each.shares.mean() for each in whole) == pytest.approx(1 - 2 / 10, abs=0.15)  # the space is one token of five
+    assert sum(each.shares.mean() for each in whole) == pytest.approx(
+        1 - 2 / 10, abs=0.15
+    )  # the space is one token of five
     assert all(each.shares.mean() > 0 for each in halved)
 
 
@@ -81,10 +95,14 @@ def test_the_chosen_step_sees_the_latents_that_the_network_saw_then(step):
     sampler = make_sampler()
     seen = []
     network = sampler.network
-    handle = network.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0][:1].clone(), inputs[1].timesteps[:1].clone())))
+    handle = network.register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0][:1].clone(), inputs[1].timesteps[:1].clone()))
+    )
     sampler.latents_and_words(["a red cat", "tea"], [4, 5], DRAWING, step)
     handle.remove()
-    *during, (latents, time) = seen  # on a CPU a pass of the network is one image: in each step the first, then the second
+    *during, (latents, time) = (
+        seen  # on a CPU a pass of the network is one image: in each step the first, then the second
+    )
     of_first = during[0::2]
     assert torch.equal(latents, of_first[step - 1][0])
     assert torch.equal(time, of_first[step - 1][1])

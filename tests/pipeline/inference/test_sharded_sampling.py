@@ -1,4 +1,5 @@
-"""Drawing with the weights shared out over processes (ZeRO-3): the pictures of one, half of the weights on each of two."""
+"""Drawing with the weights shared out over processes (ZeRO-3): the pictures of one, half of the weights on
+each of two."""
 
 import pytest
 import torch
@@ -38,9 +39,22 @@ def test_two_processes_with_half_of_the_weights_each_draw_the_pictures_of_one(fo
 
 def test_a_benchmark_is_drawn_with_shared_weights(folder, tmp_path):
     (tmp_path / "captions.txt").write_text("\n".join(PROMPTS))
-    arguments = ("evaluate", folder, "--bench", "fid", "--stage", "images", "--prompts", tmp_path / "captions.txt", "--batch", 2)
+    arguments = (
+        "evaluate",
+        folder,
+        "--bench",
+        "fid",
+        "--stage",
+        "images",
+        "--prompts",
+        tmp_path / "captions.txt",
+        "--batch",
+        2,
+    )
     on_ranks(1, drawing_tasks.draw_export, *arguments, "--out", tmp_path / "one")
-    for _ in range(2):  # the second time nothing is missing, and the settings with the weights' hash are the same
+    for _ in range(
+        2
+    ):  # the second time nothing is missing, and the settings with the weights' hash are the same
         on_ranks(2, drawing_tasks.draw_export, *arguments, "--out", tmp_path / "two", "--zero3")
     assert len(list((tmp_path / "one" / "images").iterdir())) == len(PROMPTS)
     assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -9,7 +9,14 @@ from PIL import Image
 
 from model.common.errors import UserError
 from pipeline.inference.images import read_settings
-from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, OTHER, GenerationRequest, InteractiveSampler, Limits
+from pipeline.inference.studio import (
+    NO_INSTRUCTION,
+    NOTHING,
+    OTHER,
+    GenerationRequest,
+    InteractiveSampler,
+    Limits,
+)
 from tests.helpers.tiny_sampler import make_sampler
 
 REQUEST = GenerationRequest("a red cat", "", 16, 24, 2, 3.0, 7, 2, "euler")
@@ -38,14 +45,20 @@ def test_a_request_gives_pictures_with_their_settings(studio):
 def test_the_second_column_differs_in_one_thing(studio):
     assert studio.comparisons == [NOTHING, NO_INSTRUCTION, "without first", "without second"]
     for compare in studio.comparisons[1:]:
-        left, right = (column.files for column in studio.generate(replace(REQUEST, compare=compare, images=1)))
+        left, right = (
+            column.files for column in studio.generate(replace(REQUEST, compare=compare, images=1))
+        )
         ours, theirs = read_settings(left[0]), read_settings(right[0])
-        assert [key for key in ours if ours[key] != theirs[key]] == ["instruction" if compare == NO_INSTRUCTION else "without"]
+        assert [key for key in ours if ours[key] != theirs[key]] == [
+            "instruction" if compare == NO_INSTRUCTION else "without"
+        ]
         assert (pixels(left[0]) != pixels(right[0])).any()
 
 
 def test_other_weights_can_be_compared(tmp_path):
-    studio = InteractiveSampler({str(tmp_path / "one"): make_sampler(), "runs/two": make_sampler()}, tmp_path, Limits())
+    studio = InteractiveSampler(
+        {str(tmp_path / "one"): make_sampler(), "runs/two": make_sampler()}, tmp_path, Limits()
+    )
     left, right = (column.files for column in studio.generate(replace(REQUEST, compare=OTHER)))
     assert [read_settings(path)["source"] for path in (left[0], right[0])] == ["one", "two"]
     assert (pixels(left[0]) == pixels(right[0])).all()

@@ -5,13 +5,27 @@ import os
 import pytest
 
 from model.common.errors import UserError
-from pipeline.runtime.distributed import Distributed, all_reduce_min, free_port, gather, rank_and_world, slurm_rendezvous
+from pipeline.runtime.distributed import (
+    Distributed,
+    all_reduce_min,
+    free_port,
+    gather,
+    rank_and_world,
+    slurm_rendezvous,
+)
 
 NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
 NAMES += [
-    f"SLURM_{name}" for name in ("STEP_ID", "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST", "JOB_NODELIST", "JOB_ID")
+    f"SLURM_{name}"
+    for name in ("STEP_ID", "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NODELIST", "JOB_NODELIST", "JOB_ID")
 ]
-STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41234"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "41234",
+}
 
 
 @pytest.fixture
@@ -38,7 +52,9 @@ def test_torchrun_comes_first_then_a_slurm_step_then_one_process(environment):
     environment(**STEP, SLURM_STEP_NODELIST="gpu[07-09,12],x1")
     assert Distributed.from_environment() == Distributed(3, 4, 1)
     assert [os.environ[name] for name in NAMES[:5]] == ["3", "4", "1", "gpu07", "21234"]
-    environment(SLURM_PROCID="0", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-4]")  # a batch script without srun
+    environment(
+        SLURM_PROCID="0", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-4]"
+    )  # a batch script without srun
     assert Distributed.from_environment() == Distributed(0, 1, 0)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
@@ -59,7 +75,13 @@ def test_half_an_environment_is_refused(environment, values, named):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("a-b[003,7]", "a-b003"), ("host.cluster", "host.cluster")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("a-b[003,7]", "a-b003"),
+        ("host.cluster", "host.cluster"),
+    ],
 )
 def test_the_first_node_of_a_slurm_list(nodes, first):
     assert slurm_rendezvous({"SLURM_JOB_NODELIST": nodes})["MASTER_ADDR"] == first

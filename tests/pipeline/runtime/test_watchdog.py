@@ -34,7 +34,9 @@ def end(pool, folder, ranks=(0, 1)):
     """Exit codes and logs of ranks that end by themselves."""
     for rank in ranks:
         pool.processes[rank].join(60)
-    return [pool.processes[rank].exitcode for rank in ranks], [(folder / f"rank_{rank:05d}.txt").read_text() for rank in ranks]
+    return [pool.processes[rank].exitcode for rank in ranks], [
+        (folder / f"rank_{rank:05d}.txt").read_text() for rank in ranks
+    ]
 
 
 def test_an_exception_on_one_rank_ends_the_other_and_its_trace_is_the_first_error(pool, tmp_path):
@@ -59,7 +61,10 @@ def test_a_rank_that_is_stuck_is_named_with_its_phase_by_all(pool, tmp_path):
     pool.send(tasks.watched, (str(tmp_path), "sleep", 1, 1))
     codes, logs = end(pool, tmp_path)
     assert codes == [1, 1]
-    hangs = rf"rank 1 \(\S+, process {pool.processes[1].pid}\) in phase `data` of step 3 hangs: no rank has made progress for .* s\n"
+    hangs = (
+        rf"rank 1 \(\S+, process {pool.processes[1].pid}\) in phase `data` of step 3 hangs: "
+        r"no rank has made progress for .* s\n"
+    )
     assert all(re.fullmatch(rf"(error|rank \d ends): {hangs}", log) for log in logs)
     assert any(log.startswith("error: ") for log in logs)
 
@@ -92,4 +97,6 @@ def test_a_killed_rank_0_is_named(pool, tmp_path):
     pool.processes[0].kill()
     codes, (log,) = end(pool, tmp_path, [1])
     assert codes == [1]
-    assert "rank 1 ends: rank 0" in log or "Connection closed by peer" in log  # whichever thread sees it first
+    assert (
+        "rank 1 ends: rank 0" in log or "Connection closed by peer" in log
+    )  # whichever thread sees it first

@@ -23,7 +23,14 @@ def keys(schema=StageConfig, path=""):
 
 
 def test_the_documented_stages_are_shipped():
-    assert SHIPPED == ["ablation_256", "demo", "li_dit_10b_1024", "li_dit_10b_512", "li_dit_1b_256", "scenes_ablation"]
+    assert SHIPPED == [
+        "ablation_256",
+        "demo",
+        "li_dit_10b_1024",
+        "li_dit_10b_512",
+        "li_dit_1b_256",
+        "scenes_ablation",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -39,7 +46,9 @@ def test_shipped_stage_is_consistent(name):
     assert all(weight > 0 for weight in stage.data.caption_weights.values())
 
 
-@pytest.mark.parametrize(("name", "depth", "width", "heads"), [("li_dit_1b_256", 28, 1152, 16), ("li_dit_10b_512", 48, 2816, 44)])
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "heads"), [("li_dit_1b_256", 28, 1152, 16), ("li_dit_10b_512", 48, 2816, 44)]
+)
 def test_sizes_are_the_papers(name, depth, width, heads):
     dit = load_stage(name).dit(16)
     assert (dit.depth, dit.width, dit.heads, dit.patch) == (depth, width, heads, 2)
@@ -82,7 +91,10 @@ def test_a_wrong_value_is_named(override, says):
 
 
 def test_an_override_without_a_value_empties_text_and_unsets_what_may_be_unset():
-    stage = load_stage("demo", ["data.dataset=", "data.store=", "data.tokens_per_batch=", "data.datasets={a: {}, b: {store: x}}"])
+    stage = load_stage(
+        "demo",
+        ["data.dataset=", "data.store=", "data.tokens_per_batch=", "data.datasets={a: {}, b: {store: x}}"],
+    )
     assert (stage.data.dataset, stage.data.store, stage.data.tokens_per_batch) == ("", "", None)
     assert list(stage.data.datasets) == ["a", "b"]
 
@@ -104,10 +116,16 @@ def test_a_file_that_is_not_a_stage(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(lr=st.floats(1e-8, 1), batch=st.integers(1, 4096), families=st.lists(st.sampled_from("abc"), min_size=1, unique=True))
+@given(
+    lr=st.floats(1e-8, 1),
+    batch=st.integers(1, 4096),
+    families=st.lists(st.sampled_from("abc"), min_size=1, unique=True),
+)
 def test_a_run_keeps_its_stage(tmp_path_factory, lr, batch, families):
     run = tmp_path_factory.mktemp("run")
-    stage = load_stage("demo", [f"optim.lr={lr!r}", f"global_batch={batch}", f"fusion.families=[{','.join(families)}]"])
+    stage = load_stage(
+        "demo", [f"optim.lr={lr!r}", f"global_batch={batch}", f"fusion.families=[{','.join(families)}]"]
+    )
     (run / "stage.yaml").write_text(dump_stage(stage))
     assert load_run(run) == stage
 

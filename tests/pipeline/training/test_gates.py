@@ -13,7 +13,9 @@ FAMILIES = ["a", "b"]
 
 def network(**fusion):
     torch.manual_seed(0)
-    return LIDiT(DiTConfig(depth=1, width=32, heads=4, channels=4), FusionConfig(families=FAMILIES, **fusion), [8, 12])
+    return LIDiT(
+        DiTConfig(depth=1, width=32, heads=4, channels=4), FusionConfig(families=FAMILIES, **fusion), [8, 12]
+    )
 
 
 def run(model):
@@ -31,7 +33,9 @@ def test_constant_gates_are_read_as_their_mean_magnitude():
                 block.gates.linear.bias.uniform_(-1, 1)
                 expected[f"gate_refiner_{name}_{number}"] = block.gates.linear.bias.abs().mean()
             bias = model.fusion.collaborative.blocks[0].branches[index].modulation.linear.bias.uniform_(-1, 1)
-            _, _, gate, _, _, gate_mlp = bias.chunk(6)  # shift, scale, gate of attention and of the feed-forward layer
+            _, _, gate, _, _, gate_mlp = bias.chunk(
+                6
+            )  # shift, scale, gate of attention and of the feed-forward layer
             expected[f"gate_collaborative_{name}_0"] = torch.cat([gate, gate_mlp]).abs().mean()
     run(model)
     assert meter.take() == []  # off

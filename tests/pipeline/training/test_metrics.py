@@ -1,4 +1,5 @@
-"""What a run writes about itself can be read back: JSONL always, TensorBoard by default, W&B only where asked for."""
+"""What a run writes about itself can be read back: JSONL always, TensorBoard by default, W&B only where asked
+for."""
 
 import io
 import json
@@ -50,7 +51,9 @@ def test_only_rank_0_writes_and_the_last_run_of_a_step_counts(tmp_path):
     write(tmp_path, LogConfig(), writes=False)
     assert not list(tmp_path.iterdir())
     write(tmp_path, LogConfig(tensorboard=False))
-    out = MetricsLog(tmp_path, LogConfig(tensorboard=False), "", True)  # went back to the checkpoint of step 2
+    out = MetricsLog(
+        tmp_path, LogConfig(tensorboard=False), "", True
+    )  # went back to the checkpoint of step 2
     out.report(3, 24, {"loss": 7.0})
     out.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -61,8 +64,12 @@ def test_only_rank_0_writes_and_the_last_run_of_a_step_counts(tmp_path):
 
 def test_wandb_is_used_when_it_is_named_and_its_absence_is_one_line(tmp_path, monkeypatch):
     logged, begun = [], []
-    session = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: begun.append(settings) or session))
+    session = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+    )
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **settings: begun.append(settings) or session)
+    )
     write(tmp_path, LogConfig(tensorboard=False))
     assert not begun
     write(tmp_path, LogConfig(tensorboard=False, wandb="project"))
@@ -84,7 +91,9 @@ def test_the_mean_loss_is_that_of_its_timestep_bins(observations):
     sums.add_losses(losses, timesteps)
     means = sums.take()
     assert sum(means[name][1] for name in bins) == means["loss"][1] == len(observations)
-    assert sum(mean * count for mean, count in (means[name] for name in bins)) == pytest.approx(float(losses.sum()), abs=1e-9)
+    assert sum(mean * count for mean, count in (means[name] for name in bins)) == pytest.approx(
+        float(losses.sum()), abs=1e-9
+    )
     for index, name in enumerate(bins):
         inside = losses[(timesteps * TIMESTEP_BINS).long() == index]
         assert means[name][0] == pytest.approx(float(inside.mean()) if len(inside) else 0.0)
@@ -111,7 +120,9 @@ def test_memory_is_the_most_that_the_process_has_held():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(monkeypatch, terminal):
     screen = io.StringIO()
-    monkeypatch.setattr(console, "CONSOLE", Console(file=screen, force_terminal=terminal, width=160, soft_wrap=True))
+    monkeypatch.setattr(
+        console, "CONSOLE", Console(file=screen, force_terminal=terminal, width=160, soft_wrap=True)
+    )
     progress = console.TrainingProgress("small", 0, 100, shows=True)
     progress.advance(48)
     progress.report(6, 48, {"loss": 1.5, "samples_per_second": 12.0, "mfu": 0.41, "other": 1.0})

@@ -17,6 +17,7 @@ from PIL import Image
 
 from model.common.errors import UserError
 from model.flops import flops_per_sample
+from model.presets import PRESETS
 from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.sampler import Sampler
@@ -71,7 +72,9 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight,
     assert [event["step"] for event in read_events(tmp_path / "small", "start")] == [0, stop_at]
     assert numbers(reports) == numbers(expected)
     assert all(same_weights(tmp_path / "small", run, which) for which in ("raw", "ema", "0.5"))
-    validations = [[event["loss"] for event in read_events(folder, "validation")] for folder in (tmp_path / "small", run)]
+    validations = [
+        [event["loss"] for event in read_events(folder, "validation")] for folder in (tmp_path / "small", run)
+    ]
     assert validations[0] == validations[1]
 
 
@@ -84,20 +87,34 @@ def test_a_mixture_of_datasets_trains_and_resumes_bit_for_bit_on_one_process(sto
             assert code == (0 if stop_at is None else EXIT_AGAIN)
         ended[name] = numbers(reports)
     assert ended["straight"] == ended["resumed"]
-    assert all(same_weights(tmp_path / "straight/small", tmp_path / "resumed/small", which) for which in ("raw", "ema", "0.5"))
-    snapshots = {event["snapshot"] for name in ended for event in read_events(tmp_path / name / "small", "start")}
+    assert all(
+        same_weights(tmp_path / "straight/small", tmp_path / "resumed/small", which)
+        for which in ("raw", "ema", "0.5")
+    )
+    snapshots = {
+        event["snapshot"] for name in ended for event in read_events(tmp_path / name / "small", "start")
+    }
     assert re.fullmatch(r"\{'0\.6 ds@\w+ \+ 0\.4 second@\w+'\}", str(snapshots))
 
 
-TINY = {f"model__{size}": None for size in ("depth", "width", "heads", "patch")} | {"model__preset": "tiny", "optim__lr": 1e-3}
+SIZES = {name: getattr(PRESETS["tiny"], name) for name in ("depth", "width", "heads", "patch")}
+TINY = {f"model__{name}": size for name, size in SIZES.items()} | {"optim__lr": 1e-3}
 
 
 @pytest.mark.parametrize("model", [{}, pytest.param(TINY, marks=pytest.mark.slow, id="tiny")])
 def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path, model):
-    fp32 = {"engine__precision": "fp32", "samples": 8 * 20, "checkpoint__every_samples": 8 * 20, "ema": [0.9], **model}
+    fp32 = {
+        "engine__precision": "fp32",
+        "samples": 8 * 20,
+        "checkpoint__every_samples": 8 * 20,
+        "ema": [0.9],
+        **model,
+    }
     losses = {}
     for world in (1, 2, 4):
-        (code, reports), *_ = on_ranks(world, trainer_tasks.train, store, str(tmp_path / str(world)), None, fp32)
+        (code, reports), *_ = on_ranks(
+            world, trainer_tasks.train, store, str(tmp_path / str(world)), None, fp32
+        )
         assert code == 0
         losses[world] = torch.tensor([report["loss"] for report in reports])
     for world, stop_at in ((2, 7), (4, 13), (1, None)):
@@ -116,7 +133,9 @@ def test_goodput_is_the_time_in_steps_over_all_since_the_first_start(store, tmp_
     (_, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path))
     first, second = read_events(run, "start")
     assert second["step"] == 4
-    for number, report in enumerate(reports[4:], start=5):  # the earlier ones as first run; a report is one step
+    for number, report in enumerate(
+        reports[4:], start=5
+    ):  # the earlier ones as first run; a report is one step
         kept = sum(each["step_seconds"] for each in reports[:number])
         assert report["goodput"] == pytest.approx(kept / (report["time"] - first["time"]), rel=0.1)
     assert 0 < reports[-1]["goodput"] < 1
@@ -138,7 +157,12 @@ def test_a_stage_starts_from_another_at_another_resolution_with_one_llm_more(sto
     assert all(torch.equal(now[name], before[name]) for name in before)
     assert {name.split(".")[0] for name in set(now) - set(before)} == {"fusion"}
     assert all(name in ranks[0][1][0] for name in set(now) - set(before))
-    codes = [code for code, _ in on_ranks(2, trainer_tasks.train, str(tmp_path / "larger"), str(tmp_path), None, settings)]
+    codes = [
+        code
+        for code, _ in on_ranks(
+            2, trainer_tasks.train, str(tmp_path / "larger"), str(tmp_path), None, settings
+        )
+    ]
     assert codes == [0, 0]
 
 
@@ -179,13 +203,19 @@ def test_spoiled_steps_in_a_row_end_the_run_which_says_why_and_leaves_good_check
     config = trainer_tasks.stage(store, tmp_path, optim__max_skipped_steps=2, checkpoint__every_samples=16)
     codes, logs = Command(tmp_path, config, math.nan, range(7, 12)).end()
     assert codes == [2, 2]
-    why = "3 steps in a row up to step 10 had non-finite or spiking gradients: lower optim.lr, or look at the batches named in "
+    why = (
+        "3 steps in a row up to step 10 had non-finite or spiking gradients: "
+        "lower optim.lr, or look at the batches named in "
+    )
     assert any(log.startswith(f"error: {why}{config.run / 'metrics.jsonl'}\n") for log in logs)
     assert [event["step"] for event in read_events(config.run, "skipped")] == [8, 9, 10]
     assert all(value.isfinite().all() for value in load_weights(config.run, "raw").values())
     assert not (config.run / "finished.json").exists()
     settings = {"optim__max_skipped_steps": 2, "checkpoint__every_samples": 16}
-    assert [code for code, _ in on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, settings)] == [0, 0]
+    assert [code for code, _ in on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, settings)] == [
+        0,
+        0,
+    ]
     assert read_events(config.run, "start")[-1]["step"] >= 6
 
 
@@ -210,42 +240,61 @@ def test_losses_by_bucket_and_the_refiners_gates_are_in_the_log(straight):
         assert [report[name] for name in ("loss_32x32", "loss_32x64") if name in report] == [report["loss"]]
     assert {name for report in reports for name in report} >= {"loss_32x32", "loss_32x64"}
     gates = [name for name in reports[0] if name.startswith("gate_")]
-    assert len(gates) == 2 * 2 + 2 * 1  # two LLMs, two blocks of their own refiners and one of the collaborative
+    assert (
+        len(gates) == 2 * 2 + 2 * 1
+    )  # two LLMs, two blocks of their own refiners and one of the collaborative
     assert all(reports[0][name] == 0 < reports[-1][name] for name in gates)
 
 
 @pytest.mark.parametrize(
-    ("world", "settings"), [(1, {"model__checkpoint_every": 2}), (2, {"engine__micro_batch": 2, "engine__precision": "fp32"})]
+    ("world", "settings"),
+    [(1, {"model__checkpoint_every": 2}), (2, {"engine__micro_batch": 2, "engine__precision": "fp32"})],
 )
 def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(store, tmp_path, world, settings):
     """Buckets of two shapes in batches of two sizes, with and without padding, captions of all lengths."""
     settings = {"data__tokens_per_batch": 128, "data__batch_multiple": 4, "samples": 48, **settings}
     runs = {}
     for warms in (True, False):
-        ranks = on_ranks(world, trainer_tasks.train_compiled, store, str(tmp_path / str(warms)), settings, warms)
+        ranks = on_ranks(
+            world, trainer_tasks.train_compiled, store, str(tmp_path / str(warms)), settings, warms
+        )
         runs[warms] = ranks[0][0]
         for _, after_warm_up, at_the_end, breaks in ranks:
             assert breaks == 0
             assert after_warm_up == ((4, 4) if warms else (0, 0))
             assert (after_warm_up == at_the_end) == warms
     assert numbers(runs[True]) == numbers(runs[False])
-    assert all(same_weights(*(tmp_path / str(warms) / "small" for warms in runs), which) for which in ("raw", "ema", "0.5"))
+    assert all(
+        same_weights(*(tmp_path / str(warms) / "small" for warms in runs), which)
+        for which in ("raw", "ema", "0.5")
+    )
 
 
 def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_leave_no_trace(store, tmp_path):
     short = {"engine__precision": "fp32", "samples": 48}
     prompts = ["a dog", "", "two cats and a bird"]
-    grid = {"sample__every_samples": 24, "sample__prompts": prompts, "sample__height": 32, "sample__width": 64}
+    grid = {
+        "sample__every_samples": 24,
+        "sample__prompts": prompts,
+        "sample__height": 32,
+        "sample__width": 64,
+    }
     grid["sample__steps"], grid["sample__scenes"], pictures, scores = 3, 3, {}, {}
     for world in (1, 2):
         runs = tmp_path / str(world)
-        (code, reports, loaded), *others = on_ranks(world, trainer_tasks.train_and_draw, store, str(runs), short | grid)
+        (code, reports, loaded), *others = on_ranks(
+            world, trainer_tasks.train_and_draw, store, str(runs), short | grid
+        )
         assert code == 0
-        assert (loaded, [other[2] for other in others]) == (["small", "wide"], [[]] * (world - 1))  # one rank reads the prompts
+        assert (loaded, [other[2] for other in others]) == (
+            ["small", "wide"],
+            [[]] * (world - 1),
+        )  # one rank reads the prompts
         paths = sorted((runs / "small" / "grids").iterdir())
         assert [path.name for path in paths] == ["samples_000000000024.png", "samples_000000000048.png"]
         scores[world] = [
-            {key: value for key, value in event.items() if key != "time"} for event in read_events(runs / "small", "scenes")
+            {key: value for key, value in event.items() if key != "time"}
+            for event in read_events(runs / "small", "scenes")
         ]
         assert [event["samples"] for event in scores[world]] == [24, 48]
         assert all(0 <= event["segment"] <= event["colour"] <= 1 for event in scores[world])
@@ -259,7 +308,8 @@ def test_pictures_while_training_do_not_depend_on_the_number_of_processes_and_le
 
 
 def test_batches_of_several_sizes_count_their_samples(store, tmp_path):
-    """By a token budget 32x64 has half the samples a step: losses, averages and intervals go by the samples seen."""
+    """By a token budget 32x64 has half the samples a step: losses, averages and intervals go by the samples
+    seen."""
     budget = {"data__tokens_per_batch": 128, "data__batch_multiple": 4, "log__peak_tflops": 1.0}
     (code, reports), _ = on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, budget)
     assert code == 0
@@ -272,14 +322,28 @@ def test_batches_of_several_sizes_count_their_samples(store, tmp_path):
     assert samples[-2] < 96 <= samples[-1]
     reached = [next(count for count in samples if count >= due) for due in (32, 48, 64, 96)]
     events = read_events(tmp_path / "small")
-    assert {event["samples"] for event in events if event["event"] == "save"} == {reached[0], reached[2], reached[3]}
-    assert {event["samples"] for event in events if event["event"] == "validation"} == {reached[1], reached[3]}
+    assert {event["samples"] for event in events if event["event"] == "save"} == {
+        reached[0],
+        reached[2],
+        reached[3],
+    }
+    assert {event["samples"] for event in events if event["event"] == "validation"} == {
+        reached[1],
+        reached[3],
+    }
     for report, size in zip(reports, sizes, strict=False):
         tokens = [fake_snapshot.PREFIX + int(report["caption_tokens"] / 2)] * 2
         flops = flops_per_sample(
-            config.dit(fake_snapshot.CHANNELS), config.fusion, [6, 10], 4, {8: 4, 4: 8}[size], tokens, [fake_snapshot.PREFIX] * 2
+            config.dit(fake_snapshot.CHANNELS),
+            config.fusion,
+            [6, 10],
+            (4, {8: 4, 4: 8}[size]),
+            tokens,
+            [fake_snapshot.PREFIX] * 2,
         )
-        assert report["mfu"] == pytest.approx(report["samples_per_second"] * flops / 2e12)  # two processes of 1 TFLOP/s
+        assert report["mfu"] == pytest.approx(
+            report["samples_per_second"] * flops / 2e12
+        )  # two processes of 1 TFLOP/s
 
 
 def test_a_finished_run_shows_what_it_did(straight):
@@ -287,7 +351,8 @@ def test_a_finished_run_shows_what_it_did(straight):
     assert len(reports) == 12
     assert json.loads((run / "finished.json").read_text())["samples"] == 96
     record = learned.measure(run, pairs=8)
-    # fresh weights predict zero, so their loss is the mean square of the target, about that of data plus noise
+    # fresh weights predict zero, so their loss is the mean square of the target, about that of data plus
+    # noise
     assert 1.5 < record["untrained_mean"] < 4.5
     assert record["right"] != record["shuffled"] != record["untrained"]
     page = build(run).read_text()
@@ -298,13 +363,18 @@ def test_a_finished_run_shows_what_it_did(straight):
 
 def test_any_average_of_a_run_is_drawn_with_by_its_decay(straight):
     run, _ = straight
-    networks = {which: Sampler.from_run(run, which, torch.device("cpu"), torch.float32).network for which in ("ema", "0.5")}
+    networks = {
+        which: Sampler.from_run(run, which, torch.device("cpu"), torch.float32).network
+        for which in ("ema", "0.5")
+    }
     weights = {which: network.state_dict() for which, network in networks.items()}
     for which in weights:
         expected = load_weights(run, which)
         assert all(torch.equal(weights[which][name], expected[name]) for name in expected)
     assert not torch.equal(weights["ema"]["final.linear.weight"], weights["0.5"]["final.linear.weight"])
-    with pytest.raises(UserError, match=r"no weights `0.7` there: choose raw, ema, or the decay of an average: 0.9, 0.5$"):
+    with pytest.raises(
+        UserError, match=r"no weights `0.7` there: choose raw, ema, or the decay of an average: 0.9, 0.5$"
+    ):
         Sampler.from_run(run, "0.7", torch.device("cpu"), torch.float32)
 
 
@@ -333,7 +403,9 @@ def say(monkeypatch, capsys, *arguments):
         ("model.preset=huge", "model.preset=huge is unknown"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_writes_nothing(store, tmp_path, monkeypatch, capsys, override, says):
+def test_what_does_not_fit_is_one_line_and_writes_nothing(
+    store, tmp_path, monkeypatch, capsys, override, says
+):
     stage = trainer_tasks.stage(store, tmp_path)
     (tmp_path / "stage.yaml").write_text(dump_stage(stage))
     code, error = say(monkeypatch, capsys, str(tmp_path / "stage.yaml"), "--dry-run", override)
