@@ -39,8 +39,11 @@ ROLES = [f"families.{role}={role}" for role in FAMILIES]
 ROWS = """
 families: {role: a}
 rows:
-  full: {title: Full refiner, paper: 2.0, settings: ["fusion.families=[${families.role}]",
-  fusion.refiner_blocks=1]} other: {title: Another LLM, paper: 1.0, settings: ["fusion.families=[absent]"]}
+  full:
+    title: Full refiner
+    paper: 2.0
+    settings: ["fusion.families=[${families.role}]", fusion.refiner_blocks=1]
+  other: {title: Another LLM, paper: 1.0, settings: ["fusion.families=[absent]"]}
 """
 
 
