@@ -308,13 +308,13 @@ class LIDiTPipeline(DiffusionPipeline):
         distinct = [prompt] if isinstance(prompt, str) else prompt
         prompts = [text for text in distinct for _ in range(num_images_per_prompt)]
         vae = VAE(self.vae, "")
-        height, width = height or config["height"], width or config["width"]
-        shape = latent_shape(self.transformer, vae.downsampling, height, width)
+        size: tuple[int, int] = (height or config["height"], width or config["width"])
+        shape = latent_shape(self.transformer, vae.downsampling, *size)
         if latents is None:
             latents = _noise(shape, len(prompts), num_images_per_prompt, generator, seed)
         steps = num_inference_steps or config["steps"]
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
-        asked = SamplingParams(height=height, width=width, conditions=conditions or {})
+        asked = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
         extra = extra_conditions(self.transformer, asked, len(prompts), device)
         timesteps = torch.zeros(len(prompts), device=device)
         condition = Condition(timesteps, self.text(prompts, dtype), extra)

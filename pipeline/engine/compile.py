@@ -8,6 +8,7 @@ are made before the first step.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ def compile_blocks(blocks: Iterable[Block]) -> None:
         _compile(block)
 
 
-def _compile(block: Block) -> None:
+def _compile(block: Any) -> None:
     compiled = torch.compile(block.forward, dynamic=False)
 
-    def forward(*inputs: Tensor | None) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
         for argument, axis in block.text_axes.items():
             value = inputs[argument]
             if value is not None:
@@ -54,7 +55,7 @@ def make_graphs(block: Block, samples: int, patches: int) -> None:
     """
     for tokens in _TEXT_TOKENS:
         for padded in (False, True):
-            inputs = block.example_inputs(samples, patches, tokens, padded)
+            inputs: tuple[Any, ...] = block.example_inputs(samples, patches, tokens, padded)
             trained = [value for value in inputs if value is not None and value.requires_grad]
             # unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks
             torch.autograd.grad(block.forward(*inputs).sum(), trained)

@@ -39,8 +39,8 @@ def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
     def record(layer: Any, inputs: tuple[Any, ...]) -> None:
         seen.append(layer.weights(*inputs).mean(1))
 
-    # type: ignore[operator]
-    layers = [layer for block in network.blocks if (layer := block.text_attention()) is not None]
+    blocks: list[Any] = list(network.blocks)
+    layers = [layer for block in blocks if (layer := block.text_attention()) is not None]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield seen

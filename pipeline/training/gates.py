@@ -72,6 +72,6 @@ def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[tuple[str, nn.Mo
                 yield f"gate_refiner_{family}_{number}", block.gates, (0, 1)
 
     for number, block in enumerate(fusion.collaborative.blocks if fusion.collaborative is not None else []):
-        # pyright: ignore[reportArgumentType]
-        for family, branch in zip(families, block.branches, strict=True):
+        branches: Any = block.branches
+        for family, branch in zip(families, branches, strict=True):
             yield f"gate_collaborative_{family}_{number}", branch.modulation, (2, 5)
