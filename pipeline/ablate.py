@@ -72,6 +72,7 @@ def generate(job: Job, prompts: list[str]) -> Path:
         # kept with the run, so that a later call can check that its prompts are the same
         job.prompts.write_text("\n".join(prompts), encoding="utf-8")
         arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder)]
+        # a process of its own returns all GPU memory before the next run is trained
         code = subprocess.run([sys.executable, "-m", "pipeline.sample", *arguments]).returncode
         if code:
             sys.exit(code)
@@ -83,6 +84,7 @@ def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[
 
     Each length has the same number of scenes.
     """
+    # scenes of the shape that the run samples, so that positions in the prompts keep their meaning
     aspect = stage.sample.width / stage.sample.height
     return scene_prompts(count, "list", aspect, range(1, max_segments + 1))
 
@@ -113,13 +115,16 @@ def score(job: Job, prompts: list[ScenePrompt]) -> dict[str, Any]:
 
 def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
     """Train, generate and score, as far as it is not done yet."""
+    # `score.json` is written last, so a run that has it is done
     if job.score() is not None:
         return
+    # the time includes only this start, not those that were stopped before
     started = time.monotonic()
     log_line(f"{job.row}, seed {job.seed} ...")
     train(job, processes)
     record = score(job, prompts)
     record["seconds"] = round(time.monotonic() - started, 1)
+    # atomic, since another task may read it for its report at any time
     write_atomic(job.run / "score.json", json.dumps(record))
 
 
@@ -176,6 +181,7 @@ def show_runs(jobs: list[Job], left_out: list[str], words: list[str]) -> None:
         print(f"left out: {reason}")
 
     if not all(done):
+        # indices among all jobs: the task numbers stay the same when some jobs are done
         tasks = array_list(index for index, finished in enumerate(done) if not finished)
         again = shlex.join(word for word in words if word != "--dry-run")
         script = "cluster/run.sh pipeline.ablate"
@@ -215,8 +221,10 @@ def main() -> None:
 
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
+        # from all jobs, also those that are done, so that each task's jobs never change
         for job in jobs[share.index :: share.count]:
             run_job(job, processes, prompts)
+    # every task writes the report, so the one that ends last writes the complete report
     folder = Path(base.runs) / f"{base.name}_ablation"
     log_line(f"report: {ablation_report.build(folder, base, ablation, jobs, left_out)}")
 

@@ -68,6 +68,7 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
     Raises:
         SystemExit: if a rank fails.
     """
+    # two on the CPU, so that ranks communicate and partition their state there too
     ranks = start_ranks(torch.cuda.device_count() or 2, *arguments)
     sent = False
 
@@ -102,6 +103,7 @@ class Phases:
         log_line(f"{name} ...")
         started = time.monotonic()
         work()
+        # recorded only after the work has succeeded: a failed phase is repeated
         self.seconds[name] = round(time.monotonic() - started, 1)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.seconds, indent=2))
@@ -124,6 +126,7 @@ def check_packages() -> None:
 
 def write_examples(stage: StageConfig, count: int) -> list[dict[str, str]]:
     """Write evenly chosen training pairs into the run's folder, as images and `prompts.txt`."""
+    # from the stored pairs and not from the latents, so that the report has the original images
     dataset = open_store(stage.data.store).sub(stage.data.dataset)
     kinds = read_plan(dataset).caption_kinds
     pairs: list[Pair] = []
@@ -154,6 +157,8 @@ def write_report(
         examples: training pairs, whose captions were the prompts of the generated images.
         learned: losses that show what the network learned.
     """
+
+    # the index is in the order of the prompts, and the prompts are the examples' captions
     lines = (stage.run / "samples" / "index.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     images = [
@@ -200,6 +205,7 @@ def main() -> None:
         help="settings of the training stage, such as samples=6400",
     )
     overrides = parser.parse_args().overrides
+    # now, and not minutes later when the first phase needs one of them
     check_packages()
     stage = load_stage("demo", overrides)
     dataset = load_dataset(DATASET, [])
@@ -220,6 +226,7 @@ def main() -> None:
     phases("4 train, stopped half-way", lambda: train(stage, ["demo", *overrides], stage.samples // 2))
     phases("4 train, resumed", lambda: train(stage, ["demo", *overrides], None))
 
+    # not a phase: the report needs the examples even if every phase was done before
     examples = write_examples(stage, EXAMPLES)
     prompts, out = str(stage.run / "pairs" / "prompts.txt"), str(stage.run / "samples")
     phases("5 draw", lambda: run("pipeline.sample", str(stage.run), "--prompts", prompts, "--out", out))

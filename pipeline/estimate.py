@@ -96,22 +96,30 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
             f"--widths gives {len(setup.llm_widths)} widths for the {len(stage.fusion.families)} LLMs of "
             "fusion.families"
         )
+    # every rank has the same number of samples per step, as in the trainer
     local_batch, left = divmod(stage.global_batch, setup.gpus)
     if left or local_batch == 0:
         raise UserError(
             f"global_batch={stage.global_batch} is not a multiple of {setup.gpus} GPUs: choose another --gpus"
         )
+
+    # the network: its size, and the FLOPs of one sample with all its tokens
     dit = stage.dit(setup.channels, axes=len(setup.latents))
     widths = list(setup.llm_widths)
     parameters = count_parameters(dit, stage.fusion, widths)
+    # the caption's states come after those of the instruction, which all captions share
     tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
     flops = flops_per_sample(
         dit, stage.fusion, widths, setup.latents, tokens, [setup.prefix_tokens] * len(widths)
     )
+
+    # memory: the state does not depend on the batch, the activations grow with it
     micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
     moments = count_moments(stage, dit, widths)
     memory = state_memory(stage, parameters["total"], setup.gpus, moments)
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
+
+    # speed follows from an assumed MFU; reading and saving are assumed to overlap with the steps
     speed = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu / flops
     pair_bytes = bytes_per_pair(setup)
     return Plan(
@@ -124,13 +132,16 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         days=stage.samples / speed / 86400,
         bytes_per_pair=pair_bytes,
         store_bytes=pair_bytes * setup.pairs,
+        # a job smaller than a node has only its own GPUs to feed
         read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
+        # fp32 masters, averages and moments; the bf16 weights are a rounded copy and are not stored
         checkpoint_bytes=4.0 * (parameters["total"] * (1 + len(stage.ema)) + moments),
     )
 
 
 def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> int:
     """Return the number of values in the optimizer's moments of the whole network."""
+    # shapes without storage: 10B parameters would not fit on a login node
     with torch.device("meta"):
         network = LIDiT(dit, stage.fusion, widths)
 
@@ -158,6 +169,8 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -
     share = parameters / gpus
     size = 2 if engine.precision == "bf16" else 4
     shared_weights = share if engine.zero_stage == 3 else parameters
+
+    # gradients and optimizer state are fp32, whatever the precision of the weights
     memory = {
         "weights": size * shared_weights,
         "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
@@ -183,9 +196,12 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     block = BLOCKS[dit.block].activations(dit, patches, text)
     every = stage.model.checkpoint_every
     checkpointed = dit.depth // every if every else 0
+    # while a checkpointed block is recomputed, all of its activations exist once
     blocks = (
         (dit.depth - checkpointed) * block + checkpointed * patches * dit.width + bool(checkpointed) * block
     )
+
+    # the refiners read the instruction's tokens too, unlike the blocks
     refiner_width, _ = refiner_size(stage.fusion, dit)
     own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
     across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
@@ -197,12 +213,14 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
 def bytes_per_pair(setup: Setup) -> float:
     """Return the bytes in the store of one pair's latents (mean and std, bf16) and captions (int8, an fp32
     scale per token, each LLM)."""
+    # 2 values of 2 bytes at each position
     latents = 4.0 * setup.channels * math.prod(setup.latents)
     return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
 
 
 def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     """Print one column per number of GPUs."""
+    # all setups differ in the number of GPUs only, so the first one has the common facts
     plans = [make_plan(stage, setup) for setup in setups]
     first, setup = plans[0], setups[0]
     counts, tera = first.parameters, first.flops_per_sample / 1e12
@@ -222,6 +240,7 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     for kind in first.memory:
         table.add_row(f"{kind}, GB", *[f"{plan.memory[kind] / 1e9:.2f}" for plan in plans])
     table.add_row("memory per GPU, GB", *[f"{plan.total_memory / 1e9:.1f}" for plan in plans], style="bold")
+    # both extremes, so that readers can choose `model.checkpoint_every`
     for label, every in (("no checkpointing", 0), ("every block", 1)):
         other, dit = (
             replace(stage, model=replace(stage.model, checkpoint_every=every)),

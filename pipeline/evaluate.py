@@ -160,6 +160,7 @@ def generate_stage(
     sampler.check(params)
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
+    # planned a second time, since the default seed is known only now
     plan = bench.plan(prompts, images_per_prompt, seed)
     if not plan.images:
         raise UserError(f"--prompts {arguments.prompts}: no prompt in it")
@@ -172,6 +173,7 @@ def generate_stage(
         "images": images_per_prompt,
         "seed": seed,
         "weights_hash": hash_weights(sampler),
+        # the name alone: other tasks may have the same files in another place
         "prompts": Path(str(arguments.prompts)).name,
     }
     # the weights' hash is part of the plan: images of two checkpoints are never mixed
@@ -215,6 +217,7 @@ def answer_stage(
     # the score stage reads the same reference again
     if bench is fid.BENCH:
         settings["reference"] = str(arguments.reference.resolve())
+    # a mean over answers of different models or questions would mean nothing
     record_settings(out / ANSWERS / SCORER, {**settings, "models": judges.identity(bench.needs(images))})
 
     # the share of the generated images is the one that this process generated: others may not exist yet
@@ -242,12 +245,14 @@ def score_stage(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str
         scorer: dict[str, Any] = json.loads((out / ANSWERS / SCORER).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{out}: no answers there: run with --stage answers first") from error
+    # the recorded folder, not --reference: the answers are about its images
     reference_folder = Path(scorer["reference"]) if "reference" in scorer else None
     images, reference, settings = read_images(bench, out, reference_folder)
 
     answers = read_answers(out)
     judged = images + reference
     missing = sum(image.file not in answers for image in judged)
+    # a score over part of the prompts could not be compared with published ones
     if missing and complete:
         raise UserError(
             f"{out}: {missing} of {len(judged)} answers are missing: run --stage answers on every share"
@@ -313,11 +318,14 @@ def main() -> None:
     device = join_ranks(ranks, arguments.zero3)
     out = arguments.out or arguments.source / "bench" / bench.name
     shows = ranks.rank == 0
+
+    # the stages pass files and not variables, so that each can run alone, later or on another machine
     if arguments.stage in ("images", "all"):
         generate_stage(bench, arguments, share, out, device, shows)
     if arguments.stage in ("answers", "all"):
         answer_stage(bench, arguments, share, out, device, shows)
     if arguments.stage in ("score", "all"):
+        # the score needs the answers of all ranks
         _barrier(ranks)
         if ranks.rank == 0:
             result = score_stage(bench, rules, out, complete=arguments.stage == "score" or task.count == 1)

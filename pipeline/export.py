@@ -33,6 +33,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     Raises:
         UserError: if its latent space is not one that diffusers can save.
     """
+    # other latent spaces have no class that diffusers could name in the folder
     space = sampler.vae
     if not isinstance(space, VAE):
         raise UserError(
@@ -41,6 +42,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
         )
 
     network = sampler.network
+    # the config has only what JSON can hold, so that `from_pretrained` can build the network from it
     widths = [constants.width for constants in sampler.reader.constants.values()]
     transformer: Any = LIDiTModel(asdict(network.sizes), asdict(network.fusion.config), widths)
     nn.Module.to(
@@ -48,6 +50,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     )  # diffusers' own `to` warns of modules to keep in fp32, of which there are none
     transformer.load_state_dict(network.state_dict())
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
+    # the objective decides the scheduler; another one would read the predictions wrongly
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
     return LIDiTPipeline(
         transformer.eval(), scheduler, space.module, text,
@@ -68,8 +71,10 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
     Raises:
         UserError: if `out` exists, or the run cannot be read.
     """
+    # before the network is loaded, which takes long for a large one
     if out.exists():
         raise UserError(f"{out} exists: remove it or name another folder")
+    # on the CPU: an export computes nothing, and login nodes have no GPU
     sampler = Sampler.from_run(run, weights, torch.device("cpu"), DTYPES[precision])
     pipeline = build_pipeline(sampler)
     pipeline.card = make_card(run, sampler, weights, precision)
@@ -80,6 +85,8 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
 def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:
     """Return README.md and, if the run has sampled images, samples.png: from the run's own record."""
     stage, corpus = resolve(load_run(run))
+
+    # the facts come from the checkpoint and the log, so that no one has to fill them in by hand
     newest = Checkpoints(run / "checkpoints", CheckpointConfig()).newest()
     manifest = (read_manifest(newest) if newest else None) or {}
     reports = read_reports(run)
@@ -88,6 +95,7 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
     llms = [f"- `{name}`: {_llm(family.identity)}" for name, family in sampler.reader.families.items()]
     samples, steps = manifest.get("samples", 0), manifest.get("step", 0)
     loss = reports[-1].get("loss") if reports else None
+
     facts = {
         "Parameters trained": f"{parameters:,}",
         "Objective": stage.objective.name,
@@ -96,9 +104,11 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
         "Training pairs": f"{rows:,} in {len(corpus.rows)} buckets: {corpus}",
         "Last training loss": "not recorded" if loss is None else f"{loss:.4f}",
     }
+    # the newest grid of the training, else the one of `pipeline.sample`
     grids = [*sorted((run / "grids").glob("*.png"))[-1:], *(run / "samples").glob("grid.png")]
     lines = [
         "---", "library_name: diffusers", "pipeline_tag: text-to-image", "license: other",
+        # licenses of data and LLMs cannot be known from the run
         "license_name: TO FILL IN", "license_link: TO FILL IN", "---", "",
         f"# {stage.name}", "",
         "LI-DiT: a diffusion transformer on the fused states of frozen LLMs "
@@ -123,6 +133,7 @@ def without_folders(stage: StageConfig) -> StageConfig:
     """Return the stage as others may read it: absolute paths are cut to their last name."""
 
     def name(path: str) -> str:
+        # an export may be published, and paths reveal users and clusters
         return Path(path).name if path.startswith(("/", "~")) else path
 
     return replace(

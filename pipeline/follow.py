@@ -52,6 +52,7 @@ def make_prompts(settings: dict[str, Any]) -> list[ScenePrompt] | list[NaturalPr
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
 
+    # with a single segment, there are no positions to compare
     lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
     return scene_prompts(count, settings["kind"], settings["aspect"], lengths, seed)
 
@@ -78,6 +79,7 @@ def score_scenes(
     segments = scene_segment_scores(scores, per_prompt)
     return {
         "summary": scores.summary(),
+        # the first image of each prompt, since the captions are listed once per prompt
         "chance": chance_level(objects[::per_prompt], captions),
         "by_attribute": _to_json(scores.by_attribute()),
         "by_position": _to_json(scores.by_position()),
@@ -112,6 +114,7 @@ def score_natural(
         for file in files[number * per_prompt : (number + 1) * per_prompt]:
             with Image.open(file) as image:
                 answers.append(vqa.yes(image.convert("RGB"), questions))
+        # the mean over the prompt's images, so that every prompt has one score per segment
         scores.append(np.mean(answers, axis=0).tolist())
 
     # prompts differ in their number of segments, so this is not a mean of means
@@ -182,6 +185,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
     natural = [prompt for prompt in prompts if isinstance(prompt, NaturalPrompt)]
     if not natural:
         scenes = [prompt for prompt in prompts if isinstance(prompt, ScenePrompt)]
+        # a generator: thousands of decoded images would not fit into memory
         images = (np.asarray(Image.open(file).convert("RGB")) for file in files)
         result = score_scenes(images, scenes, per_prompt)
     elif vqa is None:

@@ -40,28 +40,35 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage, corpus = resolve(load_run(run))
     stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # the folder may have been moved
+    # a dropped caption would be the null caption in all three measurements
     stage.data.caption_drop = 0.0
     dtype = DTYPES[stage.engine.precision]
     data = TrainingData(stage, corpus, 0, 1, device)
+    # the same inputs as in training, so that the losses are comparable with the run's own
     inputs = NetworkInputs(stage, corpus, data.constants, dtype)
     sizes, _ = network_sizes(stage, corpus)
     objective = make_objective(stage.objective, sizes.patch_shape)
 
     measured = []
     try:
+        # whole batches, so there may be a few more pairs than asked for
         for batch, _ in itertools.islice(data.batches(None), math.ceil(pairs / stage.global_batch)):
             moved = batch.to(device)
+            # kept and used three times: the differences then come from the network alone
             measured.append((inputs.clean_latents(moved), moved.noise, inputs.condition(moved, moved.u)))
     finally:
+        # after an error too, so that the loader's processes do not outlive the measurement
         data.close()
 
     def losses(network: LIDiT, shuffle_captions: bool) -> list[float]:
         network.to(device, dtype).eval()
         return losses_at_fixed_timesteps(network, measured, objective, dtype, shuffle_captions).tolist()
 
+    # untrained first, since the trained weights then replace those of the same network
     torch.manual_seed(stage.data.seed)
     network = build_network(stage, corpus)
     record: dict[str, Any] = {"untrained": losses(network, False)}
+    # the averages are fp32; `losses` rounds them to the run's precision
     network.float().load_state_dict(load_weights(run, "ema"))
     record |= {
         "right": losses(network, False),

@@ -49,6 +49,7 @@ def plan_images(prompts: Sequence[str], images_per_prompt: int, seed: int) -> li
     images: list[SampleImage] = []
     for number, prompt in enumerate(prompts):
         for offset in range(images_per_prompt):
+            # by name, the files are in the order of the prompts, which `pipeline.follow` relies on
             images.append(SampleImage(f"{number:05d}_{offset:02d}.png", prompt, seed + offset))
     return images
 
@@ -111,6 +112,7 @@ def write_images(
 
 def gather_records(records: list[dict[str, Any]], ranks: Distributed) -> list[dict[str, Any]]:
     """Return the records of all processes by file, once all processes are done. Collective."""
+    # without --zero3 the ranks have worked alone so far, and there is no process group yet
     ensure_process_group(ranks)
     return sorted(chain.from_iterable(gather(records)), key=lambda record: record["file"])
 
@@ -168,6 +170,7 @@ def main() -> None:
     own_records = write_images(sampler, images, params, arguments.batch, out, about, shows=ranks.rank == 0)
     records = gather_records(own_records, ranks)
 
+    # all images exist now, since each rank gave its records after its last image
     if ranks.rank == 0:
         write_overview(records, out)
         print(f"{out}: {len(records)} images, grid.png, index.jsonl")

@@ -79,6 +79,7 @@ def read_status(run: Path, now: float) -> Status:
     if not run.is_dir():
         raise UserError(f"{run}: no such run; `python -m pipeline.status` lists all runs")
     lines = list(read_lines(run))
+    # steps that were lost in a crash and trained again must not count twice
     reports = latest_reports(lines)
 
     attempt, endings = read_attempt(run), read_endings(run)
@@ -102,6 +103,7 @@ def read_status(run: Path, now: float) -> Status:
     checkpoints = sorted((run / "checkpoints").glob("step_*/manifest.json"))
     if checkpoints:
         status.checkpoint = checkpoints[-1].parent.name
+        # the manifest is the last file of a checkpoint, so its time is that of the commit
         status.checkpoint_age = now - checkpoints[-1].stat().st_mtime
 
     if status.state == "finished":
@@ -116,10 +118,12 @@ def read_status(run: Path, now: float) -> Status:
 def _speed(reports: list[dict[str, Any]]) -> float | None:
     """Return the mean samples per second of some reports, each weighted by its samples."""
     speeds = [report["samples_per_second"] for report in reports if report.get("samples_per_second")]
+    # the harmonic mean, since reports cover equal numbers of samples and not equal times
     return len(speeds) / sum(1 / speed for speed in speeds) if speeds else None
 
 
 def _state(run: Path, endings: list[Ending], queued: str) -> str:
+    # before the queue: a job stays there for some time after its stage is finished
     if (run / "finished.json").exists():
         return "finished"
     # the queue is more recent than the last ending
@@ -207,6 +211,7 @@ def main() -> None:
 
     now = time.time()
     if arguments.run is None:
+        # `runs/` also has folders that are no runs, such as those of ablations
         runs = sorted(path.parent for path in Path("runs").glob("*/metrics.jsonl"))
     else:
         runs = [Path(arguments.run) if Path(arguments.run).is_dir() else Path("runs") / arguments.run]

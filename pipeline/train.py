@@ -80,9 +80,13 @@ def main() -> None:
     arguments = parse()
     stage = load_stage(arguments.stage, arguments.overrides)
     check_settings(stage)
+
+    # before the process group is joined, so that one process on a login node can do it
     if arguments.dry_run:
         dry_run(stage)
         return
+
+    # exit code 0, not an error: jobs that were queued in advance may start after the stage is finished
     if (stage.run / "finished.json").exists():
         print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it again")
         return
@@ -90,9 +94,11 @@ def main() -> None:
     STOP.watch(stage.run / "stop", arguments.minutes)
     ranks = join_process_group(stage.engine.timeout_minutes)
     heartbeat = Heartbeat()
+    # below the collectives' own timeout, whose message would not say which rank hangs
     watchdog = Watchdog(ranks, heartbeat, STUCK_SHARE * 60 * stage.engine.timeout_minutes)
     try:
         code = Trainer(stage, ranks, STOP, heartbeat).run()
+    # KeyboardInterrupt and SystemExit too: the peers would wait for this rank until the timeout
     except BaseException as error:
         watchdog.fail(error)
     watchdog.close()

@@ -69,10 +69,12 @@ def read_images(dataset: Store, crop: int, limit: int) -> list[Tensor]:
     Raises:
         UserError: if there are none.
     """
+    # uint8, a quarter of fp32's memory; `batches` converts the crops only
     images: list[Tensor] = []
     kinds = read_plan(dataset).caption_kinds
     for _, commit in sorted(committed(dataset, PAIRS).items()):
         for pair in read_pairs(dataset, commit, kinds) if commit.rows else []:
+            # smaller images have no crop of this size
             if len(images) < limit and min(pair.height, pair.width) >= crop:
                 pixels = torch.from_numpy(np.array(decode_image(pair.image)))  # [H, W, 3]
                 images.append(pixels.permute(2, 0, 1).contiguous())
@@ -99,6 +101,7 @@ def batches(images: list[Tensor], training: Training, rng: torch.Generator) -> I
         top, left = (int(torch.randint(size - side + 1, (), generator=rng)) for size in image.shape[1:])
         return image[:, top : top + side, left : left + side]
 
+    # the rest of an epoch goes into the next batch, since batches have to be of equal size
     order: list[int] = []
     while True:
         while len(order) < training.batch:
@@ -122,9 +125,12 @@ def vae_loss(vae: Any, pixels: Tensor, kl_weight: float, rng: torch.Generator) -
         noise = torch.randn(mean.shape, generator=rng).to(mean.device)
         decoded = vae.decode(mean + (0.5 * logvar).exp() * noise, return_dict=False)[0]
 
+    # the loss in fp32: bf16 has less than three decimal digits, too few for small differences
     error = decoded.float() - pixels
+    # of a Gaussian with this mean and variance from the standard normal one
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
     reconstruction = error.abs().mean() + error.square().mean()
+    # averages have no lines left, only colors, which would otherwise be learned last
     color = F.avg_pool2d(error, 4).square().mean()
     return reconstruction + 4.0 * color + kl_weight * kl
 
@@ -147,12 +153,14 @@ class VAEOptimizer:
     def step(self, factor: float) -> None:
         """Take one step at `factor` times the full learning rate, then clear the gradients."""
         for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            # autograd writes the gradients of the kernels, which Muon does not know
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
 
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
 
+        # not `zero_grad`: the optimizers know the views, not the kernels
         for parameter in [*self.kernels, *self.others]:
             parameter.grad = None
 
@@ -165,6 +173,7 @@ def train(images: list[Tensor], training: Training, device: torch.device) -> Any
     """
     torch.manual_seed(training.seed)
     rng = torch.Generator().manual_seed(training.seed)
+    # built on the CPU, so that the same seed gives the same weights on any device
     vae = small_vae().to(device).train()
     optimizer = VAEOptimizer(vae, training.lr)
     source = batches(images, training, rng)
@@ -197,6 +206,7 @@ def standardize(vae: Any, images: list[Tensor], training: Training, device: torc
     means = torch.cat([posterior.mean for posterior in posteriors])  # [N, C, h, w]
     variances = torch.cat([posterior.var for posterior in posteriors])
     mean = means.mean((0, 2, 3))
+    # total variance: that of the means plus the mean of the posteriors' own
     std = (means.var((0, 2, 3)) + variances.mean((0, 2, 3))).sqrt()
 
     # The encoder's last convolution gives z and its logvar: now (z - mean) / std and logvar - 2 log(std).
@@ -219,6 +229,7 @@ def psnr(vae: Any, images: list[Tensor], training: Training, device: torch.devic
     values: list[Tensor] = []
     for _ in range(max(1, min(len(images), MAX_PSNR_IMAGES) // training.batch)):
         pixels = next(source).to(device)
+        # the mean, without the posterior's noise, so that the value measures the VAE alone
         latents = vae.encode(pixels, return_dict=False)[0].mean
         decoded = vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
 
@@ -239,6 +250,8 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
     Raises:
         UserError: if `out` exists and was made from other pairs or settings, or the dataset has no pairs.
     """
+
+    # a part that is prepared again has another attempt, so its pairs count as others
     parts = sorted([str(part), commit.attempt] for part, commit in committed(dataset, PAIRS).items())
     settings = {**asdict(training), "pairs": parts}
     record = out / SETTINGS
@@ -259,6 +272,7 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
 
     with atomic_path(out) as unfinished:
         vae.save_pretrained(unfinished, safe_serialization=True)
+        # safetensors 0.8 makes files that only their owner can read, and other users run the jobs
         apply_umask(unfinished)
         text = json.dumps({"settings": settings, "psnr": quality}, indent=2)
         (unfinished / SETTINGS).write_text(text + "\n")
@@ -275,6 +289,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="dataset YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the dataset to change")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    # one option per setting, so that a new setting needs no second place
     defaults = asdict(Training())
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
@@ -282,6 +297,7 @@ def main() -> None:
     arguments = vars(parser.parse_intermixed_args())
     config = load_dataset(arguments["dataset"], arguments["overrides"])
     training = Training(**{name: arguments[name] for name in defaults})
+    # the VAE downsamples three times by two
     if training.crop % 8 or min(training.steps, training.batch, training.crop, training.images) < 1:
         raise UserError(
             f"--crop {training.crop}: use a multiple of 8, and at least one step, image and image per batch"

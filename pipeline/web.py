@@ -59,6 +59,7 @@ def show(column: Column) -> tuple[list[str], Any]:
 
 def build_page(studio: InteractiveSampler) -> Any:
     """Return the page, as gradio Blocks."""
+    # gradio is an optional extra, so this module has to import without it
     gr: Any = importlib.import_module("gradio")
     gallery = partial(gr.Gallery, format="png", object_fit="contain", buttons=["download", "fullscreen"])
     small = partial(gallery, fit_columns=False, height="auto", visible=HIDDEN, elem_classes="small")
@@ -84,6 +85,8 @@ def build_page(studio: InteractiveSampler) -> Any:
             visible=HIDDEN,
         )
         history = small(label="History", elem_id="history")
+
+        # per browser session: users do not see each other's images
         past = gr.State([])
 
         def run(past_files: list[tuple[str, str]], *values: Any) -> Any:
@@ -116,6 +119,7 @@ def build_page(studio: InteractiveSampler) -> Any:
             run,
             [past, *controls],
             outputs,
+            # the samplers share one GPU
             concurrency_limit=1,
             api_visibility="private",
         )
@@ -126,6 +130,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     """Return the inputs, in the order of `GenerationRequest`'s fields, and the button that generates."""
     sampler = next(iter(studio.samplers.values()))
     defaults, limits = sampler.defaults, studio.limits
+    # sides that are not multiples of a patch in pixels would be refused after the click
     step = math.lcm(*downsampling_per_axis(sampler.vae.downsampling, axes=2)) * sampler.network.sizes.patch
     slider = partial(gr.Slider, buttons=[])
     text = partial(gr.Textbox, max_length=MAX_PROMPT_LENGTH)
@@ -188,12 +193,14 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
+            # a public link of gradio would let anyone on the internet generate images here
             share=False,
             allowed_paths=[str(studio.out)],
             footer_links=[],
             theme=theme,
             css=STYLE,
             ssr_mode=False,
+            # the page has no uploads, so no one may fill the disk through gradio's upload route
             max_file_size=0,
             **options,
         )
