@@ -49,6 +49,8 @@ def retrying(what: str) -> tenacity.Retrying:
     damaged_reads = 0
     first_fault: float | None = None
 
+    # tenacity's own `stop_after_delay` counts from the start of the call, which would leave a long upload no
+    # second try.
     def stop(state: tenacity.RetryCallState) -> bool:
         nonlocal damaged_reads, first_fault
         seconds = state.seconds_since_start or 0
@@ -76,6 +78,7 @@ def retrying(what: str) -> tenacity.Retrying:
         wait=tenacity.wait_random_exponential(multiplier=min(1.0, budget / 40), max=min(30.0, budget / 8)),
         stop=stop,
         retry=tenacity.retry_if_exception_type(TransientError),
+        # Called instead of raising tenacity's `RetryError`, which does not name the object.
         retry_error_callback=give_up,
         before_sleep=report,
     )

@@ -98,17 +98,22 @@ class LocalFolder:
                             shutil.copyfileobj(source, file, CHUNK)
                     else:
                         file.write(data)
+                    # Content before name: a power cut must not leave an object that has its name but not all
+                    # of its bytes.
                     file.flush()
                     os.fsync(file.fileno())
                 yield temporary, path
             finally:
+                # After a rename it does not exist; after a link it is a second name of the object.
                 temporary.unlink(missing_ok=True)
 
+        # The name too: a commit that a reader has seen must survive a power cut.
         sync_path(path.parent)
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Yield keys that start with `prefix`, sorted, with their time of change; temporary files too."""
         entries = []
+        # A prefix may end inside a name, as in a bucket, so the walk begins at its last whole folder.
         for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
             relative = os.path.relpath(folder, self.root)
             for name in names:
@@ -117,6 +122,7 @@ class LocalFolder:
                     # Another process may delete a file between the listing and the stat.
                     with suppress(FileNotFoundError):
                         entries.append((key, os.stat(os.path.join(folder, name)).st_mtime))
+        # A walk has no order, but callers rely on that of a bucket's listing.
         yield from sorted(entries)
 
     def folders(self, prefix: str) -> list[str]:
@@ -131,6 +137,8 @@ class LocalFolder:
         path = self.root / key
         path.unlink(missing_ok=True)
 
+        # A bucket has no empty folders, so `folders` must not list any here. `rmdir` refuses a folder that
+        # another task has written to meanwhile.
         for folder in path.parents:
             if folder == self.root:
                 return

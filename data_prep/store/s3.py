@@ -24,11 +24,14 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 MAX_PUT_BYTES = 5 << 30
+# As many as there are threads that read commits (`THREADS` in data_prep/dataset/parts.py); botocore keeps 10.
 MAX_CONNECTIONS = 32
+# The most that S3 returns per request.
 PAGE_KEYS = 1000
 FALLBACK_SETTLE_SECONDS = 2.0
 """Seconds between a put and the read that checks it, where the endpoint ignores `If-None-Match`."""
 HASH_FIELD = "xxh64"
+# Faults that may pass, although most of them come with status 400, which is otherwise final.
 TRANSIENT_CODES = {
     "BadDigest",
     "ExpiredToken",
@@ -93,6 +96,7 @@ class S3Bucket:
             raise FileNotFoundError(f"{self.uri}/{key}")
 
         end = min(start + length, size)
+        # S3 answers a range that starts past the end with an error, so none is asked for.
         if end <= start:
             return b""
         last = end - 1  # HTTP ranges include their last byte
@@ -113,8 +117,10 @@ class S3Bucket:
             TransientError: if the connection broke.
         """
         with _translated(f"{self.uri}/{key}"):
+            # An empty object has no byte 0, so a range from there on would be refused.
             options = {"Range": f"bytes={start}-"} if start else {}
             response = self.client.get_object(Bucket=self.bucket, Key=key, **options)
+            # Any other status means the whole object, which would be appended to the bytes that are there.
             if start and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise DamagedError("the endpoint ignores ranges")
             yield from response["Body"].iter_chunks(CHUNK)
@@ -145,12 +151,16 @@ class S3Bucket:
             True if this call wrote the object.
         """
         if self._conditional is None:
+            # A hidden name: listings skip it, and `gc` removes it if this process is killed.
             self._conditional = self._probe(f"{key.rpartition('/')[0]}/.probe-{secrets.token_hex(8)}")
         if self._conditional:
             return self._put_if_none_match(key, data)
 
+        # Equal bytes count as ours: two writers of the same record may both win without harm.
         if self.size(key) is not None:
             return self.read(key) == data
+        # Of two puts at once the later one replaces the earlier, so look again after the other writer had
+        # time to put.
         self.put(key, data)
         time.sleep(min(FALLBACK_SETTLE_SECONDS, retry_seconds() / 20))
         return self.read(key) == data
@@ -180,6 +190,7 @@ class S3Bucket:
     def _probe(self, key: str) -> bool:
         """True if the endpoint obeys `If-None-Match`: of two conditional puts only the first succeeds."""
         try:
+            # Other bytes the second time: equal ones would count as our own after an answer was lost.
             obeyed = self._put_if_none_match(key, b"1") and not self._put_if_none_match(key, b"2")
         except StoreError as error:
             if "NotImplemented" not in str(error) and "InvalidArgument" not in str(error):
@@ -198,16 +209,19 @@ class S3Bucket:
 
     def _put(self, key: str, data: bytes | Path, **condition: str) -> None:
         if isinstance(data, Path):
+            # Larger objects need a multipart upload, which has no MD5 of the whole object to check.
             if data.stat().st_size > MAX_PUT_BYTES:
                 raise UserError(
                     f"{data}: larger than the 5 GiB of one S3 request: make parts with fewer rows"
                 )
 
             with data.open("rb") as file:
+                # Read twice, because the hashes are headers and so are sent before the body.
                 md5, hexdigest = _digests(file)
                 file.seek(0)
                 self._send(key, file, md5, hexdigest, condition)
         else:
+            # Against damage, not against attacks; systems in FIPS mode refuse MD5 without the argument.
             md5 = hashlib.md5(data, usedforsecurity=False).digest()
             self._send(key, data, md5, xxhash.xxh64_hexdigest(data), condition)
 
@@ -223,6 +237,7 @@ class S3Bucket:
 
         # Not every endpoint checks Content-MD5, and not every ETag is the MD5: if they differ, read the
         # object again.
+        # With a key of KMS or of the customer the ETag is never the MD5, so it says nothing.
         encrypted = (
             response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
         )
@@ -250,6 +265,7 @@ class S3Bucket:
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:
             query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **options}
+            # Each page is retried by itself, so that a long listing does not start over.
             page = self._retried(prefix, lambda query=query: self.client.list_objects_v2(**query))
             yield page
             if not page["IsTruncated"]:
@@ -271,6 +287,7 @@ class S3Bucket:
 
     def close(self) -> None:
         """Drop the connections; the next call opens new ones."""
+        # After a fork the connections belong to the parent process, which still uses them.
         if self._client and self._client[0] == os.getpid():
             self._client[1].close()
         self._client = None
@@ -331,6 +348,7 @@ def _translated(uri: str) -> Iterator[None]:
 
     No message contains a credential.
     """
+    # Imported here for the reason in `_connect`.
     from botocore import exceptions as aws
     from botocore.parsers import ResponseParserError
 
@@ -361,12 +379,15 @@ def _translated(uri: str) -> Iterator[None]:
 def _from_response(uri: str, error: Any) -> Exception:
     """Choose our exception for an error response of the endpoint."""
     status, code = _status(error), error.response.get("Error", {}).get("Code", "")
+    # Before 404, its status: a missing bucket is not a missing object. (The answer to a HEAD has no code, so
+    # `check` gets a plain 404.)
     if code == "NoSuchBucket":
         return UserError(f"{uri}: there is no such bucket: create it, or correct the URI")
     if status == 404:
         return FileNotFoundError(uri)
     if status == 416:  # a resumed download that starts past the object's end
         return DamagedError("the object is shorter than its commit says")
+    # 501 means that the endpoint does not know the request, see `_probe`; 409, that two conditional puts met.
     if (status >= 500 and status != 501) or status in (408, 409, 429) or code in TRANSIENT_CODES:
         return TransientError(f"{status} {code}")
     if status in (401, 403):

@@ -109,6 +109,7 @@ class Store:
     def list(self, prefix: str) -> Iterator[str]:
         """Yield keys that start with `prefix`, sorted, without temporary files."""
         for key, _ in self.entries(prefix):
+            # Temporary files and probes have hidden names, and no other object has (`_visible`).
             if not key.rpartition("/")[2].startswith("."):
                 yield key
 
@@ -209,6 +210,8 @@ class _Download:
 
     def _append(self) -> None:
         before = self.done
+        # Opened without truncation, at the last byte that was counted. The hash is computed on the way, since
+        # a second pass would read a large file from the disk again.
         with self.path.open("r+b") as target:
             target.seek(self.done)
             for chunk in self.backend.stream(self.key, self.done):
@@ -246,8 +249,10 @@ def open_store(uri: str, create: bool = False) -> Store:
     elif "://" in uri or not uri:
         raise UserError(f"store {uri!r}: neither s3://bucket/prefix nor a local folder")
     else:
+        # Absolute, because a store may be pickled for a process with another working directory.
         store = Store(LocalFolder(Path(uri).expanduser().absolute()))
 
+    # Checked at once, so that a wrong address fails before the work and not at its first write.
     if not store._backend.check(create):
         advice = "correct the address" + (", or create the bucket" if "://" in uri else "")
         raise UserError(f"store {uri}: does not exist: {advice}")
@@ -270,6 +275,8 @@ def _validated(key: str) -> str:
         UserError: if it could lead out of the store.
     """
     names = key.split("/")
+    # The rules of a local folder, also for buckets, so that a dataset can be copied to either. 255 bytes is
+    # the longest file name on Linux.
     bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in names)
     if bad or "\\" in key or not key.isprintable():
         raise UserError(
