@@ -25,6 +25,7 @@ MAX_OFFSET = (1 << 32) - 1
 """Offsets are uint32."""
 
 _NUMBERS = "uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64"
+# MDS's `int` has 64 bits on every machine.
 FIXED = {"int": np.dtype(np.int64)} | {name: np.dtype(name) for name in _NUMBERS.split()}
 """Encodings of fixed size."""
 
@@ -110,6 +111,7 @@ class RowLayout:
         for name, size in self._sizes:
             begin, end = end, end + (next(variable) if size is None else size)
             spans[name] = begin, end
+        # Sizes that do not add up come from a damaged row: its columns would be read at wrong places.
         if end != length:
             raise ValueError(f"row of {length} bytes where its columns need {end}")
         return spans
@@ -120,6 +122,7 @@ class RowLayout:
         Raises:
             ValueError, TypeError: if the row has other columns, or a value does not fit its encoding.
         """
+        # A superfluous column would be dropped without an error.
         if len(row) != len(self.encodings):
             raise ValueError(f"a row has columns {sorted(row)}, not {list(self.encodings)}")
         columns = [_encode(encoding, row[name]) for name, encoding in self.encodings.items()]
@@ -139,6 +142,8 @@ def write_mds(path: Path, columns: dict[str, str], rows: Iterable[dict[str, Any]
         UserError: if the shard would exceed 4 GiB, or the disk is full.
     """
     names = sorted(columns)
+
+    # Streaming's readers expect all of these fields; ours needs the columns alone.
     header = {
         "version": 2,
         "format": "mds",
@@ -149,9 +154,13 @@ def write_mds(path: Path, columns: dict[str, str], rows: Iterable[dict[str, Any]
         "column_encodings": [columns[name] for name in names],
         "column_sizes": [FIXED[columns[name]].itemsize if columns[name] in FIXED else None for name in names],
     }
+
     layout, config = RowLayout(header), json.dumps(header, sort_keys=True).encode()
+    # All rows are encoded before the first one is written, because their offsets come first in the file.
     encoded = [layout.encode(row) for row in rows]
 
+    # The first row begins after the count, the offsets and the header. Summed in int64, so that a shard over
+    # 4 GiB is noticed and does not wrap around.
     offsets = np.cumsum([4 + 4 * (len(encoded) + 1) + len(config), *map(len, encoded)], dtype=np.int64)
     if offsets[-1] > MAX_OFFSET:
         raise UserError(
@@ -205,9 +214,13 @@ class Shard:
             StoreError: if the file is not an MDS shard, or has other columns.
         """
         self.path = path
+        # Unbuffered: rows are read at their own offsets, and a buffer would read bytes that nobody needs.
         self._file = path.open("rb", buffering=0)
         try:
+            # Each row has an offset of 4 bytes, so the size of the file bounds their number.
             self.offsets = read_offsets(self._file, os.fstat(self._file.fileno()).st_size // 4)
+            # The header ends where the first row begins. A damaged offset may be before that, and a negative
+            # length would read the whole file.
             header = _read_exactly(self._file, max(0, int(self.offsets[0]) - 4 - 4 * len(self.offsets)))
             self._layout = RowLayout(json.loads(header))
         except (ValueError, KeyError, TypeError) as error:
@@ -260,6 +273,8 @@ class Shard:
         Raises:
             StoreError: if the file is shorter.
         """
+        # Damaged offsets may decrease: a negative length becomes an empty read, and so the error below.
+        # `pread` has no position in the file that threads could change for one another.
         data = os.pread(self._file.fileno(), max(0, length), start)
         if len(data) != length:
             raise self._ends_too_early()
@@ -273,6 +288,7 @@ class Shard:
         """
         done = 0
         while done < len(target):
+            # Linux reads at most 2 GiB per call, so a call may fill only a part.
             count = os.preadv(self._file.fileno(), [target[done:]], start + done)
             if not count:
                 raise self._ends_too_early()

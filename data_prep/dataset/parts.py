@@ -45,6 +45,7 @@ def array_list(numbers: Iterable[int]) -> str:
 
 def hash_ids(ids: Iterable[int]) -> str:
     """Return the xxh64 of sample ids in row order."""
+    # Little-endian on every machine, since hashes of different machines are compared.
     return xxhash.xxh64_hexdigest(np.fromiter(ids, "<i8").tobytes())
 
 
@@ -83,6 +84,7 @@ def read_commit(dataset: Store, kind: str, part: Part) -> Commit:
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and make the part again") from error
 
+    # A record copied under another key would make a part exist with the rows of another.
     if (commit.kind, commit.part) != (kind, part):
         owner = f"{commit.kind} {commit.part}"
         raise StoreError(f"{dataset.uri}/{key}: is the record of {owner}: delete it and make the part again")
@@ -143,6 +145,7 @@ def commit_part(
     ids_hash = hash_ids(ids)
     key = part.commit_key(kind)
 
+    # Only to save an upload: the conditional put decides who is first.
     if not dataset.exists(key):
         attempt = secrets.token_hex(8)
         stored = _put_payload(dataset, kind, part, attempt, files)
@@ -156,6 +159,7 @@ def commit_part(
         for file in stored:
             dataset.delete(file.key)
 
+    # The other task's part replaces ours only if it has the same samples, encoded in the same way.
     winner = read_commit(dataset, kind, part)
     if (winner.ids_xxh64, winner.family_hash) != (ids_hash, family_hash):
         raise UserError(
@@ -171,6 +175,7 @@ def _put_payload(
     stored = []
     for name, path in sorted(files.items()):
         key = part.payload_key(kind, attempt, name)
+        # Hashed before the upload, so that the commit describes what was made and not what arrived.
         stored.append(StoredFile(key, path.stat().st_size, hash_file(path)))
         dataset.put(key, path)
 
@@ -196,6 +201,7 @@ def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor
     Raises:
         UserError: if the name belongs to another encoding; the message says what differs.
     """
+    # The name becomes a folder next to `commits/pairs/`, and a hidden one is reserved for temporary files.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", family.name) or family.name == PAIRS:
         rule = f"use letters, digits, `.`, `_` and `-`, and not `{PAIRS}`"
         raise UserError(f"family name {family.name!r}: {rule}")
@@ -204,12 +210,14 @@ def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor
         if constants:
             from safetensors.torch import save
 
+            # safetensors refuses tensors that are not contiguous.
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in constants.items()})
             family = replace(family, constants_xxh64=xxhash.xxh64_hexdigest(data))
             # Before the record, so that a family that exists has its constants.
             dataset.put_new(family.constants_key, data)
         dataset.put_new(family.key, family.to_json())
 
+    # Read back, because another task may have registered the name first.
     stored = read_family(dataset, family.name)
     differences = _differences(_encoding(stored), _encoding(family))
     if differences:

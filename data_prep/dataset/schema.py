@@ -43,6 +43,7 @@ class Part:
     number: int
 
     def __str__(self) -> str:
+        # Padded with zeros, so that a listing of keys has the parts in order.
         return f"{self.bucket}/{self.number:05d}"
 
     def commit_key(self, kind: str) -> str:
@@ -246,6 +247,8 @@ class Snapshot:
     def _record(self) -> dict[str, Any]:
         record = asdict(self)
         for name, family in self.families.items():
+            # `asdict` leaves properties out, and `Family.from_json` expects the hash as in the family's own
+            # record.
             record["families"][name]["hash"] = family.hash
         return record
 
@@ -264,5 +267,6 @@ class Snapshot:
 
 def canonical_json(record: Any) -> bytes:
     """Return JSON with sorted keys and no spaces, so that equal records are equal bytes."""
+    # NaN is not JSON, and readers in other languages would refuse the record.
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()

@@ -83,8 +83,10 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     if any(missing.values()) and not partial:
         raise UserError(_how_to_complete(dataset, plan, missing))
 
+    # All families of a part share its rows, so a part that one family lacks is left out of all.
     incomplete: set[Part] = set().union(*missing.values())
     complete = [part for part in plan.parts if part not in incomplete]
+    # A part whose images were all damaged is complete, but has no shard to read.
     with_rows = [part for part in complete if commits[PAIRS][part].rows]
     if not with_rows:
         raise UserError(f"{dataset.uri}: no part has rows in {', '.join(commits)}: nothing to train on")
@@ -129,6 +131,7 @@ def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Par
         if parts:
             script = "pairs.sh" if kind == PAIRS else "encode.sh"
             array = array_list({Share.owner(position[part], len(position), tasks) for part in parts})
+            # A sparse array does not show how many tasks share the work, see `Share`.
             command = f"LI_DIT_TASKS={tasks} sbatch --array={array} cluster/{script}"
             hints.append(f"{kind}: {len(parts)} of {len(plan.parts)}: `{command}`")
     return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(hints)
@@ -153,6 +156,7 @@ def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[st
     pairs = commits[PAIRS][part]
     row: dict[str, str | int] = {"number": part.number, "rows": pairs.rows, "ids_xxh64": pairs.ids_xxh64}
     for family in sorted(families):
+        # `_check_alignment` has made sure that there is just one.
         (file,) = commits[family][part].files
         row |= {f"{family}.key": file.key, f"{family}.bytes": file.bytes, f"{family}.xxh64": file.xxh64}
     return row
@@ -198,6 +202,7 @@ def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> N
     # Another task may take the same number in the history at the same moment: then try the next one.
     while True:
         last = last_taken(dataset)
+        # Taken again without a change, or by another task just now: no second entry.
         if last is not None and last[1] == snapshot.id:
             return
         number = 0 if last is None else last[0] + 1
@@ -239,6 +244,7 @@ def verify(dataset: Store, deep: bool = False) -> Verification:
                 commit = read_commit(dataset, kind, part)
                 _check_part(dataset, commit, families.get(kind), deep)
                 return commit
+            # A result and not an exception: one damaged part must not hide the problems of the others.
             except (UserError, FileNotFoundError) as error:
                 return f"{dataset.uri}/{part.commit_key(kind)}: {error}: {REPAIR}"
 
@@ -337,6 +343,7 @@ def _index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFi
 
 
 # Keys of objects that may be garbage.
+# Plans, commits and records match none of these patterns, so they are never removed.
 PAYLOAD = re.compile(r"((?:pairs|families/[^/]+)/[^/]+/\d{5,}/[0-9a-f]{16})/[^/]+")
 CONSTANTS = re.compile(r"families/[^/]+/constants-[0-9a-f]{16}\.safetensors")
 INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
@@ -371,6 +378,7 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
         group = _garbage_group(key)
         if group:
             groups[group].append(key)
+            # The newest object counts: a slow writer's first files may be old long before it commits.
             newest[group] = max(newest[group], modified)
 
     # Only now, so that a commit that was made since the listing protects its payload.
@@ -383,12 +391,14 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
 
     if delete:
         with ThreadPoolExecutor(THREADS) as pool:
+            # `list` waits for all of them and raises the first error.
             list(pool.map(dataset.delete, garbage))
     return garbage
 
 
 def _garbage_group(key: str) -> str | None:
     """Return the unit of removal of an object: its attempt's folder, or itself; None = never garbage."""
+    # A temporary file or probe of a writer that was killed.
     if key.rpartition("/")[2].startswith("."):
         return key
     if attempt := PAYLOAD.fullmatch(key):
@@ -411,6 +421,7 @@ def _live_groups(dataset: Store) -> set[str]:
     snapshots = {f"snapshots/{id}" for id in _snapshot_ids(dataset)}
     for key in dataset.list("snapshots/"):
         index = INDEX.fullmatch(key)
+        # A writer that was killed before its record leaves indexes that no run can find.
         if not index or index[1] not in snapshots:
             continue
         live.add(key)

@@ -22,6 +22,7 @@ VERIFY = "run `python -m data_prep verify`"
 
 def read_families(dataset: Store) -> dict[str, Family]:
     """Return all registered families by name."""
+    # A writer that was killed may have left a folder without the record that registers the family.
     names = [name for name in dataset.folders("families/") if dataset.exists(f"families/{name}/family.json")]
     with ThreadPoolExecutor(8) as pool:
         families = pool.map(lambda name: read_family(dataset, name), names)
@@ -101,6 +102,7 @@ def last_taken(dataset: Store) -> tuple[int, str] | None:
     keys = list(dataset.list(HISTORY))
     if not keys:
         return None
+    # Keys are listed in order and their numbers have six digits, so the last key is the newest.
     number = int(keys[-1].removeprefix(HISTORY).removesuffix(".json"))
     return number, json.loads(dataset.read(keys[-1]))["id"]
 
@@ -144,6 +146,8 @@ def read_captions(dataset: Store, part: Part, ids_xxh64: str) -> dict[int, list[
     except (FileNotFoundError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise StoreError(f"{dataset.uri}/{key}: missing or damaged: {VERIFY}") from error
 
+    # The index names no file of the pairs, so the hash of the ids connects the captions to the snapshot's
+    # rows.
     if commit.ids_xxh64 != ids_xxh64 or xxhash.xxh64_hexdigest(data) != file.xxh64:
         raise StoreError(f"{dataset.uri}/{file.key}: damaged, or of other samples: {VERIFY}")
 
