@@ -53,6 +53,8 @@ class StrictModel(ModelMixin):
         Raises:
             UserError: if weights are missing, left over or of other shapes.
         """
+
+        # diffusers 0.39 only logs a warning about weights that do not fit; the loading info names them
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
@@ -80,6 +82,7 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
             fusion_config: fields of `FusionConfig`.
             text_widths: width of each LLM's states.
         """
+        # plain mappings, since diffusers writes the arguments of this function to config.json
         super().__init__(DiTConfig(**dit_config), FusionConfig(**fusion_config), text_widths)
 
 
@@ -114,6 +117,7 @@ class LIDiTText(StrictModel, ConfigMixin):
                 # parameter.
                 holder.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
             self.constants[family["name"]] = holder
+        # made at the first prompt, so that a pipeline can be loaded and saved without any LLM
         self._reader: PromptReader | None = None
 
     @classmethod
@@ -150,6 +154,7 @@ class LIDiTText(StrictModel, ConfigMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LIDiTText":
         """Move to a device and stay fp32: a std in bf16 would shift every state."""
+        # the reader's constants and LLMs are on the old device
         self._reader = None
         return super()._apply(lambda tensor: fn(tensor).float(), recurse)
 
@@ -180,6 +185,7 @@ class LIDiTText(StrictModel, ConfigMixin):
 class LIDiTPipeline(DiffusionPipeline):
     """Text to image with LI-DiT."""
 
+    # the order of use: `enable_model_cpu_offload` moves each part to the GPU when its turn comes
     model_cpu_offload_seq = "text->transformer->vae"
     _callback_tensor_inputs = ("latents",)
 
@@ -198,6 +204,7 @@ class LIDiTPipeline(DiffusionPipeline):
         """Put the parts together; `height`, `width`, `steps` and `guidance` are defaults of a call."""
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text=text)
+        # in the pipeline's config, so that an export keeps the sampling settings of its stage
         self.register_to_config(height=height, width=width, steps=steps, guidance=guidance, format=format)
         self.card: dict[str, bytes] = {}
 
@@ -209,9 +216,11 @@ class LIDiTPipeline(DiffusionPipeline):
             UserError: if the folder is of another model or of another format version.
         """
         config: Any = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        # diffusers returns a tuple if it is also asked for unused arguments
         index = config[0] if isinstance(config, tuple) else config
         folder, kind, version = pretrained_model_name_or_path, index.get("_class_name"), index.get("format")
         package, scheduler = index.get("scheduler") or ("", "")
+        # a folder names the classes to import, so another name could run a stranger's code
         others = any(index.get(part) != value for part, value in PARTS.items())
         if others or package != "diffusers" or "Scheduler" not in scheduler:
             raise UserError(
@@ -231,6 +240,7 @@ class LIDiTPipeline(DiffusionPipeline):
         Raises:
             UserError: if the folder is of another model or format version, or its weights do not fit.
         """
+        # safetensors alone: a pickle can run code when it is loaded
         pipeline = super().from_pretrained(
             pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}
         )
@@ -244,11 +254,13 @@ class LIDiTPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as any diffusers pipeline; the model card comes along, the place that it was loaded from does
         not."""
+        # diffusers records in every config where it was loaded from, which may be a private path
         for part in (self, *self.components.values()):
             part._internal_dict = FrozenDict(
                 {key: value for key, value in part.config.items() if key != "_name_or_path"}
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors 0.8 makes files that only their owner can read
         apply_umask(Path(save_directory))
         self._write_card(save_directory)
 
@@ -304,21 +316,27 @@ class LIDiTPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: take pil, np, pt or latent")
+        # not `self.device`, which is the CPU while parts are offloaded
         config, device, dtype = self.config, self._execution_device, self.transformer.dtype
         distinct = [prompt] if isinstance(prompt, str) else prompt
+        # the images of a prompt one after another, as in `pipeline.sample`
         prompts = [text for text in distinct for _ in range(num_images_per_prompt)]
+
         vae = VAE(self.vae, "")
         size: tuple[int, int] = (height or config["height"], width or config["width"])
         shape = latent_shape(self.transformer, vae.downsampling, *size)
+        # with `seed`, the noise is made on the CPU in fp32, so that it is the same on any device
         if latents is None:
             latents = _noise(shape, len(prompts), num_images_per_prompt, generator, seed)
         steps = num_inference_steps or config["steps"]
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
         asked = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
         extra = extra_conditions(self.transformer, asked, len(prompts), device)
+        # placeholders: `denoise` sets the time of each step
         timesteps = torch.zeros(len(prompts), device=device)
         condition = Condition(timesteps, self.text(prompts, dtype), extra)
         null_condition = Condition(timesteps, self.text([negative_prompt] * len(prompts), dtype), extra)
+
         progress: Any = self.progress_bar
         with progress(total=steps) as bar:
 
@@ -344,6 +362,7 @@ class LIDiTPipeline(DiffusionPipeline):
                 on_step,
             )
         images = sampled if output_type == "latent" else _finish(decode_each(vae, sampled), output_type)
+        # moves the last part off the GPU, if parts are offloaded
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
@@ -351,11 +370,13 @@ class LIDiTPipeline(DiffusionPipeline):
 def _noise(shape: tuple[int, ...], images: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
     """Return the noise of `seed` or of the generators: fp32 [images, *shape] on the CPU."""
     if generator is None:
+        # a random seed, so that two calls without one differ
         first = int(torch.randint(2**31, ())) if seed is None else seed
         return initial_noise(shape, [first + number % per_prompt for number in range(images)])
     generators = generator if isinstance(generator, list) else [generator] * images
     if len(generators) != images:
         raise UserError(f"{len(generators)} generators for {images} images: give one, or one per image")
+    # torch samples with a generator only on that generator's own device
     return torch.stack([torch.randn(*shape, generator=own, device=own.device).cpu() for own in generators])
 
 

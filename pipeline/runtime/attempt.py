@@ -30,6 +30,7 @@ class Attempt:
 
 def read_attempt(run: Path) -> Attempt | None:
     """Return the newest attempt at a run, or None."""
+    # `begin` replaces the file as a whole, so a reader never sees a part of it
     path = run / "attempt.json"
     return Attempt(**json.loads(path.read_text())) if path.exists() else None
 
@@ -43,6 +44,7 @@ def check_newest_attempt(run: Path) -> None:
     Raises:
         UserError: if there is a newer attempt.
     """
+    # without the variable, the run was started by hand, and there is no attempt to compare
     own, newest = os.environ.get("LI_DIT_ATTEMPT", ""), read_attempt(run)
     if own and newest is not None and newest.name != own:
         raise UserError(

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from model.common.progress import Progress
 
+# soft_wrap, since rich would break long lines of a log at 80 columns
 CONSOLE = Console(file=sys.stdout, soft_wrap=True, highlight=False)
 _NUMBERS = {
     "loss": "loss {:.4f}",
@@ -38,6 +39,7 @@ class TrainingProgress(Progress):
 
     def report(self, step: int, samples: int, values: dict[str, float]) -> None:
         """Show the numbers of an interval that ends at `step`, after `samples` samples."""
+        # not every report has all of them: MFU needs a known GPU, for example
         self._numbers = "  ".join(form.format(values[key]) for key, form in _NUMBERS.items() if key in values)
         self.update(samples)
         if self._shows and not self.bar:

@@ -40,6 +40,7 @@ class Distributed:
         Raises:
             UserError: if torchrun's variables are incomplete, or the rank is not below the world size.
         """
+        # before Slurm: torchrun may itself run inside a Slurm step, one per node
         if "RANK" in os.environ:
             missing = [name for name in _TORCHRUN if name not in os.environ]
             if missing:
@@ -49,15 +50,18 @@ class Distributed:
             ranks = cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
             ranks = cls(
+                # the step's own number of tasks: the job may have more than this `srun` starts
                 *(int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
             )
         else:
             ranks = cls(0, 1, 0)
+        # variables of an earlier launch may be left over in the shell
         if not 0 <= ranks.rank < ranks.world:
             raise UserError(
                 f"rank {ranks.rank} of {ranks.world}: the launcher's environment is inconsistent, "
                 "unset RANK and WORLD_SIZE"
             )
+        # DeepSpeed reads the environment itself and knows nothing of Slurm
         ranks._export()
         return ranks
 
@@ -75,12 +79,14 @@ class Distributed:
         """Set the variables that torch's and DeepSpeed's `env://` rendezvous reads."""
         values = (self.rank, self.world, self.local_rank)
         os.environ.update({name: str(value) for name, value in zip(_TORCHRUN, values, strict=True)})
+        # a process alone needs a rendezvous too, and several of them may run on one machine
         if self.world == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             if "MASTER_PORT" not in os.environ:
                 os.environ["MASTER_PORT"] = str(free_port())
             return
 
+        # only defaults, since cluster/train.sh exports a port of its own for each start
         for name, value in slurm_rendezvous(os.environ).items():
             os.environ.setdefault(name, value)
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
@@ -108,6 +114,7 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
 def free_port() -> int:
     """Return a TCP port of this machine that no process listens on."""
     with socket.socket() as probe:
+        # port 0 lets the kernel choose
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
@@ -127,6 +134,7 @@ def all_reduce_min(value: int, group: "dist.ProcessGroup | None" = None) -> int:
 
     if not dist.is_initialized():
         return value
+    # NCCL can only reduce tensors on a GPU
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     number = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
@@ -162,10 +170,12 @@ def first_failure(failure: str) -> str:
     if world == 1:
         return failure
     group = _cpu_group(dist.group.WORLD)
+    # the lowest rank that failed, or `world` if none did
     first = all_reduce_min(rank if failure else world, group)
     return f"{gather(failure, group)[first]} (on rank {first})" if first < world else ""
 
 
+# cached, since every new group costs a rendezvous of all ranks
 @lru_cache(maxsize=1)
 def _cpu_group(world: object) -> "dist.ProcessGroup":
     """Return a gloo group of all ranks; the process group `world` is the key of the cache."""

@@ -10,6 +10,7 @@ from pipeline.runtime.distributed import free_port
 
 def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
     """Start `count` ranks of `python -m pipeline.train ARGUMENTS` that share this machine's cores."""
+    # chosen here, since all ranks have to know the same one
     port = free_port()
     # ranks that each use all cores would slow each other down
     threads = str(max(1, (os.cpu_count() or 1) // count))
@@ -17,6 +18,7 @@ def start_ranks(count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
         subprocess.Popen(
             [sys.executable, "-m", "pipeline.train", *arguments],
             env={
+                # before the environment, so that a user's own setting wins
                 "OMP_NUM_THREADS": threads,
                 **os.environ,
                 "RANK": str(rank),
@@ -56,6 +58,7 @@ def wait_for(
         if running:
             meanwhile()
             try:
+                # a wait with a timeout, so that `meanwhile` runs and the failure of any rank is seen soon
                 running[0].wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 continue

@@ -24,6 +24,7 @@ def latest_reports(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Steps that were run again after a return to a checkpoint count as they were last run.
     """
+    # a later line of the same step replaces the earlier one
     reports = {line["step"]: line for line in lines if "event" not in line}
     return [reports[step] for step in sorted(reports)]
 
@@ -55,6 +56,7 @@ def seconds_in_steps(reports: Iterable[dict[str, Any]]) -> float:
     """Return the seconds spent in the steps that `latest_reports` cover."""
     seconds, samples = 0.0, 0
     for report in reports:
+        # samples since the report before, divided by the speed in that interval
         if report.get("samples_per_second"):
             seconds += (report["samples"] - samples) / report["samples_per_second"]
         samples = report["samples"]

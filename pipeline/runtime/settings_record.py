@@ -23,6 +23,7 @@ def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
         write_atomic(path, canonical_json(settings))
         return
 
+    # through JSON, since tuples come back from the file as lists
     wanted = json.loads(canonical_json(settings))
     differing = sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key))
     if differing:

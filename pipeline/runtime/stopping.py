@@ -37,10 +37,12 @@ class Stop:
     def watch(self, file: Path, minutes: float | None) -> None:
         """Also stop when `file` exists, or `minutes` from now."""
         self._file = file
+        # not the time of day, which an NTP correction may move
         self._deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
 
     def requested(self) -> bool:
         """True if this rank has a reason to stop; `reason` then names it."""
+        # the first reason stays, so that the log names the one that stopped the run
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = "time limit"
         if not self.reason and self._file is not None and self._file.exists():

@@ -52,6 +52,7 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int) -> None:
         """Enter a phase of a step; this costs nothing."""
+        # one assignment of a new tuple: the watchdog's thread never sees a half-changed phase
         self.now = (self.now[0] + 1, step, phase)
 
 
@@ -70,6 +71,7 @@ class Watchdog:
             interval: seconds between two checks for a failure.
         """
         self._ranks, self._heartbeat, self._interval = ranks, heartbeat, interval
+        # counted in readings of the peers, like `_MAX_MISSED`, and for the same reason
         self._max_still = max(1, round(stuck_seconds / (interval * _CHECKS_PER_READING)))
         # a connection of its own: the process group's may be in use by a main thread that hangs
         store = dist.distributed_c10d._get_default_store()
@@ -82,12 +84,15 @@ class Watchdog:
         self._still = 0
         self._ending = threading.Event()
         self._publish()
+        # two threads, since the first one may wait for a store that does not answer
         for watch in (self._watch_peers, self._watch_store):
+            # daemons, so that a thread that waits for the store cannot keep the process from exiting
             threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
         """Stop watching, and let the peers know that no more heartbeats of this rank follow."""
         self._ending.set()
+        # as a phase, so that the peers stop expecting heartbeats and do not take this rank for dead
         self._heartbeat.enter(_LEFT, self._heartbeat.now[1])
         self._publish()
 
@@ -110,7 +115,9 @@ class Watchdog:
         """Publish the reason, so that the peers end with it and not with a broken connection, and exit."""
         with suppress(dist.DistError):  # if rank 0 has exited with its store, the peers see that too
             self._store.set(_FAILED, json.dumps({"code": code, "why": why}))
+            # the peers need time to read the reason: rank 0 takes the store with it
             time.sleep(3 * self._interval * (self._ranks.world > 1))
+        # not `sys.exit`: the interpreter's shutdown may wait for a collective that never ends
         os._exit(code)
 
     # -- the threads ----------------------------------------------------------------------------------------
@@ -131,11 +138,13 @@ class Watchdog:
     def _watch_peers(self) -> None:
         while not self._ending.wait(self._interval):
             try:
+                # `check` and not `get`, which would block until the key exists
                 if self._store.check([_FAILED]):
                     self._end_like_peer(**json.loads(self._store.get(_FAILED)))
                     return
                 if self._checks % _CHECKS_PER_READING == 0:
                     self._publish()
+                    # until all ranks have published once, a reading would block
                     if self._beats or self._store.check(self._keys):
                         self._read([json.loads(beat) for beat in self._store.multi_get(self._keys)])
                 self._checks += 1
@@ -147,6 +156,7 @@ class Watchdog:
         """End this rank if the store does not answer; the other thread would wait for it forever."""
         checks = missed = 0
         while not self._ending.wait(self._interval):
+            # the other thread counts its checks; it is stuck in the store when the count stays
             missed = missed + 1 if self._checks == checks else 0
             checks = self._checks
             if missed == _MAX_MISSED * _CHECKS_PER_READING:
@@ -161,7 +171,9 @@ class Watchdog:
 
     def _read(self, beats: list[dict[str, Any]]) -> None:
         """Compare the heartbeats of all ranks with those of the reading before."""
+        # the first reading has none before it, so it is compared with itself
         before, self._beats = self._beats or beats, beats
+        # ranks that have left publish nothing more, and that is no failure
         present = [rank for rank, beat in enumerate(beats) if beat["phase"] != _LEFT]
         reading_seconds = _CHECKS_PER_READING * self._interval
 
@@ -177,6 +189,7 @@ class Watchdog:
         if present and self._still >= self._max_still:
             fewest = min(beats[rank]["count"] for rank in present)
             stragglers = [rank for rank in present if beats[rank]["count"] == fewest]
+            # uploading a last checkpoint of terabytes may take longer than any timeout
             if beats[stragglers[0]]["phase"] != LEAVING:
                 seconds = self._still * reading_seconds
                 self._end_because(
@@ -191,6 +204,7 @@ class Watchdog:
         for rank in ranks[:_MAX_NAMED]:
             beat = self._beats[rank]
             place = f"{beat['host']}, process {beat['pid']}"
+            # host and process, so that a user can go there and look with py-spy
             described.append(f"rank {rank} ({place}) in phase `{beat['phase']}` of step {beat['step']}")
         more = f" and {len(ranks) - _MAX_NAMED} more" if len(ranks) > _MAX_NAMED else ""
         return ", ".join(described) + more
