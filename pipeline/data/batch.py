@@ -68,6 +68,8 @@ class Batch:
             stream: name of the numbers' purpose; another name gives other numbers.
             shape: of one sample's numbers.
         """
+        # The keys decide the numbers, so an objective that asks for more of them does not shift those of the
+        # others, and a resumed run gets the same ones.
         return sample_noise(self.u.device, (len(self.keys), *shape), self.keys, stream)
 
     def to(self, device: torch.device) -> "Batch":
@@ -78,9 +80,13 @@ class Batch:
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        # Without waiting for the copy: the kernels that use the result are queued behind it on the same
+        # stream.
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: _moved(text, device) for name, text in value.items()}
+    # `counts` is a list of host numbers and falls through to the last line: shapes must not wait for the
+    # device.
     if isinstance(value, PackedText):
         return PackedText(*(_moved(part, device) for part in vars(value).values()))
     return value
@@ -107,21 +113,25 @@ class PackedBatch:
 
     def pin_memory(self) -> "PackedBatch":
         """Return the batch in page-locked memory; the loader's pinning thread calls this."""
+        # One block means one pinned allocation per batch, and a copy that can overlap with computing.
         self.memory = self.memory.pin_memory()
         return self
 
     def unpack(self, device: torch.device) -> Batch:
         """Copy the block to the device at once, cut it into tensors there, and sample the noise."""
+        # The keys come from the block on the host: reading them from the device would wait for the copy.
         on_host = tensors_in(self.memory, self.layout)
         keys = sample_keys(self.seeds, *(on_host[name].tolist() for name in ("sources", "passes", "ids")))
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
 
         texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
+        # With a single dataset `sources` stays None, and `to_text` skips the change of standardization.
         if len(self.seeds) > 1:
             for text in texts.values():
                 text.sources = tensors["sources"]
 
         shape = tensors["mean"].shape
+        # Two streams: the same numbers in both would make the noise depend on the clean latents.
         posterior_noise, noise = (
             sample_noise(device, shape, keys, stream) for stream in ("posterior_noise", "noise")
         )
@@ -177,9 +187,11 @@ def sample_noise(
     numbers = torch.empty(tuple(shape), device=device)
     if device.type == "cpu":
         for row, key in zip(numbers.numpy(), keys, strict=True):
+            # Written in place through numpy, which shares the tensor's memory on the CPU.
             sample_rng(*key, stream).standard_normal(dtype=np.float32, out=row)
         return numbers
 
+    # One generator is seeded again for each sample: to create one costs more than to seed it.
     generator = torch.Generator(device)
     for row, key in zip(numbers, keys, strict=True):
         row.normal_(generator=generator.manual_seed(sample_seed(*key, stream)))
@@ -187,6 +199,7 @@ def sample_noise(
 
 
 def _packed_text(tensors: dict[str, Tensor], family: str, counts: list[int]) -> PackedText:
+    # Popped, so that what remains in `tensors` are the batch's own fields.
     values, scales, lengths = (tensors.pop(f"{family}/{part}") for part in ("values", "scales", "lengths"))
     return PackedText(values, scales, lengths, counts)
 
@@ -196,6 +209,7 @@ def _offsets(layout: Layout) -> list[int]:
     ends = [0]
     for _, dtype, shape in layout:
         size = dtype.itemsize * math.prod(shape)
+        # Rounded up to a multiple of `_ALIGN`.
         ends.append(ends[-1] + (size + _ALIGN - 1) // _ALIGN * _ALIGN)
     return ends
 
@@ -214,7 +228,10 @@ def allocate(layout: Layout) -> Tensor:
     In a loader process it is shared memory, which is handed over without a copy.
     """
     size = _offsets(layout)[-1]
+    # In the trainer's own process (`data.workers: 0`) nothing is handed over: plain memory is enough.
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
+    # Memory allocated as shared is filled in place; torch's queue would copy any other tensor into shared
+    # memory.
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)

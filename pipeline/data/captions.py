@@ -44,6 +44,7 @@ class CaptionChoice:
             kinds: kind of each of its captions.
             may_drop: replace the caption by the null caption for a share `drop` of the samples.
         """
+        # Both numbers are taken in any case, so the picked caption does not depend on `drop` or `may_drop`.
         drop_at, pick_at = rng.random(2)
         if not len(kinds) or (may_drop and drop_at < self.drop):
             return None
@@ -54,7 +55,10 @@ class CaptionChoice:
             counts = np.bincount(kinds, minlength=len(self.kinds))
             shares = np.array([self.weights.get(self.kinds[kind], 0.0) / counts[kind] for kind in kinds])
             if not shares.any():
+                # A sample that has no weighted kind must still have a caption: all of its captions count
+                # alike.
                 shares = np.ones(len(kinds))
+        # `limits[-1]` and not 1: the shares do not have to sum to 1, so the number is scaled instead.
         limits = np.cumsum(shares)
         return int(np.searchsorted(limits, pick_at * limits[-1], side="right"))
 
@@ -77,6 +81,8 @@ class WrittenCaptions:
         Raises:
             StoreError: if the pairs of a part are missing or damaged.
         """
+        # A part's captions are read whole: its samples are shuffled together, so the others will be asked for
+        # soon.
         for source, part in set(places):
             key = source, bucket, part
             if key not in self._parts:
@@ -87,6 +93,7 @@ class WrittenCaptions:
         captions = [
             self._parts[source, bucket, part][id] for (source, part), id in zip(places, ids, strict=True)
         ]
+        # Only after the batch was served, because one batch may need more parts than the limit.
         while len(self._parts) > _MAX_PARTS:
             self._parts.popitem(last=False)
         return captions

@@ -79,6 +79,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
     def __getitem__(self, request: BatchRequest) -> PackedBatch | Exception:
         """Read a batch; return a `UserError` instead of raising it, since torch would add a traceback."""
         try:
+            # Before this batch is read, so that the downloads overlap with the reading.
             self.shards.fetch_ahead(request.rows.bucket, request.ahead)
             return self._read(request)
         except UserError as error:
@@ -87,14 +88,19 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
     def _read(self, request: BatchRequest) -> PackedBatch:
         sources, passes = request.rows.sources.tolist(), request.rows.passes.tolist()
         rows = self._open_shards(request.rows)
+        # Families are written by separate jobs. A part that was encoded from other pairs would silently train
+        # images with the captions of others.
         ids = _same_in_all(rows, lambda row: row.id, "sample ids")
         keys = sample_keys(request.seeds, sources, passes, ids)
         chosen, captions = self._choose_captions(request, rows, ids, keys)
 
+        # The captions decide how many tokens the batch has, so its block can only be allocated now.
         spans = {family.name: list(map(_find_span, rows[family.name], chosen)) for family in self._texts}
         layout, memory = self._allocate_block(request.rows, spans)
         tensors = tensors_in(memory, layout)
         copies = self._plan_copies(rows, spans, tensors)
+        # All reads are announced before the first one starts: the system can order them and work on them at
+        # once.
         _announce_reads(copies)
 
         # While the system reads ahead, the small tensors are filled.
@@ -141,13 +147,16 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         written: list[list[Caption]] = []
         if self._written is not None:
             written = self._written.read(request.rows.bucket, _places(request.rows), ids)
+            # The same form as the stored column `kinds`: one byte per caption.
             kinds = [bytes(kind for kind, _ in captions) for captions in written]
         else:
             texts = {family.name: rows[family.name] for family in self._texts}
+            # A caption is picked by its index, which must mean the same caption to every LLM.
             kinds = _same_in_all(texts, lambda row: row.read("kinds"), "captions")
 
         chosen = []
         for source, key, sample_kinds in zip(request.rows.sources.tolist(), keys, kinds, strict=True):
+            # A stream of its own: other caption settings leave timesteps and noise as they are.
             rng, kinds_array = sample_rng(*key, "caption"), np.frombuffer(sample_kinds, np.uint8)
             chosen.append(self._choices[source].pick(rng, kinds_array, request.drop_captions))
         if self._written is None:
@@ -164,10 +173,12 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         layout += [(name, torch.bfloat16, shape) for name in ("mean", "std")]
 
         for family in self._texts:
+            # Only picked captions, without padding: the block has no bytes that the network does not read.
             tokens = sum(length for _, length in spans[family.name])
             quantization, width = str(family.info["quantisation"]), int(family.info["width"])
             layout += [
                 (f"{family.name}/values", torch.uint8, (tokens, bytes_per_token(quantization, width))),
+                # bf16 states are stored raw and have no scales; an empty tensor keeps the layout the same.
                 (f"{family.name}/scales", torch.float32, (0 if quantization == "bf16" else tokens,)),
                 (f"{family.name}/lengths", torch.int32, (size,)),
             ]
@@ -216,6 +227,7 @@ def _find_span(row: Row, caption: int | None) -> tuple[int, int]:
     """Return the first token of a caption among the row's tokens, and its number of tokens."""
     if caption is None:
         return 0, 0
+    # A row has the tokens of all its captions one after another; `tokens` has the length of each.
     tokens = np.frombuffer(row.read("tokens"), "<i4")
     return int(tokens[:caption].sum()), int(tokens[caption])
 
@@ -226,7 +238,9 @@ def _copy(row: Row, column: str, start: int, target: Tensor, size: int | None = 
     The whole column must have `size` bytes; None = just as many as the tensor.
     """
     position, column_size = row.column(column)
+    # A view of the block itself: the file is read into it without another buffer.
     view = target.view(torch.uint8).numpy().reshape(-1).data
+    # A column of another size belongs to another shape: reading it would shift all numbers after it.
     if column_size != (len(view) if size is None else size):
         raise StoreError(
             f"{row.shard.path}: `{column}` of sample {row.id} has {column_size} bytes: "
@@ -241,11 +255,13 @@ def _text_copies(
     copies, filled, width = [], 0, values.shape[1]
     for row, (first, length) in zip(rows, spans, strict=True):
         if length:
+            # The whole column is checked too, not only the caption's part of it.
             total = int(np.frombuffer(row.read("tokens"), "<i4").sum())
             copies.append(
                 _copy(row, "values", first * width, values[filled : filled + length], total * width)
             )
             if len(scales):
+                # 4 bytes per token: scales are fp32.
                 copies.append(_copy(row, "scales", first * 4, scales[filled : filled + length], total * 4))
             filled += length
     return copies

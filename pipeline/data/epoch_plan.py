@@ -29,7 +29,9 @@ Integers = NDArray[np.int64]
 
 def _philox(seed: int, epoch: int, label: str, index: int) -> np.random.Philox:
     """Return a counter-based stream that no other combination of the arguments has."""
+    # Not Python's `hash`, which differs between processes.
     name = xxhash.xxh64_intdigest(label)
+    # The lowest word of the counter stays 0: it counts the numbers that are taken from the stream.
     return np.random.Philox(counter=[0, index, epoch, 0], key=[seed % 2**64, name])
 
 
@@ -38,11 +40,13 @@ def _permutation(seed: int, epoch: int, label: str, index: int, length: int) -> 
 
     It sorts raw words, which numpy never changes, unlike `Generator.permutation`.
     """
+    # `stable` fixes the order of equal words, so the result does not depend on numpy's sorting method.
     return np.argsort(_philox(seed, epoch, label, index).random_raw(length), kind="stable")
 
 
 def sample_rng(seed: int, epoch: int, id: int, stream: str) -> np.random.Generator:
     """Return the random numbers of one sample in one epoch for one purpose: Philox keyed by all arguments."""
+    # The stream is in the counter, because the key has no room beside seed and id.
     counter = [0, 0, epoch, xxhash.xxh64_intdigest(stream)]
     return np.random.Generator(np.random.Philox(counter=counter, key=[seed % 2**64, id]))
 
@@ -58,9 +62,12 @@ Origins = tuple[Integers, Integers]
 
 def _interleave(order: Integers, sizes: Integers, sources: Integers, passes: Integers) -> Integers:
     """Reorder the parts so that each dataset's are read pass by pass, evenly through the epoch."""
+    # Each part gets a place in [0, 1], the middle of its rows among those of its dataset. Sorting all parts
+    # by place mixes the datasets evenly, whatever their sizes.
     middles = np.empty(len(order))
     for source in np.unique(sources):
         parts = order[sources[order] == source]
+        # Pass by pass, so that no row comes a second time before all others came once.
         parts = parts[np.argsort(passes[parts], kind="stable")]
         ends = np.cumsum(sizes[parts])
         middles[parts] = (ends - sizes[parts] / 2) / max(int(ends[-1]), 1)
@@ -106,6 +113,8 @@ class BucketOrder:
         self.order = _permutation(seed, epoch, f"parts {bucket}", 0, len(sizes))
         if origins is not None:
             self.order = _interleave(self.order, sizes, *origins)
+        # Position of each part's first row in the shuffled concatenation; a binary search in it finds any
+        # row.
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.order])])
         self.total = int(self.starts[-1])
         self.batches = self.total // batch
@@ -122,8 +131,11 @@ class BucketOrder:
         low, high = self._span(node)
         first = int(self._part_at(low))
         last = int(self._part_at(high - 1)) + 1
+        # Windows are counted from the span's first part, so spans of different nodes have no window in
+        # common.
         begin = first + (int(self._part_at(position)) - first) // self.shuffle_parts * self.shuffle_parts
         end = min(begin + self.shuffle_parts, last)
+        # A part that two spans share is cut at the border: each node takes only its own rows of it.
         return max(low, int(self.starts[begin])), min(high, int(self.starts[end])), begin, end
 
     def _window(self, node: int, position: int) -> tuple[int, int, NDArray[np.int32]]:
@@ -137,6 +149,7 @@ class BucketOrder:
             # The first position identifies the window in the stream of random numbers, so no two windows
             # share one.
             permutation = _permutation(self.seed, self.epoch, f"rows {self.bucket}", low, high - low)
+            # int32 halves the memory; a window has far fewer than 2**31 rows.
             window = self._windows[node] = low, high, permutation.astype(np.int32)
         return window
 
@@ -155,6 +168,7 @@ class BucketOrder:
         for node, position, end in self._node_slices(index, start, stop):
             while position < end:
                 low, high, permutation = self._window(node, position)
+                # A batch may cross the end of a window, and then takes the rest from the next one.
                 until = min(end, high)
                 pieces.append(low + permutation[position - low : until - low].astype(np.int64))
                 position = until
@@ -171,6 +185,7 @@ class BucketOrder:
         parts = []
         for node, position, _ in self._node_slices(index, start, stop):
             low, high, _, _ = self._bounds(node, position)
+            # The last window of a span has no next one.
             if high >= self._span(node)[1]:
                 continue
             # All of the node's step, not only this rank's piece of it: so ranks of one node name the same
@@ -178,6 +193,8 @@ class BucketOrder:
             step = self._span(node)[0] + index * self.share
             _, _, first, last = self._bounds(node, high)
 
+            # In proportion to the progress through the window: the downloads are spread over its steps, and
+            # the last step completes them.
             begin = first + (last - first) * (max(step, low) - low) // (high - low)
             end = first + (last - first) * (min(step + self.share, high) - low) // (high - low)
             parts += self.order[begin:end].tolist()
@@ -232,9 +249,11 @@ class EpochPlan:
                 shuffle_parts,
                 (origins or {}).get(bucket),
             )
+            # The caller's order must not matter: the labels below are indices into this list.
             for bucket in sorted(buckets)
         ]
         counts = [order.batches for order in self.orders]
+        # The smallest integers that fit: this array has one element per batch of the epoch.
         labels = np.repeat(np.arange(len(counts), dtype=np.uint16 if len(counts) > 256 else np.uint8), counts)
         self._labels = labels[_permutation(seed, epoch, "buckets", 0, len(labels))]
 

@@ -63,6 +63,7 @@ class TrainingData:
             self._online = online.OnlineTexts(stage, device)
             self.constants = self._online.constants
         else:
+            # Two refiners may read the same family, which is read from the store only once.
             texts = [corpus.families[name] for name in dict.fromkeys(stage.fusion.families)]
             self.constants = {family.name: self._read_constants(family.name) for family in texts}
 
@@ -98,6 +99,7 @@ class TrainingData:
                 damaged.
         """
         for item in self.packed(position):
+            # The position is saved after the step on this batch, so it names the batch that follows.
             next_batch = (item.epoch + 1, 0) if item.last else (item.epoch, item.index + 1)
             yield self._unpack(item), self.schedule.position(*next_batch)
 
@@ -111,8 +113,13 @@ class TrainingData:
     def packed(self, position: Position | None = None) -> Iterator[PackedBatch]:
         """Yield the same as `batches`, before the copy to the device."""
         start = position or self.schedule.position(0, 0)
+        # Compared with the same place under today's settings: a changed order would repeat some samples and
+        # skip others.
         start.check(self.schedule.position(start.epoch, start.batch))
+        # A second call starts over: the processes of the first would otherwise read on, for nobody.
         self._end_processes()
+        # Without an end, so that the processes already read the next epoch while the last batches of this one
+        # train.
         requests = self._endless_requests(start.epoch, start.batch)
         pin_memory = self.device.type == "cuda"
         self._processes = LoaderProcesses(self.dataset, requests, self.stage.data.workers, pin_memory)
@@ -136,6 +143,8 @@ class TrainingData:
                 damaged.
         """
         for request in self.schedule.validation_requests():
+            # In this process: validation is rare and short, and must not disturb the prefetched training
+            # batches.
             item = self.dataset[request]
             if isinstance(item, Exception):
                 raise item
@@ -151,4 +160,5 @@ class TrainingData:
         self._end_processes()
         for source in self.corpus.sources:
             source.dataset.close()
+        # The handler holds this object, and with it the open files, until the interpreter ends.
         atexit.unregister(self.close)

@@ -54,6 +54,7 @@ class LoaderProcesses:
             self._batches = iter(DataLoader(dataset, **options))
             return
 
+        # Otherwise the first batch fails with `AF_UNIX path too long`, which does not name TMPDIR.
         if len(os.fsencode(tempfile.gettempdir())) > _MAX_TMPDIR_LENGTH:
             raise UserError(
                 f"TMPDIR={tempfile.gettempdir()}: over {_MAX_TMPDIR_LENGTH} letters, too many for "
@@ -72,6 +73,7 @@ class LoaderProcesses:
             self._closing = context.Event()
             options |= {"num_workers": workers, "prefetch_factor": _PREFETCHED}
             options |= {"multiprocessing_context": context, "worker_init_fn": _WorkerStart(self._closing)}
+            # The processes start here, while the signals are blocked, and inherit the mask.
             self._batches = iter(DataLoader(dataset, **options))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -85,6 +87,7 @@ class LoaderProcesses:
         """
         try:
             batch = next(self._batches)
+        # torch passes on the broken pipe of a process that was killed, for instance for its use of memory.
         except (EOFError, OSError) as error:
             raise RuntimeError(f"a loader process failed or was killed: {error!r}") from error
         if isinstance(batch, Exception):
@@ -94,6 +97,7 @@ class LoaderProcesses:
     def close(self) -> None:
         """End the processes and wait for them."""
         if self._closing is not None:
+            # First, so that the processes take a SIGTERM from torch for an intended end.
             self._closing.set()
         self._batches = iter(())  # torch's iterator ends its processes when it is dropped
 
@@ -116,6 +120,7 @@ def become_loader_process() -> None:
     """
     trainer = multiprocessing.parent_process()
     if trainer is not None:
+        # `os._exit` ends the process from a thread, even while its main thread waits for a file.
         threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
     for number in _SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -143,6 +148,10 @@ class _WorkerStart:
                 os._exit(128 + number)
 
         become_loader_process()
+        # In place before the signals are unblocked, so that a SIGTERM that was waiting does not kill the
+        # process.
         signal.signal(signal.SIGTERM, end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        # The rank has many loader processes: with one thread per core in each, they would crowd out the
+        # trainer.
         torch.set_num_threads(1)

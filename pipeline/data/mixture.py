@@ -70,7 +70,10 @@ class Mixture:
         """
         self.datasets = datasets
         totals = [sum(int(sizes.sum()) for sizes in dataset.values()) for dataset in datasets]
+        # Fractions, since rounding would add up over epochs: a row at the border of two would come twice or
+        # never.
         exact = [Fraction(weight) for weight in weights]
+        # The dataset with the most samples per unit of weight sets the length: one pass over it is an epoch.
         epoch = max(total / weight for total, weight in zip(totals, exact, strict=True))
         self.passes = [weight * epoch / total for total, weight in zip(totals, exact, strict=True)]
         """Passes over each dataset per epoch; 1 or more, not always whole."""
@@ -93,11 +96,14 @@ class Mixture:
             # Rows of the endless sequence of passes that this epoch takes.
             start, stop = (floor(total * self.passes[source] * number) for number in (epoch, epoch + 1))
             for number in range(start // total, (stop - 1) // total + 1):
+                # The stretch, cut to this pass and to each part; parts outside of it get no rows, or fewer
+                # than none.
                 begins = np.maximum(part_starts, start - number * total)
                 rows = np.minimum(part_ends, stop - number * total) - begins
                 (parts,) = np.nonzero(rows > 0)
                 labels = np.full(len(parts), source), np.full(len(parts), number)
                 columns.append(np.stack([*labels, parts, (begins - part_starts)[parts], rows[parts]]))
+        # The rows of the stacked table are the fields of `Pieces`, in their order.
         return Pieces(*np.concatenate(columns, axis=1))
 
 

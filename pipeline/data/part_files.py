@@ -53,6 +53,7 @@ class PartIndex:
         """
         self.paths: dict[str, Path] = {}
         for bucket, record in sorted(snapshot.buckets.items()):
+            # The hash is in the name, so a file that exists has the right content and is never rewritten.
             name = f"index/{bucket}-{record['index_xxh64']}"
             self.paths[bucket] = path = cache.folder / f"{name}.arrow"
             with naming_full_disk(path), cache.locked(name, WAIT_SECONDS) as is_held:
@@ -62,6 +63,7 @@ class PartIndex:
                     _write_table(path, read_index(cache.dataset, snapshot, bucket).combine_chunks())
 
     def __getstate__(self) -> dict[str, Any]:
+        # Mapped tables cannot be pickled; a loader process maps the files again, and shares their memory.
         return {"paths": self.paths}
 
     @cached_property
@@ -119,6 +121,7 @@ class DatasetFiles:
         """
         limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
         cache = ShardCache(source.dataset, cache_root(data), source.snapshot.id, limit)
+        # Before anything is fetched: the leftovers of a killed job would count as used space.
         cache.clean()
         return cls(cache, PartIndex(cache, source.snapshot))
 
@@ -132,6 +135,7 @@ class DatasetFiles:
         """
         file, name = self.index.file(bucket, part, family.name)
         shard = self.cache.open(file, name, family.columns)
+        # A file may be whole and still be of another version of the part, with other rows.
         if len(shard) != self.index.rows_of(bucket, part):
             raise StoreError(f"{shard.path}: families disagree on rows: take the snapshot again")
         return shard
@@ -154,6 +158,7 @@ class OpenShards:
         """Process that has started the threads which fetch ahead; and these."""
 
     def __getstate__(self) -> dict[str, Any]:
+        # Threads and open files belong to one process; a loader process opens its own.
         return {**self.__dict__, "_threads": None, "_open": OrderedDict()}
 
     def open(self, bucket: str, places: Collection[Place]) -> dict[Place, dict[str, Shard]]:
@@ -173,16 +178,20 @@ class OpenShards:
         keys = [(bucket, place, family) for place in sorted(places) for family in self.families]
         missing = [key for key in keys if key not in self._open]
         if missing:
+            # Chunks of 1, so that a slow download does not hold up files that another thread could fetch.
             with Threads(min(_MAX_THREADS, len(missing))) as pool:
                 self._open.update(zip(missing, pool.map(self._open_shard, missing, 1), strict=True))
 
         shards: dict[Place, dict[str, Shard]] = {place: {} for place in places}
         for key in keys:
             self._open.move_to_end(key)
+            # An open file can still be evicted by its age, which would cost a download when it is opened
+            # again.
             self._open[key].touch()
             _, place, family = key
             shards[place][family] = self._open[key]
 
+        # Never below what this batch needs: the caller still reads from those.
         while len(self._open) > max(MAX_OPEN_SHARDS, len(keys)):
             self._open.popitem(last=False)
         return shards
@@ -206,6 +215,7 @@ class OpenShards:
     def _fetch_quietly(self, source: int, bucket: str, part: int, family: str) -> None:
         files = self.sources[source]
         try:
+            # No waiting: if another process already fetches the file, there is nothing left to do here.
             files.cache.get(*files.index.file(bucket, part, family), wait_seconds=0.0)
         except UserError as error:
             # The reader that needs the part tries again, and raises.

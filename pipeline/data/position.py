@@ -44,9 +44,12 @@ class Position:
         Raises:
             UserError: if the order has changed.
         """
+        # Nothing of the epoch was read yet, so no sample can be repeated or left out.
         if self.batch == 0:
             return
+        # `order` is flattened, so that the message names its settings as it names the other fields.
         old, new = ({**record.pop("order"), **record} for record in (self.to_dict(), now.to_dict()))
+        # A setting that only one side knows counts as changed: another version planned that order.
         keys = dict.fromkeys([*new, *old])
         changed = [
             f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys if old.get(key) != new.get(key)

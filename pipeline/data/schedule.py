@@ -49,6 +49,7 @@ class Schedule:
         self.parts = [{bucket: index.rows(bucket) for bucket in index.paths} for index in indexes]
         """Per dataset, bucket -> rows of each part that is trained on."""
 
+        # Held-out parts first: they must not count when a bucket is tested for filling a batch.
         self._held_out = [self._hold_out(number) for number in range(len(self.parts))]
         self.batch_sizes = self._batch_sizes()
         """Bucket -> samples of a global batch."""
@@ -57,6 +58,7 @@ class Schedule:
     def _hold_out(self, number: int) -> EpochRows:
         """Take a dataset's validation rows out of training: the last parts of its largest bucket."""
         count, dataset = self.stage.data.validation_parts, self.parts[number]
+        # Sorted, so that of two equally large buckets every rank takes the same.
         largest = max(sorted(dataset), key=lambda bucket: int(dataset[bucket].sum()))
         sizes = dataset[largest]
         if count >= len(sizes):
@@ -66,6 +68,7 @@ class Schedule:
             )
 
         trained = len(sizes) - count
+        # The last parts are cut off and the others keep their numbers, by which the index finds their files.
         dataset[largest] = sizes[:trained]
         parts = np.repeat(np.arange(trained, len(sizes)), sizes[trained:])
         indices = np.concatenate([np.arange(size) for size in sizes[trained:]] or [np.zeros(0, np.int64)])
@@ -79,6 +82,7 @@ class Schedule:
         for bucket in sorted({bucket for dataset in self.parts for bucket in dataset}):
             size = self._batch_size(bucket)
             rows = sum(int(dataset[bucket].sum()) for dataset in self.parts if bucket in dataset)
+            # The mixture as a whole has to fill a batch; a single dataset of it need not.
             if rows >= size:
                 sizes[bucket] = size
                 continue
@@ -89,6 +93,7 @@ class Schedule:
                 log.warning(message, bucket, rows, size)
 
         for name, dataset in zip(self._names, self.parts, strict=True):
+            # A mixture of which one dataset has nothing left would silently train with other weights.
             if not any(part_sizes.any() for part_sizes in dataset.values()):
                 raise UserError(
                     f"global_batch={self.stage.global_batch}: no bucket of {name} has as many samples: "
@@ -105,6 +110,8 @@ class Schedule:
             raise UserError(f"{budget}: no batch of bucket {bucket} fits: raise it")
 
         micro_batch = stage.engine.micro_batch
+        # DeepSpeed fixes the number of micro-steps when the engine is made, so smaller buckets make smaller
+        # micro-batches and not fewer.
         micro_steps = max(1, stage.global_batch // self.world // micro_batch) if micro_batch else 1
         if size % (self.world * micro_steps):
             raise UserError(
@@ -121,6 +128,7 @@ class Schedule:
     def _plan(self, pieces: dict[str, Pieces], epoch: int) -> EpochPlan:
         data = self.stage.data
         rows = {bucket: piece.rows for bucket, piece in pieces.items()}
+        # One dataset keeps its purely random order of parts; only a mixture has to be interleaved.
         origins = None
         if len(self.parts) > 1:
             origins = {bucket: (piece.sources, piece.passes) for bucket, piece in pieces.items()}
@@ -137,6 +145,7 @@ class Schedule:
             "shuffle_parts": data.shuffle_parts,
             "validation_parts": data.validation_parts,
         }
+        # `batch_multiple` decides nothing without `tokens_per_batch`, and may then change within an epoch.
         if data.tokens_per_batch is not None:
             order |= {"tokens_per_batch": data.tokens_per_batch, "batch_multiple": data.batch_multiple}
         return Position(self._corpus.id, data.seed, epoch, batch, self.stage.global_batch, order)
@@ -171,6 +180,7 @@ class Schedule:
             rows = len(held_out.indices)
             if not rows:
                 return
+            # Equal shares, since each forward pass under ZeRO-3 needs all ranks.
             size = min(self.stage.global_batch, rows - rows % self.world)
             if not size:
                 raise UserError(
@@ -181,4 +191,5 @@ class Schedule:
             share = size // self.world
             for index in range(rows // size):
                 low = index * size + self.rank * share
+                # No caption is dropped: the loss would otherwise mix two tasks.
                 yield BatchRequest(held_out.slice(low, low + share), 0, index, seeds, drop_captions=False)

@@ -48,6 +48,8 @@ class CachedShard(Shard):
         # The files of a store may belong to another user, who alone may set their times.
         if self._is_local or now - self._touched <= _TOUCH_SECONDS:
             return
+        # By hand, because many systems mount disks with `noatime` or `relatime`; the modification time stays,
+        # since the mark of a checked file depends on it.
         os.utime(self.fileno(), ns=(int(now * 1e9), os.stat(self.fileno()).st_mtime_ns))
         self._touched = now
 
@@ -68,6 +70,7 @@ def locked(path: Path, wait_seconds: float) -> Iterator[bool]:
     with path.open("ab") as file:
         while True:
             try:
+                # Without blocking and in a loop, because `flock` has no time limit.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -105,6 +108,7 @@ class ShardCache:
         self._whole: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # `mkdir` succeeds on a folder that exists, even if nothing can be written there.
             with (root / ".writable").open("ab"):
                 pass
         except OSError as error:
@@ -157,13 +161,16 @@ class ShardCache:
         """
         stored = self.dataset.local_path(file.key)
         path = stored or self.folder / f"{name}.mds"
+        # The usual case takes no lock: this process has checked the file before.
         if name in self._whole and path.exists():
             return path
 
+        # A failure that is older than this call does not count: the caller may have mended the cause.
         begun = time.time()
         with naming_full_disk(path), self.locked(name, wait_seconds) as is_held:
             if not is_held:
                 return None
+            # Tested again under the lock: the process that held it has probably fetched the file.
             if not self._is_whole(path, file, name):
                 if stored is not None:
                     state = "is damaged" if stored.exists() else "is missing"
@@ -181,6 +188,7 @@ class ShardCache:
         return locked(self.root / "locks" / f"{xxhash.xxh64_intdigest(str(path)) % LOCKS:03d}", wait_seconds)
 
     def _download(self, path: Path, file: StoredFile, name: str) -> None:
+        # A damaged file frees its space before the new one reserves some.
         path.unlink(missing_ok=True)
         with self.reserve(path, file.bytes):
             try:
@@ -190,6 +198,7 @@ class ShardCache:
                 self._record_failure(name, message, error)
             except StoreError as error:
                 self._record_failure(name, str(error), error)
+        # That failure is over: a process that has waited since before it must not raise it.
         self._failure_path(name).unlink(missing_ok=True)
         self._mark_whole(path, name)
 
@@ -221,6 +230,7 @@ class ShardCache:
         """
         marker = self._marker_path(name)
         try:
+            # From cheap to expensive: size, then the mark of an earlier check, and the hash last.
             if path.stat().st_size != file.bytes:
                 return False
             if marker.exists() and marker.read_text() == _state(path):
@@ -253,6 +263,7 @@ class ShardCache:
         Raises:
             StoreError: if another process has been evicting for ten minutes.
         """
+        # The reservation is itself locked by its process, so that of a killed one counts as nothing.
         reservation = path.with_name(f"{path.name}.reserved")
         lock = self.root / "locks" / "evict"
         with locked(lock, 600.0) as is_held:
@@ -264,6 +275,7 @@ class ShardCache:
             file = reservation.open("w")
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(str(needed))
+            # Flushed while the eviction lock is held: the next process must see the number.
             file.flush()
         try:
             yield
@@ -274,12 +286,15 @@ class ShardCache:
     def _evict(self, needed: int, reservation: Path) -> None:
         files = _files_under(self.root, ".mds")
         used = sum(status.st_size for _, status in files)
+        # Downloads in progress count in full, although a part of their bytes is on the disk already: better
+        # too much than a full disk.
         others = (path for path, _ in _files_under(self.root, ".reserved") if path != reservation)
         coming = needed + sum(map(_reserved_bytes, others))
 
         # Both the limit that was set and the disk must suffice.
         over_limit = 0 if self.limit is None else used + coming - self.limit
         surplus = max(over_limit, coming + _SPARE_BYTES - shutil.disk_usage(self.root).free)
+        # By access time, which `touch` keeps current.
         for path, status in sorted(files, key=lambda item: item[1].st_atime_ns):
             if surplus <= 0:
                 break
@@ -327,5 +342,6 @@ def _state(path: Path) -> str:
     """
     status = path.stat()
     boot = Path("/proc/sys/kernel/random/boot_id")
+    # Systems without /proc, such as macOS, do without the boot's id.
     booted = boot.read_text().strip() if boot.exists() else ""
     return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ino} {booted}"

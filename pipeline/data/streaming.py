@@ -65,6 +65,8 @@ class StreamingSnapshot(StreamingDataset):
         self.replication = None
 
         parts = self.data.schedule.parts
+        # A row number counts through datasets, buckets and parts in this order, which must be the same in
+        # every process.
         self._places = [
             (source, bucket) for source, dataset in enumerate(parts) for bucket in sorted(dataset)
         ]
@@ -106,6 +108,8 @@ class StreamingSnapshot(StreamingDataset):
 
     def _go_to(self, epoch: int, batch: int) -> None:
         self._iteration[1:] = self.upcoming = epoch, batch
+        # The loader's own count of batches is void after a jump; `SnapshotLoader.state_dict` compares the
+        # numbers.
         self.jumps, self.is_over = self.jumps + 1, False
 
     def begin(self) -> tuple[int, int]:
@@ -149,11 +153,14 @@ class StreamingSnapshot(StreamingDataset):
 
     def _rows(self, iteration: tuple[int, int, int], process: int, processes: int) -> Iterator[Row]:
         number, epoch, first = iteration
+        # The same iteration read twice would silently train on the same samples again.
         if self._read_iterations[process] == number:
             raise UserError("StreamingSnapshot: use SnapshotLoader, or call begin() before each epoch")
         self._read_iterations[process] = number
 
         opened = self.data.dataset.shards
+        # Batch i goes to loader process i modulo their number: torch's DataLoader takes batches from them in
+        # this order.
         for request in self.data.schedule.requests(epoch, first + process, processes):
             batch = request.rows
             opened.fetch_ahead(batch.bucket, request.ahead)
@@ -216,6 +223,7 @@ class StreamingSnapshot(StreamingDataset):
             UserError: if `num_samples` is not a whole number of global batches, or the epoch is shorter.
         """
         _, epoch, first = self._iteration
+        # Positions are in global batches, which are the same on any number of ranks.
         size = self.data.stage.global_batch
         if num_samples % size:
             raise UserError(
@@ -268,6 +276,8 @@ class SnapshotLoader(StreamingDataLoader):
             UserError: if an option would change the batches or their order.
         """
         for name, value in {"batch_size": dataset.batch_size, "in_order": True}.items():
+            # Another value would cut or reorder the batches, and positions would no longer mean the rows that
+            # were read.
             if options.setdefault(name, value) != value:
                 raise UserError(
                     f"{name}={options[name]}: the stage's batches have {name}={value}: leave it out"

@@ -50,12 +50,14 @@ class DDPM(Objective):
 
     def sample_timesteps(self, u: Tensor) -> Tensor:
         """Map uniform `u` [B] to steps, fp32 [B] in [0, 1)."""
+        # fp64 makes the product exact, so no step gets samples of its neighbor by rounding.
         return (u.double() * DDPM_STEPS).long().clamp(0, DDPM_STEPS - 1).float() / DDPM_STEPS
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Mix clean latents with noise at the nearest step; the target is the noise (Ho et al. 2020, equation
         4)."""
         clean, noise = clean.float(), noise.float()
+        # Rounded and not cut off: step / 1000 in fp32 may be slightly below the step.
         step = (timesteps.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
         alpha = self.per_position(ddpm_alphas().to(clean.device)[step], clean)
         return alpha.sqrt() * clean + (1.0 - alpha).sqrt() * noise, noise

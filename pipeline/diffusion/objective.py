@@ -81,12 +81,14 @@ class Objective(ABC):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each sample, fp32 [B]: the mean squared error."""
+        # Per sample and not per batch: the trainer also sorts the losses into bins of timesteps.
         return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
     def per_position(self, values: Tensor, latents: Tensor) -> Tensor:
         """Return values [B] or [B, N] (one per patch) in a shape that broadcasts over latents [B, C, ...]."""
         if values.dim() == 1:
             return values.view(-1, *[1] * (latents.dim() - 1))
+        # A patch's value is repeated for its latent positions, and put in place as the network's output is.
         per_patch = values[..., None].expand(-1, -1, math.prod(self.patch))
         return unpatchify(per_patch, self.patch, latents.shape[2:])  # [B, 1, ...]
 

@@ -35,6 +35,7 @@ def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
             f"scheduler {name!r} does not exist for objective {objective.name}: take one of "
             f"{', '.join(known)}"
         )
+    # Built for each call, because a diffusers scheduler keeps the state of one trajectory.
     return known[name](objective)
 
 
@@ -88,11 +89,13 @@ def guided(
     Returns:
         A function of noisy latents [B, C, ...] and a time in [0, 1] that returns fp32 [B, C, ...].
     """
+    # Without guidance the second branch would only double the work.
     branches = [condition] if guidance == 1.0 else [condition, null_condition]
     if condition.texts[0].states.device.type == "cpu":
         images = range(len(condition.timesteps))
         batches = [Condition.concatenate([branch.row(image) for branch in branches]) for image in images]
     else:
+        # Concatenated once, before the first step: the texts stay the same in all steps.
         batches = [Condition.concatenate(branches)]
 
     def evaluate(latents: Tensor, time: float) -> Tensor:
@@ -129,6 +132,7 @@ def denoise(
     evaluate = guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
     latents = noise.float()
     for number, (timestep, time) in enumerate(set_steps(scheduler, steps, latents.device), 1):
+        # The solver's own state is fp32 too: in bf16 the errors of many small steps would add up.
         latents = scheduler.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(number, latents)
@@ -169,6 +173,7 @@ def sample_latents(
     Raises:
         UserError: if the scheduler is unknown or the number of steps out of range.
     """
+    # Noise is made on the CPU and then moved, so it does not depend on the kind of device.
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
     solver = make_scheduler(objective, scheduler)
     return denoise(predict, solver, condition, null_condition, noise, steps, guidance, dtype, on_step)

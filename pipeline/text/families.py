@@ -10,6 +10,7 @@ from pipeline.text.online import online_families, register_encoders
 
 def text_families(stage: StageConfig, corpus: Corpus) -> dict[str, Family]:
     """Return the text families in fusion order: the corpus's, or those of the run's own encoders."""
+    # In fusion order: the network's refiners are matched to the families by position.
     if stage.fusion.encode == "families":
         return {name: corpus.families[name] for name in stage.fusion.families}
     return online_families(stage)

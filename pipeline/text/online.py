@@ -79,7 +79,10 @@ class OnlineTexts:
         self._warned: set[str] = set()
         for text in _in_fusion_order(stage):
             encoder, family = load_encoder(text, device), read_family(store, text.name)
+            # The network has learned these hidden states: with others it would go on training, only worse.
             check_identity(encoder, text.name, family.identity)
+            # The identity names files and settings. The prefix's states also show another library version or
+            # kernel.
             check_prefix(encoder, family, read_constants(store, family))
             self.constants[text.name] = TextConstants.load(store, family, device)
             self._encoders[text.name] = encoder
@@ -100,17 +103,20 @@ class OnlineTexts:
             UserError: if hidden states are not finite.
         """
         stripped = [caption.strip() for caption in captions]
+        # Each caption once: small datasets repeat them within a batch.
         distinct = [caption for caption in dict.fromkeys(stripped) if caption]
         packed = {}
         for name, encoder in self._encoders.items():
             states = dict(zip(distinct, encoder.encode(encoder.tokenize(distinct)), strict=True))
             try:
+                # An empty caption is not in `states` and becomes None, the null caption.
                 packed[name] = pack([states.get(caption) for caption in stripped], self.constants[name])
             except ValueError as error:
                 raise UserError(
                     f"{encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32"
                 ) from error
             if encoder.truncated and name not in self._warned:
+                # Once per family: long captions come in every batch.
                 self._warned.add(name)
                 log.warning("%s: captions longer than max_tokens=%d are cut", name, encoder.config.max_tokens)
         return packed

@@ -19,6 +19,7 @@ def load_llm(family: Family, device: torch.device) -> TextEncoder:
         UserError: if the LLM is missing, or has other outputs.
     """
     llm = load_encoder(config_from_identity(family.identity), device)
+    # Another revision of the weights has other hidden states, for which the network was never trained.
     check_identity(llm, family.name, family.identity)
     return llm
 
@@ -58,6 +59,7 @@ class PromptReader:
         """
         for name, family in self.families.items():
             known = self.known[name]
+            # The null caption needs no LLM: the family has stored its states.
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and prompt not in known]
             if not new:
                 continue
@@ -102,6 +104,7 @@ class PromptReader:
             quantized: quantize and dequantize the hidden states first, as those that training saw.
             without: families that get the null caption.
         """
+        # A prompt that was read before costs nothing here, even if its LLM was freed.
         self.read(prompts)
         texts = []
         for name, known in self.known.items():
@@ -117,6 +120,7 @@ class PromptReader:
 def _tokenize(llm: TextEncoder, name: str, prompt: str) -> list[int]:
     before = llm.truncated
     ids = llm.tokenize([prompt])[0]
+    # Training cuts long captions. A prompt is refused instead, because its end would be missing in the image.
     if llm.truncated > before:
         limit = f"longer than the {llm.config.max_tokens} tokens of {name}"
         raise UserError(f"prompt {prompt[:40]!r}...: {limit}: shorten it")

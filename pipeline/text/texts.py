@@ -53,7 +53,9 @@ class TextConstants:
             names = ", ".join(sorted(lacking))
             raise UserError(f"{dataset.uri}: family `{family.name}` lacks {names}: encode it again")
 
+        # `spread` is the name on disk, which stored families keep.
         mean, std = tensors["mean"].float(), tensors["spread"].float()
+        # Standardized once here: captions come standardized out of `dequantize`, and both go into one tensor.
         prefix, null = ((tensors[f"{name}_states"].float() - mean) / std for name in ("prefix", "null"))
         width, quantization = int(family.info["width"]), str(family.info["quantisation"])
         return cls(prefix.to(device), null.to(device), mean.to(device), std.to(device), quantization, width)
@@ -68,6 +70,8 @@ class TextConstants:
         same_std = all(torch.equal(self.std, other.std) for other in others)
         if (same_mean and same_std) or self.quantization == "bf16":  # bf16 states are stored raw
             return self
+        # x = raw state: (x - m0) / s0 = ((x - m) / s) (s / s0) + (m - m0) / s0. So a factor and a shift
+        # suffice.
         pairs = [torch.stack([c.std / self.std, (c.mean - self.mean) / self.std]) for c in (self, *others)]
         return replace(self, rescale=torch.stack(pairs))
 
@@ -147,6 +151,7 @@ def _concatenate(
     device = constants.mean.device
     counts = [0 if caption is None else len(caption) for caption in states]
     captions = [caption.to(device).float() for caption in states if caption is not None]
+    # The empty tensor at the end is for batches without any caption, which `cat` would refuse.
     tokens = torch.cat([*captions, constants.mean.new_zeros(0, constants.width)])  # [N, W]
     return tokens, torch.tensor(counts, dtype=torch.int32, device=device), counts
 
@@ -154,6 +159,7 @@ def _concatenate(
 def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants: TextConstants) -> Text:
     """Add prefix and padding to the standardized tokens [N, W] of captions with `lengths` [B]."""
     batch, prefix, null = len(counts), len(constants.prefix), len(constants.null)
+    # From host numbers: a shape that comes from the device would wait for all its queued work.
     filled = [count or null for count in counts]
     longest = max(filled)
     length, device = prefix + longest, tokens.device
@@ -162,7 +168,9 @@ def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants:
 
     states = tokens.new_zeros(batch, length, constants.width)  # [B, T, W]
     states[:, :prefix] = constants.prefix.to(tokens.dtype)
+    # By multiplication instead of indexing, because a boolean index would wait for the device.
     nulls = missing[:, None, None] * constants.null.to(tokens.dtype)  # [B, T0, W], zero for other captions
+    # Before the captions, which overwrite the zeros that this leaves in their own rows.
     states[:, prefix : prefix + null] = nulls[:, :longest]
 
     # One scatter puts each token behind its caption's prefix.
@@ -173,5 +181,7 @@ def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants:
     states.view(batch * length, constants.width).index_copy_(0, owner * length + place, tokens)
 
     ends = prefix + torch.where(missing, null, lengths)  # [B]
+    # Padding is only on the right, so a length per caption is enough.
     mask = torch.arange(length, device=device) < ends[:, None]  # [B, T]
+    # `padded` is known on the host, so attention can take its faster kernel without reading the mask.
     return Text(states, mask, prefix, padded=min(filled) < longest)

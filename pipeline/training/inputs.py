@@ -36,6 +36,7 @@ class NetworkInputs:
 
     def clean_latents(self, batch: Batch) -> Tensor:
         """Sample latents from the batch's moments with its own noise, normalized: fp32 [B, C, ...]."""
+        # In fp32: the moments are bf16, and their sum would be rounded to 8 bits of precision.
         latents = batch.mean.float() + batch.std.float() * batch.posterior_noise
         return normalize_latents(latents, self.latents.info)
 

@@ -35,6 +35,7 @@ PEAK_TFLOPS = {
 
 def peak_flops(log: LogConfig) -> float | None:
     """Return the peak FLOP/s of this rank's device, or None if it is not known (then no MFU is reported)."""
+    # The stage's value comes first: power limits and unknown devices make the table's wrong.
     if log.peak_tflops is not None:
         return log.peak_tflops * 1e12
     if not torch.cuda.is_available():
@@ -48,6 +49,7 @@ def peak_memory_gb() -> float:
     none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts `ru_maxrss` in KiB, so this is GiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -61,6 +63,7 @@ class Interval:
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
         """Add `weight` observations of mean `value`."""
+        # A mean of no observations must not make an entry, whose count would then divide by zero.
         if weight:
             self.sums[name] = self.sums.get(name, 0.0) + value * weight
             self.counts[name] = self.counts.get(name, 0.0) + weight
@@ -93,6 +96,7 @@ class RankSums:
 
     def add(self, name: str, values: Tensor) -> None:
         """Add observations of one quantity; nothing waits for the device."""
+        # fp64, since sums over many steps in fp32 would lose the small values.
         self._table[0, self.columns[name]] += values.double().sum()
         self._table[1, self.columns[name]] += values.numel()
 
@@ -101,16 +105,20 @@ class RankSums:
         counts."""
         if timesteps.dim() > 1:
             timesteps = timesteps.mean(dim=1)
+        # The bins are neighboring columns. t = 1 belongs to the last one, not to a fifth.
         columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        # `index_add_` instead of indexing: several samples of a batch fall into one bin.
         self._table[0].index_add_(0, columns, losses.double())
         self._table[1].index_add_(0, columns, torch.ones_like(losses, dtype=torch.float64))
 
     def take(self) -> dict[str, tuple[float, float]]:
         """Return mean and count of each quantity over all ranks, and start over. Collective."""
+        # A copy, because the sum over the ranks is written in place, and this rank's own sums start over.
         table = self._table.clone()
         self._table.zero_()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(table)
+        # One transfer for all quantities: each would wait for the device.
         totals, counts = table.tolist()
         return {
             name: (totals[at] / counts[at] if counts[at] else 0.0, counts[at])
@@ -131,6 +139,8 @@ class MetricsLog:
     """Writes the reports of rank 0; on other ranks it does nothing."""
 
     def __init__(self, run: Path, log: LogConfig, stage_yaml: str, writes: bool) -> None:
+        # Appended to, because a resumed run continues its own file. Line buffering lets people follow it
+        # live.
         self._file = (run / "metrics.jsonl").open("a", buffering=1) if writes else None
         self._tensorboard = None
         self._wandb = None
@@ -141,7 +151,12 @@ class MetricsLog:
             self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
         if writes and log.wandb:
             self._wandb = _import_wandb().init(
-                project=log.wandb, name=run.name, id=run.name, resume="allow", dir=str(run)
+                # A fixed id with `resume`: all starts of a run make one curve.
+                project=log.wandb,
+                name=run.name,
+                id=run.name,
+                resume="allow",
+                dir=str(run),
             )
 
     def event(self, name: str, **fields: Any) -> None:
@@ -153,6 +168,7 @@ class MetricsLog:
         """Write the numbers of an interval that ended after `step` steps and `samples` samples."""
         if self._file is None:
             return
+        # JSON has no NaN or infinity: strict readers would refuse the whole line.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, "samples": samples, "time": time.time(), **finite}) + "\n")
         self._curves(step, samples, values)
@@ -168,6 +184,7 @@ class MetricsLog:
     def _curves(self, step: int, samples: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
             for key, value in values.items():
+                # Over samples and not steps, so that runs with different batch sizes can be compared.
                 self._tensorboard.add_scalar(key, value, samples)
         if self._wandb is not None:
             self._wandb.log({"samples": samples, **values}, step=step)

@@ -34,6 +34,8 @@ class StepFlops(Callback):
     def after_step(self, trainer: "Trainer", batch: Batch) -> None:
         """Add the step's FLOPs, over all ranks."""
         tokens = float(sum(text.lengths.float().mean() for text in batch.texts.values()))
+        # Captions of this rank represent all ranks: close enough for a mean over an interval, and needs no
+        # collective.
         flops = trainer.samples_of_step * self.per_sample(batch.bucket, tokens)
         trainer.state.interval.add("step_flops", flops)
 
@@ -44,6 +46,8 @@ class StepFlops(Callback):
             bucket: the sample's bucket.
             caption_tokens: mean length of a caption, summed over all families.
         """
+        # Only the sum over the families is known here, so each gets an equal share; the prefix is always read
+        # whole.
         tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
         latents = latent_shape(self.latents, bucket)[1:]
         return flops_per_sample(self.sizes, self.fusion, self.widths, latents, tokens, self.prefixes)

@@ -81,10 +81,13 @@ class Previews(Callback):
         reader = PromptReader(
             text_families(stage, corpus), constants, partial(load_llm, device=engine.device)
         )
+        # One rank reads for all, so that the other ranks need no memory for the LLMs.
         if engine.rank == 0:
             reader.read(self.prompts, keep_llms=False)
+        # Over host memory, since the device of rank 0 does not exist on other ranks.
         reader.known = gather(_to_host(reader.known) if engine.rank == 0 else None)[0]
         if engine.device.type == "cuda":
+            # Otherwise the memory of the freed LLMs stays cut into blocks of their sizes in torch's cache.
             torch.cuda.empty_cache()
 
         self.reader = reader
@@ -100,6 +103,7 @@ class Previews(Callback):
 
         with trainer.engine.averaged():
             images = self.sample(trainer.engine)
+        # Only rank 0 has the images and writes; the others go on to the next collective.
         if images is not None:
             self.save(images.grid, state.samples)
             trainer.log.image("samples", np.asarray(images.grid), state.samples)
@@ -112,6 +116,7 @@ class Previews(Callback):
         # indices beyond the end are sampled, so that all ranks run equally often, but not shown
         indices = range(engine.rank * share, (engine.rank + 1) * share)
         sampled: list[Image.Image] = []
+        # At most a micro-batch at a time: that many samples are known to fit into memory.
         for start in range(0, share, engine.micro_batch):
             sampled += self._sample(engine, indices[start : start + engine.micro_batch])
 
@@ -120,6 +125,7 @@ class Previews(Callback):
         if engine.rank > 0:
             return None
 
+        # The stage's prompts come before the scenes, as in `self.prompts`.
         first = len(self.stage.sample.prompts) + SCENES_SHOWN
         grid = make_grid(images[:first], self.prompts[:first])
         return PreviewImages(grid, self._scores(images[len(self.prompts) - len(self.scenes) :]))
@@ -134,7 +140,9 @@ class Previews(Callback):
 
     def _sample(self, engine: Engine, indices: range) -> list[Image.Image]:
         sample = self.stage.sample
+        # Any prompt does for the indices beyond the end.
         prompts = [self.prompts[index % len(self.prompts)] for index in indices]
+        # By index and not by rank: another number of processes samples the same images.
         seeds = [sample.seed + index for index in indices]
         latents = sample_latents(
             engine,
@@ -152,6 +160,7 @@ class Previews(Callback):
     def _condition(self, engine: Engine, prompts: list[str]) -> Condition:
         params = SamplingParams(height=self.stage.sample.height, width=self.stage.sample.width)
         extra = extra_conditions(engine.module, params, len(prompts), engine.device)
+        # Replaced at each step of the solver.
         timesteps = torch.zeros(len(prompts), device=engine.device)
         return Condition(timesteps, self.reader.texts(prompts, engine.dtype), extra)
 

@@ -44,6 +44,7 @@ class TrainState:
         position = record["position"]
         # before the key had its present name it was called `usual_norm`
         norm = record["running_grad_norm"] if "running_grad_norm" in record else record["usual_norm"]
+        # Key by key, because a checkpoint's record also has others, such as the stage.
         return cls(
             step=record["step"],
             samples=record["samples"],

@@ -148,6 +148,7 @@ class Trainer:
                 # one training step
                 began = time.monotonic()
                 self.heartbeat.enter("data", self.state.step)
+                # This position is only saved after the step: a resumed run never repeats or skips a batch.
                 batch, self.state.position = next(batches)
                 waited = time.monotonic() - began
                 self._train_step(batch)

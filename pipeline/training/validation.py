@@ -24,6 +24,8 @@ def with_shifted_captions(condition: Condition) -> Condition:
     """Give each sample the caption of its neighbor in the batch."""
 
     def shifted(text: Text) -> Text:
+        # The mask moves along, since captions have different lengths. A roll, because it leaves no sample its
+        # own.
         return replace(text, states=text.states.roll(1, 0), mask=text.mask.roll(1, 0))
 
     return replace(condition, texts=[shifted(text) for text in condition.texts])
@@ -51,10 +53,12 @@ def losses_at_fixed_timesteps(
     count = 0
     for clean, noise, condition in batches:
         given = with_shifted_captions(condition) if shuffle_captions else condition
+        # All timesteps of a batch with the same noise: the curves differ only by timestep.
         for index, fixed in enumerate(FIXED_TIMESTEPS):
             timesteps = torch.full((len(clean),), fixed, device=clean.device)
             noisy, target = objective.add_noise(clean, noise, timesteps)
             prediction = predict(noisy.to(dtype), replace(given, timesteps=timesteps))
+            # Summed in fp64 on the host, so that the number of batches does not limit the precision.
             sums[index] += objective.loss(prediction.float(), target).double().sum().cpu()
         count += len(clean)
     return sums / max(count, 1)
@@ -63,6 +67,7 @@ def losses_at_fixed_timesteps(
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Return the mean of a CPU tensor over all ranks, which see equally many samples."""
     if dist.is_initialized() and dist.get_world_size() > 1:
+        # NCCL has no collectives for CPU tensors.
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         values = values.to(device)
         dist.all_reduce(values)
@@ -83,11 +88,13 @@ class Validation(Callback):
     def validate(self, trainer: "Trainer") -> None:
         """Measure the losses on all ranks and log their mean."""
         engine, inputs = trainer.engine, trainer.inputs
+        # Lazy, so that only one batch is in memory at a time.
         moved = (batch.to(engine.device) for batch in trainer.data.validation())
         held_out = (
             (inputs.clean_latents(batch), batch.noise, inputs.condition(batch, batch.u)) for batch in moved
         )
 
+        # The averaged weights, because these are the ones that are sampled and exported.
         with engine.averaged():
             losses = losses_at_fixed_timesteps(engine, held_out, trainer.objective, engine.dtype)
         losses = mean_over_ranks(losses)
