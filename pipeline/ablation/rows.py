@@ -59,6 +59,7 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
         if name not in ablation.rows:
             raise UserError(f"row `{name}` does not exist in {path}: it has {', '.join(ablation.rows)}")
 
+    # rows before tables: a table that loses all of its rows disappears
     chosen = set(only or ablation.rows)
     ablation.rows = {name: row for name, row in ablation.rows.items() if name in chosen}
     tables: dict[str, list[str]] = {}
@@ -102,6 +103,7 @@ class Job:
         if (self.run / "stage.yaml").exists():
             before = _flatten(asdict(load_run(self.run)))
             now = _flatten(asdict(self.stage))
+            # settings that only the old file has are those of an older version and do not count
             changed = [f"{key}={value}" for key, value in now.items() if before.get(key) != value]
             if changed:
                 raise UserError(
@@ -109,6 +111,7 @@ class Job:
                     "remove that folder, or give name=... for another ablation"
                 )
 
+        # images of other prompts would be scored with the wrong captions
         if self.prompts.exists() and self.prompts.read_text(encoding="utf-8").splitlines() != list(prompts):
             raise UserError(
                 f"{self.run} has images of other prompts: give --scored and --segments as then, "
@@ -147,12 +150,14 @@ def make_jobs(
     jobs: list[Job] = []
     for seed in range(seeds):
         for name, row in ablation.rows.items():
+            # last, so that they win: a row cannot change its data, seed or folder
             own = [
                 f"runs={folder}/{name}",
                 f"name=seed_{seed}",
                 f"data.seed={seed}",
                 f"data.snapshot={snapshot.id}",
             ]
+            # the row's settings override the user's, so that rows differ as planned
             config = load_stage(stage, [*settings, *row.settings, *own])
             absent = [family for family in config.fusion.families if family not in snapshot.families]
             # the row is named in the report, which so shows why a table is shorter than the paper's
@@ -179,6 +184,7 @@ class SeedMean:
         count = len(values)
         if count < 2:
             return cls(mean(values), math.inf, count)
+        # 0.975 leaves 2.5 % on each side; t and not the normal one, since seeds are few
         half = float(student.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
         return cls(mean(values), half, count)
 
@@ -212,6 +218,7 @@ class Ordering:
     @property
     def verdict(self) -> str:
         """`holds` or `reversed` if the interval of the difference does not contain zero, else `undecided`."""
+        # a single seed has an infinite half width, so it decides nothing
         if abs(self.difference.mean) <= self.difference.half:
             return "undecided"
         return "holds" if self.difference.mean > 0 else "reversed"
@@ -235,6 +242,7 @@ def orderings(ablation: Ablation, scores: dict[str, dict[int, float]]) -> dict[s
             papers = ablation.rows[first].paper, ablation.rows[second].paper
             if papers[0] is None or papers[1] is None or first not in scores or second not in scores:
                 continue
+            # in the paper's order, so that a positive difference agrees with the paper
             better, worse = (first, second) if papers[0] > papers[1] else (second, first)
             difference = paired_difference(scores[better], scores[worse])
             if difference is not None:

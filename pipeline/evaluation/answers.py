@@ -95,6 +95,7 @@ class ScorerModels:
         # all names are checked before the first model is loaded
         for name in sorted(needed):
             self._source(name)
+        # this loads the models: the identity is read from their files
         return {name: getattr(self, name).identity for name in sorted(needed)}
 
     def _source(self, name: str) -> str:
@@ -110,6 +111,7 @@ class ScorerModels:
 def read_answers(out: Path) -> dict[str, Answer]:
     """Return the answers so far by file; a last line that a killed process cut short is skipped."""
     answers: dict[str, Answer] = {}
+    # all files, since the shares of an earlier start may have been others
     for path in sorted((out / ANSWERS).glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):

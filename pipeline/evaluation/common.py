@@ -154,6 +154,7 @@ def read_json(path: Path) -> Any:
         UserError: if the file is missing or is not JSON.
     """
     try:
+        # a UserError of `read_text` is no ValueError and passes through
         return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"--prompts {path}: not JSON: {error}") from error
@@ -174,6 +175,7 @@ def iou(a: Sequence[float], b: Sequence[float], pixel: float = 0.0) -> float:
     """
 
     def area(left: float, top: float, right: float, bottom: float) -> float:
+        # boxes that do not meet have a negative side, and two of them would make a positive area
         return max(right - left + pixel, 0) * max(bottom - top + pixel, 0)
 
     shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))

@@ -53,6 +53,7 @@ def reference_images(folder: Path) -> list[BenchImage]:
         raise UserError(
             f"--reference {folder}: no images there: give a folder of {', '.join(sorted(SUFFIXES))}"
         )
+    # an absolute path is kept as it is when it is joined to the folder of images
     return [BenchImage(str(path.resolve()), "", (), {"reference": True}) for path in paths]
 
 
@@ -60,6 +61,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     """Return the image's features, fp32 in base64."""
     # little-endian, so that answers can be read on any machine
     features = np.asarray(judges.inception.features([image])[0].cpu(), dtype="<f4")
+    # binary, since 2048 decimal numbers per image would take several times the space
     return {"features": base64.b64encode(features.tobytes()).decode()}
 
 
@@ -75,6 +77,7 @@ def frechet_distance(a: Array, b: Array) -> float:
     first, second = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))
 
     # tr sqrt(AB) is the sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric
+    # `clip`: rounding makes eigenvalues that should be zero slightly negative
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
@@ -85,6 +88,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: FI
     """Return FID, with the numbers of images: it grows as either set shrinks, so they belong to it."""
     sets: dict[bool, list[Array]] = {True: [], False: []}
     for image in images:
+        # fp64, since the traces nearly cancel for similar sets
         features = np.frombuffer(base64.b64decode(answers[image.file]["features"]), "<f4").astype(np.float64)
         sets[bool(image.about.get("reference"))].append(features)
 

@@ -47,6 +47,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
         for key, entry in texts.items():
             about = {"id": key, "skills": skills[key]}
             for number in range(images_per_prompt):
+                # the benchmark's own program reads one image per prompt, under this name
                 file = f"{key}.jpeg" if number == 0 else f"{key}_{number}.jpeg"
                 images.append(BenchImage(file, entry["prompt"], (seed + number,), about))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -58,6 +59,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
 
 def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     """Return VQAScore of the prompt."""
+    # not `format`: a prompt or template may have other braces
     question = judges.question.replace("{}", entry.prompt)
     return {"vqascore": judges.vqa.likelihood(image, question, judges.answer)}
 
@@ -76,9 +78,11 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: Ge
 
     by_skill: dict[str, list[float]] = {}
     for key, value in means.items():
+        # a prompt with several skills counts for each of them
         for skill in skills[key]:
             by_skill.setdefault(skill, []).append(value)
 
+    # but only once here, so that `overall` is not the mean over the skills
     counted = [value for key, value in means.items() if skills[key] or rules.untagged]
     if not counted:
         raise UserError(f"no prompt of {SKILLS} is in {PROMPTS}: set untagged=true to score without skills")

@@ -40,9 +40,11 @@ def _errors(text: str) -> list[list[str]]:
     number = 0
     while number < len(lines):
         if lines[number].startswith("Traceback "):
+            # frames are indented, so the first line of a name at the margin is the exception
             ends = (i for i in range(number + 1, len(lines)) if LAST_LINE.match(lines[i]))
             end = next(ends, min(number + MAX_LINES, len(lines) - 1))
             blocks.append(lines[number : end + 1])
+            # the search goes on after the block, so that its last line does not count twice
             number = end
         elif STARTS.match(lines[number]):
             blocks.append([lines[number]])
@@ -68,10 +70,13 @@ def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
         # the job's own output repeats rank 0's log
         if path.is_symlink():
             continue
+        # errors of earlier attempts come before this size
         text = path.read_bytes()[sizes.get(path.name, 0) :].decode(errors="replace")
         written = path.stat().st_mtime
 
+        # a rank's later errors follow from its first one
         for block in _errors(text)[:1]:
+            # the last line names the exception; frames mention timeouts of all kinds
             kind = CONSEQUENCE if CONSEQUENCES.search(block[-1]) else OWN
             # the first line and the innermost frames say most
             shown = block if len(block) <= MAX_LINES else [block[0], "  ...", *block[2 - MAX_LINES :]]
@@ -81,5 +86,6 @@ def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
 
     if not failures:
         return ""
+    # tuples compare by kind first, and then by time
     first = min(failures)
     return f"{first.log.removesuffix('.txt')}: {first.text}"

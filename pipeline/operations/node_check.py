@@ -50,6 +50,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
     report.gpus = torch.cuda.device_count()
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
     checks: list[tuple[str, Callable[[], None]]] = [("gpu", lambda: _check_gpu(ranks, per_node))]
+    # the node's disks and software are the same for all its processes
     if ranks.local_rank == 0:
         report.versions = versions()
         checks += [
@@ -64,6 +65,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
             check()
         except (UserError, StoreError, OSError, RuntimeError, ValueError) as error:
             report.errors.append((topic, first_line(error)))
+    # already now, because the other processes wait for it before they connect
     report.write(folder)
 
     # with a bad node the collectives would only wait for their timeout
@@ -81,6 +83,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
 def _all_fit(ranks: Distributed, folder: Path) -> bool:
     """True if all processes write their reports within `RENDEZVOUS_SECONDS`, and none reports an error."""
     end = time.monotonic() + RENDEZVOUS_SECONDS
+    # files and not collectives, since a collective would not say which node is missing
     while len(list(folder.glob("rank_*.json"))) < ranks.world and time.monotonic() < end:
         time.sleep(0.1)
     reports = read_reports(folder)
@@ -111,6 +114,7 @@ def _check_gpu(ranks: Distributed, per_node: int) -> None:
     """Check that the GPU exists, is free, and multiplies correctly; nothing on a node without GPUs."""
     count = torch.cuda.device_count()
     allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    # a GPU that fell off the bus disappears from torch
     if count < allocated:
         raise UserError(f"the job was given {allocated} GPUs, torch sees {count}: see nvidia-smi on the node")
     if not count:
@@ -120,6 +124,7 @@ def _check_gpu(ranks: Distributed, per_node: int) -> None:
 
     device = torch.device("cuda", ranks.local_rank)
     free, total = torch.cuda.mem_get_info(device)
+    # a process that outlived an earlier job may keep memory
     if free < MIN_FREE_SHARE * total:
         raise UserError(
             f"GPU {ranks.local_rank}: {(total - free) / 2**30:.0f} of {total / 2**30:.0f} GB "
@@ -130,6 +135,7 @@ def _check_gpu(ranks: Distributed, per_node: int) -> None:
     numbers = torch.arange(2048 * 2048, device=device, dtype=torch.int64).remainder_(3).sub_(1)
     matrix = numbers.reshape(2048, 2048).bfloat16()
     row_sums = (matrix @ matrix).float().sum(1)
+    # by the row sums, a product with a vector, which takes a fraction of the time in fp64
     expected = matrix.double() @ matrix.double().sum(1)
     if not torch.equal(row_sums.double(), expected):
         raise UserError(f"GPU {ranks.local_rank}: a matrix product is wrong")
@@ -137,6 +143,7 @@ def _check_gpu(ranks: Distributed, per_node: int) -> None:
 
 def _check_shared_memory() -> None:
     required = float(os.environ.get("PREFLIGHT_SHM_GB", "1"))
+    # loader processes pass batches through it; containers often have 64 MB
     size = shutil.disk_usage("/dev/shm").total / 2**30
     if size < required:
         raise UserError(
@@ -146,6 +153,7 @@ def _check_shared_memory() -> None:
 
 def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # a random name, since all nodes write to a shared folder at the same time
     probe = folder / f".preflight-{secrets.token_hex(8)}"
     probe.write_bytes(b"preflight")
     probe.unlink()
@@ -205,6 +213,7 @@ def _check_network(report: NodeReport, ranks: Distributed, per_node: int) -> Non
 def _bandwidth(group: Any, world: int, device: torch.device) -> float:
     """Return GB/s over each process's link in a ring all-reduce: the mean of three, after one to warm up."""
     megabytes = MEGABYTES if device.type == "cuda" else MEGABYTES // 8
+    # 2^18 fp32 values are 1 MiB
     data = torch.zeros(megabytes * 2**18, device=device)
     dist.all_reduce(data, group=group)
 

@@ -63,6 +63,7 @@ def read_reports(folder: Path) -> list[NodeReport]:
     """Return the reports of all processes that wrote one, by rank."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
     for record in records:
+        # JSON has no tuples, and `decide` puts errors into sets
         record["errors"] = [(topic, text) for topic, text in record["errors"]]
     return [NodeReport(**record) for record in records]
 
@@ -103,6 +104,7 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
     if is_local and not after_another and not Path(stage.start_from).exists():
         raise UserError(f"start_from={stage.start_from}: no such run or file")
 
+    # a dataset that earlier jobs fill has no snapshot yet, so its store cannot be checked now
     if made_here is not None:
         prepared = dict(OmegaConf.load(made_here))
         dataset = prepared.get("store"), prepared.get("name")
@@ -116,6 +118,7 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
     verdict = Verdict()
     errors: dict[str, set[tuple[str, str]]] = {node: set() for node in nodes}
     for report in reports:
+        # network errors name no culprit: the process that reports one may be the healthy end
         errors.setdefault(report.node, set()).update(
             error for error in report.errors if error[0] != "network"
         )
@@ -139,6 +142,7 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
     network: list[str] = []
     for report in reports:
         network += [f"{report.node}: {text}" for topic, text in report.errors if topic == "network"]
+    # with a bad node, the network's errors follow from it
     if network and not verdict.bad and not common:
         verdict.network = network[0]
 
@@ -146,6 +150,7 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
     gpus = sum(report.gpus for report in reports if report.local_rank == 0)
     verdict.notes = [
         f"{len(present)} nodes, {len(reports)} processes, {gpus} GPUs",
+        # the slowest process, since all wait for it
         f"all-reduce {min(bandwidths):.2f} GB/s" if bandwidths else "no all-reduce",
         f"{max((report.seconds for report in reports), default=0):.0f} s",
     ]
@@ -156,6 +161,7 @@ def _common_topics(errors: dict[str, set[tuple[str, str]]]) -> set[str]:
     """Return the topics that all nodes report; with a single node, only topics that nodes share."""
     counts: Counter[str] = Counter()
     for node_errors in errors.values():
+        # a set, so that several processes of a node count once
         counts.update({topic for topic, _ in node_errors})
     return {
         topic for topic, count in counts.items() if count == len(errors) and (count > 1 or topic in SHARED)
@@ -168,6 +174,7 @@ def _odd_versions(reports: list[NodeReport]) -> dict[str, str]:
     by_node = {report.node: report.versions for report in reports if report.versions}
     for name in sorted(set(chain.from_iterable(by_node.values()))):
         versions = {node: installed.get(name, "missing") for node, installed in by_node.items()}
+        # the majority is right: an update usually misses single nodes
         usual = Counter(versions.values()).most_common(1)[0][0]
         for node, version in versions.items():
             if version != usual:
@@ -196,6 +203,7 @@ def _slow_nodes(reports: list[NodeReport]) -> dict[str, str]:
         for report in reports
         if report.node_bandwidth is not None and report.gpus
     }
+    # relative to the other nodes, since the speed of a fit node depends on its GPUs
     usual = statistics.median(speeds.values()) if speeds else 0.0
     return {
         node: f"all-reduce in the node {speed:.1f} GB/s, usual {usual:.1f}"
@@ -209,10 +217,12 @@ def print_verdict(verdict: Verdict, folder: Path) -> int:
     print("== preflight: " + ", ".join(verdict.notes), flush=True)
     for node, why in sorted(verdict.bad.items()):
         print(f"== preflight: {node} is bad: {why}", flush=True)
+    # exit code 2: other nodes would not help, so the job is not queued again
     if verdict.everywhere:
         raise UserError(f"preflight, on all nodes: {verdict.everywhere}")
     if verdict.network:
         print(f"== preflight: the nodes cannot reach each other: {verdict.network}", flush=True)
+    # cluster/train.sh excludes these nodes when it queues the job again
     (folder / "bad_nodes").write_text(",".join(sorted(verdict.bad)))
     return 1 if verdict.bad or verdict.network else 0
 

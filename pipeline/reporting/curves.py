@@ -13,6 +13,7 @@ from pipeline.runtime.run_log import read_events, read_lines, read_reports
 from pipeline.training.metrics import TIMESTEP_BINS
 
 matplotlib.use("svg")
+# after the backend is chosen, so that pyplot never looks for a display
 from matplotlib import pyplot
 
 COLORS = ["#2f6fde", "#e07a2e", "#2a9d6f", "#8a5cd1", "#667085", "#c2387a", "#12a5b8", "#a08a1c"]
@@ -64,7 +65,9 @@ def curve(
         bands: label -> lower and upper limit at each x of that line.
     """
     figure, plot = pyplot.subplots(figsize=(6.2, 3.3))
+    # colors repeat when there are more lines than colors
     for color, (label, (x, y)) in zip(COLORS * len(lines), lines.items(), strict=False):
+        # a single point would be invisible as a line
         marker = "o" if len(x) < 12 else None
         plot.plot(x, y, label=label, color=color, linewidth=1.6, marker=marker, markersize=4)
         if bands and label in bands:
@@ -86,6 +89,7 @@ def curve(
 
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # pyplot keeps every open figure in memory
     pyplot.close(figure)
     # without the XML header, so that HTML can contain it
     svg = text.getvalue()
@@ -97,6 +101,7 @@ def smooth(values: list[float], share: float = 0.03) -> list[float]:
     width = max(1, int(len(values) * share))
     means: list[float] = []
     for end in range(1, len(values) + 1):
+        # the past only, so that a point does not change when training goes on
         window = values[max(0, end - width) : end]
         means.append(sum(window) / len(window))
     return means
@@ -171,9 +176,11 @@ def curves_of(run: Path) -> list[dict[str, str]]:
     if not reports:
         return []
 
+    # the first start is no restart
     restarts = [event["samples"] for event in read_events(run, "start")[1:]]
     curves: list[dict[str, str]] = []
     for plot in _plots(run, reports):
+        # a plot without any line is left out of the page
         lines = {label: line for label, line in plot.lines.items() if line[0]}
         if lines:
             axes = ("samples", plot.unit)

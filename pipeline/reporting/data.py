@@ -24,6 +24,7 @@ def describe_data(stage: StageConfig) -> dict[str, Any]:
     try:
         corpus = open_corpus(stage)
         families, steps = _families(corpus, stage), _steps(corpus)
+    # the store may be on another machine; the rest of the report does not need it
     except UserError as error:
         return {"note": f"Not known here: {error}.", "families": [], "steps": []}
 
@@ -39,6 +40,7 @@ def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
         indexes += [read_index(source.dataset, source.snapshot, bucket) for bucket in source.snapshot.buckets]
 
     rows: list[dict[str, str]] = []
+    # only the families that this run reads, since the snapshot may have those of other runs
     for name in read_families(stage):
         identity = corpus.families[name].identity
         made_with = next((str(identity[key]) for key in MADE_WITH if identity.get(key)), "")
@@ -47,6 +49,7 @@ def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": name,
+                # the last name alone: the page may be published, and paths reveal users and clusters
                 "made_with": Path(made_with.removeprefix("package:")).name,
                 "rows": f"{pairs:,}",
                 "bytes": f"{size / pairs:,.0f}",
@@ -62,6 +65,7 @@ def _steps(corpus: Corpus) -> list[dict[str, str]]:
     missing: Counter[str] = Counter()
     for source in corpus.sources:
         planned += sum(sum(rows) for rows in read_plan(source.dataset).buckets.values())
+        # a partial snapshot lacks parts that were not ready when it was made
         missing.update(source.snapshot.left_out)
         try:
             files = read_plan_record(source.dataset)["files"]
@@ -72,6 +76,7 @@ def _steps(corpus: Corpus) -> list[dict[str, str]]:
     # `plan` reads only headers, so damaged images are found later, by `pairs`
     missing["dropped when decoded in full"] = planned - used - missing.total()
 
+    # the steps go down from this number, and have to end at the rows that the run reads
     left = planned + dropped.total()
     steps = [{"name": "rows of the sources", "taken": "", "left": f"{left:,}"}]
     for reason, count in [*dropped.most_common(), *missing.most_common()]:

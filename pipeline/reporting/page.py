@@ -33,6 +33,7 @@ def list_events(run: Path) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for event in shown:
+        # a start has `how`, a stop has `reason`, a save has neither
         detail = event.get("how") or event.get("reason") or f"training paused for {event['seconds']:.2f} s"
         rows.append(
             {
@@ -78,6 +79,7 @@ def make_tiles(run: Path, extra: dict[str, Any]) -> list[dict[str, str]]:
                 tiles.append({"label": label, "value": f"{last[name]:.1%}"})
         if last.get("skipped"):
             tiles.append({"label": "steps skipped for their gradients", "value": f"{last['skipped']:.0f}"})
+        # the first start is no resume
         resumed = len(read_events(run, "start")) - 1
         tiles.append({"label": "times stopped and resumed", "value": str(resumed)})
     return tiles + extra.get("tiles", [])
@@ -94,6 +96,7 @@ def build(run: Path) -> Path:
     extra = json.loads(extra_file.read_text()) if extra_file.exists() else {}
 
     phases = extra.get("phases", [])
+    # the bars of the phases are relative to the longest one
     longest = max((phase["seconds"] for phase in phases), default=1.0)
     curves = curves_of(run)
     # the demo adds it; other runs are not compared with an untrained network
@@ -108,9 +111,11 @@ def build(run: Path) -> Path:
 
     slides: list[dict[str, str]] = []
     for path in sorted((run / "grids").glob("samples_*.png")):
+        # the number of samples is part of the file's name
         samples = int(path.stem.split("_")[-1])
         slides.append({"image": inline_png(path), "label": f"after {samples:,} samples"})
 
+    # escaped, since captions and settings are text from outside
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     finished = (run / "finished.json").exists()
     html = page.render(
