@@ -113,6 +113,7 @@ class Checkpoints:
         if not self._stage_hash:
             self._stage_hash = xxhash.xxh64(dump_stage(engine.stage).encode()).hexdigest()
 
+        # A failure without `wait` costs one checkpoint, not the run; with `wait` the caller is about to exit.
         folder, failures = self.folder / f".tmp_{_name(step)}", self.failures
         if self._prepare(folder):
             state = engine.state()
@@ -143,6 +144,7 @@ class Checkpoints:
         ready = 1
         if self.rank == 0:
             try:
+                # They are of a killed job: `save` has waited for the saves of this one.
                 for left_over in self.folder.glob(".tmp_*"):
                     shutil.rmtree(left_over)
                 folder.mkdir(parents=True)
@@ -171,6 +173,7 @@ class Checkpoints:
                 self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._host[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
+            # The copies are asynchronous: training must not change the weights before they are done.
             torch.cuda.synchronize()
         return {name: self._host[name] for name in tensors}
 
@@ -254,6 +257,7 @@ class Checkpoints:
         if final.exists():  # it is damaged and was passed over, or the run was set back to an earlier step
             _remove(final)
         job.folder.rename(final)
+        # A rename is only durable once the folder that contains it is on disk.
         sync_path(self.folder)
         write_atomic(self.folder / "latest", final.name, durable=True)
 
@@ -298,6 +302,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint whose files have the sizes and hashes that its manifest records."""
+        # Rank 0's list, since a network file system may show other ranks an older state of the folder.
         names = gather([folder.name for folder in sorted(self.folder.glob("step_*"), reverse=True)])[0]
         for name in names:
             damage = self._damage(self.folder / name)
@@ -312,6 +317,7 @@ class Checkpoints:
         manifest = read_manifest(folder)
         if manifest is None:
             return "its manifest is missing or damaged"
+        # The ranks share the hashing, which reads every byte.
         for name in sorted(manifest["files"])[self.rank :: self.world]:
             try:
                 file = Written((folder / name).stat().st_size, hash_file(folder / name))
@@ -353,6 +359,7 @@ class Checkpoints:
                 if not tensors[target.group].numel():  # the parameters of this group do not have this moment
                     continue
                 stop = source.offset + source.length
+                # Only the bytes that this rank needs, also from a run with another number of ranks.
                 values = files.read(source.rank, f"{kind}.{source.group}", source.offset, stop)
                 tensors[target.group][target.offset : target.offset + target.length] = values
 
@@ -392,6 +399,7 @@ def _start_job(folder: Path, manifest: dict[str, Any], work: Callable[[], dict[s
         except Exception as error:  # the training thread reads it and agrees with the other ranks on it
             job.error = error
 
+    # A daemon, so that a process that fails does not wait for a slow disk.
     job = _Job(folder, manifest, threading.Thread(target=run, name=f"checkpoint {folder.name}", daemon=True))
     job.thread.start()
     return job
@@ -435,6 +443,7 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
         return CheckpointWeights(newest, which)
 
+    # Before the search for safetensors, since a checkpoint's rank files have that suffix too.
     if (path / MANIFEST).exists():
         return CheckpointWeights(path, which)
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))

@@ -41,6 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
         OSError: if the disk is full, or the file cannot be written.
     """
     header, end = {}, 0
+    # The format: the header's length in 8 bytes, a JSON header, and the tensors at the offsets that it gives.
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -52,6 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
 
     digest = xxhash.xxh64()
+    # Unbuffered, because the chunks are large already.
     with path.open("wb", buffering=0) as file:
         for block in (len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())):
             view = memoryview(block)
@@ -59,12 +61,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
                 chunk = view[start : start + _CHUNK]
                 digest.update(chunk)
                 while chunk:
+                    # An unbuffered `write` may write less than it was given.
                     chunk = chunk[file.write(chunk) :]
+        # The manifest, written later, vouches for these bytes: they must survive a crash of the machine.
         os.fsync(file.fileno())
     return Written(8 + len(text) + end, digest.hexdigest())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    # Viewed as bytes, since numpy has no bf16.
     flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -80,6 +85,7 @@ class RankFiles:
         """Return elements [start, stop) of a flat tensor in a rank's file."""
         if rank not in self._open:
             self._open[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
+        # A slice reads only its own bytes from the mapped file.
         return self._open[rank].get_slice(name)[start:stop]
 
 

@@ -25,6 +25,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest, or None if it is missing, damaged, or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
+    # A folder without a manifest may be what is left of a checkpoint whose deletion was interrupted.
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
@@ -68,6 +69,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._kind = _kind(folder, which, manifest["ema"])
         self._layout = Layout.from_json(manifest["layout"])
         self._files = RankFiles(folder)
+        # Small: buffers and frozen parameters. The others are too large to be kept.
         self._replicated = {name: value.float() for name, value in load_file(folder / REPLICATED).items()}
 
         self.shapes = dict(self._layout.shapes)
@@ -77,6 +79,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._replicated:
             return self._replicated[name]
+        # The extents cover every element, so the memory needs no zeros.
         whole = torch.empty(self.shapes[name], dtype=torch.float32)
         flat = whole.view(-1)
         for extent in self._layout.extents(name):
@@ -120,6 +123,7 @@ class ExportedWeights(Mapping[str, Tensor]):
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated)
+                        # Only names and shapes are read here; the tensors follow one by one.
                         self._files[name] = path
                         self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
@@ -138,6 +142,7 @@ class ExportedWeights(Mapping[str, Tensor]):
 
 def apply_umask(folder: Path) -> None:
     """Give the weights in a folder the mode of any new file; safetensors lets only their owner read them."""
+    # The umask can only be read by changing it, for all threads. A new file shows its effect instead.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".mode") as temporary:
         new = Path(temporary, "new")
         new.touch()

@@ -18,6 +18,7 @@ class AdamWSettings(OptimizerSettings):
     betas: tuple[float, float]
     eps: float
 
+    # The names in torch's AdamW state, under which checkpoints store them.
     moments: ClassVar[dict[str, tuple[str, ...]]] = {DECAY: MOMENTS, NO_DECAY: MOMENTS}
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -31,12 +31,15 @@ def compile_blocks(blocks: Iterable[Block]) -> None:
 
 
 def _compile(block: Any) -> None:
+    # `dynamic=False`: torch would otherwise make sizes symbolic as soon as a second bucket comes.
     compiled = torch.compile(block.forward, dynamic=False)
 
     def forward(*inputs: Any) -> Tensor:
         for argument, axis in block.text_axes.items():
             value = inputs[argument]
             if value is not None:
+                # On every call, because the mark belongs to the tensor. `maybe` lets a graph that needs a
+                # fixed length have it.
                 torch._dynamo.maybe_mark_dynamic(value, axis)
         return compiled(*inputs)
 
@@ -54,6 +57,7 @@ def make_graphs(block: Block, samples: int, patches: int) -> None:
         patches: patches of each sample.
     """
     for tokens in _TEXT_TOKENS:
+        # A batch without padding has no mask, which is another graph.
         for padded in (False, True):
             inputs: tuple[Any, ...] = block.example_inputs(samples, patches, tokens, padded)
             trained = [value for value in inputs if value is not None and value.requires_grad]

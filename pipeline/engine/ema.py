@@ -32,6 +32,7 @@ class ShardedEMA:
         """Make update number `updates`: average += (1 - decay) * (master - average)."""
         weight = 1 - warm_decay(self.decay, updates)
         masters = [master.detach() for master in self.master_weights]
+        # All tensors in a few kernels, and without temporary copies of them.
         torch._foreach_lerp_(self.averages, masters, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
@@ -44,6 +45,7 @@ class ShardedEMA:
     def swap(self) -> None:
         """Exchange averages and masters in place; a second call restores both bit for bit."""
         for average, master in zip(self.averages, self.master_weights, strict=True):
+            # One tensor at a time, so that the exchange needs little memory of its own.
             copy = master.detach().clone()
             master.copy_(average)
             average.copy_(copy)

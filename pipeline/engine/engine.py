@@ -61,6 +61,7 @@ class Engine:
                 f"engine.micro_batch={self.micro_batch} does not divide the {local_batch} samples of a rank: "
                 "change it"
             )
+        # Before anything is built, which takes minutes for a large network: a wrong setting fails at once.
         check_settings(stage)
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
 
@@ -86,8 +87,10 @@ class Engine:
         self.master_weights = MasterWeights(
             self._optimizer, self.module, settings, stage.engine.zero_stage, self.rank, self.world
         )
+        # The optimizer was made on parameters; only now are there flat masters, with places in them.
         settings.bind(inner, self.master_weights.layout, self.master_weights.tensors)
         self.master_weights.fill(initial)
+        # After `fill`, because an average starts as a copy of the masters.
         self.averages = [ShardedEMA(decay, self.master_weights.tensors) for decay in stage.ema]
 
         self._micro_step, self._limit, self._norm = 0, float("inf"), float("nan")
@@ -104,6 +107,7 @@ class Engine:
         """
         part = next(self.micro_batches(samples))
         block = self._leaves[0]  # all blocks share their graphs
+        # The graph reads whole weights, outside of a forward pass that would gather them.
         with deepspeed.zero.GatheredParameters(list(block.parameters())):
             make_graphs(block, part.stop, patches)
 
@@ -155,6 +159,7 @@ class Engine:
         """
         if self._micro_step != self.micro_steps:
             raise RuntimeError(f"step after {self._micro_step} of {self.micro_steps} backward passes")
+        # Set here and not by a scheduler of DeepSpeed, which would count steps instead of samples.
         for group in self.master_weights.inner.param_groups:
             group["lr"] = lr
         self._micro_step, self._limit, self._norm = 0, limit, float("nan")
@@ -184,14 +189,18 @@ class Engine:
     def update_averages(self, samples: int) -> None:
         """Update the averages after an applied step; `samples` have been seen with it. Not collective."""
         for average in self.averages:
+            # From samples, so that the warm-up of the averages needs no state in the checkpoint.
             average.update(samples // self.stage.global_batch - 1)
 
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[None]:
         """Return a context in which the network has the weights of average `index`; it leaves no trace."""
         average = self.averages[index]
+        # The masters are only exchanged, not recomputed: training goes on with exactly the same weights.
         average.swap()
         self.master_weights.publish()
+        # `finally`: an error in the block, such as one in validation, must not leave the averages in the
+        # masters.
         try:
             yield
         finally:
@@ -237,6 +246,7 @@ class Engine:
         wanted = self.master_weights.layout.shapes | {
             name: tuple(tensor.shape) for name, tensor in replicated.items()
         }
+        # Files know their shapes: to look at the tensors would read all of them.
         shapes = getattr(weights, "shapes", None) or {
             name: tuple(tensor.shape) for name, tensor in weights.items()
         }
@@ -244,8 +254,10 @@ class Engine:
 
         for name in self.master_weights.layout.shapes:
             if name not in new:
+                # One parameter at a time: no rank has memory for all of them.
                 whole = weights[name].flatten()
                 self.master_weights.fill(lambda _, start, stop, whole=whole: whole[start:stop], [name])
+        # Moments of other weights would push the first steps in a wrong direction.
         for moments in self.master_weights.moments().values():
             for moment in moments:
                 moment.zero_()
@@ -286,5 +298,6 @@ class Engine:
                 buffer.copy_(values[name])
         for name, parameter in self._frozen().items():
             if name in values:
+                # Rank 0's value goes to all ranks, so they cannot disagree.
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(values[name])

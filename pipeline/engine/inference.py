@@ -41,6 +41,7 @@ class PartitionedNetwork:
             UserError: if the weights are those of another network.
         """
         precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        # hpz keeps a second copy of the weights on each node, which pays off only in a backward pass.
         stage = StageConfig(engine=replace(settings, zero_stage=3, precision=precision, hpz=1))
         config = deepspeed_config(stage, 1, 1)
         self.module: Any = build_partitioned(build, config).requires_grad_(False)
@@ -53,8 +54,10 @@ class PartitionedNetwork:
         }
         check_names(wanted, shapes, "weights to sample with")
         for name, parameter in parameters.items():
+            # The pieces are filled directly, so that no parameter is ever whole on a device.
             piece = parameter.ds_tensor
             own = weights[name].flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
+            # The last rank's piece may be longer than what is left of the parameter: its end is padding.
             piece.data[: len(own)].copy_(own)
 
         # Kept because its destruction would remove the hooks that gather parameters.

@@ -68,6 +68,7 @@ class Layout:
                 numel = prod(shape)
                 if self.partition == "parameter":
                     per_rank = -(-numel // self.world)
+                    # Rounded up: DeepSpeed pads each parameter to a multiple of the number of ranks.
                     yield _Place(index, offset, name, numel, per_rank)
                     offset += per_rank
                 else:
@@ -92,6 +93,8 @@ class Layout:
                 rank, inside = divmod(place.offset + start, place.per_rank)
                 offset = inside
 
+            # An extent ends with the request or with its rank's piece, and the next one begins on the next
+            # rank.
             length = min(stop - start, place.per_rank - inside)
             yield Extent(rank, place.group, offset, name, start, length)
             start += length
@@ -108,6 +111,7 @@ class Layout:
                 start, stop = max(0, first - place.offset), min(place.numel, last - place.offset)
                 offset = place.offset + start - first
 
+            # A small parameter may have nothing on the later ranks.
             if start < stop:
                 yield Extent(rank, place.group, offset, place.name, start, stop - start)
 
@@ -136,6 +140,7 @@ def moves(old: Layout, new: Layout, rank: int) -> Iterator[tuple[Extent, Extent]
     """
     known = old.shapes
     for target in new.extents_of_rank(rank):
+        # A branch that is new in this stage keeps its starting weights.
         if target.name not in known:
             continue
         for source in old.extents(target.name, target.start, target.start + target.length):

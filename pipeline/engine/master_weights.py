@@ -50,6 +50,7 @@ class MasterWeights:
         Raises:
             AssertionError: if the master weights are not fp32.
         """
+        # By identity: DeepSpeed's groups have the parameters themselves, without their names.
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.rank = rank
         self.inner: torch.optim.Optimizer = optimizer.optimizer
@@ -62,6 +63,7 @@ class MasterWeights:
             groups = optimizer.fp16_groups
             self.tensors: list[Tensor] = optimizer.fp32_partitioned_groups_flat
             self._compute = optimizer.fp16_partitioned_groups_flat
+            # ZeRO-3 cuts a large parameter group into several sub-groups, which share its settings.
             indices = [optimizer.sub_group_to_group_id[index] for index in range(len(groups))]
             self._param_groups = [self.inner.param_groups[index] for index in indices]
         elif hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has a class of its own
@@ -81,6 +83,7 @@ class MasterWeights:
             lengths=[tensor.numel() for tensor in self.tensors],
         )
 
+        # The attributes above are internal to DeepSpeed: another version may mean other tensors by them.
         wrong = {tensor.dtype for tensor in self.tensors} - {torch.float32}
         if wrong:
             raise AssertionError(f"master weights are {wrong}, not fp32")
@@ -109,6 +112,7 @@ class MasterWeights:
             names: the parameters to set; None = all, and padding becomes 0.
         """
         if names is None:
+            # Padding included: it is stored in checkpoints, whose bytes must not depend on old memory.
             for tensor in self.tensors:
                 tensor.zero_()
         for extent in self.layout.extents_of_rank(self.rank):
@@ -123,6 +127,8 @@ class MasterWeights:
         have the moment.
         """
         for master, group in zip(self.tensors, self._param_groups, strict=True):
+            # Torch makes this state in the first step. A checkpoint is loaded before it, and needs tensors to
+            # fill.
             state = self.inner.state[master]
             if not state:
                 # AdamW's fused kernels want the step count on the device.
@@ -156,6 +162,7 @@ class MasterWeights:
 
     @step.setter
     def step(self, value: int) -> None:
+        # Makes the state if there was no step yet.
         self.moments()
         for master in self.tensors:
             if "step" in self.inner.state[master]:
@@ -184,6 +191,7 @@ def check_names(
     Raises:
         UserError: if parameters are missing, superfluous, or have another shape; the message names them.
     """
+    # Missing names come first, as the clearest sign of other settings; shapes are compared last.
     absent = [name for name in wanted if name not in given]
     new = [name for name in absent if any(_in_new_branch(name, given, path) for path in new_branches)]
     missing = [name for name in absent if name not in set(new)]
@@ -201,6 +209,7 @@ def check_names(
         )
 
     for name, shape in wanted.items():
+        # Names of new branches are not in `given`.
         if name in given and tuple(given[name]) != tuple(shape):
             raise UserError(
                 f"{source}: {name} has shape {tuple(given[name])}, not {tuple(shape)}: "
@@ -221,6 +230,8 @@ def _in_new_branch(name: str, given: Mapping[str, Any], path: str) -> bool:
         return True
 
     parts, depth = name.split("."), path.count(".") + 1
+    # Branches: the module itself, its children, and elements of lists at any depth, which have numbers as
+    # names.
     ends = [end for end in range(depth, len(parts)) if end <= depth + 1 or parts[end - 1].isdigit()]
     branches = [".".join(parts[:end]) + "." for end in ends]
     return any(not any(other.startswith(branch) for other in given) for branch in branches)

@@ -38,6 +38,8 @@ class MuonSettings(AdamWSettings):
 
     def group(self, name: str, shape: Sequence[int]) -> str:
         """Return the group of a parameter: Muon trains the matrices of blocks, but not the outer layers."""
+        # The outer layers map to and from latents and texts: Muon is meant for matrices between hidden
+        # layers.
         if len(shape) == 2 and decays(name, shape) and "blocks" in name.split("."):
             return MUON
         return super().group(name, shape)
@@ -68,9 +70,13 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T  # so that the Gram matrix is the smaller one
 
+    # The Frobenius norm bounds the largest singular value, and the iteration converges only if that is below
+    # about 1.
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.T
+        # x <- a x + b G x + c G^2 x with G = x x^T: a polynomial in the singular values that pushes them
+        # toward 1.
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.T
 
@@ -97,6 +103,7 @@ class Muon(torch.optim.AdamW):
         for master, group in zip(masters, layout.groups, strict=True):
             offset, pieces = 0, []
             for _, shape in group:
+                # The partition of ZeRO-3: see `pipeline.engine.layout`.
                 length = -(-math.prod(shape) // layout.world)
                 pieces.append(_Piece(shape, offset, length))
                 offset += length
@@ -105,6 +112,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every master that has a gradient. Collective: all ranks step the masters in one order."""
+        # The own group first, since AdamW's step runs over all groups and skips masters without a gradient.
         for group in self.param_groups:
             if group["name"] == MUON:
                 for master in group["params"]:
@@ -116,11 +124,13 @@ class Muon(torch.optim.AdamW):
     def _step(self, group: dict[str, Any], master: Tensor) -> None:
         state, gradient = self.state[master], master.grad
         assert gradient is not None
+        # The same state that `MasterWeights.moments` makes for a checkpoint.
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
 
         state["step"] += 1
+        # Elementwise, so it needs no communication: only the orthogonalization needs whole matrices.
         momentum: Tensor = state["exp_avg"].lerp_(gradient, 1 - self._momentum)
         update = gradient.lerp(momentum, self._momentum)
 
@@ -133,15 +143,19 @@ class Muon(torch.optim.AdamW):
     def _orthogonalize(self, update: Tensor, pieces: Sequence[_Piece]) -> None:
         """Orthogonalize up to one matrix per rank, each on a rank of its own, in place in `update`."""
         rank = dist.get_rank() if self._world > 1 else 0
+        # Ranks without a matrix send and receive nothing in their place, but take part in the exchange.
         lengths = [piece.length for piece in pieces] + [0] * (self._world - len(pieces))
         own = pieces[rank] if rank < len(pieces) else None
 
         # Every rank sends its piece of matrix i to rank i, and gets back its piece of the result.
+        # bf16 halves the traffic, and the iteration rounds to bf16 in any case.
         sent = torch.cat([update[piece.offset : piece.offset + piece.length] for piece in pieces]).bfloat16()
         whole = self._exchange(sent, lengths, [lengths[rank]] * self._world)
         if own is not None:
             numel = math.prod(own.shape)
             matrix = orthogonalize(whole[:numel].view(own.shape))
+            # An orthogonal matrix has a root mean square of 1 / sqrt(longer side); this brings every shape to
+            # `_RMS`.
             whole[:numel] = (_RMS * math.sqrt(max(own.shape)) * matrix).flatten()
 
         received = self._exchange(whole, [lengths[rank]] * self._world, lengths)

@@ -69,6 +69,7 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
     names = [field.name for field in fields(schema)]
     shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
 
+    # Two places for one setting would leave it open which of them counts.
     for key in config.settings:
         if key in shared:
             raise UserError(
@@ -81,6 +82,7 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
             )
 
     try:
+        # OmegaConf checks types against the dataclass, as for the stage itself.
         merged = OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings)
         settings: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -108,6 +110,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     members: dict[str, list[nn.Parameter]] = {name: [] for name in optimizer.moments}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # A partitioned parameter is empty; its shape is `ds_shape`.
             members[optimizer.group(name, getattr(parameter, "ds_shape", parameter.shape))].append(parameter)
 
     groups = [
@@ -137,10 +140,12 @@ def learning_rate(config: OptimConfig, samples: int, total: int) -> float:
     `total`.
     """
     if samples < config.warmup_samples:
+        # Never 0: a first step at rate 0 would only fill the moments.
         return config.lr * (samples + 1) / (config.warmup_samples + 1)
     if config.schedule == "constant":
         return config.lr
 
     progress = min(1.0, (samples - config.warmup_samples) / max(1, total - config.warmup_samples))
+    # The share of the way to `final_lr` that is left.
     remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.final_lr + (1 - config.final_lr) * remaining)

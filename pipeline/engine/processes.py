@@ -31,7 +31,9 @@ def join_process_group(timeout_minutes: int) -> Distributed:
     if torch.cuda.is_available():
         # A task to which Slurm gave one GPU sees it as number 0, whatever its local rank is.
         device = ranks.local_rank % torch.cuda.device_count()
+        # DeepSpeed reads the variable itself, and would choose a device that this process does not see.
         os.environ["LOCAL_RANK"] = str(device)
+        # Before the process group: NCCL otherwise binds every rank of a node to device 0.
         torch.cuda.set_device(device)
     elif not dist.is_initialized():
         _check_compiler()
@@ -58,10 +60,13 @@ def exit_process(code: int) -> None:
 
     It skips the interpreter's shutdown, which sometimes aborts while gloo or NCCL threads still run.
     """
+    # Objects with threads or collectives in their finalizers end while the process group still exists.
     gc.collect()
     if dist.is_initialized():
+        # A rank that leaves early would look like a failed peer to the others.
         dist.barrier()
         dist.destroy_process_group()
+    # `os._exit` flushes nothing.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

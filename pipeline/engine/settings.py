@@ -34,11 +34,14 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": stage.optim.clip,
+        # The trainer reports; DeepSpeed would print lines of its own.
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # the tests of this project test them
         "zero_optimization": {
             "stage": engine.zero_stage,
             "overlap_comm": engine.overlap_comm,
+            # Gradients are copied into one buffer as they come, which avoids fragmented memory in the
+            # backward pass.
             "contiguous_gradients": True,
             "memory_efficient_linear": False,
             "reduce_bucket_size": engine.reduce_bucket,
@@ -67,6 +70,7 @@ def check_settings(stage: StageConfig) -> None:
             f"optim.name={stage.optim.name} needs engine.zero_stage={allowed}, not {zero_stage}: "
             "change one of them"
         )
+    # Only ZeRO-3 computes the norm before it is decided that the step is applied: see `Engine.__init__`.
     if stage.optim.spike is not None and zero_stage != 3:
         raise UserError(f"optim.spike needs engine.zero_stage=3, not {zero_stage}: change one of them")
 
@@ -86,6 +90,7 @@ def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
             whole[name] = parameter.detach().flatten().clone()
 
     def value(name: str, start: int, stop: int) -> Tensor:
+        # A piece begins at this rank's `start`; behind `stop` it has only padding.
         return pieces[name][: stop - start] if name in pieces else whole[name][start:stop]
 
     return value
@@ -94,6 +99,7 @@ def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters, partitioned or whole, to the type that the network computes in, but not buffers."""
     for parameter in module.parameters():
+        # By `.data`, so that the parameter stays the same object, with ZeRO-3's attributes on it.
         parameter.data = parameter.data.to(dtype)
         piece: Tensor | None = getattr(parameter, "ds_tensor", None)
         if piece is not None:

@@ -37,6 +37,7 @@ def recorded_attention(network: LIDiT) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def record(layer: Any, inputs: tuple[Any, ...]) -> None:
+        # Computed a second time, because the fused attention kernels do not return their weights.
         seen.append(layer.weights(*inputs).mean(1))
 
     blocks: list[Any] = list(network.blocks)
@@ -86,6 +87,8 @@ def sum_over_words(prompt: str, spans: Sequence[Sequence[tuple[int, int]]], shar
     places = list(itertools.chain.from_iterable(spans))
     maps = []
     for match in WORD.finditer(prompt):
+        # A token belongs to each word that it overlaps: tokens may contain the space before a word, or two
+        # words.
         inside = torch.tensor([max(start, match.start()) < min(end, match.end()) for start, end in places])
         maps.append(WordMap(match.group(), shares[..., inside].sum(-1)))
     return maps
@@ -102,9 +105,11 @@ def overlay(image: Image.Image, shares: Tensor, side: int = 256) -> Image.Image:
     factor = side / max(image.size)
     size = (round(image.width * factor), round(image.height * factor))
     low, high = shares.min().item(), shares.max().item()
+    # The bound is for a map of equal values.
     unit = ((shares - low) / max(high - low, 1e-12) * 255).byte().numpy()
     heat = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BICUBIC)) / 255.0  # [H, W]
     colors: Any = matplotlib.colormaps["inferno"]
+    # In gray, so that the heat's colors cannot be taken for the image's.
     gray = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS))[..., None].repeat(3, axis=2)
     mixed = 0.45 * gray + 0.55 * 255 * colors(heat)[..., :3]
     return Image.fromarray(mixed.round().astype(np.uint8))

@@ -28,7 +28,7 @@ def generate_images(
     steps = sum(map(len, batches)) * params.steps
     with Progress("generating", steps, "steps", console=CONSOLE, shows=shows, lines=False) as progress:
         for batch in batches:
-
+            # A default argument, since the function would otherwise see the size of a later batch.
             def count_step(_: int, latents: Tensor, images: int = len(batch)) -> Tensor:
                 progress.advance(images)
                 return latents
@@ -38,4 +38,5 @@ def generate_images(
             latents = sampler.latents(prompts, seeds, params, count_step)
             yield to_images(sampler.pixels(latents))
 
+        # This rank may have fewer batches than others, which still need it for their forward passes.
         sampler.keep_pace(params)

@@ -28,6 +28,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def save_png(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Write a PNG with its settings in it: `prompt` as text, all of `settings` as JSON under `li-dit`."""
     texts = PngImagePlugin.PngInfo()
+    # iTXt is UTF-8; PNG's plain text chunk allows Latin-1 only.
     texts.add_itxt("prompt", str(settings.get("prompt", "")))
     texts.add_itxt("li-dit", json.dumps(settings, ensure_ascii=False, sort_keys=True))
     image.save(path, pnginfo=texts)
@@ -50,6 +51,7 @@ def make_grid(
         columns: images per row; None = as square a grid as possible.
     """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    # A whole number, the same for all images, so that they keep their relative sizes.
     factor = max(1, math.ceil(MIN_SHOWN / max(max(image.size) for image in images)))
     width = max(image.width for image in images) * factor
     height = max(image.height for image in images) * factor
@@ -57,6 +59,7 @@ def make_grid(
     font = ImageFont.truetype(FONT, size=max(11.0, width / 20))
     lines = [_wrap(caption, font, width, most=3) for caption in captions]
     line_height = math.ceil(font.getbbox("Ag")[3] * 1.25)
+    # The longest caption decides for all, so that the rows line up.
     below = max(len(caption) for caption in lines) * line_height + MARGIN
 
     rows = math.ceil(len(images) / columns)
@@ -78,6 +81,7 @@ def _wrap(caption: str, font: Any, width: int, most: int) -> list[str]:
     """Break a caption into at most `most` lines of `width` pixels; the last one ends with an ellipsis if that
     is too little."""
     lines: list[str] = []
+    # A word wider than the line gets a line of its own, which `_shorten` cuts.
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"

@@ -56,6 +56,7 @@ class SamplingParams:
         """Return the settings as they are written next to an image; `conditions` only if there are any."""
         record = asdict(self)
         if not self.conditions:
+            # Networks without conditions keep the records that they always had.
             del record["conditions"]
         return record
 
@@ -93,6 +94,7 @@ class Sampler:
         if sharded is None:
             nn.Module.to(network, device, dtype)
         self.sharded = sharded
+        # Without gradients, since no activation is then kept for a backward pass.
         self.network = network.eval().requires_grad_(False)
         self.reader = reader
         self.objective = objective
@@ -124,6 +126,7 @@ class Sampler:
             run.absolute().name,
         )  # the folder may have been moved
 
+        # The weights are a lazy mapping: they are read one by one while the network is filled.
         build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)
         sharded = shard(build, loaded, dtype, stage.engine) if zero3 else None
         network = sharded.module if sharded else _load(run, build(), loaded)
@@ -131,6 +134,7 @@ class Sampler:
         families, texts = text_families(stage, corpus), open_texts(stage, corpus)
         constants = {name: TextConstants.load(texts, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
+        # Deferred: a request that is refused, or latents that are never decoded, need no VAE.
         find_vae = partial(load_vae, stage, latents_family(stage, corpus), device)
         return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, sharded)
 
@@ -149,6 +153,7 @@ class Sampler:
         """
         self.latent_shape(params)
         extra_conditions(self.network, params, 1, self.device)
+        # On the CPU, because only the validity of the settings matters.
         set_steps(make_scheduler(self.objective, params.scheduler), params.steps, torch.device("cpu"))
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
@@ -168,6 +173,7 @@ class Sampler:
     ) -> Tensor:
         """Sample one image's normalized latents per prompt and seed: fp32 [B, C, h, w]."""
         missing = self._batch_size(len(prompts)) - len(prompts)
+        # Every rank runs the largest batch: a forward pass under ZeRO-3 needs all ranks, with any inputs.
         filled_prompts, filled_seeds = [*prompts, *[""] * missing], [*seeds, *[0] * missing]
         return self._latents(filled_prompts, filled_seeds, params, on_step)[: len(prompts)]
 
@@ -179,11 +185,13 @@ class Sampler:
     def _batch_size(self, images: int) -> int:
         """Return how many images this pass samples: with a partitioned network, those of the rank that has
         most."""
+        # The maximum over the ranks, as the minimum of the negative numbers.
         return images if self.sharded is None else -all_reduce_min(-images)
 
     def _latents(
         self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, on_step: OnStep | None
     ) -> Tensor:
+        # An empty negative prompt is the null caption, so plain guidance needs no case of its own.
         condition = self.condition(prompts, params)
         null_condition = self.condition([params.negative] * len(prompts), params)
         return sample_latents(
@@ -216,6 +224,7 @@ class Sampler:
         """
         if not step:
             return self.latents(prompts, seeds, params), []
+        # The input of step 1 is the noise itself; that of a later step is caught by `keep`.
         before = initial_noise(self.latent_shape(params), seeds[:1]).to(self.device)
 
         def keep(number: int, latents: Tensor) -> Tensor:
@@ -238,6 +247,7 @@ class Sampler:
         """Return the prompts and further conditions as the network reads them; timesteps are zero."""
         texts = self.reader.texts(prompts, self.dtype, params.quantised, params.without)
         if not params.instruction:
+            # The prefix is cut off after the LLM has read it: the prompt's own states still depend on it.
             texts = [
                 Text(text.states[:, text.prefix :], text.mask[:, text.prefix :], 0, text.padded)
                 for text in texts
@@ -308,6 +318,7 @@ def latent_shape(
         UserError: if the size does not divide.
     """
     factors, patch = downsampling_per_axis(downsampling, axes=2), network.sizes.patch
+    # The network cuts the latents into patches, so each side must be a whole number of them.
     for side, factor in zip((height, width), factors, strict=True):
         if side < factor * patch or side % (factor * patch):
             raise UserError(f"size {height}x{width}: each side has to be a multiple of {factor * patch}")
@@ -325,9 +336,11 @@ def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> Laten
     Raises:
         UserError: if it is missing, or another one.
     """
+    # A folder that the stage names has no revision on the hub; `identity` below compares the weights.
     source = stage.vae or str(latents.info["vae"])
     space = latents.identity.get("space", AUTOENCODER_KL)
     vae = load_latent_space(source, None if stage.vae else latents.info["revision"], device, space)
+    # Another VAE would decode without an error, in wrong colors and structure.
     if any(latents.identity.get(key) != value for key, value in vae.identity.items()):
         raise UserError(
             f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in "

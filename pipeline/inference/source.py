@@ -81,6 +81,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         **{name: pipeline.config[name] for name in ("steps", "guidance", "height", "width")}
     )
 
+    # An export contains its own LLM and VAE, so it needs no run and no store.
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
     network = sharded.module if sharded else pipeline.transformer
     return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
@@ -89,13 +90,13 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":
     config: Any = LIDiTModel.load_config(folder)
     dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
+    # Built from the export's own config: the stage's YAML is not part of an export.
     build = partial(LIDiT, dit, fusion, config["text_widths"])
     return shard(build, load_weights(folder, "ema"), dtype, EngineConfig())
 
 
 def join_ranks(ranks: Distributed, zero3: bool) -> torch.device:
-    """Return this process's device; with `zero3`, first join the process group of the ranks that share the
-    weights.
+    """Return this process's device; with `zero3`, first join the ranks that share the weights.
 
     Raises:
         UserError: if this machine lacks what DeepSpeed needs.

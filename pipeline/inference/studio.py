@@ -73,6 +73,7 @@ class InteractiveSampler:
         self.samplers = dict(samplers)
         self.out = out
         self.limits = limits
+        # The web server answers each request in a thread; the device has memory for one at a time.
         self._lock = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
 
@@ -121,12 +122,14 @@ class InteractiveSampler:
             ("width", 1, limits.side),
             ("steps", 1, limits.steps),
             ("images", 1, limits.images),
+            # JavaScript's largest exact integer: the page could not show or repeat a larger seed.
             ("seed", 0, 2**53 - 1),
             ("attention", 0, request.steps),
         ):
             value = getattr(request, what)
             if not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"{what}={value}: choose a whole number from {least} to {most}")
+        # An empty prompt is the null caption and would work, but nobody asks for it on purpose.
         if not request.prompt.strip():
             raise UserError("the prompt is empty: describe an image")
         if max(len(request.prompt), len(request.negative)) > MAX_PROMPT_LENGTH:
@@ -145,12 +148,14 @@ class InteractiveSampler:
         images = to_images(sampler.pixels(latents))
         files: list[Path] = []
         for seed, image in zip(seeds, images, strict=True):
+            # The time makes the name unique, also for the same seed with other settings.
             path = self.out / f"{time.time_ns()}_{seed}.png"
             source = Path(name).absolute().name
             save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **params.record()})
             files.append(path)
 
         words = []
+        # Each overlay is an image of its own, sent to the browser.
         for word in maps[:MAX_WORDS]:
             words.append((overlay(images[0], word.shares), f"{word.word} {word.shares.mean().item():.1%}"))
         return Column(files, words)

@@ -237,6 +237,7 @@ class StageConfig:
         Raises:
             UserError: if a setting is out of range or contradicts another.
         """
+        # Empty is allowed, since `load_stage` then takes the file's name.
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise UserError(
                 f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's "
@@ -266,6 +267,7 @@ class StageConfig:
             raise UserError(
                 f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it"
             )
+        # Online encoders are described by the stage itself: there is nothing to compare.
         if self.fusion.expect:
             raise UserError("fusion.expect is about stored families: leave it out with fusion.encode=online")
 
@@ -274,11 +276,13 @@ class StageConfig:
         batch, data = self.global_batch, self.data
         if not 0 <= data.caption_drop <= 1:
             raise UserError(f"data.caption_drop={data.caption_drop}: set a share between 0 and 1")
+        # Each node's lane gives the same number of samples to every batch.
         if batch % data.canonical_nodes:
             raise UserError(
                 f"global_batch={batch} is not a multiple of data.canonical_nodes={data.canonical_nodes}: "
                 "change one"
             )
+        # The largest bucket trains with `global_batch` itself, which must divide like the others.
         if data.batch_multiple < 1 or batch % data.batch_multiple:
             raise UserError(
                 f"global_batch={batch} is not a multiple of data.batch_multiple={data.batch_multiple}: "
@@ -288,6 +292,7 @@ class StageConfig:
     def _check_mixture(self) -> None:
         """Check the datasets of a mixture."""
         mixed = self.data.datasets
+        # `latest` is the default, so any other snapshot was set on purpose.
         if mixed and (self.data.dataset or self.data.snapshot != "latest"):
             raise UserError(
                 "data.datasets replaces data.dataset and data.snapshot: empty data.dataset, or name one "
@@ -298,6 +303,7 @@ class StageConfig:
                 f"data.datasets names {next(iter(mixed))} alone: give data.dataset, or several to be mixed"
             )
         for name, share in mixed.items():
+            # NaN fails this comparison too.
             if not 0 < share.weight < math.inf:
                 raise UserError(f"data.datasets.{name}.weight={share.weight}: set a number above 0")
 
@@ -319,7 +325,9 @@ class StageConfig:
         """
         if self.data.tokens_per_batch is None:
             return self.global_batch
+        # A multiple of both: nodes take equal shares, and processes take equal shares of those.
         multiple = math.lcm(self.data.canonical_nodes, self.data.batch_multiple)
+        # `global_batch` is the upper limit, since the engine is made for batches of that size.
         return min(self.global_batch, self.data.tokens_per_batch // positions // multiple * multiple)
 
     def dit(self, channels: int, axes: int = 2) -> DiTConfig:
@@ -329,6 +337,7 @@ class StageConfig:
             channels: of the latents.
             axes: of the latents after the channels.
         """
+        # `ModelConfig` has further fields; channels and axes come from the data, not from the stage.
         sizes = {field.name: getattr(self.model, field.name) for field in fields(DiTConfig)}
         return DiTConfig(**{**sizes, "channels": channels, "axes": axes})
 
@@ -349,11 +358,13 @@ def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
         a type is wrong, or settings contradict one another.
     """
     path = Path(stage)
+    # A name without a suffix is that of a shipped stage.
     if not stage.endswith((".yaml", ".yml")):
         path = STAGES / f"{stage}.yaml"
         if not path.exists():
             raise UserError(unknown("stage", stage, [file.stem for file in STAGES.glob("*.yaml")]))
     config: StageConfig = read_settings(StageConfig, path, list(overrides), _over_preset)
+    # After the overrides, so that `name=...` on the command line counts.
     config.name = config.name or path.stem
     return config
 
@@ -368,6 +379,7 @@ def load_run(run: Path) -> StageConfig:
         raise UserError(
             f"{run}: no stage.yaml there, so this is not a run's folder: give one such as runs/demo"
         )
+    # Checked like a new stage: an unknown key shows that another version made the run.
     return read_settings(StageConfig, run / "stage.yaml", [], _over_preset)
 
 

@@ -34,6 +34,7 @@ class Corpus:
     def rows(self) -> dict[str, int]:
         """Bucket -> samples in all datasets together."""
         counted: Counter[str] = Counter()
+        # Buckets differ between datasets: one that lacks a bucket adds nothing to it.
         for source in self.sources:
             counted.update(
                 {bucket: int(record["rows"]) for bucket, record in source.snapshot.buckets.items()}
@@ -49,6 +50,7 @@ class Corpus:
     def id(self) -> str:
         """All that decides which samples there are: the snapshot's id; of a mixture, all of them with their
         weights."""
+        # The plain id, which positions in checkpoints of runs without a mixture contain.
         if len(self.sources) == 1:
             return self.sources[0].snapshot.id
         return " + ".join(
@@ -76,6 +78,7 @@ def shares(stage: StageConfig) -> dict[str, DatasetShare]:
         raise UserError(
             "data.dataset is empty: set it in the stage, or give data.dataset=... on the command line"
         )
+    # One dataset is a mixture of one, so that callers have a single case.
     datasets = data.datasets or {data.dataset: DatasetShare(snapshot=data.snapshot)}
     datasets = {name: replace(share, store=share.store or data.store) for name, share in datasets.items()}
     if not all(share.store for share in datasets.values()):
@@ -105,6 +108,7 @@ def open_corpus(stage: StageConfig) -> Corpus:
         sources.append(Source(dataset, read_snapshot(dataset, share.snapshot), share.weight))
         check_families(stage, sources[-1].snapshot)
 
+    # One network reads all datasets, with the constants of the first: the others must have been made alike.
     first, *others = sources
     for other in others:
         for name in read_families(stage):
@@ -121,6 +125,7 @@ def open_corpus(stage: StageConfig) -> Corpus:
 
 def _shared_info(family: Family) -> dict[str, object]:
     """Return the fields that readers take from one dataset's record for all datasets."""
+    # The rest of `info` may differ from dataset to dataset.
     latents = ("channels", "downsampling", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
     keys = (*latents, "width", "prefix_tokens", "quantisation")
     return {key: family.info[key] for key in keys if key in family.info}
@@ -141,6 +146,7 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
     if not stage.fusion.families:
         raise UserError("fusion.families is empty: name at least one text family of the snapshot")
     for name in read_families(stage):
+        # A family of the wrong kind would otherwise fail only in the loader, by its columns.
         kind = "latents" if name == stage.data.latents else "text"
         family = snapshot.families.get(name)
         if family is None or family.kind != kind:
@@ -150,6 +156,7 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
                 f"it has {', '.join(names) or 'none'}"
             )
 
+    # A family's name says little about its making: two datasets may use one name for different LLMs.
     for name, fields in stage.fusion.expect.items():
         family = snapshot.families.get(name)
         if name not in stage.fusion.families or family is None:
@@ -159,6 +166,7 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
             )
         for key, value in fields.items():
             made = family.identity.get(key)
+            # As text, because YAML may read `1` or `true` where the identity has a string.
             if str(made) != str(value):
                 raise UserError(
                     f"family `{name}` of snapshot {snapshot.id} was made with {key}={made}, the stage "
@@ -175,8 +183,10 @@ def resolve(stage: StageConfig) -> tuple[StageConfig, Corpus]:
         UserError: if the stage and its datasets do not fit, as in `open_corpus`.
     """
     corpus = open_corpus(stage)
+    # Pinned, so that a restart of the run reads the same data although the dataset has grown.
     ids = [source.snapshot.id for source in corpus.sources]
     mixed = stage.data.datasets
+    # `replace` and not assignment: the caller's stage stays as it was written.
     if mixed:
         datasets = {name: replace(mixed[name], snapshot=id) for name, id in zip(mixed, ids, strict=True)}
         return replace(stage, data=replace(stage.data, datasets=datasets)), corpus
