@@ -77,8 +77,10 @@ class Block(nn.Module, ABC):
             padded: True for a batch whose text is padded, so that there is a mask.
         """
         weight, width = next(self.parameters()), self.sizes.width
+        # With gradients, as in training: torch.compile builds another graph for inputs without.
         x = weight.new_zeros(samples, patches, width, requires_grad=True)
         text = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
+        # A missing mask is another graph, too, since attention then runs without one.
         mask = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
         c = weight.new_zeros(samples, width, requires_grad=True)
         return x, text, mask, c

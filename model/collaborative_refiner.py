@@ -14,6 +14,7 @@ class CollaborativeBranch(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
+        # `modulate` normalizes the branch's own tokens; those of the others need a norm of their own.
         self.others_norm = RMSNorm(width)
         self.attention = CrossAttention(width, heads)
         self.mlp = MLP(width, hidden)
@@ -81,6 +82,7 @@ class CollaborativeRefiner(nn.Module):
         Returns:
             [B, T_i - prefix_i, R] of each LLM.
         """
+        # Made once: every block reads all tokens as keys, and even the last one cuts only queries.
         keys = [None if masks is None else key_mask(_join_others(masks, own)) for own in range(len(tokens))]
         last = self.blocks[-1]
         for block in self.blocks:

@@ -28,6 +28,7 @@ class Text:
 
     def row(self, index: int) -> "Text":
         """Return one sample of the batch, without its padding."""
+        # Padding is on the right, so the number of tokens is also the end of the last one.
         tokens = int(self.mask[index].sum())
         states, mask = self.states[index : index + 1, :tokens], self.mask[index : index + 1, :tokens]
         return Text(states, mask, self.prefix, padded=False)
@@ -40,6 +41,7 @@ class Text:
 
         states = [F.pad(text.states, (0, 0, 0, pad)) for text, pad in zip(texts, missing, strict=True)]
         masks = [F.pad(text.mask, (0, pad)) for text, pad in zip(texts, missing, strict=True)]
+        # A batch without padding may be shorter than another, and so is padded here.
         padded = any(text.padded for text in texts) or any(missing)
         return Text(torch.cat(states), torch.cat(masks), texts[0].prefix, padded)
 

@@ -60,6 +60,8 @@ class FusionConfig:
         Raises:
             UserError: if the settings contradict one another.
         """
+        # `TextFusion` checks the branches that it is given; this check refuses the YAML before any data or
+        # model is loaded.
         if self.mode == "none" and len(self.families) > 1:
             raise UserError(
                 f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or "
@@ -105,6 +107,7 @@ class DiTConfig:
         Raises: UserError: if the heads do not divide the width, or the latents have another number of axes
             than 2 or 3.
         """
+        # Attention gives each head an equal slice of the channels.
         if self.width % self.heads:
             raise UserError(
                 f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them"
@@ -115,6 +118,8 @@ class DiTConfig:
     @property
     def patch_shape(self) -> tuple[int, ...]:
         """Latent positions of a patch along each axis of the latents."""
+        # Frames come first, as in latents [C, T, h, w]; images have none, so `patch_frames` is not read for
+        # them.
         return (self.patch, self.patch) if self.axes == 2 else (self.patch_frames, self.patch, self.patch)
 
     @property
@@ -157,6 +162,7 @@ class TextConfig:
     here."""
     max_tokens: int = 256
     """Most tokens of a caption (suffix included, prefix not)."""
+    # The spelling is that of the families on disk: under another name their identity would be another one.
     quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
     dtype: Literal["bf16", "fp32"] = "bf16"
     reuse_prefix: bool = True

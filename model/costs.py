@@ -27,5 +27,6 @@ def gains(*widths: int) -> LayerCost:
 
 def feed_forward(width: int, mlp_ratio: float, rows: float) -> list[LayerCost]:
     """Return the costs of the two layers of a feed-forward layer."""
+    # Rounded as the blocks round it, so that the counts are exact.
     hidden = int(mlp_ratio * width)
     return [linear(width, hidden, rows), linear(hidden, width, rows)]

@@ -56,6 +56,7 @@ class LIDiT(nn.Module):
         super().__init__()
         self.sizes = config
         self.checkpoint_every = checkpoint_every
+        # The order fixes the starting weights of a seed, and the names are those of every checkpoint.
         self.patch_embedding = Linear(config.patch_values, config.width)
         self.position = PositionBlock(config.width, config.axes)
         self.time_embedding = TimestepEmbedding(config.frequency_width, config.width)
@@ -102,6 +103,7 @@ class LIDiT(nn.Module):
         x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, values of a patch]
         x = self.position(self.patch_embedding(x), grid)  # [B, N, D]
 
+        # Guidance's branches share their latents, so patches and positions are computed once for all of them.
         branches = len(condition.timesteps) // len(x)
         if branches > 1:
             x = x.repeat(branches, 1, 1)  # [B, N, D]
@@ -110,6 +112,7 @@ class LIDiT(nn.Module):
 
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
+                # No layer has dropout, so recomputing needs no state of the random generators.
                 x = checkpoint(
                     block, x, text, text_mask, c, use_reentrant=False, preserve_rng_state=False
                 )  # [B, N, D]
@@ -135,4 +138,5 @@ class LIDiT(nn.Module):
 
         for name, layer in self.conditions.items():
             pooled = pooled + layer(condition.extra[name])  # [B, D]
+        # Text and further conditions are the same for all patches; only the time may differ.
         return text, text_mask, time + (pooled if times.dim() == 1 else pooled[:, None])

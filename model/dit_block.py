@@ -21,6 +21,7 @@ class DiTBlock(Block):
         self.self_attention = SelfAttention(sizes.width, sizes.heads)
         self.cross_attention = CrossAttention(sizes.width, sizes.heads)
         self.mlp = MLP(sizes.width, int(sizes.mlp_ratio * sizes.width))
+        # Shift, scale and gate for each of the three sub-layers, from one linear layer.
         self.modulation = Modulation(sizes.width, 9)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:

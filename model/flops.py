@@ -21,6 +21,7 @@ def count_parameters(config: DiTConfig, fusion: FusionConfig, text_widths: Seque
     Returns:
         `dit`, `refiners` (the text side with its projections) and `total`.
     """
+    # The number of rows has no influence on the parameters.
     nothing = [0] * len(text_widths)
     dit = sum(layer.weights + layer.others for layer in _dit(config, 0, 0))
     text_side = _refiners(config, fusion, text_widths, nothing, nothing)
@@ -52,6 +53,7 @@ def flops_per_sample(
     """
     prefix_tokens = prefix_tokens or [0] * len(text_tokens)
     patches = math.prod(latents) // math.prod(config.patch_shape)
+    # The refiners read the prefixes as well; the DiT reads the captions alone.
     captions = [total - prefix for total, prefix in zip(text_tokens, prefix_tokens, strict=True)]
 
     layers = [
@@ -103,10 +105,12 @@ def _refiners(
     for states, total, inside, queries_of_blocks in zip(
         text_widths, tokens, refined, queries_of_llms, strict=True
     ):
+        # projection and pooled text, with the norms before and after the refiners
         yield gains(states, width)
         yield linear(states, width, total)
         yield linear(width, width, 1)
         yield linear(width, width, 1)
+        # token refiner: keys and values of all tokens, the rest for the queries alone
         for queries in queries_of_blocks:
             yield gains(width, width, width // heads, width // heads)
             yield linear(width, 3 * width, inside)
@@ -116,6 +120,7 @@ def _refiners(
                 yield linear(width, 2 * width, 1)
 
     for queries, keys in _collaborations(fusion, refined, captions):
+        # collaborative refiner: modulation, norms, attention, feed-forward layer
         yield linear(width, 6 * width, 1)
         yield gains(width, width // heads, width // heads)
         yield linear(width, width, queries)
@@ -123,6 +128,7 @@ def _refiners(
         yield linear(width, width, queries)
         yield from feed_forward(width, config.mlp_ratio, queries)
 
+    # `TextFusion` has these layers only if the widths differ.
     if width != config.width:
         yield linear(width, config.width, sum(captions))
         yield linear(width, config.width, 1)
@@ -137,6 +143,7 @@ def _refinements(fusion: FusionConfig, refined: Sequence[int], captions: Sequenc
     """
     if fusion.refiner == "none":
         return [[] for _ in refined]
+    # A collaborative refiner reads the prefixes too, so the token refiners before it have to keep them.
     last = refined if collaborates(fusion, len(refined)) else captions
     return [[inside] * (fusion.refiner_blocks - 1) + [own] for inside, own in zip(refined, last, strict=True)]
 

@@ -28,6 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         kind == torch.bfloat16 and q.device.type == "cpu"
     ):  # where torch's bf16 backward pass is 3 to 14 times slower than fp32's
         q, k, v = q.float(), k.float(), v.float()
+    # SDPA wants heads before tokens, [B, H, S, d].
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
     if causal and queries < keys:  # torch would take the first query for as early as the first key
@@ -60,6 +61,7 @@ def key_mask(mask: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Return the mean [B, D] of the tokens of x [B, S, D] where `mask` [B, S] is True, summed in fp32; zero
     if there is none."""
+    # Filled and not multiplied with the mask, since a NaN in the padding times zero is still a NaN.
     total = x.masked_fill(~mask[..., None], 0).sum(dim=1, dtype=torch.float32)
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
@@ -67,6 +69,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply adaptive layer norm: x [B, S, D] normalized, then scaled and shifted by [B, 1, D] or [B, S, D]
     (DiT, arXiv 2212.09748)."""
+    # 1 + scale, so that a modulation that starts at zero changes nothing. The layer norm has no gain or bias
+    # of its own: the condition gives them. `addcmul` is one kernel where a product and a sum are two.
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 

@@ -18,6 +18,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Set the starting values."""
+        # DiT's starting values (arXiv 2212.09748), not torch's defaults.
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -54,7 +55,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int = 0) -> Tensor:
         """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S]
         shows."""
+        # One product of matrices for all three; on a GPU one large kernel is faster than three small ones.
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
+        # Only queries are cut: tokens before `first` are still read as keys and values.
         x = attention(self.query_norm(q[:, first:]), self.key_norm(k), v, mask, causal)  # [B, S - first, D]
         return self.out(x)
 
@@ -83,6 +86,7 @@ class CrossAttention(nn.Module):
         """Return the attention weights of `forward`, fp32 [B, H, S, T]: for inspection, far too large for
         training."""
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
+        # Values have no part in the weights.
         k = self.key_value(context).unflatten(-1, (2, self.heads, -1)).select(2, 0)  # [B, T, H, d]
         return attention_weights(self.query_norm(q), self.key_norm(k), mask)  # [B, H, S, T]
 
@@ -97,6 +101,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each token of x [B, S, D] by itself."""
+        # The tanh form of GELU, as in DiT.
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
@@ -141,6 +146,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps in [0, 1]: fp32 [...] -> [..., D]."""
+        # Rounded to the type of the weights only after the sinusoids: bf16 has 8 bits, too few for 1,000
+        # steps.
         features = timestep_features(timesteps, self.frequency_width)  # fp32 [..., F]
         return self.mlp(features.to(self.mlp.inner.weight.dtype))
 
@@ -165,6 +172,7 @@ class PositionBlock(nn.Module):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns) or
         (frames, rows, columns)."""
+        # Convolutions take channels first, norms take them last, so channels move twice.
         h = F.silu(self.input_norm(x)).unflatten(1, tuple(grid))  # [B, *grid, D]
         h = self.narrow(h.movedim(-1, 1)).movedim(1, -1)  # [B, *grid, D / 4]
         h = F.silu(self.inner_norm(h))

@@ -21,6 +21,7 @@ class TokenRefinerBlock(nn.Module):
         """Refine tokens x [B, T, R] from `first` on under the condition c [B, R]; `mask` is the result of
         `key_mask`."""
         gate_attention, gate_mlp = self.gates(c) if self.gates is not None else (None, None)
+        # Nothing is cut before the attention, because tokens before `first` are read as keys.
         change = self.attention(self.attention_norm(x), mask, causal, first)  # [B, T - first, R]
         x = residual(x[:, first:], change, gate_attention)
         return residual(x, self.mlp(self.mlp_norm(x)), gate_mlp)

@@ -94,6 +94,7 @@ class Progress:
 
     def note(self) -> str:
         """Return the text after the count: the rate."""
+        # The lower bound keeps a first update at the very start from dividing by zero.
         return f"{self.done / max(time.monotonic() - self._start, 1e-3):,.1f} {self.unit}/s"
 
     def _count(self) -> str:

@@ -30,6 +30,8 @@ class Registry(Generic[T]):
         """
 
         def add(entry: Added) -> Added:
+            # Replaced without an error, a name in a checkpoint's settings would mean whichever module was
+            # imported last.
             if name in self._entries:
                 raise ValueError(f"{self.setting}={name} is registered already, by {self._entries[name]}")
             self._entries[name] = entry  # type: ignore[assignment]

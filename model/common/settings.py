@@ -29,7 +29,9 @@ def read_settings(
     """
     try:
         empty = OmegaConf.structured(schema)
+        # Not merged with the schema yet, so that `defaults` sees only what the user wrote.
         given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, empty)))
+        # The schema is first in the merge, because OmegaConf checks keys and types against the first config.
         base = empty if defaults is None else OmegaConf.structured(defaults(given))
         return OmegaConf.to_object(OmegaConf.merge(base, given))
     except FileNotFoundError as error:

@@ -66,6 +66,8 @@ class Share:
 
     def owns(self, items: Sequence[Item]) -> list[Item]:
         """Return this task's items."""
+        # Cut in proportion, so that the sizes differ by at most one and every item has one owner, without any
+        # communication.
         return list(
             items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count]
         )

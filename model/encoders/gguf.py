@@ -80,9 +80,11 @@ class GGUFFile:
                 f"{self.path}: not a GGUF file: give a `.gguf` file, a model folder or a hub name"
             )
         version, tensors, entries = struct.unpack_from("<IQQ", self._bytes, 4)
+        # Version 1 has counts of 32 bits, which would be misread below.
         if version not in (2, 3):
             raise UserError(f"{self.path}: GGUF version {version} is not read here: convert it to version 3")
 
+        # Magic, version and the two counts take 4 + 4 + 8 + 8 bytes.
         self._at = 24
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
@@ -160,6 +162,7 @@ def _dequantize_q8_0(raw: np.ndarray) -> Tensor:
 
     It is faster than gguf-py's, which matters because vocabulary tables are large and stored this way.
     """
+    # Copied, since the mapping is read-only, and torch has no read-only tensors.
     blocks = torch.from_numpy(raw.reshape(-1, 34).copy())
     scales = blocks[:, :2].contiguous().view(torch.float16).float()
     return blocks[:, 2:].contiguous().view(torch.int8) * scales

@@ -79,6 +79,7 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
         )
 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    # Part of Qwen's tokenizer.json, which GGUF does not record.
     if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]

@@ -217,6 +217,7 @@ def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch
 def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     folder, weights = _find_folder(config)
     try:
+        # Never a checkpoint's own code: it would run with the rights of the user.
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         module = _load_module(config, settings, folder, dtype)

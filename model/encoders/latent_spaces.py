@@ -203,6 +203,7 @@ def load_latent_space(source: str, revision: str | None, device: torch.device, n
             "name the folder of one"
         ) from error
 
+    # The folder has been downloaded, so the revision has done its work.
     return space.load(str(folder), None, device)
 
 
@@ -233,6 +234,7 @@ def find_folder(source: str, revision: str | None) -> Path:
 
     root = Path(source)
     if not root.is_dir():
+        # The repository may be that of a VAE or of a whole pipeline, of which the rest would be many GB.
         files = [f"{folder}{name}" for folder in ("", "vae/") for name in (CONFIG, WEIGHTS)]
         root = download(f"VAE {source!r} is not a local folder", source, revision, files)
 

@@ -31,6 +31,7 @@ An architecture that cannot be packed is off by a multiple of this.
 PADDED_BATCH = 64
 """Captions per batch of the padded encoding that the counts of saved padding compare with."""
 _PROBE = "a red cube on a table"
+# Settings that decide the numbers. Their names are in the record of every family, so none can be renamed.
 _IDENTITY = (
     "llm",
     "revision",
@@ -271,6 +272,7 @@ class TextEncoder:
         if not self.prefix_ids:
             self._prefix_states = torch.zeros(0, self.width)
         elif not self.config.reuse_prefix:
+            # No caption is needed: under causal attention none changes the states of the prefix.
             self._prefix_states = self._encode_padded([[]])[0].float()
         else:
             tokens = len(self.prefix_ids)
@@ -311,6 +313,7 @@ class TextEncoder:
         step = CUDA_LENGTH_STEP if self.device.type == "cuda" else 1
         packing = Packing(plan_groups(lengths, step=step), self._prefix_cache)
         start = len(self.prefix_ids)
+        # Each caption follows the prefix directly, wherever it is in the packed row.
         positions = [position for length in lengths for position in range(start, start + length)]
         ids = [number for caption in batch for number in caption]
         return list(self._forward_packed(ids, positions, packing).split(lengths))
@@ -346,6 +349,7 @@ class TextEncoder:
             [prompt + [pad or 0] * (longest - len(prompt)) for prompt in prompts], device=self.device
         )
         mask = torch.tensor([[1] * end + [0] * (longest - end) for end in ends], device=self.device)
+        # The encoders of T5 and CLIP do not accept this argument (transformers 4.57).
         options = {"use_cache": False} if self.config.encoder == "causal" else {}
         states = self.llm.states(input_ids=ids, attention_mask=mask, **options)  # [B, T, W]
         return [row[start:end] if end > start else row[:start] for row, end in zip(states, ends, strict=True)]

@@ -66,9 +66,11 @@ class VAE(LatentSpace):
         config: dict[str, Any] = dict(module.config)
         self.module = module
         self.channels = config["latent_channels"]
+        # Every block of the encoder but the last halves the sides.
         self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
         self.statistics = {
             "scaling_factor": config["scaling_factor"],
+            # None for VAEs without a shift, such as those of Stable Diffusion 1 and 2.
             "shift_factor": config["shift_factor"] or 0.0,
         }
         self.identity = {
@@ -92,6 +94,7 @@ class VAE(LatentSpace):
         """
         folder = find_folder(source, revision)
         kind = read_config(folder).get("_class_name")
+        # diffusers 0.39 loads the class that is called, even if the config names another one.
         if kind != AUTOENCODER_KL:
             raise UserError(
                 f"{folder} holds a {kind}, not an {AUTOENCODER_KL}: name the folder of such a VAE"
@@ -104,7 +107,9 @@ class VAE(LatentSpace):
                 "(pickled weights are never opened)"
             )
         options: dict[str, Any] = {
+            # Without it, diffusers may fall back to a pickle.
             "use_safetensors": True,
+            # Latents are stored once for all runs, so they are computed at full precision.
             "torch_dtype": torch.float32,
             "low_cpu_mem_usage": False,
         }
@@ -127,6 +132,7 @@ class VAE(LatentSpace):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std of the posterior, each fp32 [B, C, h, w], of pixels [B, 3, H, W] in [-1, 1]."""
         posterior = self.module.encode(pixels.to(self.device, self.module.dtype), return_dict=False)[0]
+        # The moments and not a sample: training takes another sample in every epoch.
         return posterior.mean.float(), posterior.std.float()
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ class CLIPScorer:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors [B, C] of texts; texts longer than CLIP's context are truncated."""
+        # CLIP's attention is causal and is read at the end token, so padding after it changes nothing.
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
         return _unit(self.model.get_text_features(**tokens.to(self.model.device)))
 
@@ -54,6 +55,7 @@ class CLIPScorer:
         if not images:
             return []
 
+        # The mean of unit vectors is shorter than one, so it is brought to unit length again.
         centers = torch.cat([_unit(self.texts(texts).mean(0, keepdim=True)) for texts in classes])
         return (self.images(images) @ centers.T).argmax(1).tolist()
 

@@ -38,6 +38,7 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
     """
     folder = Path(source)
     if folder.is_dir():
+        # A local folder has no commit, so its content identifies it.
         name, revision = folder.resolve().name, fingerprint(folder, _find_weights(folder, source, option))
     else:
         pinned = re.fullmatch(_PINNED, source)
@@ -48,6 +49,7 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
             )
         name, revision = pinned["name"], pinned["commit"]
         folder = download(f"{option} {source}", name, revision, _FILES)
+        # A repository with pickles only arrives without weights, which are not among `_FILES`.
         _find_weights(folder, source, option)
 
     library = f"transformers {transformers.__version__}"

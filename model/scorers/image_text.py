@@ -73,9 +73,11 @@ class ImageTextModel:
 
     def yes(self, image: Image.Image, questions: Sequence[str]) -> list[float]:
         """Return P(Yes) / (P(Yes) + P(No)) of the answer's first token for each question."""
+        # Capitalized, as instruction-tuned models begin an answer; BLIP's vocabulary has no capitals.
         words = [self._tokens(word)[0] for word in ("Yes", "No")]
         probabilities: list[float] = []
         for question in questions:
+            # The first logits do not depend on the answer that is given, so any one token will do.
             logits = self.logits(image, question, words[:1])[0, words]
             probabilities.append(float(logits.double().softmax(0)[0]))
         return probabilities

@@ -43,6 +43,7 @@ class NounPhrases:
                 f"--phrases {name}: no such spaCy pipeline: install en_core_web_sm or give its folder"
             ) from error
 
+        # From the pipeline itself, because `name` may be a folder, which says nothing about the version.
         meta = self.pipeline.meta
         self.identity = {
             "name": f"{meta['lang']}_{meta['name']}",
