@@ -23,6 +23,7 @@ Arguments = argparse.Namespace
 def plan(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Scan the sources, filter, find duplicates, and assign every sample to a row of a part."""
     manifest = run_plan(config, dataset, arguments.task)
+    # None while other tasks still scan: the last one prints the budget.
     if manifest is not None:
         _load("data_prep.plan.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
 
@@ -196,6 +197,7 @@ def parse(argv: list[str] | None) -> Arguments:
     parser = make_parser()
     # argparse leaves positional arguments after an option over
     arguments, rest = parser.parse_known_args(argv)
+    # A mistyped option ends up in the rest; without this check it would have no effect and no error.
     unknown = [word for word in [*arguments.overrides, *rest] if word.startswith("-") or "=" not in word]
     if unknown:
         parser.error(f"not understood: {' '.join(unknown)}; settings are changed with key=value")
@@ -210,6 +212,7 @@ def parse(argv: list[str] | None) -> Arguments:
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     arguments = parse(argv)
+    # Logs go to stderr: stdout has only results, such as the keys that `gc` lists.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = load_dataset(arguments.dataset, arguments.overrides)
 

@@ -11,6 +11,7 @@ from model.config import TextConfig
 
 MAX_CAPTION_KINDS = 255
 """The number of a kind is stored as one byte."""
+# The passes of the search grow steeply with the distance, and unrelated images differ by about 32 bits.
 MAX_NEAR_BITS = 16
 
 
@@ -146,6 +147,7 @@ class DatasetConfig:
 
     def _check_source(self, number: int, source: SourceConfig) -> None:
         """Check source `number` of the list."""
+        # Other code asks only for `source.scenes`, so the two must agree.
         if (source.kind == "scenes") != (source.scenes is not None):
             raise UserError(f"sources[{number}]: `scenes` and kind=scenes go together: give both, or neither")
         if not source.path and source.kind not in ("openmoji", "scenes"):

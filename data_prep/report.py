@@ -74,11 +74,13 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         UserError: if there is no plan yet, or the counts do not add up.
     """
     manifest = read_plan(dataset)
+    # Raises if the counts do not add up: a page with wrong counts would look right.
     accounts = account(dataset)
     commits = committed(dataset, PAIRS)
     record = read_plan_record(dataset)
     tables = _sample_tables(dataset, commits)
 
+    # Captions and keys are foreign text: unescaped, they could put a script on the page.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("data_prep", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -148,6 +150,7 @@ def _steps(
 
 def _position(reason: str) -> int:
     """Return the position of a reason in `REASON_ORDER`."""
+    # The first match counts, so a long start comes before a shorter one that it begins with.
     for position, start in enumerate(REASON_ORDER):
         if reason.startswith(start):
             return position
@@ -194,6 +197,7 @@ def _kinds(dataset: Store, commits: dict[Part, Commit]) -> list[dict[str, Any]]:
 def _sample_tables(dataset: Store, commits: dict[Part, Commit]) -> list[list[dict[str, Any]]]:
     """Read the pairs tables of evenly spaced parts, for the histograms."""
     columns = ["captions", "original_height", "original_width", "crop"]
+    # A part that lost all of its rows has no table.
     filled = [commit for commit in commits.values() if commit.rows]
     tables = []
     for commit in _evenly_spaced(filled, MAX_PARTS_READ):
@@ -207,6 +211,7 @@ T = TypeVar("T")
 
 def _evenly_spaced(entries: list[T], limit: int) -> list[T]:
     """Return at most `limit` entries."""
+    # The step is rounded up, so that no more than `limit` entries remain.
     return entries[:: max(1, -(-len(entries) // limit))]
 
 
@@ -285,6 +290,7 @@ def _thumbnail(data: bytes) -> str:
         image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
     except ImageError:
         return ""
+    # A thumbnail is part of the page, so that the report is a single file that can be passed on.
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
@@ -303,6 +309,7 @@ def _dropped_samples(
 
     files = source_files(dataset)
     sources = OpenSources(config, files)
+    # The source still has the images of rows that the plan dropped.
     for file in _evenly_spaced(files, MAX_FILES_READ):
         rows = _choose_rows(dataset, dropped_key(file.number), shown)
         images = _fetch_images(sources, file.number, rows)
@@ -334,6 +341,7 @@ def _fetch_images(sources: OpenSources, file: int, rows: list[dict[str, Any]]) -
 
     Rows without a place have none.
     """
+    # The place of a parquet file's very first row is all zeros too: that row is shown without an image.
     numbers = [number for number, row in enumerate(rows) if row["length"] or row["path"] or row["offset"]]
     if not numbers:
         return {}

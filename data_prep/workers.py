@@ -51,12 +51,14 @@ class Workers(Generic[Context, Item, Result]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        # After an error, nobody waits for the chunks that have not started.
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[tuple[Sequence[Item], list[Result]]]:
         """Return each chunk with its results, in order; reads only a few chunks ahead."""
         if self._processes == 0:
+            # Nothing catches a crash here: a decoder that dies takes the job with it.
             for chunk in chunks:
                 yield chunk, self._function(self._context, chunk)
             return
@@ -72,6 +74,7 @@ class Workers(Generic[Context, Item, Result]):
             yield self._finish(*waiting.popleft())
 
     def _submit(self, chunk: Sequence[Item]) -> "Future[list[Result]]":
+        # Processes start with the first chunk, so a task whose work is done already starts none.
         if self._pool is None:
             self._pool = self._make_pool(self._processes)
         try:
@@ -93,6 +96,7 @@ class Workers(Generic[Context, Item, Result]):
         """Work on a chunk in a new process; if that dies as well, on each item."""
         # A crash also loses the chunks of the pool's other processes, which are fine by themselves.
         try:
+            # One process alone, so that a crash can only be this chunk's.
             with self._make_pool(1) as pool:
                 return pool.submit(_call, self._function, chunk).result()
         except BrokenProcessPool:
@@ -117,6 +121,7 @@ _contexts: list[Any] = []
 def _start(context: Any) -> None:
     """Prepare a worker process."""
     _contexts[:] = [context]
+    # A daemon thread, so that it does not keep a worker alive that the pool has shut down.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -125,8 +130,10 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker process"
     parent.join()
+    # In a thread, `sys.exit` would end the thread alone.
     os._exit(1)
 
 
 def _call(function: Callable[[Any, Sequence[Any]], list[Any]], chunk: Sequence[Any]) -> list[Any]:
+    # A function of the module, since only those can be sent to a process.
     return function(_contexts[0], chunk)

@@ -61,6 +61,7 @@ def encode_family(
         progress.advance(sum(part in done for part in parts), "there before")
         commit: Future[Commit] | None = None
         for part, pairs in _read_ahead(pool, read, missing):
+            # A part that lost all of its pairs is committed as well, so that the family becomes complete.
             rows, counts = encode_part(pairs) if pairs else ([], {})
             # wait for the previous commit first, so that no more than three parts are in memory
             _finish(commit, progress)
@@ -92,6 +93,7 @@ def _read_ahead(
 def _finish(commit: "Future[Commit] | None", progress: Progress) -> None:
     """Wait for the commit of a part, if there is one."""
     if commit:
+        # Raises the error of the upload, if there was one.
         commit.result()
         progress.advance(1, "encoded")
 
@@ -106,6 +108,7 @@ def _commit_rows(
     folder: Path,
 ) -> Commit:
     """Write and commit the rows of a part; a part without rows has no file."""
+    # A shard with other rows than its commit names would pair images with the wrong latents or captions.
     if [row["id"] for row in rows] != ids:
         raise ValueError(f"{family.name} {part}: the encoder returned other rows than it was given")
 
@@ -115,6 +118,7 @@ def _commit_rows(
             write_mds(path, family.columns, rows)
 
     commit = commit_part(dataset, family.name, part, files, ids, counts, family.hash)
+    # The next part writes its shard under the same name.
     for path in files.values():
         path.unlink()
     return commit

@@ -55,6 +55,7 @@ def run_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store, s
     space = load_latent_space(latents.vae, latents.revision, device, latents.space)
     family = register_family(dataset, latents_family(latents, space), None)
 
+    # Decoding in this process would keep the GPU waiting.
     with Workers(decode_images, None, _lost, config.workers) as decoders:
 
         def encode_part(pairs: list[Pair]) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -74,6 +75,7 @@ def _lost(image: bytes) -> np.ndarray:
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     """Scale uint8 [B, H, W, 3] to fp32 [B, 3, H, W] in [-1, 1], as a latent space reads it."""
+    # Sent to the device as bytes, a quarter of fp32.
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -103,6 +105,7 @@ def encode_pairs(
         _check_size(space, images, chunk[0])
 
         mean, std = space.encode(to_pixels(images, space.device))  # [B, C, h, w] each
+        # Stored, such a value would only be noticed as a NaN loss in some later training run.
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ValueError(f"the VAE's moments are not finite near sample {chunk[0].key}")
 
@@ -117,6 +120,7 @@ def encode_pairs(
             {"id": pair.id, "mean": mean_bytes, "std": std_bytes} for pair, mean_bytes, std_bytes in columns
         ]
 
+    # Normalized latents should have mean 0 and std 1; anything far from that points to wrong statistics.
     average = total / max(count, 1)
     return rows, {"latent_mean": average, "latent_std": (square / max(count, 1) - average**2) ** 0.5}
 
@@ -141,6 +145,7 @@ def _check_size(space: LatentSpace, images: np.ndarray, pair: Pair) -> None:
 
 def _to_bytes(moments: Tensor) -> list[bytes]:
     """Return each sample's moments [C, h, w] as bf16 bytes."""
+    # NumPy has no bf16, so the bits pass through as int16.
     return [
         sample.tobytes() for sample in moments.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()
     ]

@@ -119,12 +119,14 @@ def measure_channels(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     mean = torch.as_tensor(total) / count
     std = (torch.as_tensor(square) / count - mean.square()).clamp(min=0).sqrt()
+    # If at least half of the channels are constant, the bound is 0, and 1 avoids a division by 0.
     return mean.float(), std.clamp(min=MIN_RELATIVE_STD * std.median().item() or 1.0).float()
 
 
 def is_held_out(caption: str) -> bool:
     """True for the half of all captions that the calibration leaves out, so that the error can be measured on
     them."""
+    # By hash, so that all tasks hold out the same captions without a list of them.
     return xxhash.xxh64_intdigest(caption.encode()) % 2 == 1
 
 
@@ -135,6 +137,7 @@ def calibration_captions(dataset: Store) -> list[str]:
     """
     captions: dict[str, None] = {}
     caption_kinds = read_plan(dataset).caption_kinds
+    # By number before bucket, so that all buckets contribute.
     for part in sorted(committed_parts(dataset, PAIRS), key=lambda part: (part.number, part.bucket)):
         for pair in read_pairs(dataset, read_commit(dataset, PAIRS, part), caption_kinds):
             captions.update((text.strip(), None) for _, text in pair.captions if text.strip())
@@ -200,6 +203,7 @@ class CaptionCache:
 
     def add(self, captions: dict[str, EncodedCaption]) -> None:
         """Remember new captions, and forget the least recently used ones."""
+        # Only captions that `get` did not find are added, so no size is counted twice.
         self._captions.update(captions)
         self.bytes += sum(caption.size for caption in captions.values())
         while self.bytes > self._max_bytes:
@@ -282,13 +286,16 @@ class CaptionEncoder:
             UserError: if the dataset does not name a caption's kind, or states are not finite.
         """
         start = time.perf_counter()
+        # The encoder counts since it was loaded; the commit records this part alone.
         before = self._encoder_counts()
         texts: list[str] = []
         for pair in pairs:
             texts += [text.strip() for _, text in pair.captions]
 
+        # Kept for the whole part, since the cache may forget a caption before its row is made.
         encoded = {"": EncodedCaption(0, b"", b"")}
         new: list[str] = []
+        # Without duplicates but in order, so that a second run makes the same batches.
         for text in dict.fromkeys(texts):
             caption = self.cache.get(text)
             if caption is not None:
@@ -365,6 +372,7 @@ class CaptionEncoder:
             values, scales, chunk_outliers = self._quantize(flat)
             outliers += chunk_outliers
             held_out = torch.tensor([is_held_out(text) for text in chunk])
+            # On held-out captions, because the mean and std were measured on some of the others.
             error.add(flat, values, scales, held_out.repeat_interleave(torch.tensor(lengths)))
 
             chunk_captions = _cut(chunk, lengths, values.cpu().numpy(), scales.cpu().numpy())
@@ -382,6 +390,7 @@ class CaptionEncoder:
         chunk: list[int] = []
         size = 0
         for number in order:
+            # A caption above the limit is a chunk of its own.
             if chunk and size + len(tokens[number]) > max_tokens:
                 yield [texts[n] for n in chunk], [tokens[n] for n in chunk]
                 chunk, size = [], 0

@@ -85,6 +85,7 @@ def payload_bytes(commits: Iterable[Commit]) -> int:
 
 def summarize(name: str, commits: Iterable[Commit]) -> TextReport:
     """Add up the commits of a text family."""
+    # Parts without pairs were never encoded and have no counts.
     filled = [commit for commit in commits if commit.rows]
     total: Counter[str] = Counter()
     for commit in filled:
@@ -111,6 +112,7 @@ def summarize(name: str, commits: Iterable[Commit]) -> TextReport:
         saved={saving: count / baseline for saving, count in saved.items()},
         work=run / baseline,
         error_mean=error_sum / max(1, error_tokens),
+        # The worst channel is a maximum, which needs no weights.
         error_worst=max((counts["error_worst"] for counts in measured), default=0.0),
         outlier_tokens=int(total["outlier_tokens"]),
     )

@@ -39,10 +39,12 @@ def make_buckets(config: BucketSettings) -> list[Bucket]:
         )
 
     buckets = {Bucket(config.resolution, config.resolution)}
+    # Short sides stop below the square; the transposes are the other half.
     for short in range(config.step, config.resolution, config.step):
         long = round(config.resolution**2 / short / config.step) * config.step
         if short < long <= config.max_aspect * short:
             buckets |= {Bucket(short, long), Bucket(long, short)}
+    # A scene's bucket is a random index into this list, so another order would change every set of scenes.
     return sorted(buckets, key=lambda bucket: (bucket.height / bucket.width, bucket.height))
 
 
@@ -61,6 +63,8 @@ def assign(
     """
     # On a log scale, an image and its transpose are equally far from a bucket and its transpose.
     aspect = math.log(height / width)
+
+    # Ties go to the smaller height, so that the result does not depend on the order of the list.
     bucket = min(buckets, key=lambda b: (abs(math.log(b.height / b.width) - aspect), b.height, b.width))
 
     # The image is scaled until it covers the bucket; the crop removes what exceeds it along the other axis.

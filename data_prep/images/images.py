@@ -46,6 +46,7 @@ class ImageError(Exception):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        # An exception is pickled with its `args`, here the joined message, which is not what __init__ takes.
         return ImageError, (self.reason, self.detail)
 
 
@@ -86,6 +87,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
     with _faults_as_image_errors(), _open(data) as image:
         # MPO is Pillow's name for the JPEGs of phones that contain a second image.
         if at_least is not None and image.format in ("JPEG", "MPO"):
+            # `draft` counts in the file's own orientation, `at_least` in that of the upright image.
             height, width = at_least
             if _orientation(image) in ORIENTED_SIDEWAYS:
                 height, width = width, height
@@ -110,6 +112,7 @@ def resize_crop(
     """
     width, height = image.size
     scale = max(bucket.height / height, bucket.width / width)
+    # Rounding must not put the box outside the image: Pillow refuses such a box.
     crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
 
     # Resizing from the box saves a copy of the cropped image.
@@ -174,6 +177,7 @@ def _faults_as_image_errors() -> Iterator[None]:
     """Turn every exception into an `ImageError`: decoders of foreign bytes raise all kinds."""
     try:
         with warnings.catch_warnings():
+            # Pillow warns about odd metadata, which would fill the log of a large dataset.
             warnings.simplefilter("ignore")
             yield
     except ImageError:
@@ -215,6 +219,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
     image = _to_srgb(image, profile)
     if alpha is not None:
+        # After the conversion: the profile describes the stored colors, not those mixed with white.
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)
         image = white
@@ -231,6 +236,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return transform.apply(image) if transform else image.convert("RGB")
 
 
+# Building a transform is slow, and most files share a few profiles.
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from a profile to sRGB; None if the profile is broken or has no visible effect.

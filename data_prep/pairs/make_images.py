@@ -80,6 +80,7 @@ def order_tasks(
         by_bucket = itertools.groupby(sorted(parts), key=lambda part: part.bucket)
         groups = [list(group) for _, group in by_bucket]
 
+    # A single group passes through as it is. Of several, one part each is in memory.
     for _, task in heapq.merge(*[_positioned_tasks(group, read_rows, file_ranks) for group in groups]):
         yield task
 
@@ -104,6 +105,7 @@ def _positioned_tasks(
 def chunk_tasks(tasks: Iterable[ImageTask], sources: OpenSources) -> Iterator[list[ImageTask]]:
     """Return chunks of tasks of one source file, bounded in rows and bytes, with the images that workers
     cannot fetch."""
+    # A worker fetches all images of a chunk from one file.
     for (file, has_path), group in itertools.groupby(tasks, lambda task: (task.file, bool(task.place.path))):
         source, name = sources.open(file)
         if _needs_walk(source, has_path):
@@ -135,6 +137,7 @@ def encode_images(context: EncodingContext, chunk: Sequence[ImageTask]) -> list[
 def _encode_image(context: EncodingContext, task: ImageTask, data: bytes | None) -> EncodedImage:
     if data is None:
         return EncodedImage(task.part, task.row, reason=GONE)
+    # The plan judged other bytes: its filters, bucket and search for duplicates say nothing about these.
     if xxhash.xxh3_64_intdigest(data) != task.hash:
         return EncodedImage(task.part, task.row, reason=CHANGED)
 

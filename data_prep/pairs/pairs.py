@@ -155,6 +155,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     with Progress("pairs", sum(rows.values())) as progress:
         progress.advance(sum(rows[part] for part in parts if part in done), "there before")
         make_parts(config, dataset, [part for part in parts if part not in done], progress)
+    # Raises if rows were lost, by this task or by another one.
     account(dataset)
 
 
@@ -187,6 +188,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
                 open_parts[image.part].add(image)
                 if open_parts[image.part].complete:
                     commits.append(committer.submit(open_parts.pop(image.part).commit, config, dataset))
+                # Waiting here bounds the disk: a slow upload delays the parts that come next.
                 while len(commits) > MAX_WAITING_COMMITS:
                     _count(commits.popleft(), progress)
 
@@ -247,6 +249,7 @@ class _OpenPart:
         if image.row in self._stored:
             raise RuntimeError(f"pairs {self._part}: row {image.row} came twice")
 
+        # One file for all images of a part, since a file per image would burden the file system.
         path = self._folder / IMAGES
         with naming_full_disk(path), path.open("ab") as file:
             file.write(image.image)
@@ -264,6 +267,7 @@ class _OpenPart:
         Raises:
             UserError: if the disk is full, or another task committed other samples.
         """
+        # In the order of the manifest: every task that makes this part has to commit the same ids.
         ordered = [self._stored[number] for number in range(len(self.rows))]
         written = [stored for stored in ordered if not stored.result.reason]
         dropped = [stored for stored in ordered if stored.result.reason]
@@ -324,6 +328,7 @@ class _OpenPart:
         row, crop = stored.row, stored.result.crop
         assert crop is not None, "an encoded image has a crop"
         bucket = Bucket.parse(self._part.bucket)
+        # By convention, WebDataset names JPEGs `.jpg`.
         suffix = {"jpeg": "jpg"}.get(config.image_format, config.image_format)
         return {
             "id": row["id"],
@@ -334,6 +339,7 @@ class _OpenPart:
             "original_height": row["height"],
             "original_width": row["width"],
             "crop": [crop.left, crop.top, crop.right, crop.bottom],
+            # 19 digits, as many as an int64 can have, so that names sort by id.
             "member": f"{row['id']:019d}.{suffix}",
             "bytes": stored.size,
         }
@@ -348,6 +354,7 @@ def _caption_document(config: DatasetConfig, row: dict[str, Any]) -> bytes:
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    # A bare header has no time and no owner, so that equal pairs give equal tars.
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -33,6 +33,7 @@ def written_count(number: int) -> str:
 
 def dropped_count(number: int) -> str:
     """Name, in a part's commit, of the count of dropped rows from source file `number`."""
+    # Not `dropped ...`: counts with that start are by reason, and the report adds them up.
     return f"file {number} dropped"
 
 
@@ -43,6 +44,7 @@ def account(dataset: Store) -> list[FileAccount]:
         UserError: if they do not add up: a file has more rows in parts than were planned, or, with all parts
             committed, fewer.
     """
+    # All commits are read, whichever task made them, so any task can find that rows were lost.
     commits = committed(dataset, PAIRS)
     totals: Counter[str] = Counter()
     for commit in commits.values():

@@ -77,9 +77,11 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
 def _text_estimate(text: TextConfig, size: Size, captions: int, tokens: float, tflops: float) -> str:
     """Describe the size and the encoding time of one text family, for `tokens` per caption on average."""
     count = min(tokens + len(text.suffix) / CHARACTERS_PER_TOKEN, text.max_tokens)
+    # bf16 is stored as it is; all other formats have a scale per token.
     scale = 0 if text.quantisation == "bf16" else SCALE_BYTES
     per_caption = count * (bytes_per_token(text.quantisation, size.width) + scale)
     terabytes = captions * per_caption / 1e12
+    # Attention between tokens is left out: captions are short, so the blocks' matrices dominate.
     hours = 2 * captions * count * size.block_parameters / (tflops * 1e12) / 3600
     return (
         f"{per_caption / 1e3:,.1f} kB per caption ({count:.0f} tokens x {size.width}, {text.quantisation}), "

@@ -35,6 +35,7 @@ def gather_captions(record: Mapping[str, Any], fields: Mapping[str, str]) -> tup
         value = record.get(field)
         texts = value if isinstance(value, list) else [value]
         for text in texts:
+            # A missing field is no fault as long as another field has a caption.
             if text is None:
                 continue
             cleaned = clean_caption(text)
@@ -63,6 +64,7 @@ def clean_caption(text: Any) -> Cleaned:
     if not isinstance(text, str):
         return Cleaned("", NOT_TEXT)
     try:
+        # JSON escapes and `surrogateescape` can leave lone surrogates in foreign text.
         size = len(text.encode())
     except UnicodeEncodeError:
         return Cleaned("", NOT_UTF8)

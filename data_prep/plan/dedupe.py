@@ -69,6 +69,7 @@ class Spool:
         rows["id"] = ids
         with naming_full_disk(self.path):
             self._file.write(rows.tobytes())
+            # Flushed, because `read` opens the file again by its path.
             self._file.flush()
         self.rows += len(ids)
 
@@ -102,9 +103,11 @@ def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -
         group_rows: rows in memory at a time.
     """
     for blocks in _block_choices(spool.rows, distance):
+        # Two hashes within the distance agree on all blocks of at least one choice, so no pair is missed.
         mask = np.uint64(sum(((1 << (end - start)) - 1) << start for start, end in blocks))
         for group in _groups(spool, lambda rows, mask=mask: _mixed(rows["hash"] & mask), group_rows):
             keys = group["hash"] & mask
+            # Within a key, rows are sorted by id: an earlier row is one with a smaller id.
             order = np.lexsort((group["id"], keys))
             yield _near_in_group(group[order], keys[order], distance)
 
@@ -114,6 +117,7 @@ def _block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]
 
     m is the smallest number for which keys have at least log2(rows) bits.
     """
+    # With as many key values as rows, few unrelated rows share a key. Bits beyond 32 would only add passes.
     key_bits = min(32.0, math.log2(max(2, rows)))
     matching = next(m for m in range(1, 65) if 64 * m / (distance + m) >= key_bits)
     count = distance + matching
@@ -142,6 +146,7 @@ def _near_in_group(rows: np.ndarray, keys: np.ndarray, distance: int) -> np.ndar
     candidates = np.flatnonzero(place > 0)
     lag = 1
     while len(candidates):
+        # In chunks, because every comparison copies the hashes of both rows.
         for start in range(0, len(candidates), PAIR_ROWS):
             chunk = candidates[start : start + PAIR_ROWS]
             difference = rows["hash"][chunk] ^ rows["hash"][chunk - lag]
@@ -175,6 +180,7 @@ def _groups(
     """
     bits = max(0, math.ceil(math.log2(max(1, spool.rows / group_rows))))
     if bits == 0:
+        # All rows fit in memory, so no second copy is written. The empty array serves a spool without rows.
         yield np.concatenate([*spool.read(), np.empty(0, ROW)])
         return
 
@@ -183,6 +189,7 @@ def _groups(
 
         for rows in spool.read():
             group = (_mixed(key_of(rows)) >> np.uint64(64 - bits)).astype(np.int64)
+            # Sorted by group, a chunk is written with one append per group.
             order = np.argsort(group, kind="stable")
             bounds = np.searchsorted(group[order], np.arange(len(paths) + 1))
             for path, (start, end) in zip(paths, itertools.pairwise(bounds.tolist()), strict=True):

@@ -66,6 +66,7 @@ class ColumnExpression:
         try:
             self._expression = self._translate(ast.parse(text.strip(), mode="eval").body, TRUTH)
             self.evaluate([{}])  # so that type errors show up now and not at the first row
+        # `ast.parse` raises RecursionError or MemoryError for text that is nested too deeply.
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
             hint = "write for instance `aesthetic >= 4.7 and lang in ['en']`"
             raise UserError(f"expression {text[:200]!r}: {error}: {hint}") from error
@@ -77,6 +78,7 @@ class ColumnExpression:
         for name, kind in self.columns.items():
             arrays[name] = column([row.get(name) for row in rows], kind)
 
+        # A dataset computes a column from an expression; a table can only filter by one.
         table = ds.dataset(pa.table(arrays)).to_table(columns={"keep": self._expression})
         return table.column("keep").to_pylist()
 
@@ -89,6 +91,7 @@ class ColumnExpression:
                 return pc.scalar(finite(value) if want == NUMBER else value)
             case ast.BoolOp(op=op, values=values) if want == TRUTH:
                 terms = [self._translate(value, TRUTH) for value in values]
+                # `&` and `|` follow Kleene's logic: false and missing is false, true or missing is true.
                 joined = terms[0]
                 for term in terms[1:]:
                     joined = joined & term if isinstance(op, ast.And) else joined | term
@@ -103,6 +106,7 @@ class ColumnExpression:
                 return self._compare(left, ops, comparators)
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
                 argument_type, result_type, function = FUNCTIONS[name]
+                # A function of another type falls through to the error below.
                 if result_type == want:
                     return function(self._translate(argument, argument_type))
             case ast.Call(
@@ -118,6 +122,7 @@ class ColumnExpression:
         )
 
     def _field(self, name: str, want: pa.DataType) -> Any:
+        # A column that is so far only tested for None takes the type of a later use.
         known = self.columns.get(name, ANYTHING)
         if ANYTHING not in (known, want) and known != want:
             raise UserError(
@@ -138,6 +143,7 @@ class ColumnExpression:
                     term = self._isin(left, items)
                     term = ~term if isinstance(op, ast.NotIn) else term
                 case _ if type(op) in COMPARISONS:
+                    # Two bare columns are compared as numbers.
                     kind = _static_type(left) or _static_type(right) or NUMBER
                     term = COMPARISONS[type(op)](self._translate(left, kind), self._translate(right, kind))
                 case _:
@@ -153,6 +159,7 @@ class ColumnExpression:
             raise ValueError("a list needs literals of one type, at least one")
         (kind,) = kinds
         tested = self._translate(value, kind)
+        # `isin` needs both sides of one type, and columns of numbers are fp64.
         listed = pa.array([float(literal) if kind == NUMBER else literal for literal in literals], kind)
 
         # `isin` returns false for a missing value; here it stays missing.
@@ -160,6 +167,7 @@ class ColumnExpression:
 
 
 def _literal_type(value: Any) -> pa.DataType | None:
+    # Before numbers, because Python's bool is an int.
     if isinstance(value, bool):
         return TRUTH
     if isinstance(value, int | float):
@@ -203,6 +211,7 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
+        # Python's integers have no limit, so one may exceed the range of a float.
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None

@@ -26,15 +26,18 @@ from data_prep.plan.captions import Caption
 from data_prep.plan.expressions import ColumnExpression, finite
 from model.common.errors import UserError
 
+# Bare domains count only with a common ending: `park.The` is a missing space and no URL.
 URL = re.compile(
     r"https?://|\bwww\.[a-z0-9-]+\.|\b[a-z0-9-]+\.(?:com|net|org|io|co\.uk|ru|cn|de)\b(?:/|$|\s)",
     re.IGNORECASE,
 )
+# For `fullmatch`: a caption that only mentions a file is kept. The second line has names that cameras give.
 FILE_NAME = re.compile(
     r"\S*\.(?:jpe?g|png|gif|webp|avif|bmp|tiff?|heic|raw|cr2|nef|svg|pdf)"
     r"|(?:IMG|DSC|DSCN|DSCF|PXL|MVI|PICT|Screenshot)[ _-]?\d[\w-]*",
     re.IGNORECASE,
 )
+# Ordinary captions have commas too, but few short items between them.
 MAX_TAG_WORDS = 3
 MIN_TAGS = 4
 MIN_TAG_SHARE = 0.8
@@ -85,6 +88,7 @@ class Filters:
                 raise UserError(f"filters[{number}].name={config.name!r}: no such filter; there are {names}")
 
             test = BUILDERS[config.name](config)
+            # Sources read only the columns that somebody asks for.
             if config.column is not None:
                 self.columns.append(config.column)
             self._steps.append(_caption_step(test) if config.name.startswith("caption_") else _row_step(test))
@@ -92,6 +96,7 @@ class Filters:
     def apply(self, rows: Sequence[Row]) -> None:
         """Set the reasons of rows and remove captions, in place."""
         for step in self._steps:
+            # The first reason counts, so later filters do not see a row that has one.
             remaining = [row for row in rows if not row.reason]
             if remaining:
                 step(remaining)
@@ -124,6 +129,7 @@ def _caption_step(test: CaptionTest) -> Callable[[list[Row]], None]:
 
 def _expression_step(expression: ColumnExpression) -> Callable[[list[Row]], None]:
     def step(rows: list[Row]) -> None:
+        # All rows at once, because every evaluation is a query of its own.
         values = expression.evaluate([row.fields for row in rows])
         for row, value in zip(rows, values, strict=True):
             if not value:
@@ -209,6 +215,7 @@ def _caption_without(config: FilterConfig) -> CaptionTest:
     phrases = [str(phrase).casefold() for phrase in _value(config, list)]
 
     def test(text: str) -> str:
+        # `lower` would leave letters such as ß as they are.
         text = text.casefold()
         return next((f"caption_without: {phrase}" for phrase in phrases if phrase in text), "")
 
@@ -222,6 +229,7 @@ def _value(config: FilterConfig, kind: type) -> Any:
 
 
 def _number(config: FilterConfig) -> float:
+    # `value: true` in YAML is a bool, which Python counts as an int.
     if isinstance(config.value, bool) or not isinstance(config.value, int | float):
         raise UserError(f"filter {config.name}: value={config.value!r} is not a number: set one")
     return config.value

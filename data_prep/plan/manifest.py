@@ -20,6 +20,7 @@ from model.common.errors import UserError
 pc: Any = pyarrow.compute
 """Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
 
+# Far fewer objects than one per part, while a file is still small enough to be read whole for one part.
 PARTS_PER_FILE = 16
 
 MANIFEST = pa.schema(
@@ -116,9 +117,11 @@ class ManifestWriter:
     def _write(self, name: str, parts: list[pa.Table]) -> None:
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, MANIFEST, compression="zstd") as writer:
+            # A row group per part: the number of a part within its file is that of its group.
             for part in parts:
                 writer.write_table(part, row_group_size=max(1, len(part)))
 
+        # Only the last file of a bucket has fewer parts, so the division is exact.
         key = _manifest_key(name, len(self.parts[name]) // PARTS_PER_FILE)
         self.parts[name] += [len(part) for part in parts]
         data = sink.getvalue()

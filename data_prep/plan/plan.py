@@ -84,6 +84,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
 
     check_settings(config, dataset, create=True)
     files = _freeze_files(config, dataset)
+    # A plan never changes, so a second run only reads it.
     if dataset.exists(Manifest.KEY):
         return Manifest.from_json(dataset.read(Manifest.KEY))
 
@@ -101,6 +102,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
 def _settings_record(config: DatasetConfig) -> dict[str, Any]:
     """Return the settings that decide which pairs a dataset holds."""
     record = asdict(config)
+    # A dataset may be moved, and families added to it, without a change to its pairs.
     for name in ("store", "workers", "latents", "text"):
         del record[name]
     for source in record["sources"]:
@@ -129,6 +131,7 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
         command = "python -m data_prep plan DATASET.yaml"
         raise UserError(f"{dataset.uri}: no plan yet: run `{command}` first") from error
 
+    # Through JSON like the stored settings, so that both have the same types.
     current = json.loads(canonical_json(record))
     differences = []
     for name in sorted({*current, *stored}):
@@ -219,6 +222,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
     """Judge all scanned rows, and write the dropped tables, the manifest and the counts."""
     with tempfile.TemporaryDirectory(prefix="li-dit-plan-") as folder:
         starts, verdicts = _find_duplicates(config, dataset, files, Path(folder))
+        # Checked before any part is planned. In chunks, since `in` makes an array as long as its argument.
         chunks = range(0, len(verdicts), VERDICT_ROWS)
         if not any(KEPT in verdicts[start : start + VERDICT_ROWS] for start in chunks):
             _nothing_left(dataset, files, starts, verdicts)
@@ -240,6 +244,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
         hashes = writer.finish()
         del verdicts  # closes the memory map before its folder is removed
 
+    # A plan with wrong counts must not come to exist.
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
     dataset.put_new(PLAN_KEY, canonical_json({**counts.record(), "manifest": hashes}))
     buckets = {name: rows for name, rows in sorted(writer.parts.items()) if rows}
@@ -257,11 +262,13 @@ def _window(config: DatasetConfig) -> int:
     """
     if needs_sequential_reads(config):
         return config.part_rows
+    # A multiple of the part, so that only the last part of a bucket can have fewer rows.
     return config.part_rows * max(1, config.shuffle_window // config.part_rows)
 
 
 def file_order(config: DatasetConfig, files: Sequence[SourceFile]) -> list[int]:
     """Return the numbers of the source files in the shuffled order in which the plan takes them."""
+    # The 0 separates this random stream from those of the windows (`ManifestWriter`).
     return np.random.default_rng([config.seed, 0]).permutation(len(files)).tolist()
 
 
@@ -283,6 +290,7 @@ def _find_duplicates(
     spool = Spool(folder, "hashes")
     path = folder / "verdicts"
     starts = _collect_hashes(dataset, files, spool, path)
+    # NumPy cannot map an empty file.
     if not starts[-1]:
         return starts, np.empty(0, np.uint8)
     verdicts = np.memmap(path, np.uint8, "r+")
@@ -292,6 +300,7 @@ def _find_duplicates(
             verdicts[_positions(ids, starts)] = SAME_FILE
     spool.close()
 
+    # After the exact duplicates, so that of equal files only one is compared.
     if config.dedupe.near is not None:
         spool = Spool(folder, "phashes")
         _collect_perceptual_hashes(dataset, files, spool, starts, verdicts)
@@ -399,6 +408,7 @@ class _Counts:
         reasons = Counter(table["reason"].to_pylist())
         count = self._files[file.number]
         count["rows"] += len(table)
+        # An empty reason means that the row is kept.
         count["kept"] += reasons.pop("", 0)
         count["dropped"] = dict(Counter(count["dropped"]) + reasons)
 

@@ -68,10 +68,12 @@ class ImageFacts:
 
 def inspect_images(near: bool, images: Sequence[bytes | None]) -> list[ImageFacts]:
     """Return size, hash and, if `near`, perceptual hash of each image."""
+    # A row without an image keeps its place in the chunk, so that results match the samples.
     return [ImageFacts() if image is None else _inspect(image, near) for image in images]
 
 
 def _inspect(image: bytes, near: bool) -> ImageFacts:
+    # Before decoding, so that a damaged image has a hash as well.
     hash = xxhash.xxh3_64_intdigest(image)
     try:
         height, width = image_size(image)
@@ -117,6 +119,7 @@ class Scanner:
                 yield [None if sample.reason else sample.image for sample in chunk]
 
         row = 0
+        # Results come in the order of the chunks, so the oldest waiting chunk is theirs.
         for _, facts in self._workers.map(images()):
             chunk = waiting.popleft()
             yield self._batch(file, row, chunk, facts, settings.captions)
@@ -134,6 +137,7 @@ class Scanner:
         rows = []
         for sample, image in zip(samples, facts, strict=True):
             captions, refused = gather_captions(sample.record, fields)
+            # The first fault counts: the source's, the image's, then that of the first refused caption.
             reason = sample.reason or image.reason or ("" if captions else refused[0])
             if sample.reason:
                 refused = []  # captions of a row that its source cannot deliver are not judged
@@ -149,6 +153,7 @@ class Scanner:
         self, file: SourceFile, number: int, sample: Sample, image: ImageFacts, row: Row
     ) -> dict[str, Any]:
         bucket = ""
+        # The bucket is last: a row that a filter dropped keeps the filter's reason.
         if not row.reason:
             settings = self._config.buckets
             assigned = assign(

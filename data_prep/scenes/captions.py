@@ -40,6 +40,7 @@ _DIRECTIONS: dict[Direction, str] = {
     "above": "above",
     "below": "below",
 }
+# Before the measure word 个, two is 两 and not 二.
 _ZH_NUMBERS = ["零", "一", "两", "三", "四"]
 _ZH_COLORS: dict[Color, str] = {
     "red": "红色",
@@ -170,6 +171,7 @@ def adjectives_and_noun(segment: Segment) -> str:
 
 def with_article(words: str) -> str:
     """Return the words after `a` or `an`."""
+    # The first letter decides, which is right for all words here: none is like `hour` or `unit`.
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -190,11 +192,13 @@ def capitalize(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+# All writers have one signature, though a list needs the segments alone.
 def _list(segments: Sequence[Segment], relations: object, ground: object, random: object) -> str:
     return capitalize(join_words([_indefinite(segment) for segment in segments])) + "."
 
 
 def _relation(relation: Relation, segments: Sequence[Segment]) -> str:
+    # A name is unambiguous: any two groups differ in at least two attributes that are stated for both.
     subject, other = (adjectives_and_noun(segments[number]) for number in (relation.subject, relation.other))
     return f"the {subject} is {_DIRECTIONS[relation.direction]} the {other}"
 

@@ -115,6 +115,7 @@ class Scene:
         A relation is along the axis on which the two are further apart, and at least `MIN_RELATION_OFFSET`
         apart.
         """
+        # The direction of a group of several objects would be unclear.
         single = {item.group: item for item in self.objects if self.segments[item.group].count == 1}
 
         relations: list[Relation] = []
@@ -143,6 +144,7 @@ def clear_direction(dx: float, dy: float) -> Direction | None:
 def capacity(aspect: float) -> tuple[int, int]:
     """Return columns and rows of the finest grid in which every cell can contain a large object."""
     width, height = plane_sides(aspect)
+    # The small term keeps a side that is a multiple of the cell from being rounded down.
     cell = EXTENTS["large"] + MIN_GAP
     return max(1, int(width / cell + 1e-9)), max(1, int(height / cell + 1e-9))
 
@@ -171,6 +173,7 @@ def sample_scene(
 
     ground = ground or Ground(TONES[random.integers(len(TONES))], _sample_pattern(random))
     scene_segments = _sample_segments(random, counts)
+    # A generator, so each center is sampled just before its object: part of the order that defines scenes.
     centers = _sample_centers(random, sum(counts), aspect)
 
     objects: list[SceneObject] = []
@@ -231,6 +234,7 @@ def differences(a: Segment, b: Segment) -> int:
 def _sample_centers(random: np.random.Generator, count: int, aspect: float) -> Iterator[tuple[float, float]]:
     """Sample centers of `count` large objects that keep their distance, in random order."""
     max_columns, max_rows = capacity(aspect)
+    # Grids coarser than the finest one are allowed too: objects then have more room to move.
     grids: list[tuple[int, int]] = []
     for columns in range(1, max_columns + 1):
         grids += [(columns, rows) for rows in range(1, max_rows + 1) if columns * rows >= count]

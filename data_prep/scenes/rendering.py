@@ -57,6 +57,7 @@ def inside_shape(shape: Shape, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         case "cross":
             return (np.minimum(abs(u), abs(v)) <= 0.37) & (np.maximum(abs(u), abs(v)) <= 1)
         case "heart":
+            # The curve (x^2 + y^2 - 1)^3 = x^2 y^3, scaled and moved to fill the shape's square.
             x, y = 1.14 * u, 0.115 - 1.115 * v
             return (x**2 + y**2 - 1) ** 3 <= x**2 * y**3
         case "star":
@@ -67,6 +68,7 @@ def _inside_polygon(corners: list[tuple[float, float]], u: np.ndarray, v: np.nda
     """Return a boolean mask of the points inside a polygon, by the even-odd rule."""
     inside = np.zeros(np.broadcast(u, v).shape, bool)
     for (u0, v0), (u1, v1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        # A horizontal edge crosses no ray to the right, and its slope would divide by 0.
         if v0 != v1:
             inside ^= ((v0 > v) != (v1 > v)) & (u < (u1 - u0) * (v - v0) / (v1 - v0) + u0)
     return inside
@@ -174,5 +176,6 @@ def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.nda
 def encode_png(image: np.ndarray) -> bytes:
     """Encode an image uint8 [H, W, 3] as a PNG file."""
     file = io.BytesIO()
+    # The level must stay: the plan hashes these bytes, and `pairs` encodes them again.
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

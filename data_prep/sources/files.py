@@ -45,10 +45,12 @@ class SourceFiles:
         return names
 
     def _matches(self, name: str) -> bool:
+        # Hidden files are no data: system files, caches, unfinished downloads.
         if any(part.startswith(".") for part in name.split("/")):
             return False
 
         if self._pattern:
+            # Unlike a shell's, this `*` also matches `/`, so a pattern reaches into folders below.
             return fnmatch.fnmatchcase(name, self._pattern)
         return not self._suffixes or name.lower().endswith(self._suffixes)
 
@@ -97,6 +99,7 @@ class SourceFiles:
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
+        # Any key does: only a local folder has paths.
         is_local = self._store.local_path("x") is not None
         if is_local:
             yield from enumerate(map(get, places))
@@ -110,6 +113,7 @@ class SourceFiles:
         local = self._store.local_path(name)
         if local is not None:
             return local.open("rb")
+        # The buffer turns a reader's many small reads into a few large requests.
         return io.BufferedReader(_RangedFile(self, name), BUFFER)
 
     def resolve(self, path: str) -> str | None:
@@ -121,6 +125,7 @@ class SourceFiles:
         Returns:
             The name; None if the path leads out of the source, also through a symbolic link.
         """
+        # Rows are foreign: an unchecked path could read any file of this machine into the dataset.
         root = self._store.uri
         path = path.removeprefix(f"{root.rstrip('/')}/")
         parts = path.split("/")
@@ -159,6 +164,7 @@ class _RangedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        # S3 refuses a range that starts at the end, so none is requested there.
         length = min(len(buffer), max(0, self._size - self._position))
         data = self._files.read_range(self._name, self._position, length) if length else b""
         buffer[: len(data)] = data
@@ -172,6 +178,7 @@ def _split_glob(path: str) -> tuple[str, str]:
     if not match:
         return path, ""
 
+    # The root ends with the last whole folder before the first wildcard.
     root, _, _ = path[: match.start()].rpartition("/")
     if not root:
         return ("/" if path.startswith("/") else "."), path.lstrip("/")

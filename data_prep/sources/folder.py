@@ -33,6 +33,7 @@ class FolderSource:
         """Return the folders that are units of their own; `.` is the root."""
         names = self._files.names()
         with_metadata = {_folder_of(name) for name in names if posixpath.basename(name) in METADATA}
+        # Metadata below another metadata file belongs to the outer folder, so that no image is listed twice.
         folders = set(_outermost(with_metadata))
         for name in names:
             folder = _folder_of(name)
@@ -55,6 +56,7 @@ class FolderSource:
                 named.add(sample.place.path)
                 yield sample
 
+        # After all metadata, since any row of it may name an image.
         for path in sorted(images - named):
             text_path = f"{posixpath.splitext(path)[0]}.txt"
             text = self._files.read(text_path) if text_path in texts else None
@@ -89,6 +91,7 @@ class FolderSource:
 
         try:
             return Sample(name, self._files.read(name), record, Place(path=name))
+        # Any other error is a fault of the disk or the network, which must stop the scan and not cost rows.
         except (FileNotFoundError, IsADirectoryError):
             return Sample(name, None, record, Place(path=name), NO_IMAGE)
 

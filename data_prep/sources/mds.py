@@ -32,6 +32,7 @@ class MDSSource:
         Raises:
             UserError: if there is no index, a shard is compressed, or the image column has no image files.
         """
+        # The indexes describe the columns of all shards, so no shard is opened here.
         indexes = [name for name in self._files.names() if posixpath.basename(name) == "index.json"]
         for name in indexes:
             try:
@@ -50,6 +51,7 @@ class MDSSource:
 
     def _layout(self, name: str, shard: dict[str, Any]) -> RowLayout:
         where = f"{self._path}/{name}"
+        # Images are read by their offset in the file, which a compressed shard does not have.
         if shard["format"] != "mds" or shard.get("compression"):
             raise UserError(
                 f"{where}: only uncompressed MDS shards are read here: write them with compression=None"
@@ -64,6 +66,7 @@ class MDSSource:
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all rows of a shard; unreadable rows have that as their reason."""
+        # A worker opens the source without listing its files first.
         if not self._shards:
             self.files()
 
@@ -77,11 +80,13 @@ class MDSSource:
 
                 for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
                     file.seek(start)
+                    # Damaged offsets may decrease, and `read(-1)` would load the rest of the shard.
                     yield self._sample(
                         f"{name}:{done}", layout, file.read(max(0, end - start)), start, columns
                     )
                     done += 1
         except (OSError, ValueError) as error:
+            # Unreadable rows are counted as well, and at least one reports the fault.
             for number in range(done, max(rows, done + 1)):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
 
@@ -89,6 +94,7 @@ class MDSSource:
         try:
             spans = layout.spans(data, len(data))
             begin, end = spans[self._image]
+            # Encodings such as pickle are left out, because reading them would run foreign code.
             record = {
                 column: decode(layout.encodings[column], data[slice(*spans[column])])
                 for column in columns

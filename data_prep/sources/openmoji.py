@@ -60,8 +60,10 @@ class OpenMojiSource:
         if known is None:
             return Sample(stem, reason=NO_NAME)
 
+        # The package `emoji` writes names as `:red_heart:`.
         caption = known["en"].strip(":").replace("_", " ")
         is_letter_or_tag = (code in REGIONAL_LETTERS or code == CANCEL_TAG for code in codes)
+        # A single regional letter is an emoji too, and no flag.
         flag = len(codes) > 1 and any(is_letter_or_tag)
         record = {
             # The package `emoji` leaves out the "flag: " at the start of CLDR's names of country flags.
@@ -86,6 +88,7 @@ class OpenMojiSource:
             width=self._side,
             height=self._side,
             background="#ffffff",
+            # Fonts differ between machines, and so would the images.
             skip_system_fonts=True,
         )
         return bytes(data)

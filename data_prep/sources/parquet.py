@@ -18,6 +18,7 @@ from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles
 from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
 
+# Few rows, because each may contain an image of megabytes.
 BATCH_ROWS = 16
 READ_AHEAD_BYTES = 1 << 20
 NO_COLUMN = "source: no image column"
@@ -69,6 +70,7 @@ class ParquetSource:
 
         value = record.pop(self._image)
         if isinstance(value, dict):
+            # Hugging Face's struct has the bytes if the file embeds them, otherwise a path.
             value = value.get("bytes") or value.get("path")
         if value is None:
             return Sample(key, record=record, reason=NO_IMAGE)
@@ -93,6 +95,7 @@ class ParquetSource:
             yield by_path[index], data
 
         in_rows = [position for position, place in enumerate(places) if not place.path]
+        # `walk` only moves forward.
         in_rows.sort(key=lambda position: places[position])
         if in_rows:
             images = self.walk(name, (places[position] for position in in_rows))
@@ -135,6 +138,7 @@ class _Rows:
 
     def at(self, place: Place) -> bytes | None:
         """Return the image at `place`, which must come after the previous one; None if there is none."""
+        # For bytes in parquet, `offset` is the row group and `length` the row in it.
         if place.offset != self._group:
             self._group = place.offset
             self._next = 0
@@ -162,6 +166,7 @@ def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
+        # One bad cell fails the whole batch, so each cell is converted by itself.
         records: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             for record, cell in zip(records, column, strict=True):

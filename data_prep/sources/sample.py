@@ -8,6 +8,7 @@ NO_IMAGE = "source: no image"
 UNREADABLE = "source: file unreadable"
 CUT_SHORT = "source: file cut short"
 OUTSIDE = "source: path leads out of the source"
+# Bounds the memory of what waits for a worker; the image that reaches the limit is still included.
 CHUNK_BYTES = 32 << 20
 
 
@@ -47,6 +48,7 @@ T = TypeVar("T", bound=HasImage)
 
 def printable(text: str) -> str:
     """Return foreign text with `?` for every unprintable character, including unpaired surrogates."""
+    # Arrow refuses lone surrogates, and control characters would garble a terminal.
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

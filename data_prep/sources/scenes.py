@@ -78,6 +78,7 @@ class ScenesSource:
 
     def files(self) -> list[str]:
         """Return a name for each range of scenes, by its first scene."""
+        # With leading zeros, the sorted names are in the order of the scenes.
         firsts = range(0, self._settings.count, self._settings.file_rows)
         return [f"scenes-{first:012d}" for first in firsts]
 
@@ -93,6 +94,7 @@ class ScenesSource:
         return SceneKey(self._settings.seed, index, self._buckets[chosen])
 
     def _sample(self, index: int) -> Sample:
+        # The key is enough to render the scene again, so it is the image's place as well.
         key = self.key(index)
         record = {caption.kind: caption.text for caption in key.captions}
         scene = key.scene
@@ -106,4 +108,5 @@ class ScenesSource:
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Render the scenes again."""
         for position, place in enumerate(places):
+            # Has to give the bytes that the plan hashed; otherwise `pairs` drops the row as changed.
             yield position, encode_png(SceneKey.parse(place.path).render())

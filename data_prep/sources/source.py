@@ -71,6 +71,7 @@ def needs_sequential_reads(config: DatasetConfig) -> bool:
 
     Parts then hold neighboring rows, and are made for all buckets together.
     """
+    # By kind alone: only reading the files would show whether they contain paths instead.
     return any(source.kind == "parquet" for source in config.sources)
 
 
@@ -104,6 +105,7 @@ class OpenSources:
     def open(self, number: int) -> tuple[Source, str]:
         """Return the opened source and the name of file `number`."""
         file = self.files[number]
+        # Opened when the first file is needed: a task's share may be in few of the sources.
         if file.source not in self._opened:
             self._opened[file.source] = open_source(self.config, self.config.sources[file.source])
         return self._opened[file.source], file.name
@@ -116,6 +118,7 @@ def list_files(config: DatasetConfig) -> list[SourceFile]:
         UserError: if a source has no files.
     """
     files: list[SourceFile] = []
+    # The numbers are part of every sample's id, so the order must be the same on every machine.
     for number, source in enumerate(config.sources):
         for name in open_source(config, source).files():
             files.append(SourceFile(len(files), number, name))

@@ -47,6 +47,7 @@ class WebDatasetSource:
 def read_tar(file: BinaryIO) -> Iterator[Sample]:
     """Yield the samples of one tar, in order."""
     try:
+        # `r:` refuses compressed tars, in which images have no offsets.
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
@@ -66,6 +67,7 @@ def read_tar(file: BinaryIO) -> Iterator[Sample]:
                 continue
 
             key, suffix = _split_name(member.name)
+            # A repeated suffix starts another sample, which `finish` reports as a key that comes twice.
             if key != group.key or suffix in group.suffixes:
                 yield from group.finish(seen)
                 group = _Group(key)
@@ -74,6 +76,7 @@ def read_tar(file: BinaryIO) -> Iterator[Sample]:
             problem = str(error)[:200] or type(error).__name__
             break
 
+    # The samples before a fault are good; the rest of the tar becomes one row.
     yield from group.finish(seen)
     if problem:
         yield Sample("", reason=CUT_SHORT, detail=problem)
@@ -96,6 +99,7 @@ class _Group:
         elif not member.isreg() or member.issparse():  # a sparse member's bytes are not contiguous
             self._sample.reason, self._sample.detail = LINK, member.name[:200]
         elif suffix in IMAGE_SUFFIXES:
+            # Checked before reading, because a header can announce any size.
             if member.size > MAX_FILE_BYTES:
                 self._sample.reason, self._sample.detail = TOO_LARGE, f"{member.size} bytes"
                 return
@@ -146,6 +150,7 @@ def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
             raise ValueError("not an object")
 
     if text is not None:
+        # Invalid UTF-8 becomes surrogates, which `clean_caption` refuses.
         record["txt"] = text.decode("utf-8", "surrogateescape")
         record.setdefault("caption", record["txt"])
     return record

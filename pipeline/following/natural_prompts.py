@@ -44,6 +44,7 @@ def natural_prompts(count: int, seed: int = 0, segments: int | None = None) -> l
         # a generator per prompt: more prompts leave the first ones as they are
         random = np.random.default_rng([seed, index])
         number = segments or 2 + index % (MAX_SEGMENTS - 1)
+        # No word repeats, so that a question about one segment cannot be answered from another.
         nouns = random.choice(NOUNS, number, replace=False).tolist()
         adjectives = random.choice(ADJECTIVES, number, replace=False).tolist()
 

@@ -17,6 +17,7 @@ import numpy as np
 from model.common.errors import UserError
 from pipeline.following.scoring import SceneScores
 
+# Before pyplot is imported: the default backend may need a display.
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
@@ -36,6 +37,7 @@ class BootstrapMean:
 
     def __str__(self) -> str:
         """`-12.3 [-20.1, -4.5]`, in percentage points."""
+        # `z` writes a rounded -0.0 as +0.0.
         return f"{100 * self.mean:+z.1f} [{100 * self.low:+z.1f}, {100 * self.high:+z.1f}]"
 
 
@@ -142,4 +144,5 @@ def plot_positional_bias(curves: dict[str, PositionalBias], path: Path, ylabel: 
     axes.set(xlabel="relative position in the prompt", ylabel=ylabel)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+    # pyplot keeps every figure in memory until it is closed.
     pyplot.close(figure)

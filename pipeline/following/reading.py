@@ -107,6 +107,7 @@ def _downscale(pixels: np.ndarray) -> np.ndarray:
     factor = max(1, round(np.sqrt(height * width) / MAX_PIXELS_PER_UNIT))
     if factor == 1:
         return pixels
+    # Rows and columns at the end that do not fill a block are cut off.
     rows, columns = height // factor, width // factor
     blocks = pixels[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3)
     return blocks.mean((1, 3))
@@ -199,6 +200,7 @@ def _template(shape: Shape, blur: float) -> _Template:
     parts = np.stack(by_texture)
     # The variance that free colors explain is the length of the projection on an orthonormal basis.
     bases = np.linalg.qr(parts)[0]
+    # Plain has no dark part: for its column of zeros, QR returns an arbitrary vector.
     bases[0, :, :2], bases[0, :, 2] = np.linalg.qr(parts[0, :, :2])[0], 0.0
     return _Template(parts, np.ascontiguousarray(bases.swapaxes(1, 2)).reshape(-1, GRID * GRID))
 
@@ -256,6 +258,7 @@ def _recognize(
         best.shape if best.residual <= 1 - MIN_EXPLAINED else None,
         SIZES[int(best.radius / pixels_per_unit > threshold)],
         _texture(best),
+        # Indices count from the center of a pixel, scene units from the edge of the image: hence the half.
         (best.x + column_window.start + 0.5) / pixels_per_unit,
         (best.y + row_window.start + 0.5) / pixels_per_unit,
     )
@@ -288,6 +291,7 @@ def _fit(
         factors: factors of the radius to try.
         shifts: shifts to try along each axis, in radii.
     """
+    # Noise in numerator and denominator: a flat patch counts as unexplained, instead of 0 / 0.
     noise = NOISE**2 * GRID**2
     best: _Fit | None = None
     for factor in factors:
@@ -295,6 +299,7 @@ def _fit(
         point_width = max(1.0, _STEP * scaled)
         patches = _sample_patches(window, scaled, x, y, shifts, point_width)
         squares = (patches**2).sum((1, 2))
+        # A template can always explain a constant, so only the variance about the mean counts as explained.
         total = ((patches - patches.mean(1, keepdims=True)) ** 2).sum((1, 2)) + noise
 
         for blur in BLURS:
@@ -307,6 +312,7 @@ def _fit(
 
             number = int(residuals.min(1).argmin())
             if best is None or residuals[number].min() < best.residual:
+                # Patches are numbered by the vertical shift, then by the horizontal one.
                 shift_y, shift_x = (shifts[index] for index in divmod(number, len(shifts)))
                 center = x + shift_x * scaled, y + shift_y * scaled
                 best = _Fit(shape, residuals[number], scaled, *center, template, patches[number])

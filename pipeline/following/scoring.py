@@ -50,6 +50,7 @@ class SceneScores:
         groups: dict[object, list[bool]] = {}
         for claim in self.claims:
             groups.setdefault(by(claim), []).append(claim.correct)
+        # Sorted as text, because keys may be of any type.
         return {key: (float(np.mean(groups[key])), len(groups[key])) for key in sorted(groups, key=str)}
 
     def by_attribute(self) -> dict[object, tuple[float, int]]:
@@ -122,6 +123,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
     claims = []
     for position, (segment, numbers) in enumerate(zip(caption.segments, assigned, strict=True)):
         for name, value in segment.stated.items():
+            # Without an object the claim is wrong, whereas `all` of nothing is true.
             correct = bool(numbers) and all(getattr(objects[number], name) == value for number in numbers)
             claims.append(Claim(image, name, position, length, correct))
 
@@ -131,6 +133,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
             claims.append(Claim(image, "count", position, length, len(numbers) + surplus == segment.count))
 
     for relation in caption.relations:
+        # Captions state relations between single objects only.
         subject, other = assigned[relation.subject], assigned[relation.other]
         correct = bool(subject and other) and is_in_direction(
             objects[subject[0]], relation.direction, objects[other[0]]
@@ -142,6 +145,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
 def assign_objects(objects: Sequence[DetectedObject], segments: Sequence[Segment]) -> list[list[int]]:
     """Return the indices of the objects that are assigned to each segment."""
     assigned: list[list[int]] = [[] for _ in segments]
+    # A segment takes part once for each of its objects.
     owners: list[int] = []
     for position, segment in enumerate(segments):
         owners += [position] * segment.count
@@ -151,6 +155,7 @@ def assign_objects(objects: Sequence[DetectedObject], segments: Sequence[Segment
     shares = np.empty((len(owners), len(objects)))
     for row, owner in enumerate(owners):
         shares[row] = [_matching_share(item, segments[owner]) for item in objects]
+    # Weight 0 means not assigned: a wrong object must not replace a missing one.
     shares[shares < MIN_SHARE] = 0.0
 
     # Several assignments can be best; one of weight 0 is none.
@@ -168,6 +173,7 @@ def _matching_share(item: DetectedObject, segment: Segment) -> float:
 
 def is_in_direction(subject: DetectedObject, direction: Direction, other: DetectedObject) -> bool:
     """True if `subject` is in a direction of `other`, by at least `MIN_OFFSET`."""
+    # y increases downward.
     offsets = {
         "left of": other.x - subject.x,
         "right of": subject.x - other.x,
