@@ -323,7 +323,7 @@ def _collect_hashes(dataset: Store, files: list[SourceFile], spool: Spool, verdi
             for table in _read_scan(dataset, file.number, ["id", "reason", "hash"]):
                 # A row that a filter dropped is not judged again, nor does it make another a duplicate.
                 passed = pc.equal(table["reason"], "").to_numpy()
-                spool.add(table["hash"].to_numpy()[passed], table["id"].to_numpy()[passed])
+                spool.add(exact_hashes(table["hash"])[passed], table["id"].to_numpy()[passed])
                 with naming_full_disk(verdicts):
                     out.write(np.where(passed, KEPT, FILTERED).astype(np.uint8).tobytes())
                 rows += len(table)
@@ -339,8 +339,16 @@ def _collect_perceptual_hashes(
         row = int(starts[file.number])
         for table in _read_scan(dataset, file.number, ["id", "phash"]):
             kept = verdicts[row : row + len(table)] == KEPT
-            spool.add(table["phash"].to_numpy()[kept].astype(np.uint64), table["id"].to_numpy()[kept])
+            spool.add(exact_hashes(table["phash"])[kept], table["id"].to_numpy()[kept])
             row += len(table)
+
+
+def exact_hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of hashes as uint64, bit for bit; 0 for rows without an image.
+
+    pyarrow turns integers beside nulls into float64, which keeps only 53 of their 64 bits.
+    """
+    return pc.fill_null(column, 0).to_numpy()
 
 
 def _positions(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:

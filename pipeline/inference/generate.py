@@ -25,7 +25,6 @@ def generate_images(
         shows: show a progress bar, if this is a terminal.
     """
     steps = sum(map(len, batches)) * params.steps
-    steps = sum(map(len, batches)) * params.steps
     with Progress("generating", steps, "steps", console=CONSOLE, shows=shows, lines=False) as progress:
         for batch in batches:
             # A default argument, since the function would otherwise see the size of a later batch.

@@ -2,6 +2,8 @@ import io
 import json
 import os
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from data_prep.dataset.schema import PAIRS, Manifest
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.accounts import account
 from data_prep.plan.manifest import read_manifest
-from data_prep.plan.plan import dropped_key, run_plan, source_files
+from data_prep.plan.plan import dropped_key, exact_hashes, run_plan, source_files
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
@@ -242,3 +244,11 @@ def test_the_environment_gives_the_share(monkeypatch):
     for name, value in {"ID": 7, "MIN": 5, "MAX": 8, "COUNT": 4}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert Share.from_environment() == Share(2, 4)
+
+
+def test_hashes_beside_an_unreadable_image_keep_all_bits():
+    hashes = [2**64 - 1, None, 2**63 + 1, 3]
+    column = pa.chunked_array([pa.array(hashes[:2], pa.uint64()), pa.array(hashes[2:], pa.uint64())])
+    values = exact_hashes(column)
+    assert values.dtype == np.uint64
+    assert values.tolist() == [2**64 - 1, 0, 2**63 + 1, 3]
