@@ -54,8 +54,10 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
             previous = item
             question = {
                 "row": number,
+                # ids are unique within an item only; `row` counts through the table, for `skip_first_row`
                 "id": int(row["proposition_id"]),
                 "parents": [int(parent) for parent in row["dependency"].split(",")],
+                # a tuple is like `attribute - color (apple, red)`
                 "category": row["tuple"].split("(")[0].strip(),
                 "question": row["question_natural_language"],
             }
@@ -104,6 +106,7 @@ def gate(right: Mapping[int, float], parents: Mapping[int, Sequence[int]]) -> di
     Raises:
         KeyError: if a parent is not among the questions.
     """
+    # read and written in place, as published
     gated = dict(right)
     for question, its_parents in parents.items():
         if any(gated[parent] == 0 for parent in its_parents if parent != 0):
@@ -131,6 +134,7 @@ def score_prompt(
 
     ids = {questions[i]["id"] for i in asked}
     parents: dict[int, list[int]] = {questions[i]["id"]: list(questions[i]["parents"]) for i in asked}
+    # a parent that is not asked fails the prompt in the published program
     if not rules.drop_failed:
         for child, its_parents in parents.items():
             parents[child] = [parent for parent in its_parents if parent in ids]
@@ -139,6 +143,7 @@ def score_prompt(
     scores: list[float] = []
     points: list[tuple[str, float]] = []
     for cell in answers:
+        # the whole answer has to be `yes`: `yes, it is` counts as wrong, as published
         right = {questions[i]["id"]: float(cell[i] == "yes") for i in asked}
         try:
             gated = gate(right, parents)
@@ -169,6 +174,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: DP
         prompts.append(value)
         for category, point in points:
             fine.setdefault(category, []).append(point)
+            # `attribute - color` counts for `attribute`
             coarse.setdefault(category.split("-")[0].strip(), []).append(point)
 
     if not prompts:

@@ -73,6 +73,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
             reason = f"not GenEval's evaluation_metadata.jsonl ({type(error).__name__}: {error})"
             raise UserError(f"--prompts {prompts}, line {number + 1}: {reason}") from error
 
+        # GenEval's own program finds the prompt's metadata next to its samples
         files[f"{number:05d}/metadata.jsonl"] = json.dumps(about)
         for j in range(images_per_prompt):
             images.append(BenchImage(f"{number:05d}/samples/{j:05d}.png", prompt, (seed + j,), about))
@@ -94,6 +95,7 @@ def _check(about: Mapping[str, Any]) -> None:
 def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     """Return the objects of the prompt's classes, with colors where the prompt asks for them."""
     clauses = [*entry.about.get("include", []), *entry.about.get("exclude", [])]
+    # a class may be in several clauses, and is detected once
     names: list[str] = list(dict.fromkeys(clause["class"] for clause in clauses))
 
     # a detector with fixed classes knows some of them under other names
@@ -107,6 +109,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     objects: list[dict[str, Any]] = []
     for name, group in detections.items():
         records = [{"class": name, "score": found.score, "box": list(found.box)} for found in group]
+        # CLIP runs only where a color is asked for
         if name in colored:
             for record, color in zip(records, _colors(judges, name, group, image), strict=True):
                 record["color"] = color
@@ -126,6 +129,7 @@ def _colors(judges: Judges, name: str, detections: Sequence[Detection], image: I
 def _crop(image: Image.Image, detection: Detection) -> Image.Image:
     if detection.mask is not None:
         background = Image.new("RGB", image.size, BACKGROUND)
+        # gray around the object, so that CLIP does not see the background's color
         image = Image.composite(image, background, Image.fromarray(detection.mask))
     # a box may be thinner than a pixel, and an empty crop is an error
     left, top, right, bottom = (round(side) for side in detection.box)
@@ -152,6 +156,7 @@ def is_correct(
 
     groups: list[list[Object] | None] = []
     for clause in about.get("include", []):
+        # the most confident ones; more objects than asked for are judged by `exclude` alone
         group = by_class.get(clause["class"], [])[: clause["count"]]
         problem = _problem(clause, group, groups, rules)
         # a later clause may refer to the position of this one, unless this one failed
@@ -161,6 +166,7 @@ def is_correct(
 
     for clause in about.get("exclude", []):
         count = len(by_class.get(clause["class"], []))
+        # for `counting`, GenEval excludes one object more than it includes
         if count >= clause["count"]:
             wrong.append(f"{clause['class']}: {count}, less than {clause['count']} wanted")
     return not wrong, wrong
@@ -187,6 +193,7 @@ def _problem(
         others = groups[target]
         if others is None:
             return f"{name}: nothing to be {relation}"
+        # as published, every pair of the two groups has to be in the relation
         for found in group:
             for other in others:
                 if relation not in positions(found["box"], other["box"], rules.position_threshold):
@@ -204,6 +211,7 @@ def _select(objects: Sequence[Object], tag: str, rules: GenEvalRules) -> dict[st
 
     for name, group in classes.items():
         selected: list[Object] = []
+        # as published, the limit is applied before overlaps are dropped
         for found in group[: rules.max_objects]:
             overlaps = [iou(found["box"], other["box"], pixel=1) for other in selected]
             if rules.max_overlap == 1 or all(overlap < rules.max_overlap for overlap in overlaps):
@@ -228,6 +236,7 @@ def positions(a: Sequence[float], b: Sequence[float], threshold: float) -> set[s
     if all(abs(value) < 1e-3 for value in revised):
         return set()
 
+    # image coordinates: y grows downward, so a negative y is above
     x, y = (value / math.hypot(*offset) for value in revised)
     relations = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {relation for relation, holds in relations.items() if holds}

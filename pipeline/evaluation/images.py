@@ -33,6 +33,7 @@ HASHED_VALUES = 64
 def hash_weights(sampler: Sampler) -> str:
     """Return a hash of some values of each parameter of the network."""
     digest = hashlib.sha256()
+    # by name, so that the order in which modules were made does not matter
     for name, parameter in sorted(sampler.network.named_parameters()):
         digest.update(name.encode())
         # partitioned parameters are gathered one at a time
@@ -50,6 +51,7 @@ def write_plan(out: Path, plan: Plan, settings: Mapping[str, Any]) -> None:
     record_settings(out / PLAN, {**settings, "pictures": [asdict(image) for image in plan.images]})
     for name, text in plan.files.items():
         path = out / IMAGES / name
+        # existing files stay: other shares may be writing or reading them
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text)
@@ -92,6 +94,7 @@ def generate_missing(
     Returns:
         The number of images that were missing.
     """
+    # a file has its final name only once it is complete, so its existence is enough
     missing = [image for image in images if not (out / IMAGES / image.file).is_file()]
     # all prompts are read first, so that the LLMs can be freed before the first image
     sampler.reader.read([params.negative, *(image.prompt for image in missing)], keep_llms=False)
@@ -150,4 +153,5 @@ def save_image(image: Image.Image, out: Path, name: str, record: dict[str, Any])
         save_png(image, unfinished, record)
     else:
         image.save(unfinished)
+    # both are in the evaluation's folder: a rename is atomic within one file system only
     unfinished.rename(final)

@@ -74,16 +74,20 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
     images: list[BenchImage] = []
     for category, path in chosen.items():
         about: dict[str, Any] = {"category": category}
+        # the numeracy formula needs singular and plural of every object
         if category == "numeracy":
             about["names"] = t2i_objects.read_names(folder / "new_objects.txt")
         parts = _read_parts(folder) if category == "complex" else {}
 
+        # a line may have further columns after a tab
         lines = [line.split("\t")[0].strip() for line in read_text(path).splitlines() if line.strip()]
         for number, line in enumerate(lines):
             extra: dict[str, Any] = {}
             if category == "complex":
+                # a complex prompt that is in neither list has both parts
                 extra["parts"] = next((name for name, keys in parts.items() if _key(line) in keys), "all")
             for j in range(images_per_prompt):
+                # consecutive over all images of a category, as the benchmark's tools number them
                 identifier = number * images_per_prompt + j
                 file = f"{category}/samples/{_check_name(line, path)}_{identifier:06d}.png"
                 images.append(BenchImage(file, line, (seed + j,), about | extra))
@@ -127,6 +131,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
     parsed = judges.phrases.parse(entry.prompt)
     answer: Answer = {}
     if category in ATTRIBUTES or category == "complex":
+        # as published, BLIP is asked about each noun chunk with its adjectives, `a red book?`
         questions = [clean_question(chunk) for chunk in parsed.chunks[:CHUNKS]]
         answer |= {"questions": questions, "yes": judges.vqa.yes(image, questions)}
 
@@ -144,6 +149,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
 
     # the detector is asked once for all objects, also those that appear twice
     if category in ("spatial", "numeracy") or parts in ("spatial", "all"):
+        # the size is stored for the scale of `near`, so scoring needs no image
         classes = [t2i_objects.detector_name(name) for name in names]
         answer |= {"objects": classes, "size": list(image.size)}
         detections = judges.detector.detect(image, list(dict.fromkeys(classes)), FLOOR)
@@ -162,6 +168,7 @@ def attribute(answer: Answer, rules: T2IRules) -> float:
     """Return the product of P(yes) over at most eight noun chunks; 1 without any."""
     product = 1.0
     for value in answer["yes"][:CHUNKS]:
+        # the published program stores each probability as rounded text and multiplies those
         product *= _round(value, rules)
     return _round(product, rules)
 
@@ -191,6 +198,7 @@ def spatial(prompt: str, answer: Answer, rules: T2IRules) -> float:
     value = 0.25 * sum(box.score for box in (a, b) if box is not None)
     if a is not None and b is not None:
         relation = t2i_objects.find_relation(prompt, rules.on_top_of)
+        # `near_pixels` is in pixels of UniDet's input, so that published numbers can be compared
         scale = t2i_objects.detector_scale(*answer["size"])
         value += 0.5 * t2i_objects.score_position(relation, a.box, b.box, scale, rules.near_pixels)
     return value if value >= rules.spatial_floor else 0.0
@@ -235,6 +243,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: T2
         values.setdefault(image.about["category"], []).append(score_image(image, answers[image.file], rules))
 
     means = {category: mean(of_images) for category, of_images in values.items()}
+    # LI-DiT's tables have no other categories
     averaged = ATTRIBUTES if set(ATTRIBUTES) <= set(means) else tuple(means)
     return {
         "overall": mean([means[name] for name in averaged]),

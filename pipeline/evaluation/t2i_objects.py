@@ -95,6 +95,7 @@ def nouns_around_preposition(parsed: Parsed) -> list[str]:
         length = next((n for n in (3, 2, 1) if " ".join(texts[i : i + n]) in PREPOSITIONS), 0)
         if not length:
             continue
+        # the nearest noun before, and at most one, since the words are reversed
         objects += [text for text, part in reversed(words[:i]) if part in ("NOUN", "PROPN")][:1]
         behind = words[i + length :]
         nouns = [text for text, part in behind if part == "NOUN"][:1]
@@ -169,6 +170,7 @@ def score_position(relation: str | None, a: Corners, b: Corners, scale: float, n
         scale: factor to the detector's pixels.
         near: distance that counts as near, in the detector's pixels.
     """
+    # the offset between the centers of the boxes
     x, y = ((b[i] + b[i + 2] - a[i] - a[i + 2]) / 2 * scale for i in (0, 1))
     if relation in NEAR:
         return 1.0 if abs(x) < near or abs(y) < near else near / max(abs(x), abs(y))
@@ -183,6 +185,7 @@ def score_position(relation: str | None, a: Corners, b: Corners, scale: float, n
     if relation not in sides:
         return 0.0
     along, across = sides[relation]
+    # the wrong side, or more to another side than to this one
     if along <= 0 or along <= abs(across):
         return 0.0
     overlap = iou(a, b)

@@ -88,6 +88,7 @@ def _write_ending(run: Path, attempt: Attempt, kind: str, reason: str, step: int
         step,
         requeued,
     )
+    # appended and never rewritten, so that no ending can be lost
     with (run / "attempts.jsonl").open("a") as file:
         file.write(json.dumps(asdict(ending)) + "\n")
 
@@ -98,8 +99,10 @@ def _read_tail(run: Path) -> str:
     if not metrics.exists():
         return ""
     with metrics.open("rb") as file:
+        # the end is enough, and the metrics of a long run are large
         file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
+    # a killed rank may have left an incomplete line
     return text[: text.rfind("\n") + 1]
 
 
@@ -108,6 +111,7 @@ def progress(run: Path) -> int:
     manifests = (run / "checkpoints").glob("step_*/manifest.json")
     reached = [int(manifest.parent.name.split("_")[1]) for manifest in manifests]
     steps = re.findall(r'"step": ?(\d+)', _read_tail(run))
+    # the report may be lost in a crash after the checkpoint was committed
     return max([*reached, *map(int, steps[-1:])], default=0)
 
 
@@ -126,6 +130,7 @@ def needs_gpu(stage: StageConfig) -> bool:
 def queue_state(job: str) -> str:
     """Return the state of a job in Slurm's queue, such as RUNNING; empty if it is not in the queue."""
     arguments = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
+    # a timeout, since a busy Slurm controller may not answer
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     return result.stdout.strip()
 
@@ -133,6 +138,7 @@ def queue_state(job: str) -> str:
 def _seconds(text: str) -> float:
     """Return Slurm's `[days-]hours:minutes:seconds` in seconds; UNLIMITED is infinite."""
     if not re.fullmatch(r"(\d+-)?[\d:]+", text):
+        # Slurm writes UNLIMITED or Partition_Limit here
         return float("inf")
     days, _, clock = text.rpartition("-")
     total = 0
@@ -151,6 +157,7 @@ def cause_of_end(job: str, restart: int) -> Literal["itself", "outside", "time",
         job: line of `scontrol show job -o`, taken while the batch script still runs.
         restart: number of times that the job was requeued before.
     """
+    # the first `=` ends the name, since values such as TRES=cpu=8 have more of them
     fields = dict(re.findall(r"(\S+?)=(\S*)", job))
     if fields.get("JobState", "RUNNING") == "RUNNING":
         return "itself"
@@ -172,6 +179,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
             to stop.
     """
     run = stage.run
+    # a forgotten --gpus-per-node would otherwise train for days on CPUs
     if not gpus and needs_gpu(stage):
         raise UserError(
             f"{stage.name} needs GPUs and the job has none: add --gpus-per-node=8 (or what the nodes have)"
@@ -180,6 +188,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
         raise UserError(f"{run / 'stop'} asks this run to stop: remove the file to continue")
 
     before = read_attempt(run)
+    # two jobs at one run would overwrite each other's checkpoints
     if before is not None and before.job != attempt.job:
         state = queue_state(before.job)
         if state in ACTIVE_STATES:
@@ -196,12 +205,14 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
 
     logs = run / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    # logs are appended to, so older errors are in them too
     attempt.log_sizes = {path.name: path.stat().st_size for path in logs.glob("*.txt")}
     if attempt.output:
         # the job's output is stored elsewhere, and is easier to find from the run
         link = logs / f"job_{attempt.job}.txt"
         link.unlink(missing_ok=True)
         link.symlink_to(attempt.output)
+    # last: from here on, this attempt is the newest, and ranks of older ones write nothing
     write_atomic(run / "attempt.json", json.dumps(asdict(attempt)))
     return run
 
@@ -301,9 +312,11 @@ def exit_code(run: Path, rc: int, attempt: Attempt) -> int:
     if not log.exists():
         return rc
     text = log.read_bytes()[attempt.log_sizes.get(log.name, 0) :].decode(errors="replace")
+    # from this attempt on only: the file has the messages of earlier ones too
     codes = {int(code) for code in re.findall(r"tasks? [\d,-]+: Exited with exit code (\d+)", text)}
     if "User defined signal 1" in text or rc == 138:
         codes.add(EXIT_AGAIN)
+    # a saved checkpoint counts more than a user's error, and both more than srun's own code
     return next((code for code in (EXIT_AGAIN, 2) if code in codes), rc)
 
 
@@ -312,9 +325,11 @@ def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
     attempt = read_attempt(run)
     if attempt is None:
         raise UserError(f"{run}: no attempt.json; call `begin` first")
+    # ranks that the script killed, or that never started, have no code of their own
     rc = exit_code(run, rc, attempt) if not why and not bad_nodes else rc
     kind, reason, requeue = judge(run, rc, cause_of_end(job, attempt.restart), why, bad_nodes)
     step = progress(run)
+    # requeued from outside counts as requeued too, so that the status shows it as going on
     _write_ending(run, attempt, kind, reason, step, requeued=requeue or kind == "outside")
 
     if kind in ("crash", "user_error"):
