@@ -1,5 +1,4 @@
-"""Train and compare the rows of the paper's tables 2, 3, 5 and 6, or others, with equal data, steps and
-seeds.
+"""Train and compare rows of the paper's tables 2, 3, 5 and 6 (or others) with equal data, steps and seeds.
 
     python -m pipeline.ablate scenes_ablation
     python -m pipeline.ablate my_stage families.a=llama3 families.a_plain=llama3_plain families.b=qwen ...

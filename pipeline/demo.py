@@ -1,5 +1,4 @@
-"""Run `make demo`: from drawings to a trained LI-DiT's images, by the commands that a cluster runs, on this
-machine.
+"""Run `make demo`: from drawings to generated images, by the commands that a cluster runs, on this machine.
 
     python -m pipeline.demo [key=value ...]
 

@@ -1,5 +1,4 @@
-"""Score a trained run on a public benchmark: `python -m pipeline.evaluate RUN --bench geneval --prompts PATH
-...`.
+"""Score a run on a public benchmark: `python -m pipeline.evaluate RUN --bench geneval --prompts PATH ...`.
 
 Three stages with files between them, in RUN/bench/NAME: images (images/, in the layout of the benchmark's own
 tools), answers (answers/*.jsonl, by scorer models, about each image), score (result.json, by the published

@@ -1,5 +1,4 @@
-"""Write a self-contained HTML page about a run, at any time: images, curves, data, starts and stops,
-settings.
+"""Write a self-contained HTML page about a run: images, curves, data, starts and stops, settings.
 
 python -m pipeline.report runs/demo
 """

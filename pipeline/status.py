@@ -1,5 +1,4 @@
-"""Show the state of a run: `python -m pipeline.status RUN`, or without RUN every run under `runs/`, one per
-line.
+"""Show the state of a run: `python -m pipeline.status RUN`; without RUN, of every run under `runs/`.
 
 RUN is a run's folder, or its name under `runs/`. Reads the run's folder and, where there is one, Slurm's
 queue.
@@ -52,8 +51,7 @@ class Status:
 
 
 def queue_line(job: str) -> str:
-    """Describe a job in Slurm's queue: its state and nodes or, while it waits, the reason and the expected
-    start.
+    """Describe a job in Slurm's queue: its state and nodes or, while it waits, the reason.
 
     Returns:
         An empty string if the job is not in the queue, or there is no Slurm.

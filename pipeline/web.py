@@ -1,8 +1,8 @@
-"""Generate images with a run in a browser: `python -m pipeline.web RUN|EXPORT`. Needs the extra `web`
-(gradio).
+"""Generate images with a run in a browser: `python -m pipeline.web RUN|EXPORT`.
 
-The page listens on this machine only, unless --host says otherwise. It serves one request at a time and
-limits sizes, steps, images and the queue. Images are stored as PNG with their settings in `--out`.
+It needs the extra `web` (gradio). The page listens on this machine only, unless --host says otherwise. It
+serves one request at a time and limits sizes, steps, images and the queue. Images are stored as PNG with
+their settings in `--out`.
 """
 
 import argparse

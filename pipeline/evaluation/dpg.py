@@ -1,9 +1,8 @@
-"""DPG-Bench (Hu et al. 2024, ELLA): yes-no questions to a VQA model about dense prompts. Some depend on
-others.
+"""DPG-Bench (Hu et al. 2024, ELLA): yes-no questions to a VQA model about dense prompts.
 
-The four images of a prompt are one file, a 2x2 grid. The published program has quirks that change its
-numbers; each is a rule here, and is followed unless it is set otherwise. Its VQA model is mPLUG-large; name
-any other together with the score.
+Some questions depend on others. The four images of a prompt are one file, a 2x2 grid. The published program
+has quirks that change its numbers; each is a rule here, and is followed unless it is set otherwise. Its VQA
+model is mPLUG-large; name any other together with the score.
 """
 
 import csv

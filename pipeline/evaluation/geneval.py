@@ -1,5 +1,4 @@
-"""GenEval (Ghosh et al. 2023): are the right objects there, in number, color and position, by a detector and
-CLIP?
+"""GenEval (Ghosh et al. 2023): objects, their number, color and position, by a detector and CLIP.
 
 Formula and thresholds are those of its public evaluation. The overall score is the unweighted mean over the
 tags of the share of correct images, not the share of correct images itself; both are reported.

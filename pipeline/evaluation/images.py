@@ -1,5 +1,4 @@
-"""First stage of a public benchmark: generate images for its prompts, in the layout that the benchmark's own
-tools read.
+"""First stage of a public benchmark: generate images, in the layout that the benchmark's own tools read.
 
 `plan.json` lists the images and the settings that they are generated with. An image is done once its file
 exists. A process that was killed can be started again and generates only what is missing. Images of other

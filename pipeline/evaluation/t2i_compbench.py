@@ -1,5 +1,4 @@
-"""T2I-CompBench (Huang et al. 2023): attributes by BLIP-VQA, positions and numbers by a detector, actions by
-CLIP.
+"""T2I-CompBench (Huang et al. 2023): attributes by BLIP-VQA, positions by a detector, actions by CLIP.
 
 Formulas are those of its public programs, quirks included; quirks that a user may want to change are rules.
 Its detector is UniDet; name any other together with the score. 3-D positions are not scored here. "T2I-avg"

@@ -200,8 +200,7 @@ def _is_same_object(a: Corners, b: Corners) -> bool:
 
 
 def score_counts(objects: Sequence[str], numbers: Sequence[int], boxes: Sequence[Box]) -> float:
-    """Score the numbers of objects: each object counts the same, half for being detected, half for the exact
-    number.
+    """Score the numbers of objects: half for being detected, half for the exact number of boxes.
 
     Boxes of a class that contain each other count once. An object that is not itself a class takes every
     class whose name contains its name.

@@ -1,5 +1,4 @@
-"""The record of a run's attempts by cluster jobs: when each started, how it ended, whether to start the next
-one.
+"""The record of a run's attempts by cluster jobs: their starts, their ends, and whether to start again.
 
 `cluster/train.sh` calls this before and after the ranks. `python -m pipeline.status` shows the result.
 
@@ -63,8 +62,17 @@ class Ending:
     started: float
     ended: float
     kind: str
-    """`finished`, `stop` (saved, and to be continued), `crash`, `lost` (its node died), `outside` (requeued
-    by another user or Slurm), `bad_node`, `cancelled`, `user_error`."""
+    """One of these:
+
+    - `finished`: the stage is finished
+    - `stop`: saved, and to be continued
+    - `crash`: a rank failed
+    - `lost`: the node died
+    - `outside`: requeued by a user or by Slurm
+    - `bad_node`: failed the preflight
+    - `cancelled`: canceled by a user
+    - `user_error`: an error that the user can fix
+    """
     reason: str
     step: int
     requeued: bool
