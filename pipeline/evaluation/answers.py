@@ -164,7 +164,6 @@ def answer_missing(
             # a killed process loses only the image that it was asking about
             file.flush()
             progress.advance()
-            progress.advance()
     return len(unanswered)
 
 
