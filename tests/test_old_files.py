@@ -38,9 +38,9 @@ def test_a_run_resumes_with_the_losses_that_it_would_have_had(tmp_path, world):
             if expected[name] is None:  # no sample of the step fell into the bin
                 assert name not in report
             else:
-                assert report[name] == pytest.approx(expected[name], rel=1e-5), (
-                    f"step {report['step']}, {name}"
-                )
+                # another number of processes sums bf16 gradients in another order
+                tolerance = 1e-5 if world == 1 else 2e-3
+                assert report[name] == pytest.approx(expected[name], rel=tolerance), (report["step"], name)
 
 
 def test_a_stage_with_nulls_for_the_presets_sizes_is_read(tmp_path):

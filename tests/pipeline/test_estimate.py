@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
-from model.condition import Text
+from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from pipeline.engine.optim import parameter_groups
@@ -106,7 +106,9 @@ def test_activations_are_what_autograd_keeps(size, depth):
         Text(torch.randn(2, 16, width), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
         for width in LLM_WIDTHS
     ]
-    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, size, size), torch.rand(2), texts))
+    kept = kept_for_backward(
+        network, lambda: network(torch.randn(2, 4, size, size), Condition(torch.rand(2), texts))
+    )
     assert 2 * activation_bytes(stage, config, setup) == pytest.approx(kept, rel=0.09)
 
 
@@ -118,7 +120,9 @@ def test_checkpointed_activations_are_what_autograd_keeps_and_one_recomputed_blo
     network = LIDiT(config, stage.fusion, [24], checkpoint_every=every).to(torch.bfloat16)
     setup = Setup(1, height=256, width=256, llm_widths=(24,), prefix_tokens=4, caption_tokens=12, channels=4)
     text = Text(torch.randn(2, 16, 24), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
-    kept = kept_for_backward(network, lambda: network(torch.randn(2, 4, 32, 32), torch.rand(2), [text]))
+    kept = kept_for_backward(
+        network, lambda: network(torch.randn(2, 4, 32, 32), Condition(torch.rand(2), [text]))
+    )
     if every:  # recomputed one after another in the backward pass, where each keeps what it would have kept
         x, words, c = (torch.randn(2, size, 64).bfloat16().requires_grad_() for size in (256, 12, 1))
         kept += kept_for_backward(network, lambda: network.blocks[0](x, words, None, c[:, 0]))
