@@ -106,7 +106,8 @@ def resizer_loop(resizer, images: list[bytes], folder: Path) -> None:
 def timed(step: Callable[[], object]) -> tuple[float, float, float]:
     """Run a step.
 
-    Returns: Seconds; CPU seconds; and peak memory in MB, of this process (above what it used before) and its
+    Returns:
+        Seconds; CPU seconds; and peak memory in MB, of this process (above what it used before) and its
         children.
     """
     here = psutil.Process()

@@ -67,11 +67,8 @@ class Condition:
 
     def row(self, index: int) -> "Condition":
         """Return the condition of one sample, its texts without padding."""
-        one = slice(index, index + 1)
         texts = [text.row(index) for text in self.texts]
-        return Condition(
-            self.timesteps[one], texts, {name: values[one] for name, values in self.extra.items()}
-        )
+        return replace(self.rows(slice(index, index + 1)), texts=texts)
 
     def at(self, time: float) -> "Condition":
         """Return the same conditions with one time for all samples."""

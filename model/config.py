@@ -104,8 +104,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Check the fields against one another.
 
-        Raises: UserError: if the heads do not divide the width, or the latents have another number of axes
-            than 2 or 3.
+        Raises:
+            UserError: if the heads do not divide the width, or the latents have another number of axes than 2
+            or 3.
         """
         # Attention gives each head an equal slice of the channels.
         if self.width % self.heads:

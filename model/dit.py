@@ -87,10 +87,11 @@ class LIDiT(nn.Module):
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """Predict the objective's target.
 
-        Args: latents: noisy latents [B, C, h, w] or [B, C, T, h, w]; if they are the same in each branch of
-            guidance, once for all branches: [B / branches, C, ...].
+        Args:
+            latents: noisy latents [B, C, h, w] or [B, C, T, h, w]; if they are the same in each branch of
+                guidance, once for all branches: [B / branches, C, ...].
             condition: timesteps, one text per LLM in the order of `text_widths`, and the values of
-            `model.conditions`.
+                `model.conditions`.
 
         Returns:
             [B, C, ...] in the dtype of the weights.
@@ -124,9 +125,9 @@ class LIDiT(nn.Module):
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
         """Turn the condition into what every block reads.
 
-        Returns: Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition
-            vector [B, D], or
-            [B, N, D] where each patch has a time of its own.
+        Returns:
+            Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector
+            [B, D], or [B, N, D] where each patch has a time of its own.
         """
         times = condition.timesteps
         time = self.time_embedding(times)  # [B, D] or [B, N, D]

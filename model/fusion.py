@@ -98,8 +98,9 @@ class TextFusion(nn.Module):
             widths: width of each LLM's hidden states, in the order in which `forward` gets the texts.
             dit: sizes of the DiT that reads the tokens.
 
-        Raises: UserError: if there is no LLM, if there are several without fusion, or if heads do not divide
-            the width.
+        Raises:
+            UserError: if there is no LLM, if there are several without fusion, or if heads do not divide the
+            width.
         """
         super().__init__()
         if not widths:

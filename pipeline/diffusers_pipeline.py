@@ -77,8 +77,9 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     ) -> None:
         """Build it.
 
-        Args: dit_config: fields of `DiTConfig`. (A key must not be the name of a submodule: diffusers would
-            take it for that.)
+        Args:
+            dit_config: fields of `DiTConfig`. (A key must not be the name of a submodule: diffusers would
+                take it for that.)
             fusion_config: fields of `FusionConfig`.
             text_widths: width of each LLM's states.
         """
@@ -98,8 +99,9 @@ class LIDiTText(StrictModel, ConfigMixin):
     def __init__(self, families: Sequence[Mapping[str, Any]]) -> None:
         """Make room for the constants.
 
-        Args: families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many
-            the prefix and the null caption have.
+        Args:
+            families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many the
+            prefix and the null caption have.
         """
         super().__init__()
         self.constants = nn.ModuleDict()
@@ -311,7 +313,8 @@ class LIDiTPipeline(DiffusionPipeline):
             new latents.
             conditions: values of the network's further conditions by name; None = their defaults.
 
-        Raises: UserError: if a size does not divide, a prompt is too long, or the output type or number of
+        Raises:
+            UserError: if a size does not divide, a prompt is too long, or the output type or number of
             generators is wrong.
         """
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -117,8 +117,9 @@ class Sampler:
             dtype: precision of the network.
             zero3: partition the network over the processes.
 
-        Raises: UserError: if there is no run or no checkpoint, or something that it was made with is missing
-            or has changed.
+        Raises:
+            UserError: if there is no run or no checkpoint, or something that it was made with is missing or
+            has changed.
         """
         stage, corpus = resolve(load_run(run))
         stage.runs, stage.name = (
@@ -148,8 +149,9 @@ class Sampler:
     def check(self, params: SamplingParams) -> None:
         """Find what is wrong with the settings before the LLMs are loaded.
 
-        Raises: UserError: if a size does not divide, the scheduler or a condition is unknown, or steps are
-            out of range.
+        Raises:
+            UserError: if a size does not divide, the scheduler or a condition is unknown, or steps are out of
+            range.
         """
         self.latent_shape(params)
         extra_conditions(self.network, params, 1, self.device)

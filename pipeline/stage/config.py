@@ -354,8 +354,9 @@ def _over_preset(given: Any) -> StageConfig:
 def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     """Read a stage by the name of a shipped one or by the path of a YAML, and apply `key=value` overrides.
 
-    Raises: UserError: if there is no such stage, a key is unknown (the message names the nearest right one),
-        a type is wrong, or settings contradict one another.
+    Raises:
+        UserError: if there is no such stage, a key is unknown (the message names the nearest right one), a
+        type is wrong, or settings contradict one another.
     """
     path = Path(stage)
     # A name without a suffix is that of a shipped stage.

@@ -100,8 +100,9 @@ def open_datasets(stage: StageConfig) -> list[Store]:
 def open_corpus(stage: StageConfig) -> Corpus:
     """Read the stage's snapshots, and check them against the stage and against one another.
 
-    Raises: UserError: if there is no such store or snapshot, or a family is missing, or was made in another
-        way than the stage says or than in another dataset of the mixture.
+    Raises:
+        UserError: if there is no such store or snapshot, or a family is missing, or was made in another way
+        than the stage says or than in another dataset of the mixture.
     """
     sources = []
     for dataset, share in zip(open_datasets(stage), shares(stage).values(), strict=True):

@@ -67,8 +67,9 @@ class Previews(Callback):
             constants: what all captions of each text family share.
             engine: the network that samples.
 
-        Raises: UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or
-            the size does not divide.
+        Raises:
+            UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or the
+            size does not divide.
         """
         self.stage = stage
         sample = stage.sample

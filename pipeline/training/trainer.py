@@ -111,8 +111,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end of the stage, or until asked to stop.
 
-        Returns: 0 when the stage is finished, `EXIT_AGAIN` when a checkpoint was committed and the stage is
-            not finished.
+        Returns:
+            0 if the stage is finished, `EXIT_AGAIN` if it is not and a checkpoint was committed.
 
         Raises:
             UserError: if too many steps in a row had non-finite gradients.
