@@ -1,5 +1,6 @@
 """The web page in a real browser, where gradio and Chromium are there."""
 
+import importlib
 import shutil
 from urllib.parse import urlparse
 
@@ -64,6 +65,20 @@ def view(address):
         browser.close()
 
 
+def click_draw(view):
+    """Click until the page has sent its request: gradio attaches the button's handler some time after the
+    button can be clicked."""
+    playwright = importlib.import_module("playwright.sync_api")
+    for _ in range(18):
+        try:
+            with view.expect_request("**/queue/join*", timeout=10_000):
+                view.locator("#draw").click()
+            return
+        except playwright.TimeoutError:
+            continue
+    raise AssertionError("no click on #draw sends a request")
+
+
 def wait_for_pictures(view, gallery, count):
     """Wait until a gallery holds `count` pictures that have arrived whole."""
     view.wait_for_function(
@@ -71,14 +86,14 @@ def wait_for_pictures(view, gallery, count):
         "img`)];"
         " return all.length >= count && all.every(image => image.complete && image.naturalWidth > 0); }",
         arg=[gallery, count],
-        timeout=60_000,
+        timeout=180_000,
     )
 
 
 def test_a_person_draws_and_compares(view, tmp_path):
     view.locator("#prompt textarea").fill("a red cat")
     view.locator("#seed input").fill("7")
-    view.locator("#draw").click()
+    click_draw(view)
     wait_for_pictures(view, "pictures", 1)
     picture = view.locator("#pictures img").first
     assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [24, 16]
@@ -90,7 +105,7 @@ def test_a_person_draws_and_compares(view, tmp_path):
     view.locator("#attention input[type=number]").fill("2")
     view.locator("#compare input").click()
     view.get_by_role("option", name=NO_INSTRUCTION).click()
-    view.locator("#draw").click()
+    click_draw(view)
     wait_for_pictures(view, "compared-words", 3)
     assert view.locator("#words").get_by_text("cat").first.is_visible()
     wait_for_pictures(view, "compared", 1)
@@ -104,10 +119,10 @@ def test_a_person_draws_and_compares(view, tmp_path):
 
 
 def test_a_wrong_prompt_is_one_line_on_the_page(view):
-    view.locator("#draw").click()
+    click_draw(view)
     wait_for_pictures(view, "pictures", 1)
     view.locator("#prompt textarea").fill("x" * 30)
-    view.locator("#draw").click()
-    view.get_by_text("longer than the 24 tokens of first").first.wait_for(timeout=30_000)
-    view.get_by_text("processing").first.wait_for(state="hidden", timeout=10_000)
+    click_draw(view)
+    view.get_by_text("longer than the 24 tokens of first").first.wait_for(timeout=180_000)
+    view.get_by_text("processing").first.wait_for(state="hidden", timeout=180_000)
     assert view.locator("#pictures img").first.is_visible()
