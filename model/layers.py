@@ -10,11 +10,16 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.functional import attention, attention_weights, timestep_features
+from model.functional import attention, attention_weights, product_dtype, timestep_features
 
 
 class Linear(nn.Linear):
     """Linear layer that starts Xavier-uniform with no bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last axis of x, in the dtype that is fastest here."""
+        kind = product_dtype(x)
+        return F.linear(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """Set the starting values."""
@@ -23,7 +28,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class ZeroLinear(nn.Linear):
+class ZeroLinear(Linear):
     """Linear layer that starts at zero: gates and modulations, so that a new branch changes nothing at
     first."""
 
@@ -31,6 +36,24 @@ class ZeroLinear(nn.Linear):
         """Set the starting values."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution over [B, C, h, w], in the dtype that is fastest here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x."""
+        kind = product_dtype(x)
+        return self._conv_forward(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
+
+
+class Conv3d(nn.Conv3d):
+    """Convolution over [B, C, T, h, w], in the dtype that is fastest here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x."""
+        kind = product_dtype(x)
+        return self._conv_forward(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -163,7 +186,7 @@ class PositionBlock(nn.Module):
 
     def __init__(self, width: int, axes: int = 2) -> None:
         super().__init__()
-        convolution = nn.Conv2d if axes == 2 else nn.Conv3d
+        convolution = Conv2d if axes == 2 else Conv3d
         self.input_norm = RMSNorm(width)
         self.narrow = convolution(width, width // 4, kernel_size=3, padding=1)
         self.inner_norm = RMSNorm(width // 4)

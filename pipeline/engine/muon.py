@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.functional import product_dtype
 from pipeline.engine.adamw import AdamWSettings
 from pipeline.engine.layout import Layout
 from pipeline.engine.optim import OPTIMIZERS, decays
@@ -64,9 +65,11 @@ class _Piece:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz in bf16."""
+    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz in bf16 where
+    the device has it."""
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
+    x = x.to(product_dtype(x))
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T  # so that the Gram matrix is the smaller one
 
