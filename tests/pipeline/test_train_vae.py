@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from data_prep.dataset.schema import Commit, Manifest, Part
 from data_prep.pairs.pairs import Pair
@@ -15,7 +16,18 @@ from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.encoders.vae import VAE, small_vae
 from pipeline import train_vae
-from pipeline.train_vae import Training, batches, psnr, read_images, standardize, train, train_into
+from pipeline.engine import muon
+from pipeline.train_vae import (
+    Training,
+    VAEOptimizer,
+    batches,
+    psnr,
+    read_images,
+    standardize,
+    train,
+    train_into,
+)
+from tests.helpers.networks import normal
 
 CPU = torch.device("cpu")
 TINY = Training(steps=3, batch=4, crop=16, images=100)
@@ -137,3 +149,22 @@ def test_a_failure_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         train_into(dataset, tmp_path / "vae", TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_the_convolutions_take_the_steps_of_torchs_muon(monkeypatch):
+    monkeypatch.setattr(muon, "product_dtype", lambda x: x.dtype)
+    vae = small_vae().train()
+    ours = VAEOptimizer(vae, lr=0.02)
+    matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in ours.kernels]
+    torchs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)
+
+    for step in range(3):
+        for kernel, matrix in zip(ours.kernels, matrices, strict=True):
+            kernel.grad = normal(*kernel.shape, seed=step).float()
+            matrix.grad = kernel.grad.flatten(1).clone()
+        torchs.param_groups[0]["lr"] = 0.02 * (step + 1) / 3
+        torchs.step()
+        ours.step((step + 1) / 3)
+
+    for kernel, matrix in zip(ours.kernels, matrices, strict=True):
+        assert torch.equal(kernel.flatten(1), matrix)
