@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
 from data_prep.dataset.schema import Bucket
+from data_prep.images.png import MAX_PROFILE_BYTES, without_foreign_chunks
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"] + (["AVIF"] if features.check("avif") else [])
 """Formats that are decoded; those with a large attack surface are left out."""
@@ -21,10 +23,19 @@ MAX_PIXELS = 1 << 26
 """67 megapixels: a larger image is dropped before it is decoded. 16-bit RGBA of that size takes about 0.8
 GB."""
 MAX_FILE_BYTES = 256 << 20
-MAX_PROFILE_BYTES = 4 << 20
 MAX_LEVEL_CHANGE = 2
 """Color profiles that change no channel by more levels (of 255) than this are ignored."""
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> the transpose that makes the image upright."""
 ORIENTED_SIDEWAYS = range(5, 9)
 """EXIF orientations that swap height and width."""
 
@@ -94,7 +105,10 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
             image.draft(None, (width, height))
 
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        # Not by `ImageOps.exif_transpose`: it also writes the EXIF again, which fails for many odd tags.
+        turn = TURNS.get(_orientation(image))
+        upright = image.copy() if turn is None else image.transpose(turn)
+        return _to_rgb(upright, image.format)
 
 
 def resize_crop(
@@ -163,7 +177,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         raise ImageError(TOO_LARGE, f"{len(data)} bytes")
 
     # Opening reads the header alone.
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(without_foreign_chunks(data)), formats=FORMATS) as image:
         width, height = image.size
         if not width or not height:
             raise ImageError(DAMAGED, f"{height}x{width} pixels")
@@ -190,8 +204,19 @@ def _faults_as_image_errors() -> Iterator[None]:
         raise ImageError(DAMAGED, f"{type(error).__name__}: {error}"[:200]) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _orientation(image: Image.Image) -> Any:
+    """Return the EXIF orientation; 1 (upright) if there is none, or the EXIF cannot be read.
+
+    A foreign file's value may be of any type.
+    """
+    # The EXIF of a PNG may come after its pixels. Faults in those are the image's, so they are raised here.
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Pillow raises all kinds for damaged EXIF, and none of them says anything about the pixels.
+        return 1
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -199,7 +224,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in ORIENTED_SIDEWAYS else (height, width)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     profile = image.info.get("icc_profile") or b""
     if image.mode == "RGB" and "transparency" not in image.info and not profile:
         return image
@@ -207,11 +232,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     alpha = None
     if image.mode.startswith("I"):
         # Pillow clips 16 bits at 255 instead of scaling them.
-        gray = np.asarray(image).astype(np.float32) / 257
+        levels = np.asarray(image)
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))
+        gray = levels.astype(np.float32) / 257
         image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")
+        # Many programs write the fourth byte of a BMP's pixels as 0 and do not mean transparency.
+        if file_format == "BMP" and alpha.getextrema() == (0, 0):
+            alpha = None
         # The profile of a gray image applies to one channel.
         image = rgba.getchannel("R") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
     elif image.mode == "P":

@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -262,3 +263,114 @@ def test_encoding_round_trip(image_format):
     assert Image.open(io.BytesIO(data)).format == image_format.upper()
     difference = np.asarray(decode_image(data), float) - np.asarray(smooth_image(3), float)
     assert np.abs(difference).mean() < (0.01 if image_format == "png" else 4)
+
+
+def chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png_with(extra, before=b"IDAT"):
+    data = encoded(smooth_image(3))
+    at = data.index(before) - 4
+    return data[:at] + extra + data[at:]
+
+
+BIG = b"workflow" * 700_000
+FOREIGN = {
+    "compressed text": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(BIG)),
+    "international text": chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(BIG)),
+    "plain text": chunk(b"tEXt", b"workflow\0" + BIG),
+    "orientation text that is a bomb": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(BIG)),
+    "large profile": chunk(b"iCCP", b"icc\0\0" + zlib.compress(SWAPPED + bytes(MAX_PROFILE_BYTES))),
+    "profile of an unknown compression": chunk(b"iCCP", b"icc\0\7" + zlib.compress(SWAPPED)),
+    "empty profile": chunk(b"iCCP", b""),
+    "wrong checksum of a text": chunk(b"tEXt", b"Comment\0hi", 1),
+    "wrong checksum of a profile": chunk(b"iCCP", b"icc\0\0" + zlib.compress(SWAPPED), 1),
+    "resolution that is cut": chunk(b"pHYs", b"\0"),
+    "EXIF that is none": chunk(b"eXIf", b"garbage"),
+    "unknown private chunk": chunk(b"zzZz", b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_a_chunk_that_is_not_needed_never_costs_an_image(name, before):
+    data = png_with(FOREIGN[name], before)
+    assert image_size(data) == (48, 48)
+    assert (np.asarray(decode_image(data)) == np.asarray(smooth_image(3))).all()
+
+
+def test_profiles_between_pillows_limit_and_ours_are_used():
+    padded = SWAPPED + bytes(2 << 20)
+    data = png_with(chunk(b"iCCP", b"icc\0\0" + zlib.compress(padded)))
+    plain = png_with(chunk(b"iCCP", b"icc\0\0" + zlib.compress(SWAPPED)))
+    assert (np.asarray(decode_image(data)) == np.asarray(decode_image(plain))).all()
+    assert (np.asarray(decode_image(data)) != np.asarray(smooth_image(3))).any()
+
+
+def test_orientation_in_the_texts_of_a_png():
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    wide = encoded(smooth_image(3, 24, 48))
+    at = wide.index(b"IDAT") - 4
+    turned = wide[:at] + chunk(b"iTXt", xmp) + wide[at:]
+    assert image_size(turned) == (48, 24)
+    assert decode_image(turned).size == (24, 48)
+
+
+def jpeg_with_exif(entries, extra=b""):
+    """Return a JPEG of 24 x 48 pixels with an EXIF block of (tag, type, count, value) entries."""
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        block += struct.pack("<HHII", tag, kind, count, value)
+    block += struct.pack("<I", 0) + extra
+    data = encoded(smooth_image(3, 24, 48), "JPEG", quality=95)
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+
+
+odd_entries = st.tuples(
+    st.sampled_from([0x10F, 0x111, 0x11A, 0x128, 0x131, 0x132, 0x201, 0x213, 0x2BC, 0x8769, 0x8825, 0x927C]),
+    st.sampled_from([*range(14), 16, 129, 65535]),
+    st.sampled_from([0, 1, 2, 4, 100, 2**31, 2**32 - 1]),
+    st.sampled_from([0, 1, 8, 26, 38, 200, 60000, 2**32 - 1]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([1, 6, 8]), st.lists(odd_entries, max_size=4), st.binary(max_size=40))
+def test_the_orientation_counts_whatever_else_the_exif_contains(orientation, entries, extra):
+    data = jpeg_with_exif([(0x112, 3, 1, orientation), *entries], extra)
+    sideways = orientation > 1
+    assert image_size(data) == ((48, 24) if sideways else (24, 48))
+    assert decode_image(data).size == ((24, 48) if sideways else (48, 24))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60))
+def test_exif_of_any_bytes_never_costs_an_image(block):
+    data = encoded(smooth_image(3), "JPEG", quality=95)
+    block = b"Exif\0\0" + block
+    odd = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    assert decode_image(odd).mode == "RGB"
+
+
+def test_the_transparent_level_of_sixteen_bits_becomes_white():
+    levels = np.full((8, 8), 30000, np.uint16)
+    levels[:4] = 100
+    data = encoded(Image.fromarray(levels))
+    at = data.index(b"IDAT") - 4
+    pixels = np.asarray(decode_image(data[:at] + chunk(b"tRNS", struct.pack(">H", 30000)) + data[at:]))
+    assert (pixels[4:] == 255).all()
+    assert (pixels[:4] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_an_alpha_of_zeros_in_a_bmp_is_no_transparency(alpha):
+    image = Image.new("RGBA", (8, 8), (200, 30, 60, 0))
+    image.putpixel((0, 0), (200, 30, 60, alpha * 255))
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 8, -8, 1, 32, 3, 256, 0, 0, 0, 0) + masks + bytes(52)
+    pixels = np.asarray(image)[..., [2, 1, 0, 3]].tobytes()
+    data = b"BM" + struct.pack("<IHHI", 14 + 108 + 256, 0, 0, 14 + 108) + header + pixels
+    expected = (255, 255, 255) if alpha else (200, 30, 60)
+    assert tuple(np.asarray(decode_image(data))[7, 7]) == expected
