@@ -6,7 +6,6 @@ all of it or nothing. Of several writers exactly one wins. A writer that is kill
 files that no commit names, which `gc` removes. Nothing is ever overwritten.
 """
 
-import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -18,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from data_prep.dataset.schema import PAIRS, Commit, Family, Manifest, Part, canonical_json
+from data_prep.dataset.records import read_object
+from data_prep.dataset.schema import PAIRS, Commit, Family, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
+from model.common.records import canonical_json, parse_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PLAN_KEY = "manifest/plan.json"
+PLAN_AGAIN = "bring it back from a copy, or plan again under another dataset name"
 THREADS = 32
 """Objects read or deleted at once."""
 
@@ -56,19 +58,22 @@ def read_plan(dataset: Store) -> Manifest:
         UserError: if there is no plan yet.
     """
     try:
-        return Manifest.from_json(dataset.read(Manifest.KEY))
+        return read_object(dataset, Manifest.KEY, Manifest.from_json, PLAN_AGAIN)
     except FileNotFoundError as error:
         command = "python -m data_prep plan DATASET.yaml"
         raise UserError(f"{dataset.uri}: no plan yet: run `{command}` first") from error
 
 
-def read_plan_record(dataset: Store) -> dict[str, Any]:
-    """Return the plan's counts.
+def read_plan_record(dataset: Store) -> PlanRecord:
+    """Return the plan's counts, and the hashes of its files.
 
-    `files` has one record per source file (label, rows, kept, dropped by reason). `captions` has kept by
-    kind, letters by kind and refused by reason. `manifest` has the xxh64 of each manifest file by key.
+    Raises:
+        StoreError: if the record is missing or damaged.
     """
-    return json.loads(dataset.read(PLAN_KEY))
+    try:
+        return read_object(dataset, PLAN_KEY, lambda data: parse_record(PlanRecord, data), PLAN_AGAIN)
+    except FileNotFoundError as error:
+        raise StoreError(f"{dataset.uri}/{PLAN_KEY}: missing: {PLAN_AGAIN}") from error
 
 
 def read_commit(dataset: Store, kind: str, part: Part) -> Commit:
@@ -79,10 +84,7 @@ def read_commit(dataset: Store, kind: str, part: Part) -> Commit:
         StoreError: if the record is damaged or belongs to another part.
     """
     key = part.commit_key(kind)
-    try:
-        commit = Commit.from_json(dataset.read(key))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and make the part again") from error
+    commit = read_object(dataset, key, Commit.from_json, "delete it and make the part again")
 
     # A record copied under another key would make a part exist with the rows of another.
     if (commit.kind, commit.part) != (kind, part):
@@ -101,9 +103,12 @@ def committed_parts(dataset: Store, kind: str) -> set[Part]:
     parts = set()
     for key in dataset.list(prefix):
         bucket, _, name = key.removeprefix(prefix).partition("/")
-        if not re.fullmatch(r"\d+\.json", name):
+        number = name.removesuffix(".json")
+        part = Part(bucket, int(number) if re.fullmatch(r"\d{1,18}", number, re.ASCII) else -1)
+        # Another spelling of the same number would be a second record of one part.
+        if part.number < 0 or part.commit_key(kind) != key:
             raise StoreError(f"{dataset.uri}/{key}: not a commit: remove it")
-        parts.add(Part(bucket, int(name.removesuffix(".json"))))
+        parts.add(part)
     return parts
 
 

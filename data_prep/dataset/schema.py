@@ -14,14 +14,17 @@
 """
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
 
 from data_prep.store.store import StoredFile
+from model.common.records import STRICT, Count, Hash, Name, NoHash, canonical_json, parse_record, seal
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 PAIRS = "pairs"
 TABLE = "pairs.parquet"
 """File of a part of the pairs: one row per sample, with its captions."""
@@ -60,18 +63,20 @@ class Part:
 class Commit:
     """The record of one part of one kind; the part exists if and only if the record is in the store."""
 
-    kind: str
-    bucket: str
-    number: int
-    rows: int
-    attempt: str
-    ids_xxh64: str
+    __pydantic_config__ = STRICT
+
+    kind: Name
+    bucket: Name
+    number: Count
+    rows: Annotated[int, Field(ge=0, lt=1 << 32)]
+    attempt: Hash
+    ids_xxh64: Hash
     """Hash of the sample ids in row order: families of one part must agree on it."""
     files: list[StoredFile]
-    family_hash: str = ""
-    counts: dict[str, float] = field(default_factory=dict)
+    family_hash: Annotated[str, Field(pattern="^[0-9a-z]{0,64}$")] = ""
+    counts: dict[str, int | float] = field(default_factory=dict)
     """Numbers that the writer counted: tokens, outliers, seconds."""
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
 
     @property
     def part(self) -> Part:
@@ -79,14 +84,26 @@ class Commit:
         return Part(self.bucket, self.number)
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes."""
-        return canonical_json(asdict(self))
+        """Canonical JSON bytes, sealed."""
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes) -> "Commit":
-        """Read back what `to_json` wrote."""
-        record = json.loads(data)
-        return cls(**{**record, "files": [StoredFile(**file) for file in record["files"]]})
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        commit = parse_record(cls, data)
+        if commit.rows and not commit.files:
+            raise ValueError(f"{commit.rows} rows in no file")
+
+        # A payload elsewhere would be another part's, or no part of the store at all.
+        folder = commit.part.payload_key(commit.kind, commit.attempt, "")
+        for file in commit.files:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", file.key.removeprefix(folder)):
+                raise ValueError("files: a payload that is not of this attempt")
+        return commit
 
 
 @dataclass(frozen=True)
@@ -96,11 +113,13 @@ class Manifest:
     A part may end with fewer rows than planned (if an image turns out to be damaged), never with more.
     """
 
+    __pydantic_config__ = STRICT
+
     dataset: str
     caption_kinds: list[str]
-    buckets: dict[str, list[int]]
+    buckets: dict[Name, list[Count]]
     """Bucket name -> planned rows of its parts 0, 1, 2, ..."""
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
 
     KEY: ClassVar[str] = "manifest.json"
 
@@ -119,13 +138,104 @@ class Manifest:
         return sorted(parts, key=lambda part: (2 * part.number + 1) / len(self.buckets[part.bucket]))
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes."""
-        return canonical_json(asdict(self))
+        """Canonical JSON bytes, sealed."""
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
-        """Read back what `to_json` wrote."""
-        return cls(**json.loads(data))
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return parse_record(cls, data)
+
+
+class FileCounts(TypedDict):
+    """Rows of one source file that the plan read, kept and dropped."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    number: Count
+    label: str
+    rows: Count
+    kept: Count
+    dropped: dict[str, Count]
+    """Rows by the reason why they were dropped."""
+
+
+class CaptionCounts(TypedDict):
+    """Captions that the plan kept and refused."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    kept: dict[str, Count]
+    """Captions by kind."""
+    letters: dict[str, Count]
+    """Letters by kind."""
+    refused: dict[str, Count]
+    """Captions by the reason why they were refused."""
+
+
+class PlanRecord(TypedDict):
+    """`manifest/plan.json`: the plan's counts, and the hashes of its files."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    files: list[FileCounts]
+    captions: CaptionCounts
+    manifest: dict[str, Hash]
+    """xxh64 of each manifest file by key."""
+
+
+class FamilyRecord(TypedDict):
+    """A family as JSON."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: Name
+    kind: Literal["latents", "text"]
+    identity: dict[str, Any]
+    info: dict[str, Any]
+    constants_xxh64: Hash | NoHash
+    format: Literal[1]
+    hash: Hash
+
+
+class BucketRecord(TypedDict):
+    """One bucket of a snapshot."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    parts: Count
+    rows: Count
+    content: str
+    """SHA-256 over the parts' content."""
+    index_xxh64: Hash
+
+
+class SnapshotRecord(TypedDict):
+    """A snapshot as JSON."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    dataset: str
+    caption_kinds: list[str]
+    families: dict[Name, FamilyRecord]
+    buckets: dict[Name, BucketRecord]
+    left_out: dict[str, Count]
+    format: Literal[1]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An entry of the snapshots' history."""
+
+    __pydantic_config__ = STRICT
+
+    id: Hash
+    taken: str
+    """Time in UTC."""
 
 
 @dataclass(frozen=True)
@@ -167,15 +277,31 @@ class Family:
         return LATENT_COLUMNS if self.kind == "latents" else TEXT_COLUMNS
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes; the hash is included for human readers."""
-        return canonical_json({**asdict(self), "hash": self.hash})
+        """Canonical JSON bytes, sealed."""
+        return seal({**asdict(self), "hash": self.hash})
 
     @classmethod
     def from_json(cls, data: bytes) -> "Family":
-        """Read back what `to_json` wrote."""
-        record = json.loads(data)
-        record.pop("hash")  # computed from the other fields
-        return cls(**record)
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return cls.from_record(parse_record(FamilyRecord, data))
+
+    @classmethod
+    def from_record(cls, record: FamilyRecord) -> "Family":
+        """Return the family of a checked record.
+
+        Raises:
+            ValueError: if its hash is not that of its identity.
+        """
+        content: dict[str, Any] = {**record}
+        digest = content.pop("hash")
+        family = cls(**content)
+        if family.hash != digest:
+            raise ValueError("its identity does not match its hash")
+        return family
 
 
 @dataclass(frozen=True)
@@ -221,8 +347,7 @@ class Snapshot:
     dataset: str
     caption_kinds: list[str]
     families: dict[str, Family]
-    buckets: dict[str, dict[str, Any]]
-    """Bucket name -> `parts`, `rows`, `content` (SHA-256 over the parts' content), `index_xxh64`."""
+    buckets: dict[str, BucketRecord]
     left_out: dict[str, int]
     """Rows of the plan that the snapshot lacks, by reason; empty unless the snapshot is partial."""
     format: int = FORMAT
@@ -253,20 +378,17 @@ class Snapshot:
         return record
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes."""
-        return canonical_json(self._record())
+        """Canonical JSON bytes, sealed."""
+        return seal(self._record())
 
     @classmethod
     def from_json(cls, data: bytes) -> "Snapshot":
-        """Read back what `to_json` wrote."""
-        record = json.loads(data)
-        for name, family in record["families"].items():
-            record["families"][name] = Family.from_json(canonical_json(family))
-        return cls(**record)
+        """Read back what `to_json` wrote.
 
-
-def canonical_json(record: Any) -> bytes:
-    """Return JSON with sorted keys and no spaces, so that equal records are equal bytes."""
-    # NaN is not JSON, and readers in other languages would refuse the record.
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+        Raises:
+            ValueError: if it is damaged.
+        """
+        record = parse_record(SnapshotRecord, data)
+        families = {name: Family.from_record(family) for name, family in record["families"].items()}
+        buckets, left_out = record["buckets"], record["left_out"]
+        return cls(record["dataset"], record["caption_kinds"], families, buckets, left_out)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -26,17 +25,29 @@ from data_prep.dataset.parts import (
     read_commit,
     read_plan,
 )
-from data_prep.dataset.schema import PAIRS, TABLE, Commit, Family, Manifest, Part, Snapshot, canonical_json
+from data_prep.dataset.records import parse_table
+from data_prep.dataset.schema import (
+    PAIRS,
+    TABLE,
+    BucketRecord,
+    Commit,
+    Family,
+    Manifest,
+    Part,
+    Snapshot,
+)
 from data_prep.dataset.snapshot_reader import (
     HISTORY,
     last_taken,
     read_families,
     read_family,
     read_index,
+    read_index_file,
     read_snapshot,
 )
-from data_prep.store.store import Store, StoredFile, StoreError
+from data_prep.store.store import Store, StoredFile
 from model.common.errors import UserError
+from model.common.records import canonical_json, seal
 from model.common.share import Share
 
 MAX_TASKS = 1000
@@ -91,7 +102,7 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     if not with_rows:
         raise UserError(f"{dataset.uri}: no part has rows in {', '.join(commits)}: nothing to train on")
 
-    buckets: dict[str, dict[str, Any]] = {}
+    buckets: dict[str, BucketRecord] = {}
     indexes: dict[str, bytes] = {}
     for bucket in sorted({part.bucket for part in with_rows}):
         parts = [part for part in with_rows if part.bucket == bucket]
@@ -137,13 +148,11 @@ def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Par
     return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(hints)
 
 
-def _index_bucket(
-    parts: list[Part], commits: Commits, families: Iterable[str]
-) -> tuple[dict[str, Any], bytes]:
+def _index_bucket(parts: list[Part], commits: Commits, families: Iterable[str]) -> tuple[BucketRecord, bytes]:
     """Return the snapshot's record of one bucket, and its index as parquet."""
     rows = [_index_row(part, commits, families) for part in parts]
     data = _parquet(rows)
-    record = {
+    record: BucketRecord = {
         "parts": len(rows),
         "rows": sum(commits[PAIRS][part].rows for part in parts),
         "content": _content_hash(rows),
@@ -207,7 +216,7 @@ def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> N
             return
         number = 0 if last is None else last[0] + 1
         entry = {"id": snapshot.id, "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        if dataset.put_new(f"{HISTORY}{number:06d}.json", canonical_json(entry)):
+        if dataset.put_new(f"{HISTORY}{number:06d}.json", seal(entry)):
             return
 
 
@@ -296,7 +305,7 @@ def _check_payload(dataset: Store, commit: Commit, family: Family | None) -> Non
             if family:
                 ids = [row["id"] for row in Shard(path, family.columns)]
             elif path.name == TABLE:
-                ids = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+                ids = parse_table(path.read_bytes(), columns=["id"])["id"].to_pylist()
 
     if len(ids) != commit.rows or hash_ids(ids) != commit.ids_xxh64:
         raise UserError("the payload holds other samples than the commit says")
@@ -426,13 +435,7 @@ def _live_groups(dataset: Store) -> set[str]:
             continue
         live.add(key)
 
-        data = dataset.read(key)
-        if xxhash.xxh64_hexdigest(data) != index[2]:
-            raise StoreError(
-                f"{dataset.uri}/{key}: damaged, so the objects that it names are unknown: "
-                "delete it and take the snapshot again"
-            )
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        table = read_index_file(dataset, key, index[2])
         names = [column.removesuffix(".key") for column in table.column_names if column.endswith(".key")]
         files += _index_files(table, names)
 

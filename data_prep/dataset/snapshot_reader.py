@@ -1,23 +1,23 @@
 """Read what a training run needs of a dataset: its families, its snapshots, the captions of its pairs."""
 
-import io
-import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pyarrow
-import pyarrow.parquet
-import xxhash
 
-from data_prep.dataset.schema import PAIRS, TABLE, Commit, Family, Part, Snapshot
+from data_prep.dataset.records import hashed, parse_table, read_object
+from data_prep.dataset.schema import PAIRS, TABLE, Commit, Family, Part, Snapshot, Taken
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
+from model.common.records import parse_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HISTORY = "snapshots/history/"
 VERIFY = "run `python -m data_prep verify`"
+TAKE_AGAIN = "delete it and take the snapshot again"
 
 
 def read_families(dataset: Store) -> dict[str, Family]:
@@ -36,7 +36,8 @@ def read_family(dataset: Store, name: str) -> Family:
         UserError: if no family has that name.
     """
     try:
-        return Family.from_json(dataset.read(f"families/{name}/family.json"))
+        way_out = "bring it back from a copy, or encode the family under another name"
+        return read_object(dataset, f"families/{name}/family.json", Family.from_json, way_out)
     except FileNotFoundError as error:
         names = ", ".join(dataset.folders("families/")) or "none"
         raise UserError(
@@ -48,18 +49,17 @@ def read_constants(dataset: Store, family: Family) -> "dict[str, Tensor]":
     """Return the tensors that a family stores once, by name; empty if it has none.
 
     Raises:
-        StoreError: if they are damaged.
+        StoreError: if they are missing or damaged.
     """
     from safetensors.torch import load  # imports torch, which most readers do not need
 
     if not family.constants_xxh64:
         return {}
-    data = dataset.read(family.constants_key)
-    if xxhash.xxh64_hexdigest(data) != family.constants_xxh64:
-        raise StoreError(
-            f"{dataset.uri}/{family.constants_key}: damaged: "
-            f"encode family `{family.name}` again under another name"
-        )
+    way_out = f"bring it back from a copy, or encode family `{family.name}` under another name"
+    try:
+        data = read_object(dataset, family.constants_key, hashed(family.constants_xxh64), way_out)
+    except FileNotFoundError as error:
+        raise StoreError(f"{dataset.uri}/{family.constants_key}: missing: {way_out}") from error
     return load(data)
 
 
@@ -82,29 +82,38 @@ def read_snapshot(dataset: Store, id: str = "latest") -> Snapshot:
             )
         id = taken[1]
 
+    def parse(data: bytes) -> Snapshot:
+        snapshot = Snapshot.from_json(data)
+        if snapshot.id != id:  # which is a hash of the record
+            raise ValueError("its content does not match its id")
+        return snapshot
+
     try:
-        snapshot = Snapshot.from_json(dataset.read(f"snapshots/{id}/snapshot.json"))
+        return read_object(dataset, f"snapshots/{id}/snapshot.json", parse, TAKE_AGAIN)
     except FileNotFoundError as error:
         ids = ", ".join(name for name in dataset.folders("snapshots/") if name != "history") or "none"
         raise UserError(
             f"{dataset.uri}: no snapshot `{id}` (there is: {ids}): correct the id, or use `latest`"
         ) from error
 
-    # The id is a hash of the record.
-    if snapshot.id != id:
-        key = f"{dataset.uri}/snapshots/{id}/snapshot.json"
-        raise StoreError(f"{key}: damaged: delete it and take the snapshot again")
-    return snapshot
-
 
 def last_taken(dataset: Store) -> tuple[int, str] | None:
-    """Return number and id of the snapshot taken last; None if there is no snapshot."""
+    """Return number and id of the snapshot taken last; None if there is no snapshot.
+
+    Raises:
+        StoreError: if a file among the entries is not one, or the last one is damaged.
+    """
     keys = list(dataset.list(HISTORY))
+    for key in keys:
+        # Ignored, a renamed entry would silently make an older snapshot the latest.
+        if not re.fullmatch(r"\d{6}\.json", key.removeprefix(HISTORY), re.ASCII):
+            raise StoreError(f"{dataset.uri}/{key}: not an entry of the history: remove it")
     if not keys:
         return None
+
     # Keys are listed in order and their numbers have six digits, so the last key is the newest.
-    number = int(keys[-1].removeprefix(HISTORY).removesuffix(".json"))
-    return number, json.loads(dataset.read(keys[-1]))["id"]
+    entry = read_object(dataset, keys[-1], lambda data: parse_record(Taken, data), TAKE_AGAIN)
+    return int(keys[-1].removeprefix(HISTORY).removesuffix(".json")), entry.id
 
 
 def read_index(dataset: Store, snapshot: Snapshot, bucket: str) -> pyarrow.Table:
@@ -114,14 +123,20 @@ def read_index(dataset: Store, snapshot: Snapshot, bucket: str) -> pyarrow.Table
         StoreError: if it is missing or damaged.
     """
     key = snapshot.index_key(bucket)
+    return read_index_file(dataset, key, snapshot.buckets[bucket]["index_xxh64"])
+
+
+def read_index_file(dataset: Store, key: str, xxh64: str) -> pyarrow.Table:
+    """Return the index under a key.
+
+    Raises:
+        StoreError: if it is missing or damaged.
+    """
+    check = hashed(xxh64)
     try:
-        data = dataset.read(key)
+        return read_object(dataset, key, lambda data: parse_table(check(data)), TAKE_AGAIN)
     except FileNotFoundError as error:
         raise StoreError(f"{dataset.uri}/{key}: missing: take the snapshot again") from error
-
-    if xxhash.xxh64_hexdigest(data) != snapshot.buckets[bucket]["index_xxh64"]:
-        raise StoreError(f"{dataset.uri}/{key}: damaged: delete it and take the snapshot again")
-    return pyarrow.parquet.read_table(io.BytesIO(data))
 
 
 def read_captions(dataset: Store, part: Part, ids_xxh64: str) -> dict[int, list[tuple[int, str]]]:
@@ -138,20 +153,22 @@ def read_captions(dataset: Store, part: Part, ids_xxh64: str) -> dict[int, list[
     Raises:
         StoreError: if the part is missing or damaged, or holds other samples.
     """
-    key = part.commit_key(PAIRS)
+    key, columns = part.commit_key(PAIRS), ["id", "captions"]
     try:
-        commit = Commit.from_json(dataset.read(key))
-        file = next(file for file in commit.files if file.key.endswith(f"/{TABLE}"))
-        data = dataset.read(file.key)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise StoreError(f"{dataset.uri}/{key}: missing or damaged: {VERIFY}") from error
-
-    # The index names no file of the pairs, so the hash of the ids connects the captions to the snapshot's
-    # rows.
-    if commit.ids_xxh64 != ids_xxh64 or xxhash.xxh64_hexdigest(data) != file.xxh64:
-        raise StoreError(f"{dataset.uri}/{file.key}: damaged, or of other samples: {VERIFY}")
+        commit = read_object(dataset, key, Commit.from_json, VERIFY)
+        tables = [file for file in commit.files if file.key.endswith(f"/{TABLE}")]
+        # The index names no file of the pairs, so the hash of the ids connects the captions to the snapshot's
+        # rows.
+        if commit.ids_xxh64 != ids_xxh64 or len(tables) != 1:
+            raise StoreError(f"{dataset.uri}/{key}: of other samples: {VERIFY}")
+        check, columns = hashed(tables[0].xxh64), ["id", "captions"]
+        table = read_object(
+            dataset, tables[0].key, lambda data: parse_table(check(data), columns=columns), VERIFY
+        )
+    except FileNotFoundError as error:
+        raise StoreError(f"{dataset.uri}/{key}: it or its table is missing: {VERIFY}") from error
 
     captions = {}
-    for row in pyarrow.parquet.read_table(io.BytesIO(data), columns=["id", "captions"]).to_pylist():
+    for row in table.to_pylist():
         captions[row["id"]] = [(caption["kind"], caption["text"]) for caption in row["captions"]]
     return captions

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import commit_part, committed_parts, read_plan
+from data_prep.dataset.parts import commit_part, committed_parts, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
 from data_prep.pairs.make_images import (
     EncodedImage,
@@ -167,6 +167,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
     for rank, number in enumerate(file_order(config, files)):
         ranks[number] = rank
 
+    hashes = read_plan_record(dataset)["manifest"]
     open_parts: dict[Part, _OpenPart] = {}
     commits: deque[Future[Counter[str]]] = deque()
     context = EncodingContext(OpenSources(config, files), config.image_format, config.image_quality)
@@ -178,7 +179,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
         # A part's rows are read when its first task is due, so only the open parts are in memory.
         def open_part(part: Part) -> list[dict[str, Any]]:
             open_parts[part] = _OpenPart(
-                part, read_manifest(dataset, part).to_pylist(), Path(folder) / str(part)
+                part, read_manifest(dataset, part, hashes).to_pylist(), Path(folder) / str(part)
             )
             return open_parts[part].rows
 

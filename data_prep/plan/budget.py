@@ -1,14 +1,15 @@
 """Cost of a plan, printed before the work is done: parts, bytes and GPU-hours, by formula."""
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import read_plan_record
-from data_prep.dataset.schema import Manifest
+from data_prep.dataset.schema import Manifest, PlanRecord
 from data_prep.store.store import Store
+from model.common.errors import UserError, first_line
+from model.common.records import parse_json, read_bounded
 from model.config import TextConfig
 from model.encoders.gguf import GGUFFile, find_gguf
 from model.encoders.quantize import bytes_per_token
@@ -89,7 +90,7 @@ def _text_estimate(text: TextConfig, size: Size, captions: int, tokens: float, t
     )
 
 
-def _rows_by_reason(record: dict[str, Any]) -> Counter[str]:
+def _rows_by_reason(record: PlanRecord) -> Counter[str]:
     """Count the rows that the plan left out, over all source files."""
     reasons: Counter[str] = Counter()
     for file in record["files"]:
@@ -115,11 +116,16 @@ def model_size(text: TextConfig) -> Size | None:
     settings = Path(text.llm) / "config.json"
     if not settings.is_file():
         return None
-    config = json.loads(settings.read_text())
-    config = config.get("text_config", config)  # of a multimodal model
-    for names in CONFIG_NAMES:
-        if all(name in config for name in names):
-            return _size(*(config[name] for name in names))
+    try:
+        config = parse_json(read_bounded(settings))
+        config = config.get("text_config", config)  # of a multimodal model
+        for names in CONFIG_NAMES:
+            if all(name in config for name in names):
+                return _size(*(int(config[name]) for name in names))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{settings}: not a model's settings: {first_line(error)}: get it again"
+        ) from error
     return None
 
 

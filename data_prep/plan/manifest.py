@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_prep.config import DatasetConfig
+from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY
+from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import Part
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.scan import CAPTIONS
-from data_prep.store.store import Store
+from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
 
 pc: Any = pyarrow.compute
@@ -46,11 +49,29 @@ def _manifest_key(bucket: str, number: int) -> str:
     return f"manifest/{bucket}/{number:06d}.parquet"
 
 
-def read_manifest(dataset: Store, part: Part) -> pa.Table:
-    """Return the planned rows of one part, in order (`MANIFEST`)."""
+def read_manifest(dataset: Store, part: Part, hashes: Mapping[str, str]) -> pa.Table:
+    """Return the planned rows of one part, in order (`MANIFEST`).
+
+    Args:
+        dataset: the dataset's store.
+        part: the part.
+        hashes: xxh64 of each manifest file by key, as `plan.json` records them.
+
+    Raises:
+        StoreError: if they are missing or damaged.
+    """
     number, group = divmod(part.number, PARTS_PER_FILE)
-    data = dataset.read(_manifest_key(part.bucket, number))
-    return pq.ParquetFile(io.BytesIO(data)).read_row_group(group)
+    key = _manifest_key(part.bucket, number)
+    if key not in hashes:
+        raise StoreError(f"{dataset.uri}/{PLAN_KEY}: does not name {key}: {PLAN_AGAIN}")
+
+    check = hashed(hashes[key])
+    try:
+        return read_object(
+            dataset, key, lambda data: parse_table(check(data), MANIFEST, group=group), PLAN_AGAIN
+        )
+    except FileNotFoundError as error:
+        raise StoreError(f"{dataset.uri}/{key}: missing: {PLAN_AGAIN}") from error
 
 
 class ManifestWriter:

@@ -17,6 +17,7 @@ from data_prep.store.local import CHUNK, LocalFolder
 from data_prep.store.s3 import S3Bucket
 from model.common.errors import UserError
 from model.common.files import atomic_path, naming_full_disk
+from model.common.records import STRICT, Count, Hash
 
 __all__ = ["Store", "StoreError", "hash_file", "open_store"]
 
@@ -25,9 +26,11 @@ __all__ = ["Store", "StoreError", "hash_file", "open_store"]
 class StoredFile:
     """A payload file as its commit records it."""
 
+    __pydantic_config__ = STRICT
+
     key: str
-    bytes: int
-    xxh64: str
+    bytes: Count
+    xxh64: Hash
 
 
 class Backend(Protocol):

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset.schema import canonical_json
 from model.common.errors import UserError
 from model.common.files import write_atomic
+from model.common.records import canonical_json
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:

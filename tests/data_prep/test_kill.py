@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.dataset.parts import committed, read_plan
+from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS
 from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
 from data_prep.dataset.snapshot_reader import read_snapshot
@@ -230,9 +230,9 @@ def check_finished(dataset, expected):
         The number of orphans, which are removed.
     """
     assert read_snapshot(dataset).id == expected == take_snapshot(dataset).id
-    planned = []
+    planned, hashes = [], read_plan_record(dataset)["manifest"]
     for part in read_plan(dataset).parts:
-        planned += read_manifest(dataset, part)["id"].to_pylist()
+        planned += read_manifest(dataset, part, hashes)["id"].to_pylist()
     assert sorted(ids_of(dataset)) == sorted(planned)
 
     named = set()

@@ -18,7 +18,15 @@ from data_prep.families.encode import SHARD
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from tests.helpers.fake_dataset import FAMILIES, make_all, make_families, make_pairs, plan, sample_ids
+from tests.helpers.fake_dataset import (
+    FAMILIES,
+    commit_pairs,
+    make_all,
+    make_families,
+    make_pairs,
+    plan,
+    sample_ids,
+)
 
 BUCKETS = {"64x64": [3, 3, 2], "32x96": [2]}
 
@@ -134,7 +142,7 @@ def test_parts_that_do_not_fit_together_are_refused(dataset, tmp_path):
     dataset.delete(part.commit_key(PAIRS))
     with pytest.raises(UserError, match=r"commits/latents/32x96/00000\.json: holds other samples"):
         take_snapshot(dataset)
-    commit_part(dataset, PAIRS, part, {}, [99], {})
+    commit_pairs(dataset, part, [99])
     with pytest.raises(UserError, match=r"commits/latents/32x96/00000\.json: holds other samples"):
         take_snapshot(dataset, partial=True)
     with pytest.raises(UserError, match="no family `none`"):

@@ -74,9 +74,9 @@ def write_sources(folder, files):
 
 
 def planned_ids(dataset):
-    ids = []
+    ids, hashes = [], read_plan_record(dataset)["manifest"]
     for part in read_plan(dataset).parts:
-        ids += read_manifest(dataset, part)["id"].to_pylist()
+        ids += read_manifest(dataset, part, hashes)["id"].to_pylist()
     return ids
 
 
