@@ -1,4 +1,4 @@
-"""PNG files without the parts that say nothing about their pixels and may keep a decoder from reading them."""
+"""PNG files without the parts that say nothing about their pixels and can keep a decoder from reading."""
 
 import struct
 import zlib
@@ -19,8 +19,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
 def without_foreign_chunks(data: bytes) -> bytes:
     """Return a PNG without ancillary chunks that are not needed, or that are damaged or too large.
 
-    Pillow refuses an image for a wrong checksum or a large text in such a chunk, though its pixels are intact.
-    Other data is returned as it is.
+    Pillow refuses an image for a wrong checksum or a large text in such a chunk, though its pixels are
+    intact. Other data is returned as it is.
     """
     if not data.startswith(SIGNATURE):
         return data

@@ -1,15 +1,22 @@
 """Captions of a sample: gather them from a record's fields, and refuse values that are not text."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 MAX_BYTES = 1 << 16
+MAX_CAPTIONS = 1000
+"""Captions of one kind that a row can have."""
+BYTE_ORDER_MARK = "\ufeff"
+INVISIBLE = {"Cf", "Mn", "Me", "Zs", "Zl", "Zp"}
+"""Unicode categories of white space, marks without a letter, and characters that only format a text."""
 MISSING = "caption: missing"
 NOT_TEXT = "caption: not text"
 EMPTY = "caption: empty"
 HUGE = f"caption: over {MAX_BYTES} bytes"
 CONTROL = "caption: control characters"
 NOT_UTF8 = "caption: not UTF-8"
+TOO_MANY = f"caption: more than {MAX_CAPTIONS} in a row"
 
 
 class Caption(NamedTuple):
@@ -27,26 +34,40 @@ def gather_captions(record: Mapping[str, Any], fields: Mapping[str, str]) -> tup
 
     Args:
         record: a source row's fields.
-        fields: caption kind -> name of its field.
+        fields: caption kind -> name of its field, or `a.b` for field `b` in a field `a`.
     """
-    captions: list[Caption] = []
+    # The keys of a dict, because a list would compare each caption with all before it.
+    captions: dict[Caption, None] = {}
     refused: list[str] = []
     for kind, field in fields.items():
-        value = record.get(field)
+        value = _field(record, field)
         texts = value if isinstance(value, list) else [value]
-        for text in texts:
+        if len(texts) > MAX_CAPTIONS:
+            refused.append(TOO_MANY)
+        for text in texts[:MAX_CAPTIONS]:
             # A missing field is no fault as long as another field has a caption.
             if text is None:
                 continue
             cleaned = clean_caption(text)
             if cleaned.reason:
                 refused.append(cleaned.reason)
-            elif Caption(kind, cleaned.text) not in captions:
-                captions.append(Caption(kind, cleaned.text))
+            else:
+                captions[Caption(kind, cleaned.text)] = None
 
     if not captions and not refused:
         refused.append(MISSING)
-    return captions, refused
+    return list(captions), refused
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    """Return a field of a record; None if there is none. A name with dots leads into nested records."""
+    # A field of that very name first: columns of foreign tables may have dots in their names.
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 class Cleaned(NamedTuple):
@@ -71,8 +92,9 @@ def clean_caption(text: Any) -> Cleaned:
     if size > MAX_BYTES:
         return Cleaned("", HUGE)
 
-    text = " ".join(text.split())
-    if not text:
+    # A text saved on Windows may begin with the mark, also one that was copied into a table.
+    text = " ".join(text.removeprefix(BYTE_ORDER_MARK).split())
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
         return Cleaned("", EMPTY)
     # The control characters that white space does not include: C0, DEL and C1.
     if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text):

@@ -1,5 +1,7 @@
+import re
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import FilterConfig
@@ -7,14 +9,17 @@ from data_prep.plan.captions import (
     CONTROL,
     EMPTY,
     HUGE,
+    MAX_CAPTIONS,
     MISSING,
     NOT_TEXT,
     NOT_UTF8,
+    TOO_MANY,
     Caption,
+    Cleaned,
     gather_captions,
 )
 from data_prep.plan.expressions import ColumnExpression
-from data_prep.plan.filters import Filters, Row
+from data_prep.plan.filters import URL, Filters, Row
 from model.common.errors import UserError
 
 
@@ -181,3 +186,84 @@ def test_captions_never_fail_and_stay_text(values, texts):
         caption.text.encode() and caption.text == " ".join(caption.text.split()) for caption in captions
     )
     assert captions or refused
+
+
+@pytest.mark.parametrize("text", ["\ufeff", "\u200b\n", "\u00ad", "\u2060 \u200d", "\ufe0f", "\u0301"])
+def test_captions_of_invisible_characters_are_empty(text):
+    assert gather_captions({"txt": text}, {"original": "txt"}) == ([], [EMPTY])
+
+
+@pytest.mark.parametrize("text", ["\ufeffa fox", "\ufeff  a fox\r\n", "a  fox"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(text):
+    assert gather_captions({"txt": text}, {"original": "txt"}) == ([Caption("original", "a fox")], [])
+
+
+@pytest.mark.parametrize("text", ["🦊", "👩‍🚀", "\U0001fae9", "é", ".", "क्ष"])
+def test_a_caption_with_one_visible_character_is_kept(text):
+    assert gather_captions({"txt": text}, {"original": "txt"})[0] == [Caption("original", text)]
+
+
+def test_fields_of_nested_records():
+    record = {"meta": {"short": "a fox", "all": ["one", "two"], "deep": {"er": "three"}}, "a.b": "dotted"}
+    for field, texts in (
+        ("meta.short", ["a fox"]),
+        ("meta.all", ["one", "two"]),
+        ("meta.deep.er", ["three"]),
+        ("a.b", ["dotted"]),
+    ):
+        assert [caption.text for caption in gather_captions(record, {"original": field})[0]] == texts
+    for field in ("meta.absent", "absent.short", "meta.short.er"):
+        assert gather_captions(record, {"original": field}) == ([], [MISSING])
+
+
+class Counting(str):
+    """A string that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Counting.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+    def removeprefix(self, prefix):
+        return self
+
+    def split(self):
+        return [self]
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_captions_of_a_row_are_compared_in_linear_time(count, monkeypatch):
+    monkeypatch.setattr("data_prep.plan.captions.clean_caption", lambda text: Cleaned(text, ""))
+    Counting.compared = 0
+    captions, _ = gather_captions({"txt": [Counting(n) for n in range(count)]}, {"original": "txt"})
+    assert len(captions) == count
+    assert Counting.compared <= 2 * count
+
+
+def test_a_row_has_a_limited_number_of_captions():
+    captions, refused = gather_captions({"txt": [str(n) for n in range(10**5)]}, {"original": "txt"})
+    assert len(captions) == MAX_CAPTIONS
+    assert refused == [TOO_MANY]
+
+
+SIMPLE_URL = re.compile(
+    r"https?://|\bwww\.[a-z0-9-]+\.|\b[a-z0-9-]+\.(?:com|net|org|io|co\.uk|ru|cn|de)\b(?:/|$|\s)",
+    re.IGNORECASE,
+)
+"""Finds the same, in quadratic time."""
+
+
+@settings(max_examples=500)
+@given(st.lists(st.sampled_from(["a", "-", ".", "com", "é", "_", " ", "ſ", "/", "www.", "1", "co.uk", "\n"])))
+def test_urls_are_found_as_by_the_simple_expression(pieces):
+    text = "".join(pieces)
+    assert bool(URL.search(text)) == bool(SIMPLE_URL.search(text))
+
+
+@pytest.mark.parametrize("unit", ["a-", "-", "a", "a.", ".com", "a-.co", "www"])
+def test_captions_of_any_repeated_text_are_searched_in_linear_time(unit):
+    # In quadratic time, each of these would take half a minute.
+    assert not URL.search(unit * (60000 // len(unit)) + "~")
