@@ -20,7 +20,8 @@ from rich.table import Table
 from model.common.errors import UserError, command
 from pipeline.operations.attempts import Ending, read_endings
 from pipeline.runtime.attempt import read_attempt
-from pipeline.runtime.run_log import goodput, latest_reports, read_lines, seconds_in_steps
+from pipeline.runtime.finished import FINISHED
+from pipeline.runtime.run_log import elapsed_seconds, goodput, latest_reports, read_lines, seconds_in_steps
 
 RECENT = 20
 """Number of reports that the current speed is averaged over."""
@@ -94,22 +95,22 @@ def read_status(run: Path, now: float) -> Status:
         status.loss, status.mfu = last.get("loss"), last.get("mfu")
         status.samples_per_second = _speed(reports[-RECENT:])
         # up to the last line: a run that waits in the queue does not lose goodput
-        first_start, latest = lines[0]["time"], lines[-1]["time"]
-        if latest > first_start:
-            status.goodput = goodput(seconds_in_steps(reports), first_start, latest)
+        if elapsed := elapsed_seconds(lines):
+            status.goodput = goodput(seconds_in_steps(reports), elapsed)
 
     checkpoints = sorted((run / "checkpoints").glob("step_*/manifest.json"))
     if checkpoints:
         status.checkpoint = checkpoints[-1].parent.name
-        # the manifest is the last file of a checkpoint, so its time is that of the commit
-        status.checkpoint_age = now - checkpoints[-1].stat().st_mtime
+        # the manifest is the last file of a checkpoint, so its time is that of the commit; by a file server's
+        # clock, which may be ahead
+        status.checkpoint_age = max(0.0, now - checkpoints[-1].stat().st_mtime)
 
     if status.state == "finished":
         status.seconds_left = 0.0
     elif status.total and status.samples is not None and status.samples_per_second and status.goodput:
         left = max(0, status.total - status.samples)
         # goodput includes restarts and saves, so the estimate does too
-        status.seconds_left = left / status.samples_per_second / min(1.0, status.goodput)
+        status.seconds_left = left / status.samples_per_second / status.goodput
     return status
 
 
@@ -122,7 +123,7 @@ def _speed(reports: list[dict[str, Any]]) -> float | None:
 
 def _state(run: Path, endings: list[Ending], queued: str) -> str:
     # before the queue: a job stays there for some time after its stage is finished
-    if (run / "finished.json").exists():
+    if (run / FINISHED).exists():
         return "finished"
     # the queue is more recent than the last ending
     if queued:

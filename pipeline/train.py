@@ -16,7 +16,7 @@ An error on one rank ends all ranks within seconds. A rank that hangs is named, 
 (pipeline/runtime/watchdog.py).
 """
 
-from pipeline.runtime.stopping import Stop
+from pipeline.runtime.stopping import STOP_FILE, Stop, refuse_stop_file
 
 STOP = Stop()
 if __name__ == "__main__":
@@ -28,6 +28,8 @@ from model.common.errors import command
 from pipeline.engine.network import network_sizes
 from pipeline.engine.processes import exit_process, join_process_group
 from pipeline.engine.settings import check_settings
+from pipeline.runtime.finished import is_finished
+from pipeline.runtime.run_lock import lock_run
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
 from pipeline.stage.config import StageConfig, dump_stage, load_stage
 from pipeline.stage.corpus import resolve
@@ -87,16 +89,22 @@ def main() -> None:
         return
 
     # exit code 0, not an error: jobs that were queued in advance may start after the stage is finished
-    if (stage.run / "finished.json").exists():
-        print(f"{stage.name}: already finished, see {stage.run}; give name=... to train it again")
+    if is_finished(stage.run, stage.samples):
+        print(
+            f"{stage.name}: already finished, see {stage.run}; give name=... to train it again, or more "
+            "samples=... to go on"
+        )
         return
 
-    STOP.watch(stage.run / "stop", arguments.minutes)
+    STOP.watch(stage.run / STOP_FILE, arguments.minutes)
     ranks = join_process_group(stage.engine.timeout_minutes)
     heartbeat = Heartbeat()
     # below the collectives' own timeout, whose message would not say which rank hangs
     watchdog = Watchdog(ranks, heartbeat, STUCK_SHARE * 60 * stage.engine.timeout_minutes)
     try:
+        if ranks.rank == 0:
+            lock_run(stage.run)
+            refuse_stop_file(stage.run)
         code = Trainer(stage, ranks, STOP, heartbeat).run()
     # KeyboardInterrupt and SystemExit too: the peers would wait for this rank until the timeout
     except BaseException as error:

@@ -32,7 +32,9 @@ from model.common.errors import UserError, command
 from model.common.files import write_atomic
 from pipeline.operations.first_error import find_first_error
 from pipeline.runtime.attempt import Attempt, read_attempt
-from pipeline.runtime.stopping import EXIT_AGAIN
+from pipeline.runtime.finished import is_finished
+from pipeline.runtime.json_lines import append_line
+from pipeline.runtime.stopping import EXIT_AGAIN, STOP_FILE, refuse_stop_file
 from pipeline.stage.config import StageConfig, load_stage
 
 FINISHED = 3
@@ -97,8 +99,7 @@ def _write_ending(run: Path, attempt: Attempt, kind: str, reason: str, step: int
         requeued,
     )
     # appended and never rewritten, so that no ending can be lost
-    with (run / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(ending)) + "\n")
+    append_line(run / "attempts.jsonl", asdict(ending))
 
 
 def _read_tail(run: Path) -> str:
@@ -192,8 +193,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
         raise UserError(
             f"{stage.name} needs GPUs and the job has none: add --gpus-per-node=8 (or what the nodes have)"
         )
-    if (run / "stop").exists():
-        raise UserError(f"{run / 'stop'} asks this run to stop: remove the file to continue")
+    refuse_stop_file(run)
 
     before = read_attempt(run)
     # two jobs at one run would overwrite each other's checkpoints
@@ -272,10 +272,10 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
 
     if rc == EXIT_AGAIN:
         reason = _stop_reason(run)
-        if (run / "stop").exists():
+        if (run / STOP_FILE).exists():
             return (
                 "stop",
-                f"the file {run / 'stop'} asked for it; remove it and submit again to continue",
+                f"the file {run / STOP_FILE} asked for it; remove it and submit again to continue",
                 False,
             )
         repeated = 1 + _count_last(endings, {"stop"}, step)
@@ -386,9 +386,10 @@ def main() -> None:
     if arguments.command == "end":
         sys.exit(end(arguments.run, arguments.rc, arguments.job, arguments.why, arguments.bad_nodes))
     stage = load_stage(arguments.stage, arguments.overrides)
-    if (stage.run / "finished.json").exists():
+    if is_finished(stage.run, stage.samples):
         print(
-            f"{stage.name}: already finished, see {stage.run}; give name=... to train it again",
+            f"{stage.name}: already finished, see {stage.run}; give name=... to train it again, or more "
+            "samples=... to go on",
             file=sys.stderr,
         )
         sys.exit(FINISHED)

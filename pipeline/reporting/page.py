@@ -11,6 +11,7 @@ import jinja2
 from pipeline.operations.attempts import read_endings
 from pipeline.reporting.curves import curves_of, learned_curve
 from pipeline.reporting.data import describe_data
+from pipeline.runtime.finished import FINISHED
 from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.stage.config import dump_stage, load_run
 
@@ -117,7 +118,7 @@ def build(run: Path) -> Path:
 
     # escaped, since captions and settings are text from outside
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
-    finished = (run / "finished.json").exists()
+    finished = (run / FINISHED).exists()
     html = page.render(
         name=run.name,
         written=time.strftime("%Y-%m-%d %H:%M"),

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from model.common.errors import UserError
 
+OWN_ATTEMPT = "LI_DIT_ATTEMPT"
+"""The variable in which cluster/train.sh gives the ranks the name of their attempt."""
+
 
 @dataclass
 class Attempt:
@@ -45,7 +48,7 @@ def check_newest_attempt(run: Path) -> None:
         UserError: if there is a newer attempt.
     """
     # without the variable, the run was started by hand, and there is no attempt to compare
-    own, newest = os.environ.get("LI_DIT_ATTEMPT", ""), read_attempt(run)
+    own, newest = os.environ.get(OWN_ATTEMPT, ""), read_attempt(run)
     if own and newest is not None and newest.name != own:
         raise UserError(
             f"{run}: job {newest.name} has taken this run over from {own}: let it continue, "

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,32 @@ def read_events(run: Path, name: str | None = None) -> list[dict[str, Any]]:
     return [line for line in read_lines(run) if "event" in line and name in (None, line["event"])]
 
 
-def goodput(seconds_in_steps: float, first_start: float, now: float) -> float:
+def elapsed_seconds(lines: Iterable[dict[str, Any]], until: float | None = None) -> float:
+    """Return the time that a run's lines span, with all waits between its starts.
+
+    A clock that was set back between two lines takes nothing away again.
+
+    Args:
+        lines: a run's lines in order.
+        until: time to count up to, in seconds since 1970; None = the last line.
+    """
+    times = [line["time"] for line in lines]
+    # Nothing was written before the first line, so it counts from there.
+    if times and until is not None:
+        times.append(until)
+    return sum(max(0.0, later - time) for time, later in pairwise(times))
+
+
+def goodput(seconds_in_steps: float, elapsed: float) -> float:
     """Return the share of a run's time that went into steps that count.
 
     Restarts, saves, images and steps that were lost in a crash are in the whole time only.
 
     Args:
         seconds_in_steps: seconds spent in training steps whose result the run still has, each step once.
-        first_start: time of the run's first start, in seconds since 1970.
-        now: time up to which to count, in seconds since 1970.
+        elapsed: see `elapsed_seconds`; clocks that were set back may have made it too short.
     """
-    return seconds_in_steps / max(now - first_start, 1e-9)
+    return seconds_in_steps / max(elapsed, seconds_in_steps, 1e-9)
 
 
 def seconds_in_steps(reports: Iterable[dict[str, Any]]) -> float:

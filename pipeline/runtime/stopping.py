@@ -9,8 +9,22 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from model.common.errors import UserError
+
 EXIT_AGAIN = 85
 """Exit code of a run that committed a checkpoint and is to be started again."""
+STOP_FILE = "stop"
+"""Name of the file in a run's folder that asks the run to save and to end."""
+
+
+def refuse_stop_file(run: Path) -> None:
+    """Check before a start that no file is left that would end it at once.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if (run / STOP_FILE).exists():
+        raise UserError(f"{run / STOP_FILE} asks this run to stop: remove the file to continue")
 
 
 class Stop:

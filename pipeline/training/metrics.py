@@ -1,7 +1,6 @@
 """Metrics of a run: JSONL always, TensorBoard by default, W&B on request."""
 
 import importlib
-import json
 import math
 import resource
 import time
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.common.errors import UserError
+from model.common.files import naming_full_disk
+from pipeline.runtime.json_lines import append_line
 from pipeline.stage.config import LogConfig
 
 TIMESTEP_BINS = 4
@@ -138,17 +139,28 @@ def _import_wandb() -> ModuleType:
 class MetricsLog:
     """Writes the reports of rank 0; on other ranks it does nothing."""
 
-    def __init__(self, run: Path, log: LogConfig, stage_yaml: str, writes: bool) -> None:
-        # Appended to, because a resumed run continues its own file. Line buffering lets people follow it
-        # live.
-        self._file = (run / "metrics.jsonl").open("a", buffering=1) if writes else None
+    def __init__(self, run: Path, log: LogConfig, stage_yaml: str, samples: int, writes: bool) -> None:
+        """Open what the stage asks for.
+
+        Args:
+            run: the run's folder.
+            log: the stage's settings of it.
+            stage_yaml: the stage, shown beside the curves.
+            samples: samples that the run has trained on; what was written about later ones was lost in a
+                crash, and comes again.
+            writes: False = write nothing.
+        """
+        self._path = run / "metrics.jsonl" if writes else None
+        self._board = run / "tensorboard"
         self._tensorboard = None
         self._wandb = None
         if writes and log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
-            self._tensorboard = SummaryWriter(str(run / "tensorboard"))
-            self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
+            with naming_full_disk(self._board):
+                # Readers then drop all points from this one on that were written earlier.
+                self._tensorboard = SummaryWriter(str(self._board), purge_step=samples + 1)
+                self._tensorboard.add_text("stage", f"```yaml\n{stage_yaml}\n```")
         if writes and log.wandb:
             self._wandb = _import_wandb().init(
                 # A fixed id with `resume`: all starts of a run make one curve.
@@ -161,16 +173,16 @@ class MetricsLog:
 
     def event(self, name: str, **fields: Any) -> None:
         """Write one line about something that happened: start, save, stop."""
-        if self._file is not None:
-            self._file.write(json.dumps({"event": name, "time": time.time(), **fields}) + "\n")
+        if self._path is not None:
+            append_line(self._path, {"event": name, "time": time.time(), **fields})
 
     def report(self, step: int, samples: int, values: dict[str, float]) -> None:
         """Write the numbers of an interval that ended after `step` steps and `samples` samples."""
-        if self._file is None:
+        if self._path is None:
             return
         # JSON has no NaN or infinity: strict readers would refuse the whole line.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, "samples": samples, "time": time.time(), **finite}) + "\n")
+        append_line(self._path, {"step": step, "samples": samples, "time": time.time(), **finite})
         self._curves(step, samples, values)
 
     def scores(self, name: str, step: int, samples: int, values: dict[str, float]) -> None:
@@ -183,21 +195,25 @@ class MetricsLog:
 
     def _curves(self, step: int, samples: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
-            for key, value in values.items():
-                # Over samples and not steps, so that runs with different batch sizes can be compared.
-                self._tensorboard.add_scalar(key, value, samples)
+            with naming_full_disk(self._board):
+                for key, value in values.items():
+                    # Over samples and not steps, so that runs with different batch sizes can be compared.
+                    self._tensorboard.add_scalar(key, value, samples)
         if self._wandb is not None:
+            # W&B drops what is logged for an earlier step than its last one, so steps that were lost in a
+            # crash and trained again, which repeats their numbers, are there once.
             self._wandb.log({"samples": samples, **values}, step=step)
 
     def image(self, name: str, pixels: Any, samples: int) -> None:
         """Write an image, uint8 [H, W, 3]."""
         if self._tensorboard is not None:
-            self._tensorboard.add_image(name, pixels, samples, dataformats="HWC")
+            with naming_full_disk(self._board):
+                self._tensorboard.add_image(name, pixels, samples, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is buffered."""
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
+        if self._tensorboard is not None:
+            with naming_full_disk(self._board):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -1,22 +1,24 @@
 """FLOPs of the steps, from which the trainer reports model FLOPs utilization (MFU)."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 from data_prep.dataset.schema import Family
 from model.config import DiTConfig, FusionConfig
 from model.flops import flops_per_sample
-from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
-from pipeline.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from pipeline.training.trainer import Trainer
 
 
-class StepFlops(Callback):
-    """Adds the FLOPs of each step to the interval as `step_flops`."""
+class SampleFlops:
+    """The FLOPs of a sample of each bucket."""
 
-    def __init__(self, sizes: DiTConfig, fusion: FusionConfig, latents: Family, texts: list[Family]) -> None:
+    def __init__(
+        self,
+        sizes: DiTConfig,
+        fusion: FusionConfig,
+        latents: Family,
+        texts: Iterable[Family],
+        buckets: Iterable[str],
+    ) -> None:
         """Keep what the FLOPs depend on.
 
         Args:
@@ -24,20 +26,28 @@ class StepFlops(Callback):
             fusion: switches of the text side.
             latents: the latents family.
             texts: the text families in fusion order.
+            buckets: of the data.
         """
         self.sizes = sizes
         self.fusion = fusion
         self.latents = latents
-        self.widths = [int(family.info["width"]) for family in texts]
-        self.prefixes = [int(family.info["prefix_tokens"]) for family in texts]
+        infos = [family.info for family in texts]
+        self.widths = [int(info["width"]) for info in infos]
+        self.prefixes = [int(info["prefix_tokens"]) for info in infos]
+        self.buckets = list(buckets)
 
-    def after_step(self, trainer: "Trainer", batch: Batch) -> None:
-        """Add the step's FLOPs, over all ranks."""
-        tokens = float(sum(text.lengths.float().mean() for text in batch.texts.values()))
-        # Captions of this rank represent all ranks: close enough for a mean over an interval, and needs no
-        # collective.
-        flops = trainer.samples_of_step * self.per_sample(batch.bucket, tokens)
-        trainer.state.interval.add("step_flops", flops)
+    def mean(self, counts: Mapping[str, float], caption_tokens: float) -> float:
+        """Return the mean FLOPs of the samples of an interval.
+
+        Args:
+            counts: how many losses the interval has under each name; those of a bucket are `loss_<bucket>`.
+            caption_tokens: mean length of a caption, summed over all families.
+        """
+        samples = {bucket: counts.get(f"loss_{bucket}", 0) for bucket in self.buckets}
+        flops = sum(
+            count * self.per_sample(bucket, caption_tokens) for bucket, count in samples.items() if count
+        )
+        return flops / sum(samples.values())
 
     def per_sample(self, bucket: str, caption_tokens: float) -> float:
         """Return the FLOPs of a sample, forward and backward.

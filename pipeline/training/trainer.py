@@ -4,7 +4,6 @@ Progress is counted in samples of the plan. Randomness comes from (seed, epoch, 
 stopped and resumed repeats an uninterrupted one exactly.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from pipeline.engine.network import build_network, network_sizes
 from pipeline.engine.optim import learning_rate
 from pipeline.runtime.console import TrainingProgress, log_line
 from pipeline.runtime.distributed import Distributed
-from pipeline.runtime.run_log import goodput, read_events
+from pipeline.runtime.finished import mark_finished
+from pipeline.runtime.run_log import elapsed_seconds, goodput, read_lines
 from pipeline.runtime.stopping import EXIT_AGAIN, Stop
 from pipeline.runtime.watchdog import LEAVING, Heartbeat
 from pipeline.stage.config import StageConfig, dump_stage
@@ -36,8 +36,9 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.gates import GateStats
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.metrics import TIMESTEP_BINS, MetricsLog, RankSums, peak_flops, peak_memory_gb
-from pipeline.training.mfu import StepFlops
+from pipeline.training.mfu import SampleFlops
 from pipeline.training.previews import Previews
+from pipeline.training.resume import changed_settings, record_stage, refuse_fresh_weights
 from pipeline.training.state import TrainState
 from pipeline.training.validation import Validation
 
@@ -65,7 +66,7 @@ class Trainer:
         Raises:
             UserError: if the stage does not fit its store or the number of processes.
         """
-        self.began = time.time()
+        self.began = time.monotonic()
         self.heartbeat = heartbeat or Heartbeat()
         self.ranks, self.stop = ranks, stop
         self.stage, self.corpus = resolve(stage)
@@ -87,13 +88,11 @@ class Trainer:
 
         stage.run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(stage.run / "checkpoints", stage.checkpoint)
-        self.log = MetricsLog(stage.run, stage.log, dump_stage(self.stage), writes=ranks.rank == 0)
         self.peak = peak_flops(stage.log)
+        texts = text_families(self.stage, self.corpus).values()
+        self.flops = SampleFlops(self.sizes, stage.fusion, self.latents, texts, self.corpus.rows)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
-        if self.peak is not None:
-            texts = list(text_families(self.stage, self.corpus).values())
-            self.callbacks.append(StepFlops(self.sizes, stage.fusion, self.latents, texts))
         if stage.sample.every_samples:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks
@@ -104,7 +103,7 @@ class Trainer:
         bins = [f"loss_t{index}" for index in range(TIMESTEP_BINS)]
         buckets = [f"loss_{bucket}" for bucket in sorted(self.corpus.rows)]
         added = [name for callback in self.callbacks for name in callback.quantities()]
-        self.sums = RankSums(["loss", *bins, *buckets, *added], self.engine.device)
+        self.sums = RankSums(["loss", "caption_tokens", *bins, *buckets, *added], self.engine.device)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -178,6 +177,7 @@ class Trainer:
         self.heartbeat.enter("forward and backward", self.state.step)
         for callback in self.callbacks:
             callback.before_step(self, batch)
+        self.sums.add("caption_tokens", torch.stack([text.lengths for text in batch.texts.values()]).sum(0))
 
         clean = self.inputs.clean_latents(batch)
         example = self.objective.training_example(clean, batch.noise, batch.u, batch.normal)
@@ -249,8 +249,6 @@ class Trainer:
         """Add what is known of a step to the interval."""
         interval = self.state.interval
         interval.add("lr", rate)
-        caption_tokens = float(sum(text.lengths.float().mean() for text in batch.texts.values()))
-        interval.add("caption_tokens", caption_tokens)
         interval.add("step_samples", self.samples_of_step)
 
     # -- between steps ---------------------------------------------------------------------------------------
@@ -273,14 +271,16 @@ class Trainer:
     def _report(self, progress: TrainingProgress) -> None:
         self._collect()
         state = self.state
+        counts = state.interval.counts
         values = state.interval.means()
-        seconds = values["step_seconds"]
+        seconds, elapsed = values["step_seconds"], self.seconds_before + time.monotonic() - self.began
         values["samples_per_second"] = values.pop("step_samples") / seconds
         values["data_wait_share"] = values.pop("data_wait") / seconds
         values["skipped"] = float(state.skipped)
-        values["goodput"] = goodput(state.seconds_in_steps, self.first_start, time.time())
+        values["goodput"] = goodput(state.seconds_in_steps, elapsed)
         if self.peak is not None:
-            values["mfu"] = values.pop("step_flops") / seconds / (self.peak * self.ranks.world)
+            flops = self.flops.mean(counts, values["caption_tokens"]) * values["samples_per_second"]
+            values["mfu"] = flops / (self.peak * self.ranks.world)
         values["memory_gb"] = peak_memory_gb()
         self.log.report(state.step, state.samples, values)
         progress.report(state.step, state.samples, values)
@@ -295,9 +295,8 @@ class Trainer:
         return bool(wanted.item())
 
     def _save(self, wait: bool) -> None:
-        state = self.state
+        state, began = self.state, time.monotonic()
         self.heartbeat.enter("save", state.step)
-        began = time.monotonic()
         self._collect()
         record = {**state.to_dict(), "stage": asdict(self.stage)}
         self.checkpoints.save(self.engine, record, state.samples, state.step, wait=wait)
@@ -310,21 +309,24 @@ class Trainer:
         run = self.stage.run
         newest = self.checkpoints.newest()
         if newest is not None:
-            self.state = TrainState.from_dict(self.checkpoints.load(self.engine, newest))
+            record = self.checkpoints.load(self.engine, newest)
+            changed = changed_settings(newest, record["stage"], self.stage)
+            self.state = TrainState.from_dict(record)
             self.samples_at_start = self.state.samples
-            how = f"resumed from {newest.name}"
+            how = f"resumed from {newest.name}{changed and ' with '}{changed}"
         else:
+            refuse_fresh_weights(run)
             if self.stage.start_from:
                 weights = load_weights(self.stage.start_from, self.stage.start_weights)
                 self.engine.load_full(weights, self.engine.module.new_branches)
             how = f"started from {self.stage.start_from or 'fresh weights'}"
 
-        if self.ranks.rank == 0:
-            (run / "stage.yaml").write_text(dump_stage(self.stage))
-        starts = read_events(run, "start")
-        self.first_start = starts[0]["time"] if starts else self.began
+        yaml, writes = dump_stage(self.stage), self.ranks.rank == 0
+        self.seconds_before = elapsed_seconds(read_lines(run), time.time() - (time.monotonic() - self.began))
+        self.log = MetricsLog(run, self.stage.log, yaml, self.state.samples, writes)
         self.log_event("start", world=self.ranks.world, how=how, snapshot=self.corpus.id)
-        if self.ranks.rank == 0:
+        if writes:
+            record_stage(self.stage)
             done, total = f"{self.state.samples:,}", f"{self.stage.samples:,}"
             log_line(f"{self.stage.name}: {how}, {done} of {total} samples, {self.ranks.world} processes")
 
@@ -337,8 +339,7 @@ class Trainer:
         self.log_event("stop", reason=reason)
         if self.ranks.rank == 0:
             if finished:
-                record = {"step": state.step, "samples": state.samples, "time": time.time()}
-                (self.stage.run / "finished.json").write_text(json.dumps(record))
+                mark_finished(self.stage.run, state.step, state.samples)
             saved = self.stage.run / "checkpoints"
             log_line(f"{self.stage.name}: {reason} at step {state.step}, checkpoint saved in {saved}")
         return 0 if finished else EXIT_AGAIN

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +27,7 @@ REPORTS = {1: {"loss": 3.0, "lr": 0.5}, 2: {"loss": math.nan, "lr": 0.25}, 3: {"
 
 
 def write(run, log, writes=True):
-    out = MetricsLog(run, log, "name: small", writes)
+    out = MetricsLog(run, log, "name: small", 0, writes)
     out.event("start", step=0)
     for step, values in REPORTS.items():
         out.report(step, 8 * step, values)
@@ -51,15 +51,40 @@ def test_only_rank_0_writes_and_the_last_run_of_a_step_counts(tmp_path):
     write(tmp_path, LogConfig(), writes=False)
     assert not list(tmp_path.iterdir())
     write(tmp_path, LogConfig(tensorboard=False))
-    out = MetricsLog(
-        tmp_path, LogConfig(tensorboard=False), "", True
-    )  # went back to the checkpoint of step 2
+    # went back to the checkpoint of step 2
+    out = MetricsLog(tmp_path, LogConfig(tensorboard=False), "", 16, True)
     out.report(3, 24, {"loss": 7.0})
     out.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     assert [report["loss"] for report in read_reports(tmp_path)] == [3.0, None, 7.0]
     assert not (tmp_path / "tensorboard").exists()
+
+
+@settings(max_examples=10, deadline=None)
+@given(crashes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=3))
+def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path_factory, crashes):
+    """Of what was written about steps that were lost, only the second time counts."""
+    run = tmp_path_factory.mktemp("run")
+    reached, shown, last = 0, {}, {}
+    for start, (back, steps) in enumerate([(0, 5), *crashes]):
+        first = max(0, reached - back)
+        out = MetricsLog(run, LogConfig(), "name: small", 8 * first, True)
+        shown = {step: value for step, value in shown.items() if step <= 8 * first}
+        for step in range(first + 1, first + steps + 1):
+            out.report(step, 8 * step, {"loss": float(start)})
+            out.image("samples", np.full((2, 2, 3), start, np.uint8), 8 * step)
+            shown[8 * step] = last[step] = float(start)
+        out.close()
+        # the reader takes files by name, which has the second of the start
+        (new,) = (run / "tensorboard").glob("*tfevents*[!s]")
+        new.rename(new.with_name(f"events.out.tfevents.{start}.s"))
+        reached = first + steps
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    assert {event.step: event.value for event in board.Scalars("loss")} == shown
+    assert [event.step for event in board.Scalars("loss")] == sorted(shown)
+    assert [event.step for event in board.Images("samples")] == sorted(shown)
+    assert {report["step"]: report["loss"] for report in read_reports(run)} == last
 
 
 def test_wandb_is_used_when_it_is_named_and_its_absence_is_one_line(tmp_path, monkeypatch):
