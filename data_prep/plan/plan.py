@@ -11,13 +11,13 @@ Memory: a window of rows (about 500 bytes each) for every bucket, one source fil
 has millions of rows.
 """
 
-import io
 import itertools
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,20 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import PLAN_KEY
-from data_prep.dataset.schema import Manifest, canonical_json
+from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY, read_plan
+from data_prep.dataset.records import count_groups, parse_table, read_object
+from data_prep.dataset.schema import Manifest
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.plan.filters import Filters
 from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import SCAN, Scanner
 from data_prep.sources.source import OpenSources, SourceFile, list_files, needs_sequential_reads
-from data_prep.store.store import Store
+from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
 from model.common.progress import Progress
+from model.common.records import Count, canonical_json, checked, seal
 from model.common.share import Share
 
 pc: Any = pyarrow.compute
@@ -86,7 +88,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     files = _freeze_files(config, dataset)
     # A plan never changes, so a second run only reads it.
     if dataset.exists(Manifest.KEY):
-        return Manifest.from_json(dataset.read(Manifest.KEY))
+        return read_plan(dataset)
 
     _scan_share(config, dataset, files, share)
     missing = [file.number for file in files if not dataset.exists(_scan_key(file.number))]
@@ -126,7 +128,7 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
     if create and dataset.put_new(SETTINGS_KEY, canonical_json(record)):
         return
     try:
-        stored = json.loads(dataset.read(SETTINGS_KEY))
+        stored = read_object(dataset, SETTINGS_KEY, partial(checked, dict[str, Any]), PLAN_AGAIN)
     except FileNotFoundError as error:
         command = "python -m data_prep plan DATASET.yaml"
         raise UserError(f"{dataset.uri}: no plan yet: run `{command}` first") from error
@@ -151,7 +153,8 @@ def _short(value: Any) -> str:
 
 def source_files(dataset: Store) -> list[SourceFile]:
     """Return the dataset's frozen list of source files."""
-    return [SourceFile(*entry) for entry in json.loads(dataset.read(FILES_KEY))]
+    entries = read_object(dataset, FILES_KEY, partial(checked, list[tuple[Count, Count, str]]), PLAN_AGAIN)
+    return [SourceFile(*entry) for entry in entries]
 
 
 def dropped_key(number: int) -> str:
@@ -166,7 +169,7 @@ def _scan_key(number: int) -> str:
 def _freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
     """List the source files once for all tasks, so that files that are added later do not change ids."""
     if not dataset.exists(FILES_KEY):
-        entries = [[file.number, file.source, file.name] for file in list_files(config)]
+        entries = [[file.number, file.source, file.name] for file in list_files(config)[0]]
         dataset.put_new(FILES_KEY, canonical_json(entries))
     return source_files(dataset)
 
@@ -195,7 +198,10 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
 def _write_scan(path: Path, file: SourceFile, batches: Iterator[pa.RecordBatch], progress: Progress) -> None:
     """Write a source file's scan table, and check that its ids are complete and in order."""
     rows = 0
-    with naming_full_disk(path), pq.ParquetWriter(path, SCAN, compression="zstd") as writer:
+    with (
+        naming_full_disk(path),
+        pq.ParquetWriter(path, SCAN, compression="zstd", write_page_checksum=True) as writer,
+    ):
         for batch in _large_batches(batches):
             first = file.number << 32 | rows
             if batch.column("id").to_pylist() != list(range(first, first + len(batch))):
@@ -246,7 +252,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
 
     # A plan with wrong counts must not come to exist.
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
-    dataset.put_new(PLAN_KEY, canonical_json({**counts.record(), "manifest": hashes}))
+    dataset.put_new(PLAN_KEY, seal({**counts.record(), "manifest": hashes}))
     buckets = {name: rows for name, rows in sorted(writer.parts.items()) if rows}
 
     # Written last, because the manifest makes the plan exist.
@@ -358,9 +364,19 @@ def _positions(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yield a source file's scan table, some thousand rows at a time."""
-    table = pq.ParquetFile(io.BytesIO(dataset.read(_scan_key(number))))
-    for group in range(table.num_row_groups):
-        yield table.read_row_group(group, columns)
+    key = _scan_key(number)
+    way_out = "delete it and run plan again"
+
+    def parse(data: bytes) -> tuple[bytes, int]:
+        return data, count_groups(data, SCAN)
+
+    data, groups = read_object(dataset, key, parse, way_out)
+    for group in range(groups):
+        try:
+            table = parse_table(data, SCAN, columns, group)
+        except ValueError as error:
+            raise StoreError(f"{dataset.uri}/{key}: damaged: {error}: {way_out}") from error
+        yield table
 
 
 def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Table]:

@@ -1,14 +1,32 @@
-"""Files of a source, local or in a bucket: list them, read them whole, in ranges or as seekable files."""
+"""Files of a source, local or in a bucket: list them, read them whole, in ranges or as seekable files.
 
+A source is foreign. Only regular files inside it are read: no pipe, no device, nothing that a link outside of
+it leads to. A file's size is known before its content is read, and a name that no store accepts is refused.
+"""
+
+import errno
 import fnmatch
+import functools
 import io
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.sources.sample import Place
+from data_prep.images.images import MAX_FILE_BYTES
+from data_prep.sources.sample import (
+    NO_ACCESS,
+    NOT_REGULAR,
+    OUTSIDE,
+    TOO_LARGE,
+    UNUSABLE,
+    Inventory,
+    Place,
+    RefusedError,
+)
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 
@@ -18,11 +36,25 @@ READERS = 8
 """Concurrent reads from a bucket."""
 GLOB = re.compile(r"[*?\[]")
 
+HIDDEN = "hidden"
+LINKED_FOLDER = "linked folder"
+BROKEN_LINK = "broken link"
+OUTSIDE_LINK = "link out of the source"
+SPECIAL = "not a regular file"
+LOCKED = "no permission"
+LOCKED_FOLDER = "folder without permission"
+BAD_NAME = "unusable file name"
+
 
 class SourceFiles:
     """The files that a source's path names. `path` is a file, a folder or a glob, local or `s3://`."""
 
     def __init__(self, path: str, suffixes: tuple[str, ...] = ()) -> None:
+        """Open the path's root; nothing is listed yet.
+
+        Raises:
+            UserError: if it does not exist, or is a file of another suffix.
+        """
         self._path = path
         self._suffixes = suffixes
         root, self._pattern = _split_glob(path)
@@ -30,35 +62,78 @@ class SourceFiles:
         # A single file is a pattern that matches its own name.
         if not self._pattern and path.endswith(suffixes) and suffixes:
             root, _, self._pattern = path.rpartition("/")
+        elif Path(root).expanduser().is_file():
+            wanted = f"not a {' or '.join(suffixes)} file" if suffixes else "a file, not a folder"
+            raise UserError(f"{path}: {wanted}: correct `sources.path` or `sources.kind`")
         self._store: Store = open_store(root or ".")
+        # Any key does: only a local folder has paths.
+        self._is_local = self._store.local_path("x") is not None
 
-    def names(self) -> list[str]:
-        """Return all matching names below the root, sorted.
+    def inventory(self) -> tuple[list[str], Inventory]:
+        """Return the names of all files that can be read, sorted, and an account of those that cannot."""
+        names, inventory = self._listed
+        return names, Inventory(inventory.found, {}, inventory.ignored.copy())
+
+    def one_by_one(self) -> Inventory:
+        """Return the account of a source in which each file is a unit.
 
         Raises:
             UserError: if there are none.
         """
-        names = [name for name in self._store.list("") if self._matches(name)]
-        if not names:
-            wanted = f" with suffix {' or '.join(self._suffixes)}" if self._suffixes else ""
-            raise UserError(f"{self._path}: no files{wanted} there: check `sources.path`")
-        return names
+        names, inventory = self.inventory()
+        for name in names:
+            if not self.usable(name):
+                inventory.ignored[BAD_NAME] += 1
+            elif self._pattern or name.lower().endswith(self._suffixes):
+                inventory.units[name] = 1
+            else:
+                inventory.ignore([name])
 
-    def _matches(self, name: str) -> bool:
-        # Hidden files are no data: system files, caches, unfinished downloads.
-        if any(part.startswith(".") for part in name.split("/")):
-            return False
+        if not inventory.units:
+            raise self.nothing_there(" or ".join(self._suffixes), inventory)
+        return inventory
 
-        if self._pattern:
+    def nothing_there(self, wanted: str, inventory: Inventory) -> UserError:
+        """Return the error of a source without a file that it can read."""
+        ignored = ", ".join(f"{count:,} {kind}" for kind, count in inventory.ignored.most_common(4))
+        there = f" (there are: {ignored})" if ignored else ""
+        return UserError(f"{self._path}: no files with suffix {wanted} there{there}: check `sources.path`")
+
+    @functools.cached_property
+    def _listed(self) -> tuple[list[str], Inventory]:
+        """All files in the path's reach. Listed once: a listing takes minutes if there are millions."""
+        names: list[str] = []
+        inventory = Inventory()
+        for name, problem in self._walk():
             # Unlike a shell's, this `*` also matches `/`, so a pattern reaches into folders below.
-            return fnmatch.fnmatchcase(name, self._pattern)
-        return not self._suffixes or name.lower().endswith(self._suffixes)
+            if self._pattern and not fnmatch.fnmatchcase(name, self._pattern):
+                continue
+
+            inventory.found += 1
+            # Hidden files are no data: system files, caches, unfinished downloads.
+            if any(part.startswith(".") for part in name.split("/")):
+                problem = HIDDEN
+            if problem:
+                inventory.ignored[problem] += 1
+            else:
+                names.append(name)
+        return sorted(names), inventory
+
+    def _walk(self) -> Iterator[tuple[str, str]]:
+        """Yield the name of each file below the root, and why it cannot be read (mostly empty)."""
+        if self._is_local:
+            yield from _walk_folder(Path(self._store.uri))
+            return
+        for name in sorted({name for name, _ in self._store.entries("")}):
+            # An object whose key ends with a slash stands for a folder.
+            if not name.endswith("/"):
+                yield name, ""
 
     def usable(self, name: str) -> bool:
         """True if a file name can be used as a key; stores refuse control characters and the like."""
         if not name.isprintable() or "\\" in name:
             return False
-        return all(0 < len(part.encode()) <= 255 for part in name.split("/"))
+        return all(part not in (".", "..") and 0 < len(part.encode()) <= 255 for part in name.split("/"))
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.
@@ -68,17 +143,32 @@ class SourceFiles:
         """
         return self._store.size(name)
 
-    def exists(self, name: str) -> bool:
-        """True if the file exists."""
-        return self._store.exists(name)
+    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Return the whole file.
 
-    def read(self, name: str) -> bytes:
-        """Return the whole file."""
-        return self._store.read(name)
+        Raises:
+            FileNotFoundError, IsADirectoryError: if there is no such file.
+            RefusedError: if it is not read: it is too large, no regular file, or out of the source.
+        """
+        if not self._is_local:
+            data = self._store.read(self._checked(name))
+            size = len(data)
+        else:
+            with self.open(name) as file:
+                size = os.fstat(file.fileno()).st_size
+                # One byte more than announced is never read, whatever is appended meanwhile.
+                data = file.read(size) if size <= max_bytes else b""
+        if size > max_bytes:
+            raise RefusedError(TOO_LARGE, f"{name}: {size} bytes"[:200])
+        return data
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start` on; fewer at the end of the file."""
-        return self._store.read_range(name, start, length)
+        if not self._is_local:
+            return self._store.read_range(self._checked(name), start, length)
+        with self.open(name) as file:
+            file.seek(start)
+            return file.read(length)
 
     def fetch(
         self, places: Sequence[Place], read: Callable[[Place], bytes]
@@ -90,18 +180,16 @@ class SourceFiles:
             read: returns the bytes at one place.
 
         Yields:
-            Index of the place, and its bytes; None if the file no longer exists.
+            Index of the place, and its bytes; None if the file no longer exists, or is refused.
         """
 
         def get(place: Place) -> bytes | None:
             try:
                 return read(place)
-            except (FileNotFoundError, IsADirectoryError):
+            except (FileNotFoundError, IsADirectoryError, RefusedError):
                 return None
 
-        # Any key does: only a local folder has paths.
-        is_local = self._store.local_path("x") is not None
-        if is_local:
+        if self._is_local:
             yield from enumerate(map(get, places))
             return
 
@@ -109,12 +197,32 @@ class SourceFiles:
             yield from enumerate(pool.map(get, places))
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for sequential or random reading, without loading it into memory."""
-        local = self._store.local_path(name)
-        if local is not None:
-            return local.open("rb")
+        """Open a file for sequential or random reading, without loading it into memory.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: if there is no such file.
+            RefusedError: if it is not read: it is no regular file, or out of the source.
+        """
+        path = self._store.local_path(self._checked(name))
+        if path is not None:
+            if not self._is_inside(path):
+                raise RefusedError(OUTSIDE, name[:200])
+            return _open_regular(path)
         # The buffer turns a reader's many small reads into a few large requests.
         return io.BufferedReader(_RangedFile(self, name), BUFFER)
+
+    def _checked(self, name: str) -> str:
+        if not self.usable(name):
+            raise RefusedError(UNUSABLE, name[:200])
+        return name
+
+    def _is_inside(self, path: Path) -> bool:
+        """True if a path stays in the source, also through symbolic links."""
+        return _real(path).is_relative_to(self._real_root)
+
+    @functools.cached_property
+    def _real_root(self) -> Path:
+        return _real(Path(self._store.uri))
 
     def resolve(self, path: str) -> str | None:
         """Return the name, relative to the root, of the file that a row's `path` means.
@@ -135,7 +243,7 @@ class SourceFiles:
 
         # A symbolic link below the root may lead out of it.
         local = self._store.local_path(name)
-        if local is not None and not local.resolve().is_relative_to(Path(root).resolve()):
+        if local is not None and not self._is_inside(local):
             return None
         return name
 
@@ -170,6 +278,83 @@ class _RangedFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def _real(path: Path) -> Path:
+    # `Path.resolve` raises for links in a circle; here such a path stays as it is, and opening it fails.
+    return Path(os.path.realpath(path))
+
+
+def _walk_folder(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name of each file below a folder, and why it cannot be read (mostly empty)."""
+    real_root = _real(root)
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(root / folder) as scan:
+                entries = list(scan)
+        except PermissionError:
+            yield folder.rstrip("/"), LOCKED_FOLDER
+            continue
+        except FileNotFoundError:
+            continue  # removed since its parent was read
+
+        for entry in entries:
+            name = folder + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(f"{name}/")
+            else:
+                is_plain = entry.is_file(follow_symlinks=False)
+                yield name, "" if is_plain else _problem(root / name, real_root)
+
+
+def _problem(path: Path, root: Path) -> str:
+    """Return why a link or a special file is not read; empty for a link to a file inside the source."""
+    try:
+        mode = path.stat().st_mode
+    except PermissionError:
+        return LOCKED
+    except OSError:
+        return BROKEN_LINK  # its target does not exist, or it leads to itself
+    # Linked folders are not followed: they may contain themselves.
+    if stat.S_ISDIR(mode):
+        return LINKED_FOLDER
+    if not stat.S_ISREG(mode):
+        return SPECIAL
+    return "" if _real(path).is_relative_to(root) else OUTSIDE_LINK
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file.
+
+    Raises:
+        RefusedError: if it is something else, or may not be read.
+    """
+    try:
+        # Without O_NONBLOCK, a pipe would wait forever for a program that writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise RefusedError(NO_ACCESS, path.name[:200]) from error
+    except OSError as error:
+        # A socket cannot be opened, nor a link that leads to itself.
+        if error.errno in (errno.ENXIO, errno.ELOOP):
+            raise RefusedError(NOT_REGULAR, path.name[:200]) from error
+        raise
+
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(path)
+        raise RefusedError(NOT_REGULAR, path.name[:200])
+    return os.fdopen(descriptor, "rb")
+
+
+def raise_unless_content(error: Exception) -> None:
+    """Raise errors of the disk, which have a number; errors in a file's content only cost rows."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _split_glob(path: str) -> tuple[str, str]:

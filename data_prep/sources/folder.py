@@ -1,106 +1,255 @@
-"""A folder of images, with `metadata.jsonl` or `metadata.csv` (column `file_name`) or a `.txt` per image.
+"""A folder of images, with a metadata file (column `file_name`) or with a text file next to each image.
 
-This is Hugging Face's imagefolder convention. A "file" of this source is a folder. A folder with a metadata
-file includes everything below it, any other only the images directly in it. Images that no metadata row names
-are rows too, after the others.
+This is Hugging Face's imagefolder convention. A "file" of this source is a folder. A folder with metadata
+includes everything below it, any other only the files directly in it. Images that no metadata row names are
+rows too, after the others. So are other files that were meant to be samples: they are left out with a reason.
 """
 
 import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles
-from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
-from data_prep.sources.webdataset import IMAGE_SUFFIXES, parse_fields
+from data_prep.sources.parquet import records_of
+from data_prep.sources.sample import (
+    IMAGE_SUFFIXES,
+    MAX_FIELD_BYTES,
+    NO_IMAGE,
+    OUTSIDE,
+    UNREADABLE,
+    UNUSABLE,
+    Inventory,
+    Place,
+    RefusedError,
+    Sample,
+)
+from data_prep.sources.webdataset import BAD_JSON, parse_fields
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-UNUSABLE = "source: unusable file name"
 BAD_LINE = "source: damaged metadata line"
+OTHER_SUFFIX = "source: not an image file"
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+TEXT_ENDINGS = (".txt", ".caption", ".json")
+MAX_METADATA_BYTES = 1 << 30
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# For the whole process: a long caption then costs its own row and not the rest of its file.
+csv.field_size_limit(MAX_METADATA_BYTES)
+
+Row = dict[str, Any] | None
+"""A row of metadata; None for a damaged one."""
 
 
 class FolderSource:
     """Image files, local or in a bucket."""
 
     def __init__(self, source: SourceConfig) -> None:
+        self._path = source.path
         self._files = SourceFiles(source.path)
+        self._image = source.image
 
-    def files(self) -> list[str]:
-        """Return the folders that are units of their own; `.` is the root."""
-        names = self._files.names()
-        with_metadata = {_folder_of(name) for name in names if posixpath.basename(name) in METADATA}
-        # Metadata below another metadata file belongs to the outer folder, so that no image is listed twice.
-        folders = set(_outermost(with_metadata))
+    def inventory(self) -> Inventory:
+        """Return the folders that are units of their own (`.` is the root), and what they leave out.
+
+        Raises:
+            UserError: if there are none.
+        """
+        _, inventory = self._units
+        return inventory
+
+    @cached_property
+    def _units(self) -> tuple[dict[str, "_Unit"], Inventory]:
+        """The files of each unit, from one listing of the whole source."""
+        names, inventory = self._files.inventory()
+        described = {_folder_of(name) for name in names if posixpath.basename(name) in READERS}
+        units: dict[str, _Unit] = {}
         for name in names:
-            folder = _folder_of(name)
-            if name.lower().endswith(IMAGE_ENDINGS) and not any(_is_below(folder, root) for root in folders):
-                folders.add(folder)
-        return sorted(folders)
+            unit = units.setdefault(self._unit_name(_folder_of(name), described), _Unit())
+            unit.add(name)
+
+        for name, unit in units.items():
+            inventory.ignore(unit.set_aside())
+            if unit.size:
+                inventory.units[name] = unit.size
+        inventory.check(self._path)
+        if not inventory.units:
+            raise self._files.nothing_there(" or ".join(IMAGE_ENDINGS), inventory)
+        return units, inventory
+
+    def _unit_name(self, folder: str, described: set[str]) -> str:
+        """Return the unit that a folder's files belong to."""
+        # Metadata below other metadata belongs to the outer folder, so that no image is listed twice.
+        parts = folder.split("/")
+        for end in range(len(parts) + 1):
+            outer = "/".join(parts[:end]) or "."
+            if outer in described:
+                return outer
+
+        # Files of a folder whose name cannot be a key are rows of the folder above.
+        while folder != "." and not self._files.usable(folder):
+            folder = _folder_of(folder)
+        return folder
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
-        """Yield the rows of the folder's metadata, then the images that no row named."""
-        paths = [path for path in self._files.names() if _is_below(_folder_of(path), name)]
-        metadata = [path for path in paths if posixpath.basename(path) in METADATA]
-        if not metadata:
-            paths = [path for path in paths if _folder_of(path) == name]
-        images = {path for path in paths if path.lower().endswith(IMAGE_ENDINGS)}
-        texts = {path for path in paths if path.endswith(".txt")}
+        """Yield the rows of the folder's metadata, then the files that no row named.
 
+        Raises:
+            FileNotFoundError: if the folder no longer exists.
+        """
+        units, _ = self._units
+        if name not in units:
+            raise FileNotFoundError(name)
+
+        unit = units[name]
         named: set[str] = set()
-        for path in metadata:
+        for path in sorted(unit.metadata):
             for sample in self._metadata_rows(path):
                 named.add(sample.place.path)
                 yield sample
 
         # After all metadata, since any row of it may name an image.
-        for path in sorted(images - named):
-            text_path = f"{posixpath.splitext(path)[0]}.txt"
-            text = self._files.read(text_path) if text_path in texts else None
-            yield self._with_image(path, parse_fields(None, text))
+        for path in sorted(set(unit.images) - named):
+            yield self._sample(path, lambda path=path: self._fields(unit.texts_of(path)))
+        for path in sorted(set(unit.others) - named):
+            yield Sample(path, reason=OTHER_SUFFIX, detail=posixpath.basename(path)[:200])
 
     def _metadata_rows(self, path: str) -> Iterator[Sample]:
-        folder = posixpath.dirname(path)
         try:
-            read_rows = _jsonl if path.endswith(".jsonl") else _csv
-            rows = read_rows(self._files.read(path))
-            for number, row in enumerate(rows):
-                key = f"{path}:{number}"
-                if row is None:
-                    yield Sample(key, reason=BAD_LINE)
-                    continue
-                file_name = row.get("file_name")
-                if not isinstance(file_name, str) or not file_name:
-                    yield Sample(key, record=row, reason=NO_IMAGE, detail="no file_name")
-                    continue
-
-                name = self._files.resolve(posixpath.join(folder, file_name))
-                if name is None:
-                    yield Sample(key, record=row, reason=OUTSIDE, detail=file_name[:200])
-                else:
-                    yield self._with_image(name, row)
-        except csv.Error as error:
+            data = self._files.read(path, MAX_METADATA_BYTES)
+            if data.startswith(UTF16):
+                yield Sample(path, reason=UNREADABLE, detail="UTF-16: save it as UTF-8")
+                return
+            for number, row in enumerate(READERS[posixpath.basename(path)](data)):
+                yield self._metadata_row(f"{path}:{number}", posixpath.dirname(path), row)
+        except RefusedError as error:
+            yield Sample(path, reason=error.reason, detail=error.detail)
+        except (csv.Error, pa.ArrowException, OSError, ValueError) as error:
+            # A disk's or network's error has a number; a vanished file must not cost rows for good.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             yield Sample(path, reason=UNREADABLE, detail=str(error)[:200])
 
-    def _with_image(self, name: str, record: dict[str, Any]) -> Sample:
-        if not self._files.usable(name):
-            return Sample(name, None, record, reason=UNUSABLE)
+    def _metadata_row(self, key: str, folder: str, row: Row) -> Sample:
+        if row is None:
+            return Sample(key, reason=BAD_LINE)
 
+        column = self._name_column(row)
+        file_name = row.get(column)
+        if not isinstance(file_name, str) or not file_name:
+            missing = "" if column in row else f" among the columns {', '.join(row)}"
+            return Sample(key, record=row, reason=NO_IMAGE, detail=f"no {column}{missing}"[:200])
+
+        # Tables written on Windows have backslashes, which no key has.
+        name = self._files.resolve(posixpath.join(folder, file_name.replace("\\", "/")))
+        if name is None:
+            return Sample(key, record=row, reason=OUTSIDE, detail=file_name[:200])
+        return self._sample(name, lambda: row)
+
+    def _name_column(self, row: dict[str, Any]) -> str:
+        """Return the column of paths: `file_name`, the setting `image`, or else the only `*_file_name`."""
+        like = [name for name in row if name.endswith("_file_name")]
+        for column in ("file_name", self._image, *(like if len(like) == 1 else [])):
+            if column in row:
+                return column
+        return "file_name"
+
+    def _fields(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return the fields in the text files next to an image."""
+        # Sorted, because of `1.TXT` and `1.txt` the latter counts.
+        paths = {posixpath.splitext(path)[1].lower(): path for path in sorted(texts)}
+        document, text = paths.get(".json"), paths.get(".txt", paths.get(".caption"))
+        return parse_fields(
+            None if document is None else self._files.read(document, MAX_FIELD_BYTES),
+            None if text is None else self._files.read(text, MAX_FIELD_BYTES),
+        )
+
+    def _sample(self, name: str, read_fields: Callable[[], dict[str, Any]]) -> Sample:
+        # Nothing is read for a name that no store accepts, neither the image nor its text.
+        if not self._files.usable(name):
+            return Sample(name, reason=UNUSABLE)
+
+        place = Place(path=name)
+        record: dict[str, Any] = {}
         try:
-            return Sample(name, self._files.read(name), record, Place(path=name))
+            record = read_fields()
+            return Sample(name, self._files.read(name), record, place)
+        except RefusedError as error:
+            return Sample(name, None, record, place, error.reason, error.detail)
+        except ValueError as error:
+            return Sample(name, None, record, place, BAD_JSON, str(error)[:200])
         # Any other error is a fault of the disk or the network, which must stop the scan and not cost rows.
         except (FileNotFoundError, IsADirectoryError):
-            return Sample(name, None, record, Place(path=name), NO_IMAGE)
+            return Sample(name, None, record, place, NO_IMAGE)
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Yield images by their path."""
         yield from self._files.fetch(places, lambda place: self._files.read(place.path))
 
 
-def _jsonl(data: bytes) -> Iterator[dict[str, Any] | None]:
+@dataclass
+class _Unit:
+    """The files of one folder, or of everything below a folder with metadata."""
+
+    metadata: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Path without the suffix of a text file -> paths of the text files."""
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Number of files."""
+        return sum(map(len, (self.metadata, self.images, self.others, *self.texts.values())))
+
+    def add(self, path: str) -> None:
+        """Add a file of the unit."""
+        if posixpath.basename(path) in READERS:
+            self.metadata.append(path)
+        elif path.lower().endswith(IMAGE_ENDINGS):
+            self.images.append(path)
+        elif path.lower().endswith(TEXT_ENDINGS):
+            self.texts.setdefault(posixpath.splitext(path)[0], []).append(path)
+        else:
+            self.others.append(path)
+
+    def set_aside(self) -> list[str]:
+        """Remove the files that are no part of a row, once all files are here, and return them."""
+        used = {self._stem(path) for path in self.images}
+        if self.metadata:
+            # Any row of the metadata may name any file; those that none names are rows at the end.
+            unused = self.texts.keys() - used
+            self.others += [path for stem in unused for path in self.texts.pop(stem)]
+            return []
+
+        # A file that has a text of its own was meant to be a sample.
+        meant = [path for path in self.others if self._stem(path) not in {None, *used}]
+        aside = sorted(set(self.others) - set(meant))
+        self.others = meant
+        for stem in self.texts.keys() - used - {self._stem(path) for path in meant}:
+            aside += self.texts.pop(stem)
+        return aside
+
+    def texts_of(self, path: str) -> list[str]:
+        """Return the text files next to an image."""
+        stem = self._stem(path)
+        return [] if stem is None else self.texts[stem]
+
+    def _stem(self, path: str) -> str | None:
+        """Return the stem of an image's text files, `1` or `1.png` for `1.png`; None if it has none."""
+        for stem in (posixpath.splitext(path)[0], path):
+            if stem in self.texts:
+                return stem
+        return None
+
+
+def _jsonl(data: bytes) -> Iterator[Row]:
     """Yield a row per line; None for a line that is not a JSON object."""
     for line in data.splitlines():
         if not line.strip():
@@ -112,7 +261,7 @@ def _jsonl(data: bytes) -> Iterator[dict[str, Any] | None]:
         yield row if isinstance(row, dict) else None
 
 
-def _csv(data: bytes) -> Iterator[dict[str, Any] | None]:
+def _csv(data: bytes) -> Iterator[Row]:
     # Invalid UTF-8 becomes surrogates, which `clean_caption` refuses.
     text = io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline="")
     for row in csv.DictReader(text):
@@ -120,18 +269,18 @@ def _csv(data: bytes) -> Iterator[dict[str, Any] | None]:
         yield {name: value for name, value in row.items() if isinstance(name, str)}
 
 
+def _parquet(data: bytes) -> Iterator[Row]:
+    for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches():
+        yield from records_of(batch)
+
+
+READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
+    "metadata.jsonl": _jsonl,
+    "metadata.csv": _csv,
+    "metadata.parquet": _parquet,
+}
+"""Name of a metadata file -> its reader."""
+
+
 def _folder_of(path: str) -> str:
     return posixpath.dirname(path) or "."
-
-
-def _is_below(folder: str, root: str) -> bool:
-    return root == "." or folder == root or folder.startswith(f"{root}/")
-
-
-def _outermost(folders: set[str]) -> list[str]:
-    """Return the folders that are not below another one."""
-    outermost = []
-    for folder in folders:
-        if not any(folder != other and _is_below(folder, other) for other in folders):
-            outermost.append(folder)
-    return outermost

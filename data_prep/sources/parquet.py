@@ -7,6 +7,7 @@ page every 1,024 rows or sooner), regardless of the size of file and row group.
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,14 +16,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.config import SourceConfig
-from data_prep.sources.files import SourceFiles
-from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE, Place, Sample
+from data_prep.sources.files import SourceFiles, raise_unless_content
+from data_prep.sources.sample import (
+    IMAGE_SUFFIXES,
+    NO_IMAGE,
+    OUTSIDE,
+    UNREADABLE,
+    Inventory,
+    Place,
+    RefusedError,
+    Sample,
+)
 
 # Few rows, because each may contain an image of megabytes.
 BATCH_ROWS = 16
 READ_AHEAD_BYTES = 1 << 20
+MAX_LOST_ROWS = 1 << 20
+"""Rows of a damaged file that are counted one by one."""
 NO_COLUMN = "source: no image column"
 ODD_IMAGE = "source: image is neither bytes nor a path"
+WEB_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+BASE64 = re.compile(r"data:|[A-Za-z0-9+/=\s]{200}")
 
 
 class ParquetSource:
@@ -32,9 +46,17 @@ class ParquetSource:
         self._files = SourceFiles(source.path, (".parquet",))
         self._image = source.image
 
-    def files(self) -> list[str]:
-        """Return the names of the parquet files."""
-        return self._files.names()
+    def inventory(self) -> Inventory:
+        """Return the parquet files.
+
+        Raises:
+            UserError: if there are none.
+        """
+        inventory = self._files.one_by_one()
+        # Only the rows show whether the images are in the tables or in files of their own.
+        for kind in [kind for kind in inventory.ignored if kind.removeprefix(".") in IMAGE_SUFFIXES]:
+            inventory.ignored[f"{kind}, read where a row names it"] = inventory.ignored.pop(kind)
+        return inventory
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all rows with the wanted columns; unreadable rows have that as their reason."""
@@ -42,22 +64,32 @@ class ParquetSource:
         try:
             with self._files.open(name) as file, self._opened(file) as parquet:
                 total = parquet.metadata.num_rows
-                present = set(parquet.schema_arrow.names)
-                wanted = [column for column in dict.fromkeys([self._image, *columns]) if column in present]
+                wanted = self._wanted(parquet.schema_arrow.names, columns)
                 for group in range(parquet.num_row_groups):
                     row = 0
                     for batch in parquet.iter_batches(BATCH_ROWS, [group], wanted, use_threads=False):
-                        for record in _records(batch):
+                        for record in records_of(batch):
                             yield self._sample(name, done, record, Place(group, row))
                             done += 1
                             row += 1
+        except RefusedError as error:
+            yield Sample(name, reason=error.reason, detail=error.detail)
         except (pa.ArrowException, OSError, ValueError) as error:
             # A file that was listed and has vanished is not damaged: its rows must not be dropped for good.
             if isinstance(error, FileNotFoundError):
                 raise
-            _raise_unless_content(error)
-            for number in range(done, max(total, done + 1)):
+            raise_unless_content(error)
+            # The number comes from the file, and a damaged one may claim any.
+            for number in range(done, max(min(total, done + MAX_LOST_ROWS), done + 1)):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
+
+    def _wanted(self, present: Sequence[str], columns: Sequence[str]) -> list[str]:
+        """Return the columns of a file to read: the image, and those that the caller reads."""
+        wanted: dict[str, None] = {}
+        for column in [self._image, *columns]:
+            # `meta.short` is a field of the column `meta`, unless there is a column of that very name.
+            wanted[column if column in present else column.partition(".")[0]] = None
+        return [column for column in wanted if column in present]
 
     def _opened(self, file: Any) -> pq.ParquetFile:
         # Pre-buffering would load whole row groups.
@@ -81,9 +113,11 @@ class ParquetSource:
 
         path = self._files.resolve(value)
         if path is None:
-            return Sample(key, record=record, reason=OUTSIDE, detail=value[:200])
+            return Sample(key, record=record, reason=OUTSIDE, detail=_explained(value))
         try:
             return Sample(key, self._files.read(path), record, Place(path=path))
+        except RefusedError as error:
+            return Sample(key, None, record, Place(path=path), error.reason, error.detail)
         except (FileNotFoundError, IsADirectoryError):
             return Sample(key, record=record, place=Place(path=path), reason=NO_IMAGE, detail=path[:200])
 
@@ -113,15 +147,17 @@ class ParquetSource:
             try:
                 file = stack.enter_context(self._files.open(name))
                 rows = _Rows(stack.enter_context(self._opened(file)), self._image)
+            except RefusedError:
+                rows = None
             except (pa.ArrowException, OSError, ValueError) as error:
-                _raise_unless_content(error)
+                raise_unless_content(error)
 
             for place in places:
                 image = None
                 try:
                     image = rows.at(place) if rows else None
                 except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-                    _raise_unless_content(error)
+                    raise_unless_content(error)
                     rows = None  # the position in the file is unknown now
                 yield image
 
@@ -155,17 +191,29 @@ class _Rows:
                 yield from column.field("bytes") if pa.types.is_struct(column.type) else column
 
 
-def _raise_unless_content(error: Exception) -> None:
-    """Raise errors of the disk, which have a number; errors in a file's content only cost rows."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-        raise error
+def _explained(value: str) -> str:
+    """Return a value that is no path in the source, with what it seems to be."""
+    if WEB_ADDRESS.match(value):
+        return f"a URL: download the images first: {value[:120]}"
+    if BASE64.match(value):
+        return f"base64: write the column as bytes: {value[:40]}"
+    return value[:200]
 
 
-def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return the rows as Python values; text that is not UTF-8 stays bytes."""
+def records_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows as Python values.
+
+    Decimals become floats. Text that is not UTF-8 stays bytes, and what Python has no value for (times after
+    the year 9999, unknown time zones) stays Arrow's scalar, so that it is no text either.
+    """
+    for number, column in enumerate(batch.columns):
+        if pa.types.is_decimal(column.type):
+            floats = column.cast(pa.float64())
+            batch = batch.set_column(number, batch.schema.names[number], floats)
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
+    # Arrow's conversions raise ArrowInvalid, OverflowError and those of the time zone packages.
+    except Exception:
         # One bad cell fails the whole batch, so each cell is converted by itself.
         records: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -179,3 +227,5 @@ def _value(cell: pa.Scalar) -> Any:
         return cell.as_py()
     except UnicodeDecodeError:
         return cell.cast(pa.binary()).as_py() if pa.types.is_string(cell.type) else None
+    except Exception:
+        return cell

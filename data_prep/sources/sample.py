@@ -1,5 +1,6 @@
-"""One row of a source, before anything is decided about it."""
+"""One row of a source, before anything is decided about it, and the account of a source's files."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -8,6 +9,13 @@ NO_IMAGE = "source: no image"
 UNREADABLE = "source: file unreadable"
 CUT_SHORT = "source: file cut short"
 OUTSIDE = "source: path leads out of the source"
+NO_ACCESS = "source: no permission to read"
+NOT_REGULAR = "source: not a regular file"
+TOO_LARGE = "source: file too large"
+UNUSABLE = "source: unusable file name"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "png", "webp", "gif", "avif", "bmp")
+MAX_FIELD_BYTES = 16 << 20
+"""Bytes of the text that belongs to one image."""
 # Bounds the memory of what waits for a worker; the image that reaches the limit is still included.
 CHUNK_BYTES = 32 << 20
 
@@ -32,6 +40,56 @@ class Sample:
     reason: str = ""
     """Reason why the source cannot deliver this row, which may be the unreadable rest of a damaged file."""
     detail: str = ""
+
+
+class RefusedError(Exception):
+    """A file of a source that is not read; `reason` is one of the constants above."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+MAX_IGNORED_KINDS = 50
+
+
+@dataclass
+class Inventory:
+    """All files below a source's path: every one belongs to a unit of rows, or is ignored and counted."""
+
+    found: int = 0
+    """Number of files there."""
+    units: dict[str, int] = field(default_factory=dict)
+    """Name of a unit (a tar, a folder, ...) -> number of files that it consists of."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Suffix, or reason -> number of files that no unit reads."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the units, sorted."""
+        return sorted(self.units)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Count files as ignored, each under its suffix."""
+        for name in names:
+            base, dot, suffix = name.rpartition("/")[2].lower().rpartition(".")
+            # An archive's suffix alone, `.gz`, would not say that it is a tar.
+            archive = ".tar" if base.endswith(".tar") else ""
+            kind = printable(f"{archive}.{suffix}")[:20] if dot else "no suffix"
+            # Foreign names could have any number of suffixes.
+            full = len(self.ignored) >= MAX_IGNORED_KINDS and kind not in self.ignored
+            self.ignored["other suffixes" if full else kind] += 1
+
+    def check(self, path: str) -> None:
+        """Check that every file is counted once.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        counted = sum(self.units.values()) + sum(self.ignored.values())
+        if counted != self.found:
+            raise RuntimeError(f"{path}: {self.found} files, but {counted} are read or ignored")
 
 
 class HasImage(Protocol):

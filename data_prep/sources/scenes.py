@@ -11,7 +11,7 @@ from data_prep.dataset.schema import Bucket
 from data_prep.scenes.captions import CAPTION_KINDS, SceneCaption, caption_scene
 from data_prep.scenes.grammar import Scene, sample_scene
 from data_prep.scenes.rendering import encode_png, render_scene
-from data_prep.sources.sample import Place, Sample
+from data_prep.sources.sample import Inventory, Place, Sample
 from model.common.errors import UserError
 
 
@@ -76,11 +76,11 @@ class ScenesSource:
         self._settings = settings
         self._buckets = list(buckets)
 
-    def files(self) -> list[str]:
-        """Return a name for each range of scenes, by its first scene."""
+    def inventory(self) -> Inventory:
+        """Return a name for each range of scenes, by its first scene; there are no files to count."""
         # With leading zeros, the sorted names are in the order of the scenes.
         firsts = range(0, self._settings.count, self._settings.file_rows)
-        return [f"scenes-{first:012d}" for first in firsts]
+        return Inventory(units=dict.fromkeys((f"scenes-{first:012d}" for first in firsts), 0))
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield every scene of the range, rendered."""

@@ -14,7 +14,7 @@ from data_prep.sources.folder import FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.openmoji import OpenMojiSource
 from data_prep.sources.parquet import ParquetSource
-from data_prep.sources.sample import Place, Sample
+from data_prep.sources.sample import Inventory, Place, Sample
 from data_prep.sources.scenes import ScenesSource
 from data_prep.sources.webdataset import WebDatasetSource
 
@@ -22,8 +22,8 @@ from data_prep.sources.webdataset import WebDatasetSource
 class Source(Protocol):
     """One entry of `sources` in a dataset's YAML."""
 
-    def files(self) -> list[str]:
-        """Return the names of the files, sorted.
+    def inventory(self) -> Inventory:
+        """Return the files of the source: those with rows, by name, and those that it ignores.
 
         Raises:
             UserError: if there are none.
@@ -34,8 +34,11 @@ class Source(Protocol):
         """Yield all rows of a file in order; bad content never raises, but gives a row with a reason.
 
         Args:
-            name: one of `files`.
+            name: one of the inventory's.
             columns: fields that the caller reads; others may be missing.
+
+        Raises:
+            FileNotFoundError: if the file no longer exists.
         """
         ...
 
@@ -111,15 +114,22 @@ class OpenSources:
         return self._opened[file.source], file.name
 
 
-def list_files(config: DatasetConfig) -> list[SourceFile]:
+def list_files(config: DatasetConfig) -> tuple[list[SourceFile], list[Inventory]]:
     """List all source files, numbered in the order of the YAML's sources and sorted within each source.
+
+    Returns:
+        The files, and the inventory of each source.
 
     Raises:
         UserError: if a source has no files.
     """
     files: list[SourceFile] = []
+    inventories: list[Inventory] = []
     # The numbers are part of every sample's id, so the order must be the same on every machine.
     for number, source in enumerate(config.sources):
-        for name in open_source(config, source).files():
+        inventory = open_source(config, source).inventory()
+        inventory.check(source.path)
+        inventories.append(inventory)
+        for name in inventory.names:
             files.append(SourceFile(len(files), number, name))
-    return files
+    return files, inventories

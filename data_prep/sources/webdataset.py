@@ -1,25 +1,44 @@
 """WebDataset tars, also img2dataset's, with captions in `.json`: consecutive members with one key are a row.
 
-Nothing is ever extracted: names are only keys, and images are read by their offset.
+A key ends at the first dot of a member's name, and the rest is its suffix. Of a suffix with several parts,
+such as `input.png`, the last part says what the member is. Nothing is ever extracted: names are only keys,
+and images are read by their offset.
 """
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from data_prep.config import SourceConfig
-from data_prep.images.images import MAX_FILE_BYTES, TOO_LARGE
+from data_prep.images.images import MAX_FILE_BYTES
+from data_prep.images.images import TOO_LARGE as IMAGE_TOO_LARGE
 from data_prep.sources.files import SourceFiles
-from data_prep.sources.sample import CUT_SHORT, NO_IMAGE, UNREADABLE, Place, Sample
+from data_prep.sources.sample import (
+    CUT_SHORT,
+    IMAGE_SUFFIXES,
+    MAX_FIELD_BYTES,
+    NO_IMAGE,
+    UNREADABLE,
+    Inventory,
+    Place,
+    RefusedError,
+    Sample,
+)
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp")
-MAX_FIELD_BYTES = 16 << 20
 LINK = "source: link or device in a tar"
 UNSAFE = "source: unsafe name in a tar"
 TWICE = "source: key twice in a tar"
+APART = "source: members of one key are apart in a tar"
+SEVERAL = "source: several images with one key in a tar"
 BAD_JSON = "source: damaged JSON"
+TEXT_SUFFIXES = ("json", "txt", "caption")
 END_OF_TAR = bytes(512)
+MAX_HEADER_BYTES = 1 << 20
+"""Bytes of a member's extended header: long names, and PAX's fields."""
+MAX_TEXTS = 100
+"""Texts of one key that are read."""
 
 
 class WebDatasetSource:
@@ -27,15 +46,23 @@ class WebDatasetSource:
 
     def __init__(self, source: SourceConfig) -> None:
         self._files = SourceFiles(source.path, (".tar",))
+        self._image = source.image.lower()
 
-    def files(self) -> list[str]:
-        """Return the names of the tars."""
-        return self._files.names()
+    def inventory(self) -> Inventory:
+        """Return the tars.
+
+        Raises:
+            UserError: if there are none.
+        """
+        return self._files.one_by_one()
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all samples; the unreadable rest of a damaged or cut tar is one row with that reason."""
-        with self._files.open(name) as file:
-            yield from read_tar(file)
+        try:
+            with self._files.open(name) as file:
+                yield from read_tar(file, self._image)
+        except RefusedError as error:
+            yield Sample("", reason=error.reason, detail=error.detail)
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Yield images by ranged reads."""
@@ -44,42 +71,121 @@ class WebDatasetSource:
         )
 
 
-def read_tar(file: BinaryIO) -> Iterator[Sample]:
-    """Yield the samples of one tar, in order."""
+def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
+    """Yield the samples of one tar, in order.
+
+    Args:
+        file: the tar.
+        image: suffix of the members that are the images, if a key has several, such as `input.png`.
+    """
     try:
         # `r:` refuses compressed tars, in which images have no offsets.
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        tar = tarfile.open(fileobj=_HeaderReader(file), mode="r:")  # noqa: SIM115
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
         return
 
-    seen: set[str] = set()
-    group = _Group("")
+    samples = _Samples(file, image)
     problem = ""
+    last = -1
     while True:
         try:
             member = tar.next()
             if member is None:
                 problem = _end_problem(file, tar.offset)
                 break
+            # A negative size would lead back, and the tar would never end.
+            if member.offset <= last or member.size < 0:
+                raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes"[:200])
+            last = member.offset
             vars(tar)["members"].clear()  # otherwise tarfile keeps every header in memory
-            if member.isdir():
-                continue
-
-            key, suffix = _split_name(member.name)
-            # A repeated suffix starts another sample, which `finish` reports as a key that comes twice.
-            if key != group.key or suffix in group.suffixes:
-                yield from group.finish(seen)
-                group = _Group(key)
-            group.add(member, suffix, file)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            yield from samples.add(member)
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
             problem = str(error)[:200] or type(error).__name__
             break
 
     # The samples before a fault are good; the rest of the tar becomes one row.
-    yield from group.finish(seen)
+    yield from samples.finish()
     if problem:
         yield Sample("", reason=CUT_SHORT, detail=problem)
+
+
+class _HeaderReader(io.RawIOBase):
+    """A tar for tarfile, which reads only headers from it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        # tarfile reads an extended header of any size that the tar announces.
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class _Samples:
+    """Joins consecutive members with one key to samples."""
+
+    def __init__(self, file: BinaryIO, image: str) -> None:
+        self._file = file
+        self._image = image
+        self._seen: set[str] = set()
+        """Keys of the samples so far."""
+        self._group = _Group("")
+        self._aside: _Group | None = None
+        """Members behind the group's that are neither image nor text, with a key of their own."""
+
+    def add(self, member: tarfile.TarInfo) -> Iterator[Sample]:
+        """Add a member, and yield the samples that it completes."""
+        # A folder or a hidden file, which is no data, never parts the members of a sample.
+        if member.isdir() or any(part.startswith(".") and part != "." for part in _names(member.name)):
+            return
+
+        key, suffix = _split_name(member.name)
+        is_part = self._is_part(suffix)
+        if key == self._group.key and suffix not in self._group.suffixes:
+            yield from self._finish_aside()
+        elif self._aside and key == self._aside.key and suffix not in self._aside.suffixes:
+            if not is_part:
+                self._aside.add(member, suffix, self._file, self._image)
+                return
+            yield from self._finish_group()
+            self._group, self._aside = self._aside, None
+        elif is_part:
+            # A repeated suffix starts another sample, which is then a key that comes twice.
+            yield from self._finish_group()
+            yield from self._finish_aside()
+            self._group = _Group(key)
+        else:
+            # Perhaps a note between the members of one sample: wait for the next member.
+            yield from self._finish_aside()
+            self._aside = _Group(key)
+            self._aside.add(member, suffix, self._file, self._image)
+            return
+        self._group.add(member, suffix, self._file, self._image)
+
+    def finish(self) -> Iterator[Sample]:
+        """Yield the last samples."""
+        yield from self._finish_group()
+        yield from self._finish_aside()
+
+    def _is_part(self, suffix: str) -> bool:
+        return suffix == self._image or _kind(suffix) in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES)
+
+    def _finish_group(self) -> Iterator[Sample]:
+        yield from self._group.finish(self._seen)
+        self._group = _Group("")
+
+    def _finish_aside(self) -> Iterator[Sample]:
+        if self._aside:
+            yield from self._aside.finish(self._seen)
+        self._aside = None
 
 
 class _Group:
@@ -90,24 +196,49 @@ class _Group:
         self.suffixes: set[str] = set()
         self._sample = Sample(key)
         self._texts: dict[str, bytes] = {}
+        """By suffix."""
+        self._rank = 0
+        """How sure it is that the image is the sample's: 0 = no image yet, 3 = named in the settings."""
+        self._rivals: list[str] = []
+        """Suffixes of images of the same rank."""
 
-    def add(self, member: tarfile.TarInfo, suffix: str, file: BinaryIO) -> None:
-        """Add one member."""
+    def add(self, member: tarfile.TarInfo, suffix: str, file: BinaryIO, image: str) -> None:
+        """Add one member.
+
+        Args:
+            member: its header.
+            suffix: its suffix.
+            file: the tar.
+            image: suffix of the image, if there are several.
+        """
         self.suffixes.add(suffix)
         if member.name.startswith("/") or ".." in member.name.split("/"):
             self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
         elif not member.isreg() or member.issparse():  # a sparse member's bytes are not contiguous
             self._sample.reason, self._sample.detail = LINK, member.name[:200]
-        elif suffix in IMAGE_SUFFIXES:
-            # Checked before reading, because a header can announce any size.
-            if member.size > MAX_FILE_BYTES:
-                self._sample.reason, self._sample.detail = TOO_LARGE, f"{member.size} bytes"
-                return
+        elif suffix == image or _kind(suffix) in IMAGE_SUFFIXES:
+            self._add_image(member, 3 if suffix == image else 2 if "." not in suffix else 1, file)
+        # The number of texts bounds the memory of a key with thousands of members.
+        elif (
+            _kind(suffix) in TEXT_SUFFIXES and member.size <= MAX_FIELD_BYTES and len(self._texts) < MAX_TEXTS
+        ):
+            self._texts[suffix] = _content(file, member)
 
-            self._sample.image = _content(file, member)
-            self._sample.place = Place(member.offset_data, member.size)
-        elif suffix in ("json", "txt", "caption") and member.size <= MAX_FIELD_BYTES:
-            self._texts["txt" if suffix == "caption" else suffix] = _content(file, member)
+    def _add_image(self, member: tarfile.TarInfo, rank: int, file: BinaryIO) -> None:
+        if rank < self._rank:
+            return
+        # Of several plain suffixes, such as `jpg` and `png`, the last one counts.
+        self._rivals = [*self._rivals, member.name] if rank == self._rank == 1 else []
+        self._rank = rank
+        if self._rivals:
+            return
+
+        # Checked before reading, because a header can announce any size.
+        if member.size > MAX_FILE_BYTES:
+            self._sample.reason, self._sample.detail = IMAGE_TOO_LARGE, f"{member.size} bytes"
+            return
+        self._sample.image = _content(file, member)
+        self._sample.place = Place(member.offset_data, member.size)
 
     def finish(self, seen: set[str]) -> Iterator[Sample]:
         """Yield the sample, if there was a member.
@@ -119,17 +250,49 @@ class _Group:
             return
 
         sample = self._sample
-        if self.key in seen:
-            sample.reason = sample.reason or TWICE
+        if self.key in seen and not sample.reason:
+            sample.reason = TWICE if sample.image is not None else APART
+            sample.detail = "sort the tar by name, and give each sample one key"
         seen.add(self.key)
 
         try:
-            sample.record = parse_fields(self._texts.get("json"), self._texts.get("txt"))
+            sample.record = self._fields()
         except ValueError as error:
-            sample.reason, sample.detail = sample.reason or BAD_JSON, str(error)[:200]
-        if sample.image is None:
-            sample.reason = sample.reason or NO_IMAGE
+            if not sample.reason:
+                sample.reason, sample.detail = BAD_JSON, str(error)[:200]
+        found = ", ".join(sorted(self.suffixes)[:8])
+        if sample.image is None and not sample.reason:
+            sample.reason, sample.detail = NO_IMAGE, f"members: {found}"[:200]
+        if self._rivals and not sample.reason:
+            sample.reason = SEVERAL
+            sample.detail = f"{found}: name one in `sources.image`, or write dots only before suffixes"[:200]
         yield sample
+
+        # Each of them may be the image of a sample whose name has a dot: none is lost without being counted.
+        for name in self._rivals:
+            yield Sample(name, reason=sample.reason, detail=sample.detail)
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of the sample's texts.
+
+        Raises:
+            ValueError: if a JSON is damaged.
+        """
+        document = self._only("json")
+        # Of `txt` and `caption`, the last one counts.
+        plain = [data for suffix, data in self._texts.items() if suffix in ("txt", "caption")]
+        text = plain[-1] if plain else self._only("txt", "caption")
+        record = parse_fields(document, text)
+        for suffix, data in self._texts.items():
+            if "." in suffix and _kind(suffix) != "json":
+                record.setdefault(suffix, decode_text(data))
+        return record
+
+    def _only(self, *kinds: str) -> bytes | None:
+        """Return the text of a kind: the one whose suffix is the kind alone, or else the only one."""
+        texts = {suffix: data for suffix, data in self._texts.items() if _kind(suffix) in kinds}
+        plain = next((texts[kind] for kind in kinds if kind in texts), None)
+        return next(iter(texts.values())) if plain is None and len(texts) == 1 else plain
 
 
 def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
@@ -150,10 +313,19 @@ def parse_fields(document: bytes | None, text: bytes | None) -> dict[str, Any]:
             raise ValueError("not an object")
 
     if text is not None:
-        # Invalid UTF-8 becomes surrogates, which `clean_caption` refuses.
-        record["txt"] = text.decode("utf-8", "surrogateescape")
+        record["txt"] = decode_text(text)
         record.setdefault("caption", record["txt"])
     return record
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a file, without a mark of its encoding at the start."""
+    # Invalid UTF-8 becomes surrogates, which `clean_caption` refuses.
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in path.split("/") if name != ".."]
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -161,6 +333,11 @@ def _split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
+
+
+def _kind(suffix: str) -> str:
+    """Return the last part of a suffix, which says what a member is."""
+    return suffix.rpartition(".")[2]
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:

@@ -275,7 +275,7 @@ def _walk_large(path, peak):
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
     pa.set_memory_pool(pool)
     source = ParquetSource(SourceConfig(kind="parquet", path=str(path)))
-    (name,) = source.files()
+    (name,) = source.inventory().names
     samples = sum(len(sample.image) for sample in source.read(name, ["caption"]))
     walked = sum(len(image) for image in source.walk(name, (Place(0, row) for row in range(0, 4096, 3))))
     peak.value = pool.max_memory() if samples > 3 * walked - (1 << 20) > 0 else -1

@@ -128,7 +128,7 @@ def decoded(data):
 
 def test_the_source_reads_and_fetches_the_same_bytes():
     source = ScenesSource(ScenesConfig(count=5, seed=2, file_rows=2), [Bucket(64, 64), Bucket(48, 80)])
-    names = source.files()
+    names = source.inventory().names
     assert names == sorted(names)
     rows = [(name, sample) for name in names for sample in source.read(name, [])]
     assert len({sample.key for _, sample in rows}) == 5

@@ -27,14 +27,14 @@ IMAGES = [png(number) for number in range(7)]
 
 def rows_of(source, columns=("caption", "extra")):
     rows = []
-    for name in source.files():
+    for name in source.inventory().names:
         rows += [(name, sample) for sample in source.read(name, columns)]
     return rows
 
 
 def check_fetch(source):
     """Check that `fetch` gives the bytes that `read` gave, in any order of the places."""
-    for name in source.files():
+    for name in source.inventory().names:
         good = [sample for sample in source.read(name, ["caption"]) if not sample.reason][::-1]
         fetched = dict(source.fetch(name, [sample.place for sample in good]))
         assert [fetched[position] for position in range(len(good))] == [sample.image for sample in good]
@@ -183,7 +183,7 @@ def test_folder_with_metadata(store_uri, suffix):
         )
     store.put(f"metadata.{suffix}", text.encode())
     source = FolderSource(SourceConfig(kind="folder", path=store_uri))
-    assert source.files() == ["."]
+    assert source.inventory().names == ["."]
     samples = [sample for _, sample in rows_of(source)]
     reasons = ["", "", NO_IMAGE, OUTSIDE, NO_IMAGE] + ([BAD_LINE] if suffix == "jsonl" else []) + [""]
     assert [sample.reason for sample in samples] == reasons
@@ -199,7 +199,7 @@ def test_folder_with_texts(tmp_path):
         if text:
             (tmp_path / f"{name}.txt").write_text(text)
     source = FolderSource(SourceConfig(kind="folder", path=str(tmp_path)))
-    assert source.files() == ["a", "b"]
+    assert source.inventory().names == ["a", "b"]
     assert [sample.record.get("caption") for _, sample in rows_of(source)] == ["zero", "one\nline two", None]
 
 
@@ -210,12 +210,12 @@ def test_mds(store_uri, tmp_path):
     for path in (tmp_path / "written").iterdir():
         store.put(f"in/{path.name}", path)
     source = MDSSource(SourceConfig(kind="mds", path=f"{store_uri}/in"))
-    assert len(source.files()) > 1
+    assert len(source.inventory().names) > 1
     samples = [sample for _, sample in rows_of(source)]
     assert [sample.image for sample in samples] == IMAGES
     assert [sample.record for sample in samples] == [{"caption": f"image {n}", "extra": n} for n in range(7)]
     check_fetch(source)
-    shard = f"in/{source.files()[-1]}"
+    shard = f"in/{source.inventory().names[-1]}"
     store.put(shard, store.read(shard)[:-100])
     samples = [sample for _, sample in rows_of(source)]
     assert len(samples) == 7
@@ -237,9 +237,9 @@ def test_openmoji():
 @pytest.mark.parametrize("kind", [WebDatasetSource, ParquetSource, FolderSource, MDSSource])
 def test_nothing_there_is_the_users_error(tmp_path, kind):
     with pytest.raises(UserError):
-        kind(SourceConfig(path=str(tmp_path))).files()
+        kind(SourceConfig(path=str(tmp_path))).inventory()
     with pytest.raises(UserError):
-        kind(SourceConfig(path=str(tmp_path / "absent"))).files()
+        kind(SourceConfig(path=str(tmp_path / "absent"))).inventory()
 
 
 def test_a_ranged_file_reads_like_a_file(s3):
