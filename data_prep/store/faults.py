@@ -20,6 +20,16 @@ class StoreError(UserError):
 class TransientError(Exception):
     """A fault that may pass, so the operation is worth another try."""
 
+    def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
+        """Make the error.
+
+        Args:
+            message: what went wrong.
+            wait_seconds: how long the other side asks to wait before the next try.
+        """
+        super().__init__(message)
+        self.wait_seconds = wait_seconds
+
 
 class DamagedError(TransientError):
     """A body that does not match its size or hash."""
@@ -32,6 +42,8 @@ def retry_seconds() -> float:
 
 def retrying(what: str) -> tenacity.Retrying:
     """Build the retry policy for one operation: exponential waits with full jitter, up to 30 s each.
+
+    A wait that the other side asks for is kept, up to a tenth of the budget.
 
     Use it as `retrying(uri)(function, *arguments)`. Only `TransientError` is retried. Time counts from the
     first fault, so an operation that takes long by itself is retried too.
@@ -70,12 +82,18 @@ def retrying(what: str) -> tenacity.Retrying:
         raise StoreError(f"{what}: {error} ({tries}): {advice}") from error
 
     def report(state: tenacity.RetryCallState) -> None:
-        wait = state.next_action.sleep if state.next_action else 0
-        log.warning("%s: %s; try %d, next in %.1f s", what, _error(state), state.attempt_number, wait)
+        seconds = state.next_action.sleep if state.next_action else 0
+        log.warning("%s: %s; try %d, next in %.1f s", what, _error(state), state.attempt_number, seconds)
+
+    # A short budget (tests set seconds) shortens the waits too, so that several tries fit into it.
+    backoff = tenacity.wait_random_exponential(multiplier=min(1.0, budget / 40), max=min(30.0, budget / 8))
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        asked = getattr(_error(state), "wait_seconds", 0.0)
+        return max(backoff(state), min(asked, budget / 10))
 
     return tenacity.Retrying(
-        # A short budget (tests set seconds) shortens the waits too, so that several tries fit into it.
-        wait=tenacity.wait_random_exponential(multiplier=min(1.0, budget / 40), max=min(30.0, budget / 8)),
+        wait=wait,
         stop=stop,
         retry=tenacity.retry_if_exception_type(TransientError),
         # Called instead of raising tenacity's `RetryError`, which does not name the object.

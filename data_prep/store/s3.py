@@ -8,6 +8,7 @@ import base64
 import hashlib
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import xxhash
 
 from data_prep.store.faults import DamagedError, StoreError, TransientError, retry_seconds, retrying
+from data_prep.store.s3_answers import exception_for, own_object, own_page, status_of
 from model.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,15 +33,6 @@ PAGE_KEYS = 1000
 FALLBACK_SETTLE_SECONDS = 2.0
 """Seconds between a put and the read that checks it, where the endpoint ignores `If-None-Match`."""
 HASH_FIELD = "xxh64"
-# Faults that may pass, although most of them come with status 400, which is otherwise final.
-TRANSIENT_CODES = {
-    "BadDigest",
-    "ExpiredToken",
-    "IncompleteBody",
-    "RequestTimeout",
-    "SlowDown",
-    "XAmzContentSHA256Mismatch",
-}
 
 Result = TypeVar("Result")
 
@@ -75,7 +68,7 @@ class S3Bucket:
         """Return the object's bytes, checked against the hash that it was written with."""
 
         def get() -> bytes:
-            response = self.client.get_object(Bucket=self.bucket, Key=key)
+            response = own_object(self.client.get_object(Bucket=self.bucket, Key=key))
             data = response["Body"].read()
             # Objects that other programs wrote have no hash.
             expected = response["Metadata"].get(HASH_FIELD)
@@ -102,7 +95,9 @@ class S3Bucket:
         last = end - 1  # HTTP ranges include their last byte
 
         def get() -> bytes:
-            response = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
+            response = own_object(
+                self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
+            )
             data = response["Body"].read()
             if len(data) != end - start:
                 raise TransientError(f"the endpoint returned {len(data)} of {end - start} bytes")
@@ -119,7 +114,7 @@ class S3Bucket:
         with _translated(f"{self.uri}/{key}"):
             # An empty object has no byte 0, so a range from there on would be refused.
             options = {"Range": f"bytes={start}-"} if start else {}
-            response = self.client.get_object(Bucket=self.bucket, Key=key, **options)
+            response = own_object(self.client.get_object(Bucket=self.bucket, Key=key, **options))
             # Any other status means the whole object, which would be appended to the bytes that are there.
             if start and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise DamagedError("the endpoint ignores ranges")
@@ -129,7 +124,7 @@ class S3Bucket:
         """Return the object's size in bytes; None if it does not exist."""
 
         def head() -> int:
-            return self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
+            return own_object(self.client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
 
         try:
             return self._retried(key, head)
@@ -178,7 +173,7 @@ class S3Bucket:
                 condition.clear()  # our put created the key, but its bytes changed in transit: replace them
                 raise
             except self.client.exceptions.ClientError as error:
-                if _status(error) != 412:
+                if status_of(error) != 412:
                     raise
                 return False
             return True
@@ -235,38 +230,47 @@ class S3Bucket:
             **condition,
         )
 
-        # Not every endpoint checks Content-MD5, and not every ETag is the MD5: if they differ, read the
-        # object again.
+        # Not every endpoint checks Content-MD5, not every ETag is the MD5, and an answer without one may be
+        # that of a proxy which has stored nothing: if they differ, read the object again.
         # With a key of KMS or of the customer the ETag is never the MD5, so it says nothing.
         encrypted = (
             response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
         )
-        if response["ETag"].strip('"') != md5.hex() and not encrypted:
+        etag = response.get("ETag", "").strip('"')
+        if etag != md5.hex() and not (etag and encrypted):
             stored = xxhash.xxh64()
-            for chunk in self.stream(key, 0):
-                stored.update(chunk)
+            try:
+                for chunk in self.stream(key, 0):
+                    stored.update(chunk)
+            except FileNotFoundError as error:
+                raise TransientError("the endpoint took the upload and has no such object") from error
             if stored.hexdigest() != hexdigest:
                 raise DamagedError("the body changed during the upload")
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Yield keys that start with `prefix`, sorted, with their modification time."""
+        """Yield keys that start with `prefix`, sorted, each once, with their modification time."""
+        entries: dict[str, float] = {}
         for page in self._pages(prefix):
             for entry in page.get("Contents", []):
-                yield entry["Key"], entry["LastModified"].timestamp()
+                entries[entry["Key"]] = entry["LastModified"].timestamp()
+        # Directory buckets and some other endpoints list in no order, or repeat keys between pages.
+        yield from sorted(entries.items())
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly below `prefix`, sorted."""
-        names: list[str] = []
+        names: set[str] = set()
         for page in self._pages(prefix, Delimiter="/"):
             for entry in page.get("CommonPrefixes", []):
-                names.append(entry["Prefix"].removeprefix(prefix).rstrip("/"))
-        return names
+                names.add(entry["Prefix"].removeprefix(prefix).rstrip("/"))
+        return sorted(names)
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:
             query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **options}
             # Each page is retried by itself, so that a long listing does not start over.
-            page = self._retried(prefix, lambda query=query: self.client.list_objects_v2(**query))
+            page = self._retried(
+                prefix, lambda query=query: own_page(self.client.list_objects_v2(**query), query)
+            )
             yield page
             if not page["IsTruncated"]:
                 return
@@ -327,7 +331,18 @@ def _connect() -> Any:
         response_checksum_validation="when_required",
     )
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-    return Session().client("s3", endpoint_url=endpoint, config=config)
+    session = Session()
+    try:
+        client = session.client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:  # the value stays out of the message, because it may hold a password
+        raise UserError("S3_ENDPOINT_URL or AWS_ENDPOINT_URL: not a URL: write https://host:port") from error
+
+    # A password in the address signs nothing, but each message of botocore would print it.
+    plain = re.sub("//[^/]*@", "//", client.meta.endpoint_url)
+    if plain != client.meta.endpoint_url:
+        log.warning("the S3 endpoint's address holds a user name: it is not used, set the AWS variables")
+        client = session.client("s3", endpoint_url=plain, config=config)
+    return client
 
 
 def _digests(file: BinaryIO) -> tuple[bytes, str]:
@@ -336,10 +351,6 @@ def _digests(file: BinaryIO) -> tuple[bytes, str]:
         md5.update(chunk)
         xxh64.update(chunk)
     return md5.digest(), xxh64.hexdigest()
-
-
-def _status(error: Any) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 @contextmanager
@@ -353,6 +364,7 @@ def _translated(uri: str) -> Iterator[None]:
     from botocore.parsers import ResponseParserError
 
     transient = (
+        aws.ConnectionError,  # refused, DNS, TLS, timeouts
         aws.HTTPClientError,
         aws.IncompleteReadError,
         aws.ResponseStreamingError,
@@ -364,34 +376,8 @@ def _translated(uri: str) -> Iterator[None]:
     try:
         yield
     except aws.ClientError as error:
-        raise _from_response(uri, error) from error
+        raise exception_for(uri, error) from error
     except transient as error:
         raise TransientError(f"{type(error).__name__}: {error}") from error
-    except (
-        aws.NoCredentialsError,
-        aws.PartialCredentialsError,
-        aws.ProfileNotFound,
-        aws.NoRegionError,
-    ) as error:
+    except aws.BotoCoreError as error:  # no credentials, no region, no such profile
         raise UserError(f"{uri}: {error}: set the usual AWS variables, or AWS_PROFILE") from error
-
-
-def _from_response(uri: str, error: Any) -> Exception:
-    """Choose our exception for an error response of the endpoint."""
-    status, code = _status(error), error.response.get("Error", {}).get("Code", "")
-    # Before 404, its status: a missing bucket is not a missing object. (The answer to a HEAD has no code, so
-    # `check` gets a plain 404.)
-    if code == "NoSuchBucket":
-        return UserError(f"{uri}: there is no such bucket: create it, or correct the URI")
-    if status == 404:
-        return FileNotFoundError(uri)
-    if status == 416:  # a resumed download that starts past the object's end
-        return DamagedError("the object is shorter than its commit says")
-    # 501 means that the endpoint does not know the request, see `_probe`; 409, that two conditional puts met.
-    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in TRANSIENT_CODES:
-        return TransientError(f"{status} {code}")
-    if status in (401, 403):
-        return UserError(
-            f"{uri}: {status} {code}: check the credentials (AWS variables, profile) and their rights"
-        )
-    return StoreError(f"{uri}: {status} {code} from {error.operation_name}: the endpoint refuses the request")

@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,12 +50,15 @@ class Fault:
         (half
             the body, then silence), `short` (half the body with a Content-Length to match), `flip` (one
             byte), `flip_upload` (one byte of the request's body), `lose_answer` (the request succeeds, the
-            connection breaks), `ignore_condition` (drop `If-None-Match`), `refuse_condition` (501, as
+            connection breaks), `answer` (what `answer` is), `edit` (the body through `edit`),
+            `ignore_condition` (drop `If-None-Match`), `refuse_condition` (501, as
             endpoints without that header do).
         method: HTTP method; empty = any.
         path: regular expression, searched in the path and query.
         times: number of requests; None = all.
         seconds: duration after the first hit; None = forever.
+        answer: status, headers and body of an answer that upstream never sees the request for.
+        edit: changes the body of upstream's answer.
     """
 
     do: str
@@ -64,6 +68,8 @@ class Fault:
     seconds: float | None = None
     hits: int = 0
     first: float = field(default=0.0)
+    answer: tuple[int, list[tuple[str, str]], bytes] | None = None
+    edit: Callable[[bytes], bytes] | None = None
 
     def strikes(self, method, path):
         if (self.method and method != self.method) or not re.search(self.path, path):
@@ -97,8 +103,8 @@ class FaultProxy:
 
     def choose(self, method, path):
         with self.lock:
-            fault = next((fault.do for fault in self.faults if fault.strikes(method, path)), "")
-            self.requests.append((method, path, fault))
+            fault = next((fault for fault in self.faults if fault.strikes(method, path)), None)
+            self.requests.append((method, path, fault.do if fault else ""))
         return fault
 
     def close(self):
@@ -121,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.proxy.choose(self.command, self.path)
+        struck = self.proxy.choose(self.command, self.path)
+        fault = struck.do if struck else ""
+        if fault == "answer":
+            self.answer(*struck.answer)
+            return
         if fault in CODES:
             self.answer(
                 int(fault), [], f"<Error><Code>{CODES[fault]}</Code><Message>fault</Message></Error>".encode()
@@ -144,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.disconnect()
         elif fault == "short":
             self.answer(status, headers, data[: len(data) // 2])
+        elif fault == "edit":
+            self.answer(status, headers, struck.edit(data))
         elif fault == "flip" and data:
             self.answer(status, headers, flipped(data))
         else:
@@ -171,7 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
         return response.status, returned, data
 
     def answer(self, status, headers, data, length=None):
-        self.send_response(status)
+        self.send_response_only(status)
+        if not any(name.lower() == "date" for name, _ in headers):
+            self.send_header("Date", self.date_time_string())
         for name, value in headers:
             self.send_header(name, value)
         if self.command != "HEAD" or not headers:
