@@ -26,6 +26,22 @@ class Text:
         """Return some of the batch's samples."""
         return replace(self, states=self.states[rows], mask=self.mask[rows])
 
+    def repeat(self, times: int) -> "Text":
+        """Return each sample `times` times, one after another."""
+        return replace(
+            self,
+            states=self.states.repeat_interleave(times, dim=0),
+            mask=self.mask.repeat_interleave(times, dim=0),
+        )
+
+    def to(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> "Text":
+        """Return it on a device, its states in a type; accelerate's offloading moves arguments by this
+        name."""
+        states = self.states.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return replace(self, states=states, mask=self.mask.to(device, non_blocking=non_blocking))
+
     def row(self, index: int) -> "Text":
         """Return one sample of the batch, without its padding."""
         # Padding is on the right, so the number of tokens is also the end of the last one.
@@ -69,6 +85,14 @@ class Condition:
         """Return the condition of one sample, its texts without padding."""
         texts = [text.row(index) for text in self.texts]
         return replace(self.rows(slice(index, index + 1)), texts=texts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Condition":
+        """Return it on a device; accelerate's offloading moves arguments by this name."""
+        return Condition(
+            self.timesteps.to(device, non_blocking=non_blocking),
+            [text.to(device, non_blocking=non_blocking) for text in self.texts],
+            {name: values.to(device, non_blocking=non_blocking) for name, values in self.extra.items()},
+        )
 
     def at(self, time: float) -> "Condition":
         """Return the same conditions with one time for all samples."""

@@ -113,14 +113,16 @@ class LIDiT(nn.Module):
 
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
-                # No layer has dropout, so recomputing needs no state of the random generators.
-                x = checkpoint(
-                    block, x, text, text_mask, c, use_reentrant=False, preserve_rng_state=False
-                )  # [B, N, D]
+                x = self.recompute(block, x, text, text_mask, c)  # [B, N, D]
             else:
                 x = block(x, text, text_mask, c)  # [B, N, D]
 
         return unpatchify(self.final(x, c), patch, positions)  # [B, C, ...]
+
+    def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """Run a block whose activations are computed again in the backward pass."""
+        # No layer has dropout, so recomputing needs no state of the random generators.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
         """Turn the condition into what every block reads.

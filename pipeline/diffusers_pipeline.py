@@ -6,24 +6,36 @@ decode.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for it in this module
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
+from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
 from pipeline.checkpoint.weights import apply_umask
-from pipeline.diffusion.solvers import denoise, initial_noise
-from pipeline.inference.images import to_images
+from pipeline.diffusion.solvers import find_objective, scheduler_misfit, set_steps
+from pipeline.inference.call import (
+    DenoisingLoop,
+    check_embeds,
+    check_output_type,
+    list_negatives,
+    list_prompts,
+    make_noise,
+    to_output,
+    whole_number,
+)
+from pipeline.inference.parts import CONSTANTS, SharedStates, StrictModel, warn_of_pickle
 from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, latent_shape
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
@@ -38,38 +50,20 @@ PARTS = {
 """Parts that an exported folder names besides a scheduler; diffusers imports whatever a folder names."""
 CARD = ("README.md", "samples.png")
 """The model card and its image, which are copied from folder to folder."""
-CONSTANTS = {"prefix": "prefix", "null": "null", "mean": "mean", "spread": "std"}
-"""Parameter of an exported text part -> field of `TextConstants`."""
-
-
-class StrictModel(ModelMixin):
-    """A diffusers model that refuses weights which do not fit, where diffusers would warn and make some
-    up."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load.
-
-        Raises:
-            UserError: if weights are missing, left over or of other shapes.
-        """
-
-        # diffusers 0.39 only logs a warning about weights that do not fit; the loading info names them
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
-        wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
-        if wrong:
-            raise UserError(
-                f"{pretrained_model_name_or_path}: the weights do not fit the config, such as {wrong[0]}: "
-                "export again"
-            )
-        return model
 
 
 class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     """The network as a diffusers model; its weights have the names that they have in training."""
+
+    _supports_gradient_checkpointing = True
+    # for `compile_repeated_blocks`
+    _repeated_blocks: ClassVar = [BLOCKS[name].__name__ for name in BLOCKS]
+    # for `device_map`, which keeps each of them on one device
+    _no_split_modules: ClassVar = [*_repeated_blocks, "PositionBlock", "TextFusion", "FinalLayer"]
+    # layers whose type the network gives to its inputs, and norms, which have no fp8 kernels
+    _skip_layerwise_casting_patterns = (
+        "patch_embedding", "projections", "time_embedding", "conditions", "norm", "final",
+    )  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -85,6 +79,27 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
         """
         # plain mappings, since diffusers writes the arguments of this function to config.json
         super().__init__(DiTConfig(**dit_config), FusionConfig(**fusion_config), text_widths)
+
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, condition: Condition, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict as `LIDiT.forward`, and return the prediction as diffusers' models do."""
+        sample = super().forward(latents, condition)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """True if every block is computed again in the backward pass: the switch that diffusers sets."""
+        return self.checkpoint_every > 0
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.checkpoint_every = int(enabled)
+
+    def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """Run a block by the function that `enable_gradient_checkpointing` was given."""
+        function: Any = self._gradient_checkpointing_func
+        return function(block, *inputs)
 
 
 class LIDiTText(StrictModel, ConfigMixin):
@@ -106,19 +121,8 @@ class LIDiTText(StrictModel, ConfigMixin):
         super().__init__()
         self.constants = nn.ModuleDict()
         for family in families:
-            width = family["info"]["width"]
-            shapes = (
-                (family["tokens"]["prefix"], width),
-                (family["tokens"]["null"], width),
-                (width,),
-                (width,),
-            )
-            holder = nn.Module()
-            for name, shape in zip(CONSTANTS, shapes, strict=True):
-                # Parameters, though nothing trains them: diffusers' offloading asks for a part's first
-                # parameter.
-                holder.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
-            self.constants[family["name"]] = holder
+            tokens, width = family["tokens"], family["info"]["width"]
+            self.constants[family["name"]] = SharedStates(tokens["prefix"], tokens["null"], width)
         # made at the first prompt, so that a pipeline can be loaded and saved without any LLM
         self._reader: PromptReader | None = None
 
@@ -162,29 +166,42 @@ class LIDiTText(StrictModel, ConfigMixin):
 
     @property
     def reader(self) -> PromptReader:
-        """Reads prompts on the device where the constants are."""
-        if self._reader is None:
-            families = {}
-            for record in self.config["families"]:
-                families[record["name"]] = Family(record["name"], "text", record["identity"], record["info"])
-            constants = {name: self._constants(name, family) for name, family in families.items()}
-            device = next(self.parameters()).device
+        """Reads prompts on the device where the constants are when they are read."""
+        constants, families = {}, {}
+        for record in self.config["families"]:
+            name, info = record["name"], record["info"]
+            tensors = self.constants.get_submodule(name)()
+            constants[name] = TextConstants(**tensors, quantization=info["quantisation"], width=info["width"])
+            families[name] = Family(name, "text", record["identity"], info)
+        device = _device_of(constants)
+        if self._reader is None or _device_of(self._reader.constants) != device:
             self._reader = PromptReader(families, constants, lambda family: load_llm(family, device))
         return self._reader
 
-    def _constants(self, name: str, family: Family) -> TextConstants:
-        prefix, null, mean, std = (
-            self.constants.get_submodule(name).get_parameter(key).detach() for key in CONSTANTS
-        )
-        return TextConstants(prefix, null, mean, std, family.info["quantisation"], family.info["width"])
+    def forward(
+        self, *batches: Sequence[str], dtype: torch.dtype = torch.float32, keep_llms: bool = True
+    ) -> list[list[Text]]:
+        """Read batches of prompts as the network does.
 
-    def forward(self, prompts: Sequence[str], dtype: torch.dtype) -> list[Text]:
-        """Return the prompts as the network reads them, one `Text` per LLM; an empty prompt is the null
-        caption."""
-        return self.reader.texts(prompts, dtype)
+        Args:
+            batches: an empty prompt is the null caption.
+            dtype: of the hidden states.
+            keep_llms: False frees each LLM as soon as it has read its prompts.
+
+        Returns:
+            For each batch one `Text` per LLM.
+        """
+        reader = self.reader
+        # all at once, so that no LLM is loaded twice
+        reader.read([prompt for batch in batches for prompt in batch], keep_llms)
+        return [reader.texts(batch, dtype) if batch else [] for batch in batches]
 
 
-class LIDiTPipeline(DiffusionPipeline):
+def _device_of(constants: Mapping[str, TextConstants]) -> torch.device:
+    return next(iter(constants.values())).mean.device
+
+
+class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
     """Text to image with LI-DiT."""
 
     # the order of use: `enable_model_cpu_offload` moves each part to the GPU when its turn comes
@@ -195,19 +212,41 @@ class LIDiTPipeline(DiffusionPipeline):
         self,
         transformer: LIDiTModel,
         scheduler: Any,
-        vae: Any,
+        vae: AutoencoderKL,
         text: LIDiTText,
         height: int = 256,
         width: int = 256,
         steps: int = 30,
         guidance: float = 4.0,
         format: int = FORMAT,
+        objective: str = "",
     ) -> None:
-        """Put the parts together; `height`, `width`, `steps` and `guidance` are defaults of a call."""
+        """Put the parts together.
+
+        Args:
+            transformer: the network.
+            scheduler: of the kind that the network was trained for.
+            vae: decodes the latents.
+            text: reads the prompts.
+            height: default of a call, as the next three.
+            width: default.
+            steps: default.
+            guidance: default.
+            format: version of the exported folder.
+            objective: what the network was trained to predict; empty = what the scheduler reads.
+
+        Raises:
+            UserError: if no objective has such a scheduler.
+        """
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text=text)
+        # diffusers' users leave out parts that they do not need, such as all but the text part
+        if scheduler is not None:
+            objective = objective or find_objective(scheduler)
         # in the pipeline's config, so that an export keeps the sampling settings of its stage
-        self.register_to_config(height=height, width=width, steps=steps, guidance=guidance, format=format)
+        self.register_to_config(
+            height=height, width=width, steps=steps, guidance=guidance, format=format, objective=objective
+        )
         self.card: dict[str, bytes] = {}
 
     @classmethod
@@ -253,15 +292,25 @@ class LIDiTPipeline(DiffusionPipeline):
         }
         return pipeline
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as any diffusers pipeline; the model card comes along, the place that it was loaded from does
-        not."""
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Make a pipeline of another one's parts, as any diffusers pipeline; the model card comes along."""
+        made = super().from_pipe(pipeline, **kwargs)
+        made.card = dict(getattr(pipeline, "card", {}))
+        return made
+
+    def save_pretrained(
+        self, save_directory: Any, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as any diffusers pipeline, but always as safetensors; the model card comes along, the place
+        that it was loaded from does not."""
+        warn_of_pickle(safe_serialization)
         # diffusers records in every config where it was loaded from, which may be a private path
         for part in (self, *self.components.values()):
             part._internal_dict = FrozenDict(
                 {key: value for key, value in part.config.items() if key != "_name_or_path"}
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, True, *args, **kwargs)
         # safetensors 0.8 makes files that only their owner can read
         apply_umask(Path(save_directory))
         self._write_card(save_directory)
@@ -276,11 +325,61 @@ class LIDiTPipeline(DiffusionPipeline):
         self._write_card(working_dir)
         return super()._upload_folder(working_dir, *args, **kwargs)
 
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: list[Text] | None = None,
+        negative_prompt_embeds: list[Text] | None = None,
+    ) -> tuple[list[Text], list[Text]]:
+        """Read the prompts, once for several calls.
+
+        Args:
+            prompt: one or several.
+            negative_prompt: to steer away from: one for all prompts or one each; None or empty = the null
+                caption of training.
+            prompt_embeds: prompts that are read already, instead of `prompt`.
+            negative_prompt_embeds: negative prompts that are read already, instead of `negative_prompt`.
+
+        Returns:
+            Prompts and negative prompts as a call takes them for `prompt_embeds` and
+            `negative_prompt_embeds`: one `Text` per LLM.
+
+        Raises:
+            UserError: if both forms of a prompt are given, or their numbers do not fit.
+        """
+        for name, given, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if given is not None and embeds is not None:
+                raise UserError(f"{name}= beside {name}_embeds=: give one of them")
+        known = check_embeds("prompt_embeds", prompt_embeds)
+        texts = [] if known else list_prompts(prompt)
+        count = len(known[0].mask) if known else len(texts)
+        known_negatives = check_embeds("negative_prompt_embeds", negative_prompt_embeds, count)
+        negatives = [] if known_negatives else list_negatives(negative_prompt, count)
+
+        read, read_negatives = self._read(texts, negatives)
+        prompt_embeds, negative_prompt_embeds = known or read, known_negatives or read_negatives
+        return prompt_embeds, negative_prompt_embeds
+
+    def _read(self, *batches: list[str]) -> list[list[Text]]:
+        if not any(batches):
+            return [[] for _ in batches]
+        if self.text is None:
+            raise UserError(
+                "the pipeline has no text part: give prompt_embeds= and negative_prompt_embeds=, or load it "
+                "with the part"
+            )
+        # where a part waits on another device to save memory, no LLM should stay on the device either
+        return self.text(*batches, keep_llms=self.text.device == self._execution_device)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
-        negative_prompt: str = "",
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -293,12 +392,16 @@ class LIDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         conditions: Mapping[str, str] | None = None,
+        prompt_embeds: list[Text] | None = None,
+        negative_prompt_embeds: list[Text] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
         Args:
             prompt: one or several.
-            negative_prompt: to steer away from; empty = the null caption of training.
+            negative_prompt: to steer away from: one for all prompts or one each; None or empty = the null
+                caption of training.
             height: in pixels; None = the pipeline's default, as for the next three.
             width: in pixels.
             num_inference_steps: evaluations of the network per image.
@@ -310,82 +413,67 @@ class LIDiTPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt` (in [0, 1]) or `latent` (normalized).
             return_dict: an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as (pipeline, step from 0, timestep, {"latents": ...}); may return
-            new latents.
+                new latents, and set the pipeline's `_interrupt` or `_guidance_scale`.
             conditions: values of the network's further conditions by name; None = their defaults.
+            prompt_embeds: what `encode_prompt` returns, instead of `prompt`.
+            negative_prompt_embeds: what `encode_prompt` returns, instead of `negative_prompt`.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
 
         Raises:
-            UserError: if a size does not divide, a prompt is too long, or the output type or number of
-            generators is wrong.
+            UserError: if an argument is wrong or does not fit another, or the scheduler does not fit the
+                network.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type={output_type!r}: take pil, np, pt or latent")
-        # not `self.device`, which is the CPU while parts are offloaded
-        config, device, dtype = self.config, self._execution_device, self.transformer.dtype
-        distinct = [prompt] if isinstance(prompt, str) else prompt
-        # the images of a prompt one after another, as in `pipeline.sample`
-        prompts = [text for text in distinct for _ in range(num_images_per_prompt)]
-
+        # diffusers' own callbacks say which tensors they read
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        # all that can be wrong is found before the LLMs are loaded, which can take minutes
+        check_output_type(output_type)
+        self._check_call(names)
+        config, device = self.config, self._execution_device
+        size = (
+            whole_number("height", height, config["height"]),
+            whole_number("width", width, config["width"]),
+        )
+        steps = whole_number("num_inference_steps", num_inference_steps, config["steps"])
+        per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        known = check_embeds("prompt_embeds", prompt_embeds)
+        images = per_prompt * (len(known[0].mask) if known else len(list_prompts(prompt)))
         vae = VAE(self.vae, "")
-        size: tuple[int, int] = (height or config["height"], width or config["width"])
         shape = latent_shape(self.transformer, vae.downsampling, *size)
-        # with `seed`, the noise is made on the CPU in fp32, so that it is the same on any device
-        if latents is None:
-            latents = _noise(shape, len(prompts), num_images_per_prompt, generator, seed)
-        steps = num_inference_steps or config["steps"]
+        noise = make_noise(shape, images, per_prompt, generator, seed, latents)
+        plan = set_steps(self.scheduler, steps, device)
+        params = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
+        extra = extra_conditions(self.transformer, params, images, device)
+
+        embeds = self.encode_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        dtype = self.transformer.dtype
+        condition, null_condition = (
+            # placeholders for the times: `guided` sets that of each step
+            Condition(torch.zeros(images, device=device), _place(texts, per_prompt, device, dtype), extra)
+            for texts in embeds
+        )
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
-        asked = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
-        extra = extra_conditions(self.transformer, asked, len(prompts), device)
-        # placeholders: `denoise` sets the time of each step
-        timesteps = torch.zeros(len(prompts), device=device)
-        condition = Condition(timesteps, self.text(prompts, dtype), extra)
-        null_condition = Condition(timesteps, self.text([negative_prompt] * len(prompts), dtype), extra)
-
-        progress: Any = self.progress_bar
-        with progress(total=steps) as bar:
-
-            def on_step(number: int, now: Tensor) -> Tensor:
-                bar.update()
-                if callback_on_step_end is None:
-                    return now
-                timestep = self.scheduler.timesteps[number - 1]
-                return (callback_on_step_end(self, number - 1, timestep, {"latents": now}) or {}).get(
-                    "latents", now
-                )
-
-            noise = latents.to(device)
-            sampled = denoise(
-                self.transformer,
-                self.scheduler,
-                condition,
-                null_condition,
-                noise,
-                steps,
-                guidance,
-                dtype,
-                on_step,
-            )
-        images = sampled if output_type == "latent" else _finish(decode_each(vae, sampled), output_type)
+        sampled = self.denoise(
+            condition, null_condition, noise.to(device), plan, guidance, callback_on_step_end, names
+        )
+        finished = sampled if output_type == "latent" else to_output(decode_each(vae, sampled), output_type)
         # moves the last part off the GPU, if parts are offloaded
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+        return ImagePipelineOutput(images=finished) if return_dict else (finished,)  # type: ignore[arg-type]
+
+    def _check_call(self, names: Sequence[str]) -> None:
+        if missing := [name for name in ("transformer", "scheduler", "vae") if getattr(self, name) is None]:
+            raise UserError(f"the pipeline has no {missing[0]}: load it with that part")
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs: {min(unknown)!r} is not one of "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
+        if misfit := scheduler_misfit(self.scheduler, self.config["objective"]):
+            raise UserError(
+                f"scheduler {type(self.scheduler).__name__}: the network was trained for objective "
+                f"{self.config['objective']}: take {misfit}"
+            )
 
 
-def _noise(shape: tuple[int, ...], images: int, per_prompt: int, generator: Any, seed: int | None) -> Tensor:
-    """Return the noise of `seed` or of the generators: fp32 [images, *shape] on the CPU."""
-    if generator is None:
-        # a random seed, so that two calls without one differ
-        first = int(torch.randint(2**31, ())) if seed is None else seed
-        return initial_noise(shape, [first + number % per_prompt for number in range(images)])
-    generators = generator if isinstance(generator, list) else [generator] * images
-    if len(generators) != images:
-        raise UserError(f"{len(generators)} generators for {images} images: give one, or one per image")
-    # torch samples with a generator only on that generator's own device
-    return torch.stack([torch.randn(*shape, generator=own, device=own.device).cpu() for own in generators])
-
-
-def _finish(pixels: Tensor, output_type: str) -> Any:
-    """Return pixels [B, 3, H, W] in [-1, 1] as the output type."""
-    if output_type == "pil":
-        return to_images(pixels)
-    unit = (pixels + 1.0) / 2.0
-    return unit if output_type == "pt" else np.asarray(unit.permute(0, 2, 3, 1).cpu())
+def _place(texts: Sequence[Text], times: int, device: torch.device, dtype: torch.dtype) -> list[Text]:
+    return [text.repeat(times).to(device, dtype) for text in texts]

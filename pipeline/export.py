@@ -54,7 +54,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
     return LIDiTPipeline(
         transformer.eval(), scheduler, space.module, text,
-        defaults.height, defaults.width, defaults.steps, defaults.guidance,
+        defaults.height, defaults.width, defaults.steps, defaults.guidance, objective=sampler.objective.name,
     )  # fmt: skip
 
 
@@ -107,7 +107,8 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
     # the newest grid of the training, else the one of `pipeline.sample`
     grids = [*sorted((run / "grids").glob("*.png"))[-1:], *(run / "samples").glob("grid.png")]
     lines = [
-        "---", "library_name: diffusers", "pipeline_tag: text-to-image", "license: other",
+        # not `diffusers`: hubs would show a DiffusionPipeline.from_pretrained, which does not know the class
+        "---", "library_name: li-dit", "pipeline_tag: text-to-image", "license: other",
         # licenses of data and LLMs cannot be known from the run
         "license_name: TO FILL IN", "license_link: TO FILL IN", "---", "",
         f"# {stage.name}", "",

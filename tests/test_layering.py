@@ -66,6 +66,7 @@ FENCES = {
     "diffusers": (
         "model/encoders/vae.py",
         "pipeline/diffusion/",
+        "pipeline/inference/parts.py",
         "pipeline/inference/source.py",
         "pipeline/diffusers_pipeline.py",
     ),

@@ -137,6 +137,7 @@ class VAE(LatentSpace):
 
     @torch.no_grad()
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Decode raw latents [B, C, h, w] to pixels fp32 [B, 3, H, W] in [-1, 1]."""
-        pixels = self.module.decode(latents.to(self.device, self.module.dtype), return_dict=False)[0]
+        """Decode raw latents [B, C, h, w], on the VAE's device, to pixels fp32 [B, 3, H, W] in [-1, 1]."""
+        # Not moved to `device`: while diffusers offloads the module, that is where its weights wait.
+        pixels = self.module.decode(latents.to(self.module.dtype), return_dict=False)[0]
         return pixels.float().clamp(-1.0, 1.0)

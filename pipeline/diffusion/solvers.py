@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from model.common.errors import UserError
@@ -20,6 +21,18 @@ from pipeline.stage.config import ObjectiveConfig
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Number of the step just done, from 1, and the latents -> the latents to continue with."""
+
+_DECIDES_NOISE = (
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+    "use_flow_sigmas",
+)
+"""Fields of a scheduler's config that have to be those of training; others (order, shift) are free."""
 
 
 def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
@@ -39,6 +52,33 @@ def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
     return known[name](objective)
 
 
+def scheduler_misfit(scheduler: Any, objective: str) -> str:
+    """Return what a scheduler lacks to read the predictions of an objective; empty = nothing.
+
+    Another class, or another kind of prediction or noise, would give an image, but a wrong one.
+    """
+    known = [make(ObjectiveConfig(name=objective)) for make in OBJECTIVES[objective].schedulers.values()]
+    same = [each for each in known if type(each) is type(scheduler)]
+    if not same:
+        return " or ".join(dict.fromkeys(type(each).__name__ for each in known))
+    needed = {key: value for key, value in same[0].config.items() if key in _DECIDES_NOISE}
+    return ", ".join(
+        f"{key}={value!r}" for key, value in needed.items() if scheduler.config.get(key) != value
+    )
+
+
+def find_objective(scheduler: Any) -> str:
+    """Return the name of the objective whose predictions a scheduler reads.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for name in OBJECTIVES:
+        if not scheduler_misfit(scheduler, name):
+            return name
+    raise UserError(f"scheduler {type(scheduler).__name__}: reads no objective of {', '.join(OBJECTIVES)}")
+
+
 def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Tensor, float]]:
     """Set the number of steps.
 
@@ -51,7 +91,7 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
     if not 1 <= steps <= DDPM_STEPS:
         raise UserError(f"steps={steps}: set a number between 1 and {DDPM_STEPS}")
 
-    if "shift" in scheduler.config:
+    if issubclass(type(scheduler), FlowMatchEulerDiscreteScheduler):
         # The flow-matching schedulers shift their last time twice by default; from these even times they
         # shift each once.
         scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
@@ -113,32 +153,6 @@ def guided(
 
 
 @torch.no_grad()
-def denoise(
-    predict: Predict,
-    scheduler: Any,
-    condition: Condition,
-    null_condition: Condition,
-    noise: Tensor,
-    steps: int,
-    guidance: float,
-    dtype: torch.dtype,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Follow a scheduler from noise fp32 [B, C, ...] to normalized latents; arguments as `sample_latents`.
-
-    Raises:
-        UserError: if the number of steps is out of range.
-    """
-    evaluate = guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
-    latents = noise.float()
-    for number, (timestep, time) in enumerate(set_steps(scheduler, steps, latents.device), 1):
-        # The solver's own state is fp32 too: in bf16 the errors of many small steps would add up.
-        latents = scheduler.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
-        if on_step is not None:
-            latents = on_step(number, latents)
-    return latents
-
-
 def sample_latents(
     predict: Predict,
     objective: ObjectiveConfig,
@@ -176,4 +190,11 @@ def sample_latents(
     # Noise is made on the CPU and then moved, so it does not depend on the kind of device.
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
     solver = make_scheduler(objective, scheduler)
-    return denoise(predict, solver, condition, null_condition, noise, steps, guidance, dtype, on_step)
+    evaluate = guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
+    latents = noise.float()
+    for number, (timestep, time) in enumerate(set_steps(solver, steps, latents.device), 1):
+        # The solver's own state is fp32 too: in bf16 the errors of many small steps would add up.
+        latents = solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
+        if on_step is not None:
+            latents = on_step(number, latents)
+    return latents

@@ -1,6 +1,7 @@
 """Loading what a command samples from, a run or an export; and the options that such commands share."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,27 +73,37 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     finally:
         logging.enable_progress_bar()
 
+    # the scheduler's config is all that an export records of the objective's settings
     scheduler = pipeline.scheduler.config
-    # the scheduler's config is all that an export records of the objective
-    flow = "shift" in scheduler or scheduler.get("prediction_type") == "flow_prediction"
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
-    objective = ObjectiveConfig(name="flow" if flow else "ddpm", shift=shift)
+    objective = ObjectiveConfig(name=pipeline.config["objective"], shift=shift)
     defaults = SampleConfig(
         **{name: pipeline.config[name] for name in ("steps", "guidance", "height", "width")}
     )
 
     # An export contains its own LLM and VAE, so it needs no run and no store.
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
-    network = sharded.module if sharded else pipeline.transformer
+    network = sharded.module if sharded else _plain_network(pipeline.transformer)
     return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
 
 
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":
-    config: Any = LIDiTModel.load_config(folder)
-    dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
-    # Built from the export's own config: the stage's YAML is not part of an export.
-    build = partial(LIDiT, dit, fusion, config["text_widths"])
+    build = _build_from(LIDiTModel.load_config(folder))
     return shard(build, load_weights(folder, "ema"), dtype, EngineConfig())
+
+
+def _plain_network(model: LIDiTModel) -> LIDiT:
+    """Return a network on the same weights, which returns its prediction alone, as a run's does."""
+    with torch.device("meta"):
+        network = _build_from(model.config)()
+    network.load_state_dict(model.state_dict(), assign=True)
+    return network
+
+
+def _build_from(config: Any) -> Callable[[], LIDiT]:
+    # Built from the export's own config: the stage's YAML is not part of an export.
+    dit, fusion = DiTConfig(**config["dit_config"]), FusionConfig(**config["fusion_config"])
+    return partial(LIDiT, dit, fusion, config["text_widths"])
 
 
 def join_ranks(ranks: Distributed, zero3: bool) -> torch.device:

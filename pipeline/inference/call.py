@@ -1,0 +1,223 @@
+"""The diffusers pipeline's call: arguments, which are checked before anything is computed, and the loop over
+the steps."""
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.common.errors import UserError
+from model.condition import Condition, Text
+from pipeline.diffusion.solvers import guided, initial_noise
+from pipeline.inference.images import to_images
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+Callback = Callable[..., dict[str, Tensor] | None]
+"""Called after each step as (pipeline, step from 0, timestep, tensors by name); may return new ones."""
+
+
+class DenoisingLoop:
+    """The loop of a diffusers pipeline, with what its callbacks may read and set."""
+
+    transformer: Any
+    scheduler: Any
+    progress_bar: Any
+
+    _guidance_scale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call; a callback may set `_guidance_scale` for the next steps."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True if the negative prompts are read too."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """True if a callback has set `_interrupt`: the steps that are left are not taken."""
+        return self._interrupt
+
+    def denoise(
+        self,
+        condition: Condition,
+        null_condition: Condition,
+        noise: Tensor,
+        plan: Sequence[tuple[Tensor, float]],
+        guidance: float,
+        callback: Callback | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """Follow the scheduler as `pipeline.diffusion.solvers.sample_latents`, step by step with a callback.
+
+        Args:
+            condition: texts and further conditions of the prompts.
+            null_condition: the same of the negative prompts.
+            noise: [B, C, h, w] on the network's device.
+            plan: the steps, from `set_steps`.
+            guidance: 1 = none.
+            callback: called after each step.
+            names: of the tensors that the callback gets.
+
+        Returns:
+            Normalized latents, fp32.
+        """
+
+        def predict(latents: Tensor, given: Condition) -> Tensor:
+            return self.transformer(latents.to(self.transformer.dtype), given, return_dict=False)[0]
+
+        # the scheduler's state is fp32, whatever the type of the network
+        latents: Any = noise.float()
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance, len(plan), False
+        with self.progress_bar(total=len(plan)) as bar:
+            for number, (timestep, time) in enumerate(plan):
+                if self.interrupt:
+                    break
+                # made anew at each step, since a callback may have set another guidance
+                evaluate = guided(predict, condition, null_condition, self.guidance_scale)
+                prediction = evaluate(latents, time)
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                if callback is not None:
+                    tensors = {"latents": latents} if "latents" in names else {}
+                    latents = (callback(self, number, timestep, tensors) or {}).get("latents", latents)
+                bar.update()
+        return latents
+
+
+def check_output_type(output_type: str) -> None:
+    """Check the name of an output type.
+
+    Raises:
+        UserError: if there is no such type.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type={output_type!r}: take one of {', '.join(OUTPUT_TYPES)}")
+
+
+def whole_number(name: str, given: Any, default: int) -> int:
+    """Return an argument that counts something, or its default for None.
+
+    Raises:
+        UserError: if it is not a whole number of at least 1.
+    """
+    if given is None:
+        return default
+    if not isinstance(given, Integral) or given < 1:
+        raise UserError(f"{name}={given!r}: give a whole number of at least 1")
+    return int(given)
+
+
+def list_prompts(prompt: Any, name: str = "prompt") -> list[str]:
+    """Return one prompt or several as a list.
+
+    Raises:
+        UserError: if there is none, or if one is not a text.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = isinstance(prompts, list | tuple) and all(isinstance(each, str) for each in prompts)
+    if not texts or not prompts:
+        raise UserError(f"{name}={prompt!r}: give a text, or a list of at least one")
+    return list(prompts)
+
+
+def list_negatives(negative: Any, count: int) -> list[str]:
+    """Return a negative prompt for each of `count` prompts: one for all, one each, or None = the null
+    caption.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * count
+    negatives = list_prompts(negative, "negative_prompt")
+    if len(negatives) != count:
+        raise UserError(
+            f"negative_prompt: {len(negatives)} texts for {count} prompts: give one text, or one per prompt"
+        )
+    return negatives
+
+
+def check_embeds(name: str, embeds: Any, count: int | None = None) -> list[Text]:
+    """Return prompts that `encode_prompt` has read; none for None.
+
+    Args:
+        name: of the argument.
+        embeds: the argument.
+        count: how many prompts there have to be; None = any number.
+
+    Raises:
+        UserError: if they are not such prompts, or too many or too few.
+    """
+    if embeds is None:
+        return []
+    if not isinstance(embeds, list | tuple) or not embeds or not all(isinstance(e, Text) for e in embeds):
+        raise UserError(f"{name}: {type(embeds).__name__} is not what encode_prompt returns: pass that")
+    prompts = len(embeds[0].mask)
+    if prompts == 0 or count not in (None, prompts):
+        raise UserError(f"{name}: {prompts} prompts, not {count or 'at least 1'}: encode as many")
+    return list(embeds)
+
+
+def make_noise(
+    shape: Sequence[int],
+    images: int,
+    per_prompt: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    seed: int | None,
+    latents: Tensor | None,
+) -> Tensor:
+    """Return the noise [images, *shape]: the one that is given, or fp32 on the CPU from seed or generators.
+
+    Args:
+        shape: of one image's latents.
+        images: number of images.
+        per_prompt: images of each prompt.
+        generator: one for all images, or one per image.
+        seed: of the first image of each prompt; the others have the next ones.
+        latents: the noise itself.
+
+    Raises:
+        UserError: if more than one of the sources is given, or the number of generators or the shape is
+            wrong.
+    """
+    if seed is not None and (generator is not None or latents is not None):
+        raise UserError("seed= beside generator= or latents=: each decides the noise: give one of them")
+    if latents is not None:
+        if tuple(latents.shape) != (images, *shape):
+            raise UserError(
+                f"latents of shape {list(latents.shape)}: {images} images of this height and width take "
+                f"{[images, *shape]}: give noise of that shape, or other height= and width="
+            )
+        return latents
+    if generator is None:
+        # with `seed`, on the CPU in fp32, so that the noise is the same on any device; without, a random seed
+        first = int(torch.randint(2**31, ())) if seed is None else seed
+        return initial_noise(shape, [first + number % per_prompt for number in range(images)])
+
+    generators = generator if isinstance(generator, list) else [generator] * images
+    if len(generators) != images:
+        raise UserError(f"{len(generators)} generators for {images} images: give one, or one per image")
+    # torch samples with a generator only on that generator's own device
+    return torch.stack([torch.randn(*shape, generator=own, device=own.device).cpu() for own in generators])
+
+
+def to_output(pixels: Tensor, output_type: str) -> Any:
+    """Return pixels [B, 3, H, W] in [-1, 1] as an output type other than `latent`."""
+    if output_type == "pil":
+        return to_images(pixels)
+    unit = (pixels + 1.0) / 2.0
+    return unit if output_type == "pt" else np.asarray(unit.permute(0, 2, 3, 1).cpu())
