@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from data_prep.scenes.captions import CAPTION_KINDS
 from model.common.errors import UserError
-from model.common.settings import read_settings
+from model.common.settings import MAX_SEED, bounded, read_settings
 from model.config import TextConfig
 
 MAX_CAPTION_KINDS = 255
@@ -19,9 +19,9 @@ MAX_NEAR_BITS = 16
 class ScenesConfig:
     """A set of scenes (`data_prep/scenes/grammar.py`), rendered at the sizes of the buckets."""
 
-    count: int = 0
-    seed: int = 0
-    file_rows: int = 4096
+    count: int = bounded(0, 0, 10**12)
+    seed: int = bounded(0, 0, MAX_SEED)
+    file_rows: int = bounded(4096, 1, 10**9)
     """Number of scenes per "file": a task scans whole files."""
 
 
@@ -38,7 +38,7 @@ class SourceConfig:
     caption`; for scenes, all kinds."""
     image: str = "image"
     """Column of image bytes or paths (parquet), or of image bytes (MDS)."""
-    limit: int | None = None
+    limit: int | None = bounded(None, 1, 10**12)
     """Number of rows to read from the start of each file, for trials; None = all."""
     scenes: ScenesConfig | None = None
     """Settings of the kind `scenes`."""
@@ -68,7 +68,7 @@ class DedupeConfig:
     """Duplicates across the whole dataset; the first in the order of the source files is kept."""
 
     exact: bool = True
-    near: int | None = None
+    near: int | None = bounded(None, 0, MAX_NEAR_BITS)
     """Maximum Hamming distance between 64-bit perceptual hashes of duplicates; None = no such test."""
 
 
@@ -76,13 +76,13 @@ class DedupeConfig:
 class BucketConfig:
     """Equal-area aspect-ratio buckets."""
 
-    resolution: int = 256
-    max_aspect: float = 2.0
-    step: int = 32
+    resolution: int = bounded(256, 1, 65_536)
+    max_aspect: float = bounded(2.0, 1.0, 1_000.0)
+    step: int = bounded(32, 1, 65_536)
     """Sides are multiples of this (VAE downsampling x patch size)."""
-    max_upscale: float = 1.0
+    max_upscale: float = bounded(1.0, 0.01, 1e9)
     """Images that would have to grow by a larger factor are dropped."""
-    max_crop: float = 0.5
+    max_crop: float = bounded(0.5, 0.0, 1.0)
     """Images that would lose a larger share of their area to the center crop are dropped."""
 
 
@@ -99,7 +99,7 @@ class LatentsConfig:
 
     Empty = the class that the config.json of `vae` names.
     """
-    batch: int = 16
+    batch: int = bounded(16, 1, 1_000_000)
 
 
 @dataclass
@@ -113,13 +113,13 @@ class DatasetConfig:
     filters: list[FilterConfig] = field(default_factory=list)
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
-    part_rows: int = 1024
-    shuffle_window: int = 65536
+    part_rows: int = bounded(1024, 1, 10**9)
+    shuffle_window: int = bounded(65536, 1, 10**12)
     """Number of rows that the plan shuffles at a time inside a bucket (source files are shuffled first)."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
-    image_quality: int = 95
-    seed: int = 0
-    workers: int = 2
+    image_quality: int = bounded(95, 1, 100)
+    seed: int = bounded(0, 0, MAX_SEED)
+    workers: int = bounded(2, 0, 1_024)
     """Processes that decode images, besides the one that reads; 0 = decode in that one."""
     latents: list[LatentsConfig] = field(default_factory=list)
     text: list[TextConfig] = field(default_factory=list)
@@ -128,7 +128,7 @@ class DatasetConfig:
         """Check the fields.
 
         Raises:
-            UserError: if a caption kind is not declared, or a number is out of range.
+            UserError: if a caption kind is not declared.
         """
         for number, source in enumerate(self.sources):
             self._check_source(number, source)
@@ -137,13 +137,6 @@ class DatasetConfig:
         kinds = self.caption_kinds
         if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
             raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
-        for name, minimum in (("part_rows", 1), ("shuffle_window", 1), ("workers", 0)):
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name}={getattr(self, name)}: set at least {minimum}")
-        if self.dedupe.near is not None and not 0 <= self.dedupe.near <= MAX_NEAR_BITS:
-            raise UserError(
-                f"dedupe.near={self.dedupe.near}: set 0 to {MAX_NEAR_BITS} bits of 64, or leave it out"
-            )
 
     def _check_source(self, number: int, source: SourceConfig) -> None:
         """Check source `number` of the list."""

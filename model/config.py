@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.common.errors import UserError
+from model.common.settings import bounded
 
 INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -31,16 +32,16 @@ class FusionConfig:
     refiner: Literal["none", "full", "causal"] = "full"
     """Linguistic token refiner: absent, full attention (the paper's), or causal (the paper's
     counter-test)."""
-    refiner_blocks: int = 2
-    collaborative_blocks: int = 1
+    refiner_blocks: int = bounded(2, 0, 1_000)
+    collaborative_blocks: int = bounded(1, 0, 1_000)
     gate: bool = True
     """Adaptive gates on the refiner's sub-layers; off = plain residual connections (table 5)."""
     time: bool = True
     """True if the timestep conditions the refiners, in addition to the pooled text."""
-    width: int | None = None
+    width: int | None = bounded(None, 1, 1_000_000)
     """Width of the refiners; None = the DiT's. At the LLM's 4,096 they would cost as much as the 1B DiT
     itself."""
-    heads: int | None = None
+    heads: int | None = bounded(None, 1, 10_000)
     """Attention heads of the refiners; None = the DiT's."""
     crop: Literal["after", "before"] = "after"
     """Cut off the prefix after both refiners (the paper) or before them."""
@@ -82,19 +83,19 @@ class FusionConfig:
 class DiTConfig:
     """Sizes of the DiT (paper section 3.2 and table 7)."""
 
-    depth: int = 28
-    width: int = 1152
-    heads: int = 16
-    patch: int = 2
+    depth: int = bounded(28, 1, 1_000)
+    width: int = bounded(1152, 1, 1_000_000)
+    heads: int = bounded(16, 1, 10_000)
+    patch: int = bounded(2, 1, 1_024)
     """Side of a patch, in latent positions."""
-    patch_frames: int = 1
+    patch_frames: int = bounded(1, 1, 1_024)
     """Frames of a patch, where the latents have a time axis."""
-    axes: int = 2
+    axes: int = bounded(2, 2, 3)
     """Axes of the latents after the channels: 2 = [h, w], 3 = [T, h, w]."""
-    channels: int = 16
+    channels: int = bounded(16, 1, 65_536)
     """Latent channels of the VAE."""
-    mlp_ratio: float = 4.0
-    frequency_width: int = 256
+    mlp_ratio: float = bounded(4.0, 0.01, 100.0)
+    frequency_width: int = bounded(256, 2, 65_536)
     """Width of the sinusoidal timestep embedding before its MLP."""
     block: str = "dit"
     """Type of the blocks, a name of `model.blocks.BLOCKS`."""
@@ -113,6 +114,7 @@ class DiTConfig:
             raise UserError(
                 f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them"
             )
+        # Not only a setting: the axes are those of the data.
         if self.axes not in (2, 3):
             raise UserError(f"model.axes={self.axes}: latents are [C, h, w] or [C, T, h, w], so set 2 or 3")
 
@@ -161,13 +163,13 @@ class TextConfig:
     suffix: str = ""
     """Text after the caption, such as the end-of-turn markup; the null caption needs at least one token
     here."""
-    max_tokens: int = 256
+    max_tokens: int = bounded(256, 1, 1_000_000)
     """Most tokens of a caption (suffix included, prefix not)."""
     # The spelling is that of the families on disk: under another name their identity would be another one.
     quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
     dtype: Literal["bf16", "fp32"] = "bf16"
     reuse_prefix: bool = True
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = bounded(4096, 1, 10**9)
     device_map: str | None = None
     """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it;
     None = one device."""

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.common.errors import UserError, command
+from model.common.settings import load_yaml
 from pipeline.operations.attempts import Ending, read_endings
 from pipeline.runtime.attempt import read_attempt
 from pipeline.runtime.finished import FINISHED
@@ -87,7 +88,7 @@ def read_status(run: Path, now: float) -> Status:
     # only this key is read, so that runs of other versions can be shown too
     stage_file = run / "stage.yaml"
     if stage_file.exists():
-        status.total = int(OmegaConf.select(OmegaConf.load(stage_file), "samples"))
+        status.total = int(OmegaConf.select(load_yaml(stage_file), "samples"))
 
     if reports:
         last = reports[-1]

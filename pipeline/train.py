@@ -31,7 +31,7 @@ from pipeline.engine.settings import check_settings
 from pipeline.runtime.finished import is_finished
 from pipeline.runtime.run_lock import lock_run
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
-from pipeline.stage.config import StageConfig, dump_stage, load_stage
+from pipeline.stage.config import StageConfig, check_start_from, dump_stage, load_stage
 from pipeline.stage.corpus import resolve
 from pipeline.training.trainer import Trainer
 
@@ -69,6 +69,7 @@ def dry_run(stage: StageConfig) -> None:
     Raises:
         UserError: if the stage and the store do not match.
     """
+    check_start_from(stage)
     resolved, corpus = resolve(stage)
     dit, widths = network_sizes(resolved, corpus)
     print(dump_stage(resolved))

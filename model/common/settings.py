@@ -1,14 +1,89 @@
 """Reading a YAML into dataclasses, with errors that name the key and the nearest right one."""
 
-from collections.abc import Callable
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from model.common.errors import UserError, first_line
+
+MAX_BYTES = 1 << 20
+"""Largest YAML that is read."""
+MAX_DEPTH = 32
+"""Most lists and mappings inside one another. Parsers that recurse crash on thousands of them."""
+MAX_SEED = 2**62
+"""Largest seed: sums of seeds and numbers of samples then still fit into 64 bits."""
+_RANGE = "range"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have, both ends included."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        """True if the number is in the range, which NaN never is."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        return f"{low} to {high}"
+
+
+def within(low: float, high: float) -> dict[str, Range]:
+    """Return the metadata of a dataclass's field whose numbers have to be in a range."""
+    return {_RANGE: Range(low, high)}
+
+
+def bounded(default: Any, low: float, high: float) -> Any:
+    """Return a field with a default whose numbers have to be in a range."""
+    return field(default=default, metadata=within(low, high))
+
+
+def check_name(key: str, name: str) -> None:
+    """Check that a name can be that of a folder, and of no other folder than its own.
+
+    Args:
+        key: the setting, for the message.
+        name: its value.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if not re.fullmatch(r"[\w.-]{1,100}", name) or not name.strip("."):
+        raise UserError(
+            f"{key}={name[:120]!r}: use letters, digits, `.`, `_` and `-` only, at most 100, since it names "
+            "a folder"
+        )
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file of settings, with nothing in it resolved or checked against a schema.
+
+    Raises:
+        UserError: if the file cannot be read, is not YAML, or is too large or nested too deeply.
+    """
+    try:
+        with path.open("rb") as file:
+            # Not the whole file: it may be a device that never ends.
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, so this is no file of settings")
+        text = content.decode()
+        _check_depth(text, str(path))
+        return OmegaConf.load(io.StringIO(text))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not YAML: {first_line(error)}") from error
 
 
 def read_settings(
@@ -24,19 +99,23 @@ def read_settings(
             over; it may change the settings. None = the defaults of the fields.
 
     Raises:
-        UserError: if the file is missing or is not YAML, a key is unknown, or a value is missing or has the
-            wrong type; the message names the key and the nearest right one.
+        UserError: if the file is missing or is not YAML, a key is unknown, or a value is missing, has the
+            wrong type or is out of range; the message names the key and the nearest right one.
     """
+    loaded = load_yaml(path)
     try:
         empty = OmegaConf.structured(schema)
         # Not merged with the schema yet, so that `defaults` sees only what the user wrote.
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_with_values(overrides, empty)))
+        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(_with_values(overrides, empty)))
+        _refuse_functions(OmegaConf.to_container(given), str(path))
         # The schema is first in the merge, because OmegaConf checks keys and types against the first config.
         base = empty if defaults is None else OmegaConf.structured(defaults(given))
-        return OmegaConf.to_object(OmegaConf.merge(base, given))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except YAMLError as error:
+        merged = OmegaConf.merge(base, given)
+        # Before the dataclasses are made, since they compute with the numbers.
+        for key, value, allowed in _out_of_range(merged, "", None):
+            raise UserError(f"{path}: {key}={value}: set a number from {allowed}")
+        return OmegaConf.to_object(merged)
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
@@ -50,6 +129,56 @@ def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override}: no setting: write key=value")
+        if len(re.findall(r"[.[]", key)) > MAX_DEPTH:
+            raise UserError(f"{key[:60]}...: more than {MAX_DEPTH} names inside one another")
+        _check_depth(value, key)
         empties = not value and isinstance(OmegaConf.select(defaults, key), str)
         written.append(f"{key}=''" if empties else override)
     return written
+
+
+def _check_depth(text: str, what: str) -> None:
+    """Refuse YAML that is nested too deeply. Its events are read without recursion."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{what}: more than {MAX_DEPTH} lists and mappings inside one another")
+
+
+def _refuse_functions(node: Any, what: str) -> None:
+    """Refuse `${oc.env:NAME}` and other functions; `${other.key}` stays allowed.
+
+    Settings are printed, and kept in files that others read, and a variable may hold a secret.
+    """
+    if isinstance(node, dict | list | tuple):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_functions(value, f"{what}: {key}")
+    elif isinstance(node, str):
+        text, rest = "", node
+        # Innermost first, since a key may itself hold a reference.
+        while text != rest:
+            text, rest = rest, re.sub(r"(?<!\\)\$\{[^${}:]*\}", "", rest)
+        if re.search(r"(?<!\\)\$\{.*:", rest, re.DOTALL):
+            raise UserError(
+                f"{what}: {node} is not evaluated, since settings are stored where others read them: write "
+                "the value, or let the shell fill it in (key=$NAME on the command line)"
+            )
+
+
+def _out_of_range(node: Any, path: str, allowed: Range | None) -> Iterator[tuple[str, float, Range]]:
+    """Yield the key, value and range of each number that is out of its range."""
+    if isinstance(node, DictConfig):
+        schema: Any = OmegaConf.get_type(node)
+        known = fields(schema) if is_dataclass(schema) else ()
+        ranges = {each.name: each.metadata.get(_RANGE) for each in known}
+        for key in node:
+            inner = f"{path}.{key}" if path else str(key)
+            # In a mapping of numbers, all of them have the range of the mapping.
+            yield from _out_of_range(node[key], inner, ranges.get(str(key), allowed))
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for index, value in enumerate(node):
+            yield from _out_of_range(value, f"{path}[{index}]", allowed)
+    elif isinstance(node, int | float) and not isinstance(node, bool) and allowed and node not in allowed:
+        yield path, node, allowed

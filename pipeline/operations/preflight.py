@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
+from model.common.settings import load_yaml
 from pipeline.operations.attempts import needs_gpu
-from pipeline.stage.config import StageConfig, load_stage
+from pipeline.stage.config import StageConfig, check_start_from, load_stage
 from pipeline.stage.corpus import open_corpus, shares
 
 MAX_CLOCK_SECONDS = 5.0
@@ -100,13 +99,12 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
             f"{stage.name} needs GPUs, and no node of this partition has any: "
             "see `sinfo -o '%P %G'`, give --partition=..."
         )
-    is_local = bool(stage.start_from) and "://" not in stage.start_from
-    if is_local and not after_another and not Path(stage.start_from).exists():
-        raise UserError(f"start_from={stage.start_from}: no such run or file")
+    if not after_another:
+        check_start_from(stage)
 
     # a dataset that earlier jobs fill has no snapshot yet, so its store cannot be checked now
     if made_here is not None:
-        prepared = dict(OmegaConf.load(made_here))
+        prepared = dict(load_yaml(made_here))
         dataset = prepared.get("store"), prepared.get("name")
         if any(dataset == (share.store, name) for name, share in shares(stage).items()):
             return

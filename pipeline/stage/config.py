@@ -5,7 +5,6 @@ changes.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from model.common.errors import UserError
 from model.common.files import cache_folder
 from model.common.registry import unknown
-from model.common.settings import read_settings
+from model.common.settings import MAX_SEED, bounded, check_name, read_settings, within
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.presets import PRESETS
 
@@ -27,7 +26,7 @@ STAGES = Path(__file__).parents[1] / "stages"
 class DatasetShare:
     """One dataset of a mixture."""
 
-    weight: float = 1.0
+    weight: float = bounded(1.0, 0.0, 1e9)
     """Samples are taken from each dataset in proportion to its weight; small ones are read several times."""
     store: str = ""
     """Empty = `data.store`."""
@@ -49,25 +48,25 @@ class DataConfig:
     """Name of the latents family."""
     cache: str = ""
     """Local directory for downloaded shards; empty = `$XDG_CACHE_HOME/li-dit` (s3 stores only)."""
-    cache_limit_gb: float | None = None
-    workers: int = 2
+    cache_limit_gb: float | None = bounded(None, 0.1, 1e9)
+    workers: int = bounded(2, 0, 256)
     """Loader processes per rank."""
-    caption_weights: dict[str, float] = field(default_factory=dict)
+    caption_weights: dict[str, float] = field(default_factory=dict, metadata=within(0.0, 1e9))
     """Caption kind -> weight when a sample's caption is picked; empty = all captions alike."""
-    caption_drop: float = 0.1
+    caption_drop: float = bounded(0.1, 0.0, 1.0)
     """Share of samples whose caption is the null caption, for classifier-free guidance."""
-    canonical_nodes: int = 1
+    canonical_nodes: int = bounded(1, 1, 65_536)
     """Lanes of the epoch plan: each node of a run reads whole lanes, so it downloads only its own parts."""
-    shuffle_parts: int = 8
+    shuffle_parts: int = bounded(8, 1, 1_000_000)
     """Parts per lane whose rows are shuffled together."""
-    tokens_per_batch: int | None = None
+    tokens_per_batch: int | None = bounded(None, 1, 10**12)
     """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples
     per step than `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
-    batch_multiple: int = 1
+    batch_multiple: int = bounded(1, 1, 10_000_000)
     """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the
     run may have."""
-    seed: int = 0
-    validation_parts: int = 0
+    seed: int = bounded(0, 0, MAX_SEED)
+    validation_parts: int = bounded(0, 0, 1_000_000)
     """Parts at the end of the snapshot's largest bucket held out from training for the validation loss."""
 
 
@@ -76,7 +75,7 @@ class ModelConfig(DiTConfig):
     """The DiT: the sizes of a preset, with any field of `DiTConfig` set over them."""
 
     preset: str = "tiny"
-    checkpoint_every: int = 0
+    checkpoint_every: int = bounded(0, 0, 1_000)
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     compile: bool = False
     """`torch.compile` each block's forward, for all buckets before the first step."""
@@ -102,9 +101,9 @@ class ObjectiveConfig:
     paper's epsilon-prediction (appendix A.1)."""
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     """Density of t for `flow`; `ddpm` samples its 1,000 steps uniformly."""
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    shift: float = 1.0
+    logit_mean: float = bounded(0.0, -100.0, 100.0)
+    logit_std: float = bounded(1.0, 0.0, 100.0)
+    shift: float = bounded(1.0, 0.001, 1_000.0)
     """Resolution shift of t toward noise: t -> shift t / (1 + (shift - 1) t)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the objective that are not among the fields above."""
@@ -119,20 +118,20 @@ class OptimConfig:
     the rest, with one learning rate and decay for both."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the optimizer that are not among the fields below."""
-    momentum: float = 0.95
+    momentum: float = bounded(0.95, 0.0, 1.0)
     """Momentum of Muon."""
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_samples: int = 0
+    lr: float = bounded(1e-4, 0.0, 100.0)
+    betas: tuple[float, float] = bounded((0.9, 0.95), 0.0, 1.0)
+    eps: float = bounded(1e-8, 0.0, 1.0)
+    weight_decay: float = bounded(0.01, 0.0, 1_000.0)
+    warmup_samples: int = bounded(0, 0, 10**12)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    final_lr: float = 0.0
+    final_lr: float = bounded(0.0, 0.0, 1_000.0)
     """End of cosine and linear, as a share of `lr`."""
-    clip: float = 1.0
-    max_skipped_steps: int = 20
+    clip: float = bounded(1.0, 0.0, 1e30)
+    max_skipped_steps: int = bounded(20, 0, 1_000_000)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
-    spike: float | None = None
+    spike: float | None = bounded(None, 1.0, 1e30)
     """Skip a step whose gradient norm is above this multiple of its running mean; None = only non-finite
     steps."""
 
@@ -145,26 +144,26 @@ class EngineConfig:
     """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32
     gradients in DeepSpeed."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    micro_batch: int | None = None
+    micro_batch: int | None = bounded(None, 1, 10_000_000)
     """Samples per rank and micro-step; None = the whole share of the global batch at once."""
-    reduce_bucket: int = 200_000_000
-    prefetch_bucket: int = 310_000_000
-    max_live_parameters: int = 1_200_000_000
-    max_reuse_distance: int = 600_000_000
-    persistence_threshold: int = 100_000
-    sub_group_size: int = 1_000_000_000
-    hpz: int = 1
+    reduce_bucket: int = bounded(200_000_000, 1, 10**12)
+    prefetch_bucket: int = bounded(310_000_000, 0, 10**12)
+    max_live_parameters: int = bounded(1_200_000_000, 0, 10**12)
+    max_reuse_distance: int = bounded(600_000_000, 0, 10**12)
+    persistence_threshold: int = bounded(100_000, 0, 10**12)
+    sub_group_size: int = bounded(1_000_000_000, 1, 10**12)
+    hpz: int = bounded(1, 1, 65_536)
     overlap_comm: bool = True
-    timeout_minutes: int = 10
+    timeout_minutes: int = bounded(10, 1, 10_000)
 
 
 @dataclass
 class CheckpointConfig:
     """Times at which checkpoints are written, and which of them are kept."""
 
-    every_samples: int = 100_000
-    keep_last: int = 2
-    keep_every_samples: int | None = None
+    every_samples: int = bounded(100_000, 1, 10**12)
+    keep_last: int = bounded(2, 1, 1_000_000)
+    keep_every_samples: int | None = bounded(None, 1, 10**12)
     """Checkpoints at multiples of this are kept forever."""
     upload: str = ""
     """A store URI that gets a copy of each checkpoint; empty = none."""
@@ -174,29 +173,29 @@ class CheckpointConfig:
 class SampleConfig:
     """The grid of images during training, and the defaults of sampling."""
 
-    every_samples: int = 0
+    every_samples: int = bounded(0, 0, 10**12)
     """0 = no grids while training."""
     prompts: list[str] = field(default_factory=list)
-    scenes: int = 0
+    scenes: int = bounded(0, 0, 100_000)
     """Held-out scenes that are sampled and scored too, which gives prompt following as a curve; see
     `data_prep/scenes/grammar.py`."""
-    steps: int = 30
-    guidance: float = 4.0
-    seed: int = 0
-    height: int = 256
-    width: int = 256
+    steps: int = bounded(30, 1, 10_000)
+    guidance: float = bounded(4.0, 0.0, 1_000.0)
+    seed: int = bounded(0, 0, MAX_SEED)
+    height: int = bounded(256, 1, 65_536)
+    width: int = bounded(256, 1, 65_536)
 
 
 @dataclass
 class LogConfig:
     """The metrics that are written during training."""
 
-    every_steps: int = 10
+    every_steps: int = bounded(10, 1, 1_000_000)
     tensorboard: bool = True
     wandb: str = ""
     """W&B project; empty = off."""
-    validate_every_samples: int = 0
-    peak_tflops: float | None = None
+    validate_every_samples: int = bounded(0, 0, 10**12)
+    peak_tflops: float | None = bounded(None, 0.001, 1e9)
     """Device's dense bf16 peak for MFU; None = known devices by name, else no MFU."""
 
 
@@ -211,9 +210,9 @@ class StageConfig:
     """Run folder or exported weights of an earlier stage to start from; empty = fresh weights."""
     start_weights: str = "ema"
     """`ema` = the earlier stage's first average, `raw`, or the decay of an average."""
-    samples: int = 1_000_000
+    samples: int = bounded(1_000_000, 1, 10**12)
     """Length of the stage."""
-    global_batch: int = 256
+    global_batch: int = bounded(256, 1, 10_000_000)
     vae: str = ""
     """Folder or hub name of the VAE that decodes images; empty = the one that the latents family names."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -225,7 +224,7 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    ema: list[float] = field(default_factory=lambda: [0.9999])
+    ema: list[float] = field(default_factory=lambda: [0.9999], metadata=within(0.0, 1.0))
     """Decays of the averages to keep; the first is the one that is sampled and exported by default."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -238,12 +237,9 @@ class StageConfig:
             UserError: if a setting is out of range or contradicts another.
         """
         # Empty is allowed, since `load_stage` then takes the file's name.
-        if not re.fullmatch(r"[\w.-]*", self.name):
-            raise UserError(
-                f"name={self.name!r}: use letters, digits, `.`, `_` and `-` only, since it names the run's "
-                "folder"
-            )
-        if self.global_batch < 1 or self.samples < self.global_batch:
+        if self.name:
+            check_name("name", self.name)
+        if self.samples < self.global_batch:
             raise UserError(
                 f"samples={self.samples} is less than one global batch of {self.global_batch}: raise samples"
             )
@@ -274,8 +270,6 @@ class StageConfig:
     def _check_data(self) -> None:
         """Check that the global batch fits the settings of the data."""
         batch, data = self.global_batch, self.data
-        if not 0 <= data.caption_drop <= 1:
-            raise UserError(f"data.caption_drop={data.caption_drop}: set a share between 0 and 1")
         # Each node's lane gives the same number of samples to every batch.
         if batch % data.canonical_nodes:
             raise UserError(
@@ -283,7 +277,7 @@ class StageConfig:
                 "change one"
             )
         # The largest bucket trains with `global_batch` itself, which must divide like the others.
-        if data.batch_multiple < 1 or batch % data.batch_multiple:
+        if batch % data.batch_multiple:
             raise UserError(
                 f"global_batch={batch} is not a multiple of data.batch_multiple={data.batch_multiple}: "
                 "change one"
@@ -368,6 +362,16 @@ def load_stage(stage: str, overrides: Sequence[str] = ()) -> StageConfig:
     # After the overrides, so that `name=...` on the command line counts.
     config.name = config.name or path.stem
     return config
+
+
+def check_start_from(stage: StageConfig) -> None:
+    """Check before a run that what it starts from is there.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if stage.start_from and "://" not in stage.start_from and not Path(stage.start_from).exists():
+        raise UserError(f"start_from={stage.start_from}: no such run or file")
 
 
 def load_run(run: Path) -> StageConfig:
