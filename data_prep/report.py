@@ -18,13 +18,14 @@ from PIL import Image
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
-from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part
+from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import read_families
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.plan.accounts import FileAccount, account
-from data_prep.plan.plan import dropped_key, source_files
+from data_prep.plan.listing import source_files
+from data_prep.plan.plan import dropped_key
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store
@@ -100,6 +101,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         savings=SAVINGS,
         samples=_samples(dataset, commits, manifest.caption_kinds),
         dropped=_dropped_samples(config, dataset, commits),
+        sources=_sources(config, record),
         files=accounts[:MAX_FILES_LISTED],
         more_files=max(0, len(accounts) - MAX_FILES_LISTED),
         near=config.dedupe.near,
@@ -116,7 +118,7 @@ def _totals(accounts: list[FileAccount]) -> dict[str, int]:
 
 
 def _steps(
-    accounts: list[FileAccount], record: dict[str, Any], commits: dict[Part, Commit]
+    accounts: list[FileAccount], record: PlanRecord, commits: dict[Part, Commit]
 ) -> list[dict[str, Any]]:
     """Return the steps from rows read to rows committed: the rows that each reason dropped, and those
     left."""
@@ -146,6 +148,17 @@ def _steps(
     for step in steps:
         step["share"] = 100 * step["left"] / max(1, total)
     return steps
+
+
+def _sources(config: DatasetConfig, record: PlanRecord) -> list[dict[str, Any]]:
+    """Return a row of the table per source that has files: all of them, and those ignored by kind."""
+    table = []
+    # Plans of earlier versions have no such counts.
+    for source, counts in zip(config.sources, record.get("sources", []), strict=False):
+        if counts["files"]:
+            ignored = sorted(counts["ignored"].items(), key=lambda entry: (-entry[1], entry[0]))
+            table.append({"path": source.path, "files": counts["files"], "ignored": ignored})
+    return table
 
 
 def _position(reason: str) -> int:

@@ -16,7 +16,7 @@
 import hashlib
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
@@ -175,6 +175,19 @@ class CaptionCounts(TypedDict):
     """Letters by kind."""
     refused: dict[str, Count]
     """Captions by the reason why they were refused."""
+    bracketed: NotRequired[Count]
+    """Captions that begin with a bracket. Plans of earlier versions have neither this nor examples."""
+    examples: NotRequired[list[str]]
+
+
+class SourceCounts(TypedDict):
+    """Files below the path of one source."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    files: Count
+    ignored: dict[str, Count]
+    """Files that no row comes from, by suffix or reason."""
 
 
 class PlanRecord(TypedDict):
@@ -184,6 +197,8 @@ class PlanRecord(TypedDict):
 
     files: list[FileCounts]
     captions: CaptionCounts
+    sources: NotRequired[list[SourceCounts]]
+    """In the order of the dataset's YAML; plans of earlier versions have none."""
     manifest: dict[str, Hash]
     """xxh64 of each manifest file by key."""
 

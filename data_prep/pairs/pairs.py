@@ -38,8 +38,9 @@ from data_prep.pairs.make_images import (
     order_tasks,
 )
 from data_prep.plan.accounts import account, dropped_count, written_count
+from data_prep.plan.listing import source_files
 from data_prep.plan.manifest import read_manifest
-from data_prep.plan.plan import check_settings, file_order, source_files
+from data_prep.plan.plan import check_settings, file_order
 from data_prep.plan.scan import CAPTIONS, CRASHED
 from data_prep.sources.sample import printable
 from data_prep.sources.source import OpenSources, needs_sequential_reads

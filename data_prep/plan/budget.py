@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import read_plan_record
-from data_prep.dataset.schema import Manifest, PlanRecord
+from data_prep.dataset.schema import CaptionCounts, Manifest, PlanRecord
+from data_prep.sources.sample import printable
 from data_prep.store.store import Store
 from model.common.errors import UserError, first_line
 from model.common.records import parse_json, read_bounded
@@ -66,6 +67,8 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
     reasons = _rows_by_reason(record)
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"      {count:,} left out: {reason}")
+    _print_ignored(config, record)
+    _print_examples(record["captions"], captions)
 
     for text in config.text:
         size = model_size(text)
@@ -73,6 +76,28 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
             print(f"text family {text.name}: {text.llm} is not here, or does not say its sizes: no estimate")
         else:
             print(f"text family {text.name}: {_text_estimate(text, size, captions, tokens, tflops)}")
+
+
+def _print_ignored(config: DatasetConfig, record: PlanRecord) -> None:
+    """Print the files that no row comes from, by source."""
+    for number, counts in enumerate(record.get("sources", [])):
+        kinds = sorted(counts["ignored"].items(), key=lambda item: (-item[1], item[0]))
+        if kinds:
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+            where = f"{config.sources[number].path} ({counts['files']:,} files)"
+            print(f"      files ignored in {where}: {listed}")
+
+
+def _print_examples(counts: CaptionCounts, captions: int) -> None:
+    """Print some captions, and a warning if most of them are not what a person would write."""
+    for text in counts.get("examples", []):
+        print(f"      for example: {printable(text)}")
+    bracketed = counts.get("bracketed", 0)
+    if bracketed > captions / 2:
+        print(
+            f"warning: {bracketed:,} of {captions:,} captions begin with a bracket: if they are lists or "
+            "records as text, name the caption's field in `sources.captions`, or write it as plain text"
+        )
 
 
 def _text_estimate(text: TextConfig, size: Size, captions: int, tokens: float, tflops: float) -> str:
@@ -123,9 +148,7 @@ def model_size(text: TextConfig) -> Size | None:
             if all(name in config for name in names):
                 return _size(*(int(config[name]) for name in names))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{settings}: not a model's settings: {first_line(error)}: get it again"
-        ) from error
+        raise UserError(f"{settings}: not a model's settings: {first_line(error)}: get it again") from error
     return None
 
 

@@ -11,7 +11,6 @@ Memory: a window of rows (about 500 bytes each) for every bucket, one source fil
 has millions of rows.
 """
 
-import itertools
 import json
 import tempfile
 from collections import Counter
@@ -31,23 +30,25 @@ from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY, read_plan
 from data_prep.dataset.records import count_groups, parse_table, read_object
 from data_prep.dataset.schema import Manifest
 from data_prep.images.buckets import make_buckets
+from data_prep.plan.captions import MAX_CAPTIONS
+from data_prep.plan.counts import Counts
 from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.plan.filters import Filters
+from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, freeze_files, print_newer_files, source_counts
 from data_prep.plan.manifest import ManifestWriter
-from data_prep.plan.scan import SCAN, Scanner
-from data_prep.sources.source import OpenSources, SourceFile, list_files, needs_sequential_reads
+from data_prep.plan.scan import CAPTIONS, SCAN, Scanner
+from data_prep.sources.source import OpenSources, SourceFile, needs_sequential_reads
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
 from model.common.progress import Progress
-from model.common.records import Count, canonical_json, checked, seal
+from model.common.records import canonical_json, checked, seal
 from model.common.share import Share
 
 pc: Any = pyarrow.compute
 """Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
 
 SETTINGS_KEY = "dataset.json"
-FILES_KEY = "scan/files.json"
 BATCH_ROWS = 8192
 """Rows of a row group of a scan table."""
 VERDICT_ROWS = 1 << 24
@@ -85,9 +86,11 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     make_buckets(config.buckets)
 
     check_settings(config, dataset, create=True)
-    files = _freeze_files(config, dataset)
+    files = freeze_files(config, dataset)
     # A plan never changes, so a second run only reads it.
     if dataset.exists(Manifest.KEY):
+        if share.index == 0:
+            print_newer_files(config, dataset)
         return read_plan(dataset)
 
     _scan_share(config, dataset, files, share)
@@ -151,12 +154,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def source_files(dataset: Store) -> list[SourceFile]:
-    """Return the dataset's frozen list of source files."""
-    entries = read_object(dataset, FILES_KEY, partial(checked, list[tuple[Count, Count, str]]), PLAN_AGAIN)
-    return [SourceFile(*entry) for entry in entries]
-
-
 def dropped_key(number: int) -> str:
     """Key of the table of rows of source file `number` that the plan left out."""
     return f"dropped/{number:08d}.parquet"
@@ -164,14 +161,6 @@ def dropped_key(number: int) -> str:
 
 def _scan_key(number: int) -> str:
     return f"scan/{number:08d}.parquet"
-
-
-def _freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
-    """List the source files once for all tasks, so that files that are added later do not change ids."""
-    if not dataset.exists(FILES_KEY):
-        entries = [[file.number, file.source, file.name] for file in list_files(config)[0]]
-        dataset.put_new(FILES_KEY, canonical_json(entries))
-    return source_files(dataset)
 
 
 def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], share: Share) -> None:
@@ -190,7 +179,13 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
         path = Path(folder) / "scan.parquet"
         for file in todo:
             source, _ = sources.open(file.number)
-            _write_scan(path, file, scanner.scan(source, file), progress)
+            try:
+                _write_scan(path, file, scanner.scan(source, file), progress)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"source file {file.label}: was listed, and does not exist any more: put it back, or "
+                    f"delete {dataset.uri}/scan to list and scan the sources again"
+                ) from error
             # If another task has scanned the same file meanwhile, its table has the same rows.
             dataset.put_new(_scan_key(file.number), path.read_bytes())
 
@@ -234,7 +229,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
             _nothing_left(dataset, files, starts, verdicts)
 
         writer = ManifestWriter(config, dataset, _window(config))
-        counts = _Counts(config, files)
+        counts = Counts(config, files, source_counts(dataset))
         path = Path(folder) / "dropped.parquet"
         with Progress("plan", int(starts[-1])) as progress:
             for number in file_order(config, files):
@@ -380,7 +375,12 @@ def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) ->
 
 
 def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Table]:
-    """Yield a source file's scan table with the reasons of duplicates filled in."""
+    """Yield a source file's scan table with the reasons of duplicates filled in.
+
+    The captions of exact duplicates go to the row that stays, if that is in the same file: data sets with
+    several captions per image often have a row for each.
+    """
+    handed_over = _captions_of_duplicates(dataset, number, verdicts)
     row = 0
     for table in _read_scan(dataset, number):
         verdict = verdicts[row : row + len(table)]
@@ -389,7 +389,38 @@ def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Ta
         reasons[verdict == SAME_FILE] = EXACT
         reasons[verdict == LOOKS_SAME] = NEAR
         column = table.schema.get_field_index("reason")
-        yield table.set_column(column, "reason", pa.array(reasons.tolist(), pa.string()))
+        table = table.set_column(column, "reason", pa.array(reasons.tolist(), pa.string()))
+        yield _with_captions(table, handed_over) if handed_over else table
+
+
+def _captions_of_duplicates(
+    dataset: Store, number: int, verdicts: np.ndarray
+) -> dict[int, list[dict[str, Any]]]:
+    """Return the captions of a source file's exact duplicates by the hash of their image."""
+    captions: dict[int, list[dict[str, Any]]] = {}
+    if SAME_FILE not in verdicts:
+        return captions
+
+    row = 0
+    for table in _read_scan(dataset, number, ["hash", "captions"]):
+        duplicates = np.flatnonzero(verdicts[row : row + len(table)] == SAME_FILE)
+        row += len(table)
+        for entry in table.take(duplicates).to_pylist():
+            captions.setdefault(entry["hash"], []).extend(entry["captions"])
+    return captions
+
+
+def _with_captions(table: pa.Table, more: dict[int, list[dict[str, Any]]]) -> pa.Table:
+    """Add captions to the rows that are kept, by the hash of their image; equal ones count once."""
+    captions = table["captions"].to_pylist()
+    for row, (reason, hash) in enumerate(
+        zip(table["reason"].to_pylist(), table["hash"].to_pylist(), strict=True)
+    ):
+        if not reason and hash in more:
+            unique = {(entry["kind"], entry["text"]): entry for entry in [*captions[row], *more[hash]]}
+            captions[row] = list(unique.values())[:MAX_CAPTIONS]
+    column = table.schema.get_field_index("captions")
+    return table.set_column(column, "captions", pa.array(captions, CAPTIONS))
 
 
 def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, verdicts: np.ndarray) -> None:
@@ -404,7 +435,7 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
             reasons.update(table["reason"].to_pylist())
 
     # The settings last, so that an interruption here still refuses other settings.
-    for key in [_scan_key(file.number) for file in files] + [FILES_KEY, SETTINGS_KEY]:
+    for key in [_scan_key(file.number) for file in files] + [FILES_KEY, SOURCES_KEY, SETTINGS_KEY]:
         dataset.delete(key)
 
     top = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(4))
@@ -412,59 +443,3 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
         f"no pairs left of {int(starts[-1]):,} rows read: {top or 'the sources are empty'}: "
         "correct `sources`, `filters` or `buckets`"
     )
-
-
-class _Counts:
-    """Rows read, kept and dropped by source file, and captions by kind."""
-
-    def __init__(self, config: DatasetConfig, files: Sequence[SourceFile]) -> None:
-        self._kinds = config.caption_kinds
-        self._files: list[dict[str, Any]] = [
-            {"number": file.number, "label": file.label, "rows": 0, "kept": 0, "dropped": {}}
-            for file in files
-        ]
-        self._captions: Counter[str] = Counter()
-        self._letters: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
-
-    def add(self, file: SourceFile, table: pa.Table) -> None:
-        """Count some rows of a source file."""
-        reasons = Counter(table["reason"].to_pylist())
-        count = self._files[file.number]
-        count["rows"] += len(table)
-        # An empty reason means that the row is kept.
-        count["kept"] += reasons.pop("", 0)
-        count["dropped"] = dict(Counter(count["dropped"]) + reasons)
-
-        self._refused.update(itertools.chain.from_iterable(table["refused"].to_pylist()))
-        captions = table.filter(pc.equal(table["reason"], ""))["captions"].combine_chunks().flatten()
-        kinds = captions.field("kind").to_pylist()
-        lengths = pc.utf8_length(captions.field("text")).to_pylist()
-        for kind, length in zip(kinds, lengths, strict=True):
-            self._captions[self._kinds[kind]] += 1
-            self._letters[self._kinds[kind]] += length
-
-    def check(self, planned: int) -> None:
-        """Check that all rows read were kept or dropped, and that the rows kept are those of the parts.
-
-        Raises:
-            RuntimeError: if not.
-        """
-        for file in self._files:
-            dropped = file["dropped"]
-            if file["rows"] != file["kept"] + sum(dropped.values()):
-                raise RuntimeError(
-                    f"{file['label']}: {file['rows']} rows read, {file['kept']} kept, {dropped} dropped"
-                )
-        kept = sum(file["kept"] for file in self._files)
-        if kept != planned:
-            raise RuntimeError(f"{kept} rows were kept but {planned} are planned")
-
-    def record(self) -> dict[str, Any]:
-        """Return the counts for `manifest/plan.json`."""
-        captions = {
-            "kept": dict(self._captions),
-            "letters": dict(self._letters),
-            "refused": dict(self._refused),
-        }
-        return {"files": self._files, "captions": captions}

@@ -82,12 +82,12 @@ class SourceFiles:
         """
         names, inventory = self.inventory()
         for name in names:
-            if not self.usable(name):
-                inventory.ignored[BAD_NAME] += 1
-            elif self._pattern or name.lower().endswith(self._suffixes):
+            if not self._pattern and not name.lower().endswith(self._suffixes):
+                inventory.ignore([name])
+            elif self.usable(name):
                 inventory.units[name] = 1
             else:
-                inventory.ignore([name])
+                inventory.ignored[BAD_NAME] += 1
 
         if not inventory.units:
             raise self.nothing_there(" or ".join(self._suffixes), inventory)

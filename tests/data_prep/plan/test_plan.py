@@ -14,8 +14,9 @@ from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, Manifest
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.accounts import account
+from data_prep.plan.listing import source_files
 from data_prep.plan.manifest import read_manifest
-from data_prep.plan.plan import dropped_key, exact_hashes, run_plan, source_files
+from data_prep.plan.plan import dropped_key, exact_hashes, run_plan
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
@@ -173,6 +174,7 @@ def test_a_killed_plan_is_resumed(three_tars, tmp_path):
         if key not in (
             "dataset.json",
             "scan/files.json",
+            "scan/sources.json",
             "scan/00000001.parquet",
             "manifest/32x32/000000.parquet",
         ):

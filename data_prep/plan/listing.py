@@ -1,0 +1,62 @@
+"""The frozen list of a dataset's source files, and the account of the files that the sources ignore."""
+
+from functools import partial
+
+from data_prep.config import DatasetConfig
+from data_prep.dataset.parts import PLAN_AGAIN
+from data_prep.dataset.records import read_object
+from data_prep.dataset.schema import SourceCounts
+from data_prep.sources.source import SourceFile, list_files
+from data_prep.store.store import Store
+from model.common.errors import UserError
+from model.common.records import Count, canonical_json, checked
+
+FILES_KEY = "scan/files.json"
+SOURCES_KEY = "scan/sources.json"
+
+
+def freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
+    """List the source files once for all tasks, so that files that are added later do not change ids.
+
+    Raises:
+        UserError: if a source has no files.
+    """
+    if not dataset.exists(FILES_KEY):
+        files, inventories = list_files(config)
+        counts = [SourceCounts(files=entry.found, ignored=dict(entry.ignored)) for entry in inventories]
+        # The list comes last, so that it never exists without the counts.
+        dataset.put_new(SOURCES_KEY, canonical_json(counts))
+        dataset.put_new(FILES_KEY, canonical_json([[file.number, file.source, file.name] for file in files]))
+    return source_files(dataset)
+
+
+def source_files(dataset: Store) -> list[SourceFile]:
+    """Return the dataset's frozen list of source files."""
+    entries = read_object(dataset, FILES_KEY, partial(checked, list[tuple[Count, Count, str]]), PLAN_AGAIN)
+    return [SourceFile(*entry) for entry in entries]
+
+
+def source_counts(dataset: Store) -> list[SourceCounts]:
+    """Return the number of files, and of those ignored, of each source, as they were listed."""
+    try:
+        return read_object(dataset, SOURCES_KEY, partial(checked, list[SourceCounts]), PLAN_AGAIN)
+    except FileNotFoundError:
+        return []  # the list is of an earlier version, which did not count them
+
+
+def print_newer_files(config: DatasetConfig, dataset: Store) -> None:
+    """Print how many source files came after the list was frozen."""
+    try:
+        files, _ = list_files(config)
+    except UserError as error:
+        # A finished plan needs no source any more.
+        print(f"plan: cannot look for new source files: {error}")
+        return
+
+    known = {file.label for file in source_files(dataset)}
+    newer = [file.label for file in files if file.label not in known]
+    if newer:
+        print(
+            f"plan: {len(newer):,} source files, such as {newer[0]}, came after the plan and are not in it: "
+            "to include them, plan under another `name`"
+        )
