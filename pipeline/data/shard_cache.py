@@ -167,7 +167,8 @@ class ShardCache:
 
         # A failure that is older than this call does not count: the caller may have mended the cause.
         begun = time.time()
-        with naming_full_disk(path), self.locked(name, wait_seconds) as is_held:
+        # The cache is what is written, also if the store is a local folder that is read in place.
+        with naming_full_disk(self.folder), self.locked(name, wait_seconds) as is_held:
             if not is_held:
                 return None
             # Tested again under the lock: the process that held it has probably fetched the file.

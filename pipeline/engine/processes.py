@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
 from pipeline.runtime.distributed import Distributed
 
 
@@ -24,8 +24,11 @@ def join_process_group(timeout_minutes: int) -> Distributed:
 
     Raises:
         UserError: if this machine lacks what DeepSpeed needs to compile its CPU extension, or if the
-            environment's variables contradict each other.
+            environment's variables contradict each other, or ranks are missing.
     """
+    # Read first, since the ranks are then exported under torchrun's names.
+    launched = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
+    launched += f"={os.environ.get(launched, '1')}"
     ranks = Distributed.from_environment()
 
     if torch.cuda.is_available():
@@ -38,7 +41,14 @@ def join_process_group(timeout_minutes: int) -> Distributed:
     elif not dist.is_initialized():
         _check_compiler()
 
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"not all of {ranks.world} processes have come within {timeout_minutes} minutes "
+            f"({first_line(error)}): {launched} says that there are as many; in a shell of `srun --pty`, "
+            "unset SLURM_STEP_ID to start one process, or start them with srun or torchrun"
+        ) from error
     return ranks
 
 

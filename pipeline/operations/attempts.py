@@ -19,8 +19,10 @@ Exit codes of `end`, for the job:
 
 import argparse
 import json
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -29,13 +31,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.common.errors import UserError, command
-from model.common.files import write_atomic
+from model.common.files import naming_full_disk, write_atomic
+from model.common.records import parse_record, read_bounded
 from pipeline.operations.first_error import find_first_error
 from pipeline.runtime.attempt import Attempt, read_attempt
 from pipeline.runtime.finished import is_finished
 from pipeline.runtime.json_lines import append_line
 from pipeline.runtime.stopping import EXIT_AGAIN, STOP_FILE, refuse_stop_file
 from pipeline.stage.config import StageConfig, load_stage
+
+log = logging.getLogger(__name__)
 
 FINISHED = 3
 MAX_CRASHES = 3
@@ -81,9 +86,27 @@ class Ending:
 
 
 def read_endings(run: Path) -> list[Ending]:
-    """Return the endings of the attempts so far, oldest first."""
+    """Return the endings of the attempts so far, oldest first; damaged lines are passed over."""
     path = run / "attempts.jsonl"
-    return [Ending(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    endings: list[Ending] = []
+    for number, line in enumerate(read_bounded(path).splitlines() if path.exists() else [], start=1):
+        try:
+            endings.append(parse_record(Ending, line))
+        except ValueError as error:
+            # cut short by a full disk or a power cut: it must not keep the run from ever starting again
+            log.warning("%s: line %d is damaged and passed over: %s", path, number, error)
+    return endings
+
+
+def down_nodes(nodes: str) -> list[str]:
+    """Return which of some nodes, such as `n[1-4]`, are down or do not answer, by Slurm's word."""
+    if not nodes or shutil.which("sinfo") is None:
+        return []
+    arguments = ["sinfo", "-h", "-N", "-n", nodes, "-o", "%N %T"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    states = [line.split() for line in result.stdout.splitlines()]
+    # a star behind the state: the node has not answered for some time
+    return sorted({name for name, state in states if "down" in state or "fail" in state or "*" in state})
 
 
 def _write_ending(run: Path, attempt: Attempt, kind: str, reason: str, step: int, requeued: bool) -> None:
@@ -208,9 +231,21 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
     # a job whose node died never called `end`
     recorded = {f"{ending.job}.{ending.restart}" for ending in read_endings(run)}
     if before is not None and before.name not in recorded:
-        reason = "the job ended without a record: its node died, or it was killed or requeued from outside"
+        reason = (
+            "the job ended without a record: its node died, its disk was full, or it was killed or requeued "
+            "from outside"
+        )
+        if down := down_nodes(before.nodes):
+            reason = f"the job ended without a record, and {', '.join(down)} is down"
         _write_ending(run, before, "lost", reason, progress(run), requeued=True)
 
+    with naming_full_disk(run):
+        _record_attempt(run, attempt)
+    return run
+
+
+def _record_attempt(run: Path, attempt: Attempt) -> None:
+    """Write the attempt into the run's folder, and link the job's output there."""
     logs = run / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # logs are appended to, so older errors are in them too
@@ -222,7 +257,6 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
         link.symlink_to(attempt.output)
     # last: from here on, this attempt is the newest, and ranks of older ones write nothing
     write_atomic(run / "attempt.json", json.dumps(asdict(attempt)))
-    return run
 
 
 def _count_last(endings: list[Ending], kinds: set[str], step: int) -> int:
@@ -337,8 +371,8 @@ def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
     rc = exit_code(run, rc, attempt) if not why and not bad_nodes else rc
     kind, reason, requeue = judge(run, rc, cause_of_end(job, attempt.restart), why, bad_nodes)
     step = progress(run)
-    # requeued from outside counts as requeued too, so that the status shows it as going on
-    _write_ending(run, attempt, kind, reason, step, requeued=requeue or kind == "outside")
+    if kind in ("crash", "outside") and (down := down_nodes(attempt.nodes)):
+        reason = f"{reason}; {', '.join(down)} is down"
 
     if kind in ("crash", "user_error"):
         error = find_first_error(run / "logs", attempt.log_sizes)
@@ -347,6 +381,9 @@ def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
         )
     next_action = "requeued" if requeue else "not requeued"
     print(f"== {run.name}: {reason} (step {step}, job {attempt.name}); {next_action}", flush=True)
+    # last: a full disk must not hide why the job ended; requeued from outside counts as requeued too, so that
+    # the status shows it as going on
+    _write_ending(run, attempt, kind, reason, step, requeued=requeue or kind == "outside")
     return EXIT_AGAIN if requeue else {"finished": 0, "cancelled": 0, "user_error": 2}.get(kind, 1)
 
 

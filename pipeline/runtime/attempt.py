@@ -1,11 +1,14 @@
 """The newest attempt at a run by a cluster job, and a check that this process still belongs to it."""
 
-import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.common.errors import UserError
+from model.common.records import read_record
+
+log = logging.getLogger(__name__)
 
 OWN_ATTEMPT = "LI_DIT_ATTEMPT"
 """The variable in which cluster/train.sh gives the ranks the name of their attempt."""
@@ -32,10 +35,17 @@ class Attempt:
 
 
 def read_attempt(run: Path) -> Attempt | None:
-    """Return the newest attempt at a run, or None."""
+    """Return the newest attempt at a run; None if there is none, or its record is damaged."""
     # `begin` replaces the file as a whole, so a reader never sees a part of it
     path = run / "attempt.json"
-    return Attempt(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return read_record(path, Attempt, "it is passed over")
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        # a power cut may leave an empty file; the record only says who was there before
+        log.warning("%s", error)
+        return None
 
 
 def check_newest_attempt(run: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from model.common.errors import UserError, print_error
+from model.common.errors import UserError, explain, print_error
 from pipeline.runtime.distributed import Distributed
 
 INTERVAL = 2.0
@@ -102,6 +102,7 @@ class Watchdog:
             time.sleep(60)  # the thread is ending this rank already, and this error is only a consequence
         self._ending.set()
 
+        error = explain(error)
         code = 2 if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
             print_error(error)
@@ -142,11 +143,12 @@ class Watchdog:
                 if self._store.check([_FAILED]):
                     self._end_like_peer(**json.loads(self._store.get(_FAILED)))
                     return
-                if self._checks % _CHECKS_PER_READING == 0:
-                    self._publish()
-                    # until all ranks have published once, a reading would block
-                    if self._beats or self._store.check(self._keys):
-                        self._read([json.loads(beat) for beat in self._store.multi_get(self._keys)])
+                # at every check, so that the step in which a rank stops is not an old one
+                self._publish()
+                is_due = self._checks % _CHECKS_PER_READING == 0
+                # until all ranks have published once, a reading would block
+                if is_due and (self._beats or self._store.check(self._keys)):
+                    self._read([json.loads(beat) for beat in self._store.multi_get(self._keys)])
                 self._checks += 1
             except dist.DistError:
                 self._end_like_peer(1, f"{self._describe(0)} has exited without an error message")
@@ -160,7 +162,11 @@ class Watchdog:
             missed = missed + 1 if self._checks == checks else 0
             checks = self._checks
             if missed == _MAX_MISSED * _CHECKS_PER_READING:
-                _print(f"error: {self._describe(0)} hangs: no heartbeat for {missed * self._interval:.0f} s")
+                seconds, step = missed * self._interval, self._heartbeat.now[1]
+                _print(
+                    f"error: {self._describe(0)} hangs: no heartbeat for {seconds:.0f} s, this rank waits in "
+                    f"step {step}"
+                )
                 os._exit(1)
 
     def _end_like_peer(self, code: int, why: str) -> None:
@@ -182,7 +188,11 @@ class Watchdog:
         dead = [rank for rank in present if self._missed[rank] >= _MAX_MISSED]
         if dead:
             seconds = _MAX_MISSED * reading_seconds
-            self._end_because(f"{self._describe(*dead)} hangs: no heartbeat for {seconds:.0f} s")
+            waiting = max((beats[rank]["step"] for rank in present if rank not in dead), default=0)
+            self._end_because(
+                f"{self._describe(*dead)} hangs: no heartbeat for {seconds:.0f} s, the others wait in step "
+                f"{waiting}"
+            )
 
         moved = [beat["count"] for beat in beats] != [beat["count"] for beat in before]
         self._still = 0 if moved else self._still + 1

@@ -1,7 +1,11 @@
 """What a job decides about itself, without Slurm: properties of the rules."""
 
+import errno
+import itertools
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,6 +26,7 @@ from pipeline.operations.attempts import (
 from pipeline.operations.first_error import find_first_error
 from pipeline.operations.preflight import NodeReport, decide
 from pipeline.runtime.attempt import Attempt
+from pipeline.runtime.run_log import elapsed_seconds, goodput
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 from pipeline.status import duration, read_status
 
@@ -94,6 +99,77 @@ def test_job_that_vanished_is_written_down_by_the_next(stage):
     run = begin(stage, attempt(0), gpus=0)
     begin(stage, attempt(1), gpus=0)
     assert [(one.kind, one.restart, one.requeued) for one in read_endings(run)] == [("lost", 0, True)]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"job": "7"', b"\0" * 50, b"[]", b"[" * 100_000, b'{"job": 3}'])
+def test_damaged_records_of_earlier_attempts_keep_no_run_from_starting_again(stage, content, caplog):
+    crash(stage, 0)
+    (stage.run / "attempt.json").write_bytes(content)
+    with (stage.run / "attempts.jsonl").open("ab") as file:
+        file.write(content)
+    run = begin(stage, attempt(1), gpus=0)
+    assert [(one.kind, one.restart) for one in read_endings(run)] == [("crash", 0)]
+    assert "passed over" in caplog.text
+    assert end(run, 1, RUNNING.replace("Restarts=0", "Restarts=1"), "", "") == 85
+    assert [one.restart for one in read_endings(run)] == [0, 1]
+    assert read_status(run, time.time()).state
+
+
+def fake_sinfo(folder, monkeypatch, states):
+    script = folder / "bin" / "sinfo"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\nprintf '{states}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+
+
+def test_endings_name_the_node_that_died(stage, tmp_path, monkeypatch, capsys):
+    fake_sinfo(tmp_path, monkeypatch, "n1 idle\nn2 down*\nn3 mixed*\nn4 failing\n")
+    run = begin(stage, attempt(0), gpus=0)
+    begin(stage, attempt(1), gpus=0)
+    assert read_endings(run)[-1].reason == "the job ended without a record, and n2, n3, n4 is down"
+    report_step(run, 10)
+    assert crash(stage, 2) == 85
+    assert read_endings(run)[-1].reason == "crashed with exit code 1; n2, n3, n4 is down"
+    begin(stage, attempt(3), gpus=0)
+    end(run, 1, "JobState=COMPLETING Restarts=4 RunTime=00:00:00 TimeLimit=00:10:00", "", "")
+    assert read_endings(run)[-1].reason == "requeued from outside; n2, n3, n4 is down"
+    assert "n2, n3, n4 is down" in capsys.readouterr().out
+
+
+def test_a_full_disk_hides_no_ending(stage, monkeypatch, capsys):
+    run = begin(stage, attempt(0), gpus=0)
+    (run / "logs/rank_00000.txt").write_text("error: no more of this\n")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=r"attempts\.jsonl: No space left on device: free space"):
+            end(run, 2, RUNNING, "", "")
+        with pytest.raises(UserError, match="No space left on device: free space"):
+            begin(stage, attempt(1), gpus=0)
+    assert "first error: rank_00000: error: no more of this" in capsys.readouterr().out
+    # once there is space again, the next start works
+    begin(stage, attempt(2), gpus=0)
+    assert "its disk was full" in read_endings(run)[-1].reason
+
+
+JUMPS = st.lists(st.sampled_from([1.0, 5.0, -3e7, 3e7, 0.0, -1.0]), min_size=1, max_size=20)
+
+
+@given(jumps=JUMPS, step_seconds=st.floats(0, 1e3))
+def test_goodput_is_a_share_of_time_whatever_the_clock_does(jumps, step_seconds):
+    times = itertools.accumulate(jumps, initial=1.7e9)
+    elapsed = elapsed_seconds({"time": time} for time in times)
+    assert elapsed == pytest.approx(sum(jump for jump in jumps if jump > 0), abs=1e-3)
+    assert 0 <= goodput(step_seconds, elapsed) <= 1
+    steady = [{"time": 1.7e9 + second} for second in range(10)]
+    assert elapsed_seconds(steady) == 9
+    assert elapsed_seconds(steady, 1.7e9 + 20) == 20
+    assert elapsed_seconds([], 1.7e9) == 0
 
 
 def test_ranks_exit_codes_beat_the_codes_of_those_that_srun_killed(stage):

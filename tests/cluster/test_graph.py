@@ -73,7 +73,7 @@ def test_finished_stages_are_passed_over_and_a_failure_takes_those_after_it_alon
     names = [str(training.add_stage(name)) for name in ("a", "b", "c")]
     for name, file in (("a", "finished.json"), ("b", "stop")):
         (training.folder / "runs" / name).mkdir(parents=True)
-        (training.folder / "runs" / name / file).touch()
+        (training.folder / "runs" / name / file).write_text("{}")
     jobs = jobs_of(training.type("cluster/stages.sh", *names, "samples=40"))
     assert [after for _, after in jobs] == ["", f"afterok:{jobs[0][0]}", f"afterok:{jobs[1][0]}"]
     assert f"start_from={training.folder}/runs/b" in slurm.run("scontrol", "show", "job", "-o", jobs[2][0])

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from model.common.errors import UserError
+from pipeline.engine import processes
 from pipeline.runtime.distributed import (
     Distributed,
     all_reduce_min,
@@ -91,3 +93,26 @@ def test_the_first_node_of_a_slurm_list(nodes, first):
 def test_alone_every_agreement_is_ones_own():
     assert (all_reduce_min(3), gather("x"), rank_and_world()) == (3, ["x"], (0, 1))
     assert 0 < free_port() < 65536
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"},
+         "SLURM_STEP_NUM_TASKS=4"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "WORLD_SIZE=4"),
+    ],
+)  # fmt: skip
+def test_ranks_that_never_come_are_one_line_that_says_who_asked_for_them(monkeypatch, environment, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "0")  # restored afterwards, although `from_environment` sets them
+        monkeypatch.delenv(name)
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def nobody(**settings):
+        raise torch.distributed.DistStoreError("Timed out after 61 seconds waiting: 1/4 clients joined")
+
+    monkeypatch.setattr(processes.deepspeed, "init_distributed", nobody)
+    with pytest.raises(UserError, match=rf"not all of 4 .*1/4 clients joined\): {says} says"):
+        processes.join_process_group(1)

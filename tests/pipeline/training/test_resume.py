@@ -68,6 +68,9 @@ def test_a_finished_run_goes_on_when_more_samples_are_asked_for(tmp_path):
     assert not is_finished(tmp_path, 192)
     (tmp_path / "finished.json").write_text("{}")
     assert is_finished(tmp_path, 192)
+    (tmp_path / "finished.json").write_text('{"sam')
+    with pytest.raises(UserError, match=r"finished\.json: damaged: .*: remove it if the stage is not"):
+        is_finished(tmp_path, 192)
 
 
 def test_a_run_goes_on_from_fresh_weights_only_if_it_has_none_to_lose(tmp_path):
