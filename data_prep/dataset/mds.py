@@ -90,6 +90,10 @@ class RowLayout:
         self.encodings: dict[str, str] = dict(zip(names, record["column_encodings"], strict=True))
         """Column -> encoding, in the order in which columns are stored."""
         self._sizes: list[tuple[str, int | None]] = list(zip(names, record["column_sizes"], strict=True))
+        for name, size in self._sizes:
+            # A negative size would shift the columns after it.
+            if size is not None and (not isinstance(size, int) or size < 0):
+                raise ValueError(f"column {name!r} has the size {size!r}")
         self._variable_sizes = struct.Struct(f"<{sum(size is None for _, size in self._sizes)}I")
 
     def spans(self, head: bytes, length: int) -> dict[str, Span]:

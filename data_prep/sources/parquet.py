@@ -119,7 +119,7 @@ class ParquetSource:
         except RefusedError as error:
             return Sample(key, None, record, Place(path=path), error.reason, error.detail)
         except (FileNotFoundError, IsADirectoryError):
-            return Sample(key, record=record, place=Place(path=path), reason=NO_IMAGE, detail=path[:200])
+            return Sample(key, None, record, Place(path=path), NO_IMAGE, _explained(value))
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Yield images by path, or by streaming the row groups that hold them."""

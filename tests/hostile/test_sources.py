@@ -1,0 +1,461 @@
+"""Hostile sources: a bad item costs one row or one counted file, and nothing hangs or is read unbounded."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from data_prep.config import SourceConfig
+from data_prep.images.images import MAX_FILE_BYTES
+from data_prep.plan.captions import NOT_TEXT
+from data_prep.sources.files import LOCKED_FOLDER, SourceFiles
+from data_prep.sources.folder import BAD_LINE, FolderSource
+from data_prep.sources.mds import MDSSource
+from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.sample import (
+    CUT_SHORT,
+    NO_ACCESS,
+    NO_IMAGE,
+    NOT_REGULAR,
+    OUTSIDE,
+    TOO_LARGE,
+    UNREADABLE,
+    UNUSABLE,
+    RefusedError,
+)
+from data_prep.sources.webdataset import APART, SEVERAL, WebDatasetSource, read_tar
+from model.common.errors import UserError
+from tests.helpers.raw_material import (
+    all_pairs,
+    config_of,
+    png,
+    prepare,
+    reasons_of,
+    sample_members,
+    tar_bytes,
+    write_mds_folder,
+    write_parquet,
+    write_tar,
+)
+
+PNG = png(1)
+KINDS = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
+
+
+def rows_of(kind, path, limit=2000, columns=("caption",)):
+    """Return all rows of a source; a source that gives more than `limit` fails."""
+    source = KINDS[kind](SourceConfig(kind=kind, path=str(path)))
+    rows = []
+    for name in source.inventory().names:
+        for row in source.read(name, columns):
+            rows.append(row)
+            assert len(rows) <= limit, "the source does not end"
+    return rows
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """Return a tar header that announces any size, also a negative one."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(block)
+
+
+GOOD = sample_members("good", PNG, {"caption": "a good one"})
+WHOLE = tar_bytes(GOOD, end=False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        header("x.png", -512),
+        header("x.png", -1),
+        header("x.png", -len(WHOLE) - 512),
+        header("x", 1 << 40, tarfile.XHDTYPE),
+        header("x", 1 << 40, tarfile.XGLTYPE),
+        header("x", 1 << 40, tarfile.GNUTYPE_LONGNAME),
+        header("x", 1 << 40, tarfile.GNUTYPE_LONGLINK),
+        header("x", 10, tarfile.GNUTYPE_LONGNAME) * 5000,
+        (header("x", 20, tarfile.XHDTYPE) + b"20 size=-1000000000\n".ljust(512, b"\0")) * 2,
+        (header("x", 1, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 5000,
+    ],
+    ids=range(10),
+)
+def test_headers_of_tars_cannot_lie_about_sizes(bad):
+    rows = []
+    for row in read_tar(io.BytesIO(WHOLE + bad + WHOLE)):
+        rows.append(row)
+        assert len(rows) < 10, "the tar does not end"
+    assert rows[0].image == PNG
+    assert rows[-1].reason == CUT_SHORT
+    # As the first member, it makes the whole tar unreadable.
+    assert [row.reason for row in read_tar(io.BytesIO(bad + WHOLE))][-1] in (CUT_SHORT, UNREADABLE)
+
+
+class CountingReader(io.BytesIO):
+    """A file that remembers the largest read."""
+
+    largest = 0
+
+    def read(self, size=-1, /):
+        self.largest = max(self.largest, 1 << 62 if size is None or size < 0 else size)
+        return super().read(size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1535), st.integers(0, 255)), max_size=6), st.integers(0, 1536))
+@example([(124, 0x80)], 1536)
+@example([(124, 0xFF), (125, 0xFF)], 1536)
+def test_tars_of_any_headers_end_and_read_little(changes, cut):
+    data = bytearray(tar_bytes([("a.png", PNG[:100]), ("a.txt", b"text")]))
+    for place, value in changes:
+        data[place] = value
+    # With a right checksum, the header's other fields are believed.
+    data[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[:512]))[0]
+    file = CountingReader(bytes(data[: len(data) - cut]))
+    rows = []
+    for row in read_tar(file):
+        rows.append(row)
+        assert len(rows) < 50
+    assert file.largest <= MAX_FILE_BYTES
+
+
+def test_members_that_are_no_data_never_part_a_sample():
+    (image, document), other = GOOD, sample_members("next", png(2), {"caption": "next"})
+    between = [
+        ("._good.png", b"apple"),
+        (".hidden/x.png", PNG),
+        ("README.md", b"notes"),
+        ("good.npy", b"array"),
+    ]
+    for extra in between:
+        rows = list(read_tar(io.BytesIO(tar_bytes([image, extra, document, *other]))))
+        good = [row for row in rows if not row.reason]
+        assert [row.record["caption"] for row in good] == ["a good one", "next"]
+        assert [row.reason for row in rows if row.reason] == ([NO_IMAGE] if extra[0] == "README.md" else [])
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (["7.image.jpg", "7.caption.txt"], ["text"]),
+        (["7.jpg", "7.mask.png", "7.txt"], ["text"]),
+        (["7.mask.png", "7.jpg", "7.meta.json"], ["json"]),
+        (["photo v1.0.png", "photo v1.0.txt"], ["text"]),
+        (["a/b.x.png", "a/b.txt", "a/c.x.png", "a/c.txt"], ["text", "text"]),
+        (["7.heic", "7.txt", "8.png", "8.txt"], ["text"]),
+    ],
+)
+def test_the_last_part_of_a_suffix_says_what_a_member_is(names, texts):
+    contents = {"txt": b"text", "json": b'{"caption": "json"}'}
+    members = [(name, contents.get(name.rpartition(".")[2], PNG)) for name in names]
+    rows = list(read_tar(io.BytesIO(tar_bytes(members))))
+    assert [row.record["caption"] for row in rows if not row.reason] == texts
+
+
+def test_a_setting_names_the_image_among_several():
+    members = [("0.input.png", PNG), ("0.mask.png", png(2)), ("0.output.txt", b"text")]
+    (row,) = read_tar(io.BytesIO(tar_bytes(members)), "mask.png")
+    assert (row.image, row.record["caption"], row.record["output.txt"]) == (png(2), "text", "text")
+    rows = list(read_tar(io.BytesIO(tar_bytes(members))))
+    assert [row.reason for row in rows] == [SEVERAL] * 2
+    assert "input.png, mask.png, output.txt: name one in `sources.image`" in rows[0].detail
+
+
+def test_dots_in_names_cost_a_row_for_each_image():
+    members = []
+    for n in range(4):
+        members += [(f"photo v1.{n}.png", png(n)), (f"photo v1.{n}.txt", b"text")]
+    rows = list(read_tar(io.BytesIO(tar_bytes(members))))
+    assert [row.reason for row in rows] == [SEVERAL] * 4
+    assert len({row.key for row in rows}) == 4
+
+
+def test_tars_that_are_not_sorted_say_so():
+    members = [(f"{n}.png", PNG) for n in range(3)] + [(f"{n}.txt", b"text") for n in range(3)]
+    rows = list(read_tar(io.BytesIO(tar_bytes(members))))
+    assert [row.reason for row in rows[3:]] == [APART] * 3
+    assert "sort the tar by name" in rows[3].detail
+
+
+def test_a_file_that_changes_after_the_listing_is_looked_at_again(tmp_path):
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(PNG)
+    (tmp_path / "in/linked").mkdir(parents=True)
+    (tmp_path / "in/more").symlink_to(tmp_path)
+    files = SourceFiles(str(tmp_path / "in"))
+    os.mkfifo(tmp_path / "in/pipe.png")
+    (tmp_path / "in/leak.png").symlink_to(outside)
+    (tmp_path / "in/self.png").symlink_to("self.png")
+    (tmp_path / "in/large.png").touch()
+    os.truncate(tmp_path / "in/large.png", 10 << 30)
+    for name, reason in (
+        ("pipe.png", NOT_REGULAR),
+        ("leak.png", OUTSIDE),
+        ("more/secret.png", OUTSIDE),
+        ("self.png", NOT_REGULAR),
+        ("large.png", TOO_LARGE),
+        ("../secret.png", UNUSABLE),
+        ("a\nb.png", UNUSABLE),
+    ):
+        with pytest.raises(RefusedError) as error:
+            files.read(name)
+        assert error.value.reason == reason
+        if name != "large.png":
+            with pytest.raises(RefusedError):
+                files.read_range(name, 0, 10)
+    with pytest.raises(IsADirectoryError):
+        files.read("linked")
+
+
+def test_large_files_are_never_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, size in (("0.png", 10 << 30), ("1.txt", 10 << 30), ("metadata.csv", 10 << 30)):
+        (tmp_path / "in" / name).touch()
+        os.truncate(tmp_path / "in" / name, size)
+    (tmp_path / "in/1.png").write_bytes(PNG)
+    rows = rows_of("folder", tmp_path / "in")
+    assert {row.key: row.reason for row in rows} == dict.fromkeys(
+        ("metadata.csv", "0.png", "1.png"), TOO_LARGE
+    )
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """Yield a folder, and a function that takes the right to read one of its entries."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    is_root = os.geteuid() == 0
+    try:
+        yield folder, lambda name: (folder / name).chmod(0)
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_unreadable_folders_and_files_are_counted():
+    with without_privileges() as (folder, lock):
+        for name in ("1.png", "2.png", "2.txt", "3.png", "sub/4.png", "sub/5.png", "ok/6.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(PNG)
+        write_tar(folder, "a.tar", GOOD)
+        write_parquet(folder / "a.parquet", [{"image": PNG, "caption": "x"}])
+        for name in ("1.png", "2.txt", "a.tar", "a.parquet", "sub"):
+            lock(name)
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may read everything
+        source = FolderSource(SourceConfig(kind="folder", path=str(folder)))
+        rows = {}
+        for name in source.inventory().names:
+            rows |= {row.key: row.reason for row in source.read(name, [])}
+        assert rows == {"1.png": NO_ACCESS, "2.png": NO_ACCESS, "3.png": "", "ok/6.png": ""}
+        assert source.inventory().ignored == {".tar": 1, ".parquet": 1, LOCKED_FOLDER: 1}
+        for kind in ("webdataset", "parquet"):
+            assert [row.reason for row in rows_of(kind, folder)] == [NO_ACCESS]
+
+
+@pytest.fixture(scope="module")
+def mds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mds") / "m"
+    rows = [{"image": PNG, "caption": f"number {n}"} for n in range(4)]
+    write_mds_folder(folder, rows, {"image": "bytes", "caption": "str"})
+    return folder
+
+
+def mds_copy(mds, tmp_path, change):
+    shutil.copytree(mds, tmp_path / "m")
+    index = json.loads((tmp_path / "m/index.json").read_text())
+    change(index["shards"][-1])
+    (tmp_path / "m/index.json").write_text(json.dumps(index))
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("samples", [10**12, 3, 5, 0, -1])
+def test_an_mds_index_cannot_lie_about_rows(mds, tmp_path, samples):
+    folder = mds_copy(mds, tmp_path, lambda shard: shard.update(samples=samples))
+    rows = rows_of("mds", folder, limit=5000)
+    assert [row.reason for row in rows if row.reason][:1] == [UNREADABLE]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"column_sizes": ["8", None]},
+        {"column_sizes": [-8, None]},
+        {"column_sizes": [None]},
+        {"column_names": "image"},
+        {"column_names": [["image"], "caption"]},
+        {"samples": "many"},
+        {"samples": None},
+        {"raw_data": None},
+        {"raw_data": {"basename": 5}},
+        {"format": None},
+    ],
+)
+def test_an_mds_index_of_other_types_is_one_line(mds, tmp_path, change):
+    folder = mds_copy(mds, tmp_path, lambda shard: shard.update(change))
+    with pytest.raises(UserError):
+        rows_of("mds", folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"shards":' * 50_000, "", "null", "[]", '{"shards": 5}', "\0"]
+)
+def test_an_mds_index_of_any_text_is_one_line(mds, tmp_path, text):
+    shutil.copytree(mds, tmp_path / "m")
+    (tmp_path / "m/index.json").write_text(text)
+    with pytest.raises(UserError, match="not an MDS index"):
+        rows_of("mds", tmp_path / "m")
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_mds_shards_of_any_bytes_give_as_many_rows_as_promised(mds, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("flip")
+    shutil.copytree(mds, folder, dirs_exist_ok=True)
+    shard = next(folder.glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, min(200, len(content) - 1)), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    shard.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    assert len(rows_of("mds", folder)) >= 1
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1 << 50] * 2, pa.timestamp("ms")),
+        pa.array([0, 1], pa.timestamp("s", "Mars/Olympus")),
+        pa.array([1 << 60] * 2, pa.duration("ms")),
+        pa.array([1, 2], pa.decimal128(20, 2)),
+        pa.array([[b"x"], None], pa.list_(pa.binary())),
+    ],
+    ids=["year", "zone", "duration", "decimal", "bytes"],
+)
+def test_values_that_are_no_text_cost_their_row(tmp_path, column):
+    (tmp_path / "in").mkdir()
+    table = pa.table({"image": [PNG, png(2)], "caption": column})
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    write_parquet(tmp_path / "in/b.parquet", [{"image": png(3), "caption": "good"}])
+    dataset = prepare(config_of(tmp_path, ("parquet", tmp_path / "in")))
+    assert [pair.captions for pair in all_pairs(dataset)] == [[("original", "good")]]
+    assert sum(reasons_of(dataset).values()) == 2
+    assert NOT_TEXT in reasons_of(dataset)
+
+
+def test_paths_that_are_no_paths_are_explained(tmp_path):
+    images = ["https://a.org/1.png", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 40, "../1.png"]
+    write_parquet(tmp_path / "a.parquet", [{"image": image, "caption": "x"} for image in images])
+    rows = rows_of("parquet", tmp_path)
+    assert {row.reason for row in rows} == {OUTSIDE, NO_IMAGE}
+    details = [row.detail.partition(":")[0] for row in rows]
+    assert details == ["a URL", "base64", "base64", "../1.png"]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_parquet_of_any_bytes_costs_rows_and_nothing_else(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("parquet")
+    write_parquet(folder / "a.parquet", [{"image": PNG[:50], "caption": f"{n}"} for n in range(6)])
+    content = bytearray((folder / "a.parquet").read_bytes())
+    start = data.draw(st.sampled_from([0, max(0, len(content) - 700)]))
+    for place in data.draw(st.lists(st.integers(start, min(start + 699, len(content) - 9)), max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    (folder / "a.parquet").write_bytes(content)
+    assert len(rows_of("parquet", folder, limit=1 << 21)) >= 1
+
+
+metadata_names = st.sampled_from(["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+LINES = (
+    *(b"file_name,caption\n", b"1.png,one\n", b"1.png\n", b"../x.png,a\n", b'"', b"\n", b"\0", b"PAR1"),
+    *(b'{"file_name": "1.png"}\n', b'{"file_name": ["1.png"]}\n', b"{\n", b"[" * 3000 + b"\n"),
+    *(b"\xff\xfe", b"\xef\xbb\xbf"),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(metadata_names, st.lists(st.sampled_from(LINES), max_size=8).map(b"".join))
+def test_metadata_of_any_bytes_costs_rows_and_the_images_stay(tmp_path_factory, name, content):
+    folder = tmp_path_factory.mktemp("metadata")
+    (folder / "1.png").write_bytes(PNG)
+    (folder / name).write_bytes(content)
+    rows = rows_of("folder", folder)
+    assert "1.png" in {row.place.path for row in rows}
+    assert len(rows) <= 12
+
+
+def test_one_long_field_of_a_csv_costs_its_own_row(tmp_path):
+    (tmp_path / "in").mkdir()
+    lines = ["file_name,caption"]
+    for n in range(3):
+        (tmp_path / f"in/{n}.png").write_bytes(png(n))
+        lines.append(f"{n}.png,{'x' * (200_000 if n == 1 else 5)}")
+    (tmp_path / "in/metadata.csv").write_text("\n".join(lines))
+    dataset = prepare(config_of(tmp_path, ("folder", tmp_path / "in")))
+    assert sorted(pair.key for pair in all_pairs(dataset)) == ["0.png", "2.png"]
+    assert reasons_of(dataset) == {"caption: over 65536 bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions"),
+    [
+        ("metadata.parquet", None, ["number 0"]),
+        ("metadata.jsonl", b'{"image_file_name": "0.png", "caption": "number 0"}', ["number 0"]),
+        ("metadata.jsonl", b'{"image": "0.png", "caption": "number 0"}', ["number 0"]),
+        ("metadata.csv", b"file_name,caption\r\n.\\0.png,number 0\r\n", ["number 0"]),
+        ("metadata.csv", "\ufefffile_name,caption\n0.png,number 0\n".encode(), ["number 0"]),
+        ("0.caption", b"number 0", ["number 0"]),
+        ("0.TXT", b"number 0", ["number 0"]),
+        ("0.png.txt", b"\xef\xbb\xbfnumber 0\r\n", ["number 0"]),
+        ("0.json", b'{"caption": "number 0"}', ["number 0"]),
+    ],
+)
+def test_captions_of_every_usual_layout_are_read(tmp_path, name, content, captions):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.png").write_bytes(PNG)
+    if content is None:
+        write_parquet(tmp_path / "in" / name, [{"file_name": "0.png", "caption": "number 0"}])
+    else:
+        (tmp_path / "in" / name).write_bytes(content)
+    pairs = all_pairs(prepare(config_of(tmp_path, ("folder", tmp_path / "in"))))
+    assert [text for pair in pairs for _, text in pair.captions] == captions
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason", "detail"),
+    [
+        ("metadata.csv", b"file_name;caption\n0.png;x\n", NO_IMAGE, "among the columns file_name;caption"),
+        ("metadata.jsonl", b'{"path": "0.png", "text": "x"}', NO_IMAGE, "among the columns path, text"),
+        (
+            "metadata.jsonl",
+            b'{"a_file_name": "0.png", "b_file_name": "0.png"}',
+            NO_IMAGE,
+            "a_file_name, b_file",
+        ),
+        ("metadata.csv", "file_name,caption\n0.png,x\n".encode("utf-16"), UNREADABLE, "save it as UTF-8"),
+        ("metadata.parquet", b"PAR1", UNREADABLE, ""),
+        ("metadata.jsonl", b"[1]", BAD_LINE, ""),
+        ("0.json", b"[1]", "source: damaged JSON", "not an object"),
+    ],
+)
+def test_layouts_that_are_not_read_are_named(tmp_path, name, content, reason, detail):
+    (tmp_path / "0.png").write_bytes(PNG)
+    (tmp_path / name).write_bytes(content)
+    first = rows_of("folder", tmp_path)[0]
+    assert first.reason == reason
+    assert detail in first.detail
