@@ -34,10 +34,11 @@ class SourceConfig:
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=dict)
     """Caption kind -> name of its field or column (a string or a list of strings). `txt` is the text file
-    next to an image (webdataset, folder), which also replaces a missing `caption`. Empty = `original:
-    caption`; for scenes, all kinds."""
+    next to an image (webdataset, folder), which also replaces a missing `caption`; `a.b` is field `b` of a
+    record `a`. Empty = `original: caption`; for scenes, all kinds."""
     image: str = "image"
-    """Column of image bytes or paths (parquet), or of image bytes (MDS)."""
+    """Column of image bytes or paths (parquet), of image bytes (MDS), or of paths (metadata of a folder); the
+    suffix of the images, if samples have several (webdataset)."""
     limit: int | None = bounded(None, 1, 10**12)
     """Number of rows to read from the start of each file, for trials; None = all."""
     scenes: ScenesConfig | None = None

@@ -1,7 +1,7 @@
 """Make pairs: the planned samples as images of their bucket's size with captions, part by part.
 
-A part has `pairs.tar` (WebDataset: `<id>.jpg` and `<id>.json` per sample) and `pairs.parquet` (one row per
-sample). If images turned out to be bad at full decode, it also has `dropped.parquet`.
+A part has `pairs.tar` (WebDataset: `<id>.jpg`, `<id>.json` and `<id>.txt` per sample) and `pairs.parquet`
+(one row per sample). If images turned out to be bad at full decode, it also has `dropped.parquet`.
 
 Finished images wait for the rest of their part in a temporary file, so memory holds only what is in progress:
     in every worker a
@@ -51,6 +51,8 @@ from model.common.progress import Progress
 from model.common.share import Share
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
+TEXTS = (".json", ".txt")
+"""Endings of the members of a tar that are not images."""
 MAX_WAITING_COMMITS = 2
 """Finished parts that may wait for their upload while the next ones are made."""
 IMAGES = "images"
@@ -133,7 +135,7 @@ def _read_images(path: Path) -> dict[str, bytes]:
     images = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
-            if not member.name.endswith(".json"):
+            if not member.name.endswith(TEXTS):
                 file = tar.extractfile(member)
                 assert file is not None, f"{member.name} is no file, though we wrote it"
                 images[member.name] = file.read()
@@ -306,6 +308,8 @@ class _OpenPart:
                 _add_member(tar, record["member"], source.read(stored.size))
                 name = record["member"].partition(".")[0]
                 _add_member(tar, f"{name}.json", _caption_document(config, stored.row))
+                # Most readers of WebDataset expect the caption in a text of its own.
+                _add_member(tar, f"{name}.txt", stored.row["captions"][0]["text"].encode())
         return files
 
     def _write_dropped(self, dropped: list[_StoredImage]) -> dict[str, Path]:

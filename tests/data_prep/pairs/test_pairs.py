@@ -99,10 +99,12 @@ def test_the_tar_is_a_webdataset_and_the_table_has_the_crop(ten):
     with tarfile.open(paths["pairs.tar"]) as tar:
         names = tar.getnames()
         document = json.loads(tar.extractfile(names[1]).read())
+        text = tar.extractfile(names[2]).read().decode()
     table = pq.read_table(paths["pairs.parquet"]).to_pylist()
-    assert [name.partition(".")[2] for name in names] == ["png", "json"] * 4
-    assert names[::2] == [row["member"] for row in table]
+    assert [name.partition(".")[2] for name in names] == ["png", "json", "txt"] * 4
+    assert names[::3] == [row["member"] for row in table]
     assert document == {"key": table[0]["key"], "original": [table[0]["captions"][0]["text"]]}
+    assert text == table[0]["captions"][0]["text"]
     assert table[0]["crop"] == [0, 0, 48, 48]
     assert (table[0]["original_height"], table[0]["height"]) == (48, 32)
 
