@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DatasetConfig, load_dataset
-from data_prep.dataset.snapshot import collect_garbage, take_snapshot, verify
+from data_prep.dataset.garbage import collect_garbage
+from data_prep.dataset.snapshot import take_snapshot, verify
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import check_settings, run_plan
 from data_prep.store.store import Store, open_store
-from model.common.errors import UserError, command
+from model.common.errors import UserError, command, one_line
 from model.common.share import Share
 
 Arguments = argparse.Namespace
@@ -65,7 +66,8 @@ def verify_dataset(config: DatasetConfig, dataset: Store, arguments: Arguments) 
     for kind, parts in sorted(result.parts.items()):
         print(f"{kind}: {parts:,} parts are right, {result.bytes[kind]:,} bytes")
     for problem in result.problems:
-        print(f"problem: {problem}")
+        print(f"problem: {one_line(problem)}")
+    print(f"not looked at: {result.not_read}")
 
     if result.problems:
         raise UserError(f"{dataset.uri}: {len(result.problems)} problems, each named above with its way out")
@@ -82,7 +84,7 @@ def gc(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """List the files that no commit names, left by killed tasks; with --delete, remove them."""
     garbage = collect_garbage(dataset, arguments.older_than_hours, arguments.delete)
     for key in garbage:
-        print(key)
+        print(one_line(key))
     print(f"{len(garbage):,} files " + ("removed" if arguments.delete else "would be removed: add --delete"))
 
 

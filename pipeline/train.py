@@ -32,7 +32,7 @@ from pipeline.runtime.finished import is_finished
 from pipeline.runtime.run_lock import lock_run
 from pipeline.runtime.watchdog import Heartbeat, Watchdog
 from pipeline.stage.config import StageConfig, check_start_from, dump_stage, load_stage
-from pipeline.stage.corpus import resolve
+from pipeline.stage.corpus import check_files, resolve
 from pipeline.training.trainer import Trainer
 
 STUCK_SHARE = 0.9
@@ -73,6 +73,7 @@ def dry_run(stage: StageConfig) -> None:
     resolved, corpus = resolve(stage)
     dit, widths = network_sizes(resolved, corpus)
     print(dump_stage(resolved))
+    check_files(resolved, corpus)
     rows = sum(corpus.rows.values())
     print(f"# {corpus}: {rows:,} pairs in {len(corpus.rows)} buckets; LLM widths {widths}; DiT {dit}")
 

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from data_prep.dataset.records import read_object
-from data_prep.dataset.schema import PAIRS, Commit, Family, Manifest, Part, PlanRecord
+from data_prep.dataset.schema import CLAIM, PAIRS, Commit, Family, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
@@ -158,6 +158,7 @@ def commit_part(
             kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts
         )
         if dataset.put_new(key, commit.to_json()):
+            _withdraw_if_collected(dataset, commit)
             return commit
 
         # Another task was first, so no commit names our payload.
@@ -186,9 +187,34 @@ def _put_payload(
 
     # If this task was suspended for days, `gc` may have removed the files, which no commit names yet.
     for file in stored:
-        if not dataset.exists(file.key) or dataset.size(file.key) != file.bytes:
+        if not _is_whole(dataset, file):
             raise StoreError(f"{dataset.uri}/{file.key}: missing or incomplete after writing it: run again")
     return stored
+
+
+def _is_whole(dataset: Store, file: StoredFile) -> bool:
+    """True if a file is in the store with its size."""
+    try:
+        return dataset.size(file.key) == file.bytes
+    except FileNotFoundError:
+        return False
+
+
+def _withdraw_if_collected(dataset: Store, commit: Commit) -> None:
+    """Take a commit back if `gc` was collecting its payload at the same time, see `garbage`.
+
+    Raises:
+        StoreError: if it was; the part can be made again.
+    """
+    part = commit.part
+    # In this order: a collector that is done has removed its claim, and the payload before that.
+    is_claimed = dataset.exists(part.payload_key(commit.kind, commit.attempt, CLAIM))
+    if is_claimed or not all(_is_whole(dataset, file) for file in commit.files):
+        dataset.delete(part.commit_key(commit.kind))
+        raise StoreError(
+            f"{dataset.uri}: {commit.kind} {part}: `gc` removed its files before it was committed: "
+            "give `gc` more --older-than-hours, and run again"
+        )
 
 
 def register_family(dataset: Store, family: Family, constants: "dict[str, Tensor] | None") -> Family:

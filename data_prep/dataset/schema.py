@@ -26,6 +26,8 @@ from model.common.records import STRICT, Count, Hash, Name, NoHash, canonical_js
 
 FORMAT: Literal[1] = 1
 PAIRS = "pairs"
+CLAIM = "collected"
+"""Name of the object beside an attempt's payload by which `gc` claims it."""
 TABLE = "pairs.parquet"
 """File of a part of the pairs: one row per sample, with its captions."""
 

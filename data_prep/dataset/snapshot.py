@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ import xxhash
 
 from data_prep.dataset.mds import Shard
 from data_prep.dataset.parts import (
+    PLAN_AGAIN,
+    PLAN_KEY,
     THREADS,
     array_list,
     committed,
@@ -24,8 +25,9 @@ from data_prep.dataset.parts import (
     hash_ids,
     read_commit,
     read_plan,
+    read_plan_record,
 )
-from data_prep.dataset.records import parse_table
+from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import (
     PAIRS,
     TABLE,
@@ -38,14 +40,16 @@ from data_prep.dataset.schema import (
 )
 from data_prep.dataset.snapshot_reader import (
     HISTORY,
+    family_names,
     last_taken,
+    missing_payloads,
+    read_constants,
     read_families,
     read_family,
     read_index,
-    read_index_file,
     read_snapshot,
 )
-from data_prep.store.store import Store, StoredFile
+from data_prep.store.store import Store, StoredFile, StoreError
 from model.common.errors import UserError
 from model.common.records import canonical_json, seal
 from model.common.share import Share
@@ -102,6 +106,7 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     if not with_rows:
         raise UserError(f"{dataset.uri}: no part has rows in {', '.join(commits)}: nothing to train on")
 
+    _check_payloads(dataset, commits, chosen, with_rows)
     buckets: dict[str, BucketRecord] = {}
     indexes: dict[str, bytes] = {}
     for bucket in sorted({part.bucket for part in with_rows}):
@@ -131,6 +136,16 @@ def _check_alignment(dataset: Store, plan: Manifest, commits: Commits, families:
             # A part without rows has no file, any other exactly one.
             if commit.family_hash != families[kind].hash or len(commit.files) != (commit.rows > 0):
                 raise UserError(f"{key}: was not made by family `{kind}` as registered: {REPAIR}")
+
+
+def _check_payloads(dataset: Store, commits: Commits, families: Iterable[str], parts: Sequence[Part]) -> None:
+    """Raise `StoreError` if a file that the snapshot would name is not in the store."""
+    for kind in families:
+        owners = {file.key: part for part in parts for file in commits[kind][part].files}
+        missing = missing_payloads(dataset, kind, owners)
+        if missing:
+            key = f"{dataset.uri}/{owners[missing[0]].commit_key(kind)}"
+            raise StoreError(f"{key}: {missing[0]} is missing, one of {len(missing)} such files: {REPAIR}")
 
 
 def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Part]]) -> str:
@@ -231,6 +246,8 @@ class Verification:
     snapshots: int = 0
     problems: list[str] = field(default_factory=list)
     """Messages that name the object and the remedy."""
+    not_read: str = ""
+    """The content that was not checked."""
 
 
 def verify(dataset: Store, deep: bool = False) -> Verification:
@@ -238,24 +255,32 @@ def verify(dataset: Store, deep: bool = False) -> Verification:
 
     Args:
         dataset: the dataset's store.
-        deep: also read every payload and compare hash, rows and sample ids; otherwise only presence and size.
+        deep: also read every payload, the families' constants and the plan's tables, and compare hash, rows
+            and sample ids; otherwise only presence and size.
 
     Returns:
         Counts of correct parts, and all problems.
     """
     verification = Verification()
-    families = read_families(dataset)
+    verification.not_read = "the sources, and the tables of scanned and dropped rows"
+    if not deep:
+        verification.not_read += "; the contents of files, which --deep reads"
+    families, verification.problems = _families(dataset, deep)
+    if deep:
+        verification.problems += _plan_problems(dataset)
 
     for kind in [PAIRS, *sorted(families)]:
 
         def check(part: Part, kind: str = kind) -> Commit | str:
+            key = f"{dataset.uri}/{part.commit_key(kind)}"
             try:
                 commit = read_commit(dataset, kind, part)
                 _check_part(dataset, commit, families.get(kind), deep)
                 return commit
             # A result and not an exception: one damaged part must not hide the problems of the others.
             except (UserError, FileNotFoundError) as error:
-                return f"{dataset.uri}/{part.commit_key(kind)}: {error}: {REPAIR}"
+                # The error of a damaged record names the record and the way out by itself.
+                return str(error) if str(error).startswith(key) else f"{key}: {error}: {REPAIR}"
 
         with ThreadPoolExecutor(8) as pool:
             for result in pool.map(check, sorted(committed_parts(dataset, kind))):
@@ -265,10 +290,41 @@ def verify(dataset: Store, deep: bool = False) -> Verification:
                     verification.parts[kind] += 1
                     verification.bytes[kind] += sum(file.bytes for file in result.files)
 
-    for id in _snapshot_ids(dataset):
+    for id in snapshot_ids(dataset):
         verification.snapshots += 1
         verification.problems += _snapshot_problems(dataset, id)
     return verification
+
+
+def _families(dataset: Store, deep: bool) -> tuple[dict[str, Family], list[str]]:
+    """Return the families that can be read, and the problems of the others and of constants."""
+    families: dict[str, Family] = {}
+    problems = []
+    for name in family_names(dataset):
+        try:
+            families[name] = read_family(dataset, name)
+            if deep:
+                read_constants(dataset, families[name])
+        except UserError as error:
+            problems.append(str(error))
+    return families, problems
+
+
+def _plan_problems(dataset: Store) -> list[str]:
+    """Return what is wrong with the plan's tables."""
+    # Plans that earlier versions made have it too; a dataset that was put together by hand may not.
+    if not dataset.exists(PLAN_KEY):
+        return []
+    problems = []
+    try:
+        for key, xxh64 in read_plan_record(dataset)["manifest"].items():
+            try:
+                read_object(dataset, key, hashed(xxh64), PLAN_AGAIN)
+            except FileNotFoundError:
+                problems.append(f"{dataset.uri}/{key}: missing: {PLAN_AGAIN}")
+    except UserError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: bool) -> None:
@@ -311,7 +367,8 @@ def _check_payload(dataset: Store, commit: Commit, family: Family | None) -> Non
         raise UserError("the payload holds other samples than the commit says")
 
 
-def _snapshot_ids(dataset: Store) -> list[str]:
+def snapshot_ids(dataset: Store) -> list[str]:
+    """Return the ids of all snapshots."""
     return [
         name for name in dataset.folders("snapshots/") if dataset.exists(f"snapshots/{name}/snapshot.json")
     ]
@@ -326,7 +383,7 @@ def _snapshot_problems(dataset: Store, id: str) -> list[str]:
 
     files = []
     for index in indexes:
-        files += _index_files(index, snapshot.families)
+        files += index_files(index, snapshot.families)
 
     def is_intact(file: StoredFile) -> bool:
         return dataset.exists(file.key) and dataset.size(file.key) == file.bytes
@@ -342,101 +399,10 @@ def _snapshot_problems(dataset: Store, id: str) -> list[str]:
     return problems
 
 
-def _index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFile]:
+def index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFile]:
     """Return the payload files that a bucket's index names."""
     files = []
     for row in index.to_pylist():
         for name in families:
             files.append(StoredFile(row[f"{name}.key"], row[f"{name}.bytes"], row[f"{name}.xxh64"]))
     return files
-
-
-# Keys of objects that may be garbage.
-# Plans, commits and records match none of these patterns, so they are never removed.
-PAYLOAD = re.compile(r"((?:pairs|families/[^/]+)/[^/]+/\d{5,}/[0-9a-f]{16})/[^/]+")
-CONSTANTS = re.compile(r"families/[^/]+/constants-[0-9a-f]{16}\.safetensors")
-INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
-
-
-def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool = False) -> list[str]:
-    """Find objects that killed or losing writers left behind, and remove them if asked.
-
-    Garbage is: payloads, constants and indexes that no commit, family or snapshot names, and temporary files;
-    and only if the whole attempt is older than the limit. Candidates are listed before the commits are read,
-    so whatever is committed meanwhile is safe. The limit protects writers that have not committed yet, so it
-    must exceed the time that a task takes from its first upload to its commit (seconds, or the retry time if
-    the store fails).
-
-    Args:
-        dataset: the dataset's store.
-        older_than_hours: age below which nothing is garbage.
-        delete: remove the garbage.
-
-    Returns:
-        The keys that are garbage, now removed if `delete`.
-
-    Raises:
-        StoreError: if a commit or an index cannot be read. Nothing is removed then, because that object may
-        name any
-            of the candidates.
-    """
-    before = time.time() - 3600 * older_than_hours
-    groups: dict[str, list[str]] = defaultdict(list)
-    newest: dict[str, float] = defaultdict(float)
-    for key, modified in dataset.entries(""):
-        group = _garbage_group(key)
-        if group:
-            groups[group].append(key)
-            # The newest object counts: a slow writer's first files may be old long before it commits.
-            newest[group] = max(newest[group], modified)
-
-    # Only now, so that a commit that was made since the listing protects its payload.
-    live = _live_groups(dataset)
-    garbage: list[str] = []
-    for group, keys in groups.items():
-        if group not in live and newest[group] < before:
-            garbage += keys
-    garbage.sort()
-
-    if delete:
-        with ThreadPoolExecutor(THREADS) as pool:
-            # `list` waits for all of them and raises the first error.
-            list(pool.map(dataset.delete, garbage))
-    return garbage
-
-
-def _garbage_group(key: str) -> str | None:
-    """Return the unit of removal of an object: its attempt's folder, or itself; None = never garbage."""
-    # A temporary file or probe of a writer that was killed.
-    if key.rpartition("/")[2].startswith("."):
-        return key
-    if attempt := PAYLOAD.fullmatch(key):
-        return attempt[1]
-    return key if CONSTANTS.fullmatch(key) or INDEX.fullmatch(key) else None
-
-
-def _live_groups(dataset: Store) -> set[str]:
-    """Return the groups that a commit, a family or a snapshot names.
-
-    Indexes of older records of a snapshot count as named, because runs may still read them (see
-    `take_snapshot`).
-    """
-    files: list[StoredFile] = []
-    for kind in dataset.folders("commits/"):
-        for commit in committed(dataset, kind).values():
-            files += commit.files
-
-    live = {family.constants_key for family in read_families(dataset).values()}
-    snapshots = {f"snapshots/{id}" for id in _snapshot_ids(dataset)}
-    for key in dataset.list("snapshots/"):
-        index = INDEX.fullmatch(key)
-        # A writer that was killed before its record leaves indexes that no run can find.
-        if not index or index[1] not in snapshots:
-            continue
-        live.add(key)
-
-        table = read_index_file(dataset, key, index[2])
-        names = [column.removesuffix(".key") for column in table.column_names if column.endswith(".key")]
-        files += _index_files(table, names)
-
-    return live | {file.key.rpartition("/")[0] for file in files}

@@ -1,6 +1,7 @@
 """Read what a training run needs of a dataset: its families, its snapshots, the captions of its pairs."""
 
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,15 @@ VERIFY = "run `python -m data_prep verify`"
 TAKE_AGAIN = "delete it and take the snapshot again"
 
 
+def family_names(dataset: Store) -> list[str]:
+    """Return the names of all registered families."""
+    # A writer that was killed may have left a folder without the record that registers the family.
+    return [name for name in dataset.folders("families/") if dataset.exists(f"families/{name}/family.json")]
+
+
 def read_families(dataset: Store) -> dict[str, Family]:
     """Return all registered families by name."""
-    # A writer that was killed may have left a folder without the record that registers the family.
-    names = [name for name in dataset.folders("families/") if dataset.exists(f"families/{name}/family.json")]
+    names = family_names(dataset)
     with ThreadPoolExecutor(8) as pool:
         families = pool.map(lambda name: read_family(dataset, name), names)
         return dict(zip(names, families, strict=True))
@@ -137,6 +143,33 @@ def read_index_file(dataset: Store, key: str, xxh64: str) -> pyarrow.Table:
         return read_object(dataset, key, lambda data: parse_table(check(data)), TAKE_AGAIN)
     except FileNotFoundError as error:
         raise StoreError(f"{dataset.uri}/{key}: missing: take the snapshot again") from error
+
+
+def missing_payloads(dataset: Store, family: str, keys: Iterable[str]) -> list[str]:
+    """Return those of a family's payload keys that are not in the store, by one listing."""
+    present = set(dataset.list(f"families/{family}/"))
+    return [key for key in keys if key not in present]
+
+
+def check_payloads(dataset: Store, snapshot: Snapshot, families: Iterable[str]) -> None:
+    """Check that the store has the files of a snapshot.
+
+    Args:
+        dataset: the dataset's store.
+        snapshot: one of its snapshots.
+        families: the families that will be read.
+
+    Raises:
+        StoreError: if a file or an index is missing.
+    """
+    indexes = [read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets]
+    for family in families:
+        keys = [key for index in indexes for key in index[f"{family}.key"].to_pylist()]
+        missing = missing_payloads(dataset, family, keys)
+        if missing:
+            raise StoreError(
+                f"{dataset.uri}/{missing[0]}: missing, one of {len(missing)} such files: {VERIFY}"
+            )
 
 
 def read_captions(dataset: Store, part: Part, ids_xxh64: str) -> dict[int, list[tuple[int, str]]]:

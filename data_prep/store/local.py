@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.store.faults import StoreError
-from model.common.files import naming_full_disk, sync_path
+from model.common.files import is_full_disk, naming_full_disk, sync_path
 
 TEMPORARY = ".tmp-"
 CHUNK = 1 << 20
@@ -34,17 +34,18 @@ class LocalFolder:
 
     def read(self, key: str) -> bytes:
         """Return the object's bytes."""
-        return (self.root / key).read_bytes()
+        with _naming(self.root / key):
+            return (self.root / key).read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start` on; fewer only at the object's end."""
-        with (self.root / key).open("rb") as file:
+        with _naming(self.root / key), (self.root / key).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def stream(self, key: str, start: int) -> Iterator[bytes]:
         """Yield the object's bytes from `start` on, in chunks."""
-        with (self.root / key).open("rb") as file:
+        with _naming(self.root / key), (self.root / key).open("rb") as file:
             file.seek(start)
             while chunk := file.read(CHUNK):
                 yield chunk
@@ -52,12 +53,16 @@ class LocalFolder:
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes; None if it does not exist."""
         path = self.root / key
-        return path.stat().st_size if path.is_file() else None
+        with _naming(path):
+            return path.stat().st_size if path.is_file() else None
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write an object and replace an older one."""
         with self._written(key, data) as (temporary, path):
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError as error:
+                raise _collected(path) from error
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write an object unless it exists.
@@ -73,6 +78,8 @@ class LocalFolder:
             except FileExistsError:
                 # NFS may repeat a link whose answer was lost; then the name that "exists" is our own file.
                 return os.path.samefile(temporary, path)
+            except FileNotFoundError as error:
+                raise _collected(path) from error
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                     raise
@@ -90,7 +97,7 @@ class LocalFolder:
         path = self.root / key
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
 
-        with naming_full_disk(path):
+        with naming_full_disk(path), _naming(path):
             try:
                 with _create(temporary) as file:
                     if isinstance(data, Path):
@@ -113,15 +120,27 @@ class LocalFolder:
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Yield keys that start with `prefix`, sorted, with their time of change; temporary files too."""
         entries = []
+
+        def refuse(error: OSError) -> None:
+            # Left out, a folder that cannot be read would look like one without commits. One that another
+            # process has removed meanwhile, or that was never there, has none.
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
         # A prefix may end inside a name, as in a bucket, so the walk begins at its last whole folder.
-        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
-            relative = os.path.relpath(folder, self.root)
-            for name in names:
-                key = name if relative == "." else f"{relative}/{name}"
-                if key.startswith(prefix):
-                    # Another process may delete a file between the listing and the stat.
-                    with suppress(FileNotFoundError):
-                        entries.append((key, os.stat(os.path.join(folder, name)).st_mtime))
+        start = self.root / prefix.rpartition("/")[0]
+        with _naming(start):
+            for folder, _, names in os.walk(start, onerror=refuse):
+                relative = os.path.relpath(folder, self.root)
+                for name in names:
+                    key = name if relative == "." else f"{relative}/{name}"
+                    if key.startswith(prefix):
+                        path = os.path.join(folder, name)
+                        # Another process may delete a file between the listing and the stat. A link that
+                        # leads nowhere, or to itself, is no object either.
+                        if os.path.exists(path):
+                            with suppress(FileNotFoundError):
+                                entries.append((key, os.stat(path).st_mtime))
         # A walk has no order, but callers rely on that of a bucket's listing.
         yield from sorted(entries)
 
@@ -130,12 +149,14 @@ class LocalFolder:
         folder = self.root / prefix
         if not folder.is_dir():
             return []
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        with _naming(folder):
+            return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
     def delete(self, key: str) -> None:
         """Remove an object, and the folders that it leaves empty."""
         path = self.root / key
-        path.unlink(missing_ok=True)
+        with _naming(path):
+            path.unlink(missing_ok=True)
 
         # A bucket has no empty folders, so `folders` must not list any here. `rmdir` refuses a folder that
         # another task has written to meanwhile.
@@ -150,8 +171,19 @@ class LocalFolder:
     def check(self, create: bool) -> bool:
         """True if the folder exists, after creating it if `create`."""
         if create:
-            self.root.mkdir(parents=True, exist_ok=True)
+            with _naming(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
         return self.root.is_dir()
+
+    def now(self) -> float:
+        """Return the time by the clock that gives files their times, a file server's for instance."""
+        probe = self.root / f"{TEMPORARY}{secrets.token_hex(8)}"
+        with naming_full_disk(probe), _naming(probe):
+            try:
+                probe.touch()
+                return probe.stat().st_mtime
+            finally:
+                probe.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Do nothing: no file stays open between calls."""
@@ -170,3 +202,31 @@ def _create(path: Path) -> BinaryIO:
     raise StoreError(
         f"{path}: the folder was removed repeatedly while writing to it; is another process deleting it?"
     )
+
+
+def _collected(path: Path) -> StoreError:
+    return StoreError(
+        f"{path}: its temporary file was removed while it was written: give `gc` more --older-than-hours, "
+        "and run again"
+    )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn refusals of the file system into errors that name `path`.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        StoreError: if it cannot be read or written; a full disk stays an `OSError`.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        place = error.filename or path
+        raise StoreError(
+            f"{place}: {error.strerror}: correct its rights, or what is at that path, and run again"
+        ) from error

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import xxhash
 
 from data_prep.store.faults import DamagedError, StoreError, TransientError, retry_seconds, retrying
-from data_prep.store.s3_answers import exception_for, own_object, own_page, status_of
+from data_prep.store.s3_answers import exception_for, own_object, own_page, own_time, status_of
 from model.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -288,6 +288,15 @@ class S3Bucket:
         except FileNotFoundError:
             return False
         return True
+
+    def now(self) -> float:
+        """Return the time by the endpoint's clock."""
+
+        def ask() -> float:
+            response = self.client.head_bucket(Bucket=self.bucket)
+            return own_time(response["ResponseMetadata"]["HTTPHeaders"])
+
+        return self._retried("", ask)
 
     def close(self) -> None:
         """Drop the connections; the next call opens new ones."""

@@ -1,4 +1,4 @@
-"""What the answers of an S3 endpoint mean: exceptions for refusals, and whether an answer is of S3 at all.
+"""The meaning of an S3 endpoint's answers: exceptions for refusals, and whether an answer is of S3 at all.
 
 Proxies and endpoints in trouble answer 200 with pages of their own; those count as faults that may pass.
 """
@@ -100,6 +100,18 @@ def own_object(response: dict[str, Any]) -> dict[str, Any]:
     if "LastModified" not in response:
         raise TransientError("the answer is not an object")
     return response
+
+
+def own_time(headers: Mapping[str, str]) -> float:
+    """Return the endpoint's time, in seconds since 1970.
+
+    Raises:
+        TransientError: if the answer has none.
+    """
+    date = _date(headers.get("date", ""))
+    if date is None:
+        raise TransientError("the answer has no date")
+    return date
 
 
 def own_page(page: dict[str, Any], query: Mapping[str, Any]) -> dict[str, Any]:

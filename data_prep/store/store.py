@@ -49,6 +49,7 @@ class Backend(Protocol):
     def folders(self, prefix: str) -> list[str]: ...
     def delete(self, key: str) -> None: ...
     def check(self, create: bool) -> bool: ...
+    def now(self) -> float: ...
     def close(self) -> None: ...
 
 
@@ -123,6 +124,10 @@ class Store:
             _validated(prefix.rstrip("/"))
         for key, modified in self._backend.entries(self._prefix + prefix):
             yield key.removeprefix(self._prefix), modified
+
+    def now(self) -> float:
+        """Return the time by the clock of `entries`, which may not be that of this machine."""
+        return self._backend.now()
 
     def folders(self, prefix: str) -> Sequence[str]:
         """Return the names of the folders directly below `prefix` (which ends with `/`), sorted."""
@@ -271,17 +276,22 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_plain_key(key: str) -> bool:
+    """True if a key is a relative path of printable names, as all are that we write."""
+    names = key.split("/")
+    # The rules of a local folder, also for buckets, so that a dataset can be copied to either. 255 bytes is
+    # the longest file name on Linux.
+    bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in names)
+    return not bad and "\\" not in key and key.isprintable()
+
+
 def _validated(key: str) -> str:
     """Return the key.
 
     Raises:
         UserError: if it could lead out of the store.
     """
-    names = key.split("/")
-    # The rules of a local folder, also for buckets, so that a dataset can be copied to either. 255 bytes is
-    # the longest file name on Linux.
-    bad = any(name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 for name in names)
-    if bad or "\\" in key or not key.isprintable():
+    if not is_plain_key(key):
         raise UserError(
             f"key {key[:200]!r}: not a plain relative path: rename the dataset, family or file behind it"
         )

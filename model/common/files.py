@@ -63,6 +63,12 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_full_disk(error: OSError) -> bool:
+    """True if the disk, the quota or the permitted file size is used up."""
+    # EFBIG: `ulimit -f`, which some clusters set.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
     """Turn "no space left on device" into an error that names `path`.
@@ -73,8 +79,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # EFBIG: `ulimit -f`, which some clusters set.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_full_disk(error):
             raise UserError(
                 f"{path}: {os.strerror(error.errno)}: free space there, or use another disk, and run again"
             ) from error

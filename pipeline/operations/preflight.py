@@ -24,7 +24,7 @@ from model.common.files import write_atomic
 from model.common.settings import load_yaml
 from pipeline.operations.attempts import needs_gpu
 from pipeline.stage.config import StageConfig, check_start_from, load_stage
-from pipeline.stage.corpus import open_corpus, shares
+from pipeline.stage.corpus import check_files, open_corpus, shares
 
 MAX_CLOCK_SECONDS = 5.0
 """Maximum difference of clocks. S3 refuses requests that are minutes off."""
@@ -108,7 +108,7 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
         dataset = prepared.get("store"), prepared.get("name")
         if any(dataset == (share.store, name) for name, share in shares(stage).items()):
             return
-    open_corpus(stage)
+    check_files(stage, open_corpus(stage))
 
 
 def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:

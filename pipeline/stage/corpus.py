@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from data_prep.dataset.schema import Family, Snapshot
-from data_prep.dataset.snapshot_reader import read_snapshot
+from data_prep.dataset.snapshot_reader import check_payloads, read_snapshot
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 from pipeline.stage.config import DatasetShare, StageConfig
@@ -136,6 +136,16 @@ def read_families(stage: StageConfig) -> list[str]:
     """Return the families that the stage reads from the store: latents, and texts unless it encodes them
     itself."""
     return [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
+
+
+def check_files(stage: StageConfig, corpus: Corpus) -> None:
+    """Check that the stores have all files that the stage reads; once for a job, since it lists them all.
+
+    Raises:
+        StoreError: if one is missing.
+    """
+    for source in corpus.sources:
+        check_payloads(source.dataset, source.snapshot, read_families(stage))
 
 
 def check_families(stage: StageConfig, snapshot: Snapshot) -> None:

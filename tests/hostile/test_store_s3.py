@@ -159,6 +159,11 @@ def test_another_region_is_named(store, proxy, status):
             OPERATIONS[name](store)
 
 
+def test_the_stores_clock_is_the_endpoints(store, proxy):
+    proxy.faults = [Fault("answer", "HEAD", answer=(200, [("Date", formatdate(1e9, usegmt=True))], b""))]
+    assert store.now() == 1e9
+
+
 @pytest.mark.parametrize("value", ["7", formatdate(time.time() + 3600, usegmt=True), "soon", "-3", ""])
 def test_retry_after_is_kept_within_the_budget(store, proxy, monkeypatch, value):
     monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "600")
