@@ -11,7 +11,7 @@ SRUN_OPTIONS=()                                # options of every srun; a contai
 # -- Slurm: an sbatch option on the command line wins over these ----------------------------------------------------------
 # The SBATCH_ variables also apply to plain `sbatch cluster/train.sh`, in a shell with `source cluster/env.sh`.
 # export SBATCH_ACCOUNT=... SBATCH_PARTITION=... SBATCH_TIMELIMIT=2-00:00:00
-TRAIN_OPTIONS=()                               # cluster/train.sh called by hand; for example (--nodes=8 --gpus-per-node=8)
+TRAIN_OPTIONS=(--mem=0)                        # cluster/train.sh called by hand: all memory of a node; for example (--mem=0 --nodes=8 --gpus-per-node=8)
 SHARD_OPTIONS=(--array=0-15%8)                 # cluster/pairs.sh: tasks, and after % the maximum at a time
 ENCODE_OPTIONS=(--array=0-15%8)                # cluster/encode.sh; for example (--array=0-63%16 --gpus-per-node=1)
 SAMPLE_OPTIONS=()                              # the last job of cluster/pretrain.sh; for example (--gpus-per-node=1)

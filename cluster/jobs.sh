@@ -14,6 +14,8 @@ by_hand() { [ -f "${0%/*}/jobs.sh" ]; }
 split_arguments() {
   OPTIONS=()
   while [ $# -gt 0 ] && [[ $1 == -* ]]; do OPTIONS+=("$1"); shift; done
+  local word
+  for word in "$@"; do case $word in -*) fail "$word: write sbatch options before the rest" ;; esac; done
   # shellcheck disable=SC2034 # read by the scripts
   ARGUMENTS=("$@")
 }
@@ -41,10 +43,28 @@ gpus_offered() {
   sinfo -h -o '%P %G' ${partition:+-p "$partition"} | awk -v named="$partition" '(named || $1 ~ /\*$/) && /gpu/' | grep -c . || true
 }
 
+# join_train_options: put TRAIN_OPTIONS before OPTIONS. Slurm refuses two of --mem, --mem-per-cpu and --mem-per-gpu together.
+join_train_options() {
+  local option
+  for option in "${TRAIN_OPTIONS[@]}"; do
+    case " ${OPTIONS[*]} $option" in *" --mem"*" --mem"*) ;; *) set -- "$@" "$option" ;; esac
+  done
+  OPTIONS=("$@" "${OPTIONS[@]}")
+}
+
 # submit SBATCH_ARGUMENTS...: submit a job and print its number. --test-only refuses a job that could never run.
 submit() {
-  sbatch --test-only "$@" 2> >(grep -v 'to start at' >&2) || exit 2
+  sbatch --test-only "$@" 2> >(grep -v 'to start at' | name_array_limit >&2) || exit 2
   sbatch --parsable "$@" | cut -d';' -f1
+}
+
+# name_array_limit: pass sbatch's messages on, with what it does not say about arrays.
+name_array_limit() {
+  local line
+  while read -r line; do
+    case $line in *'Invalid job array'*) line="$line: the last task is at most $(scontrol show config | awk '$1 == "MaxArraySize" { print $3 - 1 }') here" ;; esac
+    echo "$line"
+  done
 }
 
 # array_step COMMAND ARGUMENTS...: run `python -m data_prep COMMAND` for this array task. Near the time limit, stop it and
@@ -68,7 +88,7 @@ split_stages() {
   STAGES=() SETTINGS=()
   local word
   for word in "$@"; do
-    case $word in *=*) SETTINGS+=("$word") ;; -*) fail "$word: write sbatch options before the rest" ;; *) STAGES+=("$word") ;; esac
+    case $word in *=*) SETTINGS+=("$word") ;; *) STAGES+=("$word") ;; esac
   done
   for word in "${SETTINGS[@]}"; do
     case $word in name=* | start_from=*) [ ${#STAGES[@]} -eq 1 ] || fail "$word would apply to all ${#STAGES[@]} stages" ;; esac
@@ -79,7 +99,8 @@ split_stages() {
 check_stages() {
   RUNS=()
   local gpus stage more=()
-  gpus=$(gpus_offered "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
+  join_train_options
+  gpus=$(gpus_offered "${OPTIONS[@]}")
   [ -z "$1" ] || more+=(--made-here "$1")
   for stage in "${STAGES[@]}"; do
     RUNS+=("$("$PYTHON" -m pipeline.operations.preflight --gpus "$gpus" "${more[@]}" "$stage" "${SETTINGS[@]}")") || exit $?
@@ -97,7 +118,7 @@ submit_stages() {
     stage=${STAGES[$number]}
     [ -z "$LAST" ] || after=(--dependency="afterok:$LAST" --kill-on-invalid-dep=yes)
     [ "$number" -eq 0 ] || set -- "$1" "start_from=${RUNS[$((number - 1))]}"
-    LAST=$(submit --job-name="$(basename "$stage" .yaml)" "${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}" "${after[@]}" \
+    LAST=$(submit --job-name="$(basename "$stage" .yaml)" "${OPTIONS[@]}" "${after[@]}" \
       cluster/train.sh "$stage" "${SETTINGS[@]}" "${@:2}")
     [ -n "$LAST" ] || exit 2
     print_job "$LAST" "train $stage" "${after[*]:+${after[0]#*=}}"

@@ -6,7 +6,6 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --nodes=1
 #SBATCH --exclusive
-#SBATCH --mem=0
 # Train a stage on a Slurm cluster to its end, in as many jobs as it takes.
 usage() {
   cat <<'HELP'
@@ -14,7 +13,7 @@ usage: sbatch [sbatch options] cluster/train.sh STAGE [key=value ...]
        cluster/train.sh [sbatch options] STAGE [key=value ...]
 
 Run it in the project's folder. The second form checks the stage, its store and the GPUs first, and submits only what
-can run; it adds the options of cluster/env.sh. Write sbatch options as one word: --nodes=8 --gpus-per-node=8
+can run; it adds the options of cluster/env.sh, such as --mem=0, which the first form leaves to you. Write sbatch options as one word: --nodes=8 --gpus-per-node=8
 --time=2-00:00:00.
 
 Starts one process per GPU (--gpus-per-node) or, without GPUs, one per task (--ntasks-per-node, else one per node).
@@ -36,7 +35,7 @@ submit_by_hand() {
   split_arguments "$@"
   [ ${#ARGUMENTS[@]} -gt 0 ] || fail "no stage named; see cluster/train.sh --help"
   need_slurm "run python -m pipeline.train ${ARGUMENTS[0]}"
-  OPTIONS=("${TRAIN_OPTIONS[@]}" "${OPTIONS[@]}")
+  join_train_options
   "$PYTHON" -m pipeline.operations.preflight --gpus "$(gpus_offered "${OPTIONS[@]}")" "${ARGUMENTS[@]}" > /dev/null || exit $?
   JOB=$(submit --job-name="$(basename "${ARGUMENTS[0]}" .yaml)" "${OPTIONS[@]}" cluster/train.sh "${ARGUMENTS[@]}")
   [ -n "$JOB" ] || exit 2

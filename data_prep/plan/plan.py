@@ -94,11 +94,13 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
         return read_plan(dataset)
 
     _scan_share(config, dataset, files, share)
-    missing = [file.number for file in files if not dataset.exists(_scan_key(file.number))]
+    missing = [place for place, file in enumerate(files) if not dataset.exists(_scan_key(file.number))]
     if missing:
+        # cluster/pairs.sh reads the numbers, to look whether these tasks are still in the queue.
+        tasks = sorted({Share.owner(place, len(files), share.count) for place in missing})
         print(
-            f"plan: {len(missing)} of {len(files)} source files are not scanned yet; "
-            "the last task to scan finishes the plan"
+            f"plan: {len(missing)} of {len(files)} source files are not scanned yet (tasks "
+            f"{', '.join(map(str, tasks))}); the last task to scan finishes the plan"
         )
         return None
     return _finish(config, dataset, files)

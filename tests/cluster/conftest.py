@@ -9,6 +9,7 @@ import pytest
 from data_prep.dataset.schema import Family, Snapshot
 from data_prep.dataset.snapshot_reader import HISTORY
 from data_prep.store.store import open_store
+from model.common.records import canonical_json
 from tests.helpers.slurm import MISSING, Slurm
 
 ROOT = Path(__file__).parent.parent.parent
@@ -75,7 +76,9 @@ class Training:
         snapshot = Snapshot("set", ["original"], families, {}, {})
         dataset = open_store(str(folder / "store"), create=True).sub("set")
         dataset.put(f"snapshots/{snapshot.id}/snapshot.json", snapshot.to_json())
-        dataset.put(f"{HISTORY}000001.json", json.dumps({"id": snapshot.id}).encode())
+        dataset.put(
+            f"{HISTORY}000001.json", canonical_json({"id": snapshot.id, "taken": "2026-01-01T00:00:00Z"})
+        )
 
     def add_stage(self, name):
         path = self.folder / f"{name}.yaml"

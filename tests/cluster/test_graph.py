@@ -59,6 +59,11 @@ def test_bad_node_is_named_and_excluded(slurm, training):
         (["{stage}", "model.preset=li_dit_10b"], "needs GPUs"),
         (["--nodes=9", "{stage}"], "configuration is not available"),
         (["{stage}", "start_from=runs/none"], "no such run"),
+        (["{stage}", "--nodes=2"], "--nodes=2: write sbatch options before the rest"),
+        (
+            ["--array=0-2000", "{stage}"],
+            "array specification: the last task is at most 1000 here",
+        ),
     ],
 )
 def test_refused_before_anything_is_submitted(slurm, training, arguments, says):
@@ -92,6 +97,26 @@ def test_tasks_of_a_plan_wait_for_one_another(slurm, training, dataset):
         (1, 3),
         (2, 3),
     }
+
+
+def test_tasks_that_wait_for_one_that_is_gone_name_it_and_end(slurm, training, dataset):
+    """An array without --plan, of which one task was canceled for good."""
+    array = training.type("sbatch", "--parsable", "--array=4-6%1", "cluster/pairs.sh", str(dataset)).strip()
+    slurm.run("scancel", f"{array}_5")
+    slurm.wait(lambda: not slurm.queue(), "the array's end")
+    assert "pairs" not in {what for what, _ in done(training)}
+    printed = "".join(path.read_text() for path in training.logs.iterdir())
+    assert printed.count("the plan waits for tasks that are gone: run them again, LI_DIT_TASKS=3") == 2
+    assert f"sbatch --array=5 cluster/pairs.sh {dataset}" in printed
+
+
+def test_memory_is_asked_for_in_the_way_that_the_site_wants(slurm, training):
+    jobs = {}
+    for option in ("--hold", "--mem-per-cpu=100"):
+        printed = training.type("cluster/train.sh", "--hold", option, str(training.stage))
+        jobs[option] = slurm.run("scontrol", "show", "job", "-o", printed.split()[-1])
+    assert "MinMemoryNode=0" in jobs["--hold"]
+    assert "MinMemoryCPU=100M" in jobs["--mem-per-cpu=100"]
 
 
 def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):

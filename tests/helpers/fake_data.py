@@ -21,9 +21,12 @@ with (record / "done.jsonl").open("a") as file:
 if module == "data_prep" and words[0] in ("plan", "text"):
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     (record / f"{words[0]}.{share.index}").touch()
-scanned = len(list(record.glob("plan.*")))
-if words[0] == "plan" and scanned < TASKS:
-    print(f"plan: {TASKS - scanned} of {TASKS} source files are not scanned yet")
+waiting = [str(index) for index in range(TASKS) if not (record / f"plan.{index}").exists()]
+if words[0] == "plan" and waiting:
+    print(
+        f"plan: {len(waiting)} of {TASKS} source files are not scanned yet (tasks {', '.join(waiting)}); the "
+        "last task to scan finishes the plan"
+    )
 if words[0] == "snapshot" and (
     left := [str(index) for index in range(TASKS) if not (record / f"text.{index}").exists()]
 ):
