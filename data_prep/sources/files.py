@@ -43,6 +43,7 @@ OUTSIDE_LINK = "link out of the source"
 SPECIAL = "not a regular file"
 LOCKED = "no permission"
 LOCKED_FOLDER = "folder without permission"
+DEEP_FOLDER = "folder with too long a path"
 BAD_NAME = "unusable file name"
 
 
@@ -125,7 +126,7 @@ class SourceFiles:
             yield from _walk_folder(Path(self._store.uri))
             return
         for name in sorted({name for name, _ in self._store.entries("")}):
-            # An object whose key ends with a slash stands for a folder.
+            # An object whose key ends with a slash is how some programs write a folder.
             if not name.endswith("/"):
                 yield name, ""
 
@@ -299,6 +300,11 @@ def _walk_folder(root: Path) -> Iterator[tuple[str, str]]:
             continue
         except FileNotFoundError:
             continue  # removed since its parent was read
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            yield folder.rstrip("/"), DEEP_FOLDER
+            continue
 
         for entry in entries:
             name = folder + entry.name
@@ -353,7 +359,9 @@ def _open_regular(path: Path) -> BinaryIO:
 
 def raise_unless_content(error: Exception) -> None:
     """Raise errors of the disk, which have a number; errors in a file's content only cost rows."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+    # Damaged content can ask for a place that no file has, which the system calls an invalid argument.
+    is_content = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in (None, errno.EINVAL)
+    if isinstance(error, OSError) and not is_content:
         raise error
 
 

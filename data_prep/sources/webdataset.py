@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from data_prep.config import SourceConfig
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.images.images import TOO_LARGE as IMAGE_TOO_LARGE
-from data_prep.sources.files import SourceFiles
+from data_prep.sources.files import SourceFiles, raise_unless_content
 from data_prep.sources.sample import (
     CUT_SHORT,
     IMAGE_SUFFIXES,
@@ -37,6 +37,8 @@ TEXT_SUFFIXES = ("json", "txt", "caption")
 END_OF_TAR = bytes(512)
 MAX_HEADER_BYTES = 1 << 20
 """Bytes of a member's extended header: long names, and PAX's fields."""
+FAULTS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, LookupError)
+"""Exceptions of tarfile for the headers of a damaged or hostile tar."""
 MAX_TEXTS = 100
 """Texts of one key that are read."""
 
@@ -81,7 +83,8 @@ def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
     try:
         # `r:` refuses compressed tars, in which images have no offsets.
         tar = tarfile.open(fileobj=_HeaderReader(file), mode="r:")  # noqa: SIM115
-    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+    except FAULTS as error:
+        raise_unless_content(error)
         yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
         return
 
@@ -100,7 +103,8 @@ def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
             last = member.offset
             vars(tar)["members"].clear()  # otherwise tarfile keeps every header in memory
             yield from samples.add(member)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        except FAULTS as error:
+            raise_unless_content(error)
             problem = str(error)[:200] or type(error).__name__
             break
 
@@ -198,7 +202,7 @@ class _Group:
         self._texts: dict[str, bytes] = {}
         """By suffix."""
         self._rank = 0
-        """How sure it is that the image is the sample's: 0 = no image yet, 3 = named in the settings."""
+        """Certainty that the image is the sample's: 0 = no image yet, 3 = named in the settings."""
         self._rivals: list[str] = []
         """Suffixes of images of the same rank."""
 

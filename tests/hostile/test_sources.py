@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data_prep.config import SourceConfig
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.plan.captions import NOT_TEXT
-from data_prep.sources.files import LOCKED_FOLDER, SourceFiles
+from data_prep.sources.files import DEEP_FOLDER, LOCKED_FOLDER, SourceFiles
 from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.parquet import ParquetSource
@@ -102,6 +102,29 @@ def test_headers_of_tars_cannot_lie_about_sizes(bad):
     assert rows[-1].reason == CUT_SHORT
     # As the first member, it makes the whole tar unreadable.
     assert [row.reason for row in read_tar(io.BytesIO(bad + WHOLE))][-1] in (CUT_SHORT, UNREADABLE)
+
+
+def test_a_sparse_member_whose_map_is_cut_ends_the_tar():
+    info = tarfile.TarInfo("x")
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[156:157], block[482] = tarfile.GNUTYPE_SPARSE, 1
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    assert [row.reason for row in read_tar(io.BytesIO(bytes(block)))] == [UNREADABLE]
+    assert [row.reason for row in read_tar(io.BytesIO(WHOLE + block))] == ["", CUT_SHORT]
+
+
+class BrokenDisk(io.BytesIO):
+    """A file whose second half cannot be read."""
+
+    def read(self, size=-1, /):
+        if self.tell() + max(0, size) > len(self.getbuffer()) // 2:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+def test_a_fault_of_the_disk_stops_the_scan_and_costs_no_rows():
+    with pytest.raises(OSError, match="Input/output error"):
+        list(read_tar(BrokenDisk(WHOLE * 4)))
 
 
 class CountingReader(io.BytesIO):
@@ -267,6 +290,19 @@ def test_unreadable_folders_and_files_are_counted():
         assert source.inventory().ignored == {".tar": 1, ".parquet": 1, LOCKED_FOLDER: 1}
         for kind in ("webdataset", "parquet"):
             assert [row.reason for row in rows_of(kind, folder)] == [NO_ACCESS]
+
+
+def test_a_folder_too_deep_to_be_opened_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1.png").write_bytes(PNG)
+    for _ in range(30):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    Path("2.png").write_bytes(PNG)
+    os.chdir(tmp_path)
+    assert [row.key for row in rows_of("folder", tmp_path)] == ["1.png"]
+    source = FolderSource(SourceConfig(kind="folder", path=str(tmp_path)))
+    assert source.inventory().ignored == {DEEP_FOLDER: 1}
 
 
 @pytest.fixture(scope="module")

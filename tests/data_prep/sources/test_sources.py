@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep.config import SourceConfig
-from data_prep.sources.files import SourceFiles
+from data_prep.sources.files import BAD_NAME, HIDDEN, SourceFiles
 from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.openmoji import OpenMojiSource
@@ -252,3 +252,18 @@ def test_a_ranged_file_reads_like_a_file(s3):
         assert file.read() == data[-20:]
         file.seek(1000)
         assert file.read(5000) == data[1000:6000]
+
+
+def test_a_bucket_is_listed_as_a_folder_is(s3):
+    store = open_store(s3)
+    for key in ("in/b c.tar", "in/a+%.tar", "in/x.txt"):
+        store.put(key, tar_of([0]))
+    # Other programs write objects that stand for folders, and hidden files.
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    for key in ("in/sub/", "in/sub.tar/", "in/.cache/y.tar", "in/.z.tar", "in/ta\tb.tar"):
+        client = store._backend.client
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{key}".lstrip("/"), Body=b"")
+    inventory = WebDatasetSource(SourceConfig(path=f"{s3}/in")).inventory()
+    assert inventory.names == ["a+%.tar", "b c.tar"]
+    assert inventory.ignored == {".txt": 1, HIDDEN: 2, BAD_NAME: 1}
+    inventory.check(s3)
