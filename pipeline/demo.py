@@ -118,9 +118,7 @@ def check_packages() -> None:
         try:
             distribution(package)
         except PackageNotFoundError as error:
-            raise UserError(
-                f"package {package} is not installed: run `make demo`, or pip install -e '.[demo]'"
-            ) from error
+            raise UserError(f"package {package} is not installed: run `make install`") from error
 
 
 def write_examples(stage: StageConfig, count: int) -> list[dict[str, str]]:

@@ -25,6 +25,11 @@ if __name__ == "__main__":
 import argparse
 
 from model.common.errors import command
+from model.common.extras import require
+
+if __name__ == "__main__":
+    command(require)("train", "deepspeed")  # before the modules below, which import it
+
 from pipeline.engine.network import network_sizes
 from pipeline.engine.processes import exit_process, join_process_group
 from pipeline.engine.settings import check_settings

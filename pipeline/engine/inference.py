@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.engine.master_weights import check_names
-from pipeline.engine.network import build_partitioned
+from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.settings import cast_parameters, deepspeed_config
 from pipeline.stage.config import EngineConfig, StageConfig
 

@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from data_prep.dataset.schema import Bucket
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
+from model.common.extras import require
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
@@ -110,9 +111,10 @@ def join_ranks(ranks: Distributed, zero3: bool) -> torch.device:
     """Return this process's device; with `zero3`, first join the ranks that share the weights.
 
     Raises:
-        UserError: if this machine lacks what DeepSpeed needs.
+        UserError: if this machine lacks DeepSpeed or what it needs.
     """
     if zero3:
+        require("train", "deepspeed")
         from pipeline.engine.processes import join_process_group  # imports deepspeed, which takes seconds
 
         join_process_group(TIMEOUT_MINUTES)
