@@ -27,6 +27,7 @@ from data_prep.sources.sample import (
     Place,
     RefusedError,
 )
+from data_prep.store.faults import TooLargeError
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 
@@ -152,16 +153,17 @@ class SourceFiles:
             RefusedError: if it is not read: it is too large, no regular file, or out of the source.
         """
         if not self._is_local:
-            data = self._store.read(self._checked(name))
-            size = len(data)
-        else:
-            with self.open(name) as file:
-                size = os.fstat(file.fileno()).st_size
-                # One byte more than announced is never read, whatever is appended meanwhile.
-                data = file.read(size) if size <= max_bytes else b""
-        if size > max_bytes:
-            raise RefusedError(TOO_LARGE, f"{name}: {size} bytes"[:200])
-        return data
+            try:
+                return self._store.read(self._checked(name), max_bytes)
+            except TooLargeError as error:
+                raise RefusedError(TOO_LARGE, str(error)[-200:]) from error
+
+        with self.open(name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise RefusedError(TOO_LARGE, f"{name}: {size} bytes"[-200:])
+            # Not more than announced, whatever is appended meanwhile.
+            return file.read(size)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start` on; fewer at the end of the file."""

@@ -17,6 +17,10 @@ class StoreError(UserError):
     """A store operation failed in spite of all retries; the message names the object."""
 
 
+class TooLargeError(Exception):
+    """An object that is larger than its reader takes."""
+
+
 class TransientError(Exception):
     """A fault that may pass, so the operation is worth another try."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.store.faults import StoreError
+from data_prep.store.faults import StoreError, TooLargeError
 from model.common.files import is_full_disk, naming_full_disk, sync_path
 
 TEMPORARY = ".tmp-"
@@ -32,10 +32,13 @@ class LocalFolder:
         """Return the path of an object's file."""
         return self.root / key
 
-    def read(self, key: str) -> bytes:
-        """Return the object's bytes."""
-        with _naming(self.root / key):
-            return (self.root / key).read_bytes()
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        """Return the object's bytes, if they are not too many."""
+        path = self.root / key
+        with _naming(path):
+            if max_bytes is not None and path.stat().st_size > max_bytes:
+                raise TooLargeError(f"{path}: {path.stat().st_size} bytes")
+            return path.read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start` on; fewer only at the object's end."""

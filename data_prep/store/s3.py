@@ -18,7 +18,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
-from data_prep.store.faults import DamagedError, StoreError, TransientError, retry_seconds, retrying
+from data_prep.store.faults import (
+    DamagedError,
+    StoreError,
+    TooLargeError,
+    TransientError,
+    retry_seconds,
+    retrying,
+)
 from data_prep.store.s3_answers import exception_for, own_object, own_page, own_time, status_of
 from model.common.errors import UserError
 
@@ -64,11 +71,14 @@ class S3Bucket:
         """Return None: no object is a local file."""
         return None
 
-    def read(self, key: str) -> bytes:
-        """Return the object's bytes, checked against the hash that it was written with."""
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        """Return the object's bytes, if not too many, checked against the hash they were written with."""
 
         def get() -> bytes:
             response = own_object(self.client.get_object(Bucket=self.bucket, Key=key))
+            if max_bytes is not None and response["ContentLength"] > max_bytes:
+                response["Body"].close()
+                raise TooLargeError(f"{self.uri}/{key}: {response['ContentLength']} bytes")
             data = response["Body"].read()
             # Objects that other programs wrote have no hash.
             expected = response["Metadata"].get(HASH_FIELD)
@@ -326,6 +336,7 @@ class S3Bucket:
 def _connect() -> Any:
     # Imported here because boto3 is slow to import and local stores do not need it.
     from boto3.session import Session
+    from botocore import UNSIGNED
     from botocore.config import Config
 
     # A stall must cost only a part of the time that is set aside for retries.
@@ -339,6 +350,8 @@ def _connect() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    if os.environ.get("LI_DIT_S3_UNSIGNED") == "1":
+        config = config.merge(Config(signature_version=UNSIGNED))  # a public bucket needs no credentials
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     session = Session()
     try:
@@ -389,4 +402,7 @@ def _translated(uri: str) -> Iterator[None]:
     except transient as error:
         raise TransientError(f"{type(error).__name__}: {error}") from error
     except aws.BotoCoreError as error:  # no credentials, no region, no such profile
-        raise UserError(f"{uri}: {error}: set the usual AWS variables, or AWS_PROFILE") from error
+        raise UserError(
+            f"{uri}: {error}: set the usual AWS variables, or AWS_PROFILE; "
+            "or LI_DIT_S3_UNSIGNED=1 for a public bucket"
+        ) from error

@@ -39,7 +39,7 @@ class Backend(Protocol):
     @property
     def uri(self) -> str: ...
     def local_path(self, key: str) -> Path | None: ...
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str, max_bytes: int | None = None) -> bytes: ...
     def read_range(self, key: str, start: int, length: int) -> bytes: ...
     def stream(self, key: str, start: int) -> Iterator[bytes]: ...
     def size(self, key: str) -> int | None: ...
@@ -77,13 +77,14 @@ class Store:
         """Return the path of an object, which may not exist; None if the store is not a local folder."""
         return self._backend.local_path(self._key(key))
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """Return the bytes of a small object.
 
         Raises:
             FileNotFoundError: if there is no such object.
+            TooLargeError: if it is larger than `max_bytes`; nothing of it is read then.
         """
-        return self._backend.read(self._key(key))
+        return self._backend.read(self._key(key), max_bytes)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start` on; fewer only at the object's end.
@@ -263,7 +264,9 @@ def open_store(uri: str, create: bool = False) -> Store:
     # Checked at once, so that a wrong address fails before the work and not at its first write.
     if not store._backend.check(create):
         advice = "correct the address" + (", or create the bucket" if "://" in uri else "")
-        raise UserError(f"store {uri}: does not exist: {advice}")
+        # a run's stage may name its store relative to the folder in which it was started
+        begins = "" if "://" in uri or Path(uri).expanduser().is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"store {uri}: does not exist{begins}: {advice}")
     return store
 
 

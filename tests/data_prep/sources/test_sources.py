@@ -9,7 +9,7 @@ from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.openmoji import OpenMojiSource
 from data_prep.sources.parquet import NO_COLUMN, ParquetSource
-from data_prep.sources.sample import NO_IMAGE, OUTSIDE, UNREADABLE
+from data_prep.sources.sample import NO_IMAGE, OUTSIDE, TOO_LARGE, UNREADABLE, RefusedError
 from data_prep.sources.webdataset import WebDatasetSource
 from data_prep.store.store import open_store
 from model.common.errors import UserError
@@ -267,3 +267,28 @@ def test_a_bucket_is_listed_as_a_folder_is(s3):
     assert inventory.names == ["a+%.tar", "b c.tar"]
     assert inventory.ignored == {".txt": 1, HIDDEN: 2, BAD_NAME: 1}
     inventory.check(s3)
+
+
+def test_an_object_that_is_too_large_is_not_read(s3):
+    store = open_store(s3)
+    store.put("in/1.png", IMAGES[0])
+    files = SourceFiles(f"{s3}/in")
+    assert files.read("1.png", len(IMAGES[0])) == IMAGES[0]
+    with pytest.raises(RefusedError) as error:
+        files.read("1.png", len(IMAGES[0]) - 1)
+    assert error.value.reason == TOO_LARGE
+
+
+def test_a_public_bucket_is_read_without_credentials(s3, monkeypatch):
+    store = open_store(s3)
+    store.put("in/1.png", IMAGES[0])
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    store._backend.client.put_object_acl(Bucket=bucket, Key=f"{prefix}/in/1.png", ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match="LI_DIT_S3_UNSIGNED=1 for a public bucket"):
+        SourceFiles(f"{s3}/in").read("1.png")
+    monkeypatch.setenv("LI_DIT_S3_UNSIGNED", "1")
+    assert SourceFiles(f"{s3}/in").read("1.png") == IMAGES[0]
