@@ -68,6 +68,8 @@ class SourceFiles:
             wanted = f"not a {' or '.join(suffixes)} file" if suffixes else "a file, not a folder"
             raise UserError(f"{path}: {wanted}: correct `sources.path` or `sources.kind`")
         self._store: Store = open_store(root or ".")
+        self._inside: str | None = None
+        """The last file that was found to be inside."""
         # Any key does: only a local folder has paths.
         self._is_local = self._store.local_path("x") is not None
 
@@ -208,14 +210,16 @@ class SourceFiles:
         """
         path = self._store.local_path(self._checked(name))
         if path is not None:
-            if not self._is_inside(path):
+            # The images of a tar are read from it one after another: its path is looked at once.
+            if name != self._inside and not self._is_inside(path):
                 raise RefusedError(OUTSIDE, name[:200])
+            self._inside = name
             return _open_regular(path)
         # The buffer turns a reader's many small reads into a few large requests.
         return io.BufferedReader(_RangedFile(self, name), BUFFER)
 
     def _checked(self, name: str) -> str:
-        if not self.usable(name):
+        if name != self._inside and not self.usable(name):
             raise RefusedError(UNUSABLE, name[:200])
         return name
 
