@@ -18,7 +18,7 @@ from model.common.errors import UserError, command
 from model.common.files import atomic_path
 from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import Checkpoints
-from pipeline.checkpoint.weights import read_manifest
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.sampler import Sampler

@@ -42,6 +42,8 @@ def canonical_json(record: Any) -> bytes:
 
 def seal(record: dict[str, Any], *, allow_nan: bool = False) -> bytes:
     """Return the canonical JSON of a record with the hash of its content."""
+    # Through JSON first: keys that are numbers become text there, which has another order.
+    record = json.loads(_compact_json(record, allow_nan))
     content = _compact_json(record, allow_nan)
     return _compact_json({**record, SEAL: xxhash.xxh64_hexdigest(content)}, allow_nan)
 

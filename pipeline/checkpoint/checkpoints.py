@@ -29,16 +29,16 @@ from torch import Tensor
 from data_prep.store.store import hash_file, open_store
 from model.common.errors import UserError
 from model.common.files import sync_path, write_atomic
+from model.common.records import seal
 from pipeline.checkpoint.files import RankFiles, Written, rank_file, write_tensors
-from pipeline.checkpoint.weights import (
+from pipeline.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     REPLICATED,
-    CheckpointWeights,
-    ExportedWeights,
     read_manifest,
     refuse_other_format,
 )
+from pipeline.checkpoint.weights import CheckpointWeights, ExportedWeights
 from pipeline.engine.layout import Layout, moves
 from pipeline.engine.master_weights import RankState, check_names
 from pipeline.runtime.attempt import check_newest_attempt
@@ -253,7 +253,7 @@ class Checkpoints:
     def _commit(self, job: _Job, final: Path) -> None:
         """Write the manifest, rename the folder, write `latest`; each is on disk before the next begins."""
         check_newest_attempt(self.folder.parent)
-        write_atomic(job.folder / MANIFEST, json.dumps(job.manifest), durable=True)
+        write_atomic(job.folder / MANIFEST, seal(job.manifest, allow_nan=True), durable=True)
         if final.exists():  # it is damaged and was passed over, or the run was set back to an earlier step
             _remove(final)
         job.folder.rename(final)
@@ -296,7 +296,7 @@ class Checkpoints:
             )
         elif self.rank == 0:
             store = open_store(self.config.upload)
-            store.put(f"{self._key(job.folder)}/{MANIFEST}", json.dumps(job.manifest).encode())
+            store.put(f"{self._key(job.folder)}/{MANIFEST}", seal(job.manifest, allow_nan=True))
 
     # -- loading --
 
@@ -305,14 +305,14 @@ class Checkpoints:
         # Rank 0's list, since a network file system may show other ranks an older state of the folder.
         names = gather([folder.name for folder in sorted(self.folder.glob("step_*"), reverse=True)])[0]
         for name in names:
-            damage = self._damage(self.folder / name)
+            damage = self.damage(self.folder / name)
             if all_reduce_min(0 if damage else 1):
                 return self.folder / name
             if damage:
                 log.warning("checkpoint %s is passed over: %s", name, damage)
         return None
 
-    def _damage(self, folder: Path) -> str:
+    def damage(self, folder: Path) -> str:
         """Describe what is wrong with this rank's share of the files; empty if nothing is."""
         manifest = read_manifest(folder)
         if manifest is None:
@@ -445,6 +445,11 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
 
     # Before the search for safetensors, since a checkpoint's rank files have that suffix too.
     if (path / MANIFEST).exists():
+        refuse_other_format(path)
+        damage = Checkpoints(path.parent, CheckpointConfig()).damage(path)
+        if not all_reduce_min(0 if damage else 1):
+            reason = damage or "damaged, see the other ranks"
+            raise UserError(f"{path}: {reason}: name another checkpoint, or the run")
         return CheckpointWeights(path, which)
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:

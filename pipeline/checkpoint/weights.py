@@ -1,11 +1,9 @@
 """The whole weights of a checkpoint or an export, read without a process group, each when it is accessed."""
 
-import json
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,38 +12,8 @@ from torch import Tensor
 
 from model.common.errors import UserError
 from pipeline.checkpoint.files import RankFiles
+from pipeline.checkpoint.manifest import REPLICATED, read_manifest, refuse_other_format
 from pipeline.engine.layout import Layout
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-REPLICATED = "replicated.safetensors"
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's manifest, or None if it is missing, damaged, or of another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    # A folder without a manifest may be what is left of a checkpoint whose deletion was interrupted.
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
-
-
-def refuse_other_format(folder: Path) -> None:
-    """Refuse a checkpoint that another version wrote.
-
-    Raises:
-        UserError: if its manifest names another format.
-    """
-    try:
-        format = json.loads((folder / MANIFEST).read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if format != FORMAT:
-        raise UserError(
-            f"{folder}: checkpoint format {format}, this version reads format {FORMAT}: "
-            "use the version of its run"
-        )
 
 
 class CheckpointWeights(Mapping[str, Tensor]):

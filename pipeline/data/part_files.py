@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from data_prep.dataset.mds import Shard
 from data_prep.dataset.schema import Family, Part, Snapshot
 from data_prep.dataset.snapshot_reader import read_index
-from data_prep.store.store import StoredFile, StoreError
+from data_prep.store.store import StoredFile, StoreError, hash_file
 from model.common.errors import UserError
-from model.common.files import atomic_path, naming_full_disk
+from model.common.files import atomic_path, naming_full_disk, write_atomic
 from pipeline.data.shard_cache import WAIT_SECONDS, CachedShard, ShardCache
 from pipeline.data.threads import Threads
 from pipeline.stage.config import DataConfig, cache_root
@@ -53,13 +53,13 @@ class PartIndex:
         """
         self.paths: dict[str, Path] = {}
         for bucket, record in sorted(snapshot.buckets.items()):
-            # The hash is in the name, so a file that exists has the right content and is never rewritten.
+            # The hash is in the name, so a file that is whole has the right content and is never rewritten.
             name = f"index/{bucket}-{record['index_xxh64']}"
             self.paths[bucket] = path = cache.folder / f"{name}.arrow"
             with naming_full_disk(path), cache.locked(name, WAIT_SECONDS) as is_held:
                 if not is_held:
                     raise StoreError(f"{path}: another process has locked it for an hour: end that process")
-                if not path.exists():
+                if not _is_whole(path):
                     _write_table(path, read_index(cache.dataset, snapshot, bucket).combine_chunks())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +95,7 @@ class PartIndex:
 
 
 def _write_table(path: Path, table: pyarrow.Table) -> None:
+    """Write a table, and then its hash beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_path(path, durable=True) as temporary,
@@ -102,6 +103,19 @@ def _write_table(path: Path, table: pyarrow.Table) -> None:
         pyarrow.ipc.new_file(file, table.schema) as writer,
     ):
         writer.write_table(table)
+    write_atomic(_hash_path(path), hash_file(path))
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xxh64")
+
+
+def _is_whole(path: Path) -> bool:
+    """True if a cached index is what was written: from a damaged one, rows would be read at wrong places."""
+    try:
+        return _hash_path(path).read_bytes() == hash_file(path).encode()
+    except FileNotFoundError:
+        return False
 
 
 @dataclass

@@ -5,6 +5,10 @@ all processes of a machine share; it gets its name there only after size and has
 `flock`s, so they end with the process that holds them, and nothing is kept in shared memory: a killed job
 leaves nothing that could block the next one. The lock also shows whether an unfinished file belongs to a live
 job: a process that works on a file holds the file's lock.
+
+Bit rot: a file is hashed before its first use since the machine was booted, or since its size or time
+changed. Disks also lose bits without a change of either, so of all times that a process asks for a file,
+every `RECHECK_EVERY`-th hashes it again, which is at most 1/64 of what it opens.
 """
 
 import fcntl
@@ -23,11 +27,14 @@ from data_prep.dataset.mds import Shard
 from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
 from model.common.files import naming_full_disk, write_atomic
+from model.common.records import checked, read_bounded
 
 LOCKS = 256
 """Lock files per machine; a few files of the cache share each one."""
 WAIT_SECONDS = 3600.0
 """Seconds that a process waits for another one which downloads the file."""
+RECHECK_EVERY = 64
+"""A process hashes a file again, whatever it knows about it, once in so many times that it asks for one."""
 _MAX_OPEN_TRIES = 10
 _TOUCH_SECONDS = 30.0
 _SPARE_BYTES = 256 << 20
@@ -106,6 +113,7 @@ class ShardCache:
         self.dataset, self.root, self.limit = dataset, root, limit
         self.folder = root / snapshot
         self._whole: set[str] = set()
+        self._asked = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # `mkdir` succeeds on a folder that exists, even if nothing can be written there.
@@ -162,7 +170,8 @@ class ShardCache:
         stored = self.dataset.local_path(file.key)
         path = stored or self.folder / f"{name}.mds"
         # The usual case takes no lock: this process has checked the file before.
-        if name in self._whole and path.exists():
+        is_due = self._is_due()
+        if name in self._whole and path.exists() and not is_due:
             return path
 
         # A failure that is older than this call does not count: the caller may have mended the cause.
@@ -172,7 +181,7 @@ class ShardCache:
             if not is_held:
                 return None
             # Tested again under the lock: the process that held it has probably fetched the file.
-            if not self._is_whole(path, file, name):
+            if not self._is_whole(path, file, name, is_due):
                 if stored is not None:
                     state = "is damaged" if stored.exists() else "is missing"
                     raise StoreError(f"{path}: {state}: run `python -m data_prep verify` for a way out")
@@ -180,6 +189,11 @@ class ShardCache:
                 self._download(path, file, name)
         self._whole.add(name)
         return path
+
+    def _is_due(self) -> bool:
+        """True if it is time to hash a file again; the turn differs between processes."""
+        self._asked += 1
+        return (os.getpid() + self._asked) % RECHECK_EVERY == 0
 
     def locked(self, name: str, wait_seconds: float) -> AbstractContextManager[bool]:
         """Hold the lock of a file of this cache, as `locked` does; a few files share each lock."""
@@ -216,25 +230,27 @@ class ShardCache:
 
     def _raise_failure(self, name: str, since: float) -> None:
         """Raise if another process or thread has failed to fetch the file since then."""
-        with suppress(FileNotFoundError):
-            time_of_failure, message = json.loads(self._failure_path(name).read_text())
-            if time_of_failure >= since:
-                raise StoreError(message)
+        try:
+            time_of_failure, message = checked(tuple[float, str], read_bounded(self._failure_path(name)))
+        except (FileNotFoundError, ValueError):  # a damaged note says nothing
+            return
+        if time_of_failure >= since:
+            raise StoreError(message)
 
     def _failure_path(self, name: str) -> Path:
         return self.folder / f"{name}.failed"
 
-    def _is_whole(self, path: Path, file: StoredFile, name: str) -> bool:
+    def _is_whole(self, path: Path, file: StoredFile, name: str, again: bool) -> bool:
         """True if the file has the right size and hash.
 
-        It is hashed once per state of the file and boot of the machine.
+        It is hashed once per state of the file and boot of the machine, and if `again`.
         """
         marker = self._marker_path(name)
         try:
             # From cheap to expensive: size, then the mark of an earlier check, and the hash last.
             if path.stat().st_size != file.bytes:
                 return False
-            if marker.exists() and marker.read_text() == _state(path):
+            if not again and marker.exists() and marker.read_bytes() == _state(path).encode():
                 return True
             if hash_file(path) != file.xxh64:
                 return False
@@ -321,7 +337,8 @@ def _reserved_bytes(reservation: Path) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return int(file.read() or 0)
+            text = file.read()
+            return int(text) if text.isdecimal() else 0
     return 0
 
 

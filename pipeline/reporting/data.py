@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset.parts import read_plan, read_plan_record
+from data_prep.dataset.parts import PLAN_KEY, read_plan, read_plan_record
 from data_prep.dataset.snapshot_reader import read_index
 from model.common.errors import UserError
 from pipeline.stage.config import StageConfig
@@ -67,12 +67,9 @@ def _steps(corpus: Corpus) -> list[dict[str, str]]:
         planned += sum(sum(rows) for rows in read_plan(source.dataset).buckets.values())
         # a partial snapshot lacks parts that were not ready when it was made
         missing.update(source.snapshot.left_out)
-        try:
-            files = read_plan_record(source.dataset)["files"]
-        except FileNotFoundError:  # parts that were not made by `data_prep plan`
-            files = []
-        for file in files:
-            dropped.update(file["dropped"])
+        if source.dataset.exists(PLAN_KEY):  # else the parts were not made by `data_prep plan`
+            for file in read_plan_record(source.dataset)["files"]:
+                dropped.update(file["dropped"])
     # `plan` reads only headers, so damaged images are found later, by `pairs`
     missing["dropped when decoded in full"] = planned - used - missing.total()
 

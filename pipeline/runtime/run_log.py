@@ -1,23 +1,63 @@
 """Reading a run's `metrics.jsonl`, and its goodput. Imports no torch, which a login node may not have."""
 
-import json
+import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from model.common.records import parse_json
+
+log = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 1 << 20
+
 
 def read_lines(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield all complete lines of a run's metrics; a last line that a crash cut short is skipped."""
+    """Yield all complete lines of a run's metrics.
+
+    A last line that a crash cut short is skipped; damaged lines are skipped with a warning, since they must
+    not keep a run from its next start.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         return
 
-    with path.open() as file:
-        for line in file:
-            # a killed rank may leave an incomplete line, and a running one may be writing it
-            if line.endswith("\n"):
-                yield json.loads(line)
+    damage: list[str] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES), b""), start=1):
+            try:
+                parsed = _parse_line(line)
+            except ValueError as error:
+                # a killed rank may leave an incomplete line, and a running one may be writing it
+                damage += [f"line {number}: {error}"] if line.endswith(b"\n") else []
+                continue
+            yield parsed
+    if damage:
+        log.warning("%s: %d damaged lines are passed over, the first is %s", path, len(damage), damage[0])
+
+
+def _parse_line(data: bytes) -> dict[str, Any]:
+    """Return a report, which has numbers only, or an event.
+
+    Raises:
+        ValueError: if the line is neither.
+    """
+    line = parse_json(data)
+    if not isinstance(line, dict):
+        raise ValueError("not a JSON object")
+    is_report = "event" not in line
+    numbers = line if is_report else {name: line[name] for name in {"step", "samples"} & line.keys()}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"{name[:100]!r} is not a number")
+
+    # A report is found by its step and drawn over its samples, and every line counts for the run's time.
+    for name, kind in {"time": float, **({"step": int, "samples": int} if is_report else {})}.items():
+        if not isinstance(line.get(name), kind | int):
+            raise ValueError(f"{name} is not a number")
+    return line
 
 
 def latest_reports(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

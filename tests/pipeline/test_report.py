@@ -136,11 +136,13 @@ def test_data_used_and_left_out(tmp_path):
         ["rows of the sources", "", "15"],
         ["pairs in the snapshot", "", "15"],
     ]
+    file = {"number": 0, "label": "a.tar", "rows": 1220, "kept": 15}
     files = [
-        {"dropped": {"dedupe: same file": 1200, "bucket: too small": 2}},
-        {"dropped": {"bucket: too small": 3}},
+        {**file, "dropped": {"dedupe: same file": 1200, "bucket: too small": 2}},
+        {**file, "dropped": {"bucket: too small": 3}},
     ]
-    open_store(str(store)).sub("ds").put_new(PLAN_KEY, json.dumps({"files": files}).encode())
+    record = {"files": files, "captions": {"kept": {}, "letters": {}, "refused": {}}, "manifest": {}}
+    open_store(str(store)).sub("ds").put_new(PLAN_KEY, json.dumps(record).encode())
     assert rows(build(write_run(tmp_path / "with", [], stage)).read_text(), "Used and left out") == [
         ["rows of the sources", "", "1,220"],
         ["dedupe: same file", "-1,200", "20"],

@@ -282,6 +282,7 @@ def test_a_checkpoint_whose_manifest_does_not_name_moments_is_adamws_or_muons(tm
     save_steps(checkpoints, [1])
     path = tmp_path / "step_000000001" / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["xxh64"]  # earlier versions did not seal it either
     assert manifest["optimizer"].pop("moments") == ["exp_avg", "exp_avg_sq"]
     path.write_text(json.dumps(manifest))
     engine = FakeEngine(9)

