@@ -203,11 +203,19 @@ def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch
 
     # Only the blocks up to the highest one read are built.
     file = GGUFFile(path)
-    blocks = count_blocks(file)
-    reading, layers = parse_layer(config.layer, blocks)
-    module = build_model(file, max(layers), dtype, device)
-    pad = file.metadata.get("tokenizer.ggml.padding_token_id")
-    tokenizer = build_tokenizer(file)
+    try:
+        blocks = count_blocks(file)
+        reading, layers = parse_layer(config.layer, blocks)
+        module = build_model(file, max(layers), dtype, device)
+        pad = file.metadata.get("tokenizer.ggml.padding_token_id")
+        tokenizer = build_tokenizer(file)
+    except UserError:
+        raise
+    # What the metadata says goes into classes of transformers and tokenizers, whose errors are of any kind.
+    except Exception as error:
+        raise UserError(
+            f"{config.llm}: its metadata do not describe a model ({first_line(error)}): use another file"
+        ) from error
     hidden = module.config.hidden_size
     return LanguageModel(
         module, tokenizer, pad, f"sha256:{file_sha256(path)}", hidden, blocks, reading, layers

@@ -8,15 +8,17 @@ head. Encoders that are not causal (T5, CLIP), and causal ones with `reuse_prefi
 padded.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.common.dtypes import DTYPES
-from model.common.errors import UserError
+from model.common.errors import UserError, first_line
 from model.config import TextConfig
 from model.encoders.language_model import LanguageModel, load_language_model
 from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_groups
@@ -119,6 +121,7 @@ class TextEncoder:
         """
         self.config, self.device = config, device
         self.llm = llm
+        self._tokenizer = llm.tokenizer
         self._read_template()
 
         self.width = llm.hidden * (len(llm.layers_read) if llm.reading == "concat" else 1)
@@ -146,18 +149,12 @@ class TextEncoder:
         # The template is the user's, so its special tokens count as such. In captions they are plain text.
         self.llm.tokenizer.encode_special_tokens = False
         before, after = self.llm.added_tokens
-        prefix = self._ids(head)
+        prefix, joint = self._ids(head), self._ids(head + self._lead + _PROBE)
+        self._tokenizer = self._continuing_tokenizer(prefix, joint, name)
         self.prompt_ids = before + (prefix[len(before) :] if prefix[: len(before)] == before else prefix)
         self.suffix_ids = self._ids(self.config.suffix) + after
-        joint = self._ids(head + self._lead + _PROBE)
-        self.llm.tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = True
 
-        # Prefix and caption are tokenized apart, so no token may contain parts of both.
-        if prefix + self._ids(self._lead + _PROBE) != joint:
-            raise UserError(
-                f"text {name}: the end of the prefix merges with the caption's first letters into one token: "
-                "end it with chat markup, one newline or one space"
-            )
         if len(self.suffix_ids) >= self.config.max_tokens:
             raise UserError(
                 f"text {name}: max_tokens={self.config.max_tokens} leaves no token for a caption: raise it"
@@ -169,8 +166,30 @@ class TextEncoder:
                 f"text {name}: the null caption has no token: set text.suffix, such as the end-of-turn markup"
             )
 
+    def _continuing_tokenizer(self, prefix: list[int], joint: list[int], name: str) -> Tokenizer:
+        """Return the tokenizer for captions and suffix, which continue a prompt.
+
+        Args:
+            prefix: tokens of the prefix alone.
+            joint: tokens of the prefix and a caption in one text.
+            name: of the family.
+
+        Raises:
+            UserError: if prefix and caption cannot be tokenized apart, since a token contains parts of both.
+        """
+        own = self.llm.tokenizer
+        # The second one only where the first does not fit: it is a copy of the whole vocabulary.
+        for make in (lambda: own, lambda: without_added_space(own)):
+            tokenizer = make()
+            if prefix + tokenizer.encode(self._lead + _PROBE, add_special_tokens=False).ids == joint:
+                return tokenizer
+        raise UserError(
+            f"text {name}: the end of the prefix merges with the caption's first letters into one token: "
+            "end it with chat markup, one newline or one space"
+        )
+
     def _ids(self, text: str) -> list[int]:
-        return self.llm.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _caption_ids(self, ids: list[int]) -> tuple[list[int], bool]:
         """Truncate a caption's tokens and append the suffix. Return them, and True if they were truncated."""
@@ -183,7 +202,7 @@ class TextEncoder:
         Captions are truncated so that, with the suffix, they have at most `max_tokens` tokens.
         """
         texts = [self._lead + caption.strip() for caption in captions]
-        encodings = self.llm.tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
         token_ids: list[list[int]] = []
         for encoding in encodings:
@@ -196,7 +215,7 @@ class TextEncoder:
         """Return the characters [start, end) of `caption` that each token covers; (0, 0) for the suffix."""
         # `tokenize` strips captions and puts `_lead` before them; offsets count from there.
         begin = len(caption) - len(caption.lstrip()) - len(self._lead)
-        encoding = self.llm.tokenizer.encode(self._lead + caption.strip(), add_special_tokens=False)
+        encoding = self._tokenizer.encode(self._lead + caption.strip(), add_special_tokens=False)
         tokens = len(self._caption_ids(encoding.ids)[0]) - len(self.suffix_ids)
         spans = [(max(0, start + begin), max(0, end + begin)) for start, end in encoding.offsets[:tokens]]
         return spans + [(0, 0)] * len(self.suffix_ids)
@@ -269,20 +288,32 @@ class TextEncoder:
     @torch.inference_mode()
     def _run_prefix(self) -> None:
         """Compute the hidden states, keys and values of the prefix."""
-        if not self.prefix_ids:
-            self._prefix_states = torch.zeros(0, self.width)
-        elif not self.config.reuse_prefix:
+        self._prefix_states = torch.zeros(0, self.width)
+        if self.config.reuse_prefix:
+            self._run_packed_prefix()
+        elif self.prefix_ids:
             # No caption is needed: under causal attention none changes the states of the prefix.
             self._prefix_states = self._encode_padded([[]])[0].float()
-        else:
-            tokens = len(self.prefix_ids)
-            # The prefix is a single packed caption that records its keys and values.
-            packing = Packing(plan_groups([tokens]), recorded={})
-            self._prefix_states = self._forward_packed(self.prefix_ids, list(range(tokens)), packing).float()
-            self._prefix_cache = packing.recorded or {}
 
-        if self.config.reuse_prefix:
+    def _run_packed_prefix(self) -> None:
+        """Compute the hidden states of the prefix as a single packed caption that records keys and values.
+
+        Raises:
+            UserError: if the model does not take packed captions, or gives other states for them.
+        """
+        tokens = len(self.prefix_ids)
+        try:
+            if tokens:
+                packing = Packing(plan_groups([tokens]), recorded={})
+                states = self._forward_packed(self.prefix_ids, list(range(tokens)), packing)
+                self._prefix_states, self._prefix_cache = states.float(), packing.recorded or {}
             self._check_packing()
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            # Models with an attention or a state of their own have other arguments.
+            raise UserError(
+                f"{self.config.llm}: a {type(self.llm.module).__name__} does not take packed captions "
+                f"({first_line(error)[:100]}): set reuse_prefix: false"
+            ) from error
 
     def _check_packing(self) -> None:
         """Compare packed captions with whole prompts, so that no architecture is packed wrongly.
@@ -303,7 +334,8 @@ class TextEncoder:
         if not worst <= CHECK_TOLERANCE[self.config.dtype]:
             raise UserError(
                 f"{self.config.llm}: packed captions behind a shared prefix differ from whole prompts by "
-                f"{worst:.2g}, so this model is not purely causal: set reuse_prefix: false"
+                f"{worst:.2g}, so this model is not purely causal, or its attention has more than keys and "
+                "values, such as sinks: set reuse_prefix: false"
             )
 
     @torch.inference_mode()
@@ -353,6 +385,29 @@ class TextEncoder:
         options = {"use_cache": False} if self.config.encoder == "causal" else {}
         states = self.llm.states(input_ids=ids, attention_mask=mask, **options)  # [B, T, W]
         return [row[start:end] if end > start else row[:start] for row, end in zip(states, ends, strict=True)]
+
+
+def without_added_space(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a tokenizer that puts no space before a text.
+
+    SentencePiece and some others do so, which is right for a prompt and wrong for its continuation.
+    """
+
+    def changed(step: dict[str, Any] | None) -> dict[str, Any] | None:
+        if step is None or step["type"] == "Prepend":
+            return None
+        step = {key: value for key, value in step.items() if key != "add_prefix_space"}
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        for steps in {"normalizers", "pretokenizers"} & step.keys():
+            step[steps] = [each for each in map(changed, step[steps]) if each is not None]
+        return step
+
+    record = json.loads(tokenizer.to_str())
+    record |= {part: changed(record[part]) for part in ("normalizer", "pre_tokenizer")}
+    return Tokenizer.from_str(json.dumps(record))
 
 
 def padding_tokens(lengths: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """Random language models of a few thousand weights, saved as transformers saves real ones."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -100,6 +100,26 @@ def tokenizer(before="", after="", pad=True):
             single=f"{before} $A {after}".strip(), special_tokens=template
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, **({"pad_token": "<pad>"} if pad else {}))
+
+
+def sentencepiece(legacy):
+    """Llama 2's kind of tokenizer, which puts a space before every text; in its older form, before every
+    piece between special tokens."""
+    letters = sorted({chr(code) for code in range(33, 127)})
+    merges = [("▁", "a"), ("▁", "r"), ("▁r", "e"), ("▁re", "d"), ("▁", "t"), ("▁", "D"), ("▁", "[")]
+    pieces = ["<unk>", "<s>", "</s>", "▁", *letters, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def save(folder, module, words=None, safe=True):
