@@ -17,8 +17,6 @@ from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import load_export
 from pipeline.stage.config import load_run
 from tests.helpers import tiny_sampler
-from tests.helpers.distributed import on_ranks
-from tests.seams import seam_tasks
 
 BEFORE = Path(__file__).parent / "fixtures" / "before_the_house"
 EXPECTED = json.loads((BEFORE / "expected.json").read_text())
@@ -27,6 +25,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_resumes_with_the_losses_that_it_would_have_had(tmp_path, world):
+    # here, since the other tests run without the packages of training too
+    from tests.helpers.distributed import on_ranks
+    from tests.seams import seam_tasks
+
     shutil.copytree(BEFORE / "run", tmp_path / "runs" / "small")
     shutil.copytree(BEFORE / "store", tmp_path / "store")
     results = on_ranks(world, seam_tasks.resume_old, str(tmp_path))

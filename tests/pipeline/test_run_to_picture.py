@@ -8,31 +8,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 from model.common.errors import UserError
 from model.config import TextConfig
 from model.encoders.text_encoder import _IDENTITY
-from model.encoders.vae import VAE
 from pipeline import diffusers_pipeline, export, sample, web
 from pipeline.diffusers_pipeline import LIDiTPipeline
 from pipeline.inference import sampler
 from pipeline.text.prompts import load_llm
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
+from tests.helpers.export_and_draw import make_vae
 from tests.helpers.tiny_sampler import LetterLLM
-
-
-def make_vae(*_):
-    torch.manual_seed(0)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    sizes = {"block_out_channels": (8,) * 4, "latent_channels": fake_snapshot.CHANNELS, "norm_num_groups": 4}
-    module = AutoencoderKL(
-        down_block_types=down, up_block_types=up, layers_per_block=1, mid_block_add_attention=False, **sizes
-    )
-    return VAE(module.eval().requires_grad_(False), "")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, file_download
-from huggingface_hub.utils import reset_sessions
 
 from model.common.errors import UserError
 from model.encoders.text_encoder import check_identity, load_encoder, relative_error
@@ -103,6 +103,11 @@ def hub(revisions, tmp_path, monkeypatch):
         reset_sessions()
         yield asked
         reset_sessions()
+
+
+def reset_sessions():
+    """Forget open connections: huggingface-hub 1 renamed the function."""
+    (getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions)()
 
 
 def config(revision):
