@@ -33,7 +33,8 @@ class Position:
         try:
             return cls(**record)
         except TypeError as error:
-            raise UserError(f"not a position in a snapshot: a record of {', '.join(record)}") from error
+            what = f"a record of {', '.join(map(str, record))}" if isinstance(record, dict) else repr(record)
+            raise UserError(f"not a position in a snapshot: {what[:200]}") from error
 
     def check(self, now: "Position") -> None:
         """Refuse to continue inside an epoch whose order has changed; between epochs everything may change.

@@ -15,7 +15,7 @@ ranks only agree, batch by batch, that none has failed.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -78,6 +78,12 @@ class StreamingSnapshot(StreamingDataset):
         self._batches = 0, len(self.data.schedule.plan(0))  # of the epoch that was asked for last
         self.length = self.batches_in(0) * self.batch_size
 
+        # What trainers that are built on streaming read or log, by its names for it.
+        data = stage.data
+        self.shuffle, self.shuffle_seed, self.num_canonical_nodes = True, data.seed, data.canonical_nodes
+        self.epoch_size = self.length
+        self.cache_limit = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 2**30)
+
         self.upcoming = 0, 0
         """Epoch and batch with which the next iteration begins."""
         self.jumps = 0
@@ -96,6 +102,15 @@ class StreamingSnapshot(StreamingDataset):
         self.__dict__ |= state
         for shared in (self._shared_iteration, self._read_iterations):
             shared.share_memory_()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Say why an attribute of StreamingDataset is not there; `hasattr` and a default work as always."""
+        raise AttributeError(
+            f"StreamingSnapshot has no `{name}`: its order, files and cache are those of the stage's own "
+            "loader (`data`), not streams and shards of streaming",
+            name=name,
+            obj=self,
+        )
 
     @property
     def next_epoch(self) -> int:

@@ -4,6 +4,8 @@ nothing left behind.
 The faults of stores are in `test_loader_faults.py`, for both readers.
 """
 
+import copy
+import inspect
 import itertools
 import json
 import os
@@ -59,6 +61,49 @@ def test_it_is_streamings_dataset_and_loader(stage):
     assert isinstance(loader(dataset), StreamingDataLoader)
     assert len(dataset) == EPOCH * stage.global_batch
     assert len(loader(dataset)) == EPOCH
+
+
+DOCUMENTED = {*inspect.signature(StreamingDataset.__init__).parameters} - {"self"}
+DOCUMENTED |= {
+    "num_samples",
+    "length",
+    "size",
+    "next_epoch",
+    "shards",
+    "cache_usage",
+    "num_streams",
+    "spanner",
+}
+
+
+def test_documented_attributes_are_there_or_say_why_not(stage):
+    dataset = StreamingSnapshot(stage)
+    there = {name: getattr(dataset, name) for name in DOCUMENTED if hasattr(dataset, name)}
+    assert there == {
+        "batch_size": stage.global_batch,
+        "cache_limit": None,
+        "epoch_size": len(dataset),
+        "length": len(dataset),
+        "next_epoch": 0,
+        "num_canonical_nodes": stage.data.canonical_nodes,
+        "num_samples": dataset.size,
+        "replication": None,
+        "shuffle": True,
+        "shuffle_seed": stage.data.seed,
+        "size": dataset.size,
+    }
+    for name in DOCUMENTED - there.keys():
+        assert getattr(dataset, name, "a default") == "a default"
+        with pytest.raises(AttributeError, match=f"has no `{name}`: its order, files and cache are those of"):
+            getattr(dataset, name)
+    assert copy.copy(dataset).shuffle_seed == stage.data.seed
+
+
+@pytest.mark.parametrize("record", [None, 7, "text", [1, 2], {}, {"epoch": 1}, {1: 2}, {"x" * 999: None}])
+def test_foreign_positions_are_one_short_line(stage, record):
+    with pytest.raises(UserError, match="not a position in a snapshot: ") as refused:
+        StreamingSnapshot(stage).load_state_dict(record)
+    assert len(str(refused.value)) < 250
 
 
 def test_a_row_joins_the_columns_of_all_families(stage):
