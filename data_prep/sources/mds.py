@@ -93,6 +93,8 @@ class MDSSource:
         if not self._shards:
             self.inventory()
 
+        if name not in self._shards:
+            raise FileNotFoundError(name)  # the index has been written again since the files were listed
         rows, layout = self._shards[name]
         done = possible = 0
         try:

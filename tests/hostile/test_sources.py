@@ -16,8 +16,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import SourceConfig
+from data_prep.dataset.parts import read_plan_record
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.plan.captions import NOT_TEXT
+from data_prep.plan.listing import FILES_KEY
+from data_prep.plan.plan import run_plan
 from data_prep.sources.files import DEEP_FOLDER, LOCKED_FOLDER, SourceFiles
 from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
@@ -34,8 +37,10 @@ from data_prep.sources.sample import (
     RefusedError,
 )
 from data_prep.sources.webdataset import APART, SEVERAL, WebDatasetSource, read_tar
+from data_prep.store.store import open_store
 from model.common.errors import UserError
 from tests.helpers.raw_material import (
+    ALONE,
     all_pairs,
     config_of,
     png,
@@ -305,6 +310,17 @@ def test_a_folder_too_deep_to_be_opened_is_counted(tmp_path, monkeypatch):
     assert source.inventory().ignored == {DEEP_FOLDER: 1}
 
 
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "a\nb.tar", "a//b.tar", ""])
+def test_a_name_from_outside_in_the_frozen_list_costs_a_row(tmp_path, name):
+    write_tar(tmp_path / "in", "0.tar", GOOD)
+    write_tar(tmp_path, "secret.tar", sample_members("secret", png(2), {"caption": "secret"}))
+    config = config_of(tmp_path, ("webdataset", tmp_path / "in"))
+    dataset = open_store(config.store, create=True).sub("ds")
+    dataset.put_new(FILES_KEY, json.dumps([[0, 0, "0.tar"], [1, 0, name]]).encode())
+    run_plan(config, dataset, ALONE)
+    assert [file["dropped"] for file in read_plan_record(dataset)["files"]] == [{}, {UNUSABLE: 1}]
+
+
 @pytest.fixture(scope="module")
 def mds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mds") / "m"
@@ -319,6 +335,11 @@ def mds_copy(mds, tmp_path, change):
     change(index["shards"][-1])
     (tmp_path / "m/index.json").write_text(json.dumps(index))
     return tmp_path / "m"
+
+
+def test_a_shard_that_left_its_index_is_missing(mds):
+    with pytest.raises(FileNotFoundError):
+        list(MDSSource(SourceConfig(kind="mds", path=str(mds))).read("shard.00099.mds", []))
 
 
 @pytest.mark.parametrize("samples", [10**12, 3, 5, 0, -1])

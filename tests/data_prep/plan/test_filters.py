@@ -130,6 +130,7 @@ VALUES = (
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.fixed_dictionaries({}, optional={"a": VALUES, "b": VALUES, "t": VALUES}), min_size=1, max_size=6
