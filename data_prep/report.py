@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
+from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part, PlanRecord
-from data_prep.dataset.snapshot_reader import read_families
+from data_prep.dataset.snapshot_reader import VERIFY, read_families
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
@@ -214,8 +214,9 @@ def _sample_tables(dataset: Store, commits: dict[Part, Commit]) -> list[list[dic
     filled = [commit for commit in commits.values() if commit.rows]
     tables = []
     for commit in _evenly_spaced(filled, MAX_PARTS_READ):
-        key = next(file.key for file in commit.files if posixpath.basename(file.key) == TABLE)
-        tables.append(pq.read_table(io.BytesIO(dataset.read(key)), columns=columns).to_pylist())
+        file = next(file for file in commit.files if posixpath.basename(file.key) == TABLE)
+        data = read_object(dataset, file.key, hashed(file.xxh64), VERIFY)
+        tables.append(parse_table(data, columns=columns).to_pylist())
     return tables
 
 
@@ -342,7 +343,7 @@ def _dropped_samples(
 def _choose_rows(dataset: Store, key: str, shown: Counter[str]) -> list[dict[str, Any]]:
     """Return the first rows of a table of dropped rows; `shown` counts them by reason, over all tables."""
     rows = []
-    for row in pq.read_table(io.BytesIO(dataset.read(key))).to_pylist():
+    for row in read_object(dataset, key, parse_table, VERIFY).to_pylist():
         if shown[row["reason"]] < MAX_DROPPED_SAMPLES:
             shown[row["reason"]] += 1
             rows.append(row)

@@ -22,6 +22,7 @@ from rich.table import Table
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command, first_line
 from model.common.files import write_atomic
+from model.common.records import read_record
 from model.common.share import Share
 from model.scorers.files import download_data
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
@@ -241,7 +242,7 @@ def score_stage(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str
         UserError: if answers are missing.
     """
     try:
-        scorer: dict[str, Any] = json.loads((out / ANSWERS / SCORER).read_bytes())
+        scorer = read_record(out / ANSWERS / SCORER, dict[str, Any], "remove it and score again")
     except FileNotFoundError as error:
         raise UserError(f"{out}: no answers there: run with --stage answers first") from error
     # the recorded folder, not --reference: the answers are about its images

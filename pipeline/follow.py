@@ -23,6 +23,7 @@ from PIL import Image
 
 from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
+from model.common.records import read_record
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation.common import VQA
@@ -169,7 +170,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
         UserError: if prompts or images are missing, or natural prompts have no VQA model.
     """
     try:
-        settings = json.loads((out / "prompts.json").read_text())
+        settings = read_record(out / "prompts.json", dict[str, Any], "write the prompts into another folder")
     except FileNotFoundError as error:
         raise UserError(
             f"{out}: no prompts.json there: run `python -m pipeline.follow write {out}` first"

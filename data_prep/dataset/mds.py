@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from data_prep.store.faults import StoreError
 from model.common.errors import UserError
 from model.common.files import atomic_path, naming_full_disk
+from model.common.records import parse_json
 
 MAX_OFFSET = (1 << 32) - 1
 """Offsets are uint32."""
@@ -226,7 +227,7 @@ class Shard:
             # The header ends where the first row begins. A damaged offset may be before that, and a negative
             # length would read the whole file.
             header = _read_exactly(self._file, max(0, int(self.offsets[0]) - 4 - 4 * len(self.offsets)))
-            self._layout = RowLayout(json.loads(header))
+            self._layout = RowLayout(parse_json(header))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: not an MDS shard: {_WAY_OUT}") from error
         if self._layout.encodings != columns:

@@ -10,10 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from data_prep.store.faults import retry_seconds
+from data_prep.store.faults import TooLargeError, retry_seconds
 from data_prep.store.store import Store, StoreError
 
 Result = TypeVar("Result")
+
+MAX_OBJECT_BYTES = 4 << 30
+"""Size of the largest object that is read at once: the scan table of a source file of many million rows."""
 
 
 def read_object(dataset: Store, key: str, parse: Callable[[bytes], Result], way_out: str) -> Result:
@@ -29,15 +32,22 @@ def read_object(dataset: Store, key: str, parse: Callable[[bytes], Result], way_
         FileNotFoundError: if there is no such object.
         StoreError: if it is damaged; the message names it.
     """
+
+    def read() -> Result:
+        try:
+            return parse(dataset.read(key, MAX_OBJECT_BYTES))
+        except TooLargeError as error:
+            raise ValueError(f"over {MAX_OBJECT_BYTES:,} bytes") from error
+
     try:
-        return parse(dataset.read(key))
+        return read()
     except ValueError:
         # An endpoint or a proxy in trouble may answer 200 with a page of its own. No message should ask
         # anyone to delete good data because of that, so a moment later the object is read once more.
         if dataset.local_path(key) is None:
             time.sleep(retry_seconds() / 600)
     try:
-        return parse(dataset.read(key))
+        return read()
     except ValueError as error:
         raise StoreError(f"{dataset.uri}/{key}: damaged: {error}: {way_out}") from error
 

@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,8 +37,12 @@ class LocalFolder:
         """Return the object's bytes, if they are not too many."""
         path = self.root / key
         with _naming(path):
-            if max_bytes is not None and path.stat().st_size > max_bytes:
-                raise TooLargeError(f"{path}: {path.stat().st_size} bytes")
+            status = path.stat()
+            # To read a pipe would wait for ever.
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreError(f"{path}: not a regular file: remove it")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise TooLargeError(f"{path}: {status.st_size} bytes")
             return path.read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -140,8 +145,8 @@ class LocalFolder:
                     if key.startswith(prefix):
                         path = os.path.join(folder, name)
                         # Another process may delete a file between the listing and the stat. A link that
-                        # leads nowhere, or to itself, is no object either.
-                        if os.path.exists(path):
+                        # leads nowhere, or to itself, a pipe or a device is no object either.
+                        if os.path.isfile(path):
                             with suppress(FileNotFoundError):
                                 entries.append((key, os.stat(path).st_mtime))
         # A walk has no order, but callers rely on that of a bucket's listing.

@@ -1,6 +1,5 @@
 """Rows of an ablation: the settings of each, its results over the seeds, and which orderings hold."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from scipy.stats import t as student
 
 from data_prep.dataset.schema import Snapshot
 from model.common.errors import UserError
+from model.common.records import read_record
 from model.common.settings import read_settings
 from pipeline.stage.config import StageConfig, load_run, load_stage
 
@@ -87,7 +87,7 @@ class Job:
     def score(self) -> dict[str, Any] | None:
         """Return the run's results, or None before it is trained and scored."""
         file = self.run / "score.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_record(file, dict[str, Any], "remove it and run again") if file.exists() else None
 
     @property
     def prompts(self) -> Path:

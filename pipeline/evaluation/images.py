@@ -6,7 +6,6 @@ weights or settings are never mixed.
 """
 
 import hashlib
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from PIL import Image
 
 from model.common.errors import UserError
 from model.common.files import write_atomic
+from model.common.records import read_record
 from pipeline.evaluation.common import BenchImage, Plan
 from pipeline.inference.generate import generate_images
 from pipeline.inference.images import save_png
@@ -63,7 +63,7 @@ def read_plan(out: Path) -> tuple[list[BenchImage], dict[str, Any]]:
         UserError: if no images were generated in this folder.
     """
     try:
-        settings = json.loads((out / PLAN).read_bytes())
+        settings = read_record(out / PLAN, dict[str, Any], "use another folder")
     except FileNotFoundError as error:
         raise UserError(f"{out}: no {PLAN}, so it has no images: run with --stage images first") from error
     images = [BenchImage(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in settings.pop("pictures")]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
+from model.common.records import read_record
 from model.common.settings import load_yaml
 from pipeline.operations.attempts import needs_gpu
 from pipeline.stage.config import StageConfig, check_start_from, load_stage
@@ -60,11 +61,8 @@ class NodeReport:
 
 def read_reports(folder: Path) -> list[NodeReport]:
     """Return the reports of all processes that wrote one, by rank."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
-    for record in records:
-        # JSON has no tuples, and `decide` puts errors into sets
-        record["errors"] = [(topic, text) for topic, text in record["errors"]]
-    return [NodeReport(**record) for record in records]
+    paths = sorted(folder.glob("rank_*.json"))
+    return [read_record(path, NodeReport, "run the check again") for path in paths]
 
 
 @dataclass

@@ -1,13 +1,13 @@
 """The self-contained HTML page of a run."""
 
 import base64
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from model.common.records import read_record
 from pipeline.operations.attempts import read_endings
 from pipeline.reporting.curves import curves_of, learned_curve
 from pipeline.reporting.data import describe_data
@@ -94,7 +94,7 @@ def build(run: Path) -> Path:
     """
     stage = load_run(run)
     extra_file = run / "report_extra.json"
-    extra = json.loads(extra_file.read_text()) if extra_file.exists() else {}
+    extra = read_record(extra_file, dict[str, Any], "remove it") if extra_file.exists() else {}
 
     phases = extra.get("phases", [])
     # the bars of the phases are relative to the longest one

@@ -7,7 +7,7 @@ from typing import Any
 
 from model.common.errors import UserError
 from model.common.files import write_atomic
-from model.common.records import canonical_json
+from model.common.records import canonical_json, read_record
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -17,7 +17,7 @@ def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
         UserError: if the folder was made with other settings.
     """
     try:
-        recorded: dict[str, Any] = json.loads(path.read_bytes())
+        recorded = read_record(path, dict[str, Any], "use another folder, or remove it")
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, canonical_json(settings))

@@ -198,7 +198,7 @@ class OnceForeign:
     def __getattr__(self, name):
         return getattr(self.dataset, name)
 
-    def read(self, key):
+    def read(self, key, max_bytes=None):
         self.reads += 1
         return self.answers.pop(0) if self.answers else self.dataset.read(key)
 

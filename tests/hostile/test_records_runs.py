@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from pipeline.checkpoint.manifest import parse_manifest
 from pipeline.data import shard_cache
 from pipeline.data.part_files import PartIndex
 from pipeline.data.shard_cache import RECHECK_EVERY, ShardCache
+from pipeline.operations.attempts import Ending, read_endings
+from pipeline.runtime.attempt import Attempt, read_attempt
 from pipeline.runtime.run_log import elapsed_seconds, latest_reports, read_events, read_lines
 from pipeline.stage.config import CheckpointConfig
 from tests.helpers import fake_snapshot as fake
@@ -144,6 +147,37 @@ def test_a_torn_line_that_another_start_continued_is_passed_over(tmp_path, caplo
     torn = text[0] + text[1][:20] + text[2] + text[3] + text[1][:10]
     assert read(tmp_path, torn.encode()) == [LINES[0], LINES[3]]
     assert "metrics.jsonl: 1 damaged lines are passed over, the first is line 2" in caplog.text
+
+
+def damaged_or_edited(record):
+    return damaged(json.dumps(record).encode()) | edited(record).map(lambda other: json.dumps(other).encode())
+
+
+ENDING = Ending("7", 0, "n1", 1.5, 2.5, "crash", "a fault", 3, True)
+ATTEMPT = Attempt("7", 0, "n1", 1.5, "out.txt", {"rank_0.txt": 9})
+
+
+@MANY
+@given(
+    damaged(json.dumps(asdict(ENDING)).encode())
+    | edited(asdict(ENDING)).map(lambda x: json.dumps(x).encode())
+)
+def test_a_damaged_ending_costs_that_ending(tmp_path, line):
+    whole = json.dumps(asdict(ENDING)).encode()
+    (tmp_path / "attempts.jsonl").write_bytes(b"\n".join([whole, line.replace(b"\n", b""), whole, b""]))
+    endings = read_endings(tmp_path)
+    assert endings[0] == endings[-1] == ENDING
+    assert len(endings) <= 3
+
+
+@MANY
+@given(
+    damaged(json.dumps(asdict(ATTEMPT)).encode())
+    | edited(asdict(ATTEMPT)).map(lambda x: json.dumps(x).encode())
+)
+def test_a_damaged_attempt_is_none(tmp_path, data):
+    (tmp_path / "attempt.json").write_bytes(data)
+    assert isinstance(read_attempt(tmp_path), Attempt | None)
 
 
 # -- caches --

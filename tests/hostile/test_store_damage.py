@@ -16,6 +16,8 @@ from data_prep.dataset.snapshot_reader import check_payloads, read_constants, re
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError, one_line
 from model.common.records import seal
+from pipeline.stage.corpus import check_files, open_corpus
+from tests.helpers import fake_snapshot
 from tests.helpers.fake_dataset import make_all
 
 PART = Part("64x64", 1)
@@ -146,5 +148,32 @@ def test_links_that_lead_nowhere_are_no_objects(dataset):
 
 def test_a_folder_in_the_place_of_an_object_is_one_line(dataset):
     dataset.local_path("commits/pairs/64x64/00002.json").mkdir()
-    with pytest.raises(StoreError, match="Is a directory"):
+    with pytest.raises(StoreError, match="not a regular file: remove it"):
         dataset.read("commits/pairs/64x64/00002.json")
+
+
+def test_pipes_and_absurd_sizes_are_one_line(dataset):
+    before = list(dataset.list(""))
+    pipe = dataset.local_path("commits/pairs/64x64/00002.json")
+    os.mkfifo(pipe)
+    assert list(dataset.list("")) == before
+    with pytest.raises(StoreError, match="not a regular file: remove it"):
+        dataset.read("commits/pairs/64x64/00002.json")
+    pipe.unlink()
+    with pipe.open("wb") as file:
+        file.truncate(1 << 40)  # sparse: reading it whole would take all memory
+    with pytest.raises(StoreError, match=r"00002\.json: damaged: over 4,294,967,296 bytes"):
+        read_commit(dataset, PAIRS, Part("64x64", 2))
+
+
+def test_a_missing_shard_is_told_by_the_checks_before_a_job(tmp_path):
+    fake_snapshot.make(tmp_path / "store", {"64x64": [2]}, tmp_path)
+    stage = fake_snapshot.stage(tmp_path / "store", tmp_path / "cache")
+    corpus = open_corpus(stage)
+    check_files(stage, corpus)
+    store = corpus.sources[0].dataset
+    (key,) = store.list("families/wide/64x64/")
+    store.delete(key)
+    with pytest.raises(StoreError, match="one of 1 such files") as error:
+        check_files(stage, corpus)
+    assert key in str(error.value)
