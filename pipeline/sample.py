@@ -63,7 +63,8 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # editors on Windows begin a file with a byte order mark, which is no part of the first prompt
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file}: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]

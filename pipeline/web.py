@@ -3,14 +3,21 @@
 It needs the extra `web` (gradio). The page listens on this machine only, unless --host says otherwise. It
 serves one request at a time and limits sizes, steps, images and the queue. Images are stored as PNG with
 their settings in `--out`.
+
+Scripts use the endpoint `/generate`, which has the same limits:
+
+    from gradio_client import Client
+    files = Client("http://127.0.0.1:7860").predict("a red apple", seed=3, api_name="/generate")
 """
 
 import argparse
+import html
 import importlib
-import importlib.util
 import math
+import os
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +25,7 @@ import torch
 
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
+from model.common.extras import require
 from model.encoders.latent_spaces import downsampling_per_axis
 from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.inference.source import add_weights_options, choose_precision, load_source
@@ -47,14 +55,21 @@ STYLE = """
 """
 """Labels above the images, as many small images per row as fit, and no empty controls."""
 WORDS = "Attention per word: share of the whole text"
+QUEUE = "sampler"
+"""The page and the endpoint for scripts wait for each other: the samplers share one GPU."""
 
 
-def show(column: Column) -> tuple[list[str], Any]:
-    """Return a column's images, and its gallery of attention per word, which is hidden if it is empty."""
+def publish(column: Column) -> list[str]:
+    """Copy a column's images to where gradio may serve files from; nothing else of `--out` is served."""
+    processing: Any = importlib.import_module("gradio.processing_utils")
+    folder = importlib.import_module("gradio.utils").get_upload_folder()
+    return [processing.save_file_to_cache(path, folder) for path in column.files]
+
+
+def show_words(column: Column) -> Any:
+    """Return the gallery of attention per word, which is hidden if it is empty."""
     gr: Any = importlib.import_module("gradio")
-    return [str(path) for path in column.files], gr.Gallery(
-        column.words, visible=bool(column.words) or HIDDEN
-    )
+    return gr.Gallery(column.words, visible=bool(column.words) or HIDDEN)
 
 
 def build_page(studio: InteractiveSampler) -> Any:
@@ -94,19 +109,21 @@ def build_page(studio: InteractiveSampler) -> Any:
             try:
                 columns = studio.generate(request)
             except UserError as error:
-                # gr.Error would leave gradio 6.17's spinners on the images forever
-                gr.Warning(str(error), title="Error")
+                # gr.Error would leave gradio 6.17's spinners on the images forever;
+                # escaped, since the message quotes the prompt and is shown as HTML
+                gr.Warning(html.escape(str(error)), title="Error")
                 return gr.skip()
 
-            paths: list[str] = []
-            for column in columns:
-                paths += map(str, column.files)
+            shown = [publish(column) for column in columns]
+            paths = list(chain.from_iterable(shown))
             # newest first
             past_files = [*((path, request.prompt) for path in paths), *past_files][:MAX_HISTORY]
             return (
-                *show(columns[0]),
+                shown[0],
+                show_words(columns[0]),
                 gr.Column(visible=len(columns) > 1 or HIDDEN),
-                *show(columns[-1]),
+                shown[-1],
+                show_words(columns[-1]),
                 gr.Files(paths, interactive=False, visible=True),
                 gr.Gallery(past_files, visible=True),
                 past_files,
@@ -119,11 +136,43 @@ def build_page(studio: InteractiveSampler) -> Any:
             run,
             [past, *controls],
             outputs,
-            # the samplers share one GPU
             concurrency_limit=1,
+            concurrency_id=QUEUE,
             api_visibility="private",
         )
-    return page.queue(max_size=MAX_QUEUE)
+        _add_endpoint(gr, studio)
+    # closed to direct requests, which would not wait in the queue
+    return page.queue(max_size=MAX_QUEUE, api_open=False)
+
+
+def _add_endpoint(gr: Any, studio: InteractiveSampler) -> None:
+    """Add the endpoint for scripts. Its values come unchecked from the network, as the page's do."""
+    sampler = next(iter(studio.samplers.values()))
+    defaults = sampler.defaults
+    steps = min(defaults.steps, studio.limits.steps)
+    names = list(OBJECTIVES[sampler.objective.name].schedulers)
+
+    def generate(
+        prompt: str,
+        negative: str = "",
+        height: int = defaults.height,
+        width: int = defaults.width,
+        steps: int = steps,
+        guidance: float = defaults.guidance,
+        seed: int = defaults.seed,
+        images: int = 1,
+        scheduler: str = names[0],
+    ) -> list[dict[str, Any]]:
+        """Generate images of a prompt; the j-th image has seed + j. Returns PNG files."""
+        request = GenerationRequest(prompt, negative, height, width, steps, guidance, seed, images, scheduler)
+        try:
+            (column,) = studio.generate(request)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        # the form in which gradio's clients know that there is a file to fetch
+        return [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in publish(column)]
+
+    gr.api(generate, api_name="generate", concurrency_limit=1, concurrency_id=QUEUE)
 
 
 def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any]:
@@ -156,9 +205,14 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     label = "Attention per word, at step (0: none)"
     attention = slider(0, default_steps, 0, step=1, label=label, elem_id="attention")
 
+    def limit_step(maximum: Any, value: Any) -> Any:
+        if not isinstance(maximum, int) or not isinstance(value, int):
+            return gr.skip()  # the request is refused later, in words
+        return gr.Slider(maximum=maximum, value=min(value, maximum))
+
     # attention can be shown at any of the steps
     steps.change(
-        lambda maximum, value: gr.Slider(maximum=maximum, value=min(value, maximum)),
+        limit_step,
         [steps, attention],
         attention,
         show_progress="hidden",
@@ -167,6 +221,9 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     controls = [
         prompt, negative, height, width, steps, guidance, seed, images, scheduler, compare, attention,
     ]  # fmt: skip
+    for control in controls:
+        # `InteractiveSampler` checks the values, in a sentence where gradio's own checks end in a traceback
+        control.preprocess = lambda value: value
     return controls, generate
 
 
@@ -188,6 +245,7 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
     gr: Any = importlib.import_module("gradio")
     # the default theme loads fonts from another host
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    _bypass_proxy(host)
     page = build_page(studio)
     try:
         _, address, _ = page.launch(
@@ -195,7 +253,6 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
             server_port=port,
             # a public link of gradio would let anyone on the internet generate images here
             share=False,
-            allowed_paths=[str(studio.out)],
             footer_links=[],
             theme=theme,
             css=STYLE,
@@ -209,11 +266,19 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
     return page, address
 
 
+def _bypass_proxy(host: str) -> None:
+    """Keep this machine out of the environment's proxy: gradio asks for its own page before it starts."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join([*filter(None, [known]), "localhost", "127.0.0.1", host])
+
+
 @command
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.web", description=(__doc__ or "").splitlines()[0]
+        prog="python -m pipeline.web",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Behind a proxy that serves the page below a path, set GRADIO_ROOT_PATH to that path.",
     )
     parser.add_argument("source", type=Path, metavar="RUN|EXPORT")
     parser.add_argument(
@@ -229,8 +294,7 @@ def main() -> None:
         parser.add_argument(f"--max-{name}", type=int, default=value)
     arguments = parser.parse_args()
     # checked before the network is loaded
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("package gradio is missing: install the extra, pip install -e '.[web]'")
+    require("web", "gradio")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[choose_precision(arguments.precision, device)]

@@ -142,7 +142,8 @@ def read_text(path: Path) -> str:
         UserError: if the file is missing or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        # a byte order mark, which editors on Windows write, is no part of the text
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -87,7 +87,7 @@ class DenoisingLoop:
             for number, (timestep, time) in enumerate(plan):
                 if self.interrupt:
                     break
-                # made anew at each step, since a callback may have set another guidance
+                # made again at each step, since a callback may have set another guidance
                 evaluate = guided(predict, condition, null_condition, self.guidance_scale)
                 prediction = evaluate(latents, time)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]

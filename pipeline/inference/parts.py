@@ -55,7 +55,7 @@ def warn_of_pickle(safe_serialization: bool) -> None:
 
 
 class SharedStates(nn.Module):
-    """What all captions share under one LLM.
+    """Constants that all captions share under one LLM.
 
     It is read by a call, before which any kind of offloading puts the parameters on the device.
     """

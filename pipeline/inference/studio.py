@@ -1,10 +1,11 @@
 """Images for the web page: requests are checked against limits, sampled one at a time, and saved as PNG with
 their settings."""
 
+import reprlib
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +21,8 @@ NOTHING = "nothing"
 OTHER = "the other weights"
 NO_INSTRUCTION = "no instruction"
 WITHOUT = "without "
+KINDS = {str: "a text", int: "a whole number", float: "a number"}
+"""Types of a request's fields."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,13 @@ class InteractiveSampler:
             return [self._generate_column(*column, request) for column in columns]
 
     def _check(self, request: GenerationRequest) -> None:
+        # Scripts send any JSON, and the page's own fields can be sent with any value too.
+        for field in fields(request):
+            value, kind = getattr(request, field.name), field.type
+            accepted = (int, float) if kind is float else kind
+            if isinstance(value, bool) or not isinstance(value, accepted):  # type: ignore[arg-type]
+                raise UserError(f"{field.name}={reprlib.repr(value)}: give {KINDS[kind]}")  # type: ignore[index]
+
         limits = self.limits
         for what, least, most in (
             ("height", 1, limits.side),
@@ -127,7 +137,7 @@ class InteractiveSampler:
             ("attention", 0, request.steps),
         ):
             value = getattr(request, what)
-            if not isinstance(value, int) or not least <= value <= most:
+            if not least <= value <= most:
                 raise UserError(f"{what}={value}: choose a whole number from {least} to {most}")
         # An empty prompt is the null caption and would work, but nobody asks for it on purpose.
         if not request.prompt.strip():

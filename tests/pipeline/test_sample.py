@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.dataset.schema import Family
+from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.config import TextConfig
 from model.encoders.text_encoder import _IDENTITY
@@ -131,7 +132,8 @@ def run_main(monkeypatch, *arguments):
 
 def test_the_command_writes_pictures_with_settings_an_index_and_a_grid(monkeypatch, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("two dogs\n\nein Haus – schön\n", encoding="utf-8")
+    # with a byte order mark and line ends of Windows
+    prompts.write_text("two dogs\r\n\r\nein Haus – schön\r\n", encoding="utf-8-sig", newline="")
     out = tmp_path / "out"
     run_main(
         monkeypatch,
@@ -258,3 +260,11 @@ def test_a_picture_carries_its_settings(tmp_path_factory, fields, prompt):
     settings_of = {**fields, "prompt": prompt}
     save_png(Image.new("RGB", (8, 8)), path, settings_of)
     assert read_settings(path) == settings_of
+
+
+def test_a_relative_store_that_is_not_here_says_where_here_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"store runs/demo/store: does not exist in {tmp_path}: correct"):
+        open_store("runs/demo/store")
+    with pytest.raises(UserError, match=f"store {tmp_path}/store: does not exist: correct"):
+        open_store(str(tmp_path / "store"))

@@ -1,4 +1,4 @@
-"""The pipeline's call keeps the contract of diffusers' text-to-image pipelines; a wrong argument is one line."""
+"""The pipeline's call keeps the contract of diffusers' pipelines; each wrong argument is one line."""
 
 import copy
 
