@@ -22,6 +22,7 @@ from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.sampler import Sampler
 from pipeline.reporting.page import build
+from pipeline.runtime.run_lock import lock_run
 from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import DatasetShare, dump_stage
@@ -110,17 +111,19 @@ def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path, model)
         "ema": [0.9],
         **model,
     }
-    losses = {}
+    losses, tokens = {}, []
     for world in (1, 2, 4):
         (code, reports), *_ = on_ranks(
             world, trainer_tasks.train, store, str(tmp_path / str(world)), None, fp32
         )
         assert code == 0
+        tokens.append([report["caption_tokens"] for report in reports])
         losses[world] = torch.tensor([report["loss"] for report in reports])
     for world, stop_at in ((2, 7), (4, 13), (1, None)):
         (_, reports), *_ = on_ranks(world, trainer_tasks.train, store, str(tmp_path / "moved"), stop_at, fp32)
     losses["moved"] = torch.tensor([report["loss"] for report in reports])
     assert losses[1].unique().numel() == 20
+    assert all(of_world == pytest.approx(tokens[0]) for of_world in tokens)
     for other in (2, 4, "moved"):
         torch.testing.assert_close(losses[other], losses[1], rtol=1e-4, atol=0)
 
@@ -217,6 +220,35 @@ def test_spoiled_steps_in_a_row_end_the_run_which_says_why_and_leaves_good_check
         0,
     ]
     assert read_events(config.run, "start")[-1]["step"] >= 6
+
+
+def test_a_second_start_of_a_run_is_one_line_on_all_ranks(store, tmp_path):
+    config = trainer_tasks.stage(store, tmp_path)
+    lock_run(config.run)
+    codes, logs = Command(tmp_path, config).end()
+    assert codes == [2, 2]
+    assert f"is being trained by process {os.getpid()} on " in logs[0]
+    assert [path.name for path in config.run.iterdir()] == ["lock"]
+
+
+def test_a_run_goes_on_longer_tells_what_changed_and_keeps_its_objective(store, tmp_path):
+    settings = {"samples": 16, "checkpoint__every_samples": 8}
+    assert on_ranks(1, trainer_tasks.train, store, str(tmp_path), None, settings)[0][0] == 0
+    run = tmp_path / "small"
+    refused = on_ranks(
+        1, trainer_tasks.train_spoiled, store, str(tmp_path), 1.0, [], {**settings, "objective__name": "ddpm"}
+    )
+    assert refused[0].startswith(
+        f"cannot go on from {run / 'checkpoints/step_000000002'} with objective.name="
+    )
+    assert (run / "finished.json").exists()
+    more = {**settings, "samples": 32, "data__caption_drop": 0.5}
+    ((code, reports),) = on_ranks(1, trainer_tasks.train, store, str(tmp_path), None, more)
+    assert code == 0
+    assert [report["step"] for report in reports] == [1, 2, 3, 4]
+    how = read_events(run, "start")[-1]["how"]
+    assert how == ("resumed from step_000000002 with samples=32 (was 16), data.caption_drop=0.5 (was 0.1)")
+    assert json.loads((run / "finished.json").read_text())["samples"] == 32
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_with_85(store, tmp_path):
