@@ -81,7 +81,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if is_full_disk(error):
             raise UserError(
-                f"{path}: {os.strerror(error.errno)}: free space there, or use another disk, and run again"
+                f"{path}: {error.strerror}: free space there, or use another disk, and run again"
             ) from error
         raise
 
