@@ -12,7 +12,7 @@ usage: sbatch --array=0-63%16 [sbatch options] cluster/pairs.sh [--plan] DATASET
 
 Each task runs `python -m data_prep plan` and then `python -m data_prep pairs` for its share; with --plan, only the
 first. A task that finishes its share of the plan before the other tasks queues itself again, to make room for them, and ends with an error that names
-those that are gone from the queue.
+those that are no longer queued.
 The second form submits the plan and, after it, the pairs, with SHARD_OPTIONS of cluster/env.sh. %16 = at most 16
 tasks at a time.
 
@@ -36,8 +36,8 @@ if by_hand; then
   exit 0
 fi
 
-# gone_tasks OUTPUT: print the tasks that the plan's OUTPUT waits for and that are not in the queue, as for --array=.
-gone_tasks() {
+# lost_tasks OUTPUT: print the tasks that the plan's OUTPUT waits for and that are not in the queue, as for --array=.
+lost_tasks() {
   local queued task
   queued=" $(squeue --me -h -r -n "$SLURM_JOB_NAME" -o %K | tr '\n' ' ') "
   for task in $(sed -n 's/.*not scanned yet (tasks \([0-9, ]*\)).*/\1/p' "$1" | tr -d ,); do
@@ -57,9 +57,9 @@ array_step plan "$@" > "$output"
 if [ -n "$ONLY_PLAN" ]; then exit 0; fi
 if grep -q 'not scanned yet' "$output"; then
   # Twice, since a task may scan the last file and end between the two looks.
-  if [ -n "$(gone_tasks "$output")" ]; then array_step plan "$@" > "$output"; fi
-  gone=$(gone_tasks "$output")
-  [ -z "$gone" ] || fail "the plan waits for tasks that are gone: run them again, LI_DIT_TASKS=$(tasks_in_all) sbatch --array=$gone cluster/pairs.sh $*"
+  if [ -n "$(lost_tasks "$output")" ]; then array_step plan "$@" > "$output"; fi
+  lost=$(lost_tasks "$output")
+  [ -z "$lost" ] || fail "the plan waits for tasks that are no longer queued: run them again, LI_DIT_TASKS=$(tasks_in_all) sbatch --array=$lost cluster/pairs.sh $*"
   echo "== the plan is waiting for other tasks: queued again"
   requeue_task
 fi

@@ -15,7 +15,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append a record to a file, all of it or nothing.
 
     A last line that a killed process or a full disk cut short is removed first: the record would otherwise
-    continue it, and no reader could tell the two apart.
+    continue it, and no reader could separate the two.
 
     Raises:
         UserError: if the disk is full.

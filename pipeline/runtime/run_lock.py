@@ -26,7 +26,7 @@ _held: list[TextIO] = []
 def lock_run(run: Path) -> None:
     """Lock a run's folder until this process ends, however it ends.
 
-    The kernel, or the file server, frees the lock of a process that is gone, so nothing has to be removed
+    The kernel, or the file server, frees the lock of a process that has ended, so nothing has to be removed
     after `kill -9`. The file's text is only for people and for the error message.
 
     An attempt of a cluster job does not wait for the lock of an older attempt, which a dead node may hold on
