@@ -106,7 +106,7 @@ def test_tasks_that_wait_for_one_that_is_gone_name_it_and_end(slurm, training, d
     slurm.wait(lambda: not slurm.queue(), "the array's end")
     assert "pairs" not in {what for what, _ in done(training)}
     printed = "".join(path.read_text() for path in training.logs.iterdir())
-    assert printed.count("the plan waits for tasks that are no longer queued: run them again, LI_DIT_TASKS=3") == 2
+    assert printed.count("tasks that are no longer queued: run them again, LI_DIT_TASKS=3") == 2
     assert f"sbatch --array=5 cluster/pairs.sh {dataset}" in printed
 
 
