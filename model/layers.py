@@ -16,10 +16,10 @@ from model.functional import attention, attention_weights, product_dtype, timest
 class Linear(nn.Linear):
     """Linear layer that starts Xavier-uniform with no bias."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the last axis of x, in the dtype that is fastest here."""
-        kind = product_dtype(x)
-        return F.linear(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the last axis of the input, in the dtype that is fastest here."""
+        kind = product_dtype(input)
+        return F.linear(input.to(kind), self.weight.to(kind), self.bias.to(kind)).to(input.dtype)
 
     def reset_parameters(self) -> None:
         """Set the starting values."""
@@ -41,19 +41,23 @@ class ZeroLinear(Linear):
 class Conv2d(nn.Conv2d):
     """Convolution over [B, C, h, w], in the dtype that is fastest here."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x."""
-        kind = product_dtype(x)
-        return self._conv_forward(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the input."""
+        return _convolve(self, input)
 
 
 class Conv3d(nn.Conv3d):
     """Convolution over [B, C, T, h, w], in the dtype that is fastest here."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x."""
-        kind = product_dtype(x)
-        return self._conv_forward(x.to(kind), self.weight.to(kind), self.bias.to(kind)).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the input."""
+        return _convolve(self, input)
+
+
+def _convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    kind = product_dtype(x)
+    bias = None if layer.bias is None else layer.bias.to(kind)
+    return layer._conv_forward(x.to(kind), layer.weight.to(kind), bias).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

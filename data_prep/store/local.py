@@ -38,7 +38,7 @@ class LocalFolder:
         path = self.root / key
         with _naming(path):
             status = path.stat()
-            # To read a pipe would wait for ever.
+            # To read a pipe would wait forever.
             if not stat.S_ISREG(status.st_mode):
                 raise StoreError(f"{path}: not a regular file: remove it")
             if max_bytes is not None and status.st_size > max_bytes:

@@ -39,9 +39,9 @@ def explain(error: BaseException) -> BaseException:
     # PyTorch has the system's message in its own errors only as text.
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
         return UserError(f"too many open files ({text}): raise the limit, see `ulimit -n`")
-    if re.search(r"shared memory object|allocate shared memory|out of shared memory|/dev/shm|/torch_\d", str(error)) or (
-        isinstance(error, OSError) and error.errno == errno.EROFS and error.filename is None
-    ):
+    if re.search(
+        r"shared memory object|allocate shared memory|out of shared memory|/dev/shm|/torch_\d", str(error)
+    ) or (isinstance(error, OSError) and error.errno == errno.EROFS and error.filename is None):
         return UserError(
             f"/dev/shm is too small or cannot be written ({text}): give it more (containers: --shm-size), or "
             "set data.workers=0"
