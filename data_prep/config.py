@@ -20,7 +20,9 @@ class ScenesConfig:
     """A set of scenes (`data_prep/scenes/grammar.py`), rendered at the sizes of the buckets."""
 
     count: int = bounded(0, 0, 10**12)
+    """Number of scenes."""
     seed: int = bounded(0, 0, MAX_SEED)
+    """Seed of the scenes; another one gives other scenes."""
     file_rows: int = bounded(4096, 1, 10**9)
     """Number of scenes per "file": a task scans whole files."""
 
@@ -30,6 +32,7 @@ class SourceConfig:
     """A source of image-caption pairs."""
 
     kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji", "scenes"] = "webdataset"
+    """Layout of the files at the path."""
     path: str = ""
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=dict)
@@ -60,8 +63,11 @@ class FilterConfig:
     """
 
     name: str = ""
+    """Name of the filter, or `expression`."""
     value: Any = None
+    """Its bound, list or expression."""
     column: str | None = None
+    """Column that it reads, if its name does not say so."""
 
 
 @dataclass
@@ -69,6 +75,7 @@ class DedupeConfig:
     """Duplicates across the whole dataset; the first in the order of the source files is kept."""
 
     exact: bool = True
+    """True if images with equal bytes are duplicates."""
     near: int | None = bounded(None, 0, MAX_NEAR_BITS)
     """Maximum Hamming distance between 64-bit perceptual hashes of duplicates; None = no such test."""
 
@@ -78,7 +85,9 @@ class BucketConfig:
     """Equal-area aspect-ratio buckets."""
 
     resolution: int = bounded(256, 1, 65_536)
+    """Side of the square bucket, in pixels; all buckets have about its area."""
     max_aspect: float = bounded(2.0, 1.0, 1_000.0)
+    """Longest bucket: long side / short side."""
     step: int = bounded(32, 1, 65_536)
     """Sides are multiples of this (VAE downsampling x patch size)."""
     max_upscale: float = bounded(1.0, 0.01, 1e9)
@@ -92,15 +101,18 @@ class LatentsConfig:
     """A latents family: the latent space that the pairs are encoded in."""
 
     name: str = "latents"
+    """Name of the family, which a stage's `data.latents` gives."""
     vae: str = ""
     """Local folder or hub name of a diffusers AutoencoderKL, or of what else `space` loads."""
     revision: str | None = None
+    """Commit hash of a hub name."""
     space: str = ""
     """Registered name of the latent space (`model/encoders/latent_spaces.py`).
 
     Empty = the class that the config.json of `vae` names.
     """
     batch: int = bounded(16, 1, 1_000_000)
+    """Images that are encoded at a time."""
 
 
 @dataclass
@@ -108,18 +120,25 @@ class DatasetConfig:
     """One dataset, from its sources to its families."""
 
     name: str = ""
+    """Name of the dataset in the store."""
     store: str = ""
+    """Local folder or s3:// URI of the store."""
     sources: list[SourceConfig] = field(default_factory=list)
     caption_kinds: list[str] = field(default_factory=lambda: ["original"])
+    """All kinds of captions that the sources have."""
     filters: list[FilterConfig] = field(default_factory=list)
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
     part_rows: int = bounded(1024, 1, 10**9)
+    """Rows per part, the unit of work and of commits."""
     shuffle_window: int = bounded(65536, 1, 10**12)
     """Number of rows that the plan shuffles at a time inside a bucket (source files are shuffled first)."""
     image_format: Literal["jpeg", "png", "webp"] = "jpeg"
+    """Format of the stored images."""
     image_quality: int = bounded(95, 1, 100)
+    """Quality of JPEG and WebP."""
     seed: int = bounded(0, 0, MAX_SEED)
+    """Seed of the order of rows."""
     workers: int = bounded(2, 0, 1_024)
     """Processes that decode images, besides the one that reads; 0 = decode in that one."""
     latents: list[LatentsConfig] = field(default_factory=list)

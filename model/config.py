@@ -33,7 +33,9 @@ class FusionConfig:
     """Linguistic token refiner: absent, full attention (the paper's), or causal (the paper's
     counter-test)."""
     refiner_blocks: int = bounded(2, 0, 1_000)
+    """Blocks of each LLM's own refiner."""
     collaborative_blocks: int = bounded(1, 0, 1_000)
+    """Blocks of the refiner across LLMs."""
     gate: bool = True
     """Adaptive gates on the refiner's sub-layers; off = plain residual connections (table 5)."""
     time: bool = True
@@ -84,8 +86,11 @@ class DiTConfig:
     """Sizes of the DiT (paper section 3.2 and table 7)."""
 
     depth: int = bounded(28, 1, 1_000)
+    """Number of blocks."""
     width: int = bounded(1152, 1, 1_000_000)
+    """Channels of a token."""
     heads: int = bounded(16, 1, 10_000)
+    """Attention heads; they divide the width."""
     patch: int = bounded(2, 1, 1_024)
     """Side of a patch, in latent positions."""
     patch_frames: int = bounded(1, 1, 1_024)
@@ -95,6 +100,7 @@ class DiTConfig:
     channels: int = bounded(16, 1, 65_536)
     """Latent channels of the VAE."""
     mlp_ratio: float = bounded(4.0, 0.01, 100.0)
+    """Width of the feed-forward layer as a multiple of `width`."""
     frequency_width: int = bounded(256, 2, 65_536)
     """Width of the sinusoidal timestep embedding before its MLP."""
     block: str = "dit"
@@ -150,16 +156,20 @@ class TextConfig:
     """Settings of a text family: which LLM reads the captions, how, and what is stored."""
 
     name: str = ""
+    """Name of the family, which a stage's `fusion.families` gives."""
     llm: str = ""
     """Local folder, hub name, `.gguf` file, or `package:<python package that ships a GGUF file>`."""
     revision: str | None = None
+    """Commit hash of a hub name."""
     encoder: Literal["causal", "t5", "clip"] = "causal"
+    """Kind of model: a decoder-only LLM, T5 or CLIP."""
     layer: str = "-3"
     """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` =
     concatenated."""
     prefix: str = "{instruction} "
     """Text before the caption: system prompt, chat markup; `{instruction}` is filled in."""
     instruction: str = INSTRUCTION
+    """Text that replaces `{instruction}` in the prefix; the default is the paper's."""
     suffix: str = ""
     """Text after the caption, such as the end-of-turn markup; the null caption needs at least one token
     here."""
@@ -167,9 +177,13 @@ class TextConfig:
     """Most tokens of a caption (suffix included, prefix not)."""
     # The spelling is that of the families on disk: under another name their identity would be another one.
     quantisation: Literal["int8", "int6", "int4", "bf16"] = "int8"
+    """Format of the stored states."""
     dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type that the LLM computes in."""
     reuse_prefix: bool = True
+    """True if the prefix is run once for all captions, which needs causal attention."""
     tokens_per_batch: int = bounded(4096, 1, 10**9)
+    """Tokens that the LLM reads at a time."""
     device_map: str | None = None
     """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it;
     None = one device."""

@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Range:
 def within(low: float, high: float) -> dict[str, Range]:
     """Return the metadata of a dataclass's field whose numbers have to be in a range."""
     return {_RANGE: Range(low, high)}
+
+
+def allowed_range(entry: Field[Any]) -> Range | None:
+    """Return the range that the numbers of a dataclass's field have to be in; None = any."""
+    return entry.metadata.get(_RANGE)
 
 
 def bounded(default: Any, low: float, high: float) -> Any:
@@ -172,7 +177,7 @@ def _out_of_range(node: Any, path: str, allowed: Range | None) -> Iterator[tuple
     if isinstance(node, DictConfig):
         schema: Any = OmegaConf.get_type(node)
         known = fields(schema) if is_dataclass(schema) else ()
-        ranges = {each.name: each.metadata.get(_RANGE) for each in known}
+        ranges = {each.name: allowed_range(each) for each in known}
         for key in node:
             inner = f"{path}.{key}" if path else str(key)
             # In a mapping of numbers, all of them have the range of the mapping.

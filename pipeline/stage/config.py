@@ -31,6 +31,7 @@ class DatasetShare:
     store: str = ""
     """Empty = `data.store`."""
     snapshot: str = "latest"
+    """Id of a snapshot of this dataset, or `latest`."""
 
 
 @dataclass
@@ -38,7 +39,9 @@ class DataConfig:
     """The data that a stage reads."""
 
     store: str = ""
+    """Local folder or s3:// URI of the store."""
     dataset: str = ""
+    """Name of the dataset in the store."""
     snapshot: str = "latest"
     """Id of a snapshot, or `latest`: the newest when the run starts; the run then keeps to it."""
     datasets: dict[str, DatasetShare] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class DataConfig:
     cache: str = ""
     """Local directory for downloaded shards; empty = `$XDG_CACHE_HOME/li-dit` (s3 stores only)."""
     cache_limit_gb: float | None = bounded(None, 0.1, 1e9)
+    """Size at which the oldest shards are removed from the cache; None = no limit."""
     workers: int = bounded(2, 0, 256)
     """Loader processes per rank."""
     caption_weights: dict[str, float] = field(default_factory=dict, metadata=within(0.0, 1e9))
@@ -66,6 +70,7 @@ class DataConfig:
     """With `tokens_per_batch`: each bucket's batch is a multiple of this, such as the most processes that the
     run may have."""
     seed: int = bounded(0, 0, MAX_SEED)
+    """Seed of the order of samples, of noise and of the choice of captions."""
     validation_parts: int = bounded(0, 0, 1_000_000)
     """Parts at the end of the snapshot's largest bucket held out from training for the validation loss."""
 
@@ -75,6 +80,7 @@ class ModelConfig(DiTConfig):
     """The DiT: the sizes of a preset, with any field of `DiTConfig` set over them."""
 
     preset: str = "tiny"
+    """A name of `model/presets.py`."""
     checkpoint_every: int = bounded(0, 0, 1_000)
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     compile: bool = False
@@ -102,7 +108,9 @@ class ObjectiveConfig:
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     """Density of t for `flow`; `ddpm` samples its 1,000 steps uniformly."""
     logit_mean: float = bounded(0.0, -100.0, 100.0)
+    """Mean of logit(t) for `logit_normal`."""
     logit_std: float = bounded(1.0, 0.0, 100.0)
+    """Standard deviation of logit(t)."""
     shift: float = bounded(1.0, 0.001, 1_000.0)
     """Resolution shift of t toward noise: t -> shift t / (1 + (shift - 1) t)."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -121,14 +129,21 @@ class OptimConfig:
     momentum: float = bounded(0.95, 0.0, 1.0)
     """Momentum of Muon."""
     lr: float = bounded(1e-4, 0.0, 100.0)
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = bounded((0.9, 0.95), 0.0, 1.0)
+    """Decays of AdamW's two moments."""
     eps: float = bounded(1e-8, 0.0, 1.0)
+    """Added to AdamW's denominator."""
     weight_decay: float = bounded(0.01, 0.0, 1_000.0)
+    """Decoupled weight decay of the matrices."""
     warmup_samples: int = bounded(0, 0, 10**12)
+    """Samples in which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up."""
     final_lr: float = bounded(0.0, 0.0, 1_000.0)
     """End of cosine and linear, as a share of `lr`."""
     clip: float = bounded(1.0, 0.0, 1e30)
+    """Largest norm of the gradient."""
     max_skipped_steps: int = bounded(20, 0, 1_000_000)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     spike: float | None = bounded(None, 1.0, 1e30)
@@ -144,17 +159,27 @@ class EngineConfig:
     """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32
     gradients in DeepSpeed."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Type that the network computes in; master weights are fp32 in any case."""
     micro_batch: int | None = bounded(None, 1, 10_000_000)
     """Samples per rank and micro-step; None = the whole share of the global batch at once."""
     reduce_bucket: int = bounded(200_000_000, 1, 10**12)
+    """Values of gradients that are reduced at a time; the buffer is allocated once, in fp32."""
     prefetch_bucket: int = bounded(310_000_000, 0, 10**12)
+    """Values that ZeRO-3 gathers ahead; below one block, nothing is prefetched."""
     max_live_parameters: int = bounded(1_200_000_000, 0, 10**12)
+    """Values that ZeRO-3 keeps gathered at a time."""
     max_reuse_distance: int = bounded(600_000_000, 0, 10**12)
+    """ZeRO-3 keeps what is used again within so many values."""
     persistence_threshold: int = bounded(100_000, 0, 10**12)
+    """Smaller parameters stay whole on every rank."""
     sub_group_size: int = bounded(1_000_000_000, 1, 10**12)
+    """Values that the optimizer updates at a time."""
     hpz: int = bounded(1, 1, 65_536)
+    """Ranks of a node that keep a second copy of the weights between them (ZeRO++); 1 = none."""
     overlap_comm: bool = True
+    """True if gradients are reduced while the backward pass runs."""
     timeout_minutes: int = bounded(10, 1, 10_000)
+    """Minutes after which a collective that waits for a rank fails."""
 
 
 @dataclass
@@ -162,7 +187,9 @@ class CheckpointConfig:
     """Times at which checkpoints are written, and which of them are kept."""
 
     every_samples: int = bounded(100_000, 1, 10**12)
+    """Samples between two checkpoints."""
     keep_last: int = bounded(2, 1, 1_000_000)
+    """Newest checkpoints that are kept."""
     keep_every_samples: int | None = bounded(None, 1, 10**12)
     """Checkpoints at multiples of this are kept forever."""
     upload: str = ""
@@ -176,14 +203,20 @@ class SampleConfig:
     every_samples: int = bounded(0, 0, 10**12)
     """0 = no grids while training."""
     prompts: list[str] = field(default_factory=list)
+    """Prompts of the grid."""
     scenes: int = bounded(0, 0, 100_000)
     """Held-out scenes that are sampled and scored too, which gives prompt following as a curve; see
     `data_prep/scenes/grammar.py`."""
     steps: int = bounded(30, 1, 10_000)
+    """Steps of the solver."""
     guidance: float = bounded(4.0, 0.0, 1_000.0)
+    """Scale of classifier-free guidance; 1 = none."""
     seed: int = bounded(0, 0, MAX_SEED)
+    """Seed of the images."""
     height: int = bounded(256, 1, 65_536)
+    """Pixels."""
     width: int = bounded(256, 1, 65_536)
+    """Pixels."""
 
 
 @dataclass
@@ -191,10 +224,13 @@ class LogConfig:
     """The metrics that are written during training."""
 
     every_steps: int = bounded(10, 1, 1_000_000)
+    """Steps between two lines of metrics."""
     tensorboard: bool = True
+    """True if metrics are also written for TensorBoard."""
     wandb: str = ""
     """W&B project; empty = off."""
     validate_every_samples: int = bounded(0, 0, 10**12)
+    """Samples between two validation losses; 0 = none."""
     peak_tflops: float | None = bounded(None, 0.001, 1e9)
     """Device's dense bf16 peak for MFU; None = known devices by name, else no MFU."""
 
@@ -204,6 +240,7 @@ class StageConfig:
     """One stage of pretraining."""
 
     name: str = ""
+    """Name of the run; empty = the file's."""
     runs: str = "runs"
     """Folder of runs; this one's is `<runs>/<name>`."""
     start_from: str = ""
@@ -213,6 +250,7 @@ class StageConfig:
     samples: int = bounded(1_000_000, 1, 10**12)
     """Length of the stage."""
     global_batch: int = bounded(256, 1, 10_000_000)
+    """Samples per step, over all processes."""
     vae: str = ""
     """Folder or hub name of the VAE that decodes images; empty = the one that the latents family names."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,50 @@
+"""Hooks of MkDocs: measurements become pages of the site, and nothing is loaded from another host."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADS = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*stylesheet[^>]*//"
+)
+
+
+def results() -> list[Path]:
+    """Return the pages of measurements."""
+    return sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+
+
+def on_config(config: Any) -> Any:
+    """Add the measurements to the navigation."""
+    pages = [
+        {page.stem.replace("_", " ").capitalize(): f"benchmarks/results/{page.name}"} for page in results()
+    ]
+    config.nav.append({"Measurements": pages})
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the measurements, which are outside of docs/."""
+    for page in results():
+        files.append(File.generated(config, f"benchmarks/results/{page.name}", abs_src_path=str(page)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Make links to the measurements fit the site, where benchmarks/ is below docs/."""
+    return markdown.replace("../benchmarks/results/", "benchmarks/results/")
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that loads from another host.
+
+    Raises:
+        PluginError: if it does.
+    """
+    if found := LOADS.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from another host: {found.group()}")
+    return output
