@@ -17,6 +17,10 @@ from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS
 from data_prep.pairs.pairs import read_pairs, run_pairs
 from data_prep.plan.plan import run_plan
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.mds import MDSSource
+from data_prep.sources.parquet import ParquetSource
+from data_prep.sources.webdataset import WebDatasetSource
 from data_prep.store.store import open_store
 from model.common.share import Share
 
@@ -130,3 +134,17 @@ def reasons_of(dataset):
             if name.startswith("dropped "):
                 reasons[name.removeprefix("dropped ")] += int(count)
     return dict(reasons)
+
+
+KINDS = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "folder": FolderSource, "mds": MDSSource}
+
+
+def rows_of(kind, path, limit=2000, columns=("caption",)):
+    """Return all rows of a source; a source that gives more than `limit` fails."""
+    source = KINDS[kind](SourceConfig(kind=kind, path=str(path)))
+    rows = []
+    for name in source.inventory().names:
+        for row in source.read(name, columns):
+            rows.append(row)
+            assert len(rows) <= limit, "the source does not end"
+    return rows
