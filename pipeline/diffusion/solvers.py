@@ -132,8 +132,9 @@ def guided(
     # Without guidance the second branch would only double the work.
     branches = [condition] if guidance == 1.0 else [condition, null_condition]
     if condition.texts[0].states.device.type == "cpu":
-        images = range(len(condition.timesteps))
-        batches = [Condition.concatenate([branch.row(image) for branch in branches]) for image in images]
+        batches: list[Condition] = []
+        for image in range(len(condition.timesteps)):
+            batches.append(Condition.concatenate([branch.row(image) for branch in branches]))
     else:
         # Concatenated once, before the first step: the texts stay the same in all steps.
         batches = [Condition.concatenate(branches)]
