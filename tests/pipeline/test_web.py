@@ -46,17 +46,6 @@ def address(tmp_path):
     page.close()
 
 
-def type_in(view, field, text):
-    """Type until it stays: gradio sets the fields once more when the page has loaded, and a person is not
-    that quick."""
-    for _ in range(40):
-        view.locator(field).fill(text)
-        view.wait_for_timeout(250)
-        if view.locator(field).input_value() == text:
-            return
-    raise AssertionError(f"{field} does not keep what is typed")
-
-
 @pytest.fixture
 def view(address):
     playwright = pytest.importorskip("playwright.sync_api")
@@ -70,9 +59,15 @@ def view(address):
         view.hosts = set()
         view.on("request", lambda request: view.hosts.add(urlparse(request.url).hostname))
         view.goto(address)
-        type_in(view, "#prompt textarea", "x")
         yield view
         browser.close()
+
+
+FIELDS = {
+    "prompt": "#prompt textarea",
+    "seed": "#seed input",
+    "attention": "#attention input[type=number]",
+}
 
 
 def asks_for_images(request):
@@ -80,18 +75,25 @@ def asks_for_images(request):
     return "queue/join" in request.url and len(request.post_data_json["data"]) > 2
 
 
-def click_draw(view):
-    """Click until the page has sent its request: gradio attaches the button's handler some time after the
-    button can be clicked."""
+def click_draw(view, **fields):
+    """Type into fields and click until the page has sent what was typed.
+
+    gradio attaches the button's handler after the button can be clicked, and sets all fields to their
+    defaults once more when the page has loaded.
+    """
     playwright = importlib.import_module("playwright.sync_api")
     for _ in range(6):
+        for field, text in fields.items():
+            view.locator(FIELDS[field]).fill(text)
         try:
-            with view.expect_request(asks_for_images, timeout=30_000):
+            with view.expect_request(asks_for_images, timeout=30_000) as sent:
                 view.locator("#draw").click()
-            return
         except playwright.TimeoutError:
             continue
-    raise AssertionError("no click on #draw sends a request")
+        values = [str(value) for value in sent.value.post_data_json["data"]]
+        if all(text in values for text in fields.values()):
+            return
+    raise AssertionError(f"no click on #draw sends {fields}")
 
 
 def wait_for_pictures(view, gallery, count):
@@ -106,9 +108,7 @@ def wait_for_pictures(view, gallery, count):
 
 
 def test_a_person_draws_and_compares(view, tmp_path):
-    view.locator("#prompt textarea").fill("a red cat")
-    view.locator("#seed input").fill("7")
-    click_draw(view)
+    click_draw(view, prompt="a red cat", seed="7")
     wait_for_pictures(view, "pictures", 1)
     picture = view.locator("#pictures img").first
     assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [24, 16]
@@ -117,10 +117,9 @@ def test_a_person_draws_and_compares(view, tmp_path):
         assert np.asarray(shot.convert("L"), dtype=float).std() > 3
     assert not view.locator("#words").is_visible()
 
-    view.locator("#attention input[type=number]").fill("2")
     view.locator("#compare input").click()
     view.get_by_role("option", name=NO_INSTRUCTION).click()
-    click_draw(view)
+    click_draw(view, attention="2")
     wait_for_pictures(view, "compared-words", 3)
     assert view.locator("#words").get_by_text("cat").first.is_visible()
     wait_for_pictures(view, "compared", 1)
@@ -134,10 +133,9 @@ def test_a_person_draws_and_compares(view, tmp_path):
 
 
 def test_a_wrong_prompt_is_one_line_on_the_page(view):
-    click_draw(view)
+    click_draw(view, prompt="x")
     wait_for_pictures(view, "pictures", 1)
-    view.locator("#prompt textarea").fill("x" * 30)
-    click_draw(view)
+    click_draw(view, prompt="x" * 30)
     view.get_by_text("longer than the 24 tokens of first").first.wait_for(timeout=180_000)
     view.get_by_text("processing").first.wait_for(state="hidden", timeout=180_000)
     assert view.locator("#pictures img").first.is_visible()
@@ -145,8 +143,7 @@ def test_a_wrong_prompt_is_one_line_on_the_page(view):
 
 def test_markup_in_a_prompt_is_shown_as_text(view):
     for prompt in ("<img src=x>", "<img src=x><b>far too long</b>"):
-        view.locator("#prompt textarea").fill(prompt)
-        click_draw(view)
+        click_draw(view, prompt=prompt)
         if prompt == "<img src=x>":
             wait_for_pictures(view, "history", 1)
     view.get_by_text("<img src=x><b>far too long</b>").last.wait_for(timeout=180_000)
