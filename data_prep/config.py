@@ -87,7 +87,7 @@ class BucketConfig:
     resolution: int = bounded(256, 1, 65_536)
     """Side of the square bucket, in pixels; all buckets have about its area."""
     max_aspect: float = bounded(2.0, 1.0, 1_000.0)
-    """Longest bucket: long side / short side."""
+    """Largest long side / short side of a bucket."""
     step: int = bounded(32, 1, 65_536)
     """Sides are multiples of this (VAE downsampling x patch size)."""
     max_upscale: float = bounded(1.0, 0.01, 1e9)

@@ -123,6 +123,21 @@ def test_python_is_ours(page):
                     assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+@pytest.mark.parametrize(
+    ("loads", "html"),
+    [
+        (True, '<script src="https://example.com/a.js"></script>'),
+        (True, '<img alt="x" src="//example.com/x.png">'),
+        (True, '<link rel="stylesheet" href="https://example.com/a.css">'),
+        (False, '<script src="assets/a.js"></script><a href="https://example.com">a link</a>'),
+        (False, '<link rel="stylesheet" href="../assets/a.css"><link rel="canonical" href="https://a.b">'),
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(loads, html):
+    hooks = pytest.importorskip("docs.hooks")  # needs the extra docs
+    assert bool(hooks.LOADS.search(html)) == loads
+
+
 # -- settings ------------------------------------------------------------------------------------------------
 
 
