@@ -12,6 +12,8 @@ from typing import Any
 from data_prep.config import DatasetConfig, load_dataset
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.init import add_options as add_init_options
+from data_prep.init import init
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import check_settings, run_plan
 from data_prep.store.store import Store, open_store
@@ -107,6 +109,7 @@ NOTES = {
 }
 SHARED = ("plan", "pairs", "latents", "text")
 """Commands whose work an array of tasks can share."""
+INIT_EXAMPLE = "init s3://bucket/tars --llm qwen --vae black-forest-labs/FLUX.1-dev"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,6 +118,16 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m data_prep", description="Prepare a dataset of image-caption pairs."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # The one command that writes a dataset's YAML; all others read one.
+    first = subparsers.add_parser(
+        "init",
+        help=init.__doc__,
+        description=init.__doc__,
+        epilog=f"example: python -m data_prep {INIT_EXAMPLE}",
+    )
+    first.set_defaults(overrides=[])
+    add_init_options(first)
+
     # Every command has the dataset and overrides; some have options of their own.
     commands: dict[str, argparse.ArgumentParser] = {}
     for name, (run, example) in COMMANDS.items():
@@ -199,6 +212,8 @@ def parse(argv: list[str] | None) -> Arguments:
     parser = make_parser()
     # argparse leaves positional arguments after an option over
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "init" and rest:
+        parser.error(f"not understood: {' '.join(rest)}")
     # A mistyped option ends up in the rest; without this check it would have no effect and no error.
     unknown = [word for word in [*arguments.overrides, *rest] if word.startswith("-") or "=" not in word]
     if unknown:
@@ -216,6 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     # Logs go to stderr: stdout has only results, such as the keys that `gc` lists.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if arguments.command == "init":
+        init(arguments)
+        return
     config = load_dataset(arguments.dataset, arguments.overrides)
 
     # Only the plan can create a store: with a mistyped path, other commands fail.

@@ -54,8 +54,9 @@ model_index.json."""
 FROM_DATA_PREP = {"data_prep.dataset", "data_prep.store", "data_prep.images", "data_prep.scenes"}
 """The only sub-packages of data preparation that `pipeline` imports: what is stored, and the scenes that its
 scorer reads."""
-PREPARES_DATA = {"pipeline/demo.py", "pipeline/train_vae.py", "pipeline/text/online.py"}
-"""Files of `pipeline` that prepare data themselves, so they may import all of `data_prep`."""
+PREPARES_DATA = {"pipeline/demo.py", "pipeline/init.py", "pipeline/train_vae.py", "pipeline/text/online.py"}
+"""Files of `pipeline` that prepare data or read a dataset's YAML themselves, so they may import all of
+`data_prep`."""
 
 FENCES = {
     "deepspeed": ("pipeline/engine/",),
