@@ -323,7 +323,7 @@ def stage_lines(
 
     every = math.ceil(samples / CHECKPOINTS / batch) * batch
     if choice.preset != "tiny":
-        every = min(every, stage.checkpoint.every_samples)
+        every = min(every, max(1, stage.checkpoint.every_samples // batch) * batch)
     yield from _section(
         "checkpoint", {"every_samples": every}, f"Each has {plan.checkpoint_bytes / 1e9:.2g} GB."
     )

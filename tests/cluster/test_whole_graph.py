@@ -8,7 +8,7 @@ from PIL import Image
 from tests.helpers.raw_material import smooth_image
 from tests.helpers.tiny_dataset import write_dataset, write_stage
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 PAIRS = 32
 
@@ -37,7 +37,7 @@ def test_from_raw_pairs_to_pictures(slurm, training, tmp_path):
 
     printed = training.type("cluster/pretrain.sh", "--nodes=2", str(dataset), *stages, **real)
     jobs = [line.split()[0] for line in printed.splitlines() if line[0].isdigit()]
-    states = [slurm.wait_for(job, seconds=240)["JobState"] for job in jobs[-1:]]
+    states = [slurm.wait_for(job, seconds=480)["JobState"] for job in jobs[-1:]]
     said = "\n".join(f"-- {path.name}\n{path.read_text()}" for path in sorted(training.logs.iterdir()))
     assert states == ["COMPLETED"], printed + said
 

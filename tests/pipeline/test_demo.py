@@ -26,7 +26,7 @@ def test_a_missing_package_is_named(missing, monkeypatch, capsys, tmp_path):
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"package {missing} is not installed: run `make demo`" in said
+    assert f"package {missing} is not installed: run `make install`" in said
     assert not list(tmp_path.iterdir())
 
 

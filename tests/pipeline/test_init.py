@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import BucketConfig, DatasetConfig, LatentsConfig
@@ -57,7 +57,8 @@ def written(config, facts, gpus, memory=80.0, preset=""):
         return choice, load_stage(str(path))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=2, deadline=None)  # an estimate of all presets takes seconds
+@example(rows=[1_204_132], gpus=3, resolution=64, llms=1)
 @given(
     rows=st.lists(st.integers(1, 3_000_000), min_size=1, max_size=4),
     gpus=st.sampled_from([0, 1, 3, 8, 24]),

@@ -218,10 +218,14 @@ def test_captions_that_are_gone_are_named(prepared, tmp_path):
     tables = [path for path in tables if path.suffix == ".parquet"]
     whole = {path: path.read_bytes() for path in tables}
     try:
-        for damage in (lambda path: path.write_bytes(whole[path][:-1]), lambda path: path.unlink()):
+        damages = {
+            "damaged": lambda path: path.write_bytes(whole[path][:-1]),
+            "missing": lambda path: path.unlink(),
+        }
+        for word, damage in damages.items():
             for path in tables:
                 damage(path)
-            with pytest.raises(UserError, match=r"pairs.*damaged"):
+            with pytest.raises(UserError, match=rf"pairs.*{word}"):
                 next(data.batches())
     finally:
         for path, content in whole.items():
