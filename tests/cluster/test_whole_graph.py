@@ -8,7 +8,7 @@ from PIL import Image
 from tests.helpers.raw_material import smooth_image
 from tests.helpers.tiny_dataset import write_dataset, write_stage
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PAIRS = 32
 
