@@ -12,6 +12,11 @@ CPU_HAS_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """True if this CPU has instructions that bf16 products run on (AVX-512, or bf16 on ARM)."""
 
 
+def has_bf16(device: torch.device) -> bool:
+    """True if a device multiplies in bf16 at least as fast as in fp32."""
+    return device.type != "cpu" or CPU_HAS_BF16
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which products with x are computed: its own, but fp32 for bf16 on a CPU without
     bf16 instructions.
@@ -19,8 +24,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     There torch's bf16 kernels run one value at a time, 5 to 40 times slower than fp32's: a training step of
     the demo takes 33 s and not 2 s. Both sum in fp32 and round once, so only the order of the sum differs.
     """
-    emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_HAS_BF16
-    return torch.float32 if emulated else x.dtype
+    return torch.float32 if x.dtype == torch.bfloat16 and not has_bf16(x.device) else x.dtype
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ from model.common.errors import UserError, command
 from model.common.files import atomic_path
 from model.common.progress import Progress
 from model.encoders.vae import small_vae
-from model.functional import CPU_HAS_BF16
+from model.functional import has_bf16
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.engine.muon import orthogonalize
 
@@ -122,8 +122,7 @@ def vae_loss(vae: Any, pixels: Tensor, kl_weight: float, rng: torch.Generator) -
         rng: generator of the posterior's noise, on the CPU, so that any device has the same noise.
     """
     # a CPU without bf16 instructions takes 8 times as long in bf16 as in fp32
-    fast = pixels.device.type != "cpu" or CPU_HAS_BF16
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=fast):
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_bf16(pixels.device)):
         posterior = vae.encode(pixels, return_dict=False)[0]
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         noise = torch.randn(mean.shape, generator=rng).to(mean.device)
