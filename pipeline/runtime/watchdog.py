@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -114,12 +113,22 @@ class Watchdog:
 
     def _exit(self, code: int, why: str) -> NoReturn:
         """Publish the reason, so that the peers end with it and not with a broken connection, and exit."""
-        with suppress(dist.DistError):  # if rank 0 has exited with its store, the peers see that too
-            self._store.set(_FAILED, json.dumps({"code": code, "why": why}))
-            # the peers need time to read the reason: rank 0 takes the store with it
-            time.sleep(3 * self._interval * (self._ranks.world > 1))
+        # in a thread, since the store may not answer any more
+        threading.Thread(target=self._tell_peers, args=(code, why), daemon=True).start()
+        # the peers need time to read the reason: rank 0 takes the store with it
+        time.sleep(3 * self._interval * (self._ranks.world > 1))
+
         # not `sys.exit`: the interpreter's shutdown may wait for a collective that never ends
         os._exit(code)
+
+    def _tell_peers(self, code: int, why: str) -> None:
+        """Publish why this rank ends; if the store is gone, rank 0 was the first to end, so name it."""
+        try:
+            self._store.set(_FAILED, json.dumps({"code": code, "why": why}))
+            # a value is sent without an answer, a question is not
+            self._store.check([_FAILED])
+        except dist.DistError:
+            _print(f"rank {self._ranks.rank} ends: {self._describe(0)} has exited without an error message")
 
     # -- the threads ----------------------------------------------------------------------------------------
 

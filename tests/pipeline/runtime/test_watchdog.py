@@ -98,6 +98,5 @@ def test_a_killed_rank_0_is_named(pool, tmp_path):
     pool.processes[0].kill()
     codes, (log,) = end(pool, tmp_path, [1])
     assert codes == [1]
-    assert (
-        "rank 1 ends: rank 0" in log or "Connection closed by peer" in log
-    )  # whichever thread sees it first
+    # also where the collective breaks before the watching thread sees it
+    assert re.search(r"^rank 1 ends: rank 0 .*has exited without an error message$", log, re.MULTILINE)
