@@ -38,7 +38,7 @@ from data_prep.pairs.make_images import (
     order_tasks,
 )
 from data_prep.plan.accounts import account, dropped_count, written_count
-from data_prep.plan.listing import source_files
+from data_prep.plan.listing import print_changed, source_files
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order
 from data_prep.plan.scan import CAPTIONS, CRASHED
@@ -171,9 +171,12 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
         ranks[number] = rank
 
     hashes = read_plan_record(dataset)["manifest"]
+    sources = OpenSources(config, files)
+    read_by_place: set[int] = set()
+    """Numbers of the source files with many images, which are read by their place in the file."""
     open_parts: dict[Part, _OpenPart] = {}
     commits: deque[Future[Counter[str]]] = deque()
-    context = EncodingContext(OpenSources(config, files), config.image_format, config.image_quality)
+    context = EncodingContext(sources, config.image_format, config.image_quality)
     with (
         tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
         Workers(encode_images, context, _crashed, config.workers) as workers,
@@ -187,7 +190,8 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
             return open_parts[part].rows
 
         tasks = order_tasks(parts, open_part, ranks, needs_sequential_reads(config))
-        for _, images in workers.map(chunk_tasks(tasks, OpenSources(config, files))):
+        for chunk, images in workers.map(chunk_tasks(tasks, sources)):
+            read_by_place.update(task.file for task in chunk if not task.place.path)
             for image in images:
                 open_parts[image.part].add(image)
                 if open_parts[image.part].complete:
@@ -200,6 +204,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
             _count(commits.popleft(), progress)
     if open_parts:
         raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
+    print_changed("pairs", sources.changed(read_by_place))
 
 
 def _crashed(task: ImageTask) -> EncodedImage:

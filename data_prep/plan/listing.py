@@ -1,5 +1,6 @@
 """The frozen list of a dataset's source files, and the account of the files that the sources ignore."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from data_prep.config import DatasetConfig
@@ -26,13 +27,15 @@ def freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
         counts = [SourceCounts(files=entry.found, ignored=dict(entry.ignored)) for entry in inventories]
         # The list comes last, so that it never exists without the counts.
         dataset.put_new(SOURCES_KEY, canonical_json(counts))
-        dataset.put_new(FILES_KEY, canonical_json([[file.number, file.source, file.name] for file in files]))
+        entries = [[file.number, file.source, file.name, file.version] for file in files]
+        dataset.put_new(FILES_KEY, canonical_json(entries))
     return source_files(dataset)
 
 
 def source_files(dataset: Store) -> list[SourceFile]:
     """Return the dataset's frozen list of source files."""
-    entries = read_object(dataset, FILES_KEY, partial(checked, list[tuple[Count, Count, str]]), PLAN_AGAIN)
+    parse = partial(checked, list[tuple[Count, Count, str] | tuple[Count, Count, str, str]])
+    entries = read_object(dataset, FILES_KEY, parse, PLAN_AGAIN)
     return [SourceFile(*entry) for entry in entries]
 
 
@@ -45,7 +48,7 @@ def source_counts(dataset: Store) -> list[SourceCounts]:
 
 
 def print_newer_files(config: DatasetConfig, dataset: Store) -> None:
-    """Print how many source files came after the list was frozen."""
+    """Print how many source files came, or have changed, after the list was frozen."""
     try:
         files, _ = list_files(config)
     except UserError as error:
@@ -53,10 +56,21 @@ def print_newer_files(config: DatasetConfig, dataset: Store) -> None:
         print(f"plan: cannot look for new source files: {error}")
         return
 
-    known = {file.label for file in source_files(dataset)}
+    known = {file.label: file.version for file in source_files(dataset)}
     newer = [file.label for file in files if file.label not in known]
+    changed = [file.label for file in files if known.get(file.label) not in (None, "", file.version)]
+    print_changed("plan", changed)
     if newer:
         print(
             f"plan: {len(newer):,} source files, such as {newer[0]}, came after the plan and are not in it: "
             "to include them, plan under another `name`"
+        )
+
+
+def print_changed(command: str, labels: Sequence[str]) -> None:
+    """Print how many source files have changed since they were listed, if any have."""
+    if labels:
+        print(
+            f"{command}: {len(labels):,} source files, such as {labels[0]}, have changed since they were "
+            "listed, and what came since may be missing: to include it, plan under another `name`"
         )

@@ -34,7 +34,14 @@ from data_prep.plan.captions import MAX_CAPTIONS
 from data_prep.plan.counts import Counts
 from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.plan.filters import Filters
-from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, freeze_files, print_newer_files, source_counts
+from data_prep.plan.listing import (
+    FILES_KEY,
+    SOURCES_KEY,
+    freeze_files,
+    print_changed,
+    print_newer_files,
+    source_counts,
+)
 from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import CAPTIONS, SCAN, Scanner
 from data_prep.sources.source import OpenSources, SourceFile, needs_sequential_reads
@@ -190,6 +197,8 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
                 ) from error
             # If another task has scanned the same file meanwhile, its table has the same rows.
             dataset.put_new(_scan_key(file.number), path.read_bytes())
+    # Afterwards, so that a file that was still being written while it was read is named too.
+    print_changed("plan", sources.changed(file.number for file in todo))
 
 
 def _write_scan(path: Path, file: SourceFile, batches: Iterator[pa.RecordBatch], progress: Progress) -> None:

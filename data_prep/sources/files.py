@@ -147,6 +147,13 @@ class SourceFiles:
         """
         return self._store.size(name)
 
+    def version(self, name: str) -> str:
+        """Return a text that is another one after the file has changed; empty if the file is missing."""
+        try:
+            return self._store.version(name)
+        except FileNotFoundError:
+            return ""
+
     def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Return the whole file.
 

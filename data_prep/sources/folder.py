@@ -97,6 +97,13 @@ class FolderSource:
             folder = _folder_of(folder)
         return folder
 
+    def version(self, name: str) -> str:
+        """Return a text that is another one after files came to a folder, or its metadata has changed."""
+        unit = self._units[0].get(name, _Unit())
+        metadata = [self._files.version(path) for path in sorted(unit.metadata)]
+        # Not of each image: looking at millions of them would take hours, and `pairs` checks their hashes.
+        return "; ".join([f"{unit.size} files", *metadata])
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield the rows of the folder's metadata, then the files that no row named.
 

@@ -87,6 +87,10 @@ class MDSSource:
             )
         return layout
 
+    def version(self, name: str) -> str:
+        """Return a text that is another one after the shard has changed."""
+        return self._files.version(name)
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all rows of a shard; unreadable rows have that as their reason."""
         # A worker opens the source without listing its files first.

@@ -48,6 +48,10 @@ class OpenMojiSource:
         """Return the only unit of this source; the package's files are not counted."""
         return Inventory(units={"openmoji": 0})
 
+    def version(self, name: str) -> str:
+        """Return an empty text: emoji do not change."""
+        return ""
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield every emoji; those without a CLDR name have that reason."""
         for path in sorted(self._folder.glob("*.svg")):

@@ -58,6 +58,10 @@ class ParquetSource:
             inventory.ignored[f"{kind}, read where a row names it"] = inventory.ignored.pop(kind)
         return inventory
 
+    def version(self, name: str) -> str:
+        """Return a text that is another one after the parquet file has changed."""
+        return self._files.version(name)
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all rows with the wanted columns; unreadable rows have that as their reason."""
         done = total = 0

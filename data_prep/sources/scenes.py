@@ -82,6 +82,10 @@ class ScenesSource:
         firsts = range(0, self._settings.count, self._settings.file_rows)
         return Inventory(units=dict.fromkeys((f"scenes-{first:012d}" for first in firsts), 0))
 
+    def version(self, name: str) -> str:
+        """Return an empty text: scenes do not change."""
+        return ""
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield every scene of the range, rendered."""
         first = int(name.rpartition("-")[2])

@@ -4,12 +4,14 @@ A sample's id is `file_number << 32 | row`: the file's number in the dataset's s
 number in the file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_prep.config import DatasetConfig, SourceConfig
 from data_prep.images.buckets import make_buckets
+from data_prep.sources.files import READERS
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.openmoji import OpenMojiSource
@@ -28,6 +30,10 @@ class Source(Protocol):
         Raises:
             UserError: if there are none.
         """
+        ...
+
+    def version(self, name: str) -> str:
+        """Return a text that is another one after a file has changed; empty if nothing shows that."""
         ...
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
@@ -86,6 +92,8 @@ class SourceFile:
     source: int
     """Index of the source in the dataset's YAML."""
     name: str
+    version: str = ""
+    """Its size and time of change (or ETag) when it was listed. Lists of earlier versions have none."""
 
     @property
     def label(self) -> str:
@@ -113,6 +121,17 @@ class OpenSources:
             self._opened[file.source] = open_source(self.config, self.config.sources[file.source])
         return self._opened[file.source], file.name
 
+    def changed(self, numbers: Iterable[int]) -> list[str]:
+        """Return the labels of the files among `numbers` that have changed since they were listed."""
+        files = [self.files[number] for number in sorted(numbers) if self.files[number].version]
+        # Opened before the threads start, which would open a source several times.
+        sources = [self.open(file.number)[0] for file in files]
+        with ThreadPoolExecutor(READERS) as pool:
+            versions = pool.map(lambda source, file: source.version(file.name), sources, files)
+            now = dict(zip(files, versions, strict=True))
+        # A file that no longer exists is counted elsewhere, by its rows.
+        return [file.label for file in files if now[file] not in ("", file.version)]
+
 
 def list_files(config: DatasetConfig) -> tuple[list[SourceFile], list[Inventory]]:
     """List all source files, numbered in the order of the YAML's sources and sorted within each source.
@@ -126,10 +145,13 @@ def list_files(config: DatasetConfig) -> tuple[list[SourceFile], list[Inventory]
     files: list[SourceFile] = []
     inventories: list[Inventory] = []
     # The numbers are part of every sample's id, so the order must be the same on every machine.
-    for number, source in enumerate(config.sources):
-        inventory = open_source(config, source).inventory()
-        inventory.check(source.path)
+    for number, settings in enumerate(config.sources):
+        source = open_source(config, settings)
+        inventory = source.inventory()
+        inventory.check(settings.path)
         inventories.append(inventory)
-        for name in inventory.names:
-            files.append(SourceFile(len(files), number, name))
+        with ThreadPoolExecutor(READERS) as pool:
+            versions = pool.map(source.version, inventory.names)
+            for name, version in zip(inventory.names, versions, strict=True):
+                files.append(SourceFile(len(files), number, name, version))
     return files, inventories

@@ -58,6 +58,10 @@ class WebDatasetSource:
         """
         return self._files.one_by_one()
 
+    def version(self, name: str) -> str:
+        """Return a text that is another one after the tar has changed."""
+        return self._files.version(name)
+
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all samples; the unreadable rest of a damaged or cut tar is one row with that reason."""
         try:

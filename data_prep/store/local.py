@@ -64,6 +64,15 @@ class LocalFolder:
         with _naming(path):
             return path.stat().st_size if path.is_file() else None
 
+    def version(self, key: str) -> str | None:
+        """Return the object's size and time of change; None if it does not exist."""
+        path = self.root / key
+        with _naming(path):
+            if not path.is_file():
+                return None
+            status = path.stat()
+            return f"{status.st_size} bytes, {status.st_mtime_ns}"
+
     def put(self, key: str, data: bytes | Path) -> None:
         """Write an object and replace an older one."""
         with self._written(key, data) as (temporary, path):

@@ -132,12 +132,19 @@ class S3Bucket:
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes; None if it does not exist."""
+        head = self._head(key)
+        return None if head is None else head["ContentLength"]
 
-        def head() -> int:
-            return own_object(self.client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
+    def version(self, key: str) -> str | None:
+        """Return the object's size and ETag; None if it does not exist."""
+        head = self._head(key)
+        return None if head is None else f"{head['ContentLength']} bytes, {head.get('ETag', '')}"
 
+    def _head(self, key: str) -> dict[str, Any] | None:
         try:
-            return self._retried(key, head)
+            return self._retried(
+                key, lambda: own_object(self.client.head_object(Bucket=self.bucket, Key=key))
+            )
         except FileNotFoundError:
             return None
 

@@ -43,6 +43,7 @@ class Backend(Protocol):
     def read_range(self, key: str, start: int, length: int) -> bytes: ...
     def stream(self, key: str, start: int) -> Iterator[bytes]: ...
     def size(self, key: str) -> int | None: ...
+    def version(self, key: str) -> str | None: ...
     def put(self, key: str, data: bytes | Path) -> None: ...
     def put_new(self, key: str, data: bytes) -> bool: ...
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]: ...
@@ -110,6 +111,17 @@ class Store:
         if size is None:
             raise FileNotFoundError(f"{self.uri}/{key}")
         return size
+
+    def version(self, key: str) -> str:
+        """Return a text that is another one after an object that others write has changed.
+
+        Raises:
+            FileNotFoundError: if there is no such object.
+        """
+        version = self._backend.version(self._key(key))
+        if version is None:
+            raise FileNotFoundError(f"{self.uri}/{key}")
+        return version
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield keys that start with `prefix`, sorted, without temporary files."""

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import SourceConfig
+from data_prep.config import BucketConfig, SourceConfig
+from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.budget import print_budget
-from data_prep.plan.listing import source_files
+from data_prep.plan.listing import FILES_KEY, source_files
 from data_prep.plan.plan import run_plan
 from data_prep.report import write_report
 from data_prep.sources import files as source_files_module
@@ -307,6 +308,80 @@ def test_a_plan_that_is_run_again_names_source_files_that_came_later(tmp_path, c
         path.unlink()
     assert run_plan(config, dataset, ALONE) is not None
     assert "cannot look for new source files" in capsys.readouterr().out
+
+
+def samples(*numbers):
+    members = []
+    for number in numbers:
+        members += sample_members(str(number), png(number), {"caption": f"number {number}"})
+    return members
+
+
+def test_a_tar_that_grew_since_the_plan_is_named_where_its_rows_are_read(store_uri, tmp_path, capsys):
+    source = open_store(store_uri, create=True).sub("raw")
+    for name, numbers in (("a.tar", (1, 2)), ("b.tar", (3, 4))):
+        source.put(name, tar_bytes(samples(*numbers)))
+    config = config_of(tmp_path, ("webdataset", source.uri))
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    run_plan(config, dataset, ALONE)
+    assert "changed" not in capsys.readouterr().out
+
+    source.put("b.tar", tar_bytes(samples(3, 4, 5)))
+    run_pairs(config, dataset, ALONE)
+    line = "1 source files, such as 0:b.tar, have changed since they were listed, and what came since may be "
+    assert f"pairs: {line}missing: to include it, plan under another `name`" in capsys.readouterr().out
+    assert len(all_pairs(dataset)) == 4
+    run_plan(config, dataset, ALONE)
+    assert f"plan: {line}" in capsys.readouterr().out
+
+
+def test_a_tar_that_is_written_while_the_plan_reads_it_is_named(tmp_path, capsys, monkeypatch):
+    write_tar(tmp_path / "in", "a.tar", samples(1, 2))
+    config = config_of(tmp_path, ("webdataset", tmp_path / "in"))
+    dataset = open_store(config.store, create=True).sub("ds")
+    read = WebDatasetSource.read
+
+    def read_while_it_grows(self, name, columns):
+        yield from read(self, name, columns)
+        write_tar(tmp_path / "in", "a.tar", samples(1, 2, 3))
+
+    monkeypatch.setattr(WebDatasetSource, "read", read_while_it_grows)
+    run_plan(config, dataset, ALONE)
+    assert "plan: 1 source files, such as 0:a.tar, have changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "mds", "folder"])
+def test_a_plan_that_is_run_again_names_files_of_every_kind_that_changed(tmp_path, kind, capsys):
+    write_parquet(tmp_path / "parquet/a.parquet", [{"image": PNG, "caption": "x"}])
+    encodings = {"image": "bytes", "caption": "str"}
+    write_mds_folder(tmp_path / "mds", [{"image": PNG, "caption": "x"}], encodings)
+    write_tree(tmp_path / "folder", ["1.png", "1.txt"])
+    config = config_of(tmp_path, (kind, tmp_path / kind), buckets=BucketConfig(resolution=8, max_aspect=1.0))
+    config.buckets.step = 8
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    if kind == "folder":
+        write_tree(tmp_path / "folder", ["2.png", "2.txt"])
+    else:
+        path = next(path for path in (tmp_path / kind).iterdir() if path.suffix in (".parquet", ".mds"))
+        path.write_bytes(path.read_bytes() + b"more")
+    run_plan(config, dataset, ALONE)
+    assert "1 source files, such as 0:" in (printed := capsys.readouterr().out)
+    assert "have changed since they were listed" in printed
+
+
+def test_a_list_of_an_earlier_version_knows_no_changes(tmp_path, capsys):
+    write_tar(tmp_path / "in", "a.tar", samples(1, 2))
+    config = config_of(tmp_path, ("webdataset", tmp_path / "in"))
+    dataset = open_store(config.store, create=True).sub("ds")
+    dataset.put(FILES_KEY, b'[[0,0,"a.tar"]]')
+    run_plan(config, dataset, ALONE)
+    write_tar(tmp_path / "in", "a.tar", samples(1, 2, 3))
+    run_pairs(config, dataset, ALONE)
+    run_plan(config, dataset, ALONE)
+    assert len(all_pairs(dataset)) == 2
+    assert "changed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet", "folder"])
