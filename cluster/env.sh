@@ -6,6 +6,9 @@
 # -- software: modules, a virtual environment, a container ---------------------------------------------------------------
 # module load cuda/12.8
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}        # the Python with li-dit installed, at the same path on all nodes
+export CONTAINER=${CONTAINER:-}                # an Apptainer image, made of apptainer.def, such as $PWD/li-dit.sif: all Python runs inside of it
+[ -z "$CONTAINER" ] || PYTHON=$PWD/cluster/python.sh
+# export APPTAINER_BIND=/shared,/local         # folders besides the project's, the home and /tmp that a container sees
 SRUN_OPTIONS=()                                # options of every srun; a container (pyxis): (--container-image=li-dit.sqsh --container-mounts="$PWD")
 
 # -- Slurm: an sbatch option on the command line wins over these ----------------------------------------------------------

@@ -113,7 +113,8 @@ by_hand && submit_by_hand "$@"
 trap ask_to_stop USR1 TERM
 JOB_OUTPUT=$(job_field StdOut)
 export JOB_OUTPUT
-RUN=$("$PYTHON" -m pipeline.operations.attempts begin "$@") || { rc=$?; [ $rc -eq 3 ] && exit 0; exit $rc; }
+QUEUE=$(timeout 60 squeue -h --me -o '%A %T')
+RUN=$("$PYTHON" -m pipeline.operations.attempts begin --jobs "$QUEUE" "$@") || { rc=$?; [ $rc -eq 3 ] && exit 0; exit $rc; }
 
 PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}}
 [ "$PER_NODE" -gt 0 ] || PER_NODE=1

@@ -159,12 +159,15 @@ def needs_gpu(stage: StageConfig) -> bool:
     return count_parameters(dit, stage.fusion, [])["dit"] > SMALL_DIT
 
 
-def queue_state(job: str) -> str:
-    """Return the state of a job in Slurm's queue, such as RUNNING; empty if it is not in the queue."""
-    arguments = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
-    # a timeout, since a busy Slurm controller may not answer
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
-    return result.stdout.strip()
+def queue_state(job: str, jobs: str) -> str:
+    """Return the state of a job in Slurm's queue, such as RUNNING; empty if it is not in the queue.
+
+    Args:
+        job: its number.
+        jobs: lines of `squeue -h -o '%A %T'`. The batch script asks Slurm, since a container has no squeue.
+    """
+    states = dict(line.split() for line in jobs.splitlines())
+    return states.get(job, "")
 
 
 def _seconds(text: str) -> float:
@@ -198,13 +201,14 @@ def cause_of_end(job: str, restart: int) -> Literal["itself", "outside", "time",
     return "time" if _seconds(fields.get("RunTime", "0")) >= _seconds(fields.get("TimeLimit", "")) else "user"
 
 
-def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
+def begin(stage: StageConfig, attempt: Attempt, gpus: int, jobs: str = "") -> Path:
     """Record the start of an attempt, and return the run's folder.
 
     Args:
         stage: the stage to train.
         attempt: the attempt of this job.
         gpus: number of GPUs per node.
+        jobs: Slurm's queue, as in `queue_state`.
 
     Raises:
         UserError: if the stage needs GPUs and the job has none, another job works on the run, or a file asks
@@ -221,7 +225,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int) -> Path:
     before = read_attempt(run)
     # two jobs at one run would overwrite each other's checkpoints
     if before is not None and before.job != attempt.job:
-        state = queue_state(before.job)
+        state = queue_state(before.job, jobs)
         if state in ACTIVE_STATES:
             raise UserError(
                 f"job {before.job} is already at {run} ({state}): "
@@ -405,6 +409,7 @@ def parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     opening = commands.add_parser("begin", help="record the start of an attempt; prints the run's folder")
+    opening.add_argument("--jobs", default="", help="lines of `squeue -h -o '%%A %%T'`")
     opening.add_argument("stage")
     opening.add_argument("overrides", nargs="*", metavar="key=value")
     closing = commands.add_parser("end", help="record its end; the exit code is for the job")
@@ -430,7 +435,8 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(FINISHED)
-    print(begin(stage, from_environment(), int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))))
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    print(begin(stage, from_environment(), gpus, arguments.jobs))
 
 
 if __name__ == "__main__":

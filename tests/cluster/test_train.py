@@ -140,6 +140,23 @@ def test_two_jobs_at_one_run(slurm, training):
     assert "remove it and submit again" in training.output(job)
 
 
+def test_a_job_runs_in_the_container_that_is_named(slurm, training):
+    image, apptainer = training.folder / "li-dit.sif", training.folder / "apptainer"
+    image.touch()
+    runs = (
+        f'echo inside >> {image}; while [ "$1" != python ]; do shift; done; exec {training.python} "${{@:2}}"'
+    )
+    apptainer.write_text(f"#!/bin/bash\n{runs}\n")
+    apptainer.chmod(0o755)
+    path = f"{training.folder}:{slurm.environment['PATH']}"
+    # as on a cluster, where the image has no Slurm and the host no Python of ours
+    job = training.submit("--nodes=2", CONTAINER=image, PYTHON="/nowhere", PATH=path, FAKE_STEP=0.01)
+    assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
+    assert training.steps() == list(range(1, 31))
+    # the start, two ranks, the end
+    assert image.read_text().split() == ["inside"] * 4
+
+
 def test_one_process_per_gpu(slurm, training):
     job = training.submit("--partition=gpu", "--gpus-per-node=2", FAKE_STEP=0.01)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
