@@ -8,8 +8,9 @@ Part of the loss is on 4x4 averages, since lines are learned fast and colors are
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ WARM_UP_STEPS = 50
 MAX_STATISTICS_IMAGES = 1024
 """Images over which the latent channels are standardized."""
 MAX_PSNR_IMAGES = 256
+MEASURED_STEPS = 8
+"""Steps whose speed decides how many are taken in a given time."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,20 @@ def train(images: list[Tensor], training: Training, device: torch.device) -> Any
     return vae.eval().requires_grad_(False)
 
 
+def steps_within(minutes: float, images: list[Tensor], training: Training, device: torch.device) -> int:
+    """Return how many steps take about `minutes`, at the speed of the first ones, which are thrown away.
+
+    The number is known before the training starts, whose learning rate depends on it. So it is the same
+    training as one with this number in its settings.
+    """
+    # allocates memory and picks kernels, which later steps do not
+    train(images, replace(training, steps=1), device)
+    began = time.monotonic()
+    train(images, replace(training, steps=MEASURED_STEPS), device)
+    seconds = (time.monotonic() - began) / MEASURED_STEPS
+    return max(1, int(60 * minutes / seconds))
+
+
 @torch.no_grad()
 def standardize(vae: Any, images: list[Tensor], training: Training, device: torch.device) -> None:
     """Give each latent channel mean 0 and std 1 on the data, through the 1x1 convolutions around the latent.
@@ -245,13 +262,14 @@ def psnr(vae: Any, images: list[Tensor], training: Training, device: torch.devic
     return torch.cat(values).mean().item()
 
 
-def train_into(dataset: Store, out: Path, training: Training) -> None:
+def train_into(dataset: Store, out: Path, training: Training, minutes: float | None = None) -> None:
     """Train, and write a diffusers folder, which appears complete or not at all; an equal one is kept.
 
     Args:
         dataset: the dataset's store.
         out: the folder to write.
         training: the settings.
+        minutes: take as many steps as fit into this time, instead of the settings' number.
 
     Raises:
         UserError: if `out` exists and was made from other pairs or settings, or the dataset has no pairs.
@@ -261,7 +279,11 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
     parts = sorted([str(part), commit.attempt] for part, commit in committed(dataset, PAIRS).items())
     settings = {**asdict(training), "pairs": parts}
     record = out / SETTINGS
-    if record.is_file() and json.loads(record.read_text())["settings"] == settings:
+    stored = json.loads(record.read_text())["settings"] if record.is_file() else None
+    if stored and minutes is not None:
+        # another day's measurement gives another number of steps, and asks for the same VAE
+        settings["steps"] = stored["steps"]
+    if stored == settings:
         print(f"{out}: already trained on these pairs with these settings")
         return
     if out.exists():
@@ -272,6 +294,9 @@ def train_into(dataset: Store, out: Path, training: Training) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = read_images(dataset, training.crop, training.images)
+    if minutes is not None:
+        training = replace(training, steps=steps_within(minutes, images, training, device))
+        settings["steps"] = training.steps
     vae = train(images, training, device)
     standardize(vae, images, training, device)
     quality = psnr(vae, images, training, device)
@@ -300,6 +325,10 @@ def main() -> None:
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
 
+    parser.add_argument(
+        "--minutes", type=float, help="take as many steps as fit into this time, instead of --steps"
+    )
+
     arguments = vars(parser.parse_intermixed_args())
     config = load_dataset(arguments["dataset"], arguments["overrides"])
     training = Training(**{name: arguments[name] for name in defaults})
@@ -308,7 +337,10 @@ def main() -> None:
         raise UserError(
             f"--crop {training.crop}: use a multiple of 8, and at least one step, image and image per batch"
         )
-    train_into(open_store(config.store).sub(config.name), arguments["out"], training)
+    minutes = arguments["minutes"]
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes {minutes}: give a number above 0, or --steps")
+    train_into(open_store(config.store).sub(config.name), arguments["out"], training, minutes)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pipeline.train_vae import (
     psnr,
     read_images,
     standardize,
+    steps_within,
     train,
     train_into,
 )
@@ -149,6 +150,37 @@ def test_a_failure_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         train_into(dataset, tmp_path / "vae", TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_the_steps_are_those_that_fit_at_the_speed_of_the_first(monkeypatch):
+    seconds, taken = 100.0, []
+
+    def train_at_two_steps_per_second(images, training, device):
+        nonlocal seconds
+        taken.append(training.steps)
+        # the first training of a process is slower
+        seconds += training.steps * (0.5 if len(taken) > 1 else 5.0)
+
+    monkeypatch.setattr(train_vae, "train", train_at_two_steps_per_second)
+    monkeypatch.setattr(train_vae.time, "monotonic", lambda: seconds)
+    assert steps_within(3.0, [], TINY, CPU) == 360
+    assert steps_within(1e-9, [], TINY, CPU) == 1
+    assert sum(taken) == 2 * (1 + train_vae.MEASURED_STEPS)
+
+
+def test_a_training_of_some_minutes_is_one_of_that_many_steps(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_vae, "steps_within", lambda minutes, *_: int(minutes * 4))
+    train_into(dataset, tmp_path / "timed", replace(TINY, steps=900), minutes=0.5)
+    train_into(dataset, tmp_path / "counted", replace(TINY, steps=2))
+    timed, counted = (VAE.load(str(tmp_path / name), None, CPU) for name in ("timed", "counted"))
+    assert timed.identity == counted.identity
+    assert json.loads((tmp_path / "timed" / "training.json").read_text())["settings"]["steps"] == 2
+
+    # asked again on a faster machine, it is the same VAE; with other settings it is not
+    train_into(dataset, tmp_path / "timed", TINY, minutes=2.0)
+    assert "already trained" in capsys.readouterr().out
+    with pytest.raises(UserError, match="remove it"):
+        train_into(dataset, tmp_path / "timed", replace(TINY, seed=1), minutes=0.5)
 
 
 def test_the_convolutions_take_the_steps_of_torchs_muon(monkeypatch):
