@@ -31,14 +31,17 @@ class Block(nn.Module, ABC):
         self.sizes = sizes
 
     @abstractmethod
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor, places: Tensor | None = None
+    ) -> Tensor:
         """Run the block.
 
         Args:
             x: patches [B, N, D].
             text: text tokens [B, S, D].
             text_mask: the result of `key_mask` for the text, or None if nothing is padded.
-            c: condition, [B, D]; or [B, N, D], one for each patch.
+            c: condition, [B, D]; [B, N, D], one for each patch; or [B, K, D], one for each level.
+            places: for levels, the level of each patch, one-hot [B, N, K]; `Modulation` takes both.
 
         Returns:
             Patches [B, N, D].
@@ -82,8 +85,11 @@ class Block(nn.Module, ABC):
         text = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
         # A missing mask is another graph, too, since attention then runs without one.
         mask = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
-        c = weight.new_zeros(samples, width, requires_grad=True)
-        return x, text, mask, c
+        levels = self.sizes.time_levels
+        if levels == 1:
+            return x, text, mask, weight.new_zeros(samples, width, requires_grad=True)
+        c = weight.new_zeros(samples, levels, width, requires_grad=True)
+        return x, text, mask, c, weight.new_zeros(samples, patches, levels)
 
 
 BLOCKS: Registry[type[Block]] = Registry("model.block")

@@ -63,22 +63,52 @@ class Text:
 
 
 @dataclass
+class Levels:
+    """Times that patches share: `Condition.timesteps` [B, K] are the levels, and each patch is at one of
+    them."""
+
+    places: Tensor
+    """int64 [B, N] in [0, K): number of each patch's level."""
+    sample_times: Tensor
+    """fp32 [B]: the one time of each sample that the text side reads."""
+
+    def rows(self, rows: slice) -> "Levels":
+        """Return some of the batch's samples."""
+        return Levels(self.places[rows], self.sample_times[rows])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Levels":
+        """Return them on a device."""
+        return Levels(
+            self.places.to(device, non_blocking=non_blocking),
+            self.sample_times.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
 class Condition:
     """All conditions of a batch of samples: one object from the batch to the blocks, in training and in
     sampling."""
 
     timesteps: Tensor
-    """fp32 [B] in [0, 1], 1 = pure noise; or [B, N], a time of its own for each of the N patches."""
+    """fp32 [B] in [0, 1], 1 = pure noise; with `levels`, [B, K]; or [B, N], a time of its own for each of the
+    N patches."""
     texts: Sequence[Text]
     """One per LLM, in the order of `fusion.families`."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Values [B, ...] of the network's further conditions (`model/conditions.py`), by name."""
+    levels: Levels | None = None
+    """The level of each patch, if patches share a few times; None = `timesteps` says it all."""
+    with_difficulty: bool = False
+    """True = the prediction has one more channel, the log-variance of the error that the network expects."""
 
     def rows(self, rows: slice) -> "Condition":
         """Return the conditions of some of the samples."""
-        texts = [text.rows(rows) for text in self.texts]
-        return Condition(
-            self.timesteps[rows], texts, {name: values[rows] for name, values in self.extra.items()}
+        return replace(
+            self,
+            timesteps=self.timesteps[rows],
+            texts=[text.rows(rows) for text in self.texts],
+            extra={name: values[rows] for name, values in self.extra.items()},
+            levels=self.levels and self.levels.rows(rows),
         )
 
     def row(self, index: int) -> "Condition":
@@ -88,10 +118,12 @@ class Condition:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Condition":
         """Return it on a device; accelerate's offloading moves arguments by this name."""
-        return Condition(
-            self.timesteps.to(device, non_blocking=non_blocking),
-            [text.to(device, non_blocking=non_blocking) for text in self.texts],
-            {name: values.to(device, non_blocking=non_blocking) for name, values in self.extra.items()},
+        return replace(
+            self,
+            timesteps=self.timesteps.to(device, non_blocking=non_blocking),
+            texts=[text.to(device, non_blocking=non_blocking) for text in self.texts],
+            extra={name: values.to(device, non_blocking=non_blocking) for name, values in self.extra.items()},
+            levels=self.levels and self.levels.to(device, non_blocking),
         )
 
     def at(self, time: float) -> "Condition":
@@ -100,7 +132,7 @@ class Condition:
 
     @staticmethod
     def concatenate(conditions: Sequence["Condition"]) -> "Condition":
-        """Join the samples of several batches, such as the branches of guidance."""
+        """Join the samples of several batches at one time each, such as the branches of guidance."""
         texts = [
             Text.concatenate(of_llm) for of_llm in zip(*(each.texts for each in conditions), strict=True)
         ]

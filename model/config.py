@@ -107,6 +107,11 @@ class DiTConfig:
     """Type of the blocks, a name of `model.blocks.BLOCKS`."""
     conditions: list[str] = field(default_factory=list)
     """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
+    difficulty: Literal["none", "attached", "detached"] = "none"
+    """Head that predicts each patch's error: none; one that also trains the layers below it; or one that does
+    not. `objective.difficulty` trains it, and adds an attached one to `none`."""
+    time_levels: int = bounded(1, 1, 1_024)
+    """Times of a sample in training, which its patches share; given by `objective.patch_times`."""
 
     def __post_init__(self) -> None:
         """Check the fields against one another.

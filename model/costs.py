@@ -13,6 +13,8 @@ class LayerCost:
     """Parameters that cost next to nothing: biases and gains."""
     rows: float
     """Vectors per sample that go through."""
+    products: float = 0.0
+    """Multiplications per sample of activations by one another."""
 
 
 def linear(inputs: int, outputs: int, rows: float) -> LayerCost:
@@ -23,6 +25,11 @@ def linear(inputs: int, outputs: int, rows: float) -> LayerCost:
 def gains(*widths: int) -> LayerCost:
     """Return the cost of norms' gains of these widths."""
     return LayerCost(0, sum(widths), 0)
+
+
+def level_spread(levels: int, width: int, vectors: int, patches: int) -> LayerCost:
+    """Return the cost of giving each patch `vectors` vectors of its level; of one level, none."""
+    return LayerCost(0, 0, 0, products=float(levels * width * vectors * patches) if levels > 1 else 0.0)
 
 
 def feed_forward(width: int, mlp_ratio: float, rows: float) -> list[LayerCost]:

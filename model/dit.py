@@ -1,40 +1,68 @@
 """LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper
 section 3)."""
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.blocks import BLOCKS
+from model.common.errors import UserError
 from model.condition import Condition
 from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
+from model.difficulty import DifficultyHead
 from model.functional import key_mask, modulate, patchify, unpatchify
 from model.fusion import TextFusion
 from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
 
 
 class FinalLayer(nn.Module):
-    """Adaptive norm and a linear layer back to the values of a patch, which starts at zero."""
+    """Adaptive norm and a linear layer back to the values of a patch, which starts at zero; and the head of
+    difficulty, if there is one."""
 
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(self, width: int, outputs: int, difficulty: str = "none") -> None:
         super().__init__()
         self.modulation = Modulation(width, 2)
         self.linear = ZeroLinear(width, outputs)
+        self.difficulty = None if difficulty == "none" else DifficultyHead(width, difficulty == "detached")
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map patches [B, N, D] under a condition [B, D] or [B, N, D] to [B, N, outputs]."""
-        shift, scale = self.modulation(c)
-        return self.linear(modulate(x, shift, scale))
+    def forward(
+        self, x: Tensor, c: Tensor, places: Tensor | None = None, with_difficulty: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map patches [B, N, D] to their values [B, N, outputs] and, if asked for, their log-variance [B, N,
+        1].
+
+        Args:
+            x: patches.
+            c: condition as in `Block.forward`, and so is `places`.
+            places: level of each patch.
+            with_difficulty: True to run the head.
+
+        Raises:
+            UserError: if the network has no head.
+        """
+        shift, scale = self.modulation(c, places)
+        x = modulate(x, shift, scale)
+        if not with_difficulty:
+            return self.linear(x), None
+        if self.difficulty is None:
+            raise UserError(
+                "this network has no difficulty head: train one with objective.difficulty=0.01, "
+                "such as in a stage that starts from these weights"
+            )
+        return self.linear(x), self.difficulty(x)
 
 
 class LIDiT(nn.Module):
     """The whole trained network, from noisy latents, timesteps and the LLMs' hidden states to a prediction
     per latent."""
 
-    new_branches: ClassVar[tuple[str, ...]] = ("fusion",)
+    new_branches: ClassVar[tuple[str, ...]] = ("fusion", "final.difficulty")
     """Modules that start as the identity, so that a stage may add them, or branches of them, to an earlier
     stage's weights."""
 
@@ -63,7 +91,7 @@ class LIDiT(nn.Module):
         self.fusion = TextFusion(fusion, text_widths, config)
         self.conditions = nn.ModuleDict({name: CONDITIONS[name](config) for name in config.conditions})
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
-        self.final = FinalLayer(config.width, config.patch_values)
+        self.final = FinalLayer(config.width, config.patch_values, config.difficulty)
 
     def init_weights(self) -> None:
         """Set the starting weights again, such as after a model built on the meta device got its memory.
@@ -94,10 +122,11 @@ class LIDiT(nn.Module):
                 `model.conditions`.
 
         Returns:
-            [B, C, ...] in the dtype of the weights.
+            [B, C, ...] in the dtype of the weights; [B, C + 1, ...] if the condition asks for the difficulty.
 
         Raises:
-            UserError: if the latents do not divide into patches.
+            UserError: if the latents do not divide into patches, or a difficulty is asked for and there is no
+                head.
         """
         positions, patch = latents.shape[2:], self.sizes.patch_shape
         grid = self.sizes.patch_grid(positions)
@@ -109,37 +138,52 @@ class LIDiT(nn.Module):
         if branches > 1:
             x = x.repeat(branches, 1, 1)  # [B, N, D]
 
-        text, text_mask, c = self.embed(condition)  # [B, S, D], [B, 1, 1, S], [B, D]
+        text, text_mask, c, places = self.embed(condition)  # [B, S, D], [B, 1, 1, S], [B, D], [B, N, K]
+        # Blocks that know no levels work in all networks without them.
+        given = (text, text_mask, c) if places is None else (text, text_mask, c, places)
 
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
-                x = self.recompute(block, x, text, text_mask, c)  # [B, N, D]
+                x = self.recompute(block, x, *given)  # [B, N, D]
             else:
-                x = block(x, text, text_mask, c)  # [B, N, D]
+                x = block(x, *given)  # [B, N, D]
 
-        return unpatchify(self.final(x, c), patch, positions)  # [B, C, ...]
+        values, log_variance = self.final(x, c, places, condition.with_difficulty)
+        prediction = unpatchify(values, patch, positions)  # [B, C, ...]
+        if log_variance is None:
+            return prediction
+        of_positions = unpatchify(log_variance.expand(-1, -1, math.prod(patch)), patch, positions)
+        return torch.cat([prediction, of_positions], dim=1)  # [B, C + 1, ...]
 
     def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """Run a block whose activations are computed again in the backward pass."""
         # No layer has dropout, so recomputing needs no state of the random generators.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Turn the condition into what every block reads.
 
         Returns:
             Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector
-            [B, D], or [B, N, D] where each patch has a time of its own.
+            [B, D], [B, N, D] where each patch has a time of its own, or [B, K, D] with levels; and for levels
+            the one of each patch, one-hot [B, N, K].
         """
-        times = condition.timesteps
-        time = self.time_embedding(times)  # [B, D] or [B, N, D]
+        times, levels = condition.timesteps, condition.levels
+        if levels is not None and times.shape[1] == 1:
+            # One level is one time per sample, bit for bit.
+            times, levels = times[:, 0], None
+        time = self.time_embedding(times)  # [B, D], [B, N, D] or [B, K, D]
 
         # the text side reads one time per sample
-        sample_time = time if times.dim() == 1 else self.time_embedding(times.mean(dim=1))  # [B, D]
+        sample_time = time  # [B, D]
+        if times.dim() > 1:
+            sample_time = self.time_embedding(levels.sample_times if levels else times.mean(dim=1))
         text, mask, pooled = self.fusion(condition.texts, sample_time)  # [B, S, D], [B, S], [B, D]
         text_mask = key_mask(mask) if any(text.padded for text in condition.texts) else None  # [B, 1, 1, S]
 
         for name, layer in self.conditions.items():
             pooled = pooled + layer(condition.extra[name])  # [B, D]
         # Text and further conditions are the same for all patches; only the time may differ.
-        return text, text_mask, time + (pooled if times.dim() == 1 else pooled[:, None])
+        c = time + (pooled if times.dim() == 1 else pooled[:, None])
+        places = F.one_hot(levels.places, times.shape[1]).to(c.dtype) if levels else None  # [B, N, K]
+        return text, text_mask, c, places

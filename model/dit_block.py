@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.block import BLOCKS, Block
 from model.config import DiTConfig
-from model.costs import LayerCost, feed_forward, gains, linear
+from model.costs import LayerCost, feed_forward, gains, level_spread, linear
 from model.functional import modulate, residual
 from model.layers import MLP, CrossAttention, Modulation, SelfAttention
 
@@ -24,9 +24,11 @@ class DiTBlock(Block):
         # Shift, scale and gate for each of the three sub-layers, from one linear layer.
         self.modulation = Modulation(sizes.width, 9)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor, places: Tensor | None = None
+    ) -> Tensor:
         """Run the block; arguments and result as `Block.forward`."""
-        vectors = self.modulation(c)  # 9 x [B, 1, D]
+        vectors = self.modulation(c, places)  # 9 x [B, 1, D] or [B, N, D]
 
         shift, scale, gate = vectors[0:3]
         x = residual(x, self.self_attention(modulate(x, shift, scale)), gate)  # [B, N, D]
@@ -45,7 +47,8 @@ class DiTBlock(Block):
     def costs(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCost]:
         """Yield the cost of each layer; 25 width^2 parameters for `mlp_ratio` 4."""
         width = sizes.width
-        yield linear(width, 9 * width, 1)  # modulation
+        yield linear(width, 9 * width, sizes.time_levels)  # modulation
+        yield level_spread(sizes.time_levels, width, 9, patches)
         yield linear(width, 3 * width, patches)  # self-attention
         yield linear(width, width, patches)
         yield linear(width, width, patches)  # cross-attention

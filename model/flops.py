@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from model.blocks import BLOCKS
 from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
-from model.costs import LayerCost, feed_forward, gains, linear
+from model.costs import LayerCost, feed_forward, gains, level_spread, linear
 from model.fusion import collaborates, reads_time, refiner_size
 
 
@@ -40,8 +40,9 @@ def flops_per_sample(
     """Return the floating-point operations of one sample's forward and backward pass, without recomputed
     activations.
 
-    6 x weights x vectors that go through them, plus 12 x width x queries x keys for each attention, a
-    multiplication and an addition being two operations and a backward pass two forward passes.
+    6 x weights x vectors that go through them, plus 12 x width x queries x keys for each attention and 6 x
+    products of activations, a multiplication and an addition being two operations and a backward pass two
+    forward passes.
 
     Args:
         config: sizes of the DiT.
@@ -62,7 +63,7 @@ def flops_per_sample(
     ]
     attention = config.depth * BLOCKS[config.block].attention(config, patches, sum(captions))
     attention += _refiner_attention(config, fusion, text_tokens, captions)
-    return 6.0 * sum(layer.weights * layer.rows for layer in layers) + 12.0 * attention
+    return 6.0 * sum(layer.weights * layer.rows + layer.products for layer in layers) + 12.0 * attention
 
 
 def _dit(config: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCost]:
@@ -77,8 +78,9 @@ def _dit(config: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCos
     yield LayerCost(kernel * narrow * width, width, patches)
 
     # timestep and further conditions
-    yield linear(config.frequency_width, width, 1)
-    yield linear(width, width, 1)
+    times = config.time_levels + (config.time_levels > 1)  # with levels, the text side's time too
+    yield linear(config.frequency_width, width, times)
+    yield linear(width, width, times)
     for name in config.conditions:
         yield from CONDITIONS[name].costs(config)
 
@@ -86,8 +88,11 @@ def _dit(config: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCos
         yield from BLOCKS[config.block].costs(config, patches, text_tokens)
 
     # last layer
-    yield linear(width, 2 * width, 1)
+    yield linear(width, 2 * width, config.time_levels)
+    yield level_spread(config.time_levels, width, 2, patches)
     yield linear(width, config.patch_values, patches)
+    if config.difficulty != "none":
+        yield linear(width, 1, patches)
 
 
 def _refiners(

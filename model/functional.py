@@ -97,6 +97,16 @@ def residual(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
     return x + change if gate is None else torch.addcmul(x, gate, change)
 
 
+def spread(values: Tensor, places: Tensor) -> Tensor:
+    """Give each patch the value of its level: values [B, K, D] and one-hot places [B, N, K] -> [B, N, D].
+
+    A product and not an index: sums of one value and zeros are exact in any type, and the gradient is a
+    product too, whose order of summation is fixed, while that of an index is not on a GPU.
+    """
+    kind = product_dtype(values)
+    return (places.to(kind) @ values.to(kind)).to(values.dtype)
+
+
 def timestep_features(timesteps: Tensor, width: int) -> Tensor:
     """Return sinusoids of timesteps in [0, 1]: fp32 [...] -> fp32 [..., width].
 

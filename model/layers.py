@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.functional import attention, attention_weights, product_dtype, timestep_features
+from model.functional import attention, attention_weights, product_dtype, spread, timestep_features
 
 
 class Linear(nn.Linear):
@@ -141,13 +141,22 @@ class Modulation(nn.Module):
         self.count = count
         self.linear = ZeroLinear(width, count * width)
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Turn a condition [B, D] into `count` vectors [B, 1, D]; one per patch, [B, N, D], into [B, N,
-        D]."""
+    def forward(self, c: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Turn a condition into vectors of each patch.
+
+        Args:
+            c: [B, D], one for all patches; [B, N, D], one per patch; or [B, K, D], one per level.
+            places: for levels, the level of each patch, one-hot [B, N, K].
+
+        Returns:
+            `count` vectors, [B, 1, D] or [B, N, D].
+        """
         vectors = self.linear(F.silu(c))
         if vectors.dim() == 2:
             vectors = vectors.unsqueeze(1)  # one for all patches
-        return vectors.chunk(self.count, dim=-1)
+        parts = vectors.chunk(self.count, dim=-1)
+        # One by one, so that the backward pass keeps those alone that it reads: gates and scales, no shifts.
+        return parts if places is None else tuple(spread(part, places) for part in parts)
 
 
 class ConditionEmbedding(nn.Module):

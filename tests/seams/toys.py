@@ -27,8 +27,8 @@ class TextOnlyBlock(Block):
         self.mlp = MLP(sizes.width, int(sizes.mlp_ratio * sizes.width))
         self.modulation = Modulation(sizes.width, 6)
 
-    def forward(self, x, text, text_mask, c):
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c)
+    def forward(self, x, text, text_mask, c, places=None):
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(c, places)
         x = residual(x, self.look(modulate(x, shift, scale), text, text_mask), gate)
         return residual(x, self.mlp(modulate(x, mlp_shift, mlp_scale)), mlp_gate)
 
