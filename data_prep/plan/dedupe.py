@@ -85,13 +85,21 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
 
-def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:
-    """Yield the ids, int64 [N], of rows whose hash equals that of a row with a smaller id."""
+def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Find rows with equal hashes.
+
+    Yields:
+        The ids, int64 [N], of rows whose hash equals that of a row with a smaller id; and those of the rows
+        with the smallest id of such a hash, int64 [M].
+    """
     for group in _groups(spool, lambda rows: rows["hash"], group_rows):
         # Sorted by hash, then id: every row after the first of its hash is a duplicate.
         order = np.lexsort((group["id"], group["hash"]))
         hashes = group["hash"][order]
-        yield group["id"][order][1:][hashes[1:] == hashes[:-1]]
+        ids = group["id"][order]
+        equal = hashes[1:] == hashes[:-1]
+        is_first = equal & ~np.concatenate([[False], equal[:-1]])[: len(equal)]
+        yield ids[1:][equal], ids[:-1][is_first]
 
 
 def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY, read_plan
 from data_prep.dataset.records import count_groups, parse_table, read_object
 from data_prep.dataset.schema import Manifest
 from data_prep.images.buckets import make_buckets
-from data_prep.plan.captions import MAX_CAPTIONS
+from data_prep.plan.copies import Copies
 from data_prep.plan.counts import Counts
 from data_prep.plan.dedupe import EXACT, NEAR, Spool, exact_duplicates, near_duplicates
 from data_prep.plan.filters import Filters
@@ -43,7 +44,7 @@ from data_prep.plan.listing import (
     source_counts,
 )
 from data_prep.plan.manifest import ManifestWriter
-from data_prep.plan.scan import CAPTIONS, SCAN, Scanner
+from data_prep.plan.scan import SCAN, Scanner
 from data_prep.sources.source import OpenSources, SourceFile, needs_sequential_reads
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
@@ -61,8 +62,8 @@ BATCH_ROWS = 8192
 VERDICT_ROWS = 1 << 24
 """Verdicts in memory at once."""
 
-KEPT, SAME_FILE, LOOKS_SAME, FILTERED = 0, 1, 2, 3
-"""Verdicts on a row."""
+KEPT, COPIED, SAME_FILE, LOOKS_SAME, FILTERED = range(5)
+"""Verdicts on a row: kept, kept and with exact duplicates, or dropped."""
 
 _DROPPED_COLUMNS = ("id", "key", "reason", "detail", "offset", "length", "path")
 DROPPED = pa.schema([(name, SCAN.field(name).type) for name in _DROPPED_COLUMNS])
@@ -197,7 +198,7 @@ def _scan_share(config: DatasetConfig, dataset: Store, files: list[SourceFile], 
                 ) from error
             # If another task has scanned the same file meanwhile, its table has the same rows.
             dataset.put_new(_scan_key(file.number), path.read_bytes())
-    # Afterwards, so that a file that was still being written while it was read is named too.
+    # Last, so that a file that was still being written while it was read is named too.
     print_changed("plan", sources.changed(file.number for file in todo))
 
 
@@ -236,16 +237,20 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
         starts, verdicts = _find_duplicates(config, dataset, files, Path(folder))
         # Checked before any part is planned. In chunks, since `in` makes an array as long as its argument.
         chunks = range(0, len(verdicts), VERDICT_ROWS)
-        if not any(KEPT in verdicts[start : start + VERDICT_ROWS] for start in chunks):
+        if not any((verdicts[start : start + VERDICT_ROWS] <= COPIED).any() for start in chunks):
             _nothing_left(dataset, files, starts, verdicts)
 
         writer = ManifestWriter(config, dataset, _window(config))
         counts = Counts(config, files, source_counts(dataset))
         path = Path(folder) / "dropped.parquet"
-        with Progress("plan", int(starts[-1])) as progress:
+        with (
+            closing(_collect_copies(dataset, files, starts, verdicts, Path(folder) / "copies")) as copies,
+            Progress("plan", int(starts[-1])) as progress,
+        ):
             for number in file_order(config, files):
+                judged = verdicts[starts[number] : starts[number + 1]]
                 with naming_full_disk(path), pq.ParquetWriter(path, DROPPED, compression="zstd") as dropped:
-                    for table in _judged(dataset, number, verdicts[starts[number] : starts[number + 1]]):
+                    for table in _judged(dataset, number, judged, copies):
                         counts.add(files[number], table)
                         dropped.write_table(
                             table.filter(pc.not_equal(table["reason"], "")).select(DROPPED.names)
@@ -254,7 +259,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
                         progress.advance(len(table))
                 dataset.put_new(dropped_key(number), path.read_bytes())
         hashes = writer.finish()
-        del verdicts  # closes the memory map before its folder is removed
+        del verdicts, judged  # closes the memory map before its folder is removed
 
     # A plan with wrong counts must not come to exist.
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
@@ -308,8 +313,9 @@ def _find_duplicates(
     verdicts = np.memmap(path, np.uint8, "r+")
 
     if config.dedupe.exact:
-        for ids in exact_duplicates(spool):
+        for ids, firsts in exact_duplicates(spool):
             verdicts[_positions(ids, starts)] = SAME_FILE
+            verdicts[_positions(firsts, starts)] = COPIED
     spool.close()
 
     # After the exact duplicates, so that of equal files only one is compared.
@@ -350,7 +356,7 @@ def _collect_perceptual_hashes(
     for file in files:
         row = int(starts[file.number])
         for table in _read_scan(dataset, file.number, ["id", "phash"]):
-            kept = verdicts[row : row + len(table)] == KEPT
+            kept = verdicts[row : row + len(table)] <= COPIED
             spool.add(exact_hashes(table["phash"])[kept], table["id"].to_numpy()[kept])
             row += len(table)
 
@@ -385,13 +391,26 @@ def _read_scan(dataset: Store, number: int, columns: list[str] | None = None) ->
         yield table
 
 
-def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Table]:
-    """Yield a source file's scan table with the reasons of duplicates filled in.
+def _collect_copies(
+    dataset: Store, files: list[SourceFile], starts: np.ndarray, verdicts: np.ndarray, path: Path
+) -> Copies:
+    """Store the captions of all exact duplicates."""
+    copies = Copies(path)
+    for file in files:
+        judged = verdicts[starts[file.number] : starts[file.number + 1]]
+        if SAME_FILE not in judged:
+            continue
+        row = 0
+        for table in _read_scan(dataset, file.number, ["id", "hash", "captions"]):
+            copies.add(table.take(np.flatnonzero(judged[row : row + len(table)] == SAME_FILE)))
+            row += len(table)
+    copies.complete()
+    return copies
 
-    The captions of exact duplicates go to the row that stays, if that is in the same file: data sets with
-    several captions per image often have a row for each.
-    """
-    handed_over = _captions_of_duplicates(dataset, number, verdicts)
+
+def _judged(dataset: Store, number: int, verdicts: np.ndarray, copies: Copies | None) -> Iterator[pa.Table]:
+    """Yield a source file's scan table with the reasons of duplicates filled in, and their captions handed to
+    the rows that stay."""
     row = 0
     for table in _read_scan(dataset, number):
         verdict = verdicts[row : row + len(table)]
@@ -401,37 +420,8 @@ def _judged(dataset: Store, number: int, verdicts: np.ndarray) -> Iterator[pa.Ta
         reasons[verdict == LOOKS_SAME] = NEAR
         column = table.schema.get_field_index("reason")
         table = table.set_column(column, "reason", pa.array(reasons.tolist(), pa.string()))
-        yield _with_captions(table, handed_over) if handed_over else table
-
-
-def _captions_of_duplicates(
-    dataset: Store, number: int, verdicts: np.ndarray
-) -> dict[int, list[dict[str, Any]]]:
-    """Return the captions of a source file's exact duplicates by the hash of their image."""
-    captions: dict[int, list[dict[str, Any]]] = {}
-    if SAME_FILE not in verdicts:
-        return captions
-
-    row = 0
-    for table in _read_scan(dataset, number, ["hash", "captions"]):
-        duplicates = np.flatnonzero(verdicts[row : row + len(table)] == SAME_FILE)
-        row += len(table)
-        for entry in table.take(duplicates).to_pylist():
-            captions.setdefault(entry["hash"], []).extend(entry["captions"])
-    return captions
-
-
-def _with_captions(table: pa.Table, more: dict[int, list[dict[str, Any]]]) -> pa.Table:
-    """Add captions to the rows that are kept, by the hash of their image; equal ones count once."""
-    captions = table["captions"].to_pylist()
-    for row, (reason, hash) in enumerate(
-        zip(table["reason"].to_pylist(), table["hash"].to_pylist(), strict=True)
-    ):
-        if not reason and hash in more:
-            unique = {(entry["kind"], entry["text"]): entry for entry in [*captions[row], *more[hash]]}
-            captions[row] = list(unique.values())[:MAX_CAPTIONS]
-    column = table.schema.get_field_index("captions")
-    return table.set_column(column, "captions", pa.array(captions, CAPTIONS))
+        copied = np.flatnonzero(verdict == COPIED).tolist()
+        yield copies.hand_over(table, copied) if copies and copied else table
 
 
 def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, verdicts: np.ndarray) -> None:
@@ -442,7 +432,8 @@ def _nothing_left(dataset: Store, files: list[SourceFile], starts: np.ndarray, v
     """
     reasons: Counter[str] = Counter()
     for file in files:
-        for table in _judged(dataset, file.number, verdicts[starts[file.number] : starts[file.number + 1]]):
+        judged = verdicts[starts[file.number] : starts[file.number + 1]]
+        for table in _judged(dataset, file.number, judged, None):
             reasons.update(table["reason"].to_pylist())
 
     # The settings last, so that an interruption here still refuses other settings.

@@ -23,8 +23,11 @@ def all_ids(chunks):
 @given(st.lists(st.integers(0, 12) | st.integers(0, 2**64 - 1)), st.sampled_from([4, 16, 1 << 20]))
 def test_exact_duplicates_are_all_but_the_first(tmp_path_factory, hashes, group_rows):
     spool = spool_of(tmp_path_factory.mktemp("d"), hashes)
-    expected = {number * 3 for number, value in enumerate(hashes) if value in hashes[:number]}
-    assert all_ids(exact_duplicates(spool, group_rows)) == expected
+    found = list(exact_duplicates(spool, group_rows))
+    copies = {number * 3 for number, value in enumerate(hashes) if value in hashes[:number]}
+    assert all_ids(ids for ids, _ in found) == copies
+    firsts = [number * 3 for number, value in enumerate(hashes) if hashes.index(value) == number]
+    assert all_ids(ids for _, ids in found) == {id for id in firsts if hashes.count(hashes[id // 3]) > 1}
 
 
 @settings(max_examples=60, deadline=None)

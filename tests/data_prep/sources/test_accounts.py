@@ -1,6 +1,5 @@
 """Every file below a source's path belongs to rows, or is counted as ignored."""
 
-import json
 import os
 import posixpath
 
@@ -278,20 +277,6 @@ def test_captions_that_are_lists_as_text_are_warned_of(tmp_path, capsys):
     dataset = prepare(config)
     print_budget(config, dataset, run_plan(config, dataset, ALONE), 400)
     assert "warning: 2 of 3 captions begin with a bracket" in capsys.readouterr().out
-
-
-def test_rows_of_one_image_give_it_all_their_captions(tmp_path):
-    (tmp_path / "in").mkdir()
-    for n in range(2):
-        (tmp_path / f"in/{n}.png").write_bytes(png(n))
-    rows = [(n, f"{word} {n}") for n in range(2) for word in ("one", "two", "one", "three")]
-    lines = [json.dumps({"file_name": f"{n}.png", "caption": caption}) for n, caption in rows]
-    (tmp_path / "in/metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "0.png", "caption": ""}']))
-    captions = {
-        pair.key: [text for _, text in pair.captions]
-        for pair in all_pairs(prepare(config_of(tmp_path, ("folder", tmp_path / "in"))))
-    }
-    assert captions == {f"{n}.png": [f"one {n}", f"two {n}", f"three {n}"] for n in range(2)}
 
 
 def test_a_plan_that_is_run_again_names_source_files_that_came_later(tmp_path, capsys):
