@@ -56,6 +56,7 @@ class Copies:
         """Add the captions of their duplicates to some rows of a scan table; equal ones count once."""
         captions = table["captions"].to_pylist()
         hashes = table["hash"].take(pa.array(rows, pa.int64())).to_pylist()
+
         for row, hash in zip(rows, hashes, strict=True):
             unique = {(entry["kind"], entry["text"]): entry for entry in captions[row]}
             query = "SELECT captions FROM copies WHERE hash = ? ORDER BY id"
@@ -64,6 +65,7 @@ class Copies:
                 if len(unique) >= MAX_CAPTIONS:
                     break
             captions[row] = list(unique.values())[:MAX_CAPTIONS]
+
         column = table.schema.get_field_index("captions")
         return table.set_column(column, "captions", pa.array(captions, CAPTIONS))
 

@@ -400,6 +400,7 @@ def _collect_copies(
         judged = verdicts[starts[file.number] : starts[file.number + 1]]
         if SAME_FILE not in judged:
             continue
+
         row = 0
         for table in _read_scan(dataset, file.number, ["id", "hash", "captions"]):
             copies.add(table.take(np.flatnonzero(judged[row : row + len(table)] == SAME_FILE)))
@@ -415,11 +416,13 @@ def _judged(dataset: Store, number: int, verdicts: np.ndarray, copies: Copies | 
     for table in _read_scan(dataset, number):
         verdict = verdicts[row : row + len(table)]
         row += len(table)
+
         reasons = np.array(table["reason"].to_pylist(), object)
         reasons[verdict == SAME_FILE] = EXACT
         reasons[verdict == LOOKS_SAME] = NEAR
         column = table.schema.get_field_index("reason")
         table = table.set_column(column, "reason", pa.array(reasons.tolist(), pa.string()))
+
         copied = np.flatnonzero(verdict == COPIED).tolist()
         yield copies.hand_over(table, copied) if copies and copied else table
 

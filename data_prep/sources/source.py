@@ -126,9 +126,11 @@ class OpenSources:
         files = [self.files[number] for number in sorted(numbers) if self.files[number].version]
         # Opened before the threads start, which would open a source several times.
         sources = [self.open(file.number)[0] for file in files]
+
         with ThreadPoolExecutor(READERS) as pool:
             versions = pool.map(lambda source, file: source.version(file.name), sources, files)
             now = dict(zip(files, versions, strict=True))
+
         # A file that no longer exists is counted elsewhere, by its rows.
         return [file.label for file in files if now[file] not in ("", file.version)]
 
@@ -150,6 +152,7 @@ def list_files(config: DatasetConfig) -> tuple[list[SourceFile], list[Inventory]
         inventory = source.inventory()
         inventory.check(settings.path)
         inventories.append(inventory)
+
         with ThreadPoolExecutor(READERS) as pool:
             versions = pool.map(source.version, inventory.names)
             for name, version in zip(inventory.names, versions, strict=True):
