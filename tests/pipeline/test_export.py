@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import hub_utils
 from PIL import Image
@@ -85,6 +86,20 @@ def test_bf16_is_close(folders):
     assert all(constants.mean.dtype == torch.float32 for constants in loaded.reader.constants.values())
     latents = loaded.latents(PROMPTS, SEEDS, SamplingParams(3, 3.0, 16, 24))
     assert (latents - reference).abs().max() < 0.1 * reference.std()
+
+
+def test_fp16_draws_the_image_of_fp32(folders):
+    drawn = []
+    for dtype in (torch.float32, torch.float16):
+        pipeline = LIDiTPipeline.from_pretrained(folders["flow"], torch_dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline.transformer.dtype == dtype
+        drawn.append(pipeline(PROMPTS, generator=generators(), output_type="pt").images)
+    exact, half = drawn
+    assert half.isfinite().all()
+    assert abs(half.mean() - exact.mean()) < 0.01
+    assert abs(half.std() - exact.std()) < 0.01
+    assert (half - exact).abs().max() < 0.1 * exact.std()
 
 
 def test_what_standardises_the_text_stays_exact_in_bf16(folders):
@@ -229,7 +244,9 @@ def test_all_files_follow_the_umask(folders, tmp_path, umask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
-def test_the_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """Return the card of a run in `tmp_path`."""
     run = tmp_path / "runs" / "small"
     stage = make_stage()
     stage.name, stage.runs, stage.data.store, stage.start_from = (
@@ -246,11 +263,25 @@ def test_the_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.export.resolve", lambda stage: (stage, corpus))
     run.mkdir(parents=True)
     (run / "stage.yaml").write_text(dump_stage(stage))
-    card = make_card(run, sampler_with_families(), "ema", "fp32")["README.md"].decode()
+    return make_card(run, sampler_with_families(), "ema", "fp32")["README.md"].decode()
+
+
+def test_the_card_names_no_folder_of_the_machine(card, tmp_path):
     assert str(tmp_path) not in card
     assert "| Training pairs | 7 in 1" in card
     for line in ("runs: runs", "store: store", "start_from: runs/before", "upload: s3://bucket/kept"):
         assert line in card
+
+
+def test_the_code_of_the_card_loads_the_folder_and_draws(card, folders, tmp_path, monkeypatch):
+    """diffusers itself does not know the class, so no hub should show a call of its own."""
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "li-dit"
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("FOLDER", str(folders["flow"])), {})
+    with Image.open("apple.png") as image:
+        assert image.size == (24, 16)
 
 
 class Trap:
