@@ -88,6 +88,7 @@ def test_the_truth_of_scenes_scores_everything(folder, capsys):
     assert [point["mean"] for point in bias["curve"]] == [1.0] * 8
     assert [bias[name]["mean"] for name in ("gap", "slope")] == pytest.approx([0, 0], abs=1e-12)
     assert Image.open(folder.out / "positional_bias.png").width > 100
+    assert Image.open(folder.out / "judged.png").width > 1000
     assert "last minus first segment +0.0 [+0.0, +0.0] points" in capsys.readouterr().out
 
 
