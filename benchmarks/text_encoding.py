@@ -29,7 +29,8 @@ from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_least, hardware, print_goals, versions
 from model.common.dtypes import DTYPES
 from model.config import TextConfig
-from model.encoders.gguf import GGUFFile, build_model, count_blocks, find_gguf
+from model.encoders.gguf import GGUFFile, count_blocks, find_gguf
+from model.encoders.gguf_model import build_model
 from model.encoders.gguf_tokenizer import build_tokenizer
 from model.encoders.language_model import LanguageModel, list_blocks
 from model.encoders.text_encoder import TextEncoder, load_encoder, relative_error

@@ -24,7 +24,10 @@ COMMANDS = {
         *("pipeline.train_vae", "pipeline.export", "pipeline.sample", "pipeline.diffusers_pipeline"),
         *("pipeline.estimate", "pipeline.report", "pipeline.status"),
     ],
-    "train": ["pipeline.train", "pipeline.ablate", "pipeline.demo", "pipeline.data.streaming"],
+    "train": [
+        *("pipeline.train", "pipeline.ablate", "pipeline.demo", "pipeline.data.streaming"),
+        "pipeline.text.online",
+    ],
     "web": ["pipeline.web", "gradio"],
     "eval": ["pipeline.evaluate", "pipeline.follow", "model.scorers.detectors"],
 }
@@ -85,6 +88,14 @@ def test_an_extra_is_enough_for_its_commands(extra):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_training_rank_and_a_plan_do_not_wait_for_packages_that_they_do_not_use():
+    heavy = {"pipeline.train": ["transformers", "diffusers", "matplotlib"], "data_prep.__main__": ["torch"]}
+    for module, packages in heavy.items():
+        code = f"import sys, {module}; print([name for name in {packages} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
 
 def test_no_package_is_compiled_and_none_is_pinned_that_nothing_requires():

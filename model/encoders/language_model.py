@@ -32,7 +32,8 @@ from transformers import (
 from model.common.errors import UserError, first_line
 from model.common.hub import download, fingerprint, is_commit
 from model.config import TextConfig
-from model.encoders.gguf import GGUFFile, build_model, count_blocks, file_sha256, find_gguf
+from model.encoders.gguf import GGUFFile, count_blocks, file_sha256, find_gguf
+from model.encoders.gguf_model import build_model
 from model.encoders.gguf_tokenizer import build_tokenizer
 from model.encoders.packed_attention import packed_attention
 

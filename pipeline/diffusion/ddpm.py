@@ -4,7 +4,6 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from pipeline.diffusion.objective import OBJECTIVES, Objective
@@ -36,16 +35,22 @@ def ddpm_alphas() -> Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
+def _dpm_solver(**settings: int) -> Any:
+    # imported by the commands that sample, as in `flow`
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(**_SCHEDULER, **settings)
+
+
 @OBJECTIVES.register("ddpm")
 class DDPM(Objective):
     """1,000 steps of noise, each as likely as another; a timestep is step / 1000."""
 
     schedulers: ClassVar = {
-        "dpm": lambda config: DPMSolverMultistepScheduler(**_SCHEDULER),
+        "dpm": lambda config: _dpm_solver(),
         # DPM-Solver of first order is DDIM (Lu et al. 2022, section 4.1); diffusers' own DDIM does not reach
-        # the clean
-        # latents unless the steps divide 1,000.
-        "ddim": lambda config: DPMSolverMultistepScheduler(**_SCHEDULER, solver_order=1),
+        # the clean latents unless the steps divide 1,000.
+        "ddim": lambda config: _dpm_solver(solver_order=1),
     }
 
     def sample_timesteps(self, u: Tensor) -> Tensor:

@@ -1,26 +1,38 @@
 """Rectified flow: the network predicts the velocity (Liu et al. 2022)."""
 
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from pipeline.diffusion.objective import OBJECTIVES, Objective
+from pipeline.diffusion.objective import OBJECTIVES, Objective, SampleNormal, TrainingExample
+from pipeline.diffusion.patch_times import draw_places, make_levels, times_of_levels
+from pipeline.stage.config import ObjectiveConfig
+
+
+# Both schedulers get the shift of training, so that they visit the noise levels as densely as it did.
+# diffusers is imported where an image is sampled: it takes seconds, which a training rank need not wait for.
+def _euler(config: ObjectiveConfig) -> Any:
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.shift)
+
+
+def _dpm(config: ObjectiveConfig) -> Any:
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
+    )
 
 
 @OBJECTIVES.register("flow")
 class Flow(Objective):
     """Straight lines from data (t = 0) to noise (t = 1); the velocity is their difference."""
 
-    schedulers: ClassVar = {
-        # Both schedulers get the shift of training, so that they visit the noise levels as densely as it did.
-        "euler": lambda config: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.shift),
-        "dpm": lambda config: DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
-        ),
-    }
+    patch_times = True
+    schedulers: ClassVar = {"euler": _euler, "dpm": _dpm}
 
     def sample_timesteps(self, u: Tensor) -> Tensor:
         """Map uniform `u` [B] to timesteps by the inverse of their distribution function, fp32 [B] in [0, 1].
@@ -28,11 +40,31 @@ class Flow(Objective):
         `logit_normal` (Esser et al. 2024, equation 19): logit(t) ~ N(mean, std); then the resolution shift
         (their equation 23).
         """
+        return self._shifted(self._unshifted(u))
+
+    def _unshifted(self, u: Tensor) -> Tensor:
         # From uniform numbers and not from `randn`: each sample's `u` is part of the resumable data.
         config, t = self.config, u.float()
         if config.timesteps == "logit_normal":
             t = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(t))
-        return config.shift * t / (1.0 + (config.shift - 1.0) * t)
+        return t
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.config.shift * t / (1.0 + (self.config.shift - 1.0) * t)
+
+    def training_example(
+        self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal
+    ) -> TrainingExample:
+        """Make a batch of training examples, each with the times that `objective.patch_times` asks for."""
+        levels = self.config.time_levels
+        if levels == 1:
+            return super().training_example(clean, noise, u, normal)
+
+        times = self._shifted(times_of_levels(self._unshifted(u), levels))  # [B, K]
+        patches = math.prod(clean.shape[2:]) // math.prod(self.patch)
+        places = draw_places(normal, patches, levels)  # [B, N]
+        noisy, target = self.add_noise(clean, noise, times.gather(1, places))
+        return TrainingExample(noisy, times, target, make_levels(self.config.patch_times, times, places))
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Mix clean latents with noise; the target is the velocity (Liu et al. 2022, equation 1)."""

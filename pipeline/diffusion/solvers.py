@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from model.common.errors import UserError
@@ -90,6 +89,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
     """
     if not 1 <= steps <= DDPM_STEPS:
         raise UserError(f"steps={steps}: set a number between 1 and {DDPM_STEPS}")
+
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     if issubclass(type(scheduler), FlowMatchEulerDiscreteScheduler):
         # The flow-matching schedulers shift their last time twice by default; from these even times they

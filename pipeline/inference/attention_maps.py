@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -102,6 +101,8 @@ def overlay(image: Image.Image, shares: Tensor, side: int = 256) -> Image.Image:
         shares: the map [rows, columns]; colors run from its smallest value to its largest.
         side: longer side of the result, in pixels.
     """
+    import matplotlib  # takes a second, which only those who look at maps need
+
     factor = side / max(image.size)
     size = (round(image.width * factor), round(image.height * factor))
     low, high = shares.min().item(), shares.max().item()

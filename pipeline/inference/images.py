@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 MARGIN = 12
-FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-"""Has accents, Greek and Cyrillic, which Pillow's own font lacks."""
 MIN_SHOWN = 128
 """Side in pixels below which images are enlarged in a grid, so that a caption fits below."""
 
@@ -40,6 +37,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         return json.loads(image.info["li-dit"])
 
 
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which has accents, Greek and Cyrillic; Pillow's own font lacks them."""
+    import matplotlib  # comes with the font, and takes a second that a run without a grid need not wait for
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
 def make_grid(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None
 ) -> Image.Image:
@@ -56,7 +60,7 @@ def make_grid(
     width = max(image.width for image in images) * factor
     height = max(image.height for image in images) * factor
 
-    font = ImageFont.truetype(FONT, size=max(11.0, width / 20))
+    font = _font(max(11.0, width / 20))
     lines = [_wrap(caption, font, width, most=3) for caption in captions]
     line_height = math.ceil(font.getbbox("Ag")[3] * 1.25)
     # The longest caption decides for all, so that the rows line up.

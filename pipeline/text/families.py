@@ -1,11 +1,13 @@
-"""The text families that a stage fuses: stored ones, or those of the encoders that the run itself has."""
+"""The text families that a stage fuses: stored ones, or those of the encoders that the run itself has.
+
+`pipeline.text.online` is imported by the runs that have encoders: it loads transformers, which takes seconds.
+"""
 
 from data_prep.dataset.schema import Family
 from data_prep.store.store import Store, open_store
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus
-from pipeline.text.online import online_families, register_encoders
 
 
 def text_families(stage: StageConfig, corpus: Corpus) -> dict[str, Family]:
@@ -13,6 +15,9 @@ def text_families(stage: StageConfig, corpus: Corpus) -> dict[str, Family]:
     # In fusion order: the network's refiners are matched to the families by position.
     if stage.fusion.encode == "families":
         return {name: corpus.families[name] for name in stage.fusion.families}
+
+    from pipeline.text.online import online_families
+
     return online_families(stage)
 
 
@@ -36,4 +41,6 @@ def prepare_texts(stage: StageConfig, corpus: Corpus, ranks: Distributed) -> Non
         UserError: if an encoder cannot be loaded, or the dataset has no captions yet.
     """
     if stage.fusion.encode == "online":
+        from pipeline.text.online import register_encoders
+
         register_encoders(stage, corpus.sources[0].dataset, ranks.device)

