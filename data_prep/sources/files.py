@@ -37,6 +37,9 @@ READERS = 8
 """Concurrent reads from a bucket."""
 GLOB = re.compile(r"[*?\[]")
 
+COMPRESSED = (".gz", ".tgz", ".zst", ".zstd", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
+"""Suffixes of files in which an image has no place of its own, so that they are not read."""
+
 HIDDEN = "hidden"
 LINKED_FOLDER = "linked folder"
 BROKEN_LINK = "broken link"
@@ -66,6 +69,8 @@ class SourceFiles:
             root, _, self._pattern = path.rpartition("/")
         elif Path(root).expanduser().is_file():
             wanted = f"not a {' or '.join(suffixes)} file" if suffixes else "a file, not a folder"
+            if path.endswith(COMPRESSED):
+                raise UserError(f"{path}: a compressed file, {wanted}: decompress it")
             raise UserError(f"{path}: {wanted}: correct `sources.path` or `sources.kind`")
         self._store: Store = open_store(root or ".")
         self._inside: str | None = None
@@ -101,7 +106,10 @@ class SourceFiles:
         """Return the error of a source without a file that it can read."""
         ignored = ", ".join(f"{count:,} {kind}" for kind, count in inventory.ignored.most_common(4))
         there = f" (there are: {ignored})" if ignored else ""
-        return UserError(f"{self._path}: no files with suffix {wanted} there{there}: check `sources.path`")
+        way_out = "check `sources.path`"
+        if any(kind.endswith(COMPRESSED) for kind in inventory.ignored):
+            way_out = f"decompress them, or {way_out}"
+        return UserError(f"{self._path}: no files with suffix {wanted} there{there}: {way_out}")
 
     @functools.cached_property
     def _listed(self) -> tuple[list[str], Inventory]:

@@ -75,9 +75,13 @@ class MDSSource:
     def _layout(self, name: str, shard: dict[str, Any]) -> RowLayout:
         where = f"{self._path}/{name}"
         # Images are read by their offset in the file, which a compressed shard does not have.
-        if shard["format"] != "mds" or shard.get("compression"):
+        codec = shard.get("compression")
+        if shard["format"] != "mds" or codec:
+            stored = shard["zip_data"] if codec else shard["raw_data"]
+            form = f"compressed with {codec}" if codec else f"{shard['format']!r}, not MDS"
             raise UserError(
-                f"{where}: only uncompressed MDS shards are read here: write them with compression=None"
+                f"{where}: shard {stored['basename']!r:.200} is {form:.200}: "
+                "write the dataset again as MDS with compression=None"
             )
         layout = RowLayout(shard)
         encoding = layout.encodings.get(self._image)

@@ -35,6 +35,8 @@ SEVERAL = "source: several images with one key in a tar"
 BAD_JSON = "source: damaged JSON"
 TEXT_SUFFIXES = ("json", "txt", "caption")
 END_OF_TAR = bytes(512)
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+"""First bytes of compressed files, whatever their name."""
 MAX_HEADER_BYTES = 1 << 20
 """Bytes of a member's extended header: long names, and PAX's fields."""
 FAULTS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, LookupError)
@@ -89,7 +91,11 @@ def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
         tar = tarfile.open(fileobj=_HeaderReader(file), mode="r:")  # noqa: SIM115
     except FAULTS as error:
         raise_unless_content(error)
-        yield Sample("", reason=UNREADABLE, detail=str(error)[:200])
+        file.seek(0)
+        start = file.read(max(map(len, MAGIC)))
+        codec = next((MAGIC[magic] for magic in MAGIC if start.startswith(magic)), "")
+        detail = f"compressed with {codec}: decompress it" if codec else str(error)[:200]
+        yield Sample("", reason=UNREADABLE, detail=detail)
         return
 
     samples = _Samples(file, image)

@@ -204,6 +204,26 @@ def test_an_mds_index_of_other_types_is_one_line(mds, tmp_path, change):
 
 
 @pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"compression": "zstd:3", "zip_data": {"basename": "shard.00000.mds.zstd"}},
+            r"index\.json: shard 'shard\.00000\.mds\.zstd' is compressed with zstd:3: write the",
+        ),
+        (
+            {"format": "json"},
+            r"index\.json: shard 'shard\.\d+\.mds' is 'json', not MDS: write the dataset again",
+        ),
+        ({"compression": "zstd", "zip_data": None}, "not an MDS index"),
+    ],
+)
+def test_shards_that_are_not_read_are_named(mds, tmp_path, change, line):
+    folder = mds_copy(mds, tmp_path, lambda shard: shard.update(change))
+    with pytest.raises(UserError, match=line):
+        rows_of("mds", folder)
+
+
+@pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"shards":' * 50_000, "", "null", "[]", '{"shards": 5}', "\0"]
 )
 def test_an_mds_index_of_any_text_is_one_line(mds, tmp_path, text):

@@ -1,8 +1,12 @@
 """Hostile tars: a bad member costs one row, and nothing hangs or is read unbounded."""
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,8 +18,10 @@ from data_prep.sources.sample import (
     UNREADABLE,
 )
 from data_prep.sources.webdataset import APART, SEVERAL, read_tar
+from model.common.errors import UserError
 from tests.helpers.raw_material import (
     png,
+    rows_of,
     sample_members,
     tar_bytes,
 )
@@ -62,6 +68,30 @@ def test_headers_of_tars_cannot_lie_about_sizes(bad):
     assert rows[-1].reason == CUT_SHORT
     # As the first member, it makes the whole tar unreadable.
     assert [row.reason for row in read_tar(io.BytesIO(bad + WHOLE))][-1] in (CUT_SHORT, UNREADABLE)
+
+
+@pytest.mark.parametrize(
+    ("codec", "data"),
+    [
+        ("gzip", gzip.compress(WHOLE)),
+        ("zstd", pa.compress(WHOLE, "zstd", asbytes=True)),
+        ("xz", lzma.compress(WHOLE)),
+        ("bzip2", bz2.compress(WHOLE)),
+    ],
+)
+def test_a_compressed_tar_is_one_row_that_names_the_way_out(tmp_path, codec, data):
+    (row,) = read_tar(io.BytesIO(data))
+    assert (row.reason, row.detail) == (UNREADABLE, f"compressed with {codec}: decompress it")
+
+    # By its name it is not read at all.
+    suffix = {"gzip": "gz", "zstd": "zst", "xz": "xz", "bzip2": "bz2"}[codec]
+    (tmp_path / f"a.tar.{suffix}").write_bytes(data)
+    for place, line in (
+        (tmp_path / f"a.tar.{suffix}", rf"tar\.{suffix}: a compressed file, not a \.tar file: decompress it"),
+        (tmp_path, rf"there are: 1 \.tar\.{suffix}\): decompress them, or check"),
+    ):
+        with pytest.raises(UserError, match=line):
+            rows_of("webdataset", place)
 
 
 def test_a_sparse_member_whose_map_is_cut_ends_the_tar():
