@@ -27,6 +27,7 @@ from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
+from pipeline.engine.streams import disable_ranges, order_gathers
 from pipeline.stage.config import StageConfig
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Engine:
             local_batch: samples of the global batch that this rank trains on in each step.
 
         Raises:
-            UserError: if a setting cannot be met, or DeepSpeed cannot compile its extension on this machine.
+            UserError: if a setting cannot be met, or blocks cannot be compiled on this machine.
         """
         ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
@@ -63,6 +64,7 @@ class Engine:
             )
         # Before anything is built, which takes minutes for a large network: a wrong setting fails at once.
         check_settings(stage)
+        disable_ranges()
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
 
         self.module: Any
@@ -170,6 +172,7 @@ class Engine:
             # DeepSpeed 0.19.8 overwrites or adds to the slices of parameters that a micro-step uses. The
             # slice of any other parameter keeps its last gradient, which the next step would apply again.
             self._optimizer.grad_partitions_flat_buffer.zero_()
+            order_gathers(self._optimizer)
         else:
             norm = self._engine.get_global_grad_norm()
             self._norm = float("inf") if norm is None else float(norm)

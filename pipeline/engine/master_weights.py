@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.common.errors import UserError
 from pipeline.engine.layout import Layout, Parameter
 from pipeline.engine.optim import OptimizerSettings
+from pipeline.engine.streams import order_gathers
 
 
 @dataclass
@@ -102,6 +103,7 @@ class MasterWeights:
         for compute, master in zip(self._compute, self.tensors, strict=True):
             compute.copy_(master)
         self._optimizer.checkpoint_event_epilogue()
+        order_gathers(self._optimizer)
 
     @torch.no_grad()
     def fill(self, value: Callable[[str, int, int], Tensor], names: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
 
     - Gradients are reduced and accumulated in fp32: by default a bf16 run does both in bf16 and loses small
       gradients.
+    - The throughput timer is off: it would wait for the device twice per micro-step.
     - `memory_efficient_linear` is off: it replaces torch's linear function in the whole process and changes
       the numbers.
     - `prefetch_bucket` has to hold at least one block, or ZeRO-3 does not prefetch it; `max_live_parameters`
@@ -36,6 +37,7 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
         "gradient_clipping": stage.optim.clip,
         # The trainer reports; DeepSpeed would print lines of its own.
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,  # the tests of this project test them
         "zero_optimization": {
             "stage": engine.zero_stage,

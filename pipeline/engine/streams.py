@@ -1,0 +1,27 @@
+"""The order of ZeRO-3's work on the device, without waiting for the device."""
+
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import nvtx
+
+
+def order_gathers(optimizer: Any) -> None:
+    """Let the next gathers wait for the weights that were just written.
+
+    DeepSpeed 0.19.8 gathers on a stream of its own and never makes it wait for the stream that wrote the
+    weights. Its throughput timer, which stopped the host until the device was idle, hid that.
+
+    Args:
+        optimizer: DeepSpeed's for ZeRO-3.
+    """
+    # Read under its mangled name, so that a version without this stream fails here and not by wrong weights.
+    stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    # A CPU has no streams.
+    if stream is not None:
+        stream.wait_stream(get_accelerator().current_stream())
+
+
+def disable_ranges() -> None:
+    """Turn off DeepSpeed's NVTX ranges: about 4,750 pairs of calls per step of the 1B network."""
+    nvtx.enable_nvtx = False

@@ -1,0 +1,97 @@
+"""Tasks of the tests of waits and of the order of streams; each function runs on every rank."""
+
+from collections import Counter
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.engine_tasks import LR, make_engine, own_part, train
+from tests.helpers.small_network import batch, stage
+
+WAITS = {"synchronize": "waits", "range_push": "ranges", "range_pop": "ranges"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read back from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def micro_steps(engine, step):
+    """Run the forward and backward passes of a step; return their number."""
+    (latents, timesteps, texts), target = batch(step, own_part())
+    parts = list(engine.micro_batches(len(target)))
+    for part in parts:
+        text = [each[part].to(engine.dtype) for each in texts]
+        output = engine(latents[part].to(engine.dtype), timesteps[part], text)
+        engine.backward((output.float() - target[part]).square().mean())
+    return len(parts)
+
+
+def waits_of_a_step(settings):
+    """Return the number of micro-steps, what waits for the device during them, and during the whole step."""
+    engine = make_engine(config=stage(**settings))
+    for step in range(3):
+        train(engine, step)
+
+    accelerator, counts = get_accelerator(), Counter()
+    with ExitStack() as stack:
+        for name, kind in WAITS.items():
+            counted = lambda *_, kind=kind: counts.update([kind])  # noqa: E731
+            stack.enter_context(mock.patch.object(accelerator, name, counted))
+        reads = stack.enter_context(Reads())
+        number = micro_steps(engine, 3)
+        inside = dict(counts) | {"reads": reads.count}
+        # As a GPU answers: DeepSpeed then waits wherever it does not rely on the order of kernels. Forward
+        # passes need real streams for this answer, a step does not.
+        with mock.patch.object(accelerator, "resolves_data_dependency", lambda: False):
+            engine.step(LR)
+    return number, inside, dict(counts)
+
+
+class RecordingStream:
+    """A stream that notes when it is told to wait."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def wait_stream(self, stream):
+        self.events.append("ordered")
+
+
+def order_of_gathers():
+    """Return what happens, in order, in a step and in an exchange of weights with their average."""
+    engine = make_engine()
+    train(engine, 0)
+    events, zero = [], engine._optimizer
+    optimizer_step, publish = engine.master_weights.inner.step, engine.master_weights.publish
+
+    def noting(name, function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            events.append(name)
+            return result
+
+        return call
+
+    offload = zero.parameter_offload
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (engine.master_weights.inner, "step", noting("weights written", optimizer_step)),
+            (engine.master_weights, "publish", noting("published", publish)),
+            (offload, "_DeepSpeedZeRoOffload__allgather_stream", RecordingStream(events)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        train(engine, 1)
+        with engine.averaged():
+            pass
+    return events
