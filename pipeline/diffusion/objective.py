@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from model.common.errors import UserError
 from model.common.registry import Registry
+from model.condition import Levels
 from model.functional import unpatchify
+from pipeline.diffusion.difficulty import difficulty_loss
 from pipeline.stage.config import ObjectiveConfig
 
 SampleNormal = Callable[[str, Sequence[int]], Tensor]
@@ -25,9 +28,11 @@ class TrainingExample:
     noisy: Tensor
     """fp32 [B, C, ...]"""
     timesteps: Tensor
-    """fp32 [B] in [0, 1]; or [B, N], one for each patch."""
+    """fp32 [B] in [0, 1]; with `levels`, [B, K]; or [B, N], one for each patch."""
     target: Tensor
     """fp32 [B, C, ...]"""
+    levels: Levels | None = None
+    """The level of each patch, if patches share a few times."""
 
 
 class Objective(ABC):
@@ -40,6 +45,9 @@ class Objective(ABC):
     schedulers: ClassVar[Mapping[str, Callable[[ObjectiveConfig], Any]]]
     """diffusers schedulers that sample from a network with this objective, by name; the first is the
     default."""
+
+    patch_times: ClassVar[bool] = False
+    """True if the objective follows `objective.patch_times`."""
 
     def __init__(self, config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> None:
         """Keep the settings.
@@ -84,6 +92,21 @@ class Objective(ABC):
         # Per sample and not per batch: the trainer also sorts the losses into bins of timesteps.
         return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
+    def training_losses(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses to learn from and those to report, fp32 [B] each.
+
+        They differ by the loss of the difficulty head, if one is trained: the prediction then has a channel
+        of log-variances, [B, C + 1, ...].
+        """
+        weight = self.config.difficulty
+        if not weight:
+            losses = self.loss(prediction, target)
+            return losses, losses
+        channels = target.shape[1]
+        prediction, log_variance = prediction[:, :channels], prediction[:, channels:]
+        losses = self.loss(prediction, target)
+        return losses + weight * difficulty_loss(prediction, log_variance, target, self.patch), losses
+
     def per_position(self, values: Tensor, latents: Tensor) -> Tensor:
         """Return values [B] or [B, N] (one per patch) in a shape that broadcasts over latents [B, C, ...]."""
         if values.dim() == 1:
@@ -105,6 +128,13 @@ def make_objective(config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> Ob
         patch: latent positions of a patch along each axis.
 
     Raises:
-        UserError: if there is no objective of that name.
+        UserError: if there is no objective of that name, or it has one time for all patches and the settings
+            ask for more.
     """
-    return OBJECTIVES[config.name](config, patch)
+    objective = OBJECTIVES[config.name]
+    if config.patch_times.kind != "shared" and not objective.patch_times:
+        raise UserError(
+            f"objective.name={config.name} has one time for all patches of a sample: leave "
+            f"objective.patch_times.kind={config.patch_times.kind} out, or set objective.name=flow"
+        )
+    return objective(config, patch)

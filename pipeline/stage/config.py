@@ -85,6 +85,9 @@ class ModelConfig(DiTConfig):
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     compile: bool = False
     """`torch.compile` each block's forward, for all buckets before the first step."""
+    activation_memory_budget: float = bounded(1.0, 0.6, 1.0)
+    """With `compile`: below 1 the backward pass recomputes all but matrix products and attention, which
+    keeps 16 and not 27 values per patch and channel; 0.7 is a good value."""
 
     @classmethod
     def of_preset(cls, name: str) -> "ModelConfig":
@@ -96,6 +99,19 @@ class ModelConfig(DiTConfig):
         if name not in PRESETS:
             raise UserError(unknown("model.preset", name, list(PRESETS)))
         return cls(preset=name, **asdict(PRESETS[name]))
+
+
+@dataclass
+class PatchTimesConfig:
+    """Times of the patches of a sample, which may differ (Patch Forcing, arXiv 2604.19141)."""
+
+    kind: Literal["shared", "ltg"] = "shared"
+    """`shared`: one time per sample; `ltg`: the objective's time for the cleanest patch, and each patch at
+    random between it and pure noise."""
+    levels: int = bounded(16, 1, 1_024)
+    """Different times of a sample with `ltg`; its patches are spread over them. 1 = one time per sample."""
+    text_time: Literal["mean", "cleanest"] = "mean"
+    """The one time that the text side reads: mean over the patches, or that of the cleanest patch."""
 
 
 @dataclass
@@ -113,8 +129,18 @@ class ObjectiveConfig:
     """Standard deviation of logit(t)."""
     shift: float = bounded(1.0, 0.001, 1_000.0)
     """Resolution shift of t toward noise: t -> shift t / (1 + (shift - 1) t)."""
+    patch_times: PatchTimesConfig = field(default_factory=PatchTimesConfig)
+    """Times of a sample's patches."""
+    difficulty: float = bounded(0.0, 0.0, 1_000.0)
+    """Weight of the loss of the difficulty head, which predicts each patch's error; 0 = none. The paper of
+    Patch Forcing takes 0.01."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the objective that are not among the fields above."""
+
+    @property
+    def time_levels(self) -> int:
+        """Number of times of a sample in training."""
+        return 1 if self.patch_times.kind == "shared" else self.patch_times.levels
 
 
 @dataclass
@@ -371,7 +397,10 @@ class StageConfig:
         """
         # `ModelConfig` has further fields; channels and axes come from the data, not from the stage.
         sizes = {field.name: getattr(self.model, field.name) for field in fields(DiTConfig)}
-        return DiTConfig(**{**sizes, "channels": channels, "axes": axes})
+        sizes |= {"channels": channels, "axes": axes, "time_levels": self.objective.time_levels}
+        if self.objective.difficulty and self.model.difficulty == "none":
+            sizes["difficulty"] = "attached"
+        return DiTConfig(**sizes)
 
 
 def _over_preset(given: Any) -> StageConfig:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from model.condition import Condition
+from model.condition import Condition, Levels
 from model.conditions import CONDITIONS
 from model.encoders.latent_spaces import normalize_latents
 from pipeline.data.batch import Batch
@@ -40,8 +40,8 @@ class NetworkInputs:
         latents = batch.mean.float() + batch.std.float() * batch.posterior_noise
         return normalize_latents(latents, self.latents.info)
 
-    def condition(self, batch: Batch, timesteps: Tensor) -> Condition:
-        """Return the batch's condition at `timesteps`, [B] or [B, N]; texts in fusion order."""
+    def condition(self, batch: Batch, timesteps: Tensor, levels: Levels | None = None) -> Condition:
+        """Return the batch's condition at times as `TrainingExample` has them; texts in fusion order."""
         texts = [to_text(batch.texts[name], self.constants[name], self.dtype) for name in self.families]
         extra = {name: condition.from_batch(batch) for name, condition in self.conditions.items()}
-        return Condition(timesteps, texts, extra)
+        return Condition(timesteps, texts, extra, levels)

@@ -181,12 +181,13 @@ class Trainer:
 
         clean = self.inputs.clean_latents(batch)
         example = self.objective.training_example(clean, batch.noise, batch.u, batch.normal)
-        condition = self.inputs.condition(batch, example.timesteps)
+        condition = self.inputs.condition(batch, example.timesteps, example.levels)
+        condition.with_difficulty = self.stage.objective.difficulty > 0
 
         for part in self.engine.micro_batches(len(clean)):
             prediction = self.engine(example.noisy[part].to(self.engine.dtype), condition.rows(part))
-            losses = self.objective.loss(prediction.float(), example.target[part])
-            self.engine.backward(losses.mean())
+            learned, losses = self.objective.training_losses(prediction.float(), example.target[part])
+            self.engine.backward(learned.mean())
             self._add_losses(batch, losses.detach(), example.timesteps[part])
 
         self.heartbeat.enter("step", self.state.step)
