@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: measurements become pages of the site, and nothing is loaded from another host."""
+"""Hooks of MkDocs: measurements and all messages become pages, and nothing is loaded from another host."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+
+from docs.make_messages import page as page_of_messages
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = re.compile(
@@ -28,9 +30,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the measurements, which are outside of docs/."""
+    """Add the measurements, which are outside of docs/, and the page of all messages."""
     for page in results():
         files.append(File.generated(config, f"benchmarks/results/{page.name}", abs_src_path=str(page)))
+    files.append(File.generated(config, "messages.md", content=page_of_messages()))
     return files
 
 

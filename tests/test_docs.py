@@ -38,11 +38,34 @@ def test_commands_exist(page):
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
-def test_readme_names_every_command():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_commands_has_every_one():
+    page = (ROOT / "docs" / "commands.md").read_text()
     for path in (ROOT / "pipeline").glob("*.py"):
         if '__name__ == "__main__"' in path.read_text() and path.stem != "demo":
-            assert f"pipeline.{path.stem}" in readme, f"README does not mention {name(path)}"
+            assert f"pipeline.{path.stem}" in page, f"docs/commands.md does not mention {name(path)}"
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().split()) < 1200
+
+
+def claims():
+    """The rows of the README's table of numbers, and the points below "What is different here"."""
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and "](benchmarks/" in line]
+    section = text.split("## What is different here")[1].split("\n## ")[0]
+    return rows + section.strip().removeprefix("- ").split("\n- ")
+
+
+@pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim[:40])
+def test_a_claim_has_a_number_of_its_measurement(claim):
+    pages = re.findall(r"\]\(((?:benchmarks/results|tests)/[\w/.]+)\)", claim)
+    assert pages
+    linked = "\n".join((ROOT / page).read_text() for page in pages)
+    numbers = re.findall(r"\d[\d,.e-]*(?<=\d)", re.sub(r"\]\([^)]*\)|int8|bf16", "", claim))
+    missing = [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", linked)]
+    assert numbers
+    assert not missing, f"{missing} are not in {pages}"
 
 
 def test_the_map_has_every_sub_package_with_its_own_words():

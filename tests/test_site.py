@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from data_prep.config import DatasetConfig, load_dataset
-from docs import make_settings
+from docs import make_messages, make_settings
 from model.common.errors import UserError
 from model.common.settings import read_settings
-from pipeline.estimate import Setup, make_plan
+from pipeline.operations.planning import Setup, make_plan
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 from tests.helpers.pages import ROOT, commands, parse, read_blocks
 
@@ -215,6 +215,57 @@ def test_every_quoted_message_is_in_the_code():
     for message in messages:
         pattern = "[^\n]*?".join(map(re.escape, message.strip("…").split("…")))
         assert re.search(pattern, texts), f"no such message: {message}"
+
+
+def test_the_page_of_all_messages_has_every_one():
+    page = make_messages.page()
+    for room in ("model", "data_prep", "pipeline"):
+        for path in (ROOT / room).rglob("*.py"):
+            calls = len(re.findall(r"(?<![\w`.])UserError\(", path.read_text()))
+            found = list(make_messages.messages(path))
+            assert all(make_messages.row(*message) in page for message in found)
+            assert len(found) + len(list(unworded(path))) == calls, path
+    assert all(f"`{text.replace('`', '')}`" in page for text in make_messages.script_messages())
+    assert len(make_messages.script_messages()) >= 10
+
+
+def unworded(path):
+    """Yield what a file passes to `UserError` in place of a text of its own, and its class statement."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+            if not re.search(r"\w", make_messages.literal(node.args[0])):
+                yield node
+        elif isinstance(node, ast.ClassDef) and node.name == "UserError":
+            yield node
+
+
+def test_a_message_comes_with_what_the_code_says_about_it(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(SAMPLE)
+    assert list(make_messages.messages(path)) == [
+        ("…: no such `file`: check …", "if it does not exist."),
+        ("two parts", "A class."),
+    ]
+
+
+SAMPLE = '''"""A module."""
+def read(path, name):
+    """Read.
+
+    Raises:
+        UserError: if it does
+            not exist.
+        ValueError: never.
+    """
+    raise UserError(f"{path}: no such `file`: check {name!r}")
+class One:
+    """A class.
+
+    More.
+    """
+    def two(self, text):
+        raise UserError(text) from UserError("two " + "parts")
+'''
 
 
 # -- numbers -------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def draw_judged(images: Sequence[NDArray[np.uint8]], captions: Sequence[SceneCap
 def _line(claims: Sequence[tuple[str, bool]]) -> HPacker:
     children = []
     for words, correct in claims:
-        # the sign too, for readers who do not distinguish the colors
+        # the sign too, since not everybody sees the two colors apart
         style = {"color": RIGHT if correct else WRONG, "fontsize": 8}
         children.append(TextArea(f"{'✓' if correct else '✗'} {words}", textprops=style))
     return HPacker(pad=0, sep=6, align="baseline", children=children)
