@@ -7,13 +7,18 @@ missing is made in the step that needs it, which takes seconds to minutes while 
 are made before the first step.
 """
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.blocks import Block
+from model.common.errors import UserError
 
 _MAX_GRAPHS = 256
 """Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
@@ -23,11 +28,36 @@ _TEXT_TOKENS = (64, 77)
 makes a different graph."""
 
 
-def compile_blocks(blocks: Iterable[Block]) -> None:
-    """Compile each block's `forward`, not the block: hooks on it, such as ZeRO-3's, would break the graph."""
+def compile_blocks(blocks: Iterable[Block], budget: float = 1.0) -> None:
+    """Compile each block's `forward`, not the block: hooks on it, such as ZeRO-3's, would break the graph.
+
+    Args:
+        blocks: the blocks.
+        budget: `model.activation_memory_budget`.
+
+    Raises:
+        UserError: if this machine has no GPU and lacks what torch compiles with on the CPU.
+    """
+    if not torch.cuda.is_available():
+        _check_compiler()
+    torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for block in blocks:
         _compile(block)
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    lacking = ""
+    if shutil.which(compiler) is None:
+        lacking = f"{compiler} not found: apt-get install g++"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking = "Python.h not found: apt-get install python3-dev"
+    if lacking:
+        raise UserError(
+            f"model.compile=true needs a C++ compiler on a machine without a GPU, and {lacking}, or set "
+            "model.compile=false"
+        )
 
 
 def _compile(block: Any) -> None:

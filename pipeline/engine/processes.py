@@ -2,11 +2,8 @@
 
 import gc
 import os
-import shutil
 import sys
-import sysconfig
 from datetime import timedelta
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -23,8 +20,7 @@ def join_process_group(timeout_minutes: int) -> Distributed:
         timeout_minutes: how long a collective waits for a rank before the run ends.
 
     Raises:
-        UserError: if this machine lacks what DeepSpeed needs to compile its CPU extension, or if the
-            environment's variables contradict each other, or ranks are missing.
+        UserError: if the environment's variables contradict each other, or ranks are missing.
     """
     # Read first, since the ranks are then exported under torchrun's names.
     launched = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"
@@ -38,9 +34,10 @@ def join_process_group(timeout_minutes: int) -> Distributed:
         os.environ["LOCAL_RANK"] = str(device)
         # Before the process group: NCCL otherwise binds every rank of a node to device 0.
         torch.cuda.set_device(device)
-    elif not dist.is_initialized():
-        _check_compiler()
 
+    # An all-reduce for inference on the CPU, which nothing here calls; compiling it takes a minute and a C++
+    # compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
     except dist.DistStoreError as error:
@@ -50,19 +47,6 @@ def join_process_group(timeout_minutes: int) -> Distributed:
             "unset SLURM_STEP_ID to start one process, or start them with srun or torchrun"
         ) from error
     return ranks
-
-
-def _check_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"{compiler} not found: DeepSpeed compiles a small extension with it on CPU: apt-get install g++"
-        )
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise UserError(
-            "Python.h not found: DeepSpeed compiles a small extension with it on CPU: "
-            "apt-get install python3-dev"
-        )
 
 
 def exit_process(code: int) -> None:

@@ -17,9 +17,8 @@ import traceback
 from pipeline.engine.processes import join_process_group
 from pipeline.runtime.distributed import free_port
 
-START = 240
-"""Seconds that the processes may take to start: DeepSpeed compiles an extension at its first start on a
-machine."""
+START = 120
+"""Seconds that the processes may take to start."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.train", "pipeline.sample", "tests.helpers.distributed"])
 _pools = {}

@@ -33,7 +33,6 @@ def test_a_missing_package_is_named(missing, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "says"),
     [
-        ("g++", "install g++ (Debian: apt install g++)"),
         ("python", "no Python 3.11 to 3.13 found"),
         ("disk", "11.9 GB of disk free here, the packages need 12 GB while they are installed: make room"),
     ],
@@ -41,7 +40,7 @@ def test_a_missing_package_is_named(missing, monkeypatch, capsys, tmp_path):
 def test_make_names_what_the_machine_lacks(missing, says, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("bash", "make", "touch", *(["g++"] if missing != "g++" else [])):
+    for name in ("bash", "make", "touch"):
         found = next(
             path for folder in os.environ["PATH"].split(":") if (path := Path(folder) / name).exists()
         )

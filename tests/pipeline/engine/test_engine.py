@@ -1,6 +1,7 @@
 """The engine on two gloo processes against plain torch, and its refusals."""
 
 import shutil
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from model.common.errors import UserError
-from pipeline.engine import processes
+from pipeline.engine.compile import compile_blocks
 from pipeline.engine.master_weights import MasterWeights
 from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import OptimConfig
@@ -158,6 +159,11 @@ def test_a_compiled_block_is_one_graph_without_breaks():
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)
 
 
+def test_a_rank_with_fewer_samples_than_a_micro_batch_trains_all_at_once():
+    assert on_ranks(2, rank_tasks.micro_batches, {"micro_batch": 16}) == [(1, 6)] * 2
+    assert on_ranks(2, rank_tasks.micro_batches, {"micro_batch": 3}) == [(2, 3)] * 2
+
+
 def test_a_failing_rank_ends_its_call_with_its_trace():
     with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
         on_ranks(2, rank_tasks.fail_on_rank_one)
@@ -169,15 +175,18 @@ def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, miss
     if missing == "compiler":
         monkeypatch.setattr(shutil, "which", lambda name: None)
     else:
-        monkeypatch.setattr(processes.sysconfig, "get_path", lambda name: "/nonexistent")
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nonexistent")
     with pytest.raises(UserError, match=named):
-        processes._check_compiler()
+        compile_blocks([])
 
 
 def test_settings_that_cannot_be_met_are_refused():
     assert all("micro_batch" in message for message in on_ranks(1, rank_tasks.refusal, stage(micro_batch=5)))
     refused = on_ranks(1, rank_tasks.refusal, stage(optimizer="muon", zero_stage=2))
     assert all("optim.name=muon needs engine.zero_stage=3" in message for message in refused)
+    kept = stage()
+    kept.model.activation_memory_budget = 0.7
+    assert all("needs model.compile=true" in message for message in on_ranks(1, rank_tasks.refusal, kept))
     spiking = stage(zero_stage=2)
     spiking.optim.spike = 5.0
     assert all("optim.spike" in message for message in on_ranks(1, rank_tasks.refusal, spiking))
