@@ -5,6 +5,7 @@
   manifest.json                       the plan: how many rows each part has
   manifest/<bucket>/000000.parquet    the plan: which sample is which row
   pairs/<bucket>/00012/<attempt>/pairs.tar, pairs.parquet
+  pairs/README.md                     how `datasets.load_dataset` reads the pairs
   families/<family>/family.json, constants-<xxh64>.safetensors
   families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
   commits/<pairs or family>/<bucket>/00012.json             the object that makes a part exist

@@ -58,6 +58,16 @@ MAX_WAITING_COMMITS = 2
 IMAGES = "images"
 """Temporary file of an open part: its images, one after another."""
 
+CARD_KEY = f"{PAIRS}/README.md"
+CARD = f"""---
+configs:
+- config_name: default
+  data_files: "*/*/*/{TAR}"
+---
+Images with their captions, as WebDataset. `datasets.load_dataset` reads this folder by the lines above.
+""".encode()
+"""Without it, `datasets` takes the tables next to the tars for the data, and finds no images."""
+
 COLUMNS = pa.schema(
     [
         ("id", pa.int64()),
@@ -153,6 +163,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     manifest = read_plan(dataset)
     parts = share.owns(manifest.parts)
     done = committed_parts(dataset, PAIRS)
+    dataset.put_new(CARD_KEY, CARD)
 
     rows = {part: manifest.buckets[part.bucket][part.number] for part in parts}
     with Progress("pairs", sum(rows.values())) as progress:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -244,7 +245,8 @@ def check_finished(dataset, expected):
         orphans = set(collect_garbage(dataset, -1, delete))
         assert not orphans & named
     stored = {key for key, _ in [*dataset.entries("pairs/"), *dataset.entries("families/")]}
-    assert {key for key in stored if not key.endswith("family.json") and "/constants-" not in key} == named
+    records = re.compile(r"pairs/README\.md|families/[^/]+/(family\.json|constants-[^/]+)")
+    assert {key for key in stored if not records.fullmatch(key)} == named
     assert not [key for key, _ in dataset.entries("") if "/." in key]
     result = verify(dataset, deep=True)
     parts = len(read_plan(dataset).parts)

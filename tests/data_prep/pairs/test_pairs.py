@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from data_prep.config import BucketConfig, SourceConfig
 from data_prep.dataset.parts import committed, read_plan
@@ -107,6 +108,32 @@ def test_the_tar_is_a_webdataset_and_the_table_has_the_crop(ten):
     assert text == table[0]["captions"][0]["text"]
     assert table[0]["crop"] == [0, 0, 48, 48]
     assert (table[0]["original_height"], table[0]["height"]) == (48, 32)
+
+
+def test_the_card_of_the_folder_names_every_tar(ten):
+    """`datasets.load_dataset` on a folder reads the files that the front matter of its README.md names."""
+    dataset = prepare(ten)
+    folder = dataset.local_path("pairs")
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    (config,) = front["configs"]
+    assert config["config_name"] == "default"
+    named = {str(path.relative_to(folder.parent)) for path in folder.glob(config["data_files"])}
+    files = [file.key for commit in committed(dataset, PAIRS).values() for file in commit.files]
+    assert named == {key for key in files if key.endswith(".tar")}
+    assert named
+
+    # A store of an earlier version gets it when `pairs` is run again.
+    (folder / "README.md").unlink()
+    run_pairs(ten, dataset, ALONE)
+    assert (folder / "README.md").exists()
+
+
+def test_load_dataset_reads_the_images_without_a_builder(ten, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = prepare(ten)
+    rows = datasets.load_dataset(str(dataset.local_path("pairs")), cache_dir=str(tmp_path / "cache"))["train"]
+    assert sorted(rows["txt"]) == sorted(text for pair in all_pairs(dataset) for _, text in pair.captions[:1])
+    assert {image.size for image in rows["png"]} == {(32, 32)}
 
 
 def test_shares_meet_and_repeats_do_nothing(ten):

@@ -226,7 +226,7 @@ def test_any_number_of_suffixes_is_counted_in_few_kinds():
         inventory.check("path")
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("parquet", "arrow"), ("webdataset", "tiff"), ("folder", "csv")])
+@pytest.mark.parametrize(("kind", "suffix"), [("parquet", "arrow"), ("webdataset", "tif"), ("folder", "csv")])
 def test_a_path_to_a_file_of_another_suffix_is_named(tmp_path, kind, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(b"x")
     kinds = {"parquet": ParquetSource, "webdataset": WebDatasetSource, "folder": FolderSource}
