@@ -7,7 +7,7 @@ import pytest
 from pipeline.stage.config import dump_stage
 from tests.helpers import fake_snapshot, trainer_tasks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 BUCKETS = {"32x32": [20, 20, 9, 16], "32x64": [24, 11]}
 
