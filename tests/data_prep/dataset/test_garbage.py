@@ -3,15 +3,38 @@
 import os
 import time
 
+import pytest
+
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.parts import commit_part, committed_parts
-from data_prep.dataset.schema import PAIRS, Part
+from data_prep.dataset.schema import PAIRS, Manifest, Part
 from data_prep.dataset.snapshot import verify
 from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, StoreError, open_store
 from tests.helpers.fake_dataset import commit_pairs, plan
 
 PART = Part("64x64", 0)
+LEFT = PART.payload_key(PAIRS, "ab" * 8, "pairs.tar")
+"""Payload of an attempt that was never committed."""
+
+
+def planned(folder):
+    """Return a dataset with a plan of one part."""
+    dataset = open_store(str(folder), create=True).sub("ds")
+    plan(dataset, {"64x64": [2]})
+    return dataset
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return planned(tmp_path)
+
+
+@pytest.fixture
+def with_remains(dataset):
+    """A dataset in which a killed task left a payload."""
+    dataset.put(LEFT, b"left behind")
+    return dataset
 
 
 class Interrupted:
@@ -49,8 +72,7 @@ def test_a_collector_that_comes_at_any_step_of_a_commit(tmp_path):
     outcomes = set()
     for at in range(1, 100):
         folder = tmp_path / str(at)
-        dataset = open_store(str(folder), create=True).sub("ds")
-        plan(dataset, {"64x64": [2]})
+        dataset = planned(folder)
         writer, backend = interrupted(folder, at, lambda: collect_garbage(dataset, -1, delete=True))  # noqa: B023
         try:
             commit_pairs(writer, PART, [0, 1])
@@ -73,8 +95,7 @@ def test_a_commit_that_comes_at_any_step_of_a_collector(tmp_path):
     outcomes = set()
     for at in range(1, 100):
         folder = tmp_path / str(at)
-        dataset = open_store(str(folder), create=True).sub("ds")
-        plan(dataset, {"64x64": [2]})
+        dataset = planned(folder)
         made = []
 
         def finish(dataset=dataset, made=made):
@@ -86,7 +107,7 @@ def test_a_commit_that_comes_at_any_step_of_a_collector(tmp_path):
 
         collector, backend = interrupted(folder, at, finish)
         # Remains of an earlier attempt, so that there is something to collect.
-        dataset.put(PART.payload_key(PAIRS, "ab" * 8, "pairs.tar"), b"left behind")
+        dataset.put(LEFT, b"left behind")
         collect_garbage(collector, -1, delete=True)
         if not made:
             assert backend.calls < at
@@ -96,33 +117,24 @@ def test_a_commit_that_comes_at_any_step_of_a_collector(tmp_path):
     assert True in outcomes
 
 
-def test_the_age_is_counted_by_the_stores_clock(tmp_path, monkeypatch):
-    dataset = open_store(str(tmp_path), create=True).sub("ds")
-    plan(dataset, {"64x64": [2]})
-    dataset.put(PART.payload_key(PAIRS, "ab" * 8, "pairs.tar"), b"of a task that still writes")
+def test_the_age_is_counted_by_the_stores_clock(with_remains, monkeypatch):
     now = time.time()
     for ahead in (-2 * 86400, 2 * 86400):
         monkeypatch.setattr(time, "time", lambda ahead=ahead: now + ahead)
-        assert collect_garbage(dataset, 24, delete=True) == []
-        assert len(collect_garbage(dataset, -0.1)) == 1
-    assert abs(dataset.now() - now) < 60
+        assert collect_garbage(with_remains, 24, delete=True) == []
+        assert collect_garbage(with_remains, -0.1) == [LEFT]
+    assert abs(with_remains.now() - now) < 60
 
 
-def test_keys_that_no_writer_of_ours_gives_are_left_alone(tmp_path):
-    dataset = open_store(str(tmp_path), create=True).sub("ds")
-    folder = tmp_path / "ds" / "pairs" / "64x64" / "00000" / ("ab" * 8)
-    folder.mkdir(parents=True)
+def test_keys_that_no_writer_of_ours_gives_are_left_alone(with_remains):
+    folder = with_remains.local_path(LEFT).parent
     (folder / "\x1b]0;title\x07\nfake line").write_bytes(b"")
-    (folder / "pairs.tar").write_bytes(b"left behind")
-    removed = collect_garbage(dataset, -1, delete=True)
-    assert [key.rpartition("/")[2] for key in removed] == ["pairs.tar"]
+    assert collect_garbage(with_remains, -1, delete=True) == [LEFT]
+    assert [path.name for path in folder.iterdir()] == ["\x1b]0;title\x07\nfake line"]
 
 
-def test_the_loser_of_two_commits_leaves_no_claim(tmp_path):
-    dataset = open_store(str(tmp_path), create=True).sub("ds")
-    old = dataset.local_path(PART.payload_key(PAIRS, "ab" * 8, "pairs.tar"))
-    dataset.put(PART.payload_key(PAIRS, "ab" * 8, "pairs.tar"), b"left behind")
-    os.utime(old, (0, 0))
-    commit_part(dataset, PAIRS, PART, {}, [], {})
-    assert len(collect_garbage(dataset, 24, delete=True)) == 1
-    assert list(dataset.list("")) == [PART.commit_key(PAIRS)]
+def test_the_loser_of_two_commits_leaves_no_claim(with_remains):
+    os.utime(with_remains.local_path(LEFT), (0, 0))
+    commit_part(with_remains, PAIRS, PART, {}, [], {})
+    assert collect_garbage(with_remains, 24, delete=True) == [LEFT]
+    assert sorted(with_remains.list("")) == sorted([PART.commit_key(PAIRS), Manifest.KEY])
