@@ -27,5 +27,5 @@ class DifficultyHead(nn.Module):
         self.linear = ZeroLinear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalized tokens [B, N, D] to log-variances [B, N, 1]."""
-        return self.linear(x.detach() if self.detached else x).clamp(*LOG_VARIANCES)
+        """Map normalized tokens [B, N, D] to log-variances [B, N]."""
+        return self.linear(x.detach() if self.detached else x).squeeze(-1).clamp(*LOG_VARIANCES)

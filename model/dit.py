@@ -1,7 +1,6 @@
 """LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper
 section 3)."""
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ from model.condition import Condition
 from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
 from model.difficulty import DifficultyHead
-from model.functional import key_mask, modulate, patchify, unpatchify
+from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify
 from model.fusion import TextFusion
 from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
 
@@ -34,8 +33,7 @@ class FinalLayer(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, places: Tensor | None = None, with_difficulty: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Map patches [B, N, D] to their values [B, N, outputs] and, if asked for, their log-variance [B, N,
-        1].
+        """Map patches [B, N, D] to their values [B, N, outputs] and, if asked for, their log-variance [B, N].
 
         Args:
             x: patches.
@@ -152,8 +150,7 @@ class LIDiT(nn.Module):
         prediction = unpatchify(values, patch, positions)  # [B, C, ...]
         if log_variance is None:
             return prediction
-        of_positions = unpatchify(log_variance.expand(-1, -1, math.prod(patch)), patch, positions)
-        return torch.cat([prediction, of_positions], dim=1)  # [B, C + 1, ...]
+        return torch.cat([prediction, fill_patches(log_variance, patch, positions)], dim=1)  # [B, C + 1, ...]
 
     def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """Run a block whose activations are computed again in the backward pass."""

@@ -149,3 +149,9 @@ def unpatchify(patches: Tensor, patch: Sequence[int], latents: Sequence[int]) ->
     grid = [size // side for size, side in zip(latents, patch, strict=True)]
     axes = dict(zip("qpo", reversed(patch), strict=False)) | dict(zip("wht", reversed(grid), strict=False))
     return rearrange(patches, f"{cut} -> {whole}", **axes)
+
+
+def fill_patches(values: Tensor, patch: Sequence[int], latents: Sequence[int]) -> Tensor:
+    """Give each position of latents of `latents` positions the value of its patch: [B, N] -> [B, 1,
+    *latents]."""
+    return unpatchify(values[..., None].expand(-1, -1, math.prod(patch)), patch, latents)

@@ -447,7 +447,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         embeds = self.encode_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         dtype = self.transformer.dtype
         condition, null_condition = (
-            # placeholders for the times: `guided` sets that of each step
+            # placeholders for the times: `Guided` sets that of each step
             Condition(torch.zeros(images, device=device), _place(texts, per_prompt, device, dtype), extra)
             for texts in embeds
         )

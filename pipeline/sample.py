@@ -100,7 +100,7 @@ def write_images(
     chunks = [images[first : first + batch] for first in range(0, len(images), batch)]
     requests = [(image.prompt, image.seed) for image in images]
     batches = [requests[first : first + batch] for first in range(0, len(images), batch)]
-    settings = {**params.record(), **about}
+    settings = {**params.record(), "evaluations": sampler.evaluations(params), **about}
 
     records: list[dict[str, Any]] = []
     # the generator comes first, so that `zip` exhausts it

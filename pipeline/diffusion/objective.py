@@ -1,7 +1,6 @@
 """The interface of an objective, which is what the network learns to predict, and the registry of
 objectives."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor
 from model.common.errors import UserError
 from model.common.registry import Registry
 from model.condition import Levels
-from model.functional import unpatchify
+from model.functional import fill_patches
 from pipeline.diffusion.difficulty import difficulty_loss
 from pipeline.stage.config import ObjectiveConfig
 
@@ -47,7 +46,8 @@ class Objective(ABC):
     default."""
 
     patch_times: ClassVar[bool] = False
-    """True if the objective follows `objective.patch_times`."""
+    """True if patches of a sample may differ in time: the objective follows `objective.patch_times`, and has
+    a scheduler `euler`, which the solvers in `pipeline/diffusion/adaptive.py` build on."""
 
     def __init__(self, config: ObjectiveConfig, patch: Sequence[int] = (1, 1)) -> None:
         """Keep the settings.
@@ -111,9 +111,7 @@ class Objective(ABC):
         """Return values [B] or [B, N] (one per patch) in a shape that broadcasts over latents [B, C, ...]."""
         if values.dim() == 1:
             return values.view(-1, *[1] * (latents.dim() - 1))
-        # A patch's value is repeated for its latent positions, and put in place as the network's output is.
-        per_patch = values[..., None].expand(-1, -1, math.prod(self.patch))
-        return unpatchify(per_patch, self.patch, latents.shape[2:])  # [B, 1, ...]
+        return fill_patches(values, self.patch, latents.shape[2:])  # [B, 1, ...]
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective.name")

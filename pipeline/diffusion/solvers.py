@@ -14,9 +14,12 @@ from torch import Tensor
 
 from model.common.errors import UserError
 from model.condition import Condition, Predict
+from model.config import DiTConfig
+from pipeline.diffusion.adaptive import ADAPTIVE, AdaptiveSolver
 from pipeline.diffusion.ddpm import DDPM_STEPS
+from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.objective import OBJECTIVES
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.config import AdaptiveConfig, ObjectiveConfig
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Number of the step just done, from 1, and the latents -> the latents to continue with."""
@@ -34,18 +37,43 @@ _DECIDES_NOISE = (
 """Fields of a scheduler's config that have to be those of training; others (order, shift) are free."""
 
 
-def make_scheduler(objective: ObjectiveConfig, name: str = "") -> Any:
-    """Build the diffusers scheduler `name` for the objective; empty = the objective's default.
+def make_scheduler(
+    objective: ObjectiveConfig,
+    name: str = "",
+    adaptive: AdaptiveConfig | None = None,
+    sizes: DiTConfig | None = None,
+) -> Any:
+    """Build the scheduler `name` for the objective: a diffusers scheduler or an `AdaptiveSolver`.
+
+    Args:
+        objective: what the network was trained to predict.
+        name: empty = the objective's default.
+        adaptive: settings of the solvers that follow the difficulty of patches; None = the defaults.
+        sizes: of the network; needed for those solvers.
 
     Raises:
-        UserError: if there is no such scheduler, or it does not fit the objective.
+        UserError: if there is no such scheduler, or it does not fit the objective or the network.
     """
     known = OBJECTIVES[objective.name].schedulers
+    following = ADAPTIVE if OBJECTIVES[objective.name].patch_times else {}
     name = name or next(iter(known))
+    if name in following:
+        if sizes is None or sizes.difficulty == "none":
+            raise UserError(
+                f"scheduler {name!r} follows the difficulty of patches, which this network does not predict: "
+                f"train with objective.difficulty=0.01, or take one of {', '.join(known)}"
+            )
+        settings = adaptive or AdaptiveConfig()
+        return following[name](known["euler"](objective), objective, settings, sizes.patch_shape)
+    if name == "dpm" and objective.time_levels > 1:
+        raise UserError(
+            "scheduler 'dpm' continues from predictions of earlier times, one for all patches, and the "
+            "network was trained with objective.patch_times: take euler"
+        )
     if name not in known:
         raise UserError(
             f"scheduler {name!r} does not exist for objective {objective.name}: take one of "
-            f"{', '.join(known)}"
+            f"{', '.join([*known, *following])}"
         )
     # Built for each call, because a diffusers scheduler keeps the state of one trajectory.
     return known[name](objective)
@@ -92,6 +120,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
 
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+    if isinstance(scheduler, AdaptiveSolver):
+        scheduler = scheduler.euler
     if issubclass(type(scheduler), FlowMatchEulerDiscreteScheduler):
         # The flow-matching schedulers shift their last time twice by default; from these even times they
         # shift each once.
@@ -111,47 +141,20 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def guided(
-    predict: Predict, condition: Condition, null_condition: Condition, guidance: float
-) -> Callable[[Tensor, float], Tensor]:
-    """Return a prediction with classifier-free guidance (Ho and Salimans 2022), both branches in one batch.
+def take_step(solver: Any, evaluate: Guided, latents: Tensor, timestep: Tensor, time: float) -> Tensor:
+    """Take one step of those that `set_steps` returned: fp32 latents [B, C, ...] -> the same at its end."""
+    if isinstance(solver, AdaptiveSolver):
+        return solver.advance(evaluate, latents, timestep)
+    return solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
 
-    On the CPU each image is a batch of its own. There, two operations depend on the other images of a batch:
-    matrix products of few rows (of the conditions, one row per image) and attention to padded texts; both sum
-    in another order for other shapes. Batches gain nothing on the CPU, where one image's patches fill a
-    product.
 
-    Args:
-        predict: the network.
-        condition: texts and further conditions of the prompts; its timesteps are not read.
-        null_condition: the same of the null or the negative captions; not read at guidance 1.
-        guidance: 1 = none.
-
-    Returns:
-        A function of noisy latents [B, C, ...] and a time in [0, 1] that returns fp32 [B, C, ...].
-    """
-    # Without guidance the second branch would only double the work.
-    branches = [condition] if guidance == 1.0 else [condition, null_condition]
-    if condition.texts[0].states.device.type == "cpu":
-        batches: list[Condition] = []
-        for image in range(len(condition.timesteps)):
-            batches.append(Condition.concatenate([branch.row(image) for branch in branches]))
-    else:
-        # Concatenated once, before the first step: the texts stay the same in all steps.
-        batches = [Condition.concatenate(branches)]
-
-    def evaluate(latents: Tensor, time: float) -> Tensor:
-        parts = zip(latents.chunk(len(batches)), batches, strict=True)
-        return torch.cat([of_batch(part, batch.at(time)) for part, batch in parts])
-
-    def of_batch(latents: Tensor, batch: Condition) -> Tensor:
-        prediction = predict(latents, batch).float()
-        if guidance == 1.0:
-            return prediction
-        with_text, without = prediction.chunk(2)
-        return without + guidance * (with_text - without)
-
-    return evaluate
+def count_evaluations(solver: Any, steps: int, guidance: float) -> int:
+    """Return how often sampling an image evaluates the network, each branch of guidance counted."""
+    branches = 1 if guidance == 1.0 else 2
+    times = [time for _, time in set_steps(solver, steps, torch.device("cpu"))]
+    if isinstance(solver, AdaptiveSolver):
+        return solver.evaluations(times, branches)
+    return len(times) * branches
 
 
 @torch.no_grad()
@@ -167,6 +170,7 @@ def sample_latents(
     dtype: torch.dtype,
     scheduler: str = "",
     on_step: OnStep | None = None,
+    solver: Any = None,
 ) -> Tensor:
     """Sample one image's normalized latents per seed.
 
@@ -182,6 +186,7 @@ def sample_latents(
         dtype: precision of the latents that the network gets.
         scheduler: name of one of the objective's schedulers; empty = its default.
         on_step: called after each step.
+        solver: what `make_scheduler` returned, instead of `scheduler`.
 
     Returns:
         Latents fp32 [B, *shape] on the condition's device.
@@ -191,12 +196,12 @@ def sample_latents(
     """
     # Noise is made on the CPU and then moved, so it does not depend on the kind of device.
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
-    solver = make_scheduler(objective, scheduler)
-    evaluate = guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
+    solver = solver or make_scheduler(objective, scheduler)
+    evaluate = Guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
     latents = noise.float()
     for number, (timestep, time) in enumerate(set_steps(solver, steps, latents.device), 1):
         # The solver's own state is fp32 too: in bf16 the errors of many small steps would add up.
-        latents = solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
+        latents = take_step(solver, evaluate, latents, timestep, time)
         if on_step is not None:
             latents = on_step(number, latents)
     return latents

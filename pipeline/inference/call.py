@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.common.errors import UserError
 from model.condition import Condition, Text
-from pipeline.diffusion.solvers import guided, initial_noise
+from pipeline.diffusion.guidance import Guided
+from pipeline.diffusion.solvers import initial_noise, take_step
 from pipeline.inference.images import to_images
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -88,9 +89,8 @@ class DenoisingLoop:
                 if self.interrupt:
                     break
                 # made again at each step, since a callback may have set another guidance
-                evaluate = guided(predict, condition, null_condition, self.guidance_scale)
-                prediction = evaluate(latents, time)
-                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                evaluate = Guided(predict, condition, null_condition, self.guidance_scale)
+                latents = take_step(self.scheduler, evaluate, latents, timestep, time)
                 if callback is not None:
                     tensors = {"latents": latents} if "latents" in names else {}
                     latents = (callback(self, number, timestep, tensors) or {}).get("latents", latents)

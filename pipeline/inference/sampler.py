@@ -17,11 +17,26 @@ from model.conditions import CONDITIONS
 from model.dit import LIDiT
 from model.encoders.latent_spaces import AUTOENCODER_KL, LatentSpace, downsampling_per_axis, load_latent_space
 from pipeline.checkpoint.checkpoints import load_weights
-from pipeline.diffusion.solvers import OnStep, initial_noise, make_scheduler, sample_latents, set_steps
+from pipeline.diffusion.adaptive import ADAPTIVE
+from pipeline.diffusion.solvers import (
+    OnStep,
+    count_evaluations,
+    initial_noise,
+    make_scheduler,
+    sample_latents,
+    set_steps,
+)
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.runtime.distributed import all_reduce_min
-from pipeline.stage.config import EngineConfig, ObjectiveConfig, SampleConfig, StageConfig, load_run
+from pipeline.stage.config import (
+    AdaptiveConfig,
+    EngineConfig,
+    ObjectiveConfig,
+    SampleConfig,
+    StageConfig,
+    load_run,
+)
 from pipeline.stage.corpus import latents_family, resolve
 from pipeline.text.families import open_texts, text_families
 from pipeline.text.prompts import PromptReader, load_llm
@@ -51,10 +66,15 @@ class SamplingParams:
     conditions: Mapping[str, str] = field(default_factory=dict)
     """Values of the network's further conditions (`model.conditions`), by name; the others take their
     default."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    """Settings of the schedulers that follow the difficulty of patches."""
 
     def record(self) -> dict[str, Any]:
-        """Return the settings as they are written next to an image; `conditions` only if there are any."""
+        """Return the settings as they are written next to an image; `conditions` and `adaptive` only if they
+        are read."""
         record = asdict(self)
+        if self.scheduler not in ADAPTIVE:
+            del record["adaptive"]
         if not self.conditions:
             # Networks without conditions keep the records that they always had.
             del record["conditions"]
@@ -156,7 +176,19 @@ class Sampler:
         self.latent_shape(params)
         extra_conditions(self.network, params, 1, self.device)
         # On the CPU, because only the validity of the settings matters.
-        set_steps(make_scheduler(self.objective, params.scheduler), params.steps, torch.device("cpu"))
+        set_steps(self.solver(params), params.steps, torch.device("cpu"))
+
+    def solver(self, params: SamplingParams) -> Any:
+        """Build the scheduler that the settings name.
+
+        Raises:
+            UserError: if there is none of that name, or it does not fit the network.
+        """
+        return make_scheduler(self.objective, params.scheduler, params.adaptive, self.network.sizes)
+
+    def evaluations(self, params: SamplingParams) -> int:
+        """Return how often sampling an image evaluates the network, each branch of guidance counted."""
+        return count_evaluations(self.solver(params), params.steps, params.guidance)
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
         """Return the shape of one image's latents, (C, h, w).
@@ -206,8 +238,8 @@ class Sampler:
             params.steps,
             params.guidance,
             self.dtype,
-            params.scheduler,
-            on_step,
+            on_step=on_step,
+            solver=self.solver(params),
         )
 
     def latents_and_words(
@@ -238,8 +270,7 @@ class Sampler:
         latents = self.latents(prompts, seeds, params, keep)
 
         # run the step once more, with the attention recorded
-        scheduler = make_scheduler(self.objective, params.scheduler)
-        _, time = set_steps(scheduler, params.steps, torch.device("cpu"))[step - 1]
+        _, time = set_steps(self.solver(params), params.steps, torch.device("cpu"))[step - 1]
         condition = self.condition(prompts[:1], params).at(time)
         shares = attention_to_tokens(self.network, before.to(self.dtype), condition)
         spans = self.reader.spans(prompts[0], params.without)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from data_prep.dataset.schema import Bucket
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.common.extras import require
+from model.common.settings import allowed_range
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
@@ -20,7 +22,7 @@ from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
 from pipeline.inference.sampler import Sampler, SamplingParams, shard
 from pipeline.runtime.distributed import Distributed
-from pipeline.stage.config import EngineConfig, ObjectiveConfig, SampleConfig
+from pipeline.stage.config import AdaptiveConfig, EngineConfig, ObjectiveConfig, SampleConfig
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import PartitionedNetwork
@@ -141,7 +143,15 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--size", metavar="HxW")
-    parser.add_argument("--scheduler", default="", help="flow: euler, dpm; ddpm: dpm, ddim")
+    parser.add_argument(
+        "--scheduler",
+        default="",
+        help="flow: euler, dpm, and with a difficulty head dual_loop, look_ahead; ddpm: dpm, ddim",
+    )
+    for setting in fields(AdaptiveConfig):
+        parser.add_argument(
+            f"--{setting.name}", type=type(setting.default), help=f"sample.adaptive.{setting.name}"
+        )
     parser.add_argument(
         "--condition",
         action="append",
@@ -165,7 +175,7 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
     """Return the run's own sampling settings, overridden by the command line.
 
     Raises:
-        UserError: if a size is not HxW, or a condition not NAME=VALUE.
+        UserError: if a size is not HxW, a condition not NAME=VALUE, or a number out of range.
     """
     height, width = defaults.height, defaults.width
     if arguments.size is not None:
@@ -182,11 +192,24 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
         guidance=guidance,
         height=height,
         width=width,
-        scheduler=arguments.scheduler,
+        scheduler=arguments.scheduler or defaults.scheduler,
         negative=arguments.negative,
         quantised=arguments.quantised,
         conditions=dict(_name_and_value(text) for text in arguments.condition),
+        adaptive=_adaptive_settings(defaults.adaptive, arguments),
     )
+
+
+def _adaptive_settings(defaults: AdaptiveConfig, arguments: argparse.Namespace) -> AdaptiveConfig:
+    given = {}
+    for setting in fields(AdaptiveConfig):
+        value, allowed = getattr(arguments, setting.name), allowed_range(setting)
+        if value is None:
+            continue
+        if allowed is not None and value not in allowed:
+            raise UserError(f"--{setting.name} {value}: give a number from {allowed}")
+        given[setting.name] = value
+    return replace(defaults, **given)
 
 
 def _name_and_value(text: str) -> tuple[str, str]:

@@ -223,6 +223,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class AdaptiveConfig:
+    """Settings of the schedulers `dual_loop` and `look_ahead`, which follow the difficulty of patches."""
+
+    easy: float = bounded(0.4, 0.0, 1.0)
+    """Share of an image's patches that count as easy: those of the smallest expected error."""
+    inner: int = bounded(4, 1, 1_000)
+    """`dual_loop`: steps of the hard patches, each one evaluation, in one step of the easy ones."""
+    ratio: float = bounded(1.4, 1.0, 1_000.0)
+    """`look_ahead`: the easy patches that the hard ones see are further from noise by this factor."""
+    unguided: float = bounded(0.95, 0.0, 2.0)
+    """`look_ahead`: no guidance at times from this one on; above 1 = always guidance."""
+
+
+@dataclass
 class SampleConfig:
     """The grid of images during training, and the defaults of sampling."""
 
@@ -237,6 +251,11 @@ class SampleConfig:
     """Steps of the solver."""
     guidance: float = bounded(4.0, 0.0, 1_000.0)
     """Scale of classifier-free guidance; 1 = none."""
+    scheduler: str = ""
+    """flow: `euler`, `dpm`, and with a difficulty head `dual_loop`, `look_ahead`; ddpm: `dpm`, `ddim`; empty =
+    the first."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    """Settings of `dual_loop` and `look_ahead`."""
     seed: int = bounded(0, 0, MAX_SEED)
     """Seed of the images."""
     height: int = bounded(256, 1, 65_536)

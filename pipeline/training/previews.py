@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from data_prep.scenes.captions import scene_prompts
 from model.common.files import atomic_path
 from model.condition import Condition
-from pipeline.diffusion.solvers import sample_latents
+from pipeline.diffusion.solvers import make_scheduler, sample_latents
 from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
@@ -68,10 +68,11 @@ class Previews(Callback):
             engine: the network that samples.
 
         Raises:
-            UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, or the
-            size does not divide.
+            UserError: if an LLM or the latent space is missing or has changed, a prompt is too long, the size
+                does not divide, or the scheduler does not fit.
         """
         self.stage = stage
+        self._solver(engine)  # refuses one that does not fit before the LLMs are loaded
         sample = stage.sample
         scenes = scene_prompts(sample.scenes, "list", sample.width / sample.height)
         self.scenes = [prompt.caption for prompt in scenes]
@@ -155,8 +156,13 @@ class Previews(Callback):
             sample.steps,
             sample.guidance,
             engine.dtype,
+            solver=self._solver(engine),
         )
         return to_images(decode_each(self.vae, latents))
+
+    def _solver(self, engine: Engine) -> Any:
+        sample = self.stage.sample
+        return make_scheduler(self.stage.objective, sample.scheduler, sample.adaptive, engine.module.sizes)
 
     def _condition(self, engine: Engine, prompts: list[str]) -> Condition:
         params = SamplingParams(height=self.stage.sample.height, width=self.stage.sample.width)

@@ -1,0 +1,51 @@
+"""Sampling with solvers that follow the difficulty of patches, from the command's settings to the records."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.common.errors import UserError
+from model.dit import LIDiT
+from pipeline.inference.images import read_settings
+from pipeline.inference.sampler import SamplingParams
+from pipeline.inference.source import choose_sampling_params
+from pipeline.sample import SampleImage, parse, write_images
+from pipeline.stage.config import AdaptiveConfig, SampleConfig
+from tests.helpers.tiny_sampler import WIDTHS, make_sampler
+
+
+def with_head(network):
+    """A copy with a head of random weights."""
+    sizes = replace(network.sizes, difficulty="attached")
+    made = LIDiT(sizes, network.fusion.config, list(WIDTHS.values()))
+    made.load_state_dict(network.state_dict(), strict=False)
+    torch.nn.init.normal_(made.final.difficulty.linear.weight)
+    return made.eval().requires_grad_(False)
+
+
+def test_solvers_of_patches_are_sampled_recorded_and_refused_without_a_head(tmp_path):
+    sampler = make_sampler()
+    params = SamplingParams(3, 3.0, 16, 24, scheduler="dual_loop", adaptive=AdaptiveConfig(easy=0.5, inner=2))
+    with pytest.raises(UserError, match="this network does not predict"):
+        sampler.check(params)
+
+    sampler.network = with_head(sampler.network)
+    sampler.check(params)
+    images = [SampleImage(f"{seed}.png", "a red cat", seed) for seed in (1, 2)]
+    records = write_images(sampler, images, params, 2, tmp_path, {}, shows=False)
+    assert [record["evaluations"] for record in records] == [3 * 2 * 2] * 2
+    assert records[0]["adaptive"] == {"easy": 0.5, "inner": 2, "ratio": 1.4, "unguided": 0.95}
+    plain = write_images(sampler, images, replace(params, scheduler=""), 2, tmp_path, {}, shows=False)
+    assert "adaptive" not in plain[0]
+    assert plain[0]["evaluations"] == 3 * 2
+    assert read_settings(tmp_path / "1.png")["evaluations"] == 3 * 2
+
+
+def test_numbers_of_solvers_out_of_range_are_one_line():
+    given = parse(["RUN", "--prompt", "a", "--scheduler", "look_ahead", "--ratio", "0.5"])
+    with pytest.raises(UserError, match=r"--ratio 0.5: give a number from 1"):
+        choose_sampling_params(SampleConfig(), given)
+    given = parse(["RUN", "--prompt", "a", "--easy", "0.25"])
+    params = choose_sampling_params(SampleConfig(scheduler="look_ahead"), given)
+    assert (params.scheduler, params.adaptive.easy, params.adaptive.ratio) == ("look_ahead", 0.25, 1.4)
