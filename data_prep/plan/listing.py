@@ -1,7 +1,8 @@
 """The frozen list of a dataset's source files, and the account of the files that the sources ignore."""
 
 from collections.abc import Sequence
-from functools import partial
+
+from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import PLAN_AGAIN
@@ -10,10 +11,28 @@ from data_prep.dataset.schema import SourceCounts
 from data_prep.sources.source import SourceFile, list_files
 from data_prep.store.store import Store
 from model.common.errors import UserError
-from model.common.records import Count, canonical_json, checked
+from model.common.records import STRICT, Count, checked, parse_record, seal
 
 FILES_KEY = "scan/files.json"
 SOURCES_KEY = "scan/sources.json"
+
+
+class FileList(TypedDict):
+    """`scan/files.json`."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    files: list[tuple[Count, Count, str, str]]
+    """Fields of each `SourceFile`, in order."""
+
+
+class CountList(TypedDict):
+    """`scan/sources.json`."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    sources: list[SourceCounts]
+    """In the order of the dataset's YAML."""
 
 
 def freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
@@ -26,25 +45,45 @@ def freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
         files, inventories = list_files(config)
         counts = [SourceCounts(files=entry.found, ignored=dict(entry.ignored)) for entry in inventories]
         # The list comes last, so that it never exists without the counts.
-        dataset.put_new(SOURCES_KEY, canonical_json(counts))
+        dataset.put_new(SOURCES_KEY, seal({"sources": counts}))
         entries = [[file.number, file.source, file.name, file.version] for file in files]
-        dataset.put_new(FILES_KEY, canonical_json(entries))
+        dataset.put_new(FILES_KEY, seal({"files": entries}))
     return source_files(dataset)
 
 
 def source_files(dataset: Store) -> list[SourceFile]:
     """Return the dataset's frozen list of source files."""
-    parse = partial(checked, list[tuple[Count, Count, str] | tuple[Count, Count, str, str]])
-    entries = read_object(dataset, FILES_KEY, parse, PLAN_AGAIN)
-    return [SourceFile(*entry) for entry in entries]
+    return read_object(dataset, FILES_KEY, _parse_files, PLAN_AGAIN)
+
+
+def _parse_files(data: bytes) -> list[SourceFile]:
+    # Earlier versions wrote the bare list, with neither a seal nor versions.
+    if data.startswith(b"["):
+        files = [SourceFile(*entry) for entry in checked(list[tuple[Count, Count, str]], data)]
+    else:
+        files = [SourceFile(*entry) for entry in parse_record(FileList, data)["files"]]
+
+    source = 0
+    for number, file in enumerate(files):
+        # Ids of samples contain the number, and no source is without a file.
+        if file.number != number or file.source not in (source, source + bool(number)):
+            raise ValueError(f"file {number} of the list is not in its place")
+        source = file.source
+    return files
 
 
 def source_counts(dataset: Store) -> list[SourceCounts]:
     """Return the number of files, and of those ignored, of each source, as they were listed."""
     try:
-        return read_object(dataset, SOURCES_KEY, partial(checked, list[SourceCounts]), PLAN_AGAIN)
+        return read_object(dataset, SOURCES_KEY, _parse_counts, PLAN_AGAIN)
     except FileNotFoundError:
         return []  # the list is of an earlier version, which did not count them
+
+
+def _parse_counts(data: bytes) -> list[SourceCounts]:
+    if data.startswith(b"["):
+        return checked(list[SourceCounts], data)
+    return parse_record(CountList, data)["sources"]
 
 
 def print_newer_files(config: DatasetConfig, dataset: Store) -> None:

@@ -19,6 +19,7 @@ from data_prep.sources.parquet import ParquetSource
 from data_prep.sources.sample import Inventory, Place, Sample
 from data_prep.sources.scenes import ScenesSource
 from data_prep.sources.webdataset import WebDatasetSource
+from model.common.errors import UserError
 
 
 class Source(Protocol):
@@ -116,6 +117,9 @@ class OpenSources:
     def open(self, number: int) -> tuple[Source, str]:
         """Return the opened source and the name of file `number`."""
         file = self.files[number]
+        if file.source >= len(self.config.sources):
+            count = len(self.config.sources)
+            raise UserError(f"source file {file.label}: there are {count} sources: scan them again")
         # Opened when the first file is needed: a task's share may be in few of the sources.
         if file.source not in self._opened:
             self._opened[file.source] = open_source(self.config, self.config.sources[file.source])
