@@ -13,7 +13,12 @@ from benchmarks.house import PACKAGES
 from docs.make_figures import ROOT, purpose
 
 NAME = "UserError"
-HEAD = """# All messages
+HEAD = """---
+search:
+  boost: 5
+---
+
+# All messages
 
 Every line that starts with `error:`, by the sub-package that prints it. `…` is what differs each time. The
 message names the thing and the way out; next to it is what the code's documentation says about the error or,
