@@ -25,6 +25,9 @@ PROMPTS=${PROMPTS:-cluster/prompts.txt}        # prompts of that job
 # export AWS_ENDPOINT_URL=... AWS_PROFILE=...  # the store's credentials, in any way that AWS supports
 # export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1
 
+# -- memory: without it, text of changing length leaves unused holes in the GPUs' memory ----------------------------------
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
 # -- network -----------------------------------------------------------------------------------------------------------------
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5 GLOO_SOCKET_IFNAME=eth0
 

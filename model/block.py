@@ -59,8 +59,17 @@ class Block(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def activations(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
-        """Return how many values the block keeps for its backward pass for one sample, without compiling."""
+    def activations(
+        cls, sizes: DiTConfig, patches: int, text_tokens: int, budget: float | None = None
+    ) -> int:
+        """Return how many values the block keeps for its backward pass for one sample.
+
+        Args:
+            sizes: sizes of the DiT.
+            patches: patches of the sample.
+            text_tokens: its text tokens.
+            budget: `model.activation_memory_budget` of a compiled block; None = not compiled.
+        """
 
     def text_attention(self) -> CrossAttention | None:
         """Return the layer whose attention weights show the text tokens that each patch reads; None if there

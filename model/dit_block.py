@@ -63,7 +63,14 @@ class DiTBlock(Block):
         return sizes.width * patches * (patches + text_tokens)
 
     @classmethod
-    def activations(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
-        """Return the values that are kept: 47 per patch and channel, 8 per text token and channel, 12 per
-        channel."""
-        return sizes.width * (47 * patches + 8 * text_tokens + 12)
+    def activations(
+        cls, sizes: DiTConfig, patches: int, text_tokens: int, budget: float | None = None
+    ) -> int:
+        """Return the values that are kept; arguments as `Block.activations`."""
+        # Values per patch and channel (its input included), per text token and channel, per channel.
+        per_patch, per_token, once = 47, 8, 12
+        if budget is not None:
+            # The compiler keeps what it cannot recompute cheaply; with a budget it recomputes all but matrix
+            # products and attention. In between it has nothing to choose from.
+            per_patch, per_token = (16, 2) if budget <= 0.9 else (27, 3)
+        return sizes.width * (per_patch * patches + per_token * text_tokens + once)

@@ -27,7 +27,7 @@ from model.common.errors import UserError, command
 from model.common.settings import load_yaml
 from model.common.yaml_writing import Line, as_value, as_yaml, refuse_existing, write_new
 from model.presets import PRESETS
-from pipeline.estimate import Plan, Setup, make_plan
+from pipeline.operations.planning import Plan, Setup, make_plan
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 
 TEMPLATES = {"tiny": "demo", "li_dit_1b": "li_dit_1b_256", "li_dit_10b": "li_dit_10b_512"}

@@ -276,9 +276,9 @@ class One:
     [
         ("li_dit_1b_256", 8, []),
         ("li_dit_1b_256", 64, []),
-        ("li_dit_10b_512", 8, ["engine.micro_batch=16"]),
-        ("li_dit_10b_512", 64, ["engine.micro_batch=16"]),
-        ("li_dit_10b_1024", 64, ["engine.micro_batch=16"]),
+        ("li_dit_10b_512", 8, []),
+        ("li_dit_10b_512", 64, []),
+        ("li_dit_10b_1024", 64, []),
     ],
 )
 def test_sizes_of_the_cluster_page_are_the_estimate(stage, gpus, overrides):

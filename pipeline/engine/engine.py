@@ -55,7 +55,8 @@ class Engine:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = DTYPES[stage.engine.precision]
 
-        self.micro_batch = stage.engine.micro_batch or local_batch
+        # A run on many GPUs may have fewer samples per rank than fit at once.
+        self.micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
         self.micro_steps, remainder = divmod(local_batch, self.micro_batch)
         if remainder:
             raise UserError(
@@ -79,7 +80,7 @@ class Engine:
 
         self._leaves = [block for block in self.module.modules() if isinstance(block, Block)]
         if stage.model.compile:
-            compile_blocks(self._leaves)
+            compile_blocks(self._leaves, stage.model.activation_memory_budget)
 
         settings = optimizer_settings(stage.optim)
         inner = settings.build(parameter_groups(self.module, stage.optim))

@@ -72,6 +72,11 @@ def check_settings(stage: StageConfig) -> None:
             f"optim.name={stage.optim.name} needs engine.zero_stage={allowed}, not {zero_stage}: "
             "change one of them"
         )
+    if stage.model.activation_memory_budget < 1 and not stage.model.compile:
+        raise UserError(
+            f"model.activation_memory_budget={stage.model.activation_memory_budget:g} needs "
+            "model.compile=true: set one of them"
+        )
     # Only ZeRO-3 computes the norm before it is decided that the step is applied: see `Engine.__init__`.
     if stage.optim.spike is not None and zero_stage != 3:
         raise UserError(f"optim.spike needs engine.zero_stage=3, not {zero_stage}: change one of them")

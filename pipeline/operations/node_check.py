@@ -29,6 +29,7 @@ from torch.cuda import nccl
 
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError, command, first_line
+from pipeline.operations.planning import check_memory
 from pipeline.operations.preflight import NodeReport, decide, print_verdict, read_reports
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import StageConfig, cache_root, load_stage
@@ -54,6 +55,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
     if ranks.local_rank == 0:
         report.versions = versions()
         checks += [
+            ("memory", lambda: _check_memory(stage, ranks)),
             ("shm", _check_shared_memory),
             ("run", lambda: _check_writable(stage.run)),
             ("cache", lambda: _check_cache(stage)),
@@ -139,6 +141,15 @@ def _check_gpu(ranks: Distributed, per_node: int) -> None:
     expected = matrix.double() @ matrix.double().sum(1)
     if not torch.equal(row_sums.double(), expected):
         raise UserError(f"GPU {ranks.local_rank}: a matrix product is wrong")
+
+
+def _check_memory(stage: StageConfig, ranks: Distributed) -> None:
+    """Check by the estimate that the stage fits the node's smallest GPU; nothing on a node without GPUs."""
+    sizes = [
+        torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
+    ]
+    if sizes:
+        check_memory(stage, ranks.world, min(sizes))
 
 
 def _check_shared_memory() -> None:

@@ -1,7 +1,8 @@
 """Check before training that a stage can run at all, and that every node of the job is fit.
 
     python -m pipeline.operations.preflight STAGE [key=value ...]
-        check on a login node what can be known before submission; prints the run's folder
+        check on a login node what can be known before submission; prints the run's folder. With
+        `--processes 64 --gpu-memory 80` also that the stage fits so many GPUs of so many GB
     python -m pipeline.operations.preflight --verdict DIR --nodes "n1 n2"
         judge the reports of `pipeline.operations.node_check`; bad nodes are printed, and written to
         DIR/bad_nodes
@@ -24,6 +25,7 @@ from model.common.files import write_atomic
 from model.common.records import read_record
 from model.common.settings import load_yaml
 from pipeline.operations.attempts import needs_gpu
+from pipeline.operations.planning import check_memory
 from pipeline.stage.config import StageConfig, check_start_from, load_stage
 from pipeline.stage.corpus import check_files, open_corpus, shares
 
@@ -31,7 +33,7 @@ MAX_CLOCK_SECONDS = 5.0
 """Maximum difference of clocks. S3 refuses requests that are minutes off."""
 MIN_SPEED_SHARE = 0.5
 """Minimum speed of a node's own all-reduce, as a share of the median."""
-SHARED = ("store", "run")
+SHARED = ("store", "run", "memory")
 """Topics that are no node's fault if all nodes report them, even if there is only one node."""
 
 
@@ -44,7 +46,7 @@ class NodeReport:
     local_rank: int
     gpus: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
-    """(topic, message); topics are `gpu`, `shm`, `cache`, `store`, `run`, `network`."""
+    """(topic, message); topics are `gpu`, `memory`, `shm`, `cache`, `store`, `run`, `network`."""
     versions: dict[str, str] = field(default_factory=dict)
     clock: float | None = None
     """Seconds since 1970, right after all processes had connected; None = they have not."""
@@ -237,6 +239,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--nodes", default="", help="with --verdict: nodes of the job")
     parser.add_argument("--gpus", type=int, default=1, help="0 = the partition has no GPUs")
+    parser.add_argument("--processes", type=int, help="processes of the job, one per GPU")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of a GPU")
     parser.add_argument(
         "--made-here", type=Path, metavar="DATASET.yaml", help="dataset that earlier jobs prepare"
     )
@@ -246,6 +250,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.stage is None and arguments.verdict is None:
         parser.error("name a stage")
+    if (arguments.processes is None) != (arguments.gpu_memory is None):
+        parser.error("give --processes and --gpu-memory together")
     return arguments
 
 
@@ -257,6 +263,8 @@ def main() -> None:
         verdict = decide(read_reports(arguments.verdict), arguments.nodes.split())
         sys.exit(print_verdict(verdict, arguments.verdict))
     stage = load_stage(arguments.stage, arguments.overrides)
+    if arguments.processes is not None:
+        check_memory(stage, arguments.processes, 1e9 * arguments.gpu_memory)
     before_submission(stage, arguments.gpus, arguments.made_here, arguments.after_another)
     print(stage.run)
 

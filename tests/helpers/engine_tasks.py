@@ -384,6 +384,12 @@ def fail_on_rank_one():
         raise RuntimeError("on purpose")
 
 
+def micro_batches(settings):
+    """Return the number of micro-steps, and the samples of one."""
+    engine = make_engine(**settings)
+    return engine.micro_steps, engine.micro_batch
+
+
 def refusal(config):
     """Return the error message of an engine with these settings, or an empty text."""
     try:

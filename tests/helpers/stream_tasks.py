@@ -53,7 +53,7 @@ def waits_of_a_step(settings):
         inside = dict(counts) | {"reads": reads.count}
         # As a GPU answers: DeepSpeed then waits wherever it does not rely on the order of kernels. Forward
         # passes need real streams for this answer, a step does not.
-        with mock.patch.object(accelerator, "resolves_data_dependency", lambda: False):
+        with mock.patch.object(accelerator, "resolves_data_dependency", return_value=False):
             engine.step(LR)
     return number, inside, dict(counts)
 

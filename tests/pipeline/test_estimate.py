@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from pipeline.engine.optim import parameter_groups
-from pipeline.estimate import Setup, activation_bytes, count_moments, main, make_plan, state_memory
+from pipeline.estimate import main
+from pipeline.operations import node_check, preflight
+from pipeline.operations.planning import (
+    Setup,
+    activation_bytes,
+    check_memory,
+    count_moments,
+    make_plan,
+    state_memory,
+)
+from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 from tests.helpers import engine_tasks as rank_tasks
 from tests.helpers.distributed import on_ranks
@@ -106,7 +117,7 @@ def test_activations_are_what_autograd_keeps(size, depth, native_bf16):
         width=size * 8,
         llm_widths=LLM_WIDTHS,
         prefix_tokens=4,
-        caption_tokens=12,
+        max_caption_tokens=12,
         channels=4,
     )
     texts = [
@@ -125,7 +136,9 @@ def test_checkpointed_activations_are_what_autograd_keeps_and_one_recomputed_blo
     stage.model.checkpoint_every = every
     config = DiTConfig(depth=6, width=64, heads=4, channels=4)
     network = LIDiT(config, stage.fusion, [24], checkpoint_every=every).to(torch.bfloat16)
-    setup = Setup(1, height=256, width=256, llm_widths=(24,), prefix_tokens=4, caption_tokens=12, channels=4)
+    setup = Setup(
+        1, height=256, width=256, llm_widths=(24,), prefix_tokens=4, max_caption_tokens=12, channels=4
+    )
     text = Text(torch.randn(2, 16, 24), torch.ones(2, 16, dtype=torch.bool), 4, padded=False)
     kept = kept_for_backward(
         network, lambda: network(torch.randn(2, 4, 32, 32), Condition(torch.rand(2), [text]))
@@ -183,6 +196,50 @@ def test_every_large_stage_is_planned(name, capsys):
         "memory per GPU, GB", "samples/s", "days", "store ", "read per node, MB/s",
     ):  # fmt: skip
         assert row in shown
+
+
+def test_a_compiled_block_keeps_less_and_with_a_budget_less_still():
+    stage = load_stage("li_dit_1b_256", [])
+    dit, kept = stage.dit(16), []
+    for changes in (
+        {"compile": False},
+        {"activation_memory_budget": 1.0},
+        {"activation_memory_budget": 0.7},
+    ):
+        other = replace(stage, model=replace(stage.model, **changes))
+        kept.append(activation_bytes(other, dit, Setup(8)))
+    assert kept[0] > 1.4 * kept[1] > 1.4 * 1.2 * kept[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STAGES.glob("li_dit_*.yaml")))
+@pytest.mark.parametrize("gpus", [8, 64, 256, 512, 1024])
+def test_every_large_stage_fits_80_gb_on_any_number_of_gpus(name, gpus):
+    check_memory(load_stage(name, []), gpus, 80e9)
+
+
+def test_preflight_refuses_what_does_not_fit_in_one_line(capsys, monkeypatch):
+    arguments = ["preflight", "li_dit_10b_1024", "engine.micro_batch=null", "--processes", "64"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--gpu-memory", "80"])
+    with pytest.raises(SystemExit) as ended:
+        preflight.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "li_dit_10b_1024 needs 156 GB on each of 64 GPUs, which have 80 GB" in line
+    assert "engine.micro_batch below 64" in line
+
+
+def test_a_job_refuses_a_stage_that_its_gpus_cannot_hold(tmp_path, monkeypatch):
+    small = SimpleNamespace(total_memory=40e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: small)
+    ranks = Distributed(rank=0, world=64, local_rank=0)
+    with pytest.raises(UserError, match="needs 45 GB on each of 64 GPUs, which have 40 GB"):
+        node_check._check_memory(load_stage("li_dit_10b_1024", []), ranks)
+    # On every node alike, so that other nodes are not tried, even by a job of one node.
+    report = preflight.NodeReport("n1", 0, 0, errors=[("memory", "needs 45 GB")])
+    verdict = preflight.decide([report], ["n1"])
+    assert verdict.everywhere == "needs 45 GB"
+    assert not verdict.bad
 
 
 def test_what_does_not_divide_is_refused():

@@ -50,7 +50,7 @@ class TextOnlyBlock(Block):
         return sizes.width * patches * text_tokens
 
     @classmethod
-    def activations(cls, sizes, patches, text_tokens):
+    def activations(cls, sizes, patches, text_tokens, budget=None):
         return sizes.width * (30 * patches + 8 * text_tokens)
 
 
