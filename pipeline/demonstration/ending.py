@@ -1,0 +1,70 @@
+"""The end of a demo: it generates images, measures them, and shows some in the report."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.stage.config import StageConfig
+
+MAX_SHOWN = 24
+"""Images in the report; all are measured."""
+
+
+class Ending(ABC):
+    """The last part of a demo, which generates and measures images with the trained network."""
+
+    note: ClassVar[str]
+    """Sentence below the report's images."""
+    drawn: Path
+    """Folder of the images."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self.stage = stage
+
+    @abstractmethod
+    def draw(self) -> None:
+        """Generate the images."""
+
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """Return what the images show, as values that JSON has."""
+
+    @abstractmethod
+    def tiles(self, measured: dict[str, Any]) -> list[dict[str, str]]:
+        """Return what was measured as key numbers of the report."""
+
+    @abstractmethod
+    def picture(self, number: int, image: Path, prompt: str) -> dict[str, str]:
+        """Return the caption of one image in the report, and its training image if it has one."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of the images, in the order of the prompts."""
+        return [json.loads(line) for line in (self.drawn / "index.jsonl").read_text().splitlines()]
+
+    def pictures(self) -> list[dict[str, str]]:
+        """Return the images of the report, evenly chosen, with paths relative to the run."""
+        records = self.records()
+        shown = min(MAX_SHOWN, len(records))
+        pictures: list[dict[str, str]] = []
+        for number in (index * len(records) // shown for index in range(shown)):
+            file = self.drawn / records[number]["file"]
+            picture = self.picture(number, file, records[number]["prompt"])
+            pictures.append({**picture, "drawn": self.relative(file)})
+        return pictures
+
+    def relative(self, file: Path) -> str:
+        """Return a path relative to the run, as the report's records have it."""
+        return str(file.relative_to(self.stage.run))
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Return images of one size as fp32 [B, 3, H, W] in [0, 255]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float()

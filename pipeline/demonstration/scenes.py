@@ -1,0 +1,66 @@
+"""The end of the demo on scenes: images of prompts that were never trained on are scored exactly."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from data_prep.config import DatasetConfig
+from data_prep.scenes.captions import scene_prompts
+from model.common.records import read_record
+from pipeline.demonstration.commands import run
+from pipeline.demonstration.ending import Ending
+from pipeline.following.reading import read_scene
+from pipeline.following.scoring import judge_caption
+from pipeline.stage.config import StageConfig
+
+SEGMENTS = 2
+"""Objects of a prompt. The training scenes have up to three."""
+NAMES = {"colour": "colors", "segment": "whole objects", "caption": "whole prompts"}
+"""Names of the scorer's tables in the report, where they differ; the others get a plural."""
+
+
+class ScenesEnding(Ending):
+    """Generates images of held-out scenes, and counts the right claims."""
+
+    note: ClassVar[str] = (
+        "None of the prompts was trained on. Each claim is judged, with its object's number in the prompt."
+    )
+
+    def __init__(self, stage: StageConfig, dataset: DatasetConfig, images: int) -> None:
+        super().__init__(stage)
+        self.count, self.folder = images, stage.run / "follow"
+        self.drawn = self.folder / "pictures"
+
+    def draw(self) -> None:
+        """Write the prompts, and generate an image of each."""
+        prompts = ["--count", str(self.count), "--segments", str(SEGMENTS)]
+        run("pipeline.follow", "write", str(self.folder), *prompts)
+        source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
+        run("pipeline.sample", *source, "--out", str(self.drawn))
+
+    def measure(self) -> dict[str, Any]:
+        """Return the shares of right claims, and those of images against other prompts."""
+        run("pipeline.follow", "score", str(self.folder))
+        scores = read_record(self.folder / "scores.json", dict[str, Any], f"remove {self.folder}")
+        return {"right": scores["summary"], "chance": scores["chance"]}
+
+    def tiles(self, measured: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the share of each kind of claim, with that of chance."""
+        tiles: list[dict[str, str]] = []
+        for name, share in measured["right"].items():
+            chance = measured["chance"].get(name, 0.0)
+            label = f"{NAMES.get(name, f'{name}s')} right in {self.count} new prompts (chance {chance:.1%})"
+            tiles.append({"label": label, "value": f"{share:.1%}"})
+        return tiles
+
+    def picture(self, number: int, image: Path, prompt: str) -> dict[str, str]:
+        """Return the prompt with the judgment of its claims."""
+        caption = scene_prompts(self.count, "list", 1.0, [SEGMENTS])[number].caption
+        objects = read_scene(np.asarray(Image.open(image).convert("RGB")))
+        marks = [
+            f"{'✓' if claim.correct else '✗'} {claim.attribute} {claim.position + 1}"
+            for claim in judge_caption(0, objects, caption)
+        ]
+        return {"caption": f"{prompt} {', '.join(marks)}".replace("colour", "color")}
