@@ -37,6 +37,7 @@ from pipeline.training.gates import GateStats
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.metrics import TIMESTEP_BINS, MetricsLog, RankSums, peak_flops, peak_memory_gb
 from pipeline.training.mfu import SampleFlops
+from pipeline.training.patch_validation import PatchValidation
 from pipeline.training.previews import Previews
 from pipeline.training.resume import changed_settings, record_stage, refuse_fresh_weights
 from pipeline.training.state import TrainState
@@ -93,6 +94,8 @@ class Trainer:
         self.flops = SampleFlops(self.sizes, stage.fusion, self.latents, texts, self.corpus.rows)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
+        if stage.objective.time_levels > 1 or stage.objective.difficulty:
+            self.callbacks.append(PatchValidation())
         if stage.sample.every_samples:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks

@@ -1,5 +1,7 @@
 """Patch times and the difficulty head in training: alike on any ranks, after a stop, in any micro-batch."""
 
+import json
+
 import pytest
 import torch
 
@@ -88,3 +90,23 @@ def test_no_batch_makes_a_new_graph(store, tmp_path):
     assert len(reports) == 4
     assert after == at_the_end
     assert breaks == 0
+
+
+def validations(runs):
+    lines = (json.loads(line) for line in (runs / "small" / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line.get("event") == "patches"]
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(store, tmp_path):
+    settings = {"log__validate_every_samples": 16, "samples": 16, "data__validation_parts": 1, **ON}
+    found = []
+    for ranks in (1, 2):
+        on_ranks(ranks, trainer_tasks.train, store, str(tmp_path / str(ranks)), None, settings)
+        (values,) = validations(tmp_path / str(ranks))
+        found.append({name: value for name, value in values.items() if name not in ("time", "event")})
+    one, two = found
+    assert set(one) == set(two)
+    assert sum(name.startswith("rank_correlation_t") for name in one) == 8
+    assert all(-1 <= value <= 1 for name, value in one.items() if name.startswith("rank"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    assert one["difficulty"] == pytest.approx(two["difficulty"], rel=0.02)
