@@ -73,4 +73,6 @@ class DiTBlock(Block):
             # The compiler keeps what it cannot recompute cheaply; with a budget it recomputes all but matrix
             # products and attention. In between it has nothing to choose from.
             per_patch, per_token = (16, 2) if budget <= 0.9 else (27, 3)
+        if sizes.time_levels > 1:
+            per_patch += 6  # scales and gates, which all patches share otherwise
         return sizes.width * (per_patch * patches + per_token * text_tokens + once)

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import functional
 from model.common.errors import UserError
 from model.condition import Condition, Levels
-from model.config import FusionConfig
+from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
+from model.dit_block import DiTBlock
 from model.flops import count_parameters, flops_per_sample
 from model.functional import spread
+from pipeline.operations.planning import Setup, make_plan
+from pipeline.stage.config import load_stage
 from tests.helpers.networks import SMALL, WIDTHS, close, random_inputs, random_network
 
 PATCHES = 6
@@ -172,3 +176,33 @@ def test_parameters_and_operations_by_formula():
     prefixes = [text.prefix for text in levels.texts]
     formula = flops_per_sample(sizes, fusion, WIDTHS[:2], (4, 6), tokens, prefixes)
     assert formula == 3 * counter.get_total_flops() / len(latents)
+
+
+def test_activations_by_formula_are_what_autograd_keeps(monkeypatch):
+    monkeypatch.setattr(functional, "CPU_HAS_BF16", True)  # products in bf16, as on a GPU
+    sizes = DiTConfig(depth=1, width=64, heads=4, time_levels=8)
+    block = DiTBlock(sizes).to(torch.bfloat16)
+    inputs = block.example_inputs(2, 128, 32, padded=False)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(*inputs)
+    values = sum(storage.nbytes() for storage in kept.values()) / 2 / 2  # of 2 bytes, of 2 samples
+    planned = DiTBlock.activations(sizes, 128, 32)
+    assert planned == pytest.approx(values, rel=0.06)
+    assert planned > 1.1 * DiTBlock.activations(replace(sizes, time_levels=1), 128, 32)
+
+
+def test_the_estimate_counts_levels():
+    plain, levels = load_stage("li_dit_1b_256"), load_stage("li_dit_1b_256_patch_times")
+    plans = [make_plan(stage, Setup(64)) for stage in (plain, levels)]
+    assert 1.0 < plans[1].flops_per_sample / plans[0].flops_per_sample < 1.06
+    # a micro-batch has half of the samples
+    assert plans[1].memory["activations"] > 1.1 * plans[0].memory["activations"] / 2

@@ -1,6 +1,7 @@
 """Times that differ from patch to patch: their distribution, and what they keep equal."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.common.errors import UserError
+from pipeline.ablation.rows import PAPER_ROWS, read_ablation
 from pipeline.data.batch import sample_noise
 from pipeline.diffusion.objective import make_objective
 from pipeline.diffusion.patch_times import quantiles, share_below, times_of_levels
@@ -146,3 +148,33 @@ def test_a_stage_gives_its_network_levels_and_head():
     assert load_stage("demo", on).dit(16).time_levels == 16
     assert load_stage("demo", on).dit(16).difficulty == "attached"
     assert load_stage("demo", [*on, "model.difficulty=detached"]).dit(16).difficulty == "detached"
+
+
+@pytest.mark.parametrize("stage", ["patch_times_ablation", "scenes_ablation"])
+def test_the_shipped_rows_differ_in_the_objective_alone(stage):
+    rows = read_ablation(PAPER_ROWS.with_name("patch_times.yaml"), [], []).rows
+    stages = {name: load_stage(stage, row.settings) for name, row in rows.items()}
+    base = stages["shared"]
+    assert all(replace(each, objective=base.objective) == base for each in stages.values())
+    levels = {name: each.dit(16).time_levels for name, each in stages.items()}
+    assert levels == {"shared": 1, "shared_noisier": 1, "ltg": 16, "ltg_difficulty": 16}
+    assert stages["shared_noisier"].objective.logit_mean == 0.6
+    assert [each.dit(16).difficulty for each in stages.values()] == ["none", "none", "none", "attached"]
+
+
+def test_the_fair_baseline_is_as_noisy_as_the_mean_patch():
+    u = (torch.arange(4000) + 0.5) / 4000
+    normal = lambda stream, shape: torch.zeros(4000, *shape)  # noqa: E731
+    latents = torch.zeros(4000, 1, 2, 2)
+    made = make_objective(ltg(64, logit_mean=-0.5)).training_example(latents, latents, u, normal)
+    baseline = make_objective(ObjectiveConfig(logit_mean=0.6)).sample_timesteps(u)
+    assert made.timesteps.mean().item() == pytest.approx(baseline.mean().item(), abs=0.01)
+
+
+def test_the_shipped_stage_is_the_1b_stage_with_patch_times():
+    ours, plain = load_stage("li_dit_1b_256_patch_times"), load_stage("li_dit_1b_256")
+    assert replace(
+        ours, name=plain.name, objective=plain.objective,
+        engine=replace(ours.engine, micro_batch=plain.engine.micro_batch),
+    ) == plain  # fmt: skip
+    assert (ours.dit(16).time_levels, ours.dit(16).difficulty) == (16, "attached")
