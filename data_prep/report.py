@@ -9,10 +9,12 @@ import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+import pyarrow
 from PIL import Image
 
 from data_prep.config import DatasetConfig
@@ -22,9 +24,11 @@ from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part, PlanR
 from data_prep.dataset.snapshot_reader import VERIFY, read_families
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
+from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.plan.accounts import FileAccount, account
 from data_prep.plan.listing import source_files
+from data_prep.plan.plan import DROPPED as DROPPED_BY_PLAN
 from data_prep.plan.plan import dropped_key
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources
@@ -325,7 +329,7 @@ def _dropped_samples(
     sources = OpenSources(config, files)
     # The source still has the images of rows that the plan dropped.
     for file in _evenly_spaced(files, MAX_FILES_READ):
-        rows = _choose_rows(dataset, dropped_key(file.number), shown)
+        rows = _choose_rows(dataset, dropped_key(file.number), DROPPED_BY_PLAN, shown)
         images = _fetch_images(sources, file.number, rows)
         for number, row in enumerate(rows):
             tiles.setdefault(row["reason"], []).append(_dropped_tile(row, images.get(number)))
@@ -335,15 +339,17 @@ def _dropped_samples(
     for commit in commits.values():
         keys += [file.key for file in commit.files if posixpath.basename(file.key) == DROPPED_TABLE]
     for key in keys[:MAX_PARTS_READ]:
-        for row in _choose_rows(dataset, key, shown):
+        for row in _choose_rows(dataset, key, DROPPED_IN_PARTS, shown):
             tiles.setdefault(row["reason"], []).append(_dropped_tile(row, None))
     return sorted(tiles.items(), key=lambda entry: (_position(entry[0]), entry[0]))
 
 
-def _choose_rows(dataset: Store, key: str, shown: Counter[str]) -> list[dict[str, Any]]:
+def _choose_rows(
+    dataset: Store, key: str, schema: pyarrow.Schema, shown: Counter[str]
+) -> list[dict[str, Any]]:
     """Return the first rows of a table of dropped rows; `shown` counts them by reason, over all tables."""
     rows = []
-    for row in read_object(dataset, key, parse_table, VERIFY).to_pylist():
+    for row in read_object(dataset, key, partial(parse_table, schema=schema), VERIFY).to_pylist():
         if shown[row["reason"]] < MAX_DROPPED_SAMPLES:
             shown[row["reason"]] += 1
             rows.append(row)

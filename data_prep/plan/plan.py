@@ -45,6 +45,7 @@ from data_prep.plan.listing import (
 )
 from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import SCAN, Scanner
+from data_prep.sources.sample import printable
 from data_prep.sources.source import OpenSources, SourceFile, needs_sequential_reads
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
@@ -151,7 +152,8 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
     differences = []
     for name in sorted({*current, *stored}):
         if current.get(name) != stored.get(name):
-            differences.append(f"`{name}` was {_short(stored.get(name))}, is {_short(current.get(name))}")
+            was, now = _short(stored.get(name)), _short(current.get(name))
+            differences.append(f"`{printable(name)[:120]}` was {was}, is {now}")
     if differences:
         raise UserError(
             f"{dataset.uri} was planned with other settings: {'; '.join(differences)}: "
@@ -160,7 +162,7 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 120 else text[:117] + "..."
 
 

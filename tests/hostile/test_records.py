@@ -1,7 +1,10 @@
 """A damaged record gives its own data, or one line that names it: no traceback, no hang, no other data."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -22,13 +25,20 @@ from data_prep.dataset.snapshot_reader import (
     read_index,
     read_snapshot,
 )
+from data_prep.pairs.pairs import read_pairs
+from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, source_counts, source_files
 from data_prep.plan.manifest import MANIFEST, read_manifest
-from data_prep.store.store import open_store
+from data_prep.plan.plan import DROPPED, SETTINGS_KEY, check_settings, dropped_key
+from data_prep.plan.plan import _read_scan as read_scan
+from data_prep.plan.scan import SCAN
+from data_prep.report import _choose_rows as choose_rows
+from data_prep.store.store import Store, open_store
 from model.common import records
 from model.common.errors import UserError
 from model.common.records import SEAL, parse_record, seal
 from tests.helpers.damage import damaged, edited
 from tests.helpers.fake_dataset import make_all
+from tests.helpers.raw_material import config_of, png, prepare, sample_members, write_tar
 
 PART = Part("64x64", 0)
 MANY = settings(
@@ -38,128 +48,196 @@ MANY = settings(
 )
 
 
-class Records:
-    """A small store, and for each kind of record its key and a function that reads it."""
+class Reader(NamedTuple):
+    """A record in a store, and a function that reads it."""
 
-    def __init__(self, folder):
-        self.dataset = dataset = open_store(str(folder), create=True).sub("ds")
-        make_all(dataset, {"64x64": [3, 2], "32x96": [2]})
-        family = Family("constant", "text", {"model": "fake"}, {"width": 2, "scale": 0.5})
-        family = register_family(dataset, family, {"mean": torch.arange(40.0)})
+    dataset: Store
+    key: str
+    read: Callable[[], Any]
 
-        rows = [
-            dict.fromkeys(MANIFEST.names, 7) | {"key": f"k{n}", "captions": [], "path": "a"} for n in (1, 2)
-        ]
-        manifest = "manifest/64x64/000000.parquet"
-        path = folder / "rows.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, MANIFEST), path)
-        dataset.put(manifest, path)
-        hashes = {manifest: xxhash.xxh64_hexdigest(path.read_bytes())}
-        counts = {"kept": {"original": 7}, "letters": {"original": 70}, "refused": {}}
-        file = {"number": 0, "label": "a.tar", "rows": 9, "kept": 7, "dropped": {"caption: missing": 2}}
-        dataset.put(PLAN_KEY, seal({"files": [file], "captions": counts, "manifest": hashes}))
+    @property
+    def path(self):
+        return self.dataset.local_path(self.key)
 
-        snapshot = take_snapshot(dataset, ["latents", "llm"])
-        commit = read_commit(dataset, PAIRS, PART)
-        table = next(file.key for file in commit.files if file.key.endswith(".parquet"))
-        self.readers = {
-            "commit": (PART.commit_key(PAIRS), lambda: read_commit(dataset, PAIRS, PART)),
-            "manifest": (Manifest.KEY, lambda: read_plan(dataset)),
-            "plan": (PLAN_KEY, lambda: read_plan_record(dataset)),
-            "family": (family.key, lambda: read_family(dataset, "constant")),
-            "constants": (family.constants_key, lambda: read_constants(dataset, family)["mean"].tolist()),
-            "snapshot": (snapshot.key, lambda: read_snapshot(dataset, snapshot.id)),
-            "history": (f"{HISTORY}000000.json", lambda: last_taken(dataset)),
-            "index": (snapshot.index_key("64x64"), lambda: read_index(dataset, snapshot, "64x64")),
-            "rows": (manifest, lambda: read_manifest(dataset, PART, hashes)),
-            "captions": (table, lambda: read_captions(dataset, PART, commit.ids_xxh64)),
-        }
-
-    def outcome(self, name, data):
-        """Return what the reader returns, or the line of its error, if the record had these bytes."""
-        key, read = self.readers[name]
-        path = self.dataset.local_path(key)
-        whole = path.read_bytes()
-        path.write_bytes(data)
+    def outcome(self, data):
+        """Return what the reader returns, or its error of one line, if the record had these bytes."""
+        whole = self.path.read_bytes()
+        self.path.write_bytes(data)
         try:
-            return read()
+            return self.read()
         except UserError as error:
             line = str(error)
             assert line.isprintable(), line
-            assert key in line or "no snapshot" in line, line
+            assert self.dataset.uri in line or "no snapshot" in line, line
+            assert self.key in line or "no snapshot" in line or self.key == SETTINGS_KEY, line
             return error
         finally:
-            path.write_bytes(whole)
+            self.path.write_bytes(whole)
+
+
+def records_of_a_store(folder):
+    """Return the readers of a small store by the kind of their record."""
+    dataset = open_store(str(folder), create=True).sub("ds")
+    make_all(dataset, {"64x64": [3, 2], "32x96": [2]})
+    family = Family("constant", "text", {"model": "fake"}, {"width": 2, "scale": 0.5})
+    family = register_family(dataset, family, {"mean": torch.arange(40.0)})
+
+    rows = [dict.fromkeys(MANIFEST.names, 7) | {"key": f"k{n}", "captions": [], "path": "a"} for n in (1, 2)]
+    manifest = "manifest/64x64/000000.parquet"
+    path = folder / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, MANIFEST), path)
+    dataset.put(manifest, path)
+    hashes = {manifest: xxhash.xxh64_hexdigest(path.read_bytes())}
+    counts = {"kept": {"original": 7}, "letters": {"original": 70}, "refused": {}}
+    file = {"number": 0, "label": "a.tar", "rows": 9, "kept": 7, "dropped": {"caption: missing": 2}}
+    dataset.put(PLAN_KEY, seal({"files": [file], "captions": counts, "manifest": hashes}))
+
+    snapshot = take_snapshot(dataset, ["latents", "llm"])
+    commit = read_commit(dataset, PAIRS, PART)
+    tables = {file.key.rpartition(".")[2]: file.key for file in commit.files}
+    readers = {
+        "commit": (PART.commit_key(PAIRS), lambda: read_commit(dataset, PAIRS, PART)),
+        "manifest": (Manifest.KEY, lambda: read_plan(dataset)),
+        "plan": (PLAN_KEY, lambda: read_plan_record(dataset)),
+        "family": (family.key, lambda: read_family(dataset, "constant")),
+        "constants": (family.constants_key, lambda: read_constants(dataset, family)["mean"].tolist()),
+        "snapshot": (snapshot.key, lambda: read_snapshot(dataset, snapshot.id)),
+        "history": (f"{HISTORY}000000.json", lambda: last_taken(dataset)),
+        "index": (snapshot.index_key("64x64"), lambda: read_index(dataset, snapshot, "64x64")),
+        "rows": (manifest, lambda: read_manifest(dataset, PART, hashes)),
+        "captions": (tables["parquet"], lambda: read_captions(dataset, PART, commit.ids_xxh64)),
+        "pairs": (tables["tar"], lambda: read_pairs(dataset, commit, ["original"])),
+    }
+    return {name: Reader(dataset, *reader) for name, reader in readers.items()}
+
+
+def records_of_a_plan(folder):
+    """Return the readers of what `plan` writes and reads back."""
+    members = []
+    for n in range(3):
+        members += sample_members(str(n), png(n), {"caption": f"number {n}" if n else ""})
+    write_tar(folder / "in", "a.tar", members)
+    (folder / "in/notes.md").touch()
+    config = config_of(folder, ("webdataset", folder / "in"))
+    dataset = prepare(config)
+    readers = {
+        "settings": (SETTINGS_KEY, lambda: check_settings(config, dataset)),
+        "files": (FILES_KEY, lambda: source_files(dataset)),
+        "sources": (SOURCES_KEY, lambda: source_counts(dataset)),
+        "scan": ("scan/00000000.parquet", lambda: list(read_scan(dataset, 0))),
+        "dropped": (dropped_key(0), lambda: choose_rows(dataset, dropped_key(0), DROPPED, Counter())),
+    }
+    return {name: Reader(dataset, *reader) for name, reader in readers.items()}
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    return Records(tmp_path_factory.mktemp("store"))
+    store, plan = tmp_path_factory.mktemp("store"), tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LI_DIT_RETRY_SECONDS", "0")  # a damaged payload is fetched again for ten minutes
+        yield records_of_a_store(store) | records_of_a_plan(plan)
 
 
-NAMES = [
-    "commit",
-    "manifest",
-    "plan",
-    "family",
-    "constants",
-    "snapshot",
-    "history",
-    "index",
-    "rows",
-    "captions",
-]
-JSON = ["commit", "manifest", "plan", "family", "snapshot", "history"]
+SEALED = ["commit", "manifest", "plan", "family", "snapshot", "history", "files", "sources"]
+HASHED = ["constants", "index", "rows", "captions", "pairs"]
+TABLES = ["scan", "dropped"]
+"""Tables of `plan` that no record names: their pages have checksums, their columns are checked."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_damage_never_gives_other_data(stored, name):
-    key, read = stored.readers[name]
-    whole, right = stored.dataset.read(key), read()
+@pytest.fixture
+def reader(stored, request):
+    return stored[request.param]
 
+
+@pytest.fixture
+def whole(reader):
+    """The record as it was written."""
+    return reader.path.read_bytes()
+
+
+@pytest.fixture
+def right(reader):
+    """What is read from it."""
+    return reader.read()
+
+
+def of(*names):
+    return pytest.mark.parametrize("reader", names, indirect=True)
+
+
+@of(*SEALED, *HASHED, "settings")
+def test_damage_never_gives_other_data(reader, whole, right):
     @MANY
     @given(damaged(whole))
     def check(data):
-        result = stored.outcome(name, data)
+        result = reader.outcome(data)
         assert isinstance(result, UserError) or result == right
 
     check()
 
 
-@pytest.mark.parametrize("name", JSON)
-def test_edited_fields_are_noticed_by_the_seal(stored, name):
-    key, read = stored.readers[name]
-    whole, right = json.loads(stored.dataset.read(key)), read()
-
+@of(*TABLES)
+def test_a_damaged_table_gives_rows_of_its_columns_or_an_error(reader, whole):
     @MANY
-    @given(edited(whole))
+    @given(damaged(whole))
+    def check(data):
+        result = reader.outcome(data)
+        if not isinstance(result, UserError):
+            wanted = SCAN.names if reader.key.startswith("scan") else DROPPED.names
+            for rows in result:
+                # Those of the scan are tables, those that were dropped are dictionaries.
+                assert list(getattr(rows, "column_names", rows)) == wanted
+
+    check()
+
+
+@of(*SEALED, "settings")
+def test_edited_fields_are_noticed(reader, whole, right):
+    @MANY
+    @given(edited(json.loads(whole)))
     def check(record):
-        result = stored.outcome(name, json.dumps(record).encode())
+        result = reader.outcome(json.dumps(record).encode())
         # What differs from the record only in its form, such as the order of its keys, is the record.
         assert isinstance(result, UserError) or result == right
 
     check()
 
 
-@pytest.mark.parametrize("name", JSON)
-def test_edited_records_without_a_seal_are_whole_or_an_error(stored, name):
+@of(*SEALED)
+def test_edited_records_without_a_seal_are_whole_or_an_error(reader, whole, right):
     """As earlier versions wrote them: a change that fits the types cannot be noticed, any other one is."""
-    key, read = stored.readers[name]
-    whole, right = json.loads(stored.dataset.read(key)), read()
-    whole.pop(SEAL, None)
-    assert stored.outcome(name, json.dumps(whole).encode()) == right
+    record = json.loads(whole)
+    record.pop(SEAL, None)
+    assert reader.outcome(json.dumps(record).encode()) == right
 
     @MANY
-    @given(edited(whole))
+    @given(edited(record))
     def check(record):
-        result = stored.outcome(name, json.dumps(record).encode())
+        result = reader.outcome(json.dumps(record).encode())
         assert isinstance(result, UserError | type(right))
 
     check()
 
 
+@pytest.mark.parametrize("entries", [[[0, 0, "a.tar"], [1, 0, "b.tar"], [2, 1, "c.tar"]], [[0, 0, "a"]]])
+def test_lists_of_files_of_earlier_versions_are_whole_or_an_error(stored, entries):
+    files = stored["files"].outcome(json.dumps(entries).encode())
+    assert [[file.number, file.source, file.name] for file in files] == entries
+
+    @MANY
+    @given(edited(entries))
+    def check(entries):
+        files = stored["files"].outcome(json.dumps(entries).encode())
+        if not isinstance(files, UserError):
+            assert [file.number for file in files] == list(range(len(files)))
+            sources = [file.source for file in files]
+            assert sorted(set(sources)) == list(range(len(set(sources))))
+
+    check()
+
+
 def test_a_payload_of_another_place_is_refused(stored):
-    commit = read_commit(stored.dataset, PAIRS, PART)
+    commit = stored["commit"].read()
     record = json.loads(commit.to_json())
     for key in ("../../etc/passwd", commit.files[0].key + "\x1b]0;title", "pairs/64x64/00001/x/pairs.tar"):
         record["files"][0]["key"] = key
@@ -171,10 +249,11 @@ def test_a_payload_of_another_place_is_refused(stored):
 
 
 def test_a_stray_file_in_the_history_is_named(stored):
-    stray = stored.dataset.local_path(f"{HISTORY}000000.json~")
+    dataset = stored["history"].dataset
+    stray = dataset.local_path(f"{HISTORY}000000.json~")
     stray.write_bytes(b"")
     with pytest.raises(UserError, match=r"000000\.json~: not an entry of the history: remove it"):
-        read_snapshot(stored.dataset)
+        read_snapshot(dataset)
     stray.unlink()
 
 
@@ -207,8 +286,9 @@ class OnceForeign:
     "answer", [b"", b"<html>busy</html>", b"<Error><Code>SlowDown</Code></Error>", b"{}"]
 )
 def test_one_foreign_answer_costs_a_second_read(stored, answer):
-    dataset = OnceForeign(stored.dataset, [answer])
-    assert read_plan(dataset) == read_plan(stored.dataset)
+    whole = stored["manifest"].dataset
+    dataset = OnceForeign(whole, [answer])
+    assert read_plan(dataset) == read_plan(whole)
     assert dataset.reads == 2
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
-        read_plan(OnceForeign(stored.dataset, [answer] * 2))
+        read_plan(OnceForeign(whole, [answer] * 2))
