@@ -19,6 +19,7 @@ from PIL import Image
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
+from pipeline.inference.difficulty_maps import check_maps, show_difficulty
 from pipeline.inference.generate import generate_images
 from pipeline.inference.images import make_grid, save_png
 from pipeline.inference.sampler import Sampler, SamplingParams
@@ -139,6 +140,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     add_sampling_options(parser)
+    parser.add_argument(
+        "--difficulty",
+        action="store_true",
+        help="also show the expected error of each image's patches at several steps, next to the image",
+    )
     parser.add_argument("--out", type=Path, help="default: samples/ in RUN")
     return parser.parse_args(arguments)
 
@@ -158,6 +164,8 @@ def main() -> None:
     params = choose_sampling_params(sampler.defaults, arguments)
     # wrong settings are found before the LLMs are loaded, which can take minutes
     sampler.check(params)
+    if arguments.difficulty:
+        check_maps(sampler)
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     # interleaved, so that the processes' shares differ by at most one image
@@ -169,6 +177,10 @@ def main() -> None:
     sampler.reader.read([params.negative, *(image.prompt for image in images)], keep_llms=False)
     about = {"source": arguments.source.absolute().name, "weights": arguments.weights, "precision": precision}
     own_records = write_images(sampler, images, params, arguments.batch, out, about, shows=ranks.rank == 0)
+    if arguments.difficulty:
+        for image in images:
+            shown = show_difficulty(sampler, image.prompt, image.seed, params)
+            shown.save(out / image.file.replace(".png", "_difficulty.png"))
     records = gather_records(own_records, ranks)
 
     # all images exist now, since each rank gave its records after its last image

@@ -8,7 +8,7 @@ other times. With guidance, log-variances are combined by the same formula as ve
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,9 +23,6 @@ from pipeline.diffusion.difficulty import patch_log_variances
 from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.patch_times import make_levels
 from pipeline.stage.config import AdaptiveConfig, ObjectiveConfig
-
-OnDifficulty = Callable[[float, Tensor], None]
-"""Time and the expected log-variances fp32 [B, N] of a step."""
 
 
 @dataclass
@@ -55,7 +52,6 @@ class AdaptiveSolver(ABC):
             patch: latent positions of a patch along each axis.
         """
         self.euler, self.objective, self.settings, self.patch = euler, objective, settings, patch
-        self.on_difficulty: OnDifficulty | None = None
 
     @abstractmethod
     def advance(self, evaluate: Guided, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -102,10 +98,8 @@ class AdaptiveSolver(ABC):
         log_variance = patch_log_variances(guided[:, -1:], self.patch)
         return PatchPrediction(guided[:, :-1], of_prompt[:, :-1], log_variance)
 
-    def find_easy(self, time: Tensor, log_variance: Tensor) -> Tensor:
+    def find_easy(self, log_variance: Tensor) -> Tensor:
         """Return which patches are easy, bool [B, N]: those strictly below the quantile of their image."""
-        if self.on_difficulty is not None:
-            self.on_difficulty(time.item(), log_variance)
         if self.settings.easy == 1.0:
             return torch.ones_like(log_variance, dtype=torch.bool)
         return log_variance < log_variance.quantile(self.settings.easy, dim=1, keepdim=True)
@@ -136,7 +130,7 @@ class DualLoop(AdaptiveSolver):
         times = [start + (end - start) * (step / self.inner) for step in range(self.inner)] + [end]
 
         predicted = self.predict(evaluate, latents, start)
-        easy = self.find_easy(start, predicted.log_variance)
+        easy = self.find_easy(predicted.log_variance)
         whole, part = (latents + (then - start) * predicted.velocity for then in (end, times[1]))
         latents = self.choose(easy, whole, part)
 
@@ -165,7 +159,7 @@ class LookAhead(AdaptiveSolver):
             evaluate = evaluate.unguided
 
         first = self.predict(evaluate, latents, start)
-        easy = self.find_easy(start, first.log_variance)
+        easy = self.find_easy(first.log_variance)
         # `start` itself for ratio 1, so that nothing is rounded.
         ahead = (start - (self.settings.ratio - 1.0) * (1.0 - start)).clamp(min=0.0)
         # The jump follows the prompt without guidance, whose velocity is too large for a long step.

@@ -7,6 +7,8 @@ import torch
 
 from model.common.errors import UserError
 from model.dit import LIDiT
+from pipeline.diffusion.solvers import initial_noise
+from pipeline.inference.difficulty_maps import MAX_MAPS, check_maps, difficulty_maps, show_difficulty
 from pipeline.inference.images import read_settings
 from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import choose_sampling_params
@@ -49,3 +51,25 @@ def test_numbers_of_solvers_out_of_range_are_one_line():
     given = parse(["RUN", "--prompt", "a", "--easy", "0.25"])
     params = choose_sampling_params(SampleConfig(scheduler="look_ahead"), given)
     assert (params.scheduler, params.adaptive.easy, params.adaptive.ratio) == ("look_ahead", 0.25, 1.4)
+
+
+def test_difficulty_maps_are_what_the_network_expects():
+    sampler = make_sampler()
+    with pytest.raises(UserError, match="does not predict the difficulty"):
+        check_maps(sampler)
+    sampler.network = with_head(sampler.network)
+    check_maps(sampler)
+
+    params = SamplingParams(7, 3.0, 16, 24)
+    latents, maps = difficulty_maps(sampler, "a red cat", 3, params)
+    assert torch.equal(latents, sampler.latents(["a red cat"], [3], params))
+    assert len(maps) == MAX_MAPS
+    assert [each.time for each in maps] == sorted((each.time for each in maps), reverse=True)
+    condition = replace(sampler.condition(["a red cat"], params), with_difficulty=True).at(1.0)
+    noise = initial_noise(sampler.latent_shape(params), [3])
+    # patches of one position: the map is the channel itself
+    assert torch.equal(maps[0].log_variance, sampler.network(noise, condition)[0, -1])
+    assert maps[0].time == 1.0
+
+    shown = show_difficulty(sampler, "a red cat", 3, replace(params, steps=1))
+    assert shown.width > 2 * 24

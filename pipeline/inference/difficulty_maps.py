@@ -1,0 +1,83 @@
+"""Maps of the error that the network expects of an image's patches, at several steps of sampling."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.common.errors import UserError
+from pipeline.diffusion.difficulty import patch_log_variances
+from pipeline.diffusion.solvers import initial_noise, set_steps
+from pipeline.inference.attention_maps import overlay
+from pipeline.inference.images import make_grid, to_images
+from pipeline.inference.sampler import Sampler, SamplingParams
+
+MAX_MAPS = 5
+"""Most steps that are shown of an image, the first and the last among them."""
+
+
+@dataclass(frozen=True)
+class DifficultyMap:
+    """The expected errors before one step."""
+
+    time: float
+    log_variance: Tensor
+    """fp32 [rows, columns], on the CPU."""
+
+
+def check_maps(sampler: Sampler) -> None:
+    """Check that a network can show what it expects.
+
+    Raises:
+        UserError: if it has no head, or is partitioned.
+    """
+    if sampler.network.sizes.difficulty == "none":
+        raise UserError(
+            "--difficulty: this network does not predict the difficulty of patches: train with "
+            "objective.difficulty=0.01, or leave the option out"
+        )
+    if sampler.sharded is not None:
+        raise UserError("--difficulty with --zero3: ranks would wait for each other: leave one of them out")
+
+
+@torch.no_grad()
+def difficulty_maps(
+    sampler: Sampler, prompt: str, seed: int, params: SamplingParams
+) -> tuple[Tensor, list[DifficultyMap]]:
+    """Sample an image, and record its patches' expected errors before up to `MAX_MAPS` of the steps.
+
+    Each map takes one evaluation more, of the prompt without guidance, so that all schedulers have maps.
+
+    Returns:
+        The normalized latents fp32 [1, C, h, w], and the maps from noise to image.
+    """
+    times = [time for _, time in set_steps(sampler.solver(params), params.steps, torch.device("cpu"))]
+    shown = torch.linspace(0, len(times) - 1, min(MAX_MAPS, len(times))).round().int().tolist()
+    # Latents before a step are those after the step before it; before the first, the noise.
+    before = {0: initial_noise(sampler.latent_shape(params), [seed]).to(sampler.device)}
+
+    def keep(number: int, latents: Tensor) -> Tensor:
+        if number in shown:
+            before[number] = latents.clone()
+        return latents
+
+    latents = sampler.latents([prompt], [seed], params, keep)
+    condition = replace(sampler.condition([prompt], params), with_difficulty=True)
+    patch = sampler.network.sizes.patch_shape
+    grid = sampler.network.sizes.patch_grid(latents.shape[2:])
+
+    maps = []
+    for step in shown:
+        output = sampler.network(before[step].to(sampler.dtype), condition.at(times[step]))
+        expected = patch_log_variances(output[:, -1:], patch)[0].unflatten(0, grid)
+        maps.append(DifficultyMap(times[step], expected.cpu()))
+    return latents, maps
+
+
+def show_difficulty(sampler: Sampler, prompt: str, seed: int, params: SamplingParams) -> Image.Image:
+    """Return an image next to its maps as heat, each with its time; bright = a large expected error."""
+    latents, maps = difficulty_maps(sampler, prompt, seed, params)
+    (image,) = to_images(sampler.pixels(latents))
+    heat = [overlay(image, each.log_variance, max(image.size)) for each in maps]
+    return make_grid([image, *heat], [prompt, *(f"time {each.time:.2f}" for each in maps)])
