@@ -27,7 +27,6 @@ from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.extras import require
 from model.encoders.latent_spaces import downsampling_per_axis
-from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.inference.source import add_weights_options, choose_precision, load_source
 from pipeline.inference.studio import (
     MAX_PROMPT_LENGTH,
@@ -150,7 +149,7 @@ def _add_endpoint(gr: Any, studio: InteractiveSampler) -> None:
     sampler = next(iter(studio.samplers.values()))
     defaults = sampler.defaults
     steps = min(defaults.steps, studio.limits.steps)
-    names = list(OBJECTIVES[sampler.objective.name].schedulers)
+    names = sampler.schedulers
 
     def generate(
         prompt: str,
@@ -199,7 +198,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
         seed = gr.Number(defaults.seed, precision=0, label="Seed", elem_id="seed")
         images = slider(1, limits.images, 1, step=1, label="Images", elem_id="images")
     with gr.Row():
-        schedulers = list(OBJECTIVES[sampler.objective.name].schedulers)
+        schedulers = sampler.schedulers
         scheduler = gr.Dropdown(schedulers, value=schedulers[0], label="Scheduler")
         compare = gr.Dropdown(studio.comparisons, value=NOTHING, label="Compare with", elem_id="compare")
     label = "Attention per word, at step (0: none)"

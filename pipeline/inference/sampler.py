@@ -18,6 +18,7 @@ from model.dit import LIDiT
 from model.encoders.latent_spaces import AUTOENCODER_KL, LatentSpace, downsampling_per_axis, load_latent_space
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
+from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.solvers import (
     OnStep,
     count_evaluations,
@@ -185,6 +186,14 @@ class Sampler:
             UserError: if there is none of that name, or it does not fit the network.
         """
         return make_scheduler(self.objective, params.scheduler, params.adaptive, self.network.sizes)
+
+    @property
+    def schedulers(self) -> list[str]:
+        """Names of the schedulers that fit the network, the default first."""
+        objective, sizes = OBJECTIVES[self.objective.name], self.network.sizes
+        # as `make_scheduler` refuses them
+        names = [name for name in objective.schedulers if name != "dpm" or self.objective.time_levels == 1]
+        return names + (list(ADAPTIVE) if objective.patch_times and sizes.difficulty != "none" else [])
 
     def evaluations(self, params: SamplingParams) -> int:
         """Return how often sampling an image evaluates the network, each branch of guidance counted."""

@@ -161,7 +161,8 @@ class InteractiveSampler:
             # The time makes the name unique, also for the same seed with other settings.
             path = self.out / f"{time.time_ns()}_{seed}.png"
             source = Path(name).absolute().name
-            save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **params.record()})
+            settings = {**params.record(), "evaluations": sampler.evaluations(params)}
+            save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **settings})
             files.append(path)
 
         words = []

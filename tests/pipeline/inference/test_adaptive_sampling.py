@@ -73,3 +73,15 @@ def test_difficulty_maps_are_what_the_network_expects():
 
     shown = show_difficulty(sampler, "a red cat", 3, replace(params, steps=1))
     assert shown.width > 2 * 24
+
+
+def test_the_schedulers_that_are_offered_can_be_taken():
+    sampler, ddpm = make_sampler(), make_sampler("ddpm")
+    assert sampler.schedulers == ["euler", "dpm"]
+    sampler.network, ddpm.network = with_head(sampler.network), with_head(ddpm.network)
+    assert sampler.schedulers == ["euler", "dpm", "dual_loop", "look_ahead"]
+    sampler.objective.patch_times.kind = "ltg"
+    assert sampler.schedulers == ["euler", "dual_loop", "look_ahead"]
+    for each in (sampler, ddpm):
+        for name in each.schedulers:
+            each.check(SamplingParams(2, 3.0, 16, 24, scheduler=name))
