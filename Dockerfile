@@ -3,7 +3,7 @@
 #   docker run --gpus all --shm-size 8g -v "$PWD/runs:/opt/li-dit/runs" li-dit -m pipeline.demo
 FROM python:3.12-slim-bookworm
 
-# A compiler for DeepSpeed's extension and torch.compile; verbs, without which NCCL takes TCP instead of InfiniBand.
+# A compiler for torch.compile; verbs, without which NCCL takes TCP instead of InfiniBand.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ ibverbs-providers \
