@@ -77,12 +77,12 @@ class EmojiEnding(Ending):
             tiles.append({"label": label, "value": f"{result.share:.1%}"})
         return tiles
 
-    def picture(self, number: int, image: Path, prompt: str) -> dict[str, str]:
+    def picture(self, number: int, image: Path) -> dict[str, Any]:
         """Write the training image next to the prompts, and return its path."""
         real = self.stage.run / "pairs" / f"{number:03d}.png"
         real.parent.mkdir(exist_ok=True)
         real.write_bytes(self.pairs[self.chosen[number]].image)
-        return {"caption": prompt, "real": self.relative(real)}
+        return {"real": self.relative(real)}
 
 
 def read_all_pairs(stage: StageConfig) -> list[Pair]:

@@ -41,22 +41,22 @@ class Ending(ABC):
         """Return what was measured as key numbers of the report."""
 
     @abstractmethod
-    def picture(self, number: int, image: Path, prompt: str) -> dict[str, str]:
-        """Return the caption of one image in the report, and its training image if it has one."""
+    def picture(self, number: int, image: Path) -> dict[str, Any]:
+        """Return what the report shows with an image: `real` (its training image) or `marks` (its claims)."""
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the images, in the order of the prompts."""
         return [json.loads(line) for line in (self.drawn / "index.jsonl").read_text().splitlines()]
 
-    def pictures(self) -> list[dict[str, str]]:
+    def pictures(self) -> list[dict[str, Any]]:
         """Return the images of the report, evenly chosen, with paths relative to the run."""
         records = self.records()
         shown = min(MAX_SHOWN, len(records))
-        pictures: list[dict[str, str]] = []
+        pictures: list[dict[str, Any]] = []
         for number in (index * len(records) // shown for index in range(shown)):
             file = self.drawn / records[number]["file"]
-            picture = self.picture(number, file, records[number]["prompt"])
-            pictures.append({**picture, "drawn": self.relative(file)})
+            details = self.picture(number, file)
+            pictures.append({"caption": records[number]["prompt"], "drawn": self.relative(file), **details})
         return pictures
 
     def relative(self, file: Path) -> str:

@@ -55,12 +55,12 @@ class ScenesEnding(Ending):
             tiles.append({"label": label, "value": f"{share:.1%}"})
         return tiles
 
-    def picture(self, number: int, image: Path, prompt: str) -> dict[str, str]:
-        """Return the prompt with the judgment of its claims."""
+    def picture(self, number: int, image: Path) -> dict[str, Any]:
+        """Return the judgment of each claim of the prompt."""
         caption = scene_prompts(self.count, "list", 1.0, [SEGMENTS])[number].caption
         objects = read_scene(np.asarray(Image.open(image).convert("RGB")))
-        marks = [
-            f"{'✓' if claim.correct else '✗'} {claim.attribute} {claim.position + 1}"
-            for claim in judge_caption(0, objects, caption)
-        ]
-        return {"caption": f"{prompt} {', '.join(marks)}".replace("colour", "color")}
+        marks: list[str] = []
+        for claim in judge_caption(0, objects, caption):
+            attribute = "color" if claim.attribute == "colour" else claim.attribute
+            marks.append(f"{'✓' if claim.correct else '✗'} {attribute} {claim.position + 1}")
+        return {"marks": marks}

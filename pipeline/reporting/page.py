@@ -104,11 +104,12 @@ def build(run: Path) -> Path:
     if "learned" in extra:
         curves.insert(0, learned_curve(extra["learned"]))
 
-    images: list[dict[str, str]] = []
+    images: list[dict[str, Any]] = []
     for image in extra.get("pictures", []):
         real = inline_png(run / image["real"]) if image.get("real") else ""
         generated = inline_png(run / image["drawn"])
-        images.append({"caption": image["caption"], "generated": generated, "real": real})
+        marks = image.get("marks", [])
+        images.append({"caption": image["caption"], "marks": marks, "generated": generated, "real": real})
 
     slides: list[dict[str, str]] = []
     for path in sorted((run / "grids").glob("samples_*.png")):

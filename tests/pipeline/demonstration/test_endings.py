@@ -134,5 +134,5 @@ def test_rendered_scenes_are_right_and_their_claims_are_marked(tmp_path, monkeyp
     assert "in 6 new prompts (chance " in tiles["colors"]["label"]
     pictures = ending.pictures()
     assert len(pictures) == 6
-    assert all("✓ color 1" in picture["caption"] for picture in pictures)
+    assert all("✓ color 1" in picture["marks"] for picture in pictures)
     assert "real" not in pictures[0]
