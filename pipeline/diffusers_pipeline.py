@@ -24,7 +24,7 @@ from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
 from pipeline.checkpoint.weights import apply_umask
-from pipeline.diffusion.solvers import find_objective, scheduler_misfit, set_steps
+from pipeline.diffusion.solvers import find_objective, scheduler_misfit
 from pipeline.inference.call import (
     DenoisingLoop,
     check_embeds,
@@ -32,6 +32,8 @@ from pipeline.inference.call import (
     list_negatives,
     list_prompts,
     make_noise,
+    plan_steps,
+    refuse_attention_kwargs,
     to_output,
     whole_number,
 )
@@ -395,6 +397,10 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         prompt_embeds: list[Text] | None = None,
         negative_prompt_embeds: list[Text] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -418,6 +424,9 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             prompt_embeds: what `encode_prompt` returns, instead of `prompt`.
             negative_prompt_embeds: what `encode_prompt` returns, instead of `negative_prompt`.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            sigmas: noise level of each step, instead of `num_inference_steps`.
+            timesteps: instead of `sigmas`.
+            cross_attention_kwargs, attention_kwargs: None, since there are no attention processors.
 
         Raises:
             UserError: if an argument is wrong or does not fit another, or the scheduler does not fit the
@@ -433,14 +442,16 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             whole_number("height", height, config["height"]),
             whole_number("width", width, config["width"]),
         )
-        steps = whole_number("num_inference_steps", num_inference_steps, config["steps"])
+        refuse_attention_kwargs(
+            cross_attention_kwargs=cross_attention_kwargs, attention_kwargs=attention_kwargs
+        )
         per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         known = check_embeds("prompt_embeds", prompt_embeds)
         images = per_prompt * (len(known[0].mask) if known else len(list_prompts(prompt)))
         vae = VAE(self.vae, "")
         shape = latent_shape(self.transformer, vae.downsampling, *size)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
-        plan = set_steps(self.scheduler, steps, device)
+        plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
         params = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
         extra = extra_conditions(self.transformer, params, images, device)
 

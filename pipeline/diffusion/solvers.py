@@ -6,7 +6,9 @@ the CPU bit for bit, since the network takes one image at a time there; on a GPU
 bit in batches of one.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from pipeline.stage.config import AdaptiveConfig, ObjectiveConfig
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Number of the step just done, from 1, and the latents -> the latents to continue with."""
+
+Step = tuple[Tensor, float]
+"""The scheduler's own timestep, and the time in [0, 1] that the network reads."""
 
 _DECIDES_NOISE = (
     "beta_end",
@@ -106,11 +111,8 @@ def find_objective(scheduler: Any) -> str:
     raise UserError(f"scheduler {type(scheduler).__name__}: reads no objective of {', '.join(OBJECTIVES)}")
 
 
-def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Tensor, float]]:
-    """Set the number of steps.
-
-    Returns:
-        For each step the scheduler's own timestep, and the time in [0, 1] that the network reads.
+def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[Step]:
+    """Set the number of steps, and return them.
 
     Raises:
         UserError: if the number of steps is out of range.
@@ -129,6 +131,47 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> list[tuple[Te
     else:
         scheduler.set_timesteps(steps, device=device)
 
+    return _planned_steps(scheduler)
+
+
+def set_schedule(scheduler: Any, name: str, values: Sequence[float], device: torch.device) -> list[Step]:
+    """Set the steps themselves.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        name: `sigmas`, noise levels in (0, 1] before the scheduler's shift, or `timesteps` in [0, 1000].
+        values: falling, one per step.
+        device: device of the timesteps.
+
+    Returns:
+        The steps, as `set_steps` returns them.
+
+    Raises:
+        UserError: if the scheduler takes no such steps, or they are out of range.
+    """
+    takes = name in inspect.signature(scheduler.set_timesteps).parameters
+    # With flow sigmas, diffusers' multistep scheduler would take other steps than those given.
+    if not takes or scheduler.config.get("use_flow_sigmas"):
+        kind = type(scheduler).__name__
+        raise UserError(f"{name}=: {kind} takes none here: give num_inference_steps=, or another scheduler")
+
+    numbers = [float(value) for value in values]
+    # The network of DDPM knows the timesteps 0 to 999.
+    last = (
+        1.0 if name == "sigmas" else DDPM_STEPS - float(scheduler.config.get("prediction_type") == "epsilon")
+    )
+    is_falling = all(now > then for now, then in pairwise(numbers))
+    in_range = all(0.0 <= number <= last for number in numbers) and (name != "sigmas" or 0.0 not in numbers)
+    if not (1 <= len(numbers) <= DDPM_STEPS and is_falling and in_range):
+        raise UserError(f"{name}=: give at most {DDPM_STEPS} falling numbers, none above {last:g} or below 0")
+    try:
+        scheduler.set_timesteps(**{name: numbers}, device=device)
+    except ValueError as error:
+        raise UserError(f"{name}=: {error}: give num_inference_steps= instead") from error
+    return _planned_steps(scheduler)
+
+
+def _planned_steps(scheduler: Any) -> list[Step]:
     # Flow times are the scheduler's sigmas: its integer timesteps would round them.
     flow = scheduler.config.get("prediction_type") != "epsilon"
     times = scheduler.sigmas[:-1] if flow else scheduler.timesteps / DDPM_STEPS
@@ -146,6 +189,37 @@ def take_step(solver: Any, evaluate: Guided, latents: Tensor, timestep: Tensor, 
     if isinstance(solver, AdaptiveSolver):
         return solver.advance(evaluate, latents, timestep)
     return solver.step(evaluate(latents, time), timestep, latents, return_dict=False)[0]
+
+
+def follow(
+    solver: Any,
+    plan: Sequence[Step],
+    guide: Callable[[], Guided | None],
+    noise: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Take the planned steps from noise to latents.
+
+    Args:
+        solver: the scheduler, or an `AdaptiveSolver`.
+        plan: the steps.
+        guide: called before each step, returns the network with its guidance; None = take no more steps.
+        noise: [B, C, ...] on the network's device.
+        on_step: called after each step.
+
+    Returns:
+        Latents fp32 [B, C, ...].
+    """
+    # The solver's own state is fp32 in every precision: in bf16 the errors of many small steps would add up.
+    latents = noise.float()
+    for number, (timestep, time) in enumerate(plan, 1):
+        evaluate = guide()
+        if evaluate is None:
+            break
+        latents = take_step(solver, evaluate, latents, timestep, time)
+        if on_step is not None:
+            latents = on_step(number, latents)
+    return latents
 
 
 def count_evaluations(solver: Any, steps: int, guidance: float) -> int:
@@ -198,10 +272,4 @@ def sample_latents(
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
     solver = solver or make_scheduler(objective, scheduler)
     evaluate = Guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
-    latents = noise.float()
-    for number, (timestep, time) in enumerate(set_steps(solver, steps, latents.device), 1):
-        # The solver's own state is fp32 too: in bf16 the errors of many small steps would add up.
-        latents = take_step(solver, evaluate, latents, timestep, time)
-        if on_step is not None:
-            latents = on_step(number, latents)
-    return latents
+    return follow(solver, set_steps(solver, steps, noise.device), lambda: evaluate, noise, on_step)

@@ -1,7 +1,7 @@
 """The diffusers pipeline's call: arguments, which are checked before anything is computed, and the loop over
 the steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from pipeline.diffusion.guidance import Guided
-from pipeline.diffusion.solvers import initial_noise, take_step
+from pipeline.diffusion.solvers import Step, follow, initial_noise, set_schedule, set_steps
 from pipeline.inference.images import to_images
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -58,18 +58,18 @@ class DenoisingLoop:
         condition: Condition,
         null_condition: Condition,
         noise: Tensor,
-        plan: Sequence[tuple[Tensor, float]],
+        plan: Sequence[Step],
         guidance: float,
         callback: Callback | None,
         names: Sequence[str],
     ) -> Tensor:
-        """Follow the scheduler as `pipeline.diffusion.solvers.sample_latents`, step by step with a callback.
+        """Follow the scheduler, with a callback after each step.
 
         Args:
             condition: texts and further conditions of the prompts.
             null_condition: the same of the negative prompts.
             noise: [B, C, h, w] on the network's device.
-            plan: the steps, from `set_steps`.
+            plan: the steps.
             guidance: 1 = none.
             callback: called after each step.
             names: of the tensors that the callback gets.
@@ -81,21 +81,72 @@ class DenoisingLoop:
         def predict(latents: Tensor, given: Condition) -> Tensor:
             return self.transformer(latents.to(self.transformer.dtype), given, return_dict=False)[0]
 
-        # the scheduler's state is fp32, whatever the type of the network
-        latents: Any = noise.float()
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance, len(plan), False
-        with self.progress_bar(total=len(plan)) as bar:
-            for number, (timestep, time) in enumerate(plan):
-                if self.interrupt:
-                    break
-                # made again at each step, since a callback may have set another guidance
+        evaluate = Guided(predict, condition, null_condition, guidance)
+
+        def guide() -> Guided | None:
+            nonlocal evaluate
+            # a callback may have set another guidance
+            if evaluate.guidance != self.guidance_scale:
                 evaluate = Guided(predict, condition, null_condition, self.guidance_scale)
-                latents = take_step(self.scheduler, evaluate, latents, timestep, time)
+            return None if self.interrupt else evaluate
+
+        with self.progress_bar(total=len(plan)) as bar:
+
+            def after(number: int, latents: Tensor) -> Tensor:
                 if callback is not None:
                     tensors = {"latents": latents} if "latents" in names else {}
-                    latents = (callback(self, number, timestep, tensors) or {}).get("latents", latents)
+                    returned = callback(self, number - 1, plan[number - 1][0], tensors) or {}
+                    latents = returned.get("latents", latents)
                 bar.update()
-        return latents
+                return latents
+
+            return follow(self.scheduler, plan, guide, noise, after)
+
+
+def plan_steps(
+    scheduler: Any,
+    steps: Any,
+    default: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    device: torch.device,
+) -> list[Step]:
+    """Return the steps of a call: as many as asked for, or those that are given.
+
+    Args:
+        scheduler: of the pipeline.
+        steps: their number; None = the default, or as many as are given.
+        default: number of steps.
+        sigmas: noise levels of the steps.
+        timesteps: instead of `sigmas`.
+        device: device of the timesteps.
+
+    Raises:
+        UserError: if one contradicts another, is out of range, or is not for this scheduler.
+    """
+    custom = {
+        name: given for name, given in (("sigmas", sigmas), ("timesteps", timesteps)) if given is not None
+    }
+    if not custom:
+        return set_steps(scheduler, whole_number("num_inference_steps", steps, default), device)
+    if len(custom) > 1:
+        raise UserError("sigmas= beside timesteps=: each decides all steps: give one of them")
+    ((name, values),) = custom.items()
+    if whole_number("num_inference_steps", steps, len(values)) != len(values):
+        raise UserError(f"num_inference_steps={steps} beside {len(values)} {name}: leave one of them out")
+    return set_schedule(scheduler, name, values, device)
+
+
+def refuse_attention_kwargs(**given: Mapping[str, Any] | None) -> None:
+    """Refuse arguments for attention processors, which the network has none of.
+
+    Raises:
+        UserError: if one is given.
+    """
+    for name, values in given.items():
+        if values:
+            raise UserError(f"{name}=: the network has no attention processors to read it: leave it out")
 
 
 def check_output_type(output_type: str) -> None:

@@ -159,9 +159,58 @@ def test_a_callback_changes_the_guidance_of_the_next_steps(pipeline):
     assert not pipeline.do_classifier_free_guidance
 
 
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_a_schedule_that_is_given_is_followed(objective):
+    pipeline = build_pipeline(sampler_with_families(objective))
+    pipeline.set_progress_bar_config(disable=True)
+    plain = draw(pipeline, num_inference_steps=4)
+    if objective == "flow":
+        assert torch.equal(draw(pipeline, sigmas=[1.0, 0.75, 0.5, 0.25]), plain)
+        assert torch.equal(draw(pipeline, sigmas=[1.0, 0.75, 0.5, 0.25], num_inference_steps=4), plain)
+        torch.testing.assert_close(draw(pipeline, timesteps=[1000, 750, 500, 250]), plain)
+        assert not torch.equal(draw(pipeline, sigmas=[1.0, 0.7, 0.5, 0.25]), plain)
+    else:
+        own = pipeline.scheduler.timesteps.tolist()
+        assert torch.equal(draw(pipeline, timesteps=own), plain)
+        assert not torch.equal(draw(pipeline, timesteps=[900, *own[1:]]), plain)
+        with pytest.raises(UserError, match="sigmas=: DPMSolverMultistepScheduler takes none here"):
+            draw(pipeline, sigmas=[1.0, 0.5])
+        with pytest.raises(UserError, match="timesteps=: give at most 1000 falling numbers, none above 999"):
+            draw(pipeline, timesteps=[1000, 500])
+    seen = []
+    draw(
+        pipeline, timesteps=[800, 300], callback_on_step_end=lambda *given: seen.append(float(given[2])) or {}
+    )
+    assert (seen, pipeline.num_timesteps) == ([800, 300], 2)
+
+
+def test_flow_sigmas_of_the_multistep_scheduler_cannot_be_given(pipeline):
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **FLOW)
+    for name in ("sigmas", "timesteps"):
+        with pytest.raises(UserError, match=f"{name}=: DPMSolverMultistepScheduler takes none here"):
+            draw(pipeline, **{name: [0.9, 0.5]})
+
+
+def test_empty_arguments_of_attention_processors_mean_none(pipeline):
+    plain = draw(pipeline)
+    assert torch.equal(draw(pipeline, cross_attention_kwargs=None, attention_kwargs={}), plain)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"sigmas": [1.0], "timesteps": [500]}, "sigmas= beside timesteps=: each decides"),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps=3 beside 2 sigmas"),
+        ({"sigmas": []}, "sigmas=: give at most 1000 falling numbers, none above 1"),
+        ({"sigmas": [0.5, 0.7]}, "sigmas=: give at most 1000 falling"),
+        ({"sigmas": [0.5, 0.5]}, "sigmas=: give at most 1000 falling"),
+        ({"sigmas": [2.0, 0.5]}, "none above 1 or below 0"),
+        ({"sigmas": [float("nan"), 0.5]}, "none above 1 or below 0"),
+        ({"sigmas": [0.5, 0.0]}, "sigmas=: give at most 1000 falling"),
+        ({"timesteps": [1001, 5]}, "timesteps=: give at most 1000 falling numbers, none above 1000"),
+        ({"timesteps": [5, -1]}, "none above 1000 or below 0"),
+        ({"cross_attention_kwargs": {"scale": 1.0}}, "cross_attention_kwargs=: the network has no attention"),
+        ({"attention_kwargs": {"scale": 1.0}}, "attention_kwargs=: the network has no attention"),
         ({"prompt": []}, r"prompt=\[\]: give a text"),
         ({"prompt": None}, "prompt=None: give a text"),
         ({"prompt": ["tea", 3]}, "give a text"),

@@ -30,6 +30,7 @@ PACKAGE = "tests_of_diffusers"
 
 TEXT_STAYS_EXACT = "the text part stays fp32 in every type: a mean in bf16 would shift all states"
 NO_IMAGES = "no argument of the call is an image"
+NO_PROCESSORS = "attention is torch's own, no processor can be set"
 NOT_APPLICABLE = {
     "test_to_dtype": TEXT_STAYS_EXACT,
     "test_torch_dtype_dict": TEXT_STAYS_EXACT,
@@ -38,9 +39,23 @@ NOT_APPLICABLE = {
     "test_multi_vae": "their small VAEs have 4 channels, the network reads 16",
     "test_save_load_optional_components": "no part is optional",
     "test_StableDiffusionMixin_component": "the pipeline has no UNet",
-    "test_xformers_attention_forwardGenerator_pass": "attention is torch's own, no processor can be set",
+    "test_xformers_attention_forwardGenerator_pass": NO_PROCESSORS,
 }
 """Tests of the pipeline's mixins that fail by design, or return before they test anything -> the reason."""
+NOT_APPLICABLE_MIXINS = {
+    "AttentionTesterMixin": NO_PROCESSORS,
+    "IPAdapterTesterMixin": NO_PROCESSORS,
+    "LoraTesterMixin": "weights are trained whole, and no adapters are read or written",
+    "LoraHotSwappingForModelTesterMixin": "as LoraTesterMixin",
+    "CacheTesterMixin": "`enable_cache` skips blocks of diffusers' own classes, and changes the numbers",
+    "ContextParallelTesterMixin": "one network is sampled on several GPUs by ZeRO-3 (`--zero3`)",
+    "SingleFileTesterMixin": "an export is a folder",
+    "AttentionBackendTesterMixin": NO_PROCESSORS,
+    "ContextParallelAttentionBackendsTesterMixin": NO_PROCESSORS,
+    "QuantizationCompileTesterMixin": "as QuantizationTesterMixin",
+    "QuantizationTesterMixin": "no layer is one of a quantization package's",
+}
+"""Mixins of models that are not run -> the reason."""
 NO_PICKLES = {"test_disk_offload_without_safetensors": "pickles are never written"}
 
 
@@ -94,8 +109,7 @@ def letters(monkeypatch):
 @without(NOT_APPLICABLE)
 class TestPipeline(common.PipelineLatentTesterMixin, common.PipelineTesterMixin, unittest.TestCase):
     pipeline_class = LIDiTPipeline
-    # no attention processors, to which these arguments would go
-    params = parameters.TEXT_TO_IMAGE_PARAMS - {"cross_attention_kwargs"}
+    params = parameters.TEXT_TO_IMAGE_PARAMS
     batch_params = parameters.TEXT_TO_IMAGE_BATCH_PARAMS
     image_params = frozenset()
     image_latents_params = frozenset()
@@ -168,3 +182,11 @@ class TestModelLayerwiseCasting(ModelConfig, models.LayerwiseCastingTesterMixin)
 
 class TestModelCompile(ModelConfig, models.TorchCompileTesterMixin):
     pass
+
+
+def test_every_mixin_of_models_is_run_or_has_its_reason():
+    ours = (TestModel, TestModelTraining, TestModelOffloading, TestModelLayerwiseCasting, TestModelCompile)
+    known = {base.__name__ for test in ours for base in test.__mro__} | NOT_APPLICABLE_MIXINS.keys()
+    for name in [name for name in models.__all__ if name.endswith("TesterMixin")]:
+        # Those of one cache or one quantization package are special cases of a mixin that is named.
+        assert known & {base.__name__ for base in getattr(models, name).__mro__}, name
