@@ -22,9 +22,15 @@ class Text:
     padded: bool = True
     """False = the caller knows that no position is padding, so that attention may run without a mask."""
 
-    def rows(self, rows: slice) -> "Text":
-        """Return some of the batch's samples."""
+    def rows(self, rows: slice | Tensor) -> "Text":
+        """Return some of the batch's samples, by a range or by their numbers."""
         return replace(self, states=self.states[rows], mask=self.mask[rows])
+
+    def trimmed(self, tokens: int, padded: bool) -> "Text":
+        """Return the prefix and `tokens` caption tokens of each sample, of which none may have more; `padded`
+        as in the attribute."""
+        end = self.prefix + tokens
+        return replace(self, states=self.states[:, :end], mask=self.mask[:, :end], padded=padded)
 
     def repeat(self, times: int) -> "Text":
         """Return each sample `times` times, one after another."""
@@ -72,7 +78,7 @@ class Levels:
     sample_times: Tensor
     """fp32 [B]: the one time of each sample that the text side reads."""
 
-    def rows(self, rows: slice) -> "Levels":
+    def rows(self, rows: slice | Tensor) -> "Levels":
         """Return some of the batch's samples."""
         return Levels(self.places[rows], self.sample_times[rows])
 
@@ -101,7 +107,7 @@ class Condition:
     with_difficulty: bool = False
     """True = the prediction has one more channel, the log-variance of the error that the network expects."""
 
-    def rows(self, rows: slice) -> "Condition":
+    def rows(self, rows: slice | Tensor) -> "Condition":
         """Return the conditions of some of the samples."""
         return replace(
             self,

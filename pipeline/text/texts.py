@@ -92,13 +92,19 @@ class PackedText:
     """int64 [B]: dataset of each caption in a mixture; None = there is only one dataset."""
 
 
-def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) -> Text:
+def padded_length(tokens: int, multiple: int) -> int:
+    """Return the number of caption tokens to which captions of at most `tokens` are padded."""
+    return -(-tokens // multiple) * multiple
+
+
+def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype, multiple: int = 1) -> Text:
     """Dequantize a batch of captions, put the prefix before each and pad on the right.
 
     Args:
         packed: the captions.
         constants: of their family.
         dtype: of the result.
+        multiple: the captions are padded to a multiple of so many tokens, so that there are few lengths.
 
     Returns:
         Text with hidden states [B, T, W].
@@ -113,7 +119,7 @@ def to_text(packed: PackedText, constants: TextConstants, dtype: torch.dtype) ->
         owner = torch.repeat_interleave(packed.sources, packed.lengths.long(), output_size=len(tokens))  # [N]
         factor, shift = c.rescale[owner].unbind(1)  # [N, W] each
         tokens = torch.addcmul(shift, tokens, factor).to(dtype)
-    return _assemble(tokens, packed.lengths, counts, constants)
+    return _assemble(tokens, packed.lengths, counts, constants, multiple)
 
 
 def pack(states: Sequence[Tensor | None], constants: TextConstants) -> PackedText:
@@ -156,12 +162,14 @@ def _concatenate(
     return tokens, torch.tensor(counts, dtype=torch.int32, device=device), counts
 
 
-def _assemble(tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants: TextConstants) -> Text:
+def _assemble(
+    tokens: Tensor, lengths: Tensor, counts: Sequence[int], constants: TextConstants, multiple: int = 1
+) -> Text:
     """Add prefix and padding to the standardized tokens [N, W] of captions with `lengths` [B]."""
     batch, prefix, null = len(counts), len(constants.prefix), len(constants.null)
     # From host numbers: a shape that comes from the device would wait for all its queued work.
     filled = [count or null for count in counts]
-    longest = max(filled)
+    longest = padded_length(max(filled), multiple)
     length, device = prefix + longest, tokens.device
     lengths = lengths.long()
     missing = lengths == 0  # [B]

@@ -1,6 +1,6 @@
 """From a batch to what the network reads: clean latents and the condition."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from pipeline.data.batch import Batch
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
 from pipeline.text.texts import TextConstants, to_text
+from pipeline.training.micro_batches import MicroBatch, by_length
+
+TOKENS_MULTIPLE = 64
+"""On a GPU, captions are padded to a multiple of so many tokens: cuDNN builds a plan of 0.3 s for every new
+length, on each rank at another step. A CPU has no plans, and padding would only cost time."""
 
 
 class NetworkInputs:
@@ -33,6 +38,18 @@ class NetworkInputs:
         self.conditions = {name: CONDITIONS[name] for name in stage.model.conditions}
         self.constants = constants
         self.dtype = dtype
+        self.multiple = 1
+        if all(shared.mean.device.type == "cuda" for shared in constants.values()):
+            self.multiple = TOKENS_MULTIPLE
+
+    def micro_batches(self, batch: Batch, parts: Sequence[slice]) -> Iterator[MicroBatch]:
+        """Divide a batch into micro-batches; `parts` has the ranges of equal size."""
+        tokens = []
+        for name in self.families:
+            packed, null = batch.texts[name], len(self.constants[name].null)
+            counts = packed.lengths.tolist() if packed.counts is None else packed.counts
+            tokens.append([count or null for count in counts])
+        return by_length(parts, tokens, self.multiple, batch.u.device)
 
     def clean_latents(self, batch: Batch) -> Tensor:
         """Sample latents from the batch's moments with its own noise, normalized: fp32 [B, C, ...]."""
@@ -42,6 +59,8 @@ class NetworkInputs:
 
     def condition(self, batch: Batch, timesteps: Tensor, levels: Levels | None = None) -> Condition:
         """Return the batch's condition at times as `TrainingExample` has them; texts in fusion order."""
-        texts = [to_text(batch.texts[name], self.constants[name], self.dtype) for name in self.families]
+        texts = []
+        for name in self.families:
+            texts.append(to_text(batch.texts[name], self.constants[name], self.dtype, self.multiple))
         extra = {name: condition.from_batch(batch) for name, condition in self.conditions.items()}
         return Condition(timesteps, texts, extra, levels)

@@ -187,11 +187,13 @@ class Trainer:
         condition = self.inputs.condition(batch, example.timesteps, example.levels)
         condition.with_difficulty = self.stage.objective.difficulty > 0
 
-        for part in self.engine.micro_batches(len(clean)):
-            prediction = self.engine(example.noisy[part].to(self.engine.dtype), condition.rows(part))
-            learned, losses = self.objective.training_losses(prediction.float(), example.target[part])
+        parts = list(self.engine.micro_batches(len(clean)))
+        for part in self.inputs.micro_batches(batch, parts):
+            noisy = example.noisy[part.rows].to(self.engine.dtype)
+            prediction = self.engine(noisy, part.condition(condition))
+            learned, losses = self.objective.training_losses(prediction.float(), example.target[part.rows])
             self.engine.backward(learned.mean())
-            self._add_losses(batch, losses.detach(), example.timesteps[part])
+            self._add_losses(batch, losses.detach(), example.timesteps[part.rows])
 
         self.heartbeat.enter("step", self.state.step)
         rate = learning_rate(self.stage.optim, self.state.samples, self.stage.samples)

@@ -1,0 +1,44 @@
+"""Micro-batches of captions of similar length: every sample once, little padding, the same losses."""
+
+import pytest
+import torch
+
+from model.condition import Condition
+from pipeline.training.micro_batches import by_length
+from tests.helpers.networks import random_inputs, random_network
+
+LENGTHS = (70, 3, 40, 9, 64, 5, 31, 2)
+PARTS = [slice(start, start + 2) for start in range(0, 8, 2)]
+
+
+def divided(multiple=1, parts=PARTS):
+    return list(by_length(parts, [LENGTHS, LENGTHS], multiple, torch.device("cpu")))
+
+
+def test_every_sample_is_in_one_micro_batch_and_the_shortest_come_first():
+    rows = [part.rows.tolist() for part in divided()]
+    assert rows == [[7, 1], [5, 3], [6, 2], [4, 0]]
+    assert [part.tokens[0] for part in divided()] == [(3, True), (9, True), (40, True), (70, True)]
+
+
+def test_lengths_are_few_with_a_multiple():
+    assert {part.tokens[1] for part in divided(64)} == {(64, True), (128, True)}
+    # Together 62 % of the tokens of one padded batch, and a third without the multiple.
+    assert sum(2 * part.tokens[0][0] for part in divided(64)) == 640
+    assert sum(2 * part.tokens[0][0] for part in divided()) == 244
+
+
+def test_a_batch_that_is_done_at_once_keeps_its_order():
+    (whole,) = divided(parts=[slice(0, 8)])
+    assert (whole.rows, whole.tokens) == (slice(0, 8), None)
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_trimmed_and_sorted_samples_have_the_predictions_of_the_whole_batch(multiple):
+    network = random_network()
+    latents, timesteps, texts = random_inputs(lengths=LENGTHS, padding=58)
+    condition = Condition(timesteps, texts)
+    whole = network(latents, condition)
+    for part in divided(multiple):
+        alone = network(latents[part.rows], part.condition(condition))
+        assert torch.allclose(alone, whole[part.rows], rtol=1e-9, atol=1e-9)
