@@ -34,7 +34,7 @@ class PatchPrediction:
     of_prompt: Tensor
     """Without guidance."""
     log_variance: Tensor
-    """Of each patch, with guidance, fp32 [B, N]."""
+    """fp32 [B, N], with guidance."""
 
 
 class AdaptiveSolver(ABC):

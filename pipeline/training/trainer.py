@@ -206,7 +206,8 @@ class Trainer:
             self._applied(norm)
         else:
             self._skipped(batch, norm)
-        self._add_step(batch, rate)
+        self.state.interval.add("lr", rate)
+        self.state.interval.add("step_samples", self.samples_of_step)
         for callback in self.callbacks:
             callback.after_step(self, batch)
 
@@ -250,12 +251,6 @@ class Trainer:
         self.sums.add_losses(losses, timesteps)
         for callback in self.callbacks:
             callback.after_micro_batch(self, batch, losses, timesteps)
-
-    def _add_step(self, batch: Batch, rate: float) -> None:
-        """Add what is known of a step to the interval."""
-        interval = self.state.interval
-        interval.add("lr", rate)
-        interval.add("step_samples", self.samples_of_step)
 
     # -- between steps ---------------------------------------------------------------------------------------
 
