@@ -43,7 +43,7 @@ class Setup:
     caption_tokens: int = 100
     """Mean over the captions."""
     max_caption_tokens: int = 256
-    """Of the longest caption: a micro-batch of long ones has to fit."""
+    """Tokens of the longest caption: a micro-batch of long ones has to fit."""
     captions: int = 2
     """Captions per pair."""
     pairs: int = 30_000_000
