@@ -26,7 +26,6 @@ from data_prep.store.store import open_store
 from model.common.errors import UserError, command
 from model.common.settings import load_yaml
 from model.common.yaml_writing import Line, as_value, as_yaml, refuse_existing, write_new
-from model.presets import PRESETS
 from pipeline.operations.planning import Plan, Setup, make_plan
 from pipeline.stage.config import STAGES, StageConfig, load_stage
 
@@ -173,7 +172,7 @@ class Chooser:
             return choice, [f"{preset}: as asked for"]
 
         reasons: list[str] = []
-        for name in reversed(PRESETS):
+        for name in reversed(TEMPLATES):
             wanted = MIN_PAIRS[name]
             if self._gpus == 0 and name != "tiny":
                 reasons.append(f"{name}: not on a CPU")
@@ -395,7 +394,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="settings of the dataset to change")
     add("--gpus", type=int, required=True, help="number of GPUs; 0 = train on the CPU")
     add("--gpu-memory", type=float, default=80.0, help="of each GPU, in GB (default 80)")
-    add("--preset", choices=PRESETS, default="", help="size of the network (default: the largest that fits)")
+    add(
+        "--preset", choices=TEMPLATES, default="", help="size of the network (default: the largest that fits)"
+    )
     add("--out", type=Path, help="the YAML to write, which must not exist (default <name>_stage.yaml)")
     return parser.parse_intermixed_args(arguments)
 

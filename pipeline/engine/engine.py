@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.blocks import Block
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
+from pipeline.engine.attention import choose_attention
 from pipeline.engine.compile import compile_blocks, make_graphs
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.master_weights import MasterWeights, RankState, check_names
@@ -65,7 +66,12 @@ class Engine:
             )
         # Before anything is built, which takes minutes for a large network: a wrong setting fails at once.
         check_settings(stage)
+        if ranks.world % stage.engine.hpz:
+            raise UserError(
+                f"engine.hpz={stage.engine.hpz} does not divide the {ranks.world} processes: change it"
+            )
         disable_ranges()
+        choose_attention(stage.engine.attention)
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
 
         self.module: Any

@@ -111,3 +111,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
         piece: Tensor | None = getattr(parameter, "ds_tensor", None)
         if piece is not None:
             piece.data = piece.data.to(dtype)
+            # The second copies of hpZ are still fp32. Without them, the first forward pass gathers the pieces
+            # above and makes the copies again.
+            if parameter.ds_secondary_tensor is not None:  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.ds_secondary_tensor = None  # pyright: ignore[reportAttributeAccessIssue]

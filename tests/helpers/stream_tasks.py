@@ -6,10 +6,13 @@ from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.engine_tasks import LR, make_engine, own_part, train
-from tests.helpers.small_network import batch, stage
+from pipeline.engine import partitioned
+from tests.helpers.engine_tasks import LR, dit_step, make_engine, own_part, tiny_dit, train
+from tests.helpers.small_network import GLOBAL_BATCH, batch, stage
 
 WAITS = {"synchronize": "waits", "range_push": "ranges", "range_pop": "ranges"}
 
@@ -56,6 +59,45 @@ def waits_of_a_step(settings):
         with mock.patch.object(accelerator, "resolves_data_dependency", return_value=False):
             engine.step(LR)
     return number, inside, dict(counts)
+
+
+def fetches_of_a_step(leaves):
+    """Return how often ZeRO-3 fetches a module's parameters in a step, and the losses of three steps.
+
+    Args:
+        leaves: types of modules that are gathered whole.
+    """
+    with mock.patch.object(
+        partitioned, "set_z3_leaf_modules", lambda module, _: set_z3_leaf_modules(module, leaves)
+    ):
+        engine = make_engine(network=tiny_dit, config=stage(precision="bf16"))
+    losses = [dit_step(engine, step) for step in range(2)]
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+    with mock.patch.object(PartitionedParameterCoordinator, "fetch_sub_module", autospec=True) as fetches:
+        fetches.side_effect = fetch
+        losses.append(dit_step(engine, 2))
+    return fetches.call_count, losses
+
+
+def losses_with(settings):
+    """Return losses of a LIDiT and sums of its average, with weights exchanged in between."""
+    # DeepSpeed makes hpZ's groups once per process, and the tests' processes have many engines.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    engine = make_engine(network=tiny_dit, config=stage(**settings))
+    losses = []
+    for step in range(3):
+        losses.append(dit_step(engine, step))
+        engine.update_averages(GLOBAL_BATCH * (step + 1))
+        with engine.averaged():
+            losses.append(float(engine.averages[0].averages[0].sum()))
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    return losses
+
+
+def attention_kernels(name):
+    """Return whether Flash's and cuDNN's kernels may be used in a run with this setting."""
+    make_engine(attention=name)
+    return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
 
 
 class RecordingStream:

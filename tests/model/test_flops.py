@@ -53,6 +53,18 @@ def test_operations_by_formula_are_those_of_the_forward_pass(fusion, llms, patch
     assert formula == 3 * counter.get_total_flops() / len(latents)
 
 
+@pytest.mark.parametrize("preset", ["li_dit_1b_18x64", "li_dit_1b_9x128"])
+def test_other_heads_are_the_same_network_but_for_the_gains_of_their_norms(preset):
+    def cost(name):
+        sizes = [PRESETS[name], FusionConfig(), [4096, 4096]]
+        return count_parameters(*sizes)["dit"], flops_per_sample(*sizes, (32, 32), [140, 140], [40, 40])
+
+    (parameters, flops), (usual, usual_flops) = cost(preset), cost("li_dit_1b")
+    assert flops == usual_flops
+    heads, width = PRESETS[preset].heads, 1152
+    assert parameters - usual == 28 * 4 * (width // heads - 72)
+
+
 @pytest.mark.parametrize(("preset", "wanted"), [("li_dit_1b", 0.93e9), ("li_dit_10b", 9.5e9)])
 def test_presets_have_the_papers_sizes(preset, wanted):
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from pipeline.engine.master_weights import MasterWeights
 from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import OptimConfig
 from tests.helpers import engine_tasks as rank_tasks
+from tests.helpers import stream_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.small_network import stage
 
@@ -162,6 +163,25 @@ def test_a_compiled_block_is_one_graph_without_breaks():
 def test_a_rank_with_fewer_samples_than_a_micro_batch_trains_all_at_once():
     assert on_ranks(2, rank_tasks.micro_batches, {"micro_batch": 16}) == [(1, 6)] * 2
     assert on_ranks(2, rank_tasks.micro_batches, {"micro_batch": 3}) == [(2, 3)] * 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_second_copy_of_the_weights_in_each_node_changes_no_number(precision):
+    one, two = (
+        on_ranks(
+            2, stream_tasks.losses_with, {"precision": precision, "hpz": size, "persistence_threshold": 0}
+        )
+        for size in (1, 2)
+    )
+    assert one == two
+    assert all("engine.hpz=3" in message for message in on_ranks(2, rank_tasks.refusal, stage(hpz=3)))
+
+
+def test_attention_kernels_are_those_of_the_setting():
+    by_name = [on_ranks(1, stream_tasks.attention_kernels, name)[0] for name in ("auto", "cudnn", "flash")]
+    assert by_name == [(True, True), (False, True), (True, False)]
+    assert on_ranks(1, stream_tasks.attention_kernels, "efficient") == [(False, False)]
+    on_ranks(1, stream_tasks.attention_kernels, "auto")
 
 
 def test_a_failing_rank_ends_its_call_with_its_trace():
