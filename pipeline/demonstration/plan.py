@@ -10,7 +10,7 @@ SPEED_STEPS = 20
 """Steps that show the speed of training. The second half of them counts, since the first steps are slower."""
 MIN_IMAGES, MAX_IMAGES = 8, 256
 """Number of images: as many as fit into the time, since the measured share then has a smaller error."""
-DRAWING_FACTOR = 3.0
+DRAWING_FACTOR = 6.0
 """Time of a forward pass of one image in one process, compared with its time in a training batch of all
 processes (`benchmarks/results/first_minutes.md`)."""
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_DIFFERENCES = 2**25
-"""Most differences of features that are in memory at a time, as fp32: 128 MiB."""
 NORMAL_QUANTILE = 1.96
 """Standard deviations on both sides of the mean that contain 95 % of a normal distribution."""
 
@@ -33,29 +31,24 @@ class Recognition:
     """Number of training images that each image is compared with."""
 
 
-def squared_distances(images: Tensor, references: Tensor) -> Tensor:
-    """Return the squared distances of features [B, ...] to features [N, ...]: fp64 [B, N].
+def distances(images: Tensor, references: Tensor) -> Tensor:
+    """Return the Euclidean distances of features [B, ...] to features [N, ...]: fp32 [B, N].
 
     Differences are squared one by one. The faster form by a product of matrices rounds equal references
     differently, so they would not tie.
     """
     flat, others = images.flatten(1).float(), references.flatten(1).float()
-    chunk = max(1, MAX_DIFFERENCES // others.numel())
-    parts = [
-        (part[:, None] - others).square().sum(-1, dtype=torch.float64)  # [chunk, N]
-        for part in flat.split(chunk)
-    ]
-    return torch.cat(parts)
+    return torch.cdist(flat, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def recognized(distances: Tensor, own: Tensor) -> Tensor:
+def recognized(distance: Tensor, own: Tensor) -> Tensor:
     """Return how far each image is recognized: fp64 [B] in [0, 1].
 
     1 if the nearest reference is one of the image's own, 0 if not. If several references are equally near, it
     is the share of them that are its own, so that an image that is equally near to all scores like chance.
 
     Args:
-        distances: [B, N], from images to references.
+        distance: [B, N], from images to references.
         own: bool [B, N], the references that have the image's caption.
 
     Raises:
@@ -63,7 +56,7 @@ def recognized(distances: Tensor, own: Tensor) -> Tensor:
     """
     if not own.any(dim=1).all():
         raise ValueError("an image has no reference of its own, so it could not be recognized")
-    nearest = distances == distances.min(dim=1, keepdim=True).values
+    nearest = distance == distance.min(dim=1, keepdim=True).values
     return (nearest & own).sum(1).double() / nearest.sum(1)
 
 
@@ -75,7 +68,7 @@ def recognition(images: Tensor, references: Tensor, own: Tensor) -> Recognition:
         references: features [N, ...] of the training images.
         own: bool [B, N], the references that have the image's caption.
     """
-    scores = recognized(squared_distances(images, references), own)
+    scores = recognized(distances(images, references), own)
     share = float(scores.mean())
     low, high = share_interval(share, len(scores))
     chance = float(own.double().mean())
