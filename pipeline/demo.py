@@ -8,10 +8,16 @@ images are generated. Finished phases are not repeated, so an interrupted demo c
 stopped, with the same plan.
 """
 
+import os
+
+if __name__ == "__main__":
+    # Before torch is imported, which reads it: threads that wait then sleep. Spinning ones take the cores from
+    # the threads that they wait for, as soon as another program runs too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -273,8 +279,6 @@ def main() -> None:
     # now, and not minutes later when the first phase needs one of them
     check_packages(list(demo.packages))
     stage = load_stage(demo.name, overrides)
-    # Threads that wait then sleep instead of spinning: other programs may need the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     yaml = DATASETS / f"{demo.name}.yaml"
     dataset, changes = load_dataset(yaml, []), list[str]()

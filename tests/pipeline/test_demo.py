@@ -76,9 +76,7 @@ class FakeDemo:
 
 @pytest.fixture
 def fake_demo(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    yield FakeDemo(tmp_path, monkeypatch)
-    os.environ.pop("OMP_WAIT_POLICY", None)
+    return FakeDemo(tmp_path, monkeypatch)
 
 
 def test_both_halves_of_the_training_have_the_planned_length(fake_demo):
@@ -128,7 +126,6 @@ def test_the_number_of_scenes_follows_from_the_minutes(monkeypatch, tmp_path):
     fake = FakeDemo(tmp_path, monkeypatch)
     monkeypatch.setattr(demo, "DEMOS", {"scenes": replace(demo.DEMOS["scenes"], ending=fake.ending)})
     fake.run = tmp_path / "demo_scenes"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setattr(sys, "argv", ["demo", "scenes", f"runs={tmp_path}", "minutes=0.5"])
     demo.main()
     prepare = [command for command in fake.commands if command[0] == "data_prep"]
