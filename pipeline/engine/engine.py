@@ -29,6 +29,7 @@ from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
 from pipeline.engine.streams import disable_ranges, order_gathers
+from pipeline.engine.world import replace_loops
 from pipeline.stage.config import StageConfig
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Engine:
                 f"engine.hpz={stage.engine.hpz} does not divide the {ranks.world} processes: change it"
             )
         disable_ranges()
+        replace_loops()
         choose_attention(stage.engine.attention)
         config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
 

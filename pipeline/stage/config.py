@@ -203,8 +203,8 @@ class EngineConfig:
     hpz: int = bounded(1, 1, 65_536)
     """Ranks of a node that keep a second copy of the weights between them (ZeRO++); 1 = none."""
     attention: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
-    """Attention kernels of a GPU: torch's choice by shape, or without cuDNN's or Flash's. Flash takes no mask:
-    with it or `efficient`, padded text is read by the memory-efficient kernel."""
+    """Attention kernels of a GPU: torch's choice by shape, or without cuDNN's or Flash's. Flash takes no
+    mask: with it or `efficient`, padded text is read by the memory-efficient kernel."""
     overlap_comm: bool = True
     """True if gradients are reduced while the backward pass runs."""
     timeout_minutes: int = bounded(10, 1, 10_000)

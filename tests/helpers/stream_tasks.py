@@ -6,11 +6,9 @@ from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import groups, set_z3_leaf_modules
+from deepspeed.utils import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.engine import partitioned
 from tests.helpers.engine_tasks import LR, dit_step, make_engine, own_part, tiny_dit, train
 from tests.helpers.small_network import GLOBAL_BATCH, batch, stage
 
@@ -59,24 +57,6 @@ def waits_of_a_step(settings):
         with mock.patch.object(accelerator, "resolves_data_dependency", return_value=False):
             engine.step(LR)
     return number, inside, dict(counts)
-
-
-def fetches_of_a_step(leaves):
-    """Return how often ZeRO-3 fetches a module's parameters in a step, and the losses of three steps.
-
-    Args:
-        leaves: types of modules that are gathered whole.
-    """
-    with mock.patch.object(
-        partitioned, "set_z3_leaf_modules", lambda module, _: set_z3_leaf_modules(module, leaves)
-    ):
-        engine = make_engine(network=tiny_dit, config=stage(precision="bf16"))
-    losses = [dit_step(engine, step) for step in range(2)]
-    fetch = PartitionedParameterCoordinator.fetch_sub_module
-    with mock.patch.object(PartitionedParameterCoordinator, "fetch_sub_module", autospec=True) as fetches:
-        fetches.side_effect = fetch
-        losses.append(dit_step(engine, 2))
-    return fetches.call_count, losses
 
 
 def losses_with(settings):
