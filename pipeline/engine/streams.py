@@ -19,7 +19,8 @@ def order_gathers(optimizer: Any) -> None:
     stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
     # A CPU has no streams.
     if stream is not None:
-        stream.wait_stream(get_accelerator().current_stream())
+        accelerator: Any = get_accelerator()
+        stream.wait_stream(accelerator.current_stream())
 
 
 def disable_ranges() -> None:

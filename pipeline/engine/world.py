@@ -23,7 +23,8 @@ _loop_over_ranks = AllGatherCoalescedHandle.wait
 def replace_loops() -> None:
     """Let ZeRO-3 use the functions below."""
     stage3.reduce_scatter_coalesced = reduce_scatter
-    AllGatherCoalescedHandle.wait = wait_for_gather
+    handles: Any = AllGatherCoalescedHandle
+    handles.wait = wait_for_gather
 
 
 def pieces_by_rank(tensors: Sequence[Tensor], world: int) -> Tensor:
@@ -104,7 +105,8 @@ def wait_for_gather(handle: Any, handle_dependency: bool = True) -> None:
     for parameter, flat in zip(handle.params, flats, strict=True):
         parameter.data = flat.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
         parameter.ds_status = ZeroParamStatus.AVAILABLE
-    if not get_accelerator().is_synchronized_device():
+    accelerator: Any = get_accelerator()
+    if not accelerator.is_synchronized_device():
         # The buffer was allocated on the gathers' stream and is read on this one.
-        first.record_stream(get_accelerator().current_stream())
+        first.record_stream(accelerator.current_stream())
     handle.complete = True
