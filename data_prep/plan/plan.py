@@ -250,9 +250,9 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
             Progress("plan", int(starts[-1])) as progress,
         ):
             for number in file_order(config, files):
-                judged = verdicts[starts[number] : starts[number + 1]]
+                own = slice(starts[number], starts[number + 1])
                 with naming_full_disk(path), pq.ParquetWriter(path, DROPPED, compression="zstd") as dropped:
-                    for table in _judged(dataset, number, judged, copies):
+                    for table in _judged(dataset, number, verdicts[own], copies):
                         counts.add(files[number], table)
                         dropped.write_table(
                             table.filter(pc.not_equal(table["reason"], "")).select(DROPPED.names)
@@ -261,7 +261,7 @@ def _finish(config: DatasetConfig, dataset: Store, files: list[SourceFile]) -> M
                         progress.advance(len(table))
                 dataset.put_new(dropped_key(number), path.read_bytes())
         hashes = writer.finish()
-        del verdicts, judged  # closes the memory map before its folder is removed
+        del verdicts  # closes the memory map before its folder is removed
 
     # A plan with wrong counts must not come to exist.
     counts.check(sum(sum(rows) for rows in writer.parts.values()))
