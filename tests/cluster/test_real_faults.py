@@ -4,7 +4,9 @@ Each training takes about a minute, so all are slow: `pytest -m slow tests/clust
 """
 
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from pipeline.stage.config import dump_stage
 from tests.cluster.test_real_training import BUCKETS, losses
 from tests.helpers import fake_snapshot, trainer_tasks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SAMPLES = 8 * 160
 
@@ -38,9 +40,33 @@ class Real:
         overrides = [f"name={name}", *overrides]
         return self.training.submit("--nodes=2", overrides=overrides, **{**self.environment, **environment})
 
-    def ends(self, job, state="COMPLETED", seconds=300):
+    def ends(self, job, state="COMPLETED", seconds=900):
         assert self.slurm.wait_for(job, seconds=seconds)["JobState"] == state, self.training.output(job)
         return self.training.output(job)
+
+    def rank(self, number):
+        """The process of a rank."""
+        mark = f"SLURM_PROCID={number}"
+        (pid,) = (
+            pid for pid in self.slurm.processes() if mark in self.slurm.environ(pid) and is_trainer(pid)
+        )
+        return pid
+
+
+def is_trainer(pid):
+    try:
+        program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    # srun has the same arguments behind it, and in a job's script also the same environment
+    return b"python" in program and b"pipeline.train" in arguments
+
+
+def parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 @pytest.fixture
@@ -89,3 +115,40 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(real):
     finally:
         os.sync()
         subprocess.run(["umount", "-l", str(runs)], check=False)
+
+
+def freeze_rank_0(real):
+    """Rank 0 holds the store, so the other rank has nobody to ask."""
+    real.slurm.freeze(real.rank(0))
+    return r"rank 0 .* hangs: no heartbeat for 60 s"
+
+
+def kill_a_loader_process(real):
+    # The loader's processes are forks of the fork server, which is the rank's own child.
+    rank = real.rank(0)
+    loaders = [pid for pid in real.slurm.processes() if parent(parent(pid)) == rank]
+    assert loaders
+    for pid in loaders:
+        real.slurm.kill(pid)
+    return r"DataLoader worker \(pid\(s\) \d+.*\) exited unexpectedly"
+
+
+STEPS = 60
+
+
+@pytest.mark.parametrize("fault", [freeze_rank_0, kill_a_loader_process])
+def test_a_fault_is_named_and_the_job_goes_on_with_the_same_losses(real, fault):
+    real.ends(real.submit("straight", f"samples={8 * STEPS}"))
+    straight = losses(real.folder / "runs/straight")
+
+    job = real.submit("faulty", f"samples={8 * STEPS}")
+    real.training.at_step(6, seconds=400)
+    message = fault(real)
+    # After the last step nobody waits for a rank any more, and nobody would name it.
+    assert real.training.steps()[-1] < STEPS, "the fault came too late"
+    real.slurm.wait(real.training.endings, "ending", seconds=240)
+    real.slurm.start_now(job)
+    output = real.ends(job)
+    assert re.search(message, output), output
+    # Steps after the last checkpoint were done twice, with the same losses.
+    assert sorted(set(losses(real.folder / "runs/faulty"))) == straight
