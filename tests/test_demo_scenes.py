@@ -1,4 +1,4 @@
-"""`make demo-scenes` from start to end in seconds: every phase, the plan, a stop, and a report with the score."""
+"""`make demo-scenes` from start to end in seconds: every phase, the plan, a stop, a report with the score."""
 
 import json
 import os

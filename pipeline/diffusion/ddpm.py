@@ -35,7 +35,7 @@ def ddpm_alphas() -> Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def _dpm_solver(**settings: int) -> Any:
+def _dpm_solver(**settings: Any) -> Any:
     # imported by the commands that sample, as in `flow`
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from model.blocks import Block
 from model.common.errors import UserError
@@ -40,7 +41,7 @@ def compile_blocks(blocks: Iterable[Block], budget: float = 1.0) -> None:
     """
     if not torch.cuda.is_available():
         _check_compiler()
-    torch._functorch.config.activation_memory_budget = budget
+    functorch.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for block in blocks:
         _compile(block)

@@ -122,7 +122,7 @@ class Watchdog:
         os._exit(code)
 
     def _tell_peers(self, code: int, why: str) -> None:
-        """Publish why this rank ends; if the store is gone, rank 0 was the first to end, so name it."""
+        """Publish why this rank ends; if the store does not answer, name rank 0, which has it."""
         try:
             self._store.set(_FAILED, json.dumps({"code": code, "why": why}))
             # a value is sent without an answer, a question is not

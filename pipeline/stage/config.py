@@ -255,8 +255,8 @@ class SampleConfig:
     guidance: float = bounded(4.0, 0.0, 1_000.0)
     """Scale of classifier-free guidance; 1 = none."""
     scheduler: str = ""
-    """flow: `euler`, `dpm`, and with a difficulty head `dual_loop`, `look_ahead`; ddpm: `dpm`, `ddim`; empty =
-    the first."""
+    """flow: `euler`, `dpm`, and with a difficulty head `dual_loop`, `look_ahead`; ddpm: `dpm`, `ddim`; empty
+    = the first."""
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     """Settings of `dual_loop` and `look_ahead`."""
     seed: int = bounded(0, 0, MAX_SEED)

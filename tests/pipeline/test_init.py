@@ -15,8 +15,8 @@ from model.common.records import seal
 from model.common.yaml_writing import as_yaml
 from model.config import TextConfig
 from pipeline import init
-from pipeline.operations.planning import Setup, make_plan
 from pipeline.init import EPOCHS, MEMORY_SHARE, MIN_PAIRS, Chooser, Facts, stage_lines
+from pipeline.operations.planning import Setup, make_plan
 from pipeline.stage.config import load_stage
 from tests.helpers import fake_snapshot
 
