@@ -131,6 +131,9 @@ class Oracle:
     def keep_pace(self, drawing):
         pass
 
+    def evaluations(self, drawing):
+        return 0
+
     def latents(self, prompts, seeds, drawing, on_step):
         return torch.tensor([self.numbers[prompt] for prompt in prompts])
 

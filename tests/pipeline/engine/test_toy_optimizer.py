@@ -6,7 +6,7 @@ import torch
 from model.common.errors import UserError
 from model.config import DiTConfig
 from pipeline.engine.optim import optimizer_settings
-from pipeline.estimate import count_moments, state_memory
+from pipeline.operations.planning import count_moments, state_memory
 from pipeline.stage.config import OptimConfig
 from tests.helpers import checkpoint_tasks, toy_optimizer
 from tests.helpers.distributed import on_ranks
