@@ -1,9 +1,9 @@
-"""The order of ZeRO-3's work on the device, without waiting for the device."""
+"""The order of ZeRO-3's work on the device, without waiting for the device.
+
+DeepSpeed is imported by those who train: what reads a checkpoint imports this module without it.
+"""
 
 from typing import Any
-
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import nvtx
 
 
 def order_gathers(optimizer: Any) -> None:
@@ -15,6 +15,8 @@ def order_gathers(optimizer: Any) -> None:
     Args:
         optimizer: DeepSpeed's for ZeRO-3.
     """
+    from deepspeed.accelerator import get_accelerator
+
     # Read under its mangled name, so that a version without this stream fails here and not by wrong weights.
     stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
     # A CPU has no streams.
@@ -25,4 +27,6 @@ def order_gathers(optimizer: Any) -> None:
 
 def disable_ranges() -> None:
     """Turn off DeepSpeed's NVTX ranges: about 4,750 pairs of calls per step of the 1B network."""
+    from deepspeed.utils import nvtx
+
     nvtx.enable_nvtx = False

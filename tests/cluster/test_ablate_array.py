@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 ROWS = """
 rows:
@@ -29,7 +29,7 @@ def test_the_line_that_is_printed_does_what_is_not_done(slurm, training, tmp_pat
     line.remove("--gpus-per-node=1")  # the nodes with two cores have none
     name, tasks = assignment.split("=")
     job = training.type(line[0], "--parsable", *line[1:], **{name: tasks}).strip()
-    slurm.wait(lambda: not slurm.queue(), "end of the array", 60)
+    slurm.wait(lambda: not slurm.queue(), "end of the array", 110)
     done = {
         path.parent.relative_to(folder): json.loads(path.read_text())["task"]
         for path in folder.rglob("score.json")

@@ -26,9 +26,12 @@ def test_the_documented_stages_are_shipped():
     assert SHIPPED == [
         "ablation_256",
         "demo",
+        "demo_scenes",
         "li_dit_10b_1024",
         "li_dit_10b_512",
         "li_dit_1b_256",
+        "li_dit_1b_256_patch_times",
+        "patch_times_ablation",
         "scenes_ablation",
     ]
 
