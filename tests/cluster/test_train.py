@@ -175,7 +175,6 @@ def test_time_limit(slurm, out_of_time):
         lambda: slurm.job(job)["Reason"] == "BeginTime" or int(slurm.job(job)["Restarts"]), "the requeue"
     )
     slurm.run("scancel", str(job))
-    slurm.wait(lambda: slurm.job(job)["JobState"] == "CANCELLED", "the end")
     steps = training.steps()
     assert steps == list(range(1, len(steps) + 1))  # the second start goes on where the first one stopped
     assert first["step"] in steps

@@ -340,7 +340,7 @@ def test_worker_processes_do_not_outlive_a_killed_task():
         processes = manager.Queue()
         task = multiprocessing.get_context("forkserver").Process(target=_work, args=(processes,))
         task.start()
-        workers = [processes.get(timeout=60) for _ in range(2)]
+        workers = [processes.get(timeout=150) for _ in range(2)]
         os.kill(task.pid, signal.SIGKILL)
         task.join()
         for _ in range(100):

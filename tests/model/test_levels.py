@@ -94,7 +94,8 @@ def test_patches_and_their_places_can_be_permuted_together(monkeypatch):
     order = torch.tensor([3, 1, 5, 0, 4, 2])
     result = network(latents, Condition(times, texts, levels=levels_of(places, times)))
     permuted = Condition(times, texts, levels=levels_of(places[:, order], times))
-    assert close(network(latents[..., order], permuted), result[..., order])
+    # norms are in fp32, whose sums have another order then
+    assert torch.allclose(network(latents[..., order], permuted), result[..., order], rtol=1e-4, atol=1e-4)
 
 
 def test_the_text_side_reads_one_time():

@@ -249,7 +249,7 @@ def test_a_copy_of_the_dataset_reads_the_same(stage, expected, again):
 def test_signals_that_are_meant_for_the_trainer_leave_loader_processes_alone(stage, expected):
     before = multiprocessing.active_children()
     batches = iter(loader(StreamingSnapshot(stage), 2, prefetch_factor=1))
-    taken = [next(batches)]
+    taken = [next(batches), next(batches)]  # one of each process, so that both have started
     for process in set(multiprocessing.active_children()) - set(before):
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.kill(process.pid, number)
