@@ -222,6 +222,9 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         guidance: float = 4.0,
         format: int = FORMAT,
         objective: str = "",
+        patch_times: Mapping[str, Any] | None = None,
+        solver: str = "",
+        adaptive: Mapping[str, Any] | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -236,6 +239,9 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             guidance: default.
             format: version of the exported folder.
             objective: what the network was trained to predict; empty = what the scheduler reads.
+            patch_times: fields of `PatchTimesConfig` in training; None = one time per sample.
+            solver: default of a call.
+            adaptive: fields of `AdaptiveConfig`, the settings of `solver`.
 
         Raises:
             UserError: if no objective has such a scheduler.
@@ -247,8 +253,9 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             objective = objective or find_objective(scheduler)
         # in the pipeline's config, so that an export keeps the sampling settings of its stage
         self.register_to_config(
-            height=height, width=width, steps=steps, guidance=guidance, format=format, objective=objective
-        )
+            height=height, width=width, steps=steps, guidance=guidance, format=format, objective=objective,
+            patch_times=dict(patch_times or {}), solver=solver, adaptive=dict(adaptive or {}),
+        )  # fmt: skip
         self.card: dict[str, bytes] = {}
 
     @classmethod
@@ -401,6 +408,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         timesteps: Sequence[float] | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         attention_kwargs: Mapping[str, Any] | None = None,
+        solver: str | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -427,6 +435,8 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             sigmas: noise level of each step, instead of `num_inference_steps`.
             timesteps: instead of `sigmas`.
             cross_attention_kwargs, attention_kwargs: None, since there are no attention processors.
+            solver: `dual_loop` or `look_ahead`, which follow the difficulty of patches at the scheduler's
+                times; empty = the scheduler itself; None = the pipeline's default.
 
         Raises:
             UserError: if an argument is wrong or does not fit another, or the scheduler does not fit the
@@ -438,10 +448,8 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         check_output_type(output_type)
         self._check_call(names)
         config, device = self.config, self._execution_device
-        size = (
-            whole_number("height", height, config["height"]),
-            whole_number("width", width, config["width"]),
-        )
+        sides = {"height": height, "width": width}
+        size = tuple(whole_number(name, side, config[name]) for name, side in sides.items())
         refuse_attention_kwargs(
             cross_attention_kwargs=cross_attention_kwargs, attention_kwargs=attention_kwargs
         )
@@ -452,6 +460,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         shape = latent_shape(self.transformer, vae.downsampling, *size)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
         plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
+        follower = self.choose_solver(config["solver"] if solver is None else solver)
         params = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
         extra = extra_conditions(self.transformer, params, images, device)
 
@@ -464,7 +473,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         )
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
         sampled = self.denoise(
-            condition, null_condition, noise.to(device), plan, guidance, callback_on_step_end, names
+            condition, null_condition, noise.to(device), follower, plan, guidance, callback_on_step_end, names
         )
         finished = sampled if output_type == "latent" else to_output(decode_each(vae, sampled), output_type)
         # moves the last part off the GPU, if parts are offloaded
@@ -479,7 +488,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs: {min(unknown)!r} is not one of "
                 f"{', '.join(self._callback_tensor_inputs)}"
             )
-        if misfit := scheduler_misfit(self.scheduler, self.config["objective"]):
+        if misfit := scheduler_misfit(self.scheduler, self.objective_config):
             raise UserError(
                 f"scheduler {type(self.scheduler).__name__}: the network was trained for objective "
                 f"{self.config['objective']}: take {misfit}"

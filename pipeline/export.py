@@ -20,6 +20,7 @@ from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
+from pipeline.diffusion.adaptive import ADAPTIVE
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.sampler import Sampler
 from pipeline.runtime.run_log import read_reports
@@ -52,9 +53,13 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
     # the objective decides the scheduler; another one would read the predictions wrongly
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
+    follows = defaults.scheduler in ADAPTIVE
     return LIDiTPipeline(
         transformer.eval(), scheduler, space.module, text,
         defaults.height, defaults.width, defaults.steps, defaults.guidance, objective=sampler.objective.name,
+        # only what differs from the defaults, so that other networks' folders stay as they were
+        patch_times=asdict(sampler.objective.patch_times) if sampler.objective.time_levels > 1 else None,
+        **({"solver": defaults.scheduler, "adaptive": asdict(defaults.adaptive)} if follows else {}),
     )  # fmt: skip
 
 

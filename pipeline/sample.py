@@ -19,7 +19,7 @@ from PIL import Image
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
-from pipeline.inference.difficulty_maps import check_maps, show_difficulty
+from pipeline.inference.difficulty_maps import check_maps, show_difficulty, show_patches
 from pipeline.inference.generate import generate_images
 from pipeline.inference.images import make_grid, save_png
 from pipeline.inference.sampler import Sampler, SamplingParams
@@ -143,7 +143,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--difficulty",
         action="store_true",
-        help="also show the expected error of each image's patches at several steps, next to the image",
+        help="also show, in files of their own, the expected error of each image's patches at several steps, "
+        "and what the network reads on the way, where patches may be at different times",
     )
     parser.add_argument("--out", type=Path, help="default: samples/ in RUN")
     return parser.parse_args(arguments)
@@ -179,8 +180,9 @@ def main() -> None:
     own_records = write_images(sampler, images, params, arguments.batch, out, about, shows=ranks.rank == 0)
     if arguments.difficulty:
         for image in images:
-            shown = show_difficulty(sampler, image.prompt, image.seed, params)
-            shown.save(out / image.file.replace(".png", "_difficulty.png"))
+            for name, show in (("difficulty", show_difficulty), ("patches", show_patches)):
+                shown = show(sampler, image.prompt, image.seed, params)
+                shown.save(out / image.file.replace(".png", f"_{name}.png"))
     records = gather_records(own_records, ranks)
 
     # all images exist now, since each rank gave its records after its last image

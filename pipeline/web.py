@@ -53,7 +53,7 @@ STYLE = """
 .min_value.min_value, .max_value.max_value, #files .label-clear-button { display: none; }
 """
 """Labels above the images, as many small images per row as fit, and no empty controls."""
-WORDS = "Attention per word: share of the whole text"
+MAPS = "Maps of the first image: attention per word as a share of the whole text, expected error of patches"
 QUEUE = "sampler"
 """The page and the endpoint for scripts wait for each other: the samplers share one GPU."""
 
@@ -65,10 +65,10 @@ def publish(column: Column) -> list[str]:
     return [processing.save_file_to_cache(path, folder) for path in column.files]
 
 
-def show_words(column: Column) -> Any:
-    """Return the gallery of attention per word, which is hidden if it is empty."""
+def show_maps(column: Column) -> Any:
+    """Return the gallery of maps, which is hidden if it is empty."""
     gr: Any = importlib.import_module("gradio")
-    return gr.Gallery(column.words, visible=bool(column.words) or HIDDEN)
+    return gr.Gallery(column.maps, visible=bool(column.maps) or HIDDEN)
 
 
 def build_page(studio: InteractiveSampler) -> Any:
@@ -88,10 +88,10 @@ def build_page(studio: InteractiveSampler) -> Any:
                 controls, generate = _build_controls(gr, studio)
             with gr.Column(scale=3, min_width=320):
                 first = gallery(label="Images", elem_id="pictures")
-                words = small(label=WORDS, elem_id="words")
+                maps = small(label=MAPS, elem_id="maps")
             with gr.Column(scale=3, min_width=320, visible=HIDDEN) as second_column:
                 second = gallery(label="To compare", elem_id="compared")
-                other_words = small(label=WORDS, elem_id="compared-words")
+                other_maps = small(label=MAPS, elem_id="compared-maps")
         files = gr.Files(
             label="Download (PNG with prompt and settings)",
             elem_id="files",
@@ -119,17 +119,17 @@ def build_page(studio: InteractiveSampler) -> Any:
             past_files = [*((path, request.prompt) for path in paths), *past_files][:MAX_HISTORY]
             return (
                 shown[0],
-                show_words(columns[0]),
+                show_maps(columns[0]),
                 gr.Column(visible=len(columns) > 1 or HIDDEN),
                 shown[-1],
-                show_words(columns[-1]),
+                show_maps(columns[-1]),
                 gr.Files(paths, interactive=False, visible=True),
                 gr.Gallery(past_files, visible=True),
                 past_files,
             )
 
         prompt = controls[0]
-        outputs = [first, words, second_column, second, other_words, files, history, past]
+        outputs = [first, maps, second_column, second, other_maps, files, history, past]
         gr.on(
             [generate.click, prompt.submit],
             run,
@@ -203,6 +203,8 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
         compare = gr.Dropdown(studio.comparisons, value=NOTHING, label="Compare with", elem_id="compare")
     label = "Attention per word, at step (0: none)"
     attention = slider(0, default_steps, 0, step=1, label=label, elem_id="attention")
+    has_head = sampler.network.sizes.difficulty != "none"
+    difficulty = gr.Checkbox(False, label="Expected error of patches", visible=has_head, elem_id="difficulty")
 
     def limit_step(maximum: Any, value: Any) -> Any:
         if not isinstance(maximum, int) or not isinstance(value, int):
@@ -219,6 +221,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     )
     controls = [
         prompt, negative, height, width, steps, guidance, seed, images, scheduler, compare, attention,
+        difficulty,
     ]  # fmt: skip
     for control in controls:
         # `InteractiveSampler` checks the values, in a sentence where gradio's own checks end in a traceback

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -108,23 +109,51 @@ def read_settings(
             wrong type or is out of range; the message names the key and the nearest right one.
     """
     loaded = load_yaml(path)
-    try:
+    with _errors_as_one_line(str(path)):
         empty = OmegaConf.structured(schema)
         # Not merged with the schema yet, so that `defaults` sees only what the user wrote.
         given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(_with_values(overrides, empty)))
         _refuse_functions(OmegaConf.to_container(given), str(path))
-        # The schema is first in the merge, because OmegaConf checks keys and types against the first config.
+
         base = empty if defaults is None else OmegaConf.structured(defaults(given))
-        merged = OmegaConf.merge(base, given)
-        # Before the dataclasses are made, since they compute with the numbers.
-        for key, value, allowed in _out_of_range(merged, "", None):
-            raise UserError(f"{path}: {key}={value}: set a number from {allowed}")
-        return OmegaConf.to_object(merged)
+        return _merge(base, given, str(path))
+
+
+def settings_from(schema: type, values: Mapping[str, Any], what: str) -> Any:
+    """Return the dataclass that a file's mapping describes, with types and ranges checked.
+
+    Args:
+        schema: the dataclass.
+        values: by field; the others take their default.
+        what: names the mapping in an error.
+
+    Raises:
+        UserError: if a key is unknown, or a value has the wrong type or is out of range.
+    """
+    with _errors_as_one_line(what):
+        given = OmegaConf.create(dict(values))
+        _refuse_functions(OmegaConf.to_container(given), what)
+        return _merge(OmegaConf.structured(schema), given, what)
+
+
+def _merge(base: Any, given: Any, what: str) -> Any:
+    # The schema is first in the merge, because OmegaConf checks keys and types against the first config.
+    merged = OmegaConf.merge(base, given)
+    # Before the dataclasses are made, since they compute with the numbers.
+    for key, value, allowed in _out_of_range(merged, "", None):
+        raise UserError(f"{what}: {key}={value}: set a number from {allowed}")
+    return OmegaConf.to_object(merged)
+
+
+@contextmanager
+def _errors_as_one_line(what: str) -> Iterator[None]:
+    try:
+        yield
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
+        raise UserError(f"{what}: not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {f'{key}: ' if key else ''}{first_line(error)}") from error
+        raise UserError(f"{what}: {f'{key}: ' if key else ''}{first_line(error)}") from error
 
 
 def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:

@@ -60,36 +60,51 @@ def make_scheduler(
         UserError: if there is no such scheduler, or it does not fit the objective or the network.
     """
     known = OBJECTIVES[objective.name].schedulers
-    following = ADAPTIVE if OBJECTIVES[objective.name].patch_times else {}
     name = name or next(iter(known))
-    if name in following:
-        if sizes is None or sizes.difficulty == "none":
-            raise UserError(
-                f"scheduler {name!r} follows the difficulty of patches, which this network does not predict: "
-                f"train with objective.difficulty=0.01, or take one of {', '.join(known)}"
-            )
-        settings = adaptive or AdaptiveConfig()
-        return following[name](known["euler"](objective), objective, settings, sizes.patch_shape)
-    if name == "dpm" and objective.time_levels > 1:
-        raise UserError(
-            "scheduler 'dpm' continues from predictions of earlier times, one for all patches, and the "
-            "network was trained with objective.patch_times: take euler"
-        )
-    if name not in known:
-        raise UserError(
-            f"scheduler {name!r} does not exist for objective {objective.name}: take one of "
-            f"{', '.join([*known, *following])}"
-        )
+    if refusal := _refusal(objective, name, sizes):
+        raise UserError(f"scheduler {name!r} {refusal}")
+
     # Built for each call, because a diffusers scheduler keeps the state of one trajectory.
-    return known[name](objective)
+    if name in known:
+        return known[name](objective)
+    assert sizes is not None, "`_refusal` lets only schedulers that need no network pass without one"
+    return ADAPTIVE[name](
+        known["euler"](objective), objective, adaptive or AdaptiveConfig(), sizes.patch_shape
+    )
 
 
-def scheduler_misfit(scheduler: Any, objective: str) -> str:
+def scheduler_names(objective: ObjectiveConfig, sizes: DiTConfig | None = None) -> list[str]:
+    """Return the names of the schedulers that `make_scheduler` builds for an objective and a network, the
+    default first."""
+    names = [*OBJECTIVES[objective.name].schedulers, *ADAPTIVE]
+    return [name for name in names if not _refusal(objective, name, sizes)]
+
+
+def _refusal(objective: ObjectiveConfig, name: str, sizes: DiTConfig | None) -> str:
+    """Return why a scheduler does not fit an objective and a network; empty = it fits."""
+    known = OBJECTIVES[objective.name].schedulers
+    following = ADAPTIVE if OBJECTIVES[objective.name].patch_times else {}
+    if name in following and (sizes is None or sizes.difficulty == "none"):
+        return (
+            "follows the difficulty of patches, which this network does not predict: train with "
+            f"objective.difficulty=0.01, or take one of {', '.join(known)}"
+        )
+    if name == "dpm" and objective.time_levels > 1:
+        return (
+            "continues from predictions of earlier times, one for all patches, and the network was trained "
+            "with objective.patch_times: take euler"
+        )
+    if name not in known and name not in following:
+        return f"does not exist for objective {objective.name}: take one of {', '.join([*known, *following])}"
+    return ""
+
+
+def scheduler_misfit(scheduler: Any, objective: ObjectiveConfig) -> str:
     """Return what a scheduler lacks to read the predictions of an objective; empty = nothing.
 
     Another class, or another kind of prediction or noise, would give an image, but a wrong one.
     """
-    known = [make(ObjectiveConfig(name=objective)) for make in OBJECTIVES[objective].schedulers.values()]
+    known = [make_scheduler(objective, name) for name in scheduler_names(objective)]
     same = [each for each in known if type(each) is type(scheduler)]
     if not same:
         return " or ".join(dict.fromkeys(type(each).__name__ for each in known))
@@ -106,7 +121,7 @@ def find_objective(scheduler: Any) -> str:
         UserError: if there is none.
     """
     for name in OBJECTIVES:
-        if not scheduler_misfit(scheduler, name):
+        if not scheduler_misfit(scheduler, ObjectiveConfig(name=name)):
             return name
     raise UserError(f"scheduler {type(scheduler).__name__}: reads no objective of {', '.join(OBJECTIVES)}")
 
@@ -234,7 +249,7 @@ def count_evaluations(solver: Any, steps: int, guidance: float) -> int:
 @torch.no_grad()
 def sample_latents(
     predict: Predict,
-    objective: ObjectiveConfig,
+    solver: Any,
     condition: Condition,
     null_condition: Condition,
     shape: Sequence[int],
@@ -242,15 +257,13 @@ def sample_latents(
     steps: int,
     guidance: float,
     dtype: torch.dtype,
-    scheduler: str = "",
     on_step: OnStep | None = None,
-    solver: Any = None,
 ) -> Tensor:
     """Sample one image's normalized latents per seed.
 
     Args:
         predict: the network.
-        objective: what it was trained to predict.
+        solver: what `make_scheduler` returned.
         condition: texts and further conditions of B = len(seeds) samples, on the network's device.
         null_condition: the same of the null or the negative captions; not read at guidance 1.
         shape: (C, h, w) or (C, T, h, w) of one sample's latents.
@@ -258,18 +271,15 @@ def sample_latents(
         steps: evaluations of the network per image.
         guidance: 1 = none.
         dtype: precision of the latents that the network gets.
-        scheduler: name of one of the objective's schedulers; empty = its default.
         on_step: called after each step.
-        solver: what `make_scheduler` returned, instead of `scheduler`.
 
     Returns:
         Latents fp32 [B, *shape] on the condition's device.
 
     Raises:
-        UserError: if the scheduler is unknown or the number of steps out of range.
+        UserError: if the number of steps is out of range.
     """
     # Noise is made on the CPU and then moved, so it does not depend on the kind of device.
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
-    solver = solver or make_scheduler(objective, scheduler)
     evaluate = Guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
     return follow(solver, set_steps(solver, steps, noise.device), lambda: evaluate, noise, on_step)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from model.common.errors import UserError
+from model.common.settings import settings_from
 from model.condition import Condition, Text
+from pipeline.diffusion.adaptive import ADAPTIVE, AdaptiveSolver
 from pipeline.diffusion.guidance import Guided
-from pipeline.diffusion.solvers import Step, follow, initial_noise, set_schedule, set_steps
+from pipeline.diffusion.solvers import Step, follow, initial_noise, make_scheduler, set_schedule, set_steps
 from pipeline.inference.images import to_images
+from pipeline.stage.config import AdaptiveConfig, ObjectiveConfig, PatchTimesConfig
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -25,6 +28,7 @@ Callback = Callable[..., dict[str, Tensor] | None]
 class DenoisingLoop:
     """The loop of a diffusers pipeline, with what its callbacks may read and set."""
 
+    config: Any
     transformer: Any
     scheduler: Any
     progress_bar: Any
@@ -53,22 +57,59 @@ class DenoisingLoop:
         """True if a callback has set `_interrupt`: the steps that are left are not taken."""
         return self._interrupt
 
+    @property
+    def objective_config(self) -> ObjectiveConfig:
+        """Settings of the training objective, as far as sampling reads them."""
+        schedule, config = self.scheduler.config, self.config
+
+        return ObjectiveConfig(
+            name=config["objective"],
+            shift=schedule.get("shift", schedule.get("flow_shift", 1.0)),
+            patch_times=settings_from(PatchTimesConfig, config["patch_times"], "patch_times"),
+        )
+
+    def choose_solver(self, name: str) -> Any:
+        """Return what takes the steps: the scheduler, or the solver of a name, which takes them at its times.
+
+        Raises:
+            UserError: if there is no such solver, or it does not fit the network or the scheduler.
+        """
+        if not name:
+            return self.scheduler
+
+        settings = settings_from(AdaptiveConfig, self.config["adaptive"], "adaptive")
+        solver = make_scheduler(self.objective_config, name, settings, self.transformer.sizes)
+        if not isinstance(solver, AdaptiveSolver):
+            raise UserError(
+                f"solver={name!r} is a scheduler: give it to the pipeline; solvers are {', '.join(ADAPTIVE)}"
+            )
+        if type(self.scheduler) is not type(solver.euler):
+            raise UserError(
+                f"solver={name!r} beside {type(self.scheduler).__name__}: give the pipeline a "
+                f"{type(solver.euler).__name__}"
+            )
+
+        solver.euler = self.scheduler
+        return solver
+
     def denoise(
         self,
         condition: Condition,
         null_condition: Condition,
         noise: Tensor,
+        solver: Any,
         plan: Sequence[Step],
         guidance: float,
         callback: Callback | None,
         names: Sequence[str],
     ) -> Tensor:
-        """Follow the scheduler, with a callback after each step.
+        """Follow the solver, with a callback after each step.
 
         Args:
             condition: texts and further conditions of the prompts.
             null_condition: the same of the negative prompts.
             noise: [B, C, h, w] on the network's device.
+            solver: the scheduler, or an `AdaptiveSolver` around it.
             plan: the steps.
             guidance: 1 = none.
             callback: called after each step.
@@ -101,7 +142,7 @@ class DenoisingLoop:
                 bar.update()
                 return latents
 
-            return follow(self.scheduler, plan, guide, noise, after)
+            return follow(solver, plan, guide, noise, after)
 
 
 def plan_steps(

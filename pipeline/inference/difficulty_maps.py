@@ -1,4 +1,5 @@
-"""Maps of the error that the network expects of an image's patches, at several steps of sampling."""
+"""Maps of the error that the network expects of an image's patches, at several steps of sampling, and strips
+of what the network reads there, with patches at different times."""
 
 from dataclasses import dataclass, replace
 
@@ -7,12 +8,15 @@ from PIL import Image
 from torch import Tensor
 
 from model.common.errors import UserError
+from model.condition import Condition
 from pipeline.diffusion.difficulty import patch_log_variances
 from pipeline.diffusion.solvers import initial_noise, set_steps
 from pipeline.inference.attention_maps import overlay
 from pipeline.inference.images import make_grid, to_images
 from pipeline.inference.sampler import Sampler, SamplingParams
 
+MAX_EVALUATIONS = 8
+"""Most evaluations whose inputs are shown of an image."""
 MAX_MAPS = 5
 """Most steps that are shown of an image, the first and the last among them."""
 
@@ -25,6 +29,28 @@ class DifficultyMap:
     log_variance: Tensor
     """fp32 [rows, columns], on the CPU."""
 
+    @property
+    def label(self) -> str:
+        """Name of the map, for people."""
+        return f"expected error, t {self.time:.2f}"
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """Input of the network in one evaluation."""
+
+    evaluation: int
+    """Its number, from 1; the branches of guidance are one evaluation here."""
+    latents: Tensor
+    """Normalized latents fp32 [1, C, h, w]."""
+    times: tuple[float, ...]
+    """Times that its patches are at, falling."""
+
+    @property
+    def label(self) -> str:
+        """Name of the input, for people."""
+        return f"evaluation {self.evaluation}, t {' and '.join(f'{time:.2f}' for time in self.times)}"
+
 
 def check_maps(sampler: Sampler) -> None:
     """Check that a network can show what it expects.
@@ -34,11 +60,11 @@ def check_maps(sampler: Sampler) -> None:
     """
     if sampler.network.sizes.difficulty == "none":
         raise UserError(
-            "--difficulty: this network does not predict the difficulty of patches: train with "
-            "objective.difficulty=0.01, or leave the option out"
+            "difficulty: this network does not predict that of patches: train with "
+            "objective.difficulty=0.01, or ask for no maps"
         )
     if sampler.sharded is not None:
-        raise UserError("--difficulty with --zero3: ranks would wait for each other: leave one of them out")
+        raise UserError("difficulty with --zero3: ranks would wait for each other: leave one of them out")
 
 
 @torch.no_grad()
@@ -80,4 +106,33 @@ def show_difficulty(sampler: Sampler, prompt: str, seed: int, params: SamplingPa
     latents, maps = difficulty_maps(sampler, prompt, seed, params)
     (image,) = to_images(sampler.pixels(latents))
     heat = [overlay(image, each.log_variance, max(image.size)) for each in maps]
-    return make_grid([image, *heat], [prompt, *(f"time {each.time:.2f}" for each in maps)])
+    return make_grid([image, *heat], [prompt, *(each.label for each in maps)])
+
+
+@torch.no_grad()
+def network_inputs(sampler: Sampler, prompt: str, seed: int, params: SamplingParams) -> list[NetworkInput]:
+    """Sample an image, and return what the network reads in up to `MAX_EVALUATIONS` evaluations."""
+    seen: list[NetworkInput] = []
+
+    def record(_: torch.nn.Module, inputs: tuple[Tensor, Condition]) -> None:
+        latents, condition = inputs
+        times = condition.timesteps[:1].flatten().unique().flip(0).tolist()
+        # Copied to the host: all evaluations together may not fit beside the network.
+        seen.append(NetworkInput(len(seen) + 1, latents[:1].float().cpu(), tuple(times)))
+
+    handle = sampler.network.register_forward_pre_hook(record)
+    try:
+        sampler.latents([prompt], [seed], params)
+    finally:
+        handle.remove()
+
+    shown = torch.linspace(0, len(seen) - 1, min(MAX_EVALUATIONS, len(seen))).round().int().tolist()
+    return [seen[index] for index in shown]
+
+
+def show_patches(sampler: Sampler, prompt: str, seed: int, params: SamplingParams) -> Image.Image:
+    """Return a strip of what the network reads on the way to an image, decoded: with `dual_loop` and
+    `look_ahead`, easy patches arrive before hard ones."""
+    inputs = network_inputs(sampler, prompt, seed, params)
+    pixels = [sampler.pixels(each.latents.to(sampler.device)) for each in inputs]
+    return make_grid(to_images(torch.cat(pixels)), [each.label for each in inputs])

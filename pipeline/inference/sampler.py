@@ -18,13 +18,13 @@ from model.dit import LIDiT
 from model.encoders.latent_spaces import AUTOENCODER_KL, LatentSpace, downsampling_per_axis, load_latent_space
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
-from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.solvers import (
     OnStep,
     count_evaluations,
     initial_noise,
     make_scheduler,
     sample_latents,
+    scheduler_names,
     set_steps,
 )
 from pipeline.engine.network import build_network
@@ -190,10 +190,7 @@ class Sampler:
     @property
     def schedulers(self) -> list[str]:
         """Names of the schedulers that fit the network, the default first."""
-        objective, sizes = OBJECTIVES[self.objective.name], self.network.sizes
-        # as `make_scheduler` refuses them
-        names = [name for name in objective.schedulers if name != "dpm" or self.objective.time_levels == 1]
-        return names + (list(ADAPTIVE) if objective.patch_times and sizes.difficulty != "none" else [])
+        return scheduler_names(self.objective, self.network.sizes)
 
     def evaluations(self, params: SamplingParams) -> int:
         """Return how often sampling an image evaluates the network, each branch of guidance counted."""
@@ -239,7 +236,7 @@ class Sampler:
         null_condition = self.condition([params.negative] * len(prompts), params)
         return sample_latents(
             self.network,
-            self.objective,
+            self.solver(params),
             condition,
             null_condition,
             self.latent_shape(params),
@@ -247,8 +244,7 @@ class Sampler:
             params.steps,
             params.guidance,
             self.dtype,
-            on_step=on_step,
-            solver=self.solver(params),
+            on_step,
         )
 
     def latents_and_words(

@@ -14,7 +14,7 @@ from data_prep.dataset.schema import Bucket
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.common.extras import require
-from model.common.settings import allowed_range
+from model.common.settings import allowed_range, settings_from
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE
@@ -22,7 +22,7 @@ from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
 from pipeline.inference.sampler import Sampler, SamplingParams, shard
 from pipeline.runtime.distributed import Distributed
-from pipeline.stage.config import AdaptiveConfig, EngineConfig, ObjectiveConfig, SampleConfig
+from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import PartitionedNetwork
@@ -76,18 +76,17 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     finally:
         logging.enable_progress_bar()
 
-    # the scheduler's config is all that an export records of the objective's settings
-    scheduler = pipeline.scheduler.config
-    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
-    objective = ObjectiveConfig(name=pipeline.config["objective"], shift=shift)
+    config = pipeline.config
     defaults = SampleConfig(
-        **{name: pipeline.config[name] for name in ("steps", "guidance", "height", "width")}
+        **{name: config[name] for name in ("steps", "guidance", "height", "width")},
+        scheduler=config["solver"],
+        adaptive=settings_from(AdaptiveConfig, config["adaptive"], f"{folder}: adaptive"),
     )
 
     # An export contains its own LLM and VAE, so it needs no run and no store.
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
     network = sharded.module if sharded else _plain_network(pipeline.transformer)
-    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, sharded)
+    return Sampler(network, reader, lambda: vae, pipeline.objective_config, defaults, device, dtype, sharded)
 
 
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":

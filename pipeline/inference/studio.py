@@ -12,6 +12,7 @@ from PIL import Image
 
 from model.common.errors import UserError
 from pipeline.inference.attention_maps import overlay
+from pipeline.inference.difficulty_maps import check_maps, difficulty_maps
 from pipeline.inference.images import save_png, to_images
 from pipeline.inference.sampler import Sampler, SamplingParams
 
@@ -21,7 +22,7 @@ NOTHING = "nothing"
 OTHER = "the other weights"
 NO_INSTRUCTION = "no instruction"
 WITHOUT = "without "
-KINDS = {str: "a text", int: "a whole number", float: "a number"}
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 """Types of a request's fields."""
 
 
@@ -50,6 +51,8 @@ class GenerationRequest:
     compare: str = NOTHING
     attention: int = 0
     """Step whose attention per word is shown; 0 = none."""
+    difficulty: bool = False
+    """Show the expected error of the first image's patches."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Column:
     """One column of the page."""
 
     files: list[Path]
-    words: list[tuple[Image.Image, str]]
-    """Attention of the first image: for each word an overlay, and the word with its mean share of the
-    attention."""
+    maps: list[tuple[Image.Image, str]]
+    """Overlays on the first image, each with a label: its attention to each word, with the word's mean share,
+    and the expected error of its patches, with the time."""
 
 
 class InteractiveSampler:
@@ -115,6 +118,8 @@ class InteractiveSampler:
 
         for _, column_sampler, column_params in columns:
             column_sampler.check(column_params)
+            if request.difficulty:
+                check_maps(column_sampler)
         with self._lock:
             return [self._generate_column(*column, request) for column in columns]
 
@@ -123,7 +128,9 @@ class InteractiveSampler:
         for field in fields(request):
             value, kind = getattr(request, field.name), field.type
             accepted = (int, float) if kind is float else kind
-            if isinstance(value, bool) or not isinstance(value, accepted):  # type: ignore[arg-type]
+            # A bool is an int in Python.
+            wrong_bool = isinstance(value, bool) and kind is not bool
+            if wrong_bool or not isinstance(value, accepted):  # type: ignore[arg-type]
                 raise UserError(f"{field.name}={reprlib.repr(value)}: give {KINDS[kind]}")  # type: ignore[index]
 
         limits = self.limits
@@ -165,8 +172,11 @@ class InteractiveSampler:
             save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **settings})
             files.append(path)
 
-        words = []
+        overlays = []
         # Each overlay is an image of its own, sent to the browser.
         for word in maps[:MAX_WORDS]:
-            words.append((overlay(images[0], word.shares), f"{word.word} {word.shares.mean().item():.1%}"))
-        return Column(files, words)
+            overlays.append((overlay(images[0], word.shares), f"{word.word} {word.shares.mean().item():.1%}"))
+        if request.difficulty:
+            _, difficulty = difficulty_maps(sampler, prompt, request.seed, params)
+            overlays += [(overlay(images[0], each.log_variance), each.label) for each in difficulty]
+        return Column(files, overlays)

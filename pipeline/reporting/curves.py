@@ -24,6 +24,7 @@ LEARNED = {
     "trained, right captions": "right",
 }
 GATE = re.compile(r"gate_(refiner|collaborative)_(.+)_(\d+)")
+CORRELATION = re.compile(r"rank_correlation_t([\d.]+)")
 BUCKET = re.compile(r"loss_(\d+x\d+)")
 SCENES = "scene"
 """Prefix of events and metrics about scored scene prompts."""
@@ -144,6 +145,24 @@ def gate_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
     return {label: series(means, label) for label in blocks}
 
 
+def bin_lines(rows: Sequence[dict[str, Any]], smoothed: bool = True) -> dict[str, Line]:
+    """Return one line for the losses in each bin of timesteps."""
+    lines: dict[str, Line] = {}
+    for i in range(TIMESTEP_BINS):
+        label = f"t {i / TIMESTEP_BINS:.2f}-{(i + 1) / TIMESTEP_BINS:.2f}"
+        lines[label] = series(rows, f"loss_t{i}", smoothed)
+    return lines
+
+
+def correlation_lines(rows: Sequence[dict[str, Any]]) -> dict[str, Line]:
+    """Return one line for each time at which the difficulty head is compared with the true errors."""
+    lines: dict[str, Line] = {}
+    for name in names_in(rows):
+        if match := CORRELATION.fullmatch(name):
+            lines[f"t {float(match[1]):.2f}"] = series(rows, name, smoothed=False)
+    return lines
+
+
 def bucket_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
     """Return one line for each of the most frequent buckets."""
     lines: dict[str, Line] = {}
@@ -192,15 +211,18 @@ def _plots(run: Path, reports: Sequence[dict[str, Any]]) -> list[Plot]:
     def line(name: str) -> dict[str, Line]:
         return {"": series(reports, name)}
 
-    bins: dict[str, Line] = {}
-    for i in range(TIMESTEP_BINS):
-        bins[f"t {i / TIMESTEP_BINS:.2f}-{(i + 1) / TIMESTEP_BINS:.2f}"] = series(reports, f"loss_t{i}")
     buckets = bucket_lines(reports)
     validation = series(read_events(run, "validation"), "loss", smoothed=False)
+    patches = read_events(run, "patches")
 
     return [
         Plot("Training loss", "Running mean. Dashed: stopped and resumed.", line("loss"), "loss"),
-        Plot("Loss by timestep", f"Mean in each {TIMESTEP_BINS}th of t; t = 1 is pure noise.", bins, "loss"),
+        Plot(
+            "Loss by timestep",
+            f"Mean in each {TIMESTEP_BINS}th of t; t = 1 is pure noise.",
+            bin_lines(reports),
+            "loss",
+        ),
         Plot(
             "Loss by bucket",
             "Height x width; the most frequent buckets.",
@@ -212,6 +234,18 @@ def _plots(run: Path, reports: Sequence[dict[str, Any]]) -> list[Plot]:
             "Held-out pairs, averaged weights, 8 fixed timesteps.",
             {"": validation},
             "loss",
+        ),
+        Plot(
+            "Validation loss of patches",
+            "Held-out pairs at times as in training, by the time of each patch.",
+            bin_lines(patches, smoothed=False),
+            "loss",
+        ),
+        Plot(
+            "Difficulty of patches",
+            "Spearman's correlation of expected and true errors of an image's patches, held-out pairs.",
+            correlation_lines(patches),
+            "correlation",
         ),
         Plot("Scenes score", "Images of scene prompts, scored exactly.", scene_lines(run), "score", 0),
         Plot(

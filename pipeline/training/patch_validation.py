@@ -1,7 +1,6 @@
 """Validation of patch times and of the difficulty head: the loss as trained, and how well the head ranks the
 patches of an image."""
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,9 @@ from pipeline.diffusion.difficulty import (
     patch_log_variances,
     rank_correlation,
 )
+from pipeline.diffusion.objective import TrainingExample
 from pipeline.training.callbacks import Callback
+from pipeline.training.metrics import TIMESTEP_BINS
 from pipeline.training.validation import FIXED_TIMESTEPS, mean_over_ranks
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class PatchValidation(Callback):
     | name | |
     |---|---|
     | `loss` | loss at times as in training, which differ from patch to patch with `objective.patch_times` |
+    | `loss_t<i>` | the same of the patches whose own time is in the i-th of equal parts of [0, 1] |
     | `difficulty` | loss of the difficulty head at these times |
+    | `difficulty_t...` | the same at one time of all patches |
     | `rank_correlation_t...` | at one time of all patches: Spearman's correlation of expected and true errors
     of an image's patches, mean over images; an adaptive solver can gain something only where it is well above
     0 |
@@ -44,17 +47,25 @@ class PatchValidation(Callback):
     @torch.no_grad()
     def validate(self, trainer: "Trainer") -> dict[str, float]:
         """Return the means over the held-out samples of all ranks, by name. Collective."""
-        names = ["loss", "difficulty", *(f"rank_correlation_t{fixed:.4f}" for fixed in FIXED_TIMESTEPS)]
-        # Sums and counts over this rank's images, in fp64 on the host.
+        names = [
+            "loss",
+            *(f"loss_t{index}" for index in range(TIMESTEP_BINS)),
+            "difficulty",
+            *(f"difficulty_t{fixed:.4f}" for fixed in FIXED_TIMESTEPS),
+            *(f"rank_correlation_t{fixed:.4f}" for fixed in FIXED_TIMESTEPS),
+        ]
+        # Sums and counts over this rank's images or patches, in fp64 on the host.
         table = torch.zeros(2, len(names), dtype=torch.float64)
         with trainer.engine.averaged():
             for held_out in trainer.data.validation():
                 batch = held_out.to(trainer.engine.device)
-                quantities = [*self._losses(trainer, batch), *self._correlations(trainer, batch)]
-                for column, numbers in enumerate(quantities):
+                found = self._at_times_of_training(trainer, batch) | self._at_fixed_times(trainer, batch)
+                for name, numbers in found.items():
                     # Of equal errors or expectations there is no correlation.
                     defined = numbers[~numbers.isnan()].double().cpu()
-                    table[:, column] += torch.tensor([defined.sum(), len(defined)], dtype=torch.float64)
+                    table[:, names.index(name)] += torch.tensor(
+                        [defined.sum(), len(defined)], dtype=torch.float64
+                    )
 
         sums, counts = mean_over_ranks(table)
         return {
@@ -63,9 +74,10 @@ class PatchValidation(Callback):
             if count
         }
 
-    def _losses(self, trainer: "Trainer", batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the losses of the samples and those of the head, NaN without a head: fp32 [B] each."""
+    def _at_times_of_training(self, trainer: "Trainer", batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of the samples, of the patches by their time, and of the head."""
         objective, engine = trainer.objective, trainer.engine
+
         clean = trainer.inputs.clean_latents(batch)
         example = objective.training_example(clean, batch.noise, batch.u, batch.normal)
         condition = trainer.inputs.condition(batch, example.timesteps, example.levels)
@@ -73,26 +85,45 @@ class PatchValidation(Callback):
 
         output = engine(example.noisy.to(engine.dtype), condition).float()
         prediction, log_variance = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
-        losses = objective.loss(prediction, example.target)
-        if not condition.with_difficulty:
-            return losses, torch.full_like(losses, math.nan)
-        return losses, difficulty_loss(prediction, log_variance, example.target, objective.patch)
+        found = {"loss": objective.loss(prediction, example.target)}
 
-    def _correlations(self, trainer: "Trainer", batch: Batch) -> list[Tensor]:
-        """Return the correlation of each image's patches at each of the fixed timesteps, fp32 [B] each."""
+        errors = patch_errors(prediction, example.target, objective.patch)
+        bins = (_times_of_patches(example, errors) * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        found |= {f"loss_t{index}": errors[bins == index] for index in range(TIMESTEP_BINS)}
+        if condition.with_difficulty:
+            found["difficulty"] = difficulty_loss(prediction, log_variance, example.target, objective.patch)
+        return found
+
+    def _at_fixed_times(self, trainer: "Trainer", batch: Batch) -> dict[str, Tensor]:
+        """Return the head's loss of each sample, and how well it ranks its patches, by time."""
         objective, engine = trainer.objective, trainer.engine
         if not objective.config.difficulty:
-            return []
+            return {}
+
         clean = trainer.inputs.clean_latents(batch)
         condition = replace(trainer.inputs.condition(batch, batch.u), with_difficulty=True)
 
-        found = []
+        found = {}
         for fixed in FIXED_TIMESTEPS:
             times = torch.full_like(batch.u, fixed)
             noisy, target = objective.add_noise(clean, batch.noise, times)
             output = engine(noisy.to(engine.dtype), replace(condition, timesteps=times)).float()
-            errors = patch_errors(output[:, :-1], target, objective.patch)
-            expected = patch_log_variances(output[:, -1:], objective.patch)
+            prediction, log_variance = output[:, :-1], output[:, -1:]
+
+            found[f"difficulty_t{fixed:.4f}"] = difficulty_loss(
+                prediction, log_variance, target, objective.patch
+            )
+            errors = patch_errors(prediction, target, objective.patch)
+            expected = patch_log_variances(log_variance, objective.patch)
             pairs = zip(expected.cpu(), errors.cpu(), strict=True)
-            found.append(torch.tensor([rank_correlation(one, other) for one, other in pairs]))
+            correlations = [rank_correlation(one, other) for one, other in pairs]
+            found[f"rank_correlation_t{fixed:.4f}"] = torch.tensor(correlations)
         return found
+
+
+def _times_of_patches(example: TrainingExample, errors: Tensor) -> Tensor:
+    """Return the time of each patch, fp32 like the errors [B, N]."""
+    if example.levels is not None:
+        return example.timesteps.gather(1, example.levels.places)
+    times = example.timesteps
+    return times if times.dim() == 2 else times[:, None].expand_as(errors)

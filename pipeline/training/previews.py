@@ -148,7 +148,7 @@ class Previews(Callback):
         seeds = [sample.seed + index for index in indices]
         latents = sample_latents(
             engine,
-            self.stage.objective,
+            self._solver(engine),
             self._condition(engine, prompts),
             self._condition(engine, [""] * len(prompts)),
             self.shape,
@@ -156,7 +156,6 @@ class Previews(Callback):
             sample.steps,
             sample.guidance,
             engine.dtype,
-            solver=self._solver(engine),
         )
         return to_images(decode_each(self.vae, latents))
 

@@ -1,6 +1,8 @@
 """A sampler of the real classes with random weights, and an LLM that only counts letters: what tests of
 drawing need."""
 
+from dataclasses import replace
+
 import torch
 
 from data_prep.dataset.schema import Family
@@ -92,3 +94,12 @@ def sampler_with_families(objective="flow", dtype=torch.float32):
         for name, width in WIDTHS.items()
     }
     return sampler
+
+
+def with_head(network: LIDiT) -> LIDiT:
+    """Return a copy of a network with a difficulty head of random weights."""
+    sizes = replace(network.sizes, difficulty="attached")
+    made = LIDiT(sizes, network.fusion.config, list(WIDTHS.values()))
+    made.load_state_dict(network.state_dict(), strict=False)
+    torch.nn.init.normal_(made.final.difficulty.linear.weight)
+    return made.eval().requires_grad_(False)

@@ -217,6 +217,24 @@ def test_a_wrong_folder_is_refused(copied, spoil, message):
         load_source(copied, "ema", CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_times": {"levels": 0}}, "patch_times: levels=0: set a number from 1"),
+        ({"patch_times": {"level": 4}}, "patch_times: "),
+        ({"adaptive": {"easy": "some"}}, "adaptive: easy: "),
+        ({"solver": "dual_loop"}, "this network does not predict"),
+    ],
+)
+def test_settings_of_an_export_are_checked_as_those_of_a_stage(copied, change, message):
+    spoil_index(lambda index: {**index, **change})(copied)
+    with pytest.raises(UserError, match=message) as refused:
+        load_source(copied, "ema", CPU, torch.float32).check(
+            SamplingParams(scheduler=change.get("solver", ""))
+        )
+    assert "\n" not in str(refused.value)
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists"):
         export(tmp_path, tmp_path, "ema", "fp32", "5GB")

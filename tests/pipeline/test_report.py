@@ -33,7 +33,10 @@ EVERYTHING = {
     "gate_refiner_a_b_0": 0.1,
     "gate_collaborative_a_b_0": 0.2,
 }
-OPTIONAL = ["Loss by bucket", "Validation loss", "Scenes score", "Gates", "MFU", "Goodput"]
+OPTIONAL = [
+    "Loss by bucket", "Validation loss", "Validation loss of patches", "Difficulty of patches",
+    "Scenes score", "Gates", "MFU", "Goodput",
+]  # fmt: skip
 
 
 def write_run(folder, metrics, stage=None):
@@ -67,7 +70,11 @@ def test_a_curve_is_there_if_and_only_if_the_metrics_hold_it(tmp_path):
     page = build(write_run(tmp_path / "plain", reports(3))).read_text()
     assert not set(titles(page)) & set(OPTIONAL)
     assert {"Training loss", "Loss by timestep", "Gradient norm", "Speed"} <= set(titles(page))
-    events = [event("validation", 2, loss=1.5), event("scenes", 3, colour=0.4, seconds=7.0)]
+    events = [
+        event("validation", 2, loss=1.5),
+        event("scenes", 3, colour=0.4, seconds=7.0),
+        event("patches", 2, loss=1.4, loss_t0=1.2, **{"rank_correlation_t0.0625": 0.4}),
+    ]
     page = build(write_run(tmp_path / "full", [*reports(3, **EVERYTHING), *events])).read_text()
     assert set(OPTIONAL) <= set(titles(page))
     for tile in ("<b>41.0%</b><span>MFU", "<b>93.0%</b><span>goodput", "<b>3</b><span>steps skipped"):

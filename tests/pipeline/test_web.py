@@ -115,13 +115,13 @@ def test_a_person_draws_and_compares(view, tmp_path):
     picture.screenshot(path=str(tmp_path / "picture.png"))
     with Image.open(tmp_path / "picture.png") as shot:
         assert np.asarray(shot.convert("L"), dtype=float).std() > 3
-    assert not view.locator("#words").is_visible()
+    assert not view.locator("#maps").is_visible()
 
     view.locator("#compare input").click()
     view.get_by_role("option", name=NO_INSTRUCTION).click()
     click_draw(view, attention="2")
-    wait_for_pictures(view, "compared-words", 3)
-    assert view.locator("#words").get_by_text("cat").first.is_visible()
+    wait_for_pictures(view, "compared-maps", 3)
+    assert view.locator("#maps").get_by_text("cat").first.is_visible()
     wait_for_pictures(view, "compared", 1)
     wait_for_pictures(view, "history", 3)
     assert view.locator("#prompt textarea").input_value() == "a red cat"

@@ -60,8 +60,7 @@ class Watched:
 def sample(predict, name="euler", steps=3, guidance=3.0, count=2, on_step=None, sizes=SIZES, **settings):
     solver = make_scheduler(FLOW, name, AdaptiveConfig(**settings), sizes)
     return sample_latents(
-        predict, FLOW, *conditions(count), SHAPE, SEEDS[:count], steps, guidance, torch.float32,
-        solver=solver, on_step=on_step,
+        predict, solver, *conditions(count), SHAPE, SEEDS[:count], steps, guidance, torch.float32, on_step
     )  # fmt: skip
 
 

@@ -51,8 +51,9 @@ def run(objective, scheduler, values, nulls, seeds, steps=25, guidance=1.0, std=
     predict = perfect(objective, std)
     condition, null_condition = prompts(*values), prompts(*nulls)
     return sample_latents(
-        predict, objective, condition, null_condition, shape, seeds, steps, guidance, torch.float32, scheduler
-    )
+        predict, make_scheduler(objective, scheduler), condition, null_condition, shape, seeds, steps,
+        guidance, torch.float32,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "scheduler"), COMBINATIONS)
@@ -110,15 +111,14 @@ def test_only_the_network_sees_the_low_precision(dtype):
         seen.append((noisy.dtype, condition.timesteps.dtype, len(noisy), condition.texts[0].states.shape[0]))
         return torch.zeros(len(condition.timesteps), *noisy.shape[1:], dtype=noisy.dtype)
 
-    config = ObjectiveConfig()
-
     def on_step(step, latents):
         steps.append(step)
         return latents
 
     latents = sample_latents(
-        predict, config, prompts(1.0), prompts(0.0), SHAPE, [1], 3, 2.0, dtype, on_step=on_step
-    )
+        predict, make_scheduler(ObjectiveConfig()), prompts(1.0), prompts(0.0), SHAPE, [1], 3, 2.0, dtype,
+        on_step,
+    )  # fmt: skip
     assert latents.dtype == torch.float32
     assert seen == [(dtype, torch.float32, 1, 2)] * 3  # the branches of guidance share the latents
     assert steps == [1, 2, 3]

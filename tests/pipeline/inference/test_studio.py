@@ -17,7 +17,7 @@ from pipeline.inference.studio import (
     InteractiveSampler,
     Limits,
 )
-from tests.helpers.tiny_sampler import make_sampler
+from tests.helpers.tiny_sampler import make_sampler, with_head
 
 REQUEST = GenerationRequest("a red cat", "", 16, 24, 2, 3.0, 7, 2, "euler")
 
@@ -34,7 +34,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_a_request_gives_pictures_with_their_settings(studio):
     (column,) = studio.generate(REQUEST)
-    assert column.words == []
+    assert column.maps == []
     assert [read_settings(path)["seed"] for path in column.files] == [7, 8]
     assert all(read_settings(path)["prompt"] == "a red cat" for path in column.files)
     (again,) = studio.generate(replace(REQUEST, images=1))
@@ -79,6 +79,8 @@ def test_other_weights_can_be_compared(tmp_path):
         ({"seed": None}, "whole number"),
         ({"steps": 2.5}, "whole number"),
         ({"attention": 3}, "attention=3: choose a whole number from 0 to 2"),
+        ({"difficulty": 1}, "difficulty=1: give true or false"),
+        ({"difficulty": True}, "does not predict that of patches"),
         ({"scheduler": "ddim"}, "take one of"),
         ({"compare": "without third"}, "choose nothing"),
     ],
@@ -93,6 +95,16 @@ def test_attention_is_shown_per_word_in_each_column_and_changes_no_picture(studi
     plain, _ = studio.generate(replace(REQUEST, compare=NO_INSTRUCTION))
     left, right = studio.generate(replace(REQUEST, compare=NO_INSTRUCTION, attention=2))
     for column in (left, right):
-        assert [label.split()[0] for _, label in column.words] == ["a", "red", "cat"]
-        assert all(image.size == (256, 171) for image, _ in column.words)
+        assert [label.split()[0] for _, label in column.maps] == ["a", "red", "cat"]
+        assert all(image.size == (256, 171) for image, _ in column.maps)
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(plain.files, left.files, strict=True))
+
+
+def test_expected_errors_are_maps_beside_the_words_and_change_no_picture(studio):
+    (sampler,) = studio.samplers.values()
+    sampler.network = with_head(sampler.network)
+    (plain,) = studio.generate(REQUEST)
+    (column,) = studio.generate(replace(REQUEST, attention=1, difficulty=True))
+    labels = [label for _, label in column.maps]
+    assert labels[3:] == ["expected error, t 1.00", "expected error, t 0.50"]
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(plain.files, column.files, strict=True))

@@ -1,6 +1,7 @@
 """Patch times and the difficulty head in training: alike on any ranks, after a stop, in any micro-batch."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -108,5 +109,11 @@ def test_validation_is_the_same_on_any_number_of_ranks(store, tmp_path):
     assert set(one) == set(two)
     assert sum(name.startswith("rank_correlation_t") for name in one) == 8
     assert all(-1 <= value <= 1 for name, value in one.items() if name.startswith("rank"))
+    fixed = [value for name, value in one.items() if name.startswith("difficulty_t")]
+    assert len(fixed) == 8
+    assert len(set(fixed)) == 8
+    # Every patch is in one bin, and the samples have equally many patches.
+    binned = [value for name, value in one.items() if re.fullmatch(r"loss_t\d", name)]
+    assert min(binned) <= one["loss"] <= max(binned)
     assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
     assert one["difficulty"] == pytest.approx(two["difficulty"], rel=0.02)
