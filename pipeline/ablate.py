@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +29,10 @@ from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.scenes.captions import ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
+from model.common.records import seal
 from model.common.share import Share
 from pipeline.ablation import report as ablation_report
-from pipeline.ablation.rows import PAPER_ROWS, Job, make_jobs, read_ablation
+from pipeline.ablation.rows import PAPER_ROWS, Job, Score, make_jobs, read_ablation
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
@@ -88,7 +88,7 @@ def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[
     return scene_prompts(count, "list", aspect, range(1, max_segments + 1))
 
 
-def score(job: Job, prompts: list[ScenePrompt]) -> dict[str, Any]:
+def score(job: Job, prompts: list[ScenePrompt]) -> Score:
     """Generate and score the scenes of a run.
 
     Returns:
@@ -124,7 +124,7 @@ def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
     record = score(job, prompts)
     record["seconds"] = round(time.monotonic() - started, 1)
     # atomic, since another task may read it for its report at any time
-    write_atomic(job.run / "score.json", json.dumps(record))
+    write_atomic(job.run / "score.json", seal(dict(record)))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -28,17 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from data_prep.config import load_dataset
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
-from model.common.records import read_record
+from model.common.records import STRICT, read_record, seal
 from pipeline.demonstration.commands import run
 from pipeline.demonstration.emoji import EmojiEnding
 from pipeline.demonstration.ending import Ending
 from pipeline.demonstration.plan import MIN_IMAGES, SPEED_STEPS, VAE_SHARE, Plan, make_plan
 from pipeline.demonstration.scenes import ScenesEnding
 from pipeline.learned import measure
+from pipeline.reporting.extra import Extra, Learned, Tile, write_extra
 from pipeline.reporting.page import build
 from pipeline.runtime.console import log_line
 from pipeline.runtime.launch import start_ranks, wait_for
@@ -118,7 +120,9 @@ class Phases:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.seconds: dict[str, float] = {}
+        if file.exists():
+            self.seconds = read_record(file, dict[str, float], f"remove {file.parent} to start over")
 
     def __call__(self, name: str, work: Callable[[], object]) -> None:
         """Run `work`, unless this phase is done."""
@@ -131,7 +135,7 @@ class Phases:
         # recorded only after the work has succeeded: a failed phase is repeated
         self.seconds[name] = round(time.monotonic() - started, 1)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(self.seconds, indent=2))
+        write_atomic(self.file, json.dumps(self.seconds, indent=2))
 
 
 def check_packages(packages: Sequence[str]) -> None:
@@ -188,18 +192,28 @@ def plan_training(stage: StageConfig, arguments: list[str], minutes: float, phas
     def record_plan() -> None:
         seconds, rate = measure_speed(stage, arguments)
         spent = sum(phases.seconds.values()) + seconds
-        write_atomic(file, json.dumps(asdict(make_plan(minutes, spent, seconds, rate, stage))))
+        write_atomic(file, seal(asdict(make_plan(minutes, spent, seconds, rate, stage))))
 
     # a plan that is there is kept: a training that has begun must not go on by another one
     if not file.exists():
         phases("4 train, first steps for the plan", record_plan)
-    plan = Plan(**read_record(file, dict[str, Any], f"remove {stage.run} to start over"))
+    plan = read_record(file, Plan, f"remove {stage.run} to start over")
     log_line(f"plan for {plan.minutes:g} minutes: {plan.samples:,} samples, {plan.images} images")
     return plan
 
 
+class Measured(TypedDict):
+    """`measured.json`."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    learned: Learned
+    images: dict[str, Any]
+    """Results of the demo's `Ending`."""
+
+
 def write_report(
-    stage: StageConfig, phases: Phases, ending: Ending, results: dict[str, Any], packages: dict[str, str]
+    stage: StageConfig, phases: Phases, ending: Ending, results: Measured, packages: dict[str, str]
 ) -> Path:
     """Write the run's report with the demo's own parts, and return its path.
 
@@ -213,14 +227,14 @@ def write_report(
     learned = results["learned"]
     ratio = learned["right_mean"] / learned["untrained_mean"]
     saved = (learned["shuffled_mean"] - learned["right_mean"]) / learned["shuffled_mean"]
-    tiles = [
+    tiles: list[Tile] = [
         *ending.tiles(results["images"]),
         {"label": "loss compared with the untrained network's", "value": f"{ratio:.2f}x"},
         {"label": "lower loss with right than with shuffled captions", "value": f"{saved:.1%}"},
         {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
     ]
     way = f"Generated from the caption in {stage.sample.steps} steps, guidance {stage.sample.guidance:g}."
-    extra = {
+    extra: Extra = {
         "tiles": tiles,
         "pictures": ending.pictures(),
         "pictures_note": f"{way} {ending.note}",
@@ -228,7 +242,7 @@ def write_report(
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
         "licences": "Made with " + "; ".join(packages.values()) + ".",
     }
-    (stage.run / "report_extra.json").write_text(json.dumps(extra, indent=2))
+    write_extra(stage.run, extra)
     for tile in tiles:
         log_line(f"{tile['value']} {tile['label']}")
     return build(stage.run)
@@ -317,11 +331,11 @@ def main() -> None:
 
     def measure_all() -> None:
         results = {"learned": measure(stage.run, LEARNED_PAIRS), "images": ending.measure()}
-        write_atomic(file, json.dumps(results))
+        write_atomic(file, seal(results))
 
     phases("5 draw", ending.draw)
     phases("6 measure", measure_all)
-    results = read_record(file, dict[str, Any], f"remove {file} and {phases.file}")
+    results = read_record(file, Measured, f"remove {file} and {phases.file}")
     log_line(f"report: {write_report(stage, phases, ending, results, demo.packages)}")
 
 

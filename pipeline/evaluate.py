@@ -26,7 +26,7 @@ from model.common.records import read_record
 from model.common.share import Share
 from model.scorers.files import download_data
 from pipeline.evaluation import dpg, fid, genai_bench, geneval, t2i_compbench
-from pipeline.evaluation.answers import ANSWERS, SCORER, ScorerModels, answer_missing, read_answers
+from pipeline.evaluation.answers import ANSWERS, SCORER, Scorer, ScorerModels, answer_missing, read_answers
 from pipeline.evaluation.common import Bench, BenchImage
 from pipeline.evaluation.images import generate_missing, hash_weights, read_plan, write_plan
 from pipeline.inference.source import (
@@ -242,7 +242,7 @@ def score_stage(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str
         UserError: if answers are missing.
     """
     try:
-        scorer = read_record(out / ANSWERS / SCORER, dict[str, Any], "remove it and score again")
+        scorer = read_record(out / ANSWERS / SCORER, Scorer, "remove it and score again")
     except FileNotFoundError as error:
         raise UserError(f"{out}: no answers there: run with --stage answers first") from error
     # the recorded folder, not --reference: the answers are about its images

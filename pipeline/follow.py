@@ -16,15 +16,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, ScenePrompt, scene_prompts
+from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, CaptionKind, ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
-from model.common.records import read_record
+from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation.common import VQA
@@ -41,13 +43,28 @@ from pipeline.following.scoring import chance_level, score_objects
 from pipeline.runtime.settings_record import record_settings
 
 IMAGES = "pictures"
+MAX_PROMPTS = 1_000_000
 MAX_JUDGED = 12
 """Maximum number of prompts in `judged.png`."""
 QUESTION = "{segment}?"
 """The question about a segment, as T2I-CompBench's BLIP-VQA asks it."""
 
 
-def make_prompts(settings: dict[str, Any]) -> list[ScenePrompt] | list[NaturalPrompt]:
+class PromptSettings(TypedDict):
+    """`prompts.json`: the settings that make the prompts."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    prompts: Literal["scenes", "natural"]
+    count: Annotated[int, Field(ge=1, le=MAX_PROMPTS)]
+    segments: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)] | None
+    """Segments in every prompt; None = 2 to 8 in turn."""
+    kind: CaptionKind
+    aspect: Annotated[float, Field(gt=0)]
+    seed: Count
+
+
+def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPrompt]:
     """Return the prompts that the settings in `prompts.json` describe.
 
     They have 2 to 8 segments in turn, unless the settings name a number.
@@ -131,15 +148,15 @@ def score_natural(
     }
 
 
-def write_prompts(out: Path, settings: dict[str, Any]) -> None:
+def write_prompts(out: Path, settings: PromptSettings) -> None:
     """Write `prompts.txt`, with one prompt per line, and `prompts.json`, with the settings that made them.
 
     Raises:
         UserError: if a number is out of range, or the folder has other prompts.
     """
-    if settings["count"] < 1 or not 2 <= (settings["segments"] or 2) <= MAX_SEGMENTS:
+    if not 1 <= settings["count"] <= MAX_PROMPTS or not 2 <= (settings["segments"] or 2) <= MAX_SEGMENTS:
         given = f"--count {settings['count']} --segments {settings['segments']}"
-        raise UserError(f"{given}: at least 1, and 2 to {MAX_SEGMENTS}")
+        raise UserError(f"{given}: 1 to {MAX_PROMPTS:,}, and 2 to {MAX_SEGMENTS}")
     prompts = make_prompts(settings)
     # the score command makes the prompts again from these settings
     record_settings(out / "prompts.json", settings)
@@ -174,7 +191,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
         UserError: if prompts or images are missing, or natural prompts have no VQA model.
     """
     try:
-        settings = read_record(out / "prompts.json", dict[str, Any], "write the prompts into another folder")
+        settings = read_record(out / "prompts.json", PromptSettings, "write the prompts into another folder")
     except FileNotFoundError as error:
         raise UserError(
             f"{out}: no prompts.json there: run `python -m pipeline.follow write {out}` first"
@@ -238,7 +255,8 @@ def main() -> None:
     arguments = parse()
     if arguments.command == "write":
         names = ("prompts", "count", "segments", "kind", "aspect", "seed")
-        write_prompts(arguments.out, {name: getattr(arguments, name) for name in names})
+        settings = {name: getattr(arguments, name) for name in names}
+        write_prompts(arguments.out, cast(PromptSettings, settings))
         prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES
         print(f"{prompts}: generate its images with pipeline.sample RUN --prompts {prompts} --out {images}")
         return

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.data.loader import TrainingData
 from pipeline.diffusion.objective import make_objective
 from pipeline.engine.network import build_network, network_sizes
+from pipeline.reporting.extra import Learned
 from pipeline.stage.config import load_run
 from pipeline.stage.corpus import resolve
 from pipeline.training.inputs import NetworkInputs
@@ -27,7 +28,7 @@ from pipeline.training.validation import FIXED_TIMESTEPS, losses_at_fixed_timest
 PAIRS = 256
 
 
-def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
+def measure(run: Path, pairs: int = PAIRS) -> Learned:
     """Measure the loss at eight fixed timesteps on fixed training pairs, in three ways.
 
     `right`: the averaged weights, each image with its caption; `shuffled`: each image with another one's
@@ -82,7 +83,7 @@ def measure(run: Path, pairs: int = PAIRS) -> dict[str, Any]:
         f"Averaged weights on {seen} training pairs with fixed noise, mean squared error at 8 fixed "
         "timesteps."
     )
-    return record
+    return cast(Learned, record)
 
 
 @command

@@ -24,6 +24,8 @@ SEAL = "xxh64"
 
 STRICT: Any = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """Value of `__pydantic_config__` in a schema."""
+OPEN: Any = {**STRICT, "extra": "allow"}
+"""The same of a schema that names some of the fields only."""
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -70,7 +72,7 @@ def parse_record(schema: type[Record], data: bytes) -> Record:
     """Return a record as an instance of its schema.
 
     Args:
-        schema: a dataclass or a TypedDict, with `STRICT` as its `__pydantic_config__`.
+        schema: a dataclass or a TypedDict, with `STRICT` or `OPEN` as its `__pydantic_config__`.
         data: the record's JSON.
 
     Raises:

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from model.common.files import write_atomic
-from pipeline.ablation.rows import Ablation, Job, Ordering, SeedMean, orderings
+from pipeline.ablation.rows import Ablation, Job, Ordering, Score, SeedMean, orderings
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
 from pipeline.reporting.curves import curve
@@ -24,7 +24,7 @@ MAX_IMAGES = 8
 """Maximum number of images per row."""
 ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
 
-Scores = dict[str, dict[int, dict[str, Any]]]
+Scores = dict[str, dict[int, Score]]
 """Row -> seed -> the record in score.json."""
 
 
@@ -39,7 +39,7 @@ def gather(jobs: Sequence[Job]) -> Scores:
 
 
 def make_line(
-    title: str, paper: float | None, records: dict[int, dict[str, Any]], attributes: Sequence[str]
+    title: str, paper: float | None, records: dict[int, Score], attributes: Sequence[str]
 ) -> dict[str, Any]:
     """Return one row of a table as text, with `-` for what has not been measured."""
     shares = [[record["score"] for record in records.values()]]
@@ -69,9 +69,15 @@ def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
     means: dict[str, float] = {}
     for name in attributes:
         means[name] = float(np.mean([record["chance"][name] for record in records]))
-    chance: dict[int, dict[str, Any]] = {}
+    chance: dict[int, Score] = {}
     if records:
-        chance[0] = {"score": prompt_following(means), "attributes": means, "loss": None}
+        chance[0] = {
+            "score": prompt_following(means),
+            "attributes": means,
+            "chance": means,
+            "segments": [],
+            "loss": None,
+        }
 
     values: dict[str, dict[int, float]] = {}
     for row, by_seed in scores.items():

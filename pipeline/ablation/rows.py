@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NotRequired
 
 from scipy.stats import t as student
+from typing_extensions import TypedDict
 
 from data_prep.dataset.schema import Snapshot
 from model.common.errors import UserError
-from model.common.records import read_record
+from model.common.records import STRICT, read_record
 from model.common.settings import read_settings
 from pipeline.stage.config import StageConfig, load_run, load_stage
 
@@ -71,6 +72,24 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
     return ablation
 
 
+class Score(TypedDict):
+    """`score.json`: results of a run."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    score: float
+    """Prompt following in [0, 1]."""
+    attributes: dict[str, float]
+    """Shares of right claims."""
+    chance: dict[str, float]
+    """The same of images against other prompts."""
+    segments: list[list[float]]
+    """Scores of each prompt's segments."""
+    loss: float | None
+    """Last validation loss."""
+    seconds: NotRequired[float]
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run of an ablation: a row with a seed."""
@@ -84,10 +103,10 @@ class Job:
         """Folder of the run."""
         return self.stage.run
 
-    def score(self) -> dict[str, Any] | None:
+    def score(self) -> Score | None:
         """Return the run's results, or None before it is trained and scored."""
         file = self.run / "score.json"
-        return read_record(file, dict[str, Any], "remove it and run again") if file.exists() else None
+        return read_record(file, Score, "remove it and run again") if file.exists() else None
 
     @property
     def prompts(self) -> Path:

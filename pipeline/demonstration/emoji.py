@@ -19,6 +19,7 @@ from model.encoders.latent_spaces import load_latent_space
 from pipeline.demonstration.commands import run
 from pipeline.demonstration.ending import Ending, to_tensor
 from pipeline.evaluation.recognition import Recognition, recognition
+from pipeline.reporting.extra import Tile
 from pipeline.stage.config import StageConfig
 
 ENCODED_AT_ONCE = 64
@@ -64,9 +65,9 @@ class EmojiEnding(Ending):
             "latents": asdict(recognition(encode(images), encode(references), own)),
         }
 
-    def tiles(self, measured: dict[str, Any]) -> list[dict[str, str]]:
+    def tiles(self, measured: dict[str, Any]) -> list[Tile]:
         """Return both recognitions, with interval and chance."""
-        tiles: list[dict[str, str]] = []
+        tiles: list[Tile] = []
         for features, values in measured.items():
             result = Recognition(**values)
             label = (

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.reporting.extra import ShownImage, Tile
 from pipeline.stage.config import StageConfig
 
 MAX_SHOWN = 24
@@ -37,7 +38,7 @@ class Ending(ABC):
         """Return what the images show, as values that JSON has."""
 
     @abstractmethod
-    def tiles(self, measured: dict[str, Any]) -> list[dict[str, str]]:
+    def tiles(self, measured: dict[str, Any]) -> list[Tile]:
         """Return what was measured as key numbers of the report."""
 
     @abstractmethod
@@ -48,11 +49,11 @@ class Ending(ABC):
         """Return the records of the images, in the order of the prompts."""
         return [json.loads(line) for line in (self.drawn / "index.jsonl").read_text().splitlines()]
 
-    def pictures(self) -> list[dict[str, Any]]:
+    def pictures(self) -> list[ShownImage]:
         """Return the images of the report, evenly chosen, with paths relative to the run."""
         records = self.records()
         shown = min(MAX_SHOWN, len(records))
-        pictures: list[dict[str, Any]] = []
+        pictures: list[ShownImage] = []
         for number in (index * len(records) // shown for index in range(shown)):
             file = self.drawn / records[number]["file"]
             details = self.picture(number, file)

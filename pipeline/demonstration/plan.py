@@ -1,7 +1,11 @@
 """The amount of work that fits into a demo's time, from the speed of the first steps."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
+
+from model.common.records import STRICT
 from pipeline.stage.config import StageConfig
 
 VAE_SHARE, END_SHARE = 0.15, 0.14
@@ -19,10 +23,12 @@ processes (`benchmarks/results/first_minutes.md`)."""
 class Plan:
     """Amount of work, fixed before training starts: a demo that is stopped goes on with the same plan."""
 
+    __pydantic_config__ = STRICT
+
     minutes: float
-    samples: int
+    samples: Annotated[int, Field(ge=1, lt=1 << 62)]
     """Length of the training."""
-    images: int
+    images: Annotated[int, Field(ge=1, lt=1 << 31)]
     """Images that are generated at the end."""
 
 

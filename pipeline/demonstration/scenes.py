@@ -5,15 +5,27 @@ from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
+from typing_extensions import TypedDict
 
 from data_prep.config import DatasetConfig
 from data_prep.scenes.captions import scene_prompts
-from model.common.records import read_record
+from model.common.records import OPEN, read_record
 from pipeline.demonstration.commands import run
 from pipeline.demonstration.ending import Ending
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import judge_caption
+from pipeline.reporting.extra import Tile
 from pipeline.stage.config import StageConfig
+
+
+class Scores(TypedDict):
+    """Fields of `scores.json` that the demo reads."""
+
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+    summary: dict[str, float]
+    chance: dict[str, float]
+
 
 SEGMENTS = 2
 """Objects of a prompt. The training scenes have up to three."""
@@ -43,12 +55,12 @@ class ScenesEnding(Ending):
     def measure(self) -> dict[str, Any]:
         """Return the shares of right claims, and those of images against other prompts."""
         run("pipeline.follow", "score", str(self.folder))
-        scores = read_record(self.folder / "scores.json", dict[str, Any], f"remove {self.folder}")
+        scores = read_record(self.folder / "scores.json", Scores, f"remove {self.folder}")
         return {"right": scores["summary"], "chance": scores["chance"]}
 
-    def tiles(self, measured: dict[str, Any]) -> list[dict[str, str]]:
+    def tiles(self, measured: dict[str, Any]) -> list[Tile]:
         """Return the share of each kind of claim, with that of chance."""
-        tiles: list[dict[str, str]] = []
+        tiles: list[Tile] = []
         for name, share in measured["right"].items():
             chance = measured["chance"].get(name, 0.0)
             label = f"{NAMES.get(name, f'{name}s')} right in {self.count} new prompts (chance {chance:.1%})"

@@ -4,13 +4,15 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from PIL import Image
+from typing_extensions import TypedDict
 
 from model.common.errors import UserError
 from model.common.progress import Progress
+from model.common.records import OPEN
 from model.scorers.clip import CLIPScorer
 from model.scorers.detectors import Detector, load_detector
 from model.scorers.files import find_scorer
@@ -22,6 +24,19 @@ from pipeline.evaluation.images import IMAGES
 from pipeline.runtime.console import CONSOLE
 
 ANSWERS, SCORER = "answers", "scorer.json"
+
+
+class Scorer(TypedDict):
+    """`scorer.json`: the scorer models, and the settings that they answered with."""
+
+    # The benchmark's own settings are beside these.
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
+
+    models: dict[str, dict[str, Any]]
+    reference: NotRequired[str]
+    """Folder of the images that others are compared with."""
+
+
 PUBLISHED = {
     "vqa": (
         "geneval: none; dpg: mPLUG-large; t2i_compbench: BLIP VQA (capfilt, large); "

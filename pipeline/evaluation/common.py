@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from model.common.errors import UserError
+from model.common.records import STRICT
 from model.scorers.detectors import Detector
 from model.scorers.noun_phrases import Parsed
 
@@ -21,6 +22,8 @@ Scores = dict[str, Any]
 @dataclass(frozen=True)
 class BenchImage:
     """One file of images to generate."""
+
+    __pydantic_config__ = STRICT
 
     file: str
     """Path in the layout of the benchmark's own tools."""

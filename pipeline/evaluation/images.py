@@ -10,14 +10,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
 from model.common.errors import UserError
 from model.common.files import write_atomic
-from model.common.records import read_record
+from model.common.records import canonical_json, checked, read_record
 from pipeline.evaluation.common import BenchImage, Plan
 from pipeline.inference.generate import generate_images
 from pipeline.inference.images import save_png
@@ -66,8 +66,24 @@ def read_plan(out: Path) -> tuple[list[BenchImage], dict[str, Any]]:
         settings = read_record(out / PLAN, dict[str, Any], "use another folder")
     except FileNotFoundError as error:
         raise UserError(f"{out}: no {PLAN}, so it has no images: run with --stage images first") from error
-    images = [BenchImage(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in settings.pop("pictures")]
+    try:
+        images = checked(list[BenchImage], canonical_json(settings.pop("pictures", None)))
+        for image in images:
+            check_inside(image.file)
+    except ValueError as error:
+        raise UserError(f"{out / PLAN}: damaged: its list of images: {error}: use another folder") from error
     return images, settings
+
+
+def check_inside(file: str) -> None:
+    """Check that the path of an image stays inside the folder of the images.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"{file!r} is not a path inside {IMAGES}/")
 
 
 def generate_missing(

@@ -7,10 +7,11 @@ from typing import Any
 
 import jinja2
 
-from model.common.records import read_record
+from model.common.errors import UserError
 from pipeline.operations.attempts import read_endings
 from pipeline.reporting.curves import curves_of, learned_curve
 from pipeline.reporting.data import describe_data
+from pipeline.reporting.extra import Extra, Tile, read_extra
 from pipeline.runtime.finished import FINISHED
 from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.stage.config import dump_stage, load_run
@@ -21,8 +22,16 @@ MAX_SAVES = 4
 
 
 def inline_png(path: Path) -> str:
-    """Return a PNG as a data URI, so that the page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """Return a PNG as a data URI, so that the page needs no other file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, and the report shows it: generate it again") from error
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def list_events(run: Path) -> list[dict[str, Any]]:
@@ -63,10 +72,10 @@ def list_events(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_tiles(run: Path, extra: dict[str, Any]) -> list[dict[str, str]]:
+def make_tiles(run: Path, extra: Extra) -> list[Tile]:
     """Return the key numbers."""
     reports = read_reports(run)
-    tiles: list[dict[str, str]] = []
+    tiles: list[Tile] = []
     if reports:
         last = reports[-1]
         speed = sum(report["samples_per_second"] for report in reports) / len(reports)
@@ -93,8 +102,7 @@ def build(run: Path) -> Path:
         UserError: if the folder is not a run's.
     """
     stage = load_run(run)
-    extra_file = run / "report_extra.json"
-    extra = read_record(extra_file, dict[str, Any], "remove it") if extra_file.exists() else {}
+    extra = read_extra(run)
 
     phases = extra.get("phases", [])
     # the bars of the phases are relative to the longest one

@@ -7,7 +7,7 @@ from typing import Any
 
 from model.common.errors import UserError
 from model.common.files import write_atomic
-from model.common.records import canonical_json, read_record
+from model.common.records import canonical_json, read_record, seal
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
         recorded = read_record(path, dict[str, Any], "use another folder, or remove it")
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, canonical_json(settings))
+        write_atomic(path, seal(dict(settings)))
         return
 
     # through JSON, since tuples come back from the file as lists

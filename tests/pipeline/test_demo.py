@@ -16,6 +16,7 @@ from data_prep.config import load_dataset
 from model.common.errors import UserError
 from pipeline import demo
 from pipeline.demonstration.plan import VAE_SHARE
+from tests.helpers.learned import LEARNED
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -46,7 +47,7 @@ class FakeDemo:
         self.monkeypatch, self.folder = monkeypatch, folder
         monkeypatch.setattr(demo, "run", lambda *arguments: self.commands.append(arguments))
         monkeypatch.setattr(demo, "train", self.train)
-        monkeypatch.setattr(demo, "measure", lambda run, pairs: {"right_mean": 1.0})
+        monkeypatch.setattr(demo, "measure", lambda run, pairs: LEARNED)
         monkeypatch.setattr(demo, "write_report", lambda *_: self.run / "report.html")
         emoji = replace(demo.DEMOS["emoji"], ending=self.ending)
         monkeypatch.setattr(demo, "DEMOS", {**demo.DEMOS, "emoji": emoji})
