@@ -8,7 +8,7 @@ minutes (`LI_DIT_RETRY_SECONDS`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import xxhash
 
@@ -20,6 +20,8 @@ from model.common.files import atomic_path, naming_full_disk
 from model.common.records import STRICT, Count, Hash
 
 __all__ = ["Store", "StoreError", "hash_file", "open_store"]
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,7 @@ class Store:
         Raises:
             FileNotFoundError: if there is no such object.
         """
-        size = self._backend.size(self._key(key))
-        if size is None:
-            raise FileNotFoundError(f"{self.uri}/{key}")
-        return size
+        return self._existing(key, self._backend.size(self._key(key)))
 
     def version(self, key: str) -> str:
         """Return a text that is another one after an object that others write has changed.
@@ -118,10 +117,12 @@ class Store:
         Raises:
             FileNotFoundError: if there is no such object.
         """
-        version = self._backend.version(self._key(key))
-        if version is None:
+        return self._existing(key, self._backend.version(self._key(key)))
+
+    def _existing(self, key: str, found: Found | None) -> Found:
+        if found is None:
             raise FileNotFoundError(f"{self.uri}/{key}")
-        return version
+        return found
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield keys that start with `prefix`, sorted, without temporary files."""

@@ -46,6 +46,12 @@ def join_process_group(timeout_minutes: int) -> Distributed:
             f"({first_line(error)}): {launched} says that there are as many; in a shell of `srun --pty`, "
             "unset SLURM_STEP_ID to start one process, or start them with srun or torchrun"
         ) from error
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the processes cannot meet at {place} ({first_line(error)}): name another port by MASTER_PORT, "
+            "or end the program that has this one"
+        ) from error
     return ranks
 
 

@@ -1,6 +1,7 @@
 """Which rank this process is, from each launcher's environment."""
 
 import os
+import socket
 
 import pytest
 import torch
@@ -116,3 +117,21 @@ def test_ranks_that_never_come_are_one_line_that_says_who_asked_for_them(monkeyp
     monkeypatch.setattr(processes.deepspeed, "init_distributed", nobody)
     with pytest.raises(UserError, match=rf"not all of 4 .*1/4 clients joined\): {says} says"):
         processes.join_process_group(1)
+
+
+def test_a_port_that_another_program_has_is_one_line(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+
+        def meet(**settings):
+            torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
+
+        monkeypatch.setattr(processes.deepspeed, "init_distributed", meet)
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(
+            UserError, match=rf"cannot meet at 127.0.0.1:{port} .*name another port"
+        ) as refused:
+            processes.join_process_group(1)
+    assert "\n" not in str(refused.value)
