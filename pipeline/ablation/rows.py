@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from data_prep.dataset.schema import Snapshot
 from model.common.errors import UserError
-from model.common.records import STRICT, read_record
+from model.common.records import OPEN, read_record
 from model.common.settings import read_settings
 from pipeline.stage.config import StageConfig, load_run, load_stage
 
@@ -75,7 +75,7 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
 class Score(TypedDict):
     """`score.json`: results of a run."""
 
-    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    __pydantic_config__ = OPEN  # pyright: ignore[reportGeneralTypeIssues]
 
     score: float
     """Prompt following in [0, 1]."""

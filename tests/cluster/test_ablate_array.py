@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 
+from tests.helpers.fake_ablate import fake_score
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 ROWS = """
@@ -20,7 +22,7 @@ def test_the_line_that_is_printed_does_what_is_not_done(slurm, training, tmp_pat
     folder = tmp_path / "runs" / "fake_ablation"
     there = folder / "none" / "seed_0"
     there.mkdir(parents=True)
-    (there / "score.json").write_text(json.dumps({"task": -1}))
+    (there / "score.json").write_text(json.dumps(fake_score(-1)))
 
     printed = training.type(training.real_python, "-m", "pipeline.ablate", *words, "--dry-run")
     assert printed.splitlines()[:2] == [f"{'none':20} 1 of 2 runs done", f"{'full':20} 0 of 2 runs done"]
@@ -31,7 +33,7 @@ def test_the_line_that_is_printed_does_what_is_not_done(slurm, training, tmp_pat
     job = training.type(line[0], "--parsable", *line[1:], **{name: tasks}).strip()
     slurm.wait(lambda: not slurm.queue(), "end of the array", 110)
     done = {
-        path.parent.relative_to(folder): json.loads(path.read_text())["task"]
+        path.parent.relative_to(folder): json.loads(path.read_text())["seconds"]
         for path in folder.rglob("score.json")
     }
     said = "\n".join(path.read_text() for path in training.logs.iterdir())

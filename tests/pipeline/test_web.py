@@ -201,16 +201,26 @@ def send(address, data, name="run"):
     raise AssertionError("the event does not end")
 
 
-PAGE_VALUES = [None, "tea", "", 16, 24, 2, 3.0, 7, 1, "euler", NOTHING, 0]
+PAGE_VALUES = [None, "tea", "", 16, 24, 2, 3.0, 7, 1, "euler", NOTHING, 0, False]
 
 
 def test_a_forged_value_of_the_page_is_answered_in_words(address, capfd):
     assert send(address, PAGE_VALUES) == []
     capfd.readouterr()
-    for place, value in ((1, 7), (2, {"a": 1}), (3, "abc"), (5, 2.5), (6, None), (7, "x"), (9, 5), (10, [])):
+    for place, value in (
+        (1, 7),
+        (2, {"a": 1}),
+        (3, "abc"),
+        (5, 2.5),
+        (6, None),
+        (7, "x"),
+        (9, 5),
+        (10, []),
+        (12, 1),
+    ):
         values = [*PAGE_VALUES[:place], value, *PAGE_VALUES[place + 1 :]]
         (message,) = send(address, values)
-        assert ": give a" in message
+        assert ": give " in message
     send(address, ["x", None], "limit_step")
     assert "Traceback" not in "".join(capfd.readouterr())
 
@@ -241,7 +251,9 @@ def test_the_queue_is_bounded(address, monkeypatch):
         codes.append(httpx.post(f"{address}gradio_api/queue/join", json=body).status_code)
         if session == 0:
             assert started.wait(30)
+    called = httpx.post(f"{address}gradio_api/call/generate", json={"data": PAGE_VALUES[1:10]})
     go_on.set()
+    assert called.status_code == 503
     assert codes == [200] * (web.MAX_QUEUE + 1) + [503] * 3
 
 
