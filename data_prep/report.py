@@ -27,9 +27,11 @@ from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.plan.accounts import FileAccount, account
+from data_prep.plan.dedupe import EXACT, NEAR
 from data_prep.plan.listing import source_files
 from data_prep.plan.plan import DROPPED as DROPPED_BY_PLAN
 from data_prep.plan.plan import dropped_key
+from data_prep.plan.verdicts import LISTED_REASON
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store
@@ -46,7 +48,19 @@ MAX_CAPTION = 200
 THUMBNAIL = 160
 """Longer side of a thumbnail, in pixels."""
 MAX_BINS = 16
-REASON_ORDER = ("source", "image", "caption:", "caption_", "bucket", "dedupe: same", "dedupe")
+REASON_ORDER = (
+    "source",
+    "image",
+    "caption:",
+    "caption_",
+    "bucket",
+    f"{EXACT} as in",
+    EXACT,
+    f"{NEAR} as in",
+    NEAR,
+    LISTED_REASON,
+    "dedupe",
+)
 """Starts of the reasons, in the order in which rows are dropped for them."""
 FILTER_POSITION = REASON_ORDER.index("caption_")
 """Position of all other reasons: those of the filters, such as `min_side: ...`."""
@@ -109,6 +123,8 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         files=accounts[:MAX_FILES_LISTED],
         more_files=max(0, len(accounts) - MAX_FILES_LISTED),
         near=config.dedupe.near,
+        against=record.get("against", []),
+        drop=record.get("drop"),
     )
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +134,11 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
 
 def _totals(accounts: list[FileAccount]) -> dict[str, int]:
     names = ("read", "dropped_by_plan", "planned", "written", "dropped_in_parts", "pending")
-    return {name: sum(getattr(account, name) for account in accounts) for name in names}
+    totals = dict.fromkeys(names, 0)
+    for counts in accounts:
+        for name in names:
+            totals[name] += getattr(counts, name)
+    return totals
 
 
 def _steps(

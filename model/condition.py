@@ -139,11 +139,13 @@ class Condition:
     @staticmethod
     def concatenate(conditions: Sequence["Condition"]) -> "Condition":
         """Join the samples of several batches at one time each, such as the branches of guidance."""
-        texts = [
-            Text.concatenate(of_llm) for of_llm in zip(*(each.texts for each in conditions), strict=True)
-        ]
-        extra = {name: torch.cat([each.extra[name] for each in conditions]) for name in conditions[0].extra}
-        return Condition(torch.cat([each.timesteps for each in conditions]), texts, extra)
+        of_llms = zip(*(condition.texts for condition in conditions), strict=True)
+        texts = [Text.concatenate(of_llm) for of_llm in of_llms]
+
+        extra = {}
+        for name in conditions[0].extra:
+            extra[name] = torch.cat([condition.extra[name] for condition in conditions])
+        return Condition(torch.cat([condition.timesteps for condition in conditions]), texts, extra)
 
 
 Predict = Callable[[Tensor, Condition], Tensor]

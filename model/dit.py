@@ -67,7 +67,12 @@ class LIDiT(nn.Module):
     def __init__(
         self, config: DiTConfig, fusion: FusionConfig, text_widths: Sequence[int], checkpoint_every: int = 0
     ) -> None:
-        """Build the network with its starting weights (see `init_weights`).
+        """Build the network with its starting weights.
+
+        Each layer sets its own, since parameters that ZeRO-3 has partitioned cannot be set from here:
+        Xavier-uniform for linear layers with biases of 0, 1 for the gains of RMS norms, torch's default for
+        convolutions, and 0 for modulations, gates and the last linear layer, so that blocks start as the
+        identity.
 
         Args:
             config: sizes of the DiT.
@@ -90,25 +95,6 @@ class LIDiT(nn.Module):
         self.conditions = nn.ModuleDict({name: CONDITIONS[name](config) for name in config.conditions})
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
         self.final = FinalLayer(config.width, config.patch_values, config.difficulty)
-
-    def init_weights(self) -> None:
-        """Set the starting weights again, such as after a model built on the meta device got its memory.
-
-        | parameters                                            | start
-        |
-        |-------------------------------------------------------|----------------------------------------------|
-        | linear layers                                         | Xavier-uniform, bias 0
-        | | modulations and gates, linear layer of the last layer | 0, so blocks start as the identity, output
-        0 | | gains of RMS norms                                    | 1
-        | | convolutions                                          | torch's default
-        |
-
-        Each layer initializes itself when it is built, because parameters that ZeRO-3 has partitioned cannot
-        be set from here.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.RMSNorm):
-                module.reset_parameters()
 
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """Predict the objective's target.

@@ -3,6 +3,7 @@
 `python -m benchmarks.house . OTHER_CHECKOUT` prints the figures side by side.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import count_file, count_rooms, figures, imports_between
+from benchmarks.house import PACKAGES, count_file, count_rooms, figures, imports_between
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,20 @@ def test_figure_is_high_enough(name):
 def test_figure_is_low_enough(name):
     value = measured()[name]
     assert value <= AT_MOST[name], f"{name} is {value}, the limit is {AT_MOST[name]}"
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_comprehension_is_inside_another(package):
+    nested = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            inner = [each for each in ast.walk(node) if isinstance(each, COMPREHENSIONS)]
+            if isinstance(node, COMPREHENSIONS) and len(inner) > 1:
+                nested.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not nested
 
 
 SAMPLE = '''"""A module.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -111,8 +111,12 @@ def read_settings(
     loaded = load_yaml(path)
     with _errors_as_one_line(str(path)):
         empty = OmegaConf.structured(schema)
+        written = _with_values(overrides, empty)
+        inside, outside = _split_lists(written, OmegaConf.to_container(loaded), OmegaConf.to_container(empty))
         # Not merged with the schema yet, so that `defaults` sees only what the user wrote.
-        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(_with_values(overrides, empty)))
+        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(outside))
+        for override in inside:
+            _set_in_list(given, override)
         _refuse_functions(OmegaConf.to_container(given), str(path))
 
         base = empty if defaults is None else OmegaConf.structured(defaults(given))
@@ -153,7 +157,11 @@ def _errors_as_one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"{what}: {f'{key}: ' if key else ''}{first_line(error)}") from error
+        line = first_line(error)
+        # OmegaConf names neither the key nor the way out.
+        if "incompatible container" in line:
+            line = f"{line}: a mapping where a list belongs, or the reverse: set a list as a whole: 'NAME=[...]'"
+        raise UserError(f"{what}: {f'{key}: ' if key else ''}{line}") from error
 
 
 def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:
@@ -169,6 +177,69 @@ def _with_values(overrides: list[str], defaults: DictConfig) -> list[str]:
         empties = not value and isinstance(OmegaConf.select(defaults, key), str)
         written.append(f"{key}=''" if empties else override)
     return written
+
+
+class _Step(NamedTuple):
+    """The first list that a key leads into."""
+
+    name: str
+    """Key of the list."""
+    entries: list[Any]
+    index: str
+    """Name of the entry, which should be a number."""
+
+
+def _first_list(node: Any, key: str) -> _Step | None:
+    """Return the first list that a key such as `sources.0.path` leads into; None if there is none."""
+    names = [name for name in re.split(r"[.\[\]]", key) if name]
+    for number, name in enumerate(names):
+        if isinstance(node, list):
+            return _Step(".".join(names[:number]), node, name)
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return None
+
+
+def _split_lists(overrides: list[str], loaded: Any, defaults: Any) -> tuple[list[str], list[str]]:
+    """Split overrides into those of entries of the file's lists, and all others.
+
+    Raises:
+        UserError: if a key leads into a list that the file does not have.
+    """
+    inside, outside = [], []
+    # A list that another override sets is complete once that one is.
+    given = {override.partition("=")[0] for override in overrides}
+    for override in overrides:
+        key = override.partition("=")[0]
+        step = _first_list(loaded, key)
+        default = _first_list(defaults, key)
+        if step is None and default is not None and default.name not in given:
+            raise UserError(
+                f"{key}: the file has no list `{default.name}`: write it there, or set it as a whole: "
+                f"'{default.name}=[...]'"
+            )
+        into_list = step is not None or (default is not None and default.name in given)
+        (inside if into_list else outside).append(override)
+    return inside, outside
+
+
+def _set_in_list(given: Any, override: str) -> None:
+    """Set one key of a list's entry.
+
+    Raises:
+        UserError: if the list has no such entry.
+    """
+    key, _, value = override.partition("=")
+    step = _first_list(OmegaConf.to_container(given), key)
+    if step is None or not step.index.isdecimal() or int(step.index) >= len(step.entries):
+        name, count = (step.name, len(step.entries)) if step else (key, 0)
+        raise UserError(
+            f"{key}: no such entry: `{name}` has {count}, counted from 0: name one of them, or set the list as "
+            f"a whole: '{name}=[...]'"
+        )
+    # Read like all overrides, and with references left to be resolved later.
+    content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    is_text = isinstance(OmegaConf.select(given, key), str)
+    OmegaConf.update(given, key, "" if is_text and not value else content["value"])
 
 
 def _check_depth(text: str, what: str) -> None:

@@ -108,9 +108,10 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             tensors[name][:] = torch.tensor(values)
         uniform = [sample_rng(*key, "timestep").random(dtype=np.float32) for key in keys]
         tensors["u"][:] = torch.tensor(np.array(uniform))
-        counts = {name: [length for _, length in family_spans] for name, family_spans in spans.items()}
-        for name, lengths in counts.items():
-            tensors[f"{name}/lengths"][:] = torch.tensor(lengths, dtype=torch.int32)
+        counts: dict[str, list[int]] = {}
+        for name, family_spans in spans.items():
+            counts[name] = [length for _, length in family_spans]
+            tensors[f"{name}/lengths"][:] = torch.tensor(counts[name], dtype=torch.int32)
 
         _copy_bytes(copies)
         return PackedBatch(
@@ -148,7 +149,9 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         if self._written is not None:
             written = self._written.read(request.rows.bucket, _places(request.rows), ids)
             # The same form as the stored column `kinds`: one byte per caption.
-            kinds = [bytes(kind for kind, _ in captions) for captions in written]
+            kinds = []
+            for captions in written:
+                kinds.append(bytes(kind for kind, _ in captions))
         else:
             texts = {family.name: rows[family.name] for family in self._texts}
             # A caption is picked by its index, which must mean the same caption to every LLM.

@@ -69,7 +69,9 @@ class Mixture:
             weights: per dataset, above 0; its share of the samples is proportional to it.
         """
         self.datasets = datasets
-        totals = [sum(int(sizes.sum()) for sizes in dataset.values()) for dataset in datasets]
+        totals = []
+        for dataset in datasets:
+            totals.append(sum(int(sizes.sum()) for sizes in dataset.values()))
         # Fractions, since rounding would add up over epochs: a row at the border of two would come twice or
         # never.
         exact = [Fraction(weight) for weight in weights]

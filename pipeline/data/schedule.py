@@ -46,8 +46,11 @@ class Schedule:
         self._corpus = corpus
         self._names = [source.snapshot.dataset for source in corpus.sources]
         self._seeds = source_seeds(stage.data.seed, self._names)
-        self.parts = [{bucket: index.rows(bucket) for bucket in index.paths} for index in indexes]
+        self.parts: list[dict[str, np.ndarray]] = []
         """Per dataset, bucket -> rows of each part that is trained on."""
+
+        for index in indexes:
+            self.parts.append({bucket: index.rows(bucket) for bucket in index.paths})
 
         # Held-out parts first: they must not count when a bucket is tested for filling a batch.
         self._held_out = [self._hold_out(number) for number in range(len(self.parts))]

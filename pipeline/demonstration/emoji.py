@@ -51,7 +51,9 @@ class EmojiEnding(Ending):
         references = to_tensor([Image.open(io.BytesIO(pair.image)) for pair in self.pairs])
         images = to_tensor([Image.open(self.drawn / record["file"]) for record in self.records()])
         chosen = [self.captions[index] for index in self.chosen]
-        own = torch.tensor([[caption == each for each in self.captions] for caption in chosen])
+        own = torch.zeros(len(chosen), len(self.captions), dtype=torch.bool)
+        for row, caption in zip(own, chosen, strict=True):
+            row[:] = torch.tensor([caption == other for other in self.captions])
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         space = load_latent_space(self.vae, None, device)

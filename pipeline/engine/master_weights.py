@@ -1,7 +1,8 @@
 """The flat fp32 tensors of a rank under ZeRO, in one form for every stage: masters, moments and averages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -141,10 +142,14 @@ class MasterWeights:
                 for name in self._moments[group["name"]]:
                     state[name] = torch.zeros_like(master, requires_grad=False)
 
-        names = dict.fromkeys(name for moments in self._moments.values() for name in moments)
+        names = dict.fromkeys(chain.from_iterable(self._moments.values()))
         states = [self.inner.state[master] for master in self.tensors]
         empty = torch.empty(0)
-        return {name: [state.get(name, empty) for state in states] for name in names}
+
+        found = {}
+        for name in names:
+            found[name] = [state.get(name, empty) for state in states]
+        return found
 
     @property
     def step(self) -> int:
@@ -195,8 +200,10 @@ def check_names(
     """
     # Missing names come first, as the clearest sign of other settings; shapes are compared last.
     absent = [name for name in wanted if name not in given]
-    new = [name for name in absent if any(_in_new_branch(name, given, path) for path in new_branches)]
-    missing = [name for name in absent if name not in set(new)]
+    new, missing = [], []
+    for name in absent:
+        is_new = any(_in_new_branch(name, given, path) for path in new_branches)
+        (new if is_new else missing).append(name)
     if missing:
         raise UserError(
             f"{source}: lacks {_first_names(missing)}: "
@@ -236,4 +243,9 @@ def _in_new_branch(name: str, given: Mapping[str, Any], path: str) -> bool:
     # names.
     ends = [end for end in range(depth, len(parts)) if end <= depth + 1 or parts[end - 1].isdigit()]
     branches = [".".join(parts[:end]) + "." for end in ends]
-    return any(not any(other.startswith(branch) for other in given) for branch in branches)
+    empty = [branch for branch in branches if not _has_prefix(given, branch)]
+    return bool(empty)
+
+
+def _has_prefix(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
