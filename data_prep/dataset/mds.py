@@ -37,6 +37,7 @@ VARIABLE: dict[str, Callable[[bytes], Any]] = {
     "str": lambda data: data.decode("utf-8", "surrogateescape"),
     "str_int": int,
     "str_float": float,
+    "str_decimal": float,
     "json": json.loads,
 }
 """Encodings of variable size. Those that would run code when they are read (pickle) are left out."""

@@ -36,6 +36,8 @@ BUFFER = 8 << 20
 READERS = 8
 """Concurrent reads from a bucket."""
 GLOB = re.compile(r"[*?\[]")
+BRACES = re.compile(r"\{[^{}/]*(\.\.|,)[^{}/]*\}")
+"""Lists and ranges such as `{00000..00099}`: shells expand them, sources read them as part of a name."""
 
 COMPRESSED = (".gz", ".tgz", ".zst", ".zstd", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
 """Suffixes of files in which an image has no place of its own, so that they are not read."""
@@ -72,7 +74,12 @@ class SourceFiles:
             if path.endswith(COMPRESSED):
                 raise UserError(f"{path}: a compressed file, {wanted}: decompress it")
             raise UserError(f"{path}: {wanted}: correct `sources.path` or `sources.kind`")
-        self._store: Store = open_store(root or ".")
+        try:
+            self._store: Store = open_store(root or ".")
+        except UserError as error:
+            if BRACES.search(root):
+                raise UserError(f"{path}: does not exist: {_without_braces(path)}") from error
+            raise
         self._inside: str | None = None
         """The last file that was found to be inside."""
         # Any key does: only a local folder has paths.
@@ -109,6 +116,8 @@ class SourceFiles:
         way_out = "check `sources.path`"
         if any(kind.endswith(COMPRESSED) for kind in inventory.ignored):
             way_out = f"decompress them, or {way_out}"
+        if BRACES.search(self._path):
+            way_out = _without_braces(self._path)
         return UserError(f"{self._path}: no files with suffix {wanted} there{there}: {way_out}")
 
     @functools.cached_property
@@ -384,6 +393,11 @@ def raise_unless_content(error: Exception) -> None:
     is_content = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in (None, errno.EINVAL)
     if isinstance(error, OSError) and not is_content:
         raise error
+
+
+def _without_braces(path: str) -> str:
+    """Return the way out of a path with braces, which are not expanded."""
+    return f"braces are not expanded: write {BRACES.sub('*', path)}"
 
 
 def _split_glob(path: str) -> tuple[str, str]:

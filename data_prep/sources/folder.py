@@ -38,6 +38,8 @@ BAD_LINE = "source: damaged metadata line"
 OTHER_SUFFIX = "source: not an image file"
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TEXT_ENDINGS = (".txt", ".caption", ".json")
+METADATA = "metadata"
+"""Name without suffix of the files that describe a folder's images, whether they can be read or not."""
 MAX_METADATA_BYTES = 1 << 30
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # For the whole process: a long caption then costs its own row and not the rest of its file.
@@ -75,7 +77,8 @@ class FolderSource:
             unit.add(name)
 
         for name, unit in units.items():
-            inventory.ignore(unit.set_aside())
+            # Someone may take `metadata.tsv` for the captions' file, so it is shown by its name.
+            inventory.ignore(unit.set_aside(), stem=METADATA)
             if unit.size:
                 inventory.units[name] = unit.size
         inventory.check(self._path)
@@ -236,7 +239,8 @@ class _Unit:
             return []
 
         # A file that has a text of its own was meant to be a sample.
-        meant = [path for path in self.others if self._stem(path) not in {None, *used}]
+        texts = {path: self._stem(path) for path in self.others if not _is_metadata(path)}
+        meant = [path for path, stem in texts.items() if stem not in {None, *used}]
         aside = sorted(set(self.others) - set(meant))
         self.others = meant
         for stem in self.texts.keys() - used - {self._stem(path) for path in meant}:
@@ -287,6 +291,10 @@ READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
     "metadata.parquet": _parquet,
 }
 """Name of a metadata file -> its reader."""
+
+
+def _is_metadata(path: str) -> bool:
+    return posixpath.basename(path).lower().partition(".")[0] == METADATA
 
 
 def _folder_of(path: str) -> str:

@@ -36,6 +36,7 @@ MAX_LOST_ROWS = 1 << 20
 NO_COLUMN = "source: no image column"
 ODD_IMAGE = "source: image is neither bytes nor a path"
 WEB_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+EMBED = "embed the images (datasets: `map(embed_table_storage)`), or move them below `sources.path`"
 BASE64 = re.compile(r"data:|[A-Za-z0-9+/=\s]{200}")
 
 
@@ -201,7 +202,8 @@ def _explained(value: str) -> str:
         return f"a URL: download the images first: {value[:120]}"
     if BASE64.match(value):
         return f"base64: write the column as bytes: {value[:40]}"
-    return value[:200]
+    # `Dataset.to_parquet` writes the paths of images that were not embedded.
+    return f"a path: {EMBED}: {value[:80]}"
 
 
 def records_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:

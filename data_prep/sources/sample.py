@@ -70,13 +70,20 @@ class Inventory:
         """The names of the units, sorted."""
         return sorted(self.units)
 
-    def ignore(self, names: Iterable[str]) -> None:
-        """Count files as ignored, each under its suffix."""
+    def ignore(self, names: Iterable[str], stem: str = "") -> None:
+        """Count files as ignored, each under its suffix.
+
+        Args:
+            names: the files.
+            stem: name without suffix of the files that are counted under their whole name.
+        """
         for name in names:
-            base, dot, suffix = name.rpartition("/")[2].lower().rpartition(".")
+            whole = name.rpartition("/")[2]
+            base, dot, suffix = whole.lower().rpartition(".")
             # An archive's suffix alone, `.gz`, would not say that it is a tar.
             archive = ".tar" if base.endswith(".tar") else ""
-            kind = printable(f"{archive}.{suffix}")[:20] if dot else "no suffix"
+            is_named = stem and base.partition(".")[0] == stem
+            kind = printable(whole if is_named else f"{archive}.{suffix}")[:20] if dot else "no suffix"
             # Foreign names could have any number of suffixes.
             full = len(self.ignored) >= MAX_IGNORED_KINDS and kind not in self.ignored
             self.ignored["other suffixes" if full else kind] += 1

@@ -269,12 +269,16 @@ def test_values_that_are_no_text_cost_their_row(tmp_path, column):
 
 
 def test_paths_that_are_no_paths_are_explained(tmp_path):
-    images = ["https://a.org/1.png", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 40, "../1.png"]
-    write_parquet(tmp_path / "a.parquet", [{"image": image, "caption": "x"} for image in images])
+    images = ["https://a.org/1.png", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 40]
+    paths = ["../1.png", "/home/me/1.png", "train/1.png"]
+    images = [*images, *paths, *({"bytes": None, "path": path} for path in paths)]
+    for number, image in enumerate(images):
+        write_parquet(tmp_path / f"{number}.parquet", [{"image": image, "caption": "x"}])
     rows = rows_of("parquet", tmp_path)
     assert {row.reason for row in rows} == {OUTSIDE, NO_IMAGE}
     details = [row.detail.partition(":")[0] for row in rows]
-    assert details == ["a URL", "base64", "base64", "../1.png"]
+    assert details == ["a URL", "base64", "base64", *["a path"] * 6]
+    assert all("embed the images" in row.detail and row.detail.endswith(".png") for row in rows[3:])
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,7 +1,9 @@
 """Every file below a source's path belongs to rows, or is counted as ignored."""
 
+import json
 import os
 import posixpath
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,6 +65,17 @@ names = st.sampled_from(
         *("README.md", ".DS_Store", "noise", "x.tar.gz", "tab\there.png", "tab\there.txt", "metadata.tsv"),
     ]
 )
+KINDS = {"webdataset": WebDatasetSource, "parquet": ParquetSource, "mds": MDSSource}
+LISTED = {"webdataset": (".tar",), "parquet": (".parquet",), "mds": (".mds",)}
+foreign_names = st.sampled_from(
+    [
+        *("0.tar", "1.TAR", "damaged.tar", "empty.tar", "0.tar.gz", "0.tar.zst", "tab\there.tar"),
+        *("0.parquet", "1.PARQUET", "damaged.parquet", "empty.parquet", "tab\there.parquet", "a.arrow"),
+        *("0.mds", "damaged.mds", "empty.mds", "0.mds.zstd", "index.json"),
+        *("1.png", "1.txt", "README.md", ".DS_Store", "noise", "metadata.tsv"),
+    ]
+)
+foreign_trees = st.sets(st.builds(str.__add__, folders, foreign_names), min_size=1, max_size=14)
 trees = st.sets(st.builds(str.__add__, folders, names), min_size=1, max_size=14)
 
 
@@ -109,6 +122,80 @@ def test_every_file_of_a_folder_source_is_a_row_part_of_one_or_ignored(tmp_path_
         name for name in visible - set(keys) if name not in texts or posixpath.splitext(name)[0] not in used
     }
     assert len(alone) == sum(inventory.ignored.values()) - inventory.ignored[HIDDEN]
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    """A folder with a file of two rows of each kind: `0.tar`, `0.parquet`, and an MDS folder."""
+    root = tmp_path_factory.mktemp("good")
+    rows = [{"image": png(number, 8, 8), "caption": f"number {number}"} for number in range(2)]
+    write_parquet(root / "0.parquet", rows)
+    write_mds_folder(root / "mds", rows, {"image": "bytes", "caption": "str"})
+    shutil.move(root / "mds/shard.00000.mds", root / "0.mds")
+    (root / "0.tar").write_bytes(tar_bytes(samples(0, 1)))
+    return root
+
+
+def write_foreign_tree(root, names, good, lost):
+    """Write files of all kinds; an index lists the shards of its folder, and `lost` that are not there."""
+    write_tree(root, names)
+    (entry,) = json.loads((good / "mds/index.json").read_text())["shards"]
+    for name in names:
+        stem, suffix = os.path.splitext(posixpath.basename(name))
+        if suffix.lower() in (".tar", ".parquet", ".mds"):
+            data = (good / f"0{suffix.lower()}").read_bytes()
+            (root / name).write_bytes({"empty": b"", "damaged": data[: len(data) // 4]}.get(stem, data))
+        elif name.endswith("index.json"):
+            beside = [
+                posixpath.basename(other)
+                for other in names
+                if other.endswith(".mds") and posixpath.dirname(other) == posixpath.dirname(name)
+            ]
+            shards = [
+                {**entry, "raw_data": {**entry["raw_data"], "basename": shard}} for shard in [*beside, *lost]
+            ]
+            (root / name).write_text(json.dumps({"version": 2, "shards": shards}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=foreign_trees, lost=st.sampled_from([[], [], ["lost.mds"]]))
+def test_every_file_of_the_other_sources_is_rows_or_ignored(tmp_path_factory, good_files, kind, tree, lost):
+    root = tmp_path_factory.mktemp("tree")
+    write_foreign_tree(root, tree, good_files, lost)
+    visible = {name for name in tree if not any(part.startswith(".") for part in name.split("/"))}
+    indexed = {posixpath.dirname(name) for name in visible if name.endswith("index.json")}
+    meant = {
+        name
+        for name in visible
+        if name.lower().endswith(LISTED[kind])
+        and "\t" not in name
+        and (kind != "mds" or posixpath.dirname(name) in indexed)
+    }
+    source = KINDS[kind](SourceConfig(kind=kind, path=str(root)))
+    try:
+        inventory = source.inventory()
+    except UserError:
+        # Of MDS, only a folder without any index or of indexes without shards has no units.
+        assert not meant
+        assert not (lost and indexed) or kind != "mds"
+        return
+
+    absent = {posixpath.join(folder, name) for folder in indexed for name in lost if kind == "mds"}
+    assert set(inventory.names) == meant | absent
+    assert {name: inventory.units[name] for name in inventory.names} == {
+        name: int(name in meant) for name in inventory.names
+    }
+    assert inventory.found == len(tree)
+    assert inventory.found == sum(inventory.units.values()) + sum(inventory.ignored.values())
+    assert inventory.ignored[HIDDEN] == len(tree) - len(visible)
+    inventory.check(str(root))
+    for name in inventory.names:
+        rows = list(source.read(name, ["caption"]))
+        good = [row.record["caption"] for row in rows if not row.reason]
+        whole = name not in absent and not posixpath.basename(name).startswith(("damaged", "empty"))
+        assert rows, "a file without rows would be lost without a word"
+        assert (good == ["number 0", "number 1"]) == whole
 
 
 @pytest.mark.parametrize(
@@ -266,6 +353,18 @@ def test_the_plan_and_the_report_show_what_was_ignored(tmp_path, capsys):
     assert "for example: text of" in printed
     write_report(config, dataset, tmp_path / "report.html")
     assert "2 .heic" in (tmp_path / "report.html").read_text()
+
+
+def test_the_plan_names_metadata_files_that_are_not_read(tmp_path, capsys):
+    write_tree(tmp_path / "in", ["1.png", "1.txt", "a/2.png", "a/2.txt", "a/notes.tsv"])
+    (tmp_path / "in/a/2.png").write_bytes(png(2))
+    ignored = ["Metadata.CSV", "metadata.json", "metadata.tsv", "metadata.xlsx", "a/metadata.tsv"]
+    write_tree(tmp_path / "in", [*ignored, "a/metadata.jsonl.gz"])
+    config = config_of(tmp_path, ("folder", tmp_path / "in"))
+    dataset = prepare(config)
+    print_budget(config, dataset, run_plan(config, dataset, ALONE), 400)
+    listed = "2 metadata.tsv, 1 .tsv, 1 Metadata.CSV, 1 metadata.json, 1 metadata.jsonl.gz, 1 metadata.xlsx"
+    assert f"(11 files): {listed}\n" in capsys.readouterr().out
 
 
 def test_captions_that_are_lists_as_text_are_warned_of(tmp_path, capsys):

@@ -1,9 +1,11 @@
 import json
+from decimal import Decimal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_prep.config import SourceConfig
+from data_prep.config import FilterConfig, SourceConfig
 from data_prep.sources.files import BAD_NAME, HIDDEN, SourceFiles
 from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
@@ -14,7 +16,11 @@ from data_prep.sources.webdataset import WebDatasetSource
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from tests.helpers.raw_material import (
+    all_pairs,
+    config_of,
     png,
+    prepare,
+    reasons_of,
     sample_members,
     tar_bytes,
     write_mds_folder,
@@ -220,6 +226,54 @@ def test_mds(store_uri, tmp_path):
     samples = [sample for _, sample in rows_of(source)]
     assert len(samples) == 7
     assert samples[-1].reason == UNREADABLE
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(6, 3), pa.decimal256(50, 3)], ids=str)
+def test_filters_compare_decimals_of_parquet_as_numbers(tmp_path, kind):
+    values = [Decimal("4.699"), Decimal("4.700"), Decimal("12"), None, Decimal("-5")]
+    captions = [f"number {number}" for number in range(5)]
+    table = pa.table({"image": IMAGES[:5], "caption": captions, "score": pa.array(values, kind)})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    filters = [FilterConfig("min_value", 4.7, "score")]
+    dataset = prepare(config_of(tmp_path, ("parquet", tmp_path / "in"), filters=filters))
+    assert sorted(pair.captions[0][1] for pair in all_pairs(dataset)) == ["number 1", "number 2"]
+    assert reasons_of(dataset) == {"min_value: score below 4.7": 2, "min_value: no score": 1}
+
+
+def test_filters_compare_decimals_of_mds_as_numbers(tmp_path):
+    rows = [
+        {"image": IMAGES[number], "caption": f"number {number}", "score": Decimal(score)}
+        for number, score in enumerate(["4.699", "4.7", "1E+1"])
+    ]
+    columns = {"image": "bytes", "caption": "str", "score": "str_decimal"}
+    write_mds_folder(tmp_path / "in", rows, columns)
+    filters = [FilterConfig("min_value", 4.7, "score")]
+    dataset = prepare(config_of(tmp_path, ("mds", tmp_path / "in"), filters=filters))
+    assert sorted(pair.captions[0][1] for pair in all_pairs(dataset)) == ["number 1", "number 2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        ("{00000..00001}.tar", "*.tar"),
+        ("{0,1}/{00000..00001}.tar", "*/*.tar"),
+        ("part-{000..010}/a.tar", "part-*/a.tar"),
+        ("shards-{0..1}", "shards-*"),
+    ],
+)
+def test_braces_in_a_path_are_one_line_that_says_what_to_write(store_uri, path, instead):
+    open_store(store_uri, create=True).put("00000.tar", tar_of([0]))
+    with pytest.raises(UserError) as error:
+        WebDatasetSource(SourceConfig(path=f"{store_uri}/{path}")).inventory()
+    assert str(error.value).startswith(f"{store_uri}/{path}: ")
+    assert str(error.value).endswith(f": braces are not expanded: write {store_uri}/{instead}")
+
+
+def test_braces_that_are_part_of_a_name_are_read(tmp_path):
+    write_tar(tmp_path, "{00000..00001}.tar", sample_members("0", IMAGES[0], {"caption": "x"}))
+    source = WebDatasetSource(SourceConfig(path=str(tmp_path / "{00000..00001}.tar")))
+    assert source.inventory().names == ["{00000..00001}.tar"]
 
 
 def test_openmoji():
