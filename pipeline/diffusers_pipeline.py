@@ -6,7 +6,7 @@ decode.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
@@ -17,7 +17,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
-from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
@@ -58,10 +57,8 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     """The network as a diffusers model; its weights have the names that they have in training."""
 
     _supports_gradient_checkpointing = True
-    # for `compile_repeated_blocks`
-    _repeated_blocks: ClassVar = [BLOCKS[name].__name__ for name in BLOCKS]
-    # for `device_map`, which keeps each of them on one device
-    _no_split_modules: ClassVar = [*_repeated_blocks, "PositionBlock", "TextFusion", "FinalLayer"]
+    # for `device_map`, which keeps each of them on one device, as it does the blocks
+    _no_split_modules = ["PositionBlock", "TextFusion", "FinalLayer"]  # noqa: RUF012 - as diffusers has it
     # layers whose type the network gives to its inputs, and norms, which have no fp8 kernels
     _skip_layerwise_casting_patterns = (
         "patch_embedding", "projections", "time_embedding", "conditions", "norm", "final",
@@ -81,6 +78,9 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
         """
         # plain mappings, since diffusers writes the arguments of this function to config.json
         super().__init__(DiTConfig(**dit_config), FusionConfig(**fusion_config), text_widths)
+        # another package may have registered the block after this module was imported
+        block = type(self.blocks[0]).__name__
+        self._repeated_blocks, self._no_split_modules = [block], [block, *self._no_split_modules]
 
     def forward(  # type: ignore[override]
         self, latents: Tensor, condition: Condition, return_dict: bool = True

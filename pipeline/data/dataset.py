@@ -128,7 +128,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
 
     def _open_shards(self, batch: EpochRows) -> Rows:
         """Open the shards of a batch's parts and find its rows in them."""
-        places = _places(batch)
+        places = batch.places
         shards = self.shards.open(batch.bucket, set(places))
         rows: Rows = {}
         for family in self.shards.families:
@@ -147,7 +147,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         """
         written: list[list[Caption]] = []
         if self._written is not None:
-            written = self._written.read(request.rows.bucket, _places(request.rows), ids)
+            written = self._written.read(request.rows.bucket, request.rows.places, ids)
             # The same form as the stored column `kinds`: one byte per caption.
             kinds = []
             for captions in written:
@@ -209,10 +209,6 @@ def latent_shape(latents: Family, bucket: str) -> tuple[int, ...]:
     down_height, down_width = downsampling_per_axis(info["downsampling"], axes=2)
     frames = (int(info["frames"]),) if "frames" in info else ()
     return int(info["channels"]), *frames, size.height // down_height, size.width // down_width
-
-
-def _places(batch: EpochRows) -> list[Place]:
-    return list(zip(batch.sources.tolist(), batch.parts.tolist(), strict=True))
 
 
 def _same_in_all(rows: Rows, read: Callable[[Row], Any], what: str) -> list[Any]:

@@ -31,6 +31,11 @@ class EpochRows:
     indices: Integers
     """The row's number in its part."""
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Dataset and part of each row."""
+        return list(zip(self.sources.tolist(), self.parts.tolist(), strict=True))
+
     def slice(self, start: int, stop: int) -> "EpochRows":
         """Return rows [start, stop)."""
         columns = (column[start:stop] for column in (self.sources, self.passes, self.parts, self.indices))

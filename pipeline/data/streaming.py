@@ -179,9 +179,8 @@ class StreamingSnapshot(StreamingDataset):
         for request in self.data.schedule.requests(epoch, first + process, processes):
             batch = request.rows
             opened.fetch_ahead(batch.bucket, request.ahead)
-            places = list(zip(batch.sources.tolist(), batch.parts.tolist(), strict=True))
-            shards = opened.open(batch.bucket, set(places))
-            for place, index in zip(places, batch.indices.tolist(), strict=True):
+            shards = opened.open(batch.bucket, set(batch.places))
+            for place, index in zip(batch.places, batch.indices.tolist(), strict=True):
                 yield self.read_row(shards[place], index)
 
     def get_item(self, sample_id: int, retry: int = 0) -> Row:

@@ -49,7 +49,7 @@ class StrictModel(ModelMixin):
 
 
 def warn_of_pickle(safe_serialization: bool) -> None:
-    """Tell that a pickle was asked for and is not written."""
+    """Warn that a pickle was asked for and is not written."""
     if not safe_serialization:
         LOG.warning("safe_serialization=False is not followed: pickles are never loaded, so none is written")
 

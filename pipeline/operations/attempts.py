@@ -52,7 +52,8 @@ MAX_BAD_NODES = 5
 SMALL_DIT = 100_000_000
 """Maximum number of parameters of a DiT that can be trained without GPUs."""
 MAX_BLOCK_SQUARES = 200
-"""Upper bound of a block's parameters in units of width^2: a small network needs no exact count."""
+"""Upper bound of a block's parameters without its MLP in units of width^2: a small network needs no exact
+count."""
 TAIL_BYTES = 65536
 """Bytes at the end of `metrics.jsonl` that are searched for the last step and the last stop."""
 ACTIVE_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "PENDING", "CONFIGURING", "REQUEUED")
@@ -149,8 +150,10 @@ def progress(run: Path) -> int:
 
 def needs_gpu(stage: StageConfig) -> bool:
     """True if a stage's DiT is too large for CPUs."""
-    dit = stage.dit(channels=16)  # the number of latent channels hardly changes the size
-    if MAX_BLOCK_SQUARES * dit.depth * dit.width**2 < SMALL_DIT:
+    # the number of latent channels hardly changes the size, so that of the settings will do
+    dit = stage.dit(stage.model.channels)
+    # three matrices of the MLP are the most that any MLP has
+    if (MAX_BLOCK_SQUARES + 3 * dit.mlp_ratio) * dit.depth * dit.width**2 < SMALL_DIT:
         return False
 
     # imports torch, which takes seconds at each start of a job, and which `pipeline.status` does without

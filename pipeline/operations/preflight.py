@@ -93,7 +93,7 @@ def before_submission(stage: StageConfig, gpus: int, made_here: Path | None, aft
         UserError: if the stage cannot run.
     """
     # sizes that do not fit, such as a width that heads do not divide, are errors here
-    stage.dit(channels=16)
+    stage.dit(stage.model.channels)
     if not gpus and needs_gpu(stage):
         raise UserError(
             f"{stage.name} needs GPUs, and no node of this partition has any: "

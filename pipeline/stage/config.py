@@ -416,10 +416,19 @@ class StageConfig:
         Args:
             channels: of the latents.
             axes: of the latents after the channels.
+
+        Raises:
+            UserError: if `model` sets what the data or the objective decide, and to another value.
         """
         # `ModelConfig` has further fields; channels and axes come from the data, not from the stage.
         sizes = {field.name: getattr(self.model, field.name) for field in fields(DiTConfig)}
-        sizes |= {"channels": channels, "axes": axes, "time_levels": self.objective.time_levels}
+        decided = {"channels": channels, "axes": axes, "time_levels": self.objective.time_levels}
+        for name, value in decided.items():
+            if sizes[name] not in (getattr(DiTConfig, name), value):
+                raise UserError(
+                    f"model.{name}={sizes[name]}: the data and the objective say {value}: leave it out"
+                )
+        sizes |= decided
         if self.objective.difficulty and self.model.difficulty == "none":
             sizes["difficulty"] = "attached"
         return DiTConfig(**sizes)

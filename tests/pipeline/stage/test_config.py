@@ -57,6 +57,16 @@ def test_sizes_are_the_papers(name, depth, width, heads):
     assert (dit.depth, dit.width, dit.heads, dit.patch) == (depth, width, heads, 2)
 
 
+@pytest.mark.parametrize("setting", ["model.channels=4", "model.axes=3", "model.time_levels=2"])
+def test_sizes_that_the_data_or_the_objective_decide_are_refused_where_they_differ(setting):
+    name, value = setting.removeprefix("model.").split("=")
+    with pytest.raises(
+        UserError, match=rf"model.{name}={value}: the data and the objective say .*: leave it out"
+    ):
+        load_stage("demo", [setting]).dit(16)
+    assert load_stage("demo", ["model.channels=4"]).dit(4).channels == 4
+
+
 def test_a_chain_starts_from_the_run_before():
     assert load_stage("li_dit_10b_1024").start_from == str(load_stage("li_dit_10b_512").run)
 
