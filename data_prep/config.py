@@ -1,5 +1,6 @@
 """The settings of a dataset: one YAML, checked against these dataclasses."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ MAX_CAPTION_KINDS = 255
 """The number of a kind is stored as one byte."""
 # The passes of the search grow steeply with the distance, and unrelated images differ by about 32 bits.
 MAX_NEAR_BITS = 16
+MAX_EVALUATION_SETS = 100
+"""The plan's verdict on a row is one byte, which also names the evaluation set."""
 
 
 @dataclass
@@ -78,6 +81,28 @@ class DedupeConfig:
     """True if images with equal bytes are duplicates."""
     near: int | None = bounded(None, 0, MAX_NEAR_BITS)
     """Maximum Hamming distance between 64-bit perceptual hashes of duplicates; None = no such test."""
+    against: list[SourceConfig] | None = None
+    """Evaluation sets, written like `sources`; their captions are not read. Pairs whose image is in one of
+    them are dropped: those with equal bytes always, those that look the same if `near` is set."""
+    drop: str | None = None
+    """Parquet file (local path or s3:// URI) with a column `id`: rows that another program found, which are
+    dropped after all other tests. The ids are those of the pairs."""
+
+    def __post_init__(self) -> None:
+        """Check the evaluation sets and the list.
+
+        Raises:
+            UserError: if a list or a path is empty, there are too many sets, or one has no path.
+        """
+        if self.against is not None and not 0 < len(self.against) <= MAX_EVALUATION_SETS:
+            raise UserError(
+                f"dedupe.against: {len(self.against)} sources: give 1 to {MAX_EVALUATION_SETS}, or leave the "
+                "key out"
+            )
+        for number, source in enumerate(self.against or []):
+            _check_source(f"dedupe.against[{number}]", source)
+        if self.drop is not None and not self.drop.endswith(".parquet"):
+            raise UserError(f"dedupe.drop={self.drop!r}: name a .parquet file, or leave the key out")
 
 
 @dataclass
@@ -148,24 +173,21 @@ class DatasetConfig:
         """Check the fields.
 
         Raises:
-            UserError: if a caption kind is not declared.
+            UserError: if a caption kind is not declared, or an evaluation set is one of the sources.
         """
         for number, source in enumerate(self.sources):
-            self._check_source(number, source)
+            _check_source(f"sources[{number}]", source)
+            self._check_kinds(number, source)
+        for number, source in enumerate(self.dedupe.against or []):
+            self._check_evaluation_set(number, source)
 
         # equal names would be one kind with two numbers
         kinds = self.caption_kinds
         if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
             raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
 
-    def _check_source(self, number: int, source: SourceConfig) -> None:
-        """Check source `number` of the list."""
-        # Other code asks only for `source.scenes`, so the two must agree.
-        if (source.kind == "scenes") != (source.scenes is not None):
-            raise UserError(f"sources[{number}]: `scenes` and kind=scenes go together: give both, or neither")
-        if not source.path and source.kind not in ("openmoji", "scenes"):
-            raise UserError(f"sources[{number}].path is empty: give a local path or an s3:// URI")
-
+    def _check_kinds(self, number: int, source: SourceConfig) -> None:
+        """Check the caption kinds of source `number`."""
         # The rows of all sources share one list of kinds, so that a kind has one number.
         for kind in source.captions:
             if kind not in self.caption_kinds:
@@ -173,6 +195,34 @@ class DatasetConfig:
                     f"sources[{number}].captions: kind {kind!r} is not in "
                     f"caption_kinds={self.caption_kinds}: add it"
                 )
+
+    def _check_evaluation_set(self, number: int, source: SourceConfig) -> None:
+        """Check that evaluation set `number` is no source of pairs, all of which it would drop."""
+        for other, pairs in enumerate(self.sources):
+            if _place(pairs) == _place(source):
+                raise UserError(
+                    f"dedupe.against[{number}] is sources[{other}] ({source.path or source.kind}), so no "
+                    "pair of it would be left: remove it from one of the two lists"
+                )
+
+
+def _check_source(name: str, source: SourceConfig) -> None:
+    """Check one entry of a list of sources; `name` is the entry's, for the message."""
+    # Other code asks only for `source.scenes`, so the two must agree.
+    if (source.kind == "scenes") != (source.scenes is not None):
+        raise UserError(f"{name}: `scenes` and kind=scenes go together: give both, or neither")
+    if not source.path and source.kind not in ("openmoji", "scenes"):
+        raise UserError(f"{name}.path is empty: give a local path or an s3:// URI")
+
+
+def _place(source: SourceConfig) -> tuple[str, int]:
+    """Return what two sources with the same images have in common: the path, or the seed of the scenes."""
+    if source.scenes is not None:
+        return source.kind, source.scenes.seed
+    if not source.path:
+        return source.kind, 0
+    is_uri = "://" in source.path
+    return source.path.rstrip("/") if is_uri else os.path.realpath(os.path.expanduser(source.path)), 0
 
 
 def load_dataset(path: Path, overrides: list[str]) -> DatasetConfig:

@@ -193,6 +193,30 @@ class SourceCounts(TypedDict):
     """Files that no row comes from, by suffix or reason."""
 
 
+class EvaluationCounts(TypedDict):
+    """Images of one evaluation set that pairs were compared with."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: str
+    images: Count
+    unreadable: Count
+    """Rows of the set with which no pair could be compared."""
+    files: Count
+    ignored: dict[str, Count]
+    """Files that no image comes from, by suffix or reason."""
+
+
+class DropListCounts(TypedDict):
+    """Ids of the file that `dedupe.drop` names."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    ids: Count
+    unmatched: Count
+    """Ids that no row has."""
+
+
 class PlanRecord(TypedDict):
     """`manifest/plan.json`: the plan's counts, and the hashes of its files."""
 
@@ -202,6 +226,10 @@ class PlanRecord(TypedDict):
     captions: CaptionCounts
     sources: NotRequired[list[SourceCounts]]
     """In the order of the dataset's YAML; plans of earlier versions have none."""
+    against: NotRequired[list[EvaluationCounts]]
+    """In the order of `dedupe.against`; missing without that key."""
+    drop: NotRequired[DropListCounts]
+    """Missing without the key `dedupe.drop`."""
     manifest: dict[str, Hash]
     """xxh64 of each manifest file by key."""
 

@@ -19,6 +19,10 @@ CHARACTERS_PER_TOKEN = 4.0
 """For English text and the usual vocabularies; an estimate until the captions are encoded."""
 SCALE_BYTES = 4
 """An fp32 scale per quantized token."""
+MANY_ROWS = 100_000_000
+"""Pairs beyond which the requests for each part take longer than what larger parts cost."""
+LARGE_PARTS = 4096
+"""Rows per part for more than `MANY_ROWS` pairs."""
 
 
 CONFIG_NAMES = (
@@ -68,6 +72,12 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"      {count:,} left out: {reason}")
     _print_ignored(config, record)
+    _print_decontamination(record)
+    if rows > MANY_ROWS and config.part_rows < LARGE_PARTS:
+        print(
+            f"advice: for {rows:,} pairs, `part_rows: {LARGE_PARTS}` takes fewer requests and records than "
+            f"{config.part_rows:,}: set it and plan under another `name` before you run `pairs`"
+        )
     _print_examples(record["captions"], captions)
 
     for text in config.text:
@@ -86,6 +96,26 @@ def _print_ignored(config: DatasetConfig, record: PlanRecord) -> None:
             listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
             where = f"{config.sources[number].path} ({counts['files']:,} files)"
             print(f"      files ignored in {where}: {listed}")
+
+
+def _print_decontamination(record: PlanRecord) -> None:
+    """Print what the rows were compared with besides one another, and what of it had no effect."""
+    for counts in record.get("against", []):
+        kinds = sorted(counts["ignored"].items(), key=lambda item: (-item[1], item[0]))
+        ignored = "".join(f", {count:,} {kind} ignored" for kind, count in kinds)
+        print(
+            f"      evaluation set {counts['name']}: {counts['images']:,} images, "
+            f"{counts['unreadable']:,} of them unreadable{ignored}"
+        )
+        if counts["unreadable"] == counts["images"]:
+            print(
+                f"warning: no image of {counts['name']} can be read, so no pair was compared with it: "
+                "correct `kind`, `path` or `image` of `dedupe.against`, under another `name`"
+            )
+
+    drop = record.get("drop")
+    if drop is not None:
+        print(f"      dedupe.drop: {drop['ids']:,} ids, {drop['unmatched']:,} of them match no row")
 
 
 def _print_examples(counts: CaptionCounts, captions: int) -> None:

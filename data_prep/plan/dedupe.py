@@ -19,7 +19,7 @@ expected 0.03 false duplicates.
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,9 +110,9 @@ def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -
         distance: maximum Hamming distance of near duplicates, in bits.
         group_rows: rows in memory at a time.
     """
-    for blocks in _block_choices(spool.rows, distance):
+    for blocks in block_choices(spool.rows, distance):
         # Two hashes within the distance agree on all blocks of at least one choice, so no pair is missed.
-        mask = np.uint64(sum(((1 << (end - start)) - 1) << start for start, end in blocks))
+        mask = bit_mask(blocks)
         for group in _groups(spool, lambda rows, mask=mask: _mixed(rows["hash"] & mask), group_rows):
             keys = group["hash"] & mask
             # Within a key, rows are sorted by id: an earlier row is one with a smaller id.
@@ -120,7 +120,7 @@ def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -
             yield _near_in_group(group[order], keys[order], distance)
 
 
-def _block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]]:
+def block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]]:
     """Return all choices of m of d + m blocks of the 64 bits, with blocks as (start, end).
 
     m is the smallest number for which keys have at least log2(rows) bits.
@@ -131,6 +131,11 @@ def _block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]
     count = distance + matching
     edges = [round(64 * number / count) for number in range(count + 1)]
     return list(itertools.combinations(itertools.pairwise(edges), matching))
+
+
+def bit_mask(blocks: Sequence[tuple[int, int]]) -> np.uint64:
+    """Return the bits of some blocks."""
+    return np.uint64(sum(((1 << (end - start)) - 1) << start for start, end in blocks))
 
 
 def _near_in_group(rows: np.ndarray, keys: np.ndarray, distance: int) -> np.ndarray:

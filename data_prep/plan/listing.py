@@ -1,4 +1,7 @@
-"""The frozen list of a dataset's source files, and the account of the files that the sources ignore."""
+"""The frozen list of a dataset's source files, and the account of the files that the sources ignore.
+
+The files of evaluation sets have such a list of their own, in another folder.
+"""
 
 from collections.abc import Sequence
 
@@ -13,8 +16,9 @@ from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.records import STRICT, Count, checked, parse_record, seal
 
-FILES_KEY = "scan/files.json"
-SOURCES_KEY = "scan/sources.json"
+FOLDER = "scan"
+FILES_KEY = f"{FOLDER}/files.json"
+SOURCES_KEY = f"{FOLDER}/sources.json"
 
 
 class FileList(TypedDict):
@@ -35,25 +39,46 @@ class CountList(TypedDict):
     """In the order of the dataset's YAML."""
 
 
-def freeze_files(config: DatasetConfig, dataset: Store) -> list[SourceFile]:
+def freeze_files(config: DatasetConfig, dataset: Store, folder: str = FOLDER) -> list[SourceFile]:
     """List the source files once for all tasks, so that files that are added later do not change ids.
+
+    Args:
+        config: the settings that name the sources.
+        dataset: the dataset's store.
+        folder: folder of the list.
 
     Raises:
         UserError: if a source has no files.
     """
-    if not dataset.exists(FILES_KEY):
+    if not dataset.exists(f"{folder}/files.json"):
         files, inventories = list_files(config)
         counts = [SourceCounts(files=entry.found, ignored=dict(entry.ignored)) for entry in inventories]
         # The list comes last, so that it never exists without the counts.
-        dataset.put_new(SOURCES_KEY, seal({"sources": counts}))
+        dataset.put_new(f"{folder}/sources.json", seal({"sources": counts}))
         entries = [[file.number, file.source, file.name, file.version] for file in files]
-        dataset.put_new(FILES_KEY, seal({"files": entries}))
-    return source_files(dataset)
+        dataset.put_new(f"{folder}/files.json", seal({"files": entries}))
+    return source_files(dataset, folder)
 
 
-def source_files(dataset: Store) -> list[SourceFile]:
-    """Return the dataset's frozen list of source files."""
-    return read_object(dataset, FILES_KEY, _parse_files, PLAN_AGAIN)
+def source_files(dataset: Store, folder: str = FOLDER) -> list[SourceFile]:
+    """Return the dataset's frozen list of source files.
+
+    Raises:
+        UserError: if it was removed.
+    """
+    key = f"{folder}/files.json"
+    try:
+        return read_object(dataset, key, _parse_files, PLAN_AGAIN)
+    except FileNotFoundError as error:
+        raise removed(dataset, key) from error
+
+
+def removed(dataset: Store, key: str) -> UserError:
+    """Return the error of a task whose scan another one has removed; see `plan._nothing_left`."""
+    return UserError(
+        f"{dataset.uri}/{key}: does not exist any more: it was deleted, or another `plan` of this dataset "
+        "found no pairs left and removed the scan: run plan again"
+    )
 
 
 def _parse_files(data: bytes) -> list[SourceFile]:
@@ -72,10 +97,10 @@ def _parse_files(data: bytes) -> list[SourceFile]:
     return files
 
 
-def source_counts(dataset: Store) -> list[SourceCounts]:
+def source_counts(dataset: Store, folder: str = FOLDER) -> list[SourceCounts]:
     """Return the number of files, and of those ignored, of each source, as they were listed."""
     try:
-        return read_object(dataset, SOURCES_KEY, _parse_counts, PLAN_AGAIN)
+        return read_object(dataset, f"{folder}/sources.json", _parse_counts, PLAN_AGAIN)
     except FileNotFoundError:
         return []  # the list is of an earlier version, which did not count them
 

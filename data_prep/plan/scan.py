@@ -6,7 +6,7 @@ header is decoded (and, for near duplicates, a scaled thumbnail).
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from data_prep.images.images import ImageError, decode_image, image_size
 from data_prep.plan.captions import gather_captions
 from data_prep.plan.dedupe import HASH_SIDE, perceptual_hash
 from data_prep.plan.filters import Filters, Row
-from data_prep.sources.sample import Sample, in_chunks, printable
+from data_prep.sources.sample import NO_IMAGE, Sample, in_chunks, printable
 from data_prep.sources.source import Source, SourceFile
 from data_prep.workers import Workers
 
@@ -51,6 +51,13 @@ SCAN = pa.schema(
 
 `reason` is empty for rows that are kept; `refused` has a reason for every dropped caption; `height` and
 `width` are those of the upright original; the last three columns are the image's `Place`.
+"""
+
+
+EVALUATION = pa.schema([(name, SCAN.field(name).type) for name in ("id", "reason", "hash", "phash")])
+"""Columns of the table of an evaluation set's file, with one row per source row.
+
+The hashes are null if there are none; `reason` then says why.
 """
 
 
@@ -110,20 +117,51 @@ class Scanner:
         settings = self._config.sources[file.source]
         columns = [*settings.captions.values(), *self._filters.columns]
         samples = itertools.islice(source.read(file.name, columns), settings.limit)
+        row = 0
+        for chunk, facts in self._inspected(samples, lambda sample: None if sample.reason else sample.image):
+            yield self._batch(file, row, chunk, facts, settings.captions)
+            row += len(chunk)
+
+    def hash_images(self, source: Source, file: SourceFile, limit: int | None) -> Iterator[pa.RecordBatch]:
+        """Yield the table (`EVALUATION`) of a file of an evaluation set in batches, in the order of rows.
+
+        Args:
+            source: the evaluation set.
+            file: its file.
+            limit: number of rows to read; None = all.
+        """
+        samples = itertools.islice(source.read(file.name, []), limit)
+        row = 0
+        # An image counts whatever is wrong with its record: a pair may have it with another one.
+        for chunk, facts in self._inspected(samples, lambda sample: sample.image):
+            records = []
+            for number, (sample, image) in enumerate(zip(chunk, facts, strict=True), row):
+                records.append(
+                    {
+                        "id": file.number << 32 | number,
+                        "reason": image.reason or ("" if image.hash else sample.reason or NO_IMAGE),
+                        "hash": image.hash or None,
+                        "phash": image.phash,
+                    }
+                )
+            yield pa.RecordBatch.from_pylist(records, EVALUATION)
+            row += len(chunk)
+
+    def _inspected(
+        self, samples: Iterator[Sample], image_of: Callable[[Sample], bytes | None]
+    ) -> Iterator[tuple[list[Sample], list[ImageFacts]]]:
+        """Yield chunks of samples, without their images, and what the workers found."""
         waiting: deque[list[Sample]] = deque()
 
         def images() -> Iterator[list[bytes | None]]:
             for chunk in in_chunks(samples, CHUNK_ROWS):
                 # The workers get the bytes; what waits for their results is only the rest of a sample.
                 waiting.append([replace(sample, image=None) for sample in chunk])
-                yield [None if sample.reason else sample.image for sample in chunk]
+                yield [image_of(sample) for sample in chunk]
 
-        row = 0
         # Results come in the order of the chunks, so the oldest waiting chunk is theirs.
         for _, facts in self._workers.map(images()):
-            chunk = waiting.popleft()
-            yield self._batch(file, row, chunk, facts, settings.captions)
-            row += len(chunk)
+            yield waiting.popleft(), facts
 
     def _batch(
         self,

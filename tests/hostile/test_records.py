@@ -29,8 +29,8 @@ from data_prep.pairs.pairs import read_pairs
 from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, source_counts, source_files
 from data_prep.plan.manifest import MANIFEST, read_manifest
 from data_prep.plan.plan import DROPPED, SETTINGS_KEY, check_settings, dropped_key
-from data_prep.plan.plan import _read_scan as read_scan
 from data_prep.plan.scan import SCAN
+from data_prep.plan.scan_tables import read_scan
 from data_prep.report import _choose_rows as choose_rows
 from data_prep.store.store import Store, open_store
 from model.common import records
@@ -124,7 +124,7 @@ def records_of_a_plan(folder):
         "settings": (SETTINGS_KEY, lambda: check_settings(config, dataset)),
         "files": (FILES_KEY, lambda: source_files(dataset)),
         "sources": (SOURCES_KEY, lambda: source_counts(dataset)),
-        "scan": ("scan/00000000.parquet", lambda: list(read_scan(dataset, 0))),
+        "scan": ("scan/00000000.parquet", lambda: list(read_scan(dataset, "scan/00000000.parquet"))),
         "dropped": (dropped_key(0), lambda: choose_rows(dataset, dropped_key(0), DROPPED, Counter())),
     }
     return {name: Reader(dataset, *reader) for name, reader in readers.items()}

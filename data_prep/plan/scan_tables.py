@@ -1,0 +1,113 @@
+"""Tables of scanned files in the store: one per file, committed whole, read a row group at a time."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from data_prep.dataset.records import count_groups, parse_table, read_object
+from data_prep.plan.listing import FOLDER, removed
+from data_prep.plan.scan import SCAN
+from data_prep.sources.source import SourceFile
+from data_prep.store.store import Store, StoreError
+from model.common.files import naming_full_disk
+from model.common.progress import Progress
+
+pc: Any = pyarrow.compute
+"""Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
+
+BATCH_ROWS = 8192
+"""Rows of a row group of a scan table."""
+
+
+def scan_key(number: int) -> str:
+    """Key of the scan table of source file `number`."""
+    return f"{FOLDER}/{number:08d}.parquet"
+
+
+def write_scan(
+    path: Path, schema: pa.Schema, file: SourceFile, batches: Iterator[pa.RecordBatch], progress: Progress
+) -> None:
+    """Write a file's table, and check that its ids are complete and in order.
+
+    Args:
+        path: the table to write.
+        schema: its columns.
+        file: the file whose rows they are.
+        batches: the rows.
+        progress: counts the rows by reason.
+
+    Raises:
+        UserError: if the disk is full.
+        RuntimeError: if the ids are not those of the file's rows.
+    """
+    rows = 0
+    with (
+        naming_full_disk(path),
+        pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for batch in _large_batches(batches):
+            first = file.number << 32 | rows
+            if batch.column("id").to_pylist() != list(range(first, first + len(batch))):
+                raise RuntimeError(f"{file.label}: rows were lost or read twice while scanning")
+            rows += len(batch)
+            writer.write_batch(batch)
+            for reason, count in Counter(batch.column("reason").to_pylist()).items():
+                progress.advance(count, reason or "kept")
+
+
+def _large_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Join batches to at least `BATCH_ROWS` rows; only the last may have fewer."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= BATCH_ROWS:
+            yield pa.concat_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def read_scan(
+    dataset: Store, key: str, schema: pa.Schema = SCAN, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yield a scanned file's table, some thousand rows at a time.
+
+    Args:
+        dataset: the dataset's store.
+        key: the table's key.
+        schema: columns that the table must have.
+        columns: columns to read; None = all.
+
+    Raises:
+        UserError: if another task has removed the table.
+        StoreError: if it is damaged.
+    """
+    way_out = "delete it and run plan again"
+
+    def parse(data: bytes) -> tuple[bytes, int]:
+        return data, count_groups(data, schema)
+
+    try:
+        data, groups = read_object(dataset, key, parse, way_out)
+    except FileNotFoundError as error:
+        raise removed(dataset, key) from error
+    for group in range(groups):
+        try:
+            table = parse_table(data, schema, columns, group)
+        except ValueError as error:
+            raise StoreError(f"{dataset.uri}/{key}: damaged: {error}: {way_out}") from error
+        yield table
+
+
+def exact_hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of hashes as uint64, bit for bit; 0 for rows without an image.
+
+    pyarrow turns integers beside nulls into float64, which keeps only 53 of their 64 bits.
+    """
+    return pc.fill_null(column, 0).to_numpy()
