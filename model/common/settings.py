@@ -154,13 +154,13 @@ def _errors_as_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except yaml.YAMLError as error:
-        raise UserError(f"{what}: not YAML: {error}") from error
+        raise UserError(f"{what}: not YAML: {first_line(error)}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
         line = first_line(error)
         # OmegaConf names neither the key nor the way out.
         if "incompatible container" in line:
-            line = f"{line}: a mapping where a list belongs, or the reverse: set a list as a whole: 'NAME=[...]'"
+            line = f"{line}: a mapping in place of a list or the reverse: set a list as a whole, 'NAME=[...]'"
         raise UserError(f"{what}: {f'{key}: ' if key else ''}{line}") from error
 
 
@@ -233,8 +233,8 @@ def _set_in_list(given: Any, override: str) -> None:
     if step is None or not step.index.isdecimal() or int(step.index) >= len(step.entries):
         name, count = (step.name, len(step.entries)) if step else (key, 0)
         raise UserError(
-            f"{key}: no such entry: `{name}` has {count}, counted from 0: name one of them, or set the list as "
-            f"a whole: '{name}=[...]'"
+            f"{key}: no such entry: `{name}` has {count}, counted from 0: name one of them, or set the list "
+            f"as a whole: '{name}=[...]'"
         )
     # Read like all overrides, and with references left to be resolved later.
     content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))

@@ -29,14 +29,15 @@ def numbers(schema, path=""):
     """Yield the key, the range, and the way to give it one value, of each number of a settings dataclass."""
     hints = get_type_hints(schema)
     for field in fields(schema):
-        key, named = path + field.name, types(hints[field.name])
+        hint = hints[field.name]
+        key, named = path + field.name, types(hint)
         inner = [each for each in named if is_dataclass(each)]
         if {int, float} & set(named):
             origin = get_origin(hints[field.name])
             shape = "{x: %s}" if origin is dict else "[%s, %s]" if origin is tuple else "%s"
             shape = "[%s]" if origin is list else shape
             yield key, field.metadata.get("range"), shape
-        elif inner and get_origin(hints[field.name]) in (list, dict):
+        elif inner and {list, dict} & {get_origin(each) for each in (hint, *get_args(hint))}:
             continue  # their keys are given with a whole entry, see below
         elif inner:
             yield from numbers(inner[0], f"{key}.")
@@ -113,6 +114,13 @@ def test_numbers_inside_lists_and_mappings_have_their_ranges_too(override, says)
     with pytest.raises(UserError) as refused:
         load_stage("demo", [override])
     assert says in str(refused.value)
+
+
+def test_numbers_of_evaluation_sets_have_their_ranges_too(tmp_path):
+    path = tmp_path / "ds.yaml"
+    path.write_text(DATASET)
+    with pytest.raises(UserError, match=r"dedupe\.against\[0\]\.limit=0: set a number from 1 to"):
+        load_dataset(path, ["dedupe.against=[{path: /e, limit: 0}]"])
 
 
 @pytest.mark.parametrize("name", [".", "..", "...", "a/b", "/a", "a\nb", "x" * 101, "a b", "\x1b[2J"])
