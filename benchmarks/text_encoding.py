@@ -11,6 +11,7 @@ anywhere.
 """
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -141,26 +143,41 @@ def compare(
     }
 
 
-def random_encoder(shape: str, device: torch.device) -> tuple[TextEncoder, transformers.PreTrainedModel]:
-    """Build a model with random weights in bf16: as an encoder up to the third-to-last block, and whole."""
+def random_encoder(
+    shape: str,
+    device: torch.device,
+    blocks: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    text: TextConfig = ENCODERS[0],
+) -> tuple[TextEncoder, transformers.PreTrainedModel]:
+    """Build a model with random weights in bf16: as an encoder up to the third-to-last block, and whole.
+
+    Args:
+        shape: key of `SHAPES`.
+        device: where it runs.
+        blocks: number of blocks; None = as many as the shape has.
+        tokenizer: of the captions; None = that of the GGUF file that `text` names.
+        text: the encoder's settings, apart from what the shape sets.
+    """
+    sizes = SHAPES[shape]
+    if blocks is not None:
+        sizes = copy.deepcopy(sizes)
+        sizes.num_hidden_layers = blocks
     torch.manual_seed(0)
     with torch.device(device):
-        whole = transformers.LlamaModel(SHAPES[shape]).eval().requires_grad_(False).bfloat16()
+        whole = transformers.LlamaModel(sizes).eval().requires_grad_(False).bfloat16()
     with torch.device("meta"):
-        cut = transformers.LlamaModel(SHAPES[shape])
+        cut = transformers.LlamaModel(sizes)
 
-    blocks = SHAPES[shape].num_hidden_layers
+    blocks = sizes.num_hidden_layers
     cut.embed_tokens, cut.norm, cut.rotary_emb = whole.embed_tokens, whole.norm, whole.rotary_emb
     cut.layers = whole.layers[: blocks - 2]
-    path = find_gguf(ENCODERS[0].llm)
-    assert path is not None
-    tokenizer = build_tokenizer(GGUFFile(path))
-    llm = LanguageModel(
-        cut.eval(), tokenizer, None, "random", SHAPES[shape].hidden_size, blocks, "one", [blocks - 2]
-    )
-    config = replace(
-        ENCODERS[0], name=shape, llm=shape, dtype="bf16", tokens_per_batch=TOKENS_PER_BATCH[shape]
-    )
+    if tokenizer is None:
+        path = find_gguf(text.llm)
+        assert path is not None
+        tokenizer = build_tokenizer(GGUFFile(path))
+    llm = LanguageModel(cut.eval(), tokenizer, None, "random", sizes.hidden_size, blocks, "one", [blocks - 2])
+    config = replace(text, name=shape, llm=shape, dtype="bf16", tokens_per_batch=TOKENS_PER_BATCH[shape])
 
     return TextEncoder(config, llm, device), whole
 

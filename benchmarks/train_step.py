@@ -29,7 +29,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.reporting import at_least, conditions, print_goals
+from benchmarks.reporting import GOAL_MFU, at_least, conditions, print_goals
 from model.common.dtypes import DTYPES
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
@@ -43,8 +43,6 @@ from pipeline.stage.config import LogConfig, StageConfig
 from pipeline.training.metrics import peak_flops
 
 RESULTS = Path(__file__).parent / "results"
-GOAL_MFU = {32: 0.5, 128: 0.6}
-"""Side of the latents -> goal of the 1B model on one H100 or H200: 256 and 1,024 pixels."""
 CHANNELS, LLM_WIDTH, LR = 16, 1024, 1e-4
 FUSION = FusionConfig(families=["a"], mode="none", refiner="none")
 OURS, SAME_DEPTH, SAME_PARAMETERS = (
