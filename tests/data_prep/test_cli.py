@@ -98,6 +98,38 @@ def test_errors_are_one_line_with_a_way_out(settings, capsys, tmp_path):
     assert "no latents family other" in failed(capsys, "latents", settings, "--family", "other")
 
 
+def test_a_plan_of_many_pairs_advises_larger_parts(settings, capsys, monkeypatch):
+    main(["plan", settings])
+    assert "advice" not in capsys.readouterr().out
+    monkeypatch.setattr("data_prep.plan.budget.MANY_ROWS", 4)
+    main(["plan", settings])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "advice" in line]
+    assert lines == [
+        "advice: for 5 pairs, `part_rows: 4096` takes fewer requests and records than 2: set it and plan "
+        "under another `name` before you run `pairs`"
+    ]
+    main(["plan", settings, "part_rows=4096", "name=large"])
+    assert "advice" not in capsys.readouterr().out
+
+
+def test_wrong_evaluation_sets_and_lists_are_one_line(settings, tmp_path, capsys):
+    for override, says in (
+        ("dedupe.against=[]", "dedupe.against: 0 sources"),
+        (f"dedupe.against=[{{path: {tmp_path}/in}}]", "dedupe.against[0] is sources[0]"),
+        (f"dedupe.against=[{{path: {tmp_path}/none}}]", f"dedupe.against: store {tmp_path}/none"),
+        ("dedupe.against=[{kind: folder}]", "dedupe.against[0].path is empty"),
+        (f"dedupe.drop={tmp_path}/none.parquet", f"dedupe.drop: {tmp_path}/none.parquet: no such file"),
+        ("dedupe.drop=ids.csv", "name a .parquet file"),
+    ):
+        line = failed(capsys, "plan", settings, override)
+        assert says in line
+
+    # Nothing of them is left: the corrected dataset has the same name.
+    failed(capsys, "plan", settings, f"sources.0.path={tmp_path}/none")
+    main(["plan", settings])
+    assert "5 planned" in capsys.readouterr().out
+
+
 def test_overrides_can_be_anywhere():
     arguments = parse(["pairs", "x.yaml", "seed=1", "--task", "1/4", "workers=3"])
     assert arguments.overrides == ["seed=1", "workers=3"]

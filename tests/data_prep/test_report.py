@@ -1,8 +1,10 @@
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_prep.config import DedupeConfig, FilterConfig
+from data_prep.config import DedupeConfig, FilterConfig, SourceConfig
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.report import write_report
@@ -48,6 +50,23 @@ def test_the_page_shows_counts_images_and_reasons(config, tmp_path):
     )  # the first part's, and those that the filter dropped
     assert "caption_without: c7 1" in words
     assert "not made yet" in words
+
+
+def test_the_page_names_evaluation_sets_and_listed_rows_in_the_order_of_their_steps(config, tmp_path):
+    write_tar(tmp_path / "set", "a.tar", sample_members("0", png(5), {}))
+    pq.write_table(pa.table({"id": [6, 77]}), tmp_path / "ids.parquet")
+    source = SourceConfig("webdataset", str(tmp_path / "set"))
+    config.dedupe = DedupeConfig(True, 2, [source], str(tmp_path / "ids.parquet"))
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    run_pairs(config, dataset, ALONE)
+    write_report(config, dataset, tmp_path / "report.html")
+    words = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", (tmp_path / "report.html").read_text()))
+    steps = ["min_value: score", f"dedupe: same file as in {source.path}", "dedupe: listed in dedupe.drop"]
+    places = [words.index(step) for step in steps]
+    assert places == sorted(places)
+    assert f"evaluation set {source.path} are left out: it has 1 images, 0 of them unreadable" in words
+    assert "dedupe.drop has 2 ids, and 1 of them match no row" in words
 
 
 def test_the_page_of_an_unfinished_job(config, tmp_path):

@@ -4,6 +4,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from functorch.compile import make_boxed_func
@@ -11,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from model.common.errors import UserError
 from pipeline import train as train_command
+from pipeline.checkpoint import room
 from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import Stop
@@ -76,16 +78,28 @@ class SpoiledNoise(Callback):
             batch.noise.mul_(self.factor)
 
 
-def train_spoiled(store, runs, factor, steps, settings):
+def train_spoiled(store, runs, factor, steps, settings, stop_at=None):
     """Exit code of such a run, or the line that it ends with."""
     logging.disable(logging.INFO)
     config = stage(store, runs, **settings)
     ranks = Distributed.from_environment()
-    trainer = Trainer(config, ranks, Stop(), callbacks=[SpoiledNoise(factor, steps)])
+    stop = Stop() if stop_at is None else StopAt(stop_at, rank=ranks.world - 1)
+    trainer = Trainer(config, ranks, stop, callbacks=[SpoiledNoise(factor, steps)])
     try:
         return trainer.run()
     except UserError as error:
         return str(error)
+
+
+def train_on_a_small_disk(store, runs, free, stop_at, settings):
+    """`train` on a disk with `free` bytes; what was looked at, and the lines about it."""
+    looked, lines = [], []
+    room.shutil = SimpleNamespace(
+        disk_usage=lambda path: (looked.append(path), SimpleNamespace(free=free))[1]
+    )
+    room.log_line = lines.append
+    train(store, runs, stop_at, settings)
+    return looked, lines
 
 
 def start_next_stage(store, runs, settings):

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 
+from data_prep.config import DedupeConfig, SourceConfig
 from data_prep.dataset.parts import PLAN_KEY, read_commit, read_plan, read_plan_record, register_family
 from data_prep.dataset.schema import PAIRS, Commit, Family, Manifest, Part
 from data_prep.dataset.snapshot import take_snapshot
@@ -26,10 +27,12 @@ from data_prep.dataset.snapshot_reader import (
     read_snapshot,
 )
 from data_prep.pairs.pairs import read_pairs
+from data_prep.plan.against import AGAINST_FOLDER, evaluation_key
+from data_prep.plan.drop_list import DROP_KEY, recorded_hash
 from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, source_counts, source_files
 from data_prep.plan.manifest import MANIFEST, read_manifest
 from data_prep.plan.plan import DROPPED, SETTINGS_KEY, check_settings, dropped_key
-from data_prep.plan.scan import SCAN
+from data_prep.plan.scan import EVALUATION, SCAN
 from data_prep.plan.scan_tables import read_scan
 from data_prep.report import _choose_rows as choose_rows
 from data_prep.store.store import Store, open_store
@@ -118,13 +121,21 @@ def records_of_a_plan(folder):
         members += sample_members(str(n), png(n), {"caption": f"number {n}" if n else ""})
     write_tar(folder / "in", "a.tar", members)
     (folder / "in/notes.md").touch()
-    config = config_of(folder, ("webdataset", folder / "in"))
+    write_tar(folder / "set", "a.tar", sample_members("0", png(7), {}))
+    pyarrow.parquet.write_table(pyarrow.table({"id": [99]}), folder / "ids.parquet")
+    against = [SourceConfig("webdataset", str(folder / "set"))]
+    dedupe = DedupeConfig(against=against, drop=str(folder / "ids.parquet"))
+    config = config_of(folder, ("webdataset", folder / "in"), dedupe=dedupe)
     dataset = prepare(config)
+    hashes = evaluation_key(0)
     readers = {
         "settings": (SETTINGS_KEY, lambda: check_settings(config, dataset)),
         "files": (FILES_KEY, lambda: source_files(dataset)),
         "sources": (SOURCES_KEY, lambda: source_counts(dataset)),
         "scan": ("scan/00000000.parquet", lambda: list(read_scan(dataset, "scan/00000000.parquet"))),
+        "evaluation files": (f"{AGAINST_FOLDER}/files.json", lambda: source_files(dataset, AGAINST_FOLDER)),
+        "evaluation": (hashes, lambda: list(read_scan(dataset, hashes, EVALUATION))),
+        "drop list": (DROP_KEY, lambda: recorded_hash(dataset)),
         "dropped": (dropped_key(0), lambda: choose_rows(dataset, dropped_key(0), DROPPED, Counter())),
     }
     return {name: Reader(dataset, *reader) for name, reader in readers.items()}

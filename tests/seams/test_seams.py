@@ -51,7 +51,14 @@ def default_losses(store, tmp_path_factory):
     return [report["loss"] for report in results[0][1]]
 
 
-@pytest.mark.parametrize("settings", TOYS.values(), ids=TOYS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Compiling takes most of a minute on each rank.
+        pytest.param(each, id=toy, marks=[pytest.mark.slow] if "model__compile" in each else [])
+        for toy, each in TOYS.items()
+    ],
+)
 def test_a_toy_trains_on_two_ranks_and_a_stopped_run_repeats_it(store, tmp_path, default_losses, settings):
     straight = on_ranks(2, seam_tasks.train, store, str(tmp_path / "straight"), None, settings)
     stopped = on_ranks(2, seam_tasks.train, store, str(tmp_path / "stopped"), 3, settings)

@@ -317,6 +317,29 @@ def test_fp8_storage_draws_nearly_the_same(pipeline, compute):
     assert (cast - plain).abs().max() < 0.5 * plain.std()
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_fp8_storage_has_nearly_the_same_gradients(pipeline, compute):
+    pipeline.to(dtype=compute)
+    network = pipeline.transformer.train().requires_grad_(True)
+    latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0)).to(compute)
+
+    def gradients():
+        network.zero_grad()
+        condition = Condition(torch.full((2,), 0.5), pipeline.encode_prompt(["tea", "a cup"])[0])
+        network(latents, condition).sample.float().square().mean().backward()
+        # a copy: casting a parameter casts its gradient too
+        return torch.cat([parameter.grad.flatten().float() for parameter in network.parameters()])
+
+    plain = gradients()
+    network.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=compute)
+    kinds = [parameter.dtype for parameter in network.parameters()]
+    assert kinds.count(FP8) > len(kinds) / 2
+    cast = gradients()
+    assert cast.isfinite().all()
+    assert not torch.equal(cast, plain)
+    assert (cast - plain).norm() < 0.1 * plain.norm()
+
+
 def test_sequential_offloading_draws_the_same_pixels(pipeline):
     """Every part waits on the meta device between its calls, so nothing may read weights without a call."""
     plain = pipeline("tea", seed=1, output_type="pt").images
