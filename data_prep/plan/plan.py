@@ -36,6 +36,7 @@ from data_prep.plan.counts import Counts
 from data_prep.plan.drop_list import freeze_drop_list, look_for_other_ids
 from data_prep.plan.filters import Filters
 from data_prep.plan.listing import (
+    FILES_KEY,
     FOLDER,
     freeze_files,
     print_changed,
@@ -56,7 +57,7 @@ from data_prep.plan.verdicts import (
 )
 from data_prep.sources.sample import printable
 from data_prep.sources.source import OpenSources, Source, SourceFile, needs_sequential_reads
-from data_prep.store.store import Store
+from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
 from model.common.files import naming_full_disk
 from model.common.progress import Progress
@@ -97,17 +98,25 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     Filters(config.filters)
     make_buckets(config.buckets)
 
-    check_settings(config, dataset, create=True)
-    files = freeze_files(config, dataset)
+    created = check_settings(config, dataset, create=True)
     # A plan never changes, so a second run only reads it.
     if dataset.exists(Manifest.KEY):
+        freeze_files(config, dataset)
         if share.index == 0:
             print_newer_files(config, dataset)
             look_for_other_ids(config.dedupe.drop, dataset)
         return read_plan(dataset)
 
-    freeze_drop_list(config.dedupe.drop, dataset)
-    evaluation = freeze_evaluation_files(config, dataset)
+    try:
+        freeze_drop_list(config.dedupe.drop, dataset)
+        evaluation = freeze_evaluation_files(config, dataset)
+        files = freeze_files(config, dataset)
+    except UserError as error:
+        # Without a list of files no task scans yet, so a wrong path can be corrected under the same name.
+        if created and not isinstance(error, StoreError) and not dataset.exists(FILES_KEY):
+            _remove_scan(dataset)
+            dataset.delete(SETTINGS_KEY)
+        raise
     _scan_share(config, dataset, files, evaluation, share)
 
     keys = _scan_keys(files, evaluation)
@@ -145,7 +154,7 @@ def _settings_record(config: DatasetConfig) -> dict[str, Any]:
     return record
 
 
-def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) -> None:
+def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) -> bool:
     """Compare the settings with those that the dataset was planned with.
 
     Args:
@@ -153,12 +162,15 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
         dataset: the dataset's store.
         create: store the settings if the dataset has none yet.
 
+    Returns:
+        True if this call stored them.
+
     Raises:
         UserError: if they differ (the message names the keys), or if there is no plan and `create` is off.
     """
     record = _settings_record(config)
     if create and dataset.put_new(SETTINGS_KEY, canonical_json(record)):
-        return
+        return True
     try:
         stored = read_object(dataset, SETTINGS_KEY, partial(checked, dict[str, Any]), PLAN_AGAIN)
     except FileNotFoundError as error:
@@ -179,6 +191,7 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
             f"{dataset.uri} was planned with other settings: {'; '.join(differences)}: "
             "put them back, or give the dataset another `name`"
         )
+    return False
 
 
 def _short(value: Any) -> str:

@@ -185,7 +185,7 @@ class _Step(NamedTuple):
     name: str
     """Key of the list."""
     entries: list[Any]
-    index: str
+    entry: str
     """Name of the entry, which should be a number."""
 
 
@@ -230,7 +230,7 @@ def _set_in_list(given: Any, override: str) -> None:
     """
     key, _, value = override.partition("=")
     step = _first_list(OmegaConf.to_container(given), key)
-    if step is None or not step.index.isdecimal() or int(step.index) >= len(step.entries):
+    if step is None or not step.entry.isdecimal() or int(step.entry) >= len(step.entries):
         name, count = (step.name, len(step.entries)) if step else (key, 0)
         raise UserError(
             f"{key}: no such entry: `{name}` has {count}, counted from 0: name one of them, or set the list "
