@@ -14,6 +14,9 @@ Each task runs `python -m data_prep latents` and `python -m data_prep text` for 
 ENCODE_OPTIONS of cluster/env.sh, and also submits the snapshot, which runs when all tasks have ended. %16 = at most
 16 tasks at a time.
 
+Give the array four tasks per GPU or more, as here 64 tasks for 16 GPUs: a task has a fixed share of the work, so with
+one task per GPU all GPUs wait for the slowest one. With four, a fast GPU takes the next task.
+
 Tasks may be killed and run again at any time: committed parts are kept, and the snapshot prints the --array= list of
 the tasks that are missing.
 HELP
@@ -25,6 +28,7 @@ open_script "$@"
 
 if by_hand; then
   read_dataset cluster/encode.sh "run python -m data_prep latents, then text, then snapshot" "$@"
+  warn_without_limit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}"
   encode=$(submit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" cluster/encode.sh "${ARGUMENTS[@]}")
   [ -n "$encode" ] || exit 2
   # afterany: if a task fails, the snapshot reports which

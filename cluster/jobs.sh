@@ -34,6 +34,18 @@ read_dataset() {
   need_dataset "$1"
 }
 
+# warn_without_limit OPTIONS...: warn of an array, the last one in sbatch's options, all of whose tasks may run at once.
+warn_without_limit() {
+  local array=''
+  while [ $# -gt 0 ]; do
+    case $1 in --array=*) array=${1#*=} ;; -a?*) array=${1#-a} ;; --array | -a) array=${2:-} ;; esac
+    shift
+  done
+  case $array in '' | *%*) return ;; *[-,]*) ;; *) return ;; esac
+  echo "warning: --array=$array has no %: if all of its tasks run at once, they all wait for the slowest GPU; write" \
+    "four tasks per GPU and the number of GPUs after %, as in --array=0-63%16" >&2
+}
+
 need_dataset() { [ -f "${ARGUMENTS[0]:-}" ] || fail "${ARGUMENTS[0]:-no dataset named}: no such file; see $1 --help"; }
 
 # gpus_offered OPTIONS...: print the number of node groups with GPUs in the partition of these options, or the default one.
