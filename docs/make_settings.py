@@ -31,9 +31,9 @@ in `optim.lr=2e-4`. An unknown key, a wrong type and a number out of range are e
 """
 DATASETS = """# Settings of a dataset
 
-A dataset is one YAML file, as in `data_prep/datasets/`. Any key outside of a list can be set on the command
-line, as in `buckets.resolution=512`. An unknown key, a wrong type and a number out of range are errors that
-name the key.
+A dataset is one YAML file, as in `data_prep/datasets/`. Any key can be set on the command line, as in
+`buckets.resolution=512`, also in an entry of a list that the file has: `sources.0.path=...`. An unknown key,
+a wrong type and a number out of range are errors that name the key.
 `python -m docs.make_settings` writes this page from the code.
 """
 HEADER = "| key | type | default | allowed | meaning |\n|---|---|---|---|---|"
@@ -122,6 +122,8 @@ def type_name(hint: Any) -> str:
         return f"list of {len(arguments)} {type_name(arguments[0])}s"
     if origin is dict:
         return f"mapping of {type_name(arguments[0])} to {type_name(arguments[1])}"
+    if is_dataclass(hint) and isinstance(hint, type):
+        return hint.__name__.removesuffix("Config").lower()
     return {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any"}[hint]
 
 
