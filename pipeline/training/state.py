@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.position import Position
+from pipeline.stage.config import OptimConfig
 from pipeline.training.metrics import Interval
 
 
@@ -24,6 +25,19 @@ class TrainState:
     """Position of the next batch; None = the beginning."""
     interval: Interval = field(default_factory=Interval)
     """Sums since the last report."""
+
+    def add_applied(self, norm: float) -> None:
+        """Count an applied step whose gradients had this norm."""
+        self.skipped_in_a_row = 0
+        before = self.running_grad_norm
+        self.running_grad_norm = norm if before is None else 0.99 * before + 0.01 * norm
+        self.interval.add("grad_norm", norm)
+
+    def max_norm(self, optim: OptimConfig) -> float:
+        """Return the gradient norm above which a step is a spike and is skipped."""
+        spike, usual = optim.spike, self.running_grad_norm
+        settled = self.samples >= optim.warmup_samples
+        return spike * usual if spike is not None and usual is not None and settled else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""

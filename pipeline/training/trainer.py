@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.common.errors import UserError
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
+from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
 from pipeline.data.loader import TrainingData
@@ -103,6 +104,8 @@ class Trainer:
         self.state = TrainState()
         self.samples_at_start = 0
         self.samples_of_step = 0
+        self.save_is_due = False
+        """A periodic save waits for a step that is applied."""
         bins = [f"loss_t{index}" for index in range(TIMESTEP_BINS)]
         buckets = [f"loss_{bucket}" for bucket in sorted(self.corpus.rows)]
         added = [name for callback in self.callbacks for name in callback.quantities()]
@@ -121,6 +124,7 @@ class Trainer:
         """
         self.heartbeat.enter("resume", self.state.step)
         self._resume()
+        warn_of_little_room(self.checkpoints, self.engine, self.state.samples, self.stage.samples)
         if self.stage.model.compile:
             self.warm_up()
         for callback in self.callbacks:
@@ -139,7 +143,7 @@ class Trainer:
                     callback.between_steps(self)
                 finished = self.state.samples >= self.stage.samples
                 stopping = not finished and self._agree_to_stop()
-                if finished or stopping or self.due(self.stage.checkpoint.every_samples):
+                if finished or stopping or self._saves_now():
                     self._save(wait=finished or stopping)
                 if finished or stopping:
                     return self._end(finished)
@@ -197,28 +201,20 @@ class Trainer:
 
         self.heartbeat.enter("step", self.state.step)
         rate = learning_rate(self.stage.optim, self.state.samples, self.stage.samples)
-        applied, norm = self.engine.step(rate, self._max_norm())
+        applied, norm = self.engine.step(rate, self.state.max_norm(self.stage.optim))
         self.state.step += 1
         self.samples_of_step = len(clean) * self.ranks.world
         self.state.samples += self.samples_of_step
 
         if applied:
-            self._applied(norm)
+            self.engine.update_averages(self.state.samples)
+            self.state.add_applied(norm)
         else:
             self._skipped(batch, norm)
         self.state.interval.add("lr", rate)
         self.state.interval.add("step_samples", self.samples_of_step)
         for callback in self.callbacks:
             callback.after_step(self, batch)
-
-    def _applied(self, norm: float) -> None:
-        """Update what follows an applied step: the averages, and the running gradient norm."""
-        state = self.state
-        state.skipped_in_a_row = 0
-        self.engine.update_averages(state.samples)
-        before = state.running_grad_norm
-        state.running_grad_norm = norm if before is None else 0.99 * before + 0.01 * norm
-        state.interval.add("grad_norm", norm)
 
     def _skipped(self, batch: Batch, norm: float) -> None:
         """Count and log a step that was not applied.
@@ -237,12 +233,6 @@ class Trainer:
                 "spiking gradients: "
                 f"lower optim.lr, or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
             )
-
-    def _max_norm(self) -> float:
-        """Return the gradient norm above which a step is a spike and is skipped."""
-        spike, usual = self.stage.optim.spike, self.state.running_grad_norm
-        settled = self.state.samples >= self.stage.optim.warmup_samples
-        return spike * usual if spike is not None and usual is not None and settled else float("inf")
 
     def _add_losses(self, batch: Batch, losses: Tensor, timesteps: Tensor) -> None:
         """Add a micro-batch's losses [B] at its timesteps to the sums."""
@@ -295,8 +285,15 @@ class Trainer:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         return bool(wanted.item())
 
+    def _saves_now(self) -> bool:
+        """Return True if a periodic save is due, and the last step was applied."""
+        # While all steps are skipped, checkpoints would push out those from before the fault.
+        self.save_is_due |= self.due(self.stage.checkpoint.every_samples)
+        return self.save_is_due and self.state.skipped_in_a_row == 0
+
     def _save(self, wait: bool) -> None:
         state, began = self.state, time.monotonic()
+        self.save_is_due = False
         self.heartbeat.enter("save", state.step)
         self._collect()
         record = {**state.to_dict(), "stage": asdict(self.stage)}
