@@ -436,3 +436,22 @@ def test_scenes_of_another_seed_can_be_an_evaluation_set(tmp_path):
     assert [(each["name"], each["images"], each["unreadable"]) for each in record["against"]] == [
         ("scenes", 6, 0)
     ]
+
+
+def test_sets_and_lists_can_be_in_a_bucket(tmp_path, s3):
+    bucket = open_store(s3)
+    for place in (1, 2):
+        bucket.put(f"set/{place}.png", IMAGES[place])
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [3, 9]}), sink)
+    bucket.put("lists/ids.parquet", sink.getvalue())
+    write_pairs(tmp_path / "in", range(5))
+    against = [SourceConfig("folder", f"{s3}/set")]
+    dedupe = DedupeConfig(against=against, drop=f"{s3}/lists/ids.parquet")
+    dataset = planned(config_of(tmp_path, ("webdataset", tmp_path / "in"), dedupe=dedupe))
+    assert sorted(planned_ids(dataset)) == [0, 4]
+    assert read_plan_record(dataset)["drop"] == {"ids": 2, "unmatched": 1}
+    dataset.delete("manifest.json")
+    bucket.delete("lists/ids.parquet")
+    with pytest.raises(UserError, match=r"dedupe\.drop: s3://.*ids\.parquet: no such file"):
+        planned(config_of(tmp_path, ("webdataset", tmp_path / "in"), dedupe=dedupe))
