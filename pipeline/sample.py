@@ -189,8 +189,8 @@ def main() -> None:
     if ranks.rank == 0:
         write_overview(records, out)
         print(f"{out}: {len(records)} images, grid.png, index.jsonl")
-        if sampler.sharded:
-            own, total = (size / 2**20 for size in sampler.sharded.bytes())
+        if sampler.partitioned:
+            own, total = (size / 2**20 for size in sampler.partitioned.bytes())
             print(f"each of {ranks.world} processes stored {own:,.1f} of the network's {total:,.1f} MiB")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -36,7 +36,7 @@ def hash_weights(sampler: Sampler) -> str:
     for name, parameter in sorted(sampler.network.named_parameters()):
         digest.update(name.encode())
         # partitioned parameters are gathered one at a time
-        with sampler.sharded.whole(parameter) if sampler.sharded else nullcontext():
+        with sampler.partitioned.whole(parameter) if sampler.partitioned else nullcontext():
             digest.update(parameter.detach().flatten()[:HASHED_VALUES].float().cpu().numpy().tobytes())
     return f"sampled-sha256:{digest.hexdigest()}"
 

@@ -63,7 +63,7 @@ def check_maps(sampler: Sampler) -> None:
             "difficulty: this network does not predict that of patches: train with "
             "objective.difficulty=0.01, or ask for no maps"
         )
-    if sampler.sharded is not None:
+    if sampler.partitioned is not None:
         raise UserError("difficulty with --zero3: ranks would wait for each other: leave one of them out")
 
 

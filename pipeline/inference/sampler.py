@@ -98,7 +98,7 @@ class Sampler:
         defaults: SampleConfig,
         device: torch.device,
         dtype: torch.dtype,
-        sharded: "PartitionedNetwork | None" = None,
+        partitioned: "PartitionedNetwork | None" = None,
     ) -> None:
         """Move the network to the device.
 
@@ -110,11 +110,11 @@ class Sampler:
             defaults: settings of sampling that apply if nothing else is asked for.
             device: device to sample on.
             dtype: precision of the network.
-            sharded: what keeps the network partitioned, if it is; it has its device and dtype already.
+            partitioned: what keeps the network partitioned, if it is; it has its device and dtype already.
         """
-        if sharded is None:
+        if partitioned is None:
             nn.Module.to(network, device, dtype)
-        self.sharded = sharded
+        self.partitioned = partitioned
         # Without gradients, since no activation is then kept for a backward pass.
         self.network = network.eval().requires_grad_(False)
         self.reader = reader
@@ -150,15 +150,15 @@ class Sampler:
 
         # The weights are a lazy mapping: they are read one by one while the network is filled.
         build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)
-        sharded = shard(build, loaded, dtype, stage.engine) if zero3 else None
-        network = sharded.module if sharded else _load(run, build(), loaded)
+        partitioned = partition(build, loaded, dtype, stage.engine) if zero3 else None
+        network = partitioned.module if partitioned else _load(run, build(), loaded)
 
         families, texts = text_families(stage, corpus), open_texts(stage, corpus)
         constants = {name: TextConstants.load(texts, family, device) for name, family in families.items()}
         reader = PromptReader(families, constants, partial(load_llm, device=device))
         # Deferred: a request that is refused, or latents that are never decoded, need no VAE.
         find_vae = partial(load_vae, stage, latents_family(stage, corpus), device)
-        return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, sharded)
+        return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, partitioned)
 
     @property
     def vae(self) -> LatentSpace:
@@ -226,7 +226,7 @@ class Sampler:
         """Return how many images this pass samples: with a partitioned network, those of the rank that has
         most."""
         # The maximum over the ranks, as the minimum of the negative numbers.
-        return images if self.sharded is None else -all_reduce_min(-images)
+        return images if self.partitioned is None else -all_reduce_min(-images)
 
     def _latents(
         self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, on_step: OnStep | None
@@ -318,7 +318,7 @@ def extra_conditions(
     return extra
 
 
-def shard(
+def partition(
     build: Callable[[], LIDiT], weights: Mapping[str, Tensor], dtype: torch.dtype, settings: EngineConfig
 ) -> "PartitionedNetwork":
     """Partition a network over the processes of this start (ZeRO-3).

@@ -20,7 +20,7 @@ from model.dit import LIDiT
 from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
-from pipeline.inference.sampler import Sampler, SamplingParams, shard
+from pipeline.inference.sampler import Sampler, SamplingParams, partition
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig
 
@@ -70,7 +70,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         parts: dict[str, Any] = {"transformer": None} if zero3 else {}
         types = {"transformer": dtype, "default": torch.float32}
         pipeline = LIDiTPipeline.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
-        sharded = _partition_export(folder / "transformer", dtype) if zero3 else None
+        partitioned = _partition_export(folder / "transformer", dtype) if zero3 else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: damaged or not complete: {error}") from error
     finally:
@@ -85,13 +85,15 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
 
     # An export contains its own LLM and VAE, so it needs no run and no store.
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
-    network = sharded.module if sharded else _plain_network(pipeline.transformer)
-    return Sampler(network, reader, lambda: vae, pipeline.objective_config, defaults, device, dtype, sharded)
+    network = partitioned.module if partitioned else _plain_network(pipeline.transformer)
+    return Sampler(
+        network, reader, lambda: vae, pipeline.objective_config, defaults, device, dtype, partitioned
+    )
 
 
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":
     build = _build_from(LIDiTModel.load_config(folder))
-    return shard(build, load_weights(folder, "ema"), dtype, EngineConfig())
+    return partition(build, load_weights(folder, "ema"), dtype, EngineConfig())
 
 
 def _plain_network(model: LIDiTModel) -> LIDiT:

@@ -182,8 +182,8 @@ class EngineConfig:
     """ZeRO settings; pipeline/engine/settings.py gives the reasons."""
 
     zero_stage: Literal[1, 2, 3] = 3
-    """3 shards weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no fp32
-    gradients in DeepSpeed."""
+    """3 partitions weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no
+    fp32 gradients in DeepSpeed."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type that the network computes in; master weights are fp32 in any case."""
     micro_batch: int | None = bounded(None, 1, 10_000_000)

@@ -37,10 +37,10 @@ def draw(*arguments):
     return files
 
 
-def shard_all(build, weights, dtype, settings):
-    """`sampler.shard`, which leaves small parameters whole, for a network all of whose parameters are
+def partition_all(build, weights, dtype, settings):
+    """`sampler.partition`, which leaves small parameters whole, for a network all of whose parameters are
     small."""
-    return sampler.shard(
+    return sampler.partition(
         build, weights, dtype, replace(settings, persistence_threshold=0, max_live_parameters=0)
     )
 
@@ -58,12 +58,12 @@ def draw_export(program, *arguments):
     with (
         patch.object(sys, "argv", [program, *map(str, arguments)]),
         patch.object(diffusers_pipeline, "load_llm", lambda family, device: LetterLLM(LETTERS[family.name])),
-        patch.object(source, "shard", shard_all),
+        patch.object(source, "partition", partition_all),
         patch.object(source, "load_export", load_export),
         patch.object(dist, "destroy_process_group"),
     ):
         {"sample": sample, "evaluate": evaluate}[program].main()
-    return used[0].sharded.bytes() if used[0].sharded else None
+    return used[0].partitioned.bytes() if used[0].partitioned else None
 
 
 def latents_of_run(run, shards, prompts):
