@@ -165,9 +165,9 @@ class SourceFiles:
         return self._store.size(name)
 
     def version(self, name: str) -> str:
-        """Return a text that is another one after the file has changed; empty if the file is missing."""
+        """Return a text that is another one after the file has changed; empty if the file cannot be read."""
         try:
-            return self._store.version(name)
+            return self._store.version(name) if self.usable(name) else ""
         except FileNotFoundError:
             return ""
 

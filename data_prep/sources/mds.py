@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.dataset.mds import FIXED, VARIABLE, RowLayout, decode, read_offsets
 from data_prep.images.images import MAX_FILE_BYTES
-from data_prep.sources.files import SourceFiles, raise_unless_content
+from data_prep.sources.files import BAD_NAME, SourceFiles, raise_unless_content
 from data_prep.sources.sample import (
     MAX_FIELD_BYTES,
     NO_IMAGE,
@@ -45,14 +45,17 @@ class MDSSource:
         """
         # The indexes describe the columns of all shards, so no shard is opened here.
         names, inventory = self._files.inventory()
-        for name in names:
+        usable = [name for name in names if self._files.usable(name)]
+        for name in usable:
             if posixpath.basename(name) == "index.json":
                 self._read_index(name)
         if not self._shards:
             raise UserError(f"{self._path}: no MDS index.json below it: check `sources.path`")
 
         # A shard that its index lists and that is not there is a unit too: its rows are lost, and counted.
-        there = set(names)
+        there = set(usable)
+        if len(usable) < len(names):
+            inventory.ignored[BAD_NAME] = len(names) - len(usable)
         inventory.units = {name: int(name in there) for name in self._shards}
         others = there - self._shards.keys()
         inventory.ignored["index.json"] = sum(posixpath.basename(name) == "index.json" for name in others)
@@ -106,9 +109,9 @@ class MDSSource:
         rows, layout = self._shards[name]
         done = possible = 0
         try:
-            # Each row has an offset of 4 bytes, so the size bounds their number; an index may claim any.
-            possible = min(rows, self._files.size(name) // 4)
             with self._files.open(name) as file:
+                # Each row has an offset of 4 bytes, so the size bounds their number; an index may claim any.
+                possible = min(rows, self._files.size(name) // 4)
                 offsets = read_offsets(file, max_rows=possible)
                 if len(offsets) - 1 != rows:
                     raise ValueError(f"{len(offsets) - 1} rows where the index says {rows}")

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import SourceConfig
+from data_prep.config import DedupeConfig, SourceConfig
 from data_prep.dataset.parts import read_plan_record
 from data_prep.plan.captions import NOT_TEXT
 from data_prep.plan.listing import FILES_KEY
 from data_prep.plan.plan import run_plan
-from data_prep.sources.files import DEEP_FOLDER, LOCKED_FOLDER, SourceFiles
+from data_prep.sources.files import BAD_NAME, DEEP_FOLDER, LOCKED_FOLDER, SourceFiles
 from data_prep.sources.folder import BAD_LINE, FolderSource
 from data_prep.sources.mds import MDSSource
 from data_prep.sources.sample import (
@@ -231,6 +231,22 @@ def test_an_mds_index_of_any_text_is_one_line(mds, tmp_path, text):
     (tmp_path / "m/index.json").write_text(text)
     with pytest.raises(UserError, match="not an MDS index"):
         rows_of("mds", tmp_path / "m")
+
+
+def test_names_that_no_store_accepts_cost_one_mds_shard_each(mds, tmp_path):
+    shutil.copytree(mds, tmp_path / "in/good")
+    shutil.copytree(mds, tmp_path / "in/tab\there")
+    shutil.copytree(mds, tmp_path / "in/bad")
+    count = len(list(mds.glob("*.mds")))
+    shard = next((tmp_path / "in/bad").glob("*.mds"))
+    shard.rename(shard.with_name("a\tb.mds"))
+    index = tmp_path / "in/bad/index.json"
+    index.write_text(index.read_text().replace(shard.name, "a\\tb.mds"))
+    dataset = prepare(config_of(tmp_path, ("mds", tmp_path / "in"), dedupe=DedupeConfig(exact=False)))
+    assert 4 < len(all_pairs(dataset)) < 8
+    assert reasons_of(dataset) == {UNUSABLE: 1}
+    (counts,) = read_plan_record(dataset)["sources"]
+    assert counts == {"files": 3 * count + 3, "ignored": {"index.json": 2, BAD_NAME: count + 2}}
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -71,7 +71,7 @@ foreign_names = st.sampled_from(
     [
         *("0.tar", "1.TAR", "damaged.tar", "empty.tar", "0.tar.gz", "0.tar.zst", "tab\there.tar"),
         *("0.parquet", "1.PARQUET", "damaged.parquet", "empty.parquet", "tab\there.parquet", "a.arrow"),
-        *("0.mds", "damaged.mds", "empty.mds", "0.mds.zstd", "index.json"),
+        *("0.mds", "damaged.mds", "empty.mds", "0.mds.zstd", "index.json", "tab\there.mds"),
         *("1.png", "1.txt", "README.md", ".DS_Store", "noise", "metadata.tsv"),
     ]
 )
@@ -164,24 +164,28 @@ def test_every_file_of_the_other_sources_is_rows_or_ignored(tmp_path_factory, go
     root = tmp_path_factory.mktemp("tree")
     write_foreign_tree(root, tree, good_files, lost)
     visible = {name for name in tree if not any(part.startswith(".") for part in name.split("/"))}
-    indexed = {posixpath.dirname(name) for name in visible if name.endswith("index.json")}
+    usable = {name for name in visible if "\t" not in name}
+    indexed = {posixpath.dirname(name) for name in usable if name.endswith("index.json")}
     meant = {
         name
-        for name in visible
-        if name.lower().endswith(LISTED[kind])
-        and "\t" not in name
-        and (kind != "mds" or posixpath.dirname(name) in indexed)
+        for name in usable
+        if name.lower().endswith(LISTED[kind]) and (kind != "mds" or posixpath.dirname(name) in indexed)
     }
+    absent = set()
+    if kind == "mds":
+        # What an index lists is a unit, also if it is not there or cannot be read by its name.
+        absent = {posixpath.join(folder, name) for folder in indexed for name in lost}
+        unusable = {name for name in visible - usable if name.endswith(".mds")}
+        absent |= {name for name in unusable if posixpath.dirname(name) in indexed}
     source = KINDS[kind](SourceConfig(kind=kind, path=str(root)))
     try:
         inventory = source.inventory()
     except UserError:
-        # Of MDS, only a folder without any index or of indexes without shards has no units.
+        # Of MDS, a source without an index, or of indexes without shards, has no units.
         assert not meant
-        assert not (lost and indexed) or kind != "mds"
+        assert not absent
         return
 
-    absent = {posixpath.join(folder, name) for folder in indexed for name in lost if kind == "mds"}
     assert set(inventory.names) == meant | absent
     assert {name: inventory.units[name] for name in inventory.names} == {
         name: int(name in meant) for name in inventory.names
