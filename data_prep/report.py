@@ -134,7 +134,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
 
 def _totals(accounts: list[FileAccount]) -> dict[str, int]:
     names = ("read", "dropped_by_plan", "planned", "written", "dropped_in_parts", "pending")
-    totals = dict.fromkeys(names, 0)
+    totals: dict[str, int] = dict.fromkeys(names, 0)
     for counts in accounts:
         for name in names:
             totals[name] += getattr(counts, name)

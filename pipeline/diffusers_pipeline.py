@@ -28,9 +28,12 @@ from pipeline.inference.call import (
     DenoisingLoop,
     check_embeds,
     check_output_type,
+    choose_solver,
     list_negatives,
     list_prompts,
     make_noise,
+    objective_of,
+    place_texts,
     plan_steps,
     refuse_attention_kwargs,
     to_output,
@@ -460,7 +463,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         shape = latent_shape(self.transformer, vae.downsampling, *size)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
         plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
-        follower = self.choose_solver(config["solver"] if solver is None else solver)
+        follower = choose_solver(solver, config, self.scheduler, self.transformer.sizes)
         params = SamplingParams(height=size[0], width=size[1], conditions=conditions or {})
         extra = extra_conditions(self.transformer, params, images, device)
 
@@ -468,7 +471,9 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         dtype = self.transformer.dtype
         condition, null_condition = (
             # placeholders for the times: `Guided` sets that of each step
-            Condition(torch.zeros(images, device=device), _place(texts, per_prompt, device, dtype), extra)
+            Condition(
+                torch.zeros(images, device=device), place_texts(texts, per_prompt, device, dtype), extra
+            )
             for texts in embeds
         )
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
@@ -488,12 +493,8 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs: {min(unknown)!r} is not one of "
                 f"{', '.join(self._callback_tensor_inputs)}"
             )
-        if misfit := scheduler_misfit(self.scheduler, self.objective_config):
+        if misfit := scheduler_misfit(self.scheduler, objective_of(self.config, self.scheduler)):
             raise UserError(
                 f"scheduler {type(self.scheduler).__name__}: the network was trained for objective "
                 f"{self.config['objective']}: take {misfit}"
             )
-
-
-def _place(texts: Sequence[Text], times: int, device: torch.device, dtype: torch.dtype) -> list[Text]:
-    return [text.repeat(times).to(device, dtype) for text in texts]

@@ -188,7 +188,7 @@ def build(
     """
     scores = gather(jobs)
     done = list(chain.from_iterable(row.values() for row in scores.values()))
-    hours = sum(record["seconds"] for record in done) / 3600
+    hours = sum(record.get("seconds", 0.0) for record in done) / 3600
     cost = (
         f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, "
         f"{hours:.2f} hours of one run at a time."

@@ -4,7 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class Ending(ABC):
         for number in (index * len(records) // shown for index in range(shown)):
             file = self.drawn / records[number]["file"]
             details = self.picture(number, file)
-            pictures.append({"caption": records[number]["prompt"], "drawn": self.relative(file), **details})
+            record = {"caption": records[number]["prompt"], "drawn": self.relative(file), **details}
+            pictures.append(cast(ShownImage, record))
         return pictures
 
     def relative(self, file: Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.common.errors import UserError
 from model.common.settings import settings_from
 from model.condition import Condition, Text
+from model.config import DiTConfig
 from pipeline.diffusion.adaptive import ADAPTIVE, AdaptiveSolver
 from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.solvers import Step, follow, initial_noise, make_scheduler, set_schedule, set_steps
@@ -28,7 +29,6 @@ Callback = Callable[..., dict[str, Tensor] | None]
 class DenoisingLoop:
     """The loop of a diffusers pipeline, with what its callbacks may read and set."""
 
-    config: Any
     transformer: Any
     scheduler: Any
     progress_bar: Any
@@ -56,41 +56,6 @@ class DenoisingLoop:
     def interrupt(self) -> bool:
         """True if a callback has set `_interrupt`: the steps that are left are not taken."""
         return self._interrupt
-
-    @property
-    def objective_config(self) -> ObjectiveConfig:
-        """Settings of the training objective, as far as sampling reads them."""
-        schedule, config = self.scheduler.config, self.config
-
-        return ObjectiveConfig(
-            name=config["objective"],
-            shift=schedule.get("shift", schedule.get("flow_shift", 1.0)),
-            patch_times=settings_from(PatchTimesConfig, config["patch_times"], "patch_times"),
-        )
-
-    def choose_solver(self, name: str) -> Any:
-        """Return what takes the steps: the scheduler, or the solver of a name, which takes them at its times.
-
-        Raises:
-            UserError: if there is no such solver, or it does not fit the network or the scheduler.
-        """
-        if not name:
-            return self.scheduler
-
-        settings = settings_from(AdaptiveConfig, self.config["adaptive"], "adaptive")
-        solver = make_scheduler(self.objective_config, name, settings, self.transformer.sizes)
-        if not isinstance(solver, AdaptiveSolver):
-            raise UserError(
-                f"solver={name!r} is a scheduler: give it to the pipeline; solvers are {', '.join(ADAPTIVE)}"
-            )
-        if type(self.scheduler) is not type(solver.euler):
-            raise UserError(
-                f"solver={name!r} beside {type(self.scheduler).__name__}: give the pipeline a "
-                f"{type(solver.euler).__name__}"
-            )
-
-        solver.euler = self.scheduler
-        return solver
 
     def denoise(
         self,
@@ -143,6 +108,53 @@ class DenoisingLoop:
                 return latents
 
             return follow(solver, plan, guide, noise, after)
+
+
+def objective_of(config: Mapping[str, Any], scheduler: Any) -> ObjectiveConfig:
+    """Return the settings of the objective that a network was trained for, as far as sampling reads them.
+
+    Args:
+        config: of the pipeline.
+        scheduler: of the pipeline, which has the objective's shift.
+    """
+    schedule = scheduler.config
+    return ObjectiveConfig(
+        name=config["objective"],
+        shift=schedule.get("shift", schedule.get("flow_shift", 1.0)),
+        patch_times=settings_from(PatchTimesConfig, config["patch_times"], "patch_times"),
+    )
+
+
+def choose_solver(name: str | None, config: Mapping[str, Any], scheduler: Any, sizes: DiTConfig) -> Any:
+    """Return what takes the steps: the scheduler, or the solver of a name, which takes them at its times.
+
+    Args:
+        name: of the solver; empty = the scheduler; None = the pipeline's default.
+        config: of the pipeline.
+        scheduler: of the pipeline.
+        sizes: of the network.
+
+    Raises:
+        UserError: if there is no such solver, or it does not fit the network or the scheduler.
+    """
+    name = config["solver"] if name is None else name
+    if not name:
+        return scheduler
+
+    settings = settings_from(AdaptiveConfig, config["adaptive"], "adaptive")
+    solver = make_scheduler(objective_of(config, scheduler), name, settings, sizes)
+    if not isinstance(solver, AdaptiveSolver):
+        raise UserError(
+            f"solver={name!r} is a scheduler: give it to the pipeline; solvers are {', '.join(ADAPTIVE)}"
+        )
+    if type(scheduler) is not type(solver.euler):
+        raise UserError(
+            f"solver={name!r} beside {type(scheduler).__name__}: give the pipeline a "
+            f"{type(solver.euler).__name__}"
+        )
+
+    solver.euler = scheduler
+    return solver
 
 
 def plan_steps(
@@ -262,6 +274,11 @@ def check_embeds(name: str, embeds: Any, count: int | None = None) -> list[Text]
     if prompts == 0 or count not in (None, prompts):
         raise UserError(f"{name}: {prompts} prompts, not {count or 'at least 1'}: encode as many")
     return list(embeds)
+
+
+def place_texts(texts: Sequence[Text], times: int, device: torch.device, dtype: torch.dtype) -> list[Text]:
+    """Return each prompt's texts `times` times, one after another, on a device."""
+    return [text.repeat(times).to(device, dtype) for text in texts]
 
 
 def make_noise(

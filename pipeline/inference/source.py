@@ -20,6 +20,7 @@ from model.dit import LIDiT
 from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
+from pipeline.inference.call import objective_of
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig
@@ -86,9 +87,8 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     # An export contains its own LLM and VAE, so it needs no run and no store.
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
     network = partitioned.module if partitioned else _plain_network(pipeline.transformer)
-    return Sampler(
-        network, reader, lambda: vae, pipeline.objective_config, defaults, device, dtype, partitioned
-    )
+    objective = objective_of(config, pipeline.scheduler)
+    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, partitioned)
 
 
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":

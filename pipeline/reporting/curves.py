@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,7 +274,7 @@ def _plots(run: Path, reports: Sequence[dict[str, Any]]) -> list[Plot]:
     ]
 
 
-def learned_curve(record: dict[str, Any]) -> dict[str, str]:
+def learned_curve(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the three losses that show what the network learned, over fixed timesteps."""
     lines: dict[str, Line] = {name: (record["timesteps"], record[key]) for name, key in LEARNED.items()}
     axes = ("timestep t (1 = pure noise)", "loss")

@@ -79,7 +79,7 @@ def make_tiles(run: Path, extra: Extra) -> list[Tile]:
     if reports:
         last = reports[-1]
         speed = sum(report["samples_per_second"] for report in reports) / len(reports)
-        tiles += [
+        tiles = [
             {"label": "samples seen", "value": f"{last['samples']:,}"},
             {"label": "samples/s in training", "value": f"{speed:.0f}"},
             {"label": "training loss at the end", "value": f"{last['loss']:.3f}"},
@@ -114,7 +114,8 @@ def build(run: Path) -> Path:
 
     images: list[dict[str, Any]] = []
     for image in extra.get("pictures", []):
-        real = inline_png(run / image["real"]) if image.get("real") else ""
+        real_file = image.get("real")
+        real = inline_png(run / real_file) if real_file else ""
         generated = inline_png(run / image["drawn"])
         marks = image.get("marks", [])
         images.append({"caption": image["caption"], "marks": marks, "generated": generated, "real": real})
