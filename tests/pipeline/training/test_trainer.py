@@ -20,6 +20,7 @@ from model.flops import flops_per_sample
 from model.presets import PRESETS
 from pipeline import learned, train
 from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.engine.optim import learning_rate
 from pipeline.inference.sampler import Sampler
 from pipeline.reporting.page import build
 from pipeline.runtime.run_lock import lock_run
@@ -244,12 +245,17 @@ def test_a_run_goes_on_longer_tells_what_changed_and_keeps_its_objective(store, 
         f"cannot go on from {run / 'checkpoints/step_000000002'} with objective.name="
     )
     assert (run / "finished.json").exists()
-    more = {**settings, "samples": 32, "data__caption_drop": 0.5}
+    more = {**settings, "samples": 32, "data__caption_drop": 0.5, "optim__lr": 3e-3}
     ((code, reports),) = on_ranks(1, trainer_tasks.train, store, str(tmp_path), None, more)
     assert code == 0
     assert [report["step"] for report in reports] == [1, 2, 3, 4]
     how = read_events(run, "start")[-1]["how"]
-    assert how == ("resumed from step_000000002 with samples=32 (was 16), data.caption_drop=0.5 (was 0.1)")
+    changed = ["samples=32 (was 16)", "data.caption_drop=0.5 (was 0.1)", "optim.lr=0.003 (was 0.01)"]
+    assert how == f"resumed from step_000000002 with {', '.join(changed)}"
+    # warm-up over 16 samples: the rates before are of the first setting, those after of the second
+    optim = trainer_tasks.stage(store, tmp_path, **more).optim
+    assert [report["lr"] for report in reports[2:]] == [learning_rate(optim, seen, 32) for seen in (16, 24)]
+    assert reports[0]["lr"] == 1e-2 / 17
     assert json.loads((run / "finished.json").read_text())["samples"] == 32
 
 
