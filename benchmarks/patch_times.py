@@ -1,13 +1,15 @@
 """Training step with a time per patch against one time per sample, on the same network in one run.
 
-    python -m benchmarks.patch_times [--width 384 --depth 4 --heads 6]
+    python -m benchmarks.patch_times                              # blocks of the 1B preset, two of them
+    python -m benchmarks.patch_times --width 384 --depth 4 --heads 6
     python -m benchmarks.patch_times --preset li_dit_1b --batch 32               # on a GPU: 256 px
 
 Three ways to give a network its times: one per sample; a few levels that the patches of a sample share, as
 `objective.patch_times` trains; and a modulation of each patch's own, which is the plain way. A step is a
 forward and a backward pass without an optimizer, which is the same for all. The three take turns, so that a
 noisy machine slows all alike; times are medians over the rounds, and a ratio is the median of the rounds'
-ratios.
+ratios. Memory is what the forward pass keeps for the backward pass, without the weights; on a GPU also the
+peak.
 """
 
 import argparse
@@ -70,10 +72,29 @@ def example_conditions(
     }
 
 
+def kept_bytes(network: LIDiT, latents: Tensor, condition: Condition) -> float:
+    """Return the bytes that a forward pass keeps for the backward pass, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The output is bound, so that nothing kept is freed, and its address taken again, before the end.
+        output = network(latents, condition)
+    del output
+    return float(sum(kept.values()))
+
+
 def make_step(
     options: argparse.Namespace, device: torch.device
-) -> tuple[Callable[[str], None], dict[str, Condition]]:
-    """Return a step of the network in the way that its argument names, and the ways."""
+) -> tuple[Callable[[str], None], Callable[[str], float], list[str]]:
+    """Return a step of the network, and the bytes that it keeps, in the way that an argument names; and the
+    ways."""
     torch.manual_seed(0)
     fusion = FusionConfig(families=["a"], mode="none", refiner="none")
     network = LIDiT(sizes(options), fusion, [LLM_WIDTH]).to(device, DTYPES[options.precision])
@@ -87,14 +108,17 @@ def make_step(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step, ways
+    return step, lambda way: kept_bytes(network, latents, ways[way]), list(ways)
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each round's step, and on a GPU its peak memory in bytes, by way."""
+    """Return the seconds of each round's step, the bytes that it keeps, and on a GPU its peak memory, by
+    way."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step, ways = make_step(options, device)
-    results: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "memory": []} for way in ways}
+    step, kept, ways = make_step(options, device)
+    results: dict[str, dict[str, list[float]]] = {}
+    for way in ways:
+        results[way] = {"seconds": [], "kept": [kept(way)], "memory": []}
     for number in range(options.warmup + options.rounds):
         for way in ways:
             if device.type == "cuda":
@@ -124,18 +148,20 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, list[float]
         f"{options.side} x {options.side}, {options.tokens} text tokens, {options.batch} samples, "
         f"{options.levels} levels; medians of {options.rounds} rounds.",
         "",
-        "| | seconds per step | / one time per sample | peak memory |",
-        "|---|---|---|---|",
+        "| | seconds per step | / one time per sample | kept for the backward pass | peak memory |",
+        "|---|---|---|---|---|",
     ]
     for way, result in results.items():
         memory = f"{max(result['memory']) / 2**30:.2f} GiB" if result["memory"] else "not measured"
         seconds = statistics.median(result["seconds"])
-        lines.append(f"| {way} | {seconds:.4f} | {ratios[way]:.3f}x | {memory} |")
+        kept = f"{result['kept'][0] / 2**20:.0f} MiB"
+        lines.append(f"| {way} | {seconds:.4f} | {ratios[way]:.3f}x | {kept} | {memory} |")
 
     goals = {"seconds per step, levels / one time per sample": at_most(ratios[LEVELS], GOAL)}
     lines += ["", *(f"{what}: {goal}." for what, goal in goals.items())]
     print("\n".join(lines))
-    print_goals("patch_times", goals, ratios=ratios)
+    memory = {way: result["kept"][0] for way, result in results.items()}
+    print_goals("patch_times", goals, ratios=ratios, kept_bytes=memory)
     return lines
 
 
@@ -146,9 +172,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--preset", choices=sorted(PRESETS))
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--side", type=int, default=32, help="side of the latents: pixels / 8")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32 if cuda else 2)
@@ -164,8 +190,8 @@ def main() -> None:
     """Entry of `python -m benchmarks.patch_times`."""
     options = parse()
     lines = report(options, run(options))
-    name = f"patch_times_{options.preset}.md" if options.preset else "patch_times.md"
-    (RESULTS / name).write_text("\n".join(lines) + "\n")
+    name = options.preset or options.width
+    (RESULTS / f"patch_times_{name}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def test_it_ends_with_a_line_of_goals(capsys):
     assert goal["goal"] == 1.06
     assert goal["met"] == (last["ratios"]["levels"] <= 1.06)
     assert last["ratios"]["one time per sample"] == 1.0
+    shared, levels, each = last["kept_bytes"].values()
+    assert 0 < shared < levels < each
 
 
 def test_its_ways_give_each_patch_the_same_time():
