@@ -119,6 +119,14 @@ def test_memory_is_asked_for_in_the_way_that_the_site_wants(slurm, training):
     assert "MinMemoryCPU=100M" in jobs["--mem-per-cpu=100"]
 
 
+def test_what_is_submitted_from_an_interactive_step_runs(slurm, training):
+    """The step's own way of asking for memory is in the environment of what is submitted from it."""
+    step = ("srun", "--ntasks=1", "--mem-per-cpu=100")
+    job = training.type(*step, "sbatch", "--parsable", "cluster/train.sh", str(training.stage)).split()[-1]
+    ended = slurm.wait_for(job)["JobState"]
+    assert ended == "COMPLETED", "".join(path.read_text() for path in training.logs.iterdir())
+
+
 def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):
     printed = training.type("cluster/encode.sh", str(dataset), FAKE_SECONDS=2)
     encode, snapshot = (line.split()[1] for line in printed.splitlines())
