@@ -1,7 +1,7 @@
 """diffusers' own tests of pipelines and models, run on ours.
 
 The wheel and the source distribution of diffusers come without them, so name a checkout of the installed
-version (they import the packages parameterized and requests-mock besides):
+version:
 `DIFFUSERS_CHECKOUT=../diffusers pytest -m slow tests/pipeline/inference/test_diffusers_mixins.py`.
 """
 
