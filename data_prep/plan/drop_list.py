@@ -82,11 +82,9 @@ def freeze_drop_list(path: str | None, dataset: Store) -> None:
     """
     if path is None:
         return
-    digest = xxhash.xxh64()
-    for ids in read_ids(path):
-        digest.update(ids.tobytes())
-    dataset.put_new(DROP_KEY, seal({"ids_xxh64": digest.hexdigest()}))
-    _check(path, dataset, digest.hexdigest())
+    digest = _hash_ids(path)
+    dataset.put_new(DROP_KEY, seal({"ids_xxh64": digest}))
+    _check(path, dataset, digest)
 
 
 def frozen_ids(path: str, dataset: Store) -> Iterator[np.ndarray]:
@@ -110,16 +108,22 @@ def look_for_other_ids(path: str | None, dataset: Store) -> None:
     """
     if path is None:
         return
-    digest = xxhash.xxh64()
     try:
-        for ids in read_ids(path):
-            digest.update(ids.tobytes())
+        digest = _hash_ids(path)
     except UserError as error:
         print(f"plan: cannot compare the ids with those of the plan: {error}")
         return
     # The record may have been deleted with the rest of the scan.
     if dataset.exists(DROP_KEY):
-        _check(path, dataset, digest.hexdigest())
+        _check(path, dataset, digest)
+
+
+def _hash_ids(path: str) -> str:
+    """Return the hash of the ids of a drop list."""
+    digest = xxhash.xxh64()
+    for ids in read_ids(path):
+        digest.update(ids.tobytes())
+    return digest.hexdigest()
 
 
 def recorded_hash(dataset: Store) -> str:

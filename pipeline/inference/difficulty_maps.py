@@ -67,6 +67,11 @@ def check_maps(sampler: Sampler) -> None:
         raise UserError("difficulty with --zero3: ranks would wait for each other: leave one of them out")
 
 
+def _evenly(count: int, most: int) -> list[int]:
+    """Return up to `most` of the indices below `count`, evenly chosen, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(most, count)).round().int().tolist()
+
+
 @torch.no_grad()
 def difficulty_maps(
     sampler: Sampler, prompt: str, seed: int, params: SamplingParams
@@ -79,7 +84,7 @@ def difficulty_maps(
         The normalized latents fp32 [1, C, h, w], and the maps from noise to image.
     """
     times = [time for _, time in set_steps(sampler.solver(params), params.steps, torch.device("cpu"))]
-    shown = torch.linspace(0, len(times) - 1, min(MAX_MAPS, len(times))).round().int().tolist()
+    shown = _evenly(len(times), MAX_MAPS)
     # Latents before a step are those after the step before it; before the first, the noise.
     before = {0: initial_noise(sampler.latent_shape(params), [seed]).to(sampler.device)}
 
@@ -126,8 +131,7 @@ def network_inputs(sampler: Sampler, prompt: str, seed: int, params: SamplingPar
     finally:
         handle.remove()
 
-    shown = torch.linspace(0, len(seen) - 1, min(MAX_EVALUATIONS, len(seen))).round().int().tolist()
-    return [seen[index] for index in shown]
+    return [seen[index] for index in _evenly(len(seen), MAX_EVALUATIONS)]
 
 
 def show_patches(sampler: Sampler, prompt: str, seed: int, params: SamplingParams) -> Image.Image:

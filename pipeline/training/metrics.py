@@ -87,6 +87,12 @@ class Interval:
         return interval
 
 
+def bins_of(timesteps: Tensor) -> Tensor:
+    """Return the bin of each timestep, int64 of the same shape."""
+    # t = 1 belongs to the last bin, not to a fifth.
+    return (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+
+
 class RankSums:
     """Sums and counts of named quantities on this rank's device, to be added up over the ranks once in a
     while."""
@@ -106,8 +112,7 @@ class RankSums:
         counts."""
         if timesteps.dim() > 1:
             timesteps = timesteps.mean(dim=1)
-        # The bins are neighboring columns. t = 1 belongs to the last one, not to a fifth.
-        columns = self.columns["loss_t0"] + (timesteps * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        columns = self.columns["loss_t0"] + bins_of(timesteps)  # the bins are neighboring columns
         # `index_add_` instead of indexing: several samples of a batch fall into one bin.
         self._table[0].index_add_(0, columns, losses.double())
         self._table[1].index_add_(0, columns, torch.ones_like(losses, dtype=torch.float64))

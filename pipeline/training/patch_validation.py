@@ -16,7 +16,7 @@ from pipeline.diffusion.difficulty import (
 )
 from pipeline.diffusion.objective import TrainingExample
 from pipeline.training.callbacks import Callback
-from pipeline.training.metrics import TIMESTEP_BINS
+from pipeline.training.metrics import TIMESTEP_BINS, bins_of
 from pipeline.training.validation import FIXED_TIMESTEPS, mean_over_ranks
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class PatchValidation(Callback):
         found = {"loss": objective.loss(prediction, example.target)}
 
         errors = patch_errors(prediction, example.target, objective.patch)
-        bins = (_times_of_patches(example, errors) * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
+        bins = bins_of(_times_of_patches(example, errors))
         found |= {f"loss_t{index}": errors[bins == index] for index in range(TIMESTEP_BINS)}
         if condition.with_difficulty:
             found["difficulty"] = difficulty_loss(prediction, log_variance, example.target, objective.patch)
