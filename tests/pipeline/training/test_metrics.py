@@ -107,6 +107,54 @@ def test_wandb_is_used_when_it_is_named_and_its_absence_is_one_line(tmp_path, mo
         write(tmp_path, LogConfig(tensorboard=False, wandb="project"))
 
 
+class FakeWandb:
+    """A W&B project by its documented rule, which was seen in its package 0.31: the history has a row per step;
+    what is logged for the last step joins its row, and what is logged for an earlier one is ignored."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[int, dict[str, float]]] = {}
+        self.ignored: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, *, id: str, resume: str, **settings: object) -> SimpleNamespace:
+        assert resume == "allow"
+        history = self.runs.setdefault(id, {})
+
+        def log(values: dict[str, float], step: int) -> None:
+            if history and step < max(history):
+                self.ignored.append((step, values))
+            else:
+                history.setdefault(step, {}).update(values)
+
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(crashes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=3), scored=st.sets(st.integers(1, 40)))
+def test_wandb_shows_each_step_once_after_a_crash(tmp_path_factory, crashes, scored):
+    """Steps that a crash lost and a resumed run trained again keep one row, with scores and losses of one step."""
+    run, project = tmp_path_factory.mktemp("run"), FakeWandb()
+    reached, expected, again = 0, {}, 0  # `again` = steps that were trained again before the last one shown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", project)
+        for back, steps in [(0, 5), *crashes]:
+            first = max(0, reached - back)
+            out = MetricsLog(run, LogConfig(tensorboard=False, wandb="project"), "", 8 * first, True)
+            for step in range(first + 1, first + steps + 1):
+                again += step < max(expected, default=0)
+                out.report(step, 8 * step, {"loss": 1 / step})
+                expected[step] = {"samples": 8 * step, "loss": 1 / step}
+                if step in scored:
+                    out.scores("following", step, 8 * step, {"score": step / 2})
+                    expected[step]["following/score"] = step / 2
+            # A crash: nobody closes the log.
+            reached = first + steps
+    assert project.runs == {run.name: expected}
+    assert list(project.runs[run.name]) == sorted(expected)
+    # What was ignored had been written before with the same numbers, since a resumed run repeats its steps exactly.
+    assert len(project.ignored) >= again
+    assert all(values.items() <= expected[step].items() for step, values in project.ignored)
+
+
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=30))
 def test_the_mean_loss_is_that_of_its_timestep_bins(observations):
     losses, timesteps = torch.tensor(observations, dtype=torch.float64).unbind(1)
