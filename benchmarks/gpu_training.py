@@ -155,7 +155,8 @@ class TrainingSteps:
         from model.dit import LIDiT
         from pipeline.diffusion.objective import make_objective
         from pipeline.engine.engine import Engine
-        from pipeline.stage.config import ObjectiveConfig, StageConfig
+        from pipeline.stage.config import StageConfig
+        from pipeline.stage.objective import ObjectiveConfig
 
         stage = StageConfig(name="probe", global_batch=work.samples, samples=10**9, ema=[0.999])
         stage.engine.micro_batch, stage.engine.overlap_comm = work.micro, probe.gpu

@@ -29,7 +29,7 @@ from model.dit import LIDiT
 from model.presets import PRESETS
 from pipeline.diffusion.objective import make_objective
 from pipeline.engine.compile import compile_blocks
-from pipeline.stage.config import ObjectiveConfig, PatchTimesConfig
+from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 1.06

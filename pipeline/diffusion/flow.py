@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.diffusion.objective import OBJECTIVES, Objective, SampleNormal, TrainingExample
 from pipeline.diffusion.patch_times import draw_places, make_levels, times_of_levels
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.objective import ObjectiveConfig
 
 
 # Both schedulers get the shift of training, so that they visit the noise levels as densely as it did.

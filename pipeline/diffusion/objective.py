@@ -13,7 +13,7 @@ from model.common.registry import Registry
 from model.condition import Levels
 from model.functional import fill_patches
 from pipeline.diffusion.difficulty import difficulty_loss
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.objective import ObjectiveConfig
 
 SampleNormal = Callable[[str, Sequence[int]], Tensor]
 """(name of the numbers' purpose, shape of one sample's) -> normal numbers fp32 [B, *shape] from each sample's

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.condition import Levels
-from pipeline.stage.config import PatchTimesConfig
+from pipeline.stage.objective import PatchTimesConfig
 
 STREAM = "patch_times"
 """Name of the random numbers that pick each patch's level."""

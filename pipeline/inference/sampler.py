@@ -30,15 +30,9 @@ from pipeline.diffusion.solvers import (
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.runtime.distributed import all_reduce_min
-from pipeline.stage.config import (
-    AdaptiveConfig,
-    EngineConfig,
-    ObjectiveConfig,
-    SampleConfig,
-    StageConfig,
-    load_run,
-)
+from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig, StageConfig, load_run
 from pipeline.stage.corpus import latents_family, resolve
+from pipeline.stage.objective import ObjectiveConfig
 from pipeline.text.families import open_texts, text_families
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants

@@ -18,7 +18,8 @@ from pipeline.estimate import Setup, make_plan
 from pipeline.export import build_pipeline
 from pipeline.inference.attention_maps import attention_to_tokens
 from pipeline.inference.sampler import SamplingParams, extra_conditions
-from pipeline.stage.config import ObjectiveConfig, load_stage
+from pipeline.stage.config import load_stage
+from pipeline.stage.objective import ObjectiveConfig
 from pipeline.training.callbacks import Callback
 from tests.helpers import fake_snapshot, tiny_sampler
 from tests.helpers.distributed import on_ranks

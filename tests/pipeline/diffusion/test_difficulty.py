@@ -13,7 +13,7 @@ from pipeline.diffusion.difficulty import (
     rank_correlation,
 )
 from pipeline.diffusion.objective import make_objective
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.objective import ObjectiveConfig
 
 PATCH = (2, 2)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.diffusion.ddpm import DDPM_BETAS, DDPM_STEPS, ddpm_alphas
 from pipeline.diffusion.objective import make_objective
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.objective import ObjectiveConfig
 
 SHAPE = (64, 4, 2, 3)
 

@@ -13,7 +13,8 @@ from pipeline.ablation.rows import PAPER_ROWS, read_ablation
 from pipeline.data.batch import sample_noise
 from pipeline.diffusion.objective import make_objective
 from pipeline.diffusion.patch_times import quantiles, share_below, times_of_levels
-from pipeline.stage.config import ObjectiveConfig, PatchTimesConfig, load_stage
+from pipeline.stage.config import load_stage
+from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 6)

@@ -12,7 +12,7 @@ from model.condition import Condition, Text
 from pipeline.diffusion.ddpm import DDPM_STEPS, ddpm_alphas
 from pipeline.diffusion.objective import OBJECTIVES
 from pipeline.diffusion.solvers import initial_noise, make_scheduler, sample_latents, set_steps
-from pipeline.stage.config import ObjectiveConfig
+from pipeline.stage.objective import ObjectiveConfig
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
