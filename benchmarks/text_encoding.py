@@ -31,10 +31,11 @@ from benchmarks.captions import dense_captions, short_captions
 from benchmarks.reporting import Goal, at_least, hardware, print_goals, versions
 from model.common.dtypes import DTYPES
 from model.config import TextConfig
+from model.encoders.encoder_kinds import CausalEncoder
 from model.encoders.gguf import GGUFFile, count_blocks, find_gguf
 from model.encoders.gguf_model import build_model
 from model.encoders.gguf_tokenizer import build_tokenizer
-from model.encoders.language_model import LanguageModel, list_blocks
+from model.encoders.language_model import LanguageModel
 from model.encoders.text_encoder import TextEncoder, load_encoder, relative_error
 
 TABLE = Path(__file__).parent / "results" / "text_encoding.md"
@@ -176,7 +177,7 @@ def random_encoder(
         path = find_gguf(text.llm)
         assert path is not None
         tokenizer = build_tokenizer(GGUFFile(path))
-    llm = LanguageModel(cut.eval(), tokenizer, None, "random", sizes.hidden_size, blocks, "one", [blocks - 2])
+    llm = LanguageModel(cut.eval(), CausalEncoder, tokenizer, None, "random", sizes.hidden_size, blocks, "one", [blocks - 2])
     config = replace(text, name=shape, llm=shape, dtype="bf16", tokens_per_batch=TOKENS_PER_BATCH[shape])
 
     return TextEncoder(config, llm, device), whole
@@ -185,7 +186,7 @@ def random_encoder(
 def encoding_flops(encoder: TextEncoder, module: transformers.PreTrainedModel, ids: list[list[int]]) -> float:
     """FLOPs that the captions need: block weights, and attention to the prefix and to earlier tokens."""
     config, run = module.config, encoder.llm.blocks - 2
-    weights = sum(parameter.numel() for parameter in list_blocks(module)[0].parameters())
+    weights = sum(parameter.numel() for parameter in CausalEncoder.block_list(module)[0].parameters())
     tokens, prefix = sum(map(len, ids)), len(encoder.prefix_ids)
     seen = sum(length * prefix + length * (length + 1) / 2 for length in map(len, ids))
     return run * (2 * weights * tokens + 4 * config.hidden_size * seen)

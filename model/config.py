@@ -166,8 +166,9 @@ class TextConfig:
     """Local folder, hub name, `.gguf` file, or `package:<python package that ships a GGUF file>`."""
     revision: str | None = None
     """Commit hash of a hub name."""
-    encoder: Literal["causal", "t5", "clip"] = "causal"
-    """Kind of model: a decoder-only LLM, T5 or CLIP."""
+    encoder: str = "causal"
+    """Kind of model, a name of `model.encoders.encoder_kinds.ENCODERS`: `causal` (a decoder-only LLM), `t5` or
+    `clip`."""
     layer: str = "-3"
     """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` =
     concatenated."""

@@ -19,19 +19,15 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoModel,
     AutoTokenizer,
-    CLIPTextModel,
-    MT5EncoderModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5EncoderModel,
-    UMT5EncoderModel,
 )
 
 from model.common.errors import UserError, first_line
 from model.common.hub import download, fingerprint, is_commit
 from model.config import TextConfig
+from model.encoders.encoder_kinds import ENCODERS, EncoderKind
 from model.encoders.gguf import GGUFFile, count_blocks, file_sha256, find_gguf
 from model.encoders.gguf_model import build_model
 from model.encoders.gguf_tokenizer import build_tokenizer
@@ -43,9 +39,6 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _OTHER_FILES = ["*/*", "consolidated*"]
 """Copies of the same weights for other programs, which are not downloaded."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_T5_CLASSES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
-_BLOCK_LISTS = (("", "layers"), ("text_model.encoder", "layers"), ("encoder", "block"), ("", "h"))
-"""Submodule and attribute with the blocks: decoders, CLIP's text model, T5's encoder, GPT-2."""
 
 AttentionInterface.register(PACKED, packed_attention)
 
@@ -56,6 +49,7 @@ class LanguageModel:
 
     module: PreTrainedModel
     """Base model: embeddings and the first `blocks_run` blocks."""
+    kind: type[EncoderKind]
     tokenizer: Tokenizer
     pad: int | None
     """Padding token."""
@@ -68,6 +62,11 @@ class LanguageModel:
     reading: Reading
     layers_read: list[int]
     """Indices into transformers' `hidden_states`: i = output of block i; the last is after the final norm."""
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        """The blocks that were loaded."""
+        return self.kind.block_list(self.module)
 
     @property
     def blocks_run(self) -> int:
@@ -126,7 +125,7 @@ class LanguageModel:
             # Blocks return a tensor or a tuple, depending on architecture and version of transformers.
             read(index, output if isinstance(output, Tensor) else output[0])
 
-        blocks = list_blocks(self.module)
+        blocks = self.block_list
         # `output_hidden_states=True` would keep the states of all layers.
         hooks = []
         for index in self.layers_read:
@@ -192,7 +191,8 @@ def parse_layer(layer: str, blocks: int) -> tuple[Reading, list[int]]:
 
 
 def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    if config.encoder != "causal":
+    kind = ENCODERS[config.encoder]
+    if not kind.causal:
         raise UserError(
             f"{config.llm}: GGUF files are read as causal LLMs only: "
             f"give encoder={config.encoder} a model folder"
@@ -219,17 +219,20 @@ def _from_gguf(config: TextConfig, path: Path, dtype: torch.dtype, device: torch
         ) from error
     hidden = module.config.hidden_size
     return LanguageModel(
-        module, tokenizer, pad, f"sha256:{file_sha256(path)}", hidden, blocks, reading, layers
+        module, kind, tokenizer, pad, f"sha256:{file_sha256(path)}", hidden, blocks, reading, layers
     )
 
 
 def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    kind = ENCODERS[config.encoder]
     folder, weights = _find_folder(config)
     try:
         # Never a checkpoint's own code: it would run with the rights of the user.
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-        module = _load_module(config, settings, folder, dtype)
+        # transformers would otherwise fall back to pickles.
+        loading = {"dtype": dtype, "use_safetensors": True, "device_map": config.device_map}
+        module = kind.load(config.llm, settings, folder, **loading)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{config.llm}: transformers cannot load it: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -238,7 +241,7 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
         module.to(device)  # pyright: ignore[reportArgumentType]
 
     # Blocks above the highest one read are never run.
-    owner, name = _find_blocks(module)
+    owner, name = kind.find_blocks(module)
     blocks = len(getattr(owner, name))
     reading, layers = parse_layer(config.layer, blocks)
     setattr(owner, name, getattr(owner, name)[: max(layers)])
@@ -257,28 +260,7 @@ def _from_folder(config: TextConfig, dtype: torch.dtype, device: torch.device) -
     backend.no_padding()
     pad = tokenizer.convert_tokens_to_ids(tokenizer.pad_token) if tokenizer.pad_token else None
     assert pad is None or isinstance(pad, int)
-    return LanguageModel(module, backend, pad, weights, text.hidden_size, blocks, reading, layers)
-
-
-def _load_module(config: TextConfig, settings: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # transformers would otherwise fall back to pickles.
-    loading = {"dtype": dtype, "use_safetensors": True, "device_map": config.device_map}
-    if config.encoder == "clip":
-        return CLIPTextModel.from_pretrained(folder, **loading)
-    if config.encoder == "t5":
-        if settings.model_type not in _T5_CLASSES:
-            raise UserError(f"{config.llm}: a {settings.model_type} model is not a T5: check text.encoder")
-        return _T5_CLASSES[settings.model_type].from_pretrained(folder, **loading)
-    if settings.is_encoder_decoder:
-        raise UserError(f"{config.llm}: an encoder-decoder, not a causal LLM: set text.encoder: t5")
-
-    module = AutoModel.from_pretrained(folder, trust_remote_code=False, **loading)
-    if getattr(settings.get_text_config(), "attn_logit_softcapping", None):
-        # transformers' SDPA silently ignores the cap.
-        module.set_attn_implementation("eager")
-    # A multimodal checkpoint also has a vision tower, which is not needed.
-    language_model = getattr(module, "language_model", None)
-    return module if language_model is None else language_model
+    return LanguageModel(module, kind, backend, pad, weights, text.hidden_size, blocks, reading, layers)
 
 
 def _find_folder(config: TextConfig) -> tuple[Path, str]:
@@ -309,24 +291,3 @@ def _find_folder(config: TextConfig) -> tuple[Path, str]:
             "take a revision or a copy that has them"
         )
     return folder, f"commit:{config.revision}"
-
-
-def list_blocks(module: PreTrainedModel) -> nn.ModuleList:
-    """Return the transformer blocks of a base model."""
-    owner, name = _find_blocks(module)
-    return getattr(owner, name)
-
-
-def _find_blocks(module: PreTrainedModel) -> tuple[nn.Module, str]:
-    """Return the submodule that contains the blocks, and the name of its attribute."""
-    for path, name in _BLOCK_LISTS:
-        try:
-            owner = module.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(getattr(owner, name, None), nn.ModuleList):
-            return owner, name
-    raise UserError(
-        f"{type(module).__name__}: unknown architecture, its blocks were not found: "
-        "use a decoder-only LLM, T5 or CLIP"
-    )

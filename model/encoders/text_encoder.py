@@ -20,6 +20,7 @@ from torch import Tensor
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, first_line
 from model.config import TextConfig
+from model.encoders.encoder_kinds import ENCODERS
 from model.encoders.language_model import LanguageModel, load_language_model
 from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_groups
 
@@ -58,7 +59,7 @@ def load_encoder(config: TextConfig, device: torch.device) -> "TextEncoder":
         UserError: if the model cannot be found, is not in safetensors or GGUF, or cannot do what the settings
             ask for.
     """
-    if config.encoder != "causal" and config.reuse_prefix:
+    if config.reuse_prefix and not ENCODERS[config.encoder].causal:
         raise UserError(
             f"text {config.name}: encoder={config.encoder} is not causal, so its prefix states depend on the "
             "caption: set reuse_prefix: false"
@@ -160,7 +161,7 @@ class TextEncoder:
                 f"text {name}: max_tokens={self.config.max_tokens} leaves no token for a caption: raise it"
             )
 
-        self.prefix_ids = self.prompt_ids if self.config.encoder == "causal" else []
+        self.prefix_ids = self.prompt_ids if self.llm.kind.causal else []
         if not self._caption_ids(self._ids(self._lead))[0]:
             raise UserError(
                 f"text {name}: the null caption has no token: set text.suffix, such as the end-of-turn markup"
@@ -382,7 +383,7 @@ class TextEncoder:
         )
         mask = torch.tensor([[1] * end + [0] * (longest - end) for end in ends], device=self.device)
         # The encoders of T5 and CLIP do not accept this argument (transformers 4.57).
-        options = {"use_cache": False} if self.config.encoder == "causal" else {}
+        options = {"use_cache": False} if self.llm.kind.causal else {}
         states = self.llm.states(input_ids=ids, attention_mask=mask, **options)  # [B, T, W]
         return [row[start:end] if end > start else row[:start] for row, end in zip(states, ends, strict=True)]
 
