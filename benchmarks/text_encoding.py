@@ -177,7 +177,9 @@ def random_encoder(
         path = find_gguf(text.llm)
         assert path is not None
         tokenizer = build_tokenizer(GGUFFile(path))
-    llm = LanguageModel(cut.eval(), CausalEncoder, tokenizer, None, "random", sizes.hidden_size, blocks, "one", [blocks - 2])
+    llm = LanguageModel(
+        cut.eval(), CausalEncoder, tokenizer, None, "random", sizes.hidden_size, blocks, "one", [blocks - 2]
+    )
     config = replace(text, name=shape, llm=shape, dtype="bf16", tokens_per_batch=TOKENS_PER_BATCH[shape])
 
     return TextEncoder(config, llm, device), whole

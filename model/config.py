@@ -167,7 +167,7 @@ class TextConfig:
     revision: str | None = None
     """Commit hash of a hub name."""
     encoder: str = "causal"
-    """Kind of model, a name of `model.encoders.encoder_kinds.ENCODERS`: `causal` (a decoder-only LLM), `t5` or
+    """Kind of model, a name of `model.encoders.encoder_kinds.ENCODERS`: `causal` (a decoder-only LLM), `t5`,
     `clip`."""
     layer: str = "-3"
     """`-3` = output of the third-to-last block (the paper's); any other index; `norm_mean`; or `10,20,30` =

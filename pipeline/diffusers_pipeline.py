@@ -40,7 +40,7 @@ from pipeline.inference.call import (
     whole_number,
 )
 from pipeline.inference.parts import CONSTANTS, SharedStates, StrictModel, warn_of_pickle
-from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, latent_shape
+from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, image_latent_shape
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 
@@ -460,7 +460,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         known = check_embeds("prompt_embeds", prompt_embeds)
         images = per_prompt * (len(known[0].mask) if known else len(list_prompts(prompt)))
         vae = VAE(self.vae, "")
-        shape = latent_shape(self.transformer, vae.downsampling, *size)
+        shape = image_latent_shape(self.transformer, vae.downsampling, *size)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
         plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
         follower = choose_solver(solver, config, self.scheduler, self.transformer.sizes)

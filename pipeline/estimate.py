@@ -27,8 +27,7 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     for line in (
         f"{stage.name}: {counts['dit'] / 1e9:.2f}B parameters in the DiT, {counts['refiners'] / 1e9:.2f}B "
         "in the refiners",
-        f"{tera:.2f} TFLOP per sample at {setup.height} x {setup.width}; MFU {setup.mfu:.0%} of "
-        f"{setup.peak_tflops:g} TFLOP/s",
+        f"{tera:.2f} TFLOP per sample {_size(setup)}; MFU {setup.mfu:.0%} of {setup.peak_tflops:g} TFLOP/s",
         f"store {first.store_bytes / 1e12:.2f} TB: {setup.pairs:,} pairs of "
         f"{first.bytes_per_pair / 1e3:.0f} kB",
         f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
@@ -44,7 +43,7 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     for label, every in (("no checkpointing", 0), ("every block", 1)):
         other, dit = (
             replace(stage, model=replace(stage.model, checkpoint_every=every)),
-            stage.dit(setup.channels),
+            stage.dit(setup.channels, axes=len(setup.latents)),
         )
         row = [
             activation_bytes(other, dit, setup) * plan.micro_batch / 1e9
@@ -55,6 +54,11 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
     table.add_row("days", *[f"{plan.days:.2f}" for plan in plans], style="bold")
     table.add_row("read per node, MB/s", *[f"{plan.read_per_node / 1e6:.0f}" for plan in plans])
     console.print(table)
+
+
+def _size(setup: Setup) -> str:
+    image = f"at {setup.height} x {setup.width}"
+    return image if setup.frames is None else f"of {setup.frames} frames of latents {image}"
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -78,6 +82,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, default=Setup.peak_tflops)
     parser.add_argument(
         "--resolution", type=int, help="pixels of a square image; default: the stage's sample.height"
+    )
+    parser.add_argument("--frames", type=int, help="frames of the latents of a clip; default: images")
+    parser.add_argument(
+        "--downsampling",
+        type=_numbers,
+        default=(Setup.downsampling,),
+        help="pixels per position of the latents: one number, or HEIGHT,WIDTH",
+    )
+    parser.add_argument(
+        "--channels", type=int, default=Setup.channels, help="channels of the latents (default: %(default)s)"
     )
     parser.add_argument("--widths", type=_numbers, help="width of each LLM's states; default 4096 each")
     parser.add_argument("--caption-tokens", type=int, default=Setup.caption_tokens)
@@ -106,6 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
             peak_tflops=options.peak_tflops,
             height=options.resolution or stage.sample.height,
             width=options.resolution or stage.sample.width,
+            frames=options.frames,
+            downsampling=options.downsampling if len(options.downsampling) > 1 else options.downsampling[0],
+            channels=options.channels,
             llm_widths=options.widths or (4096,) * len(stage.fusion.families),
             prefix_tokens=options.prefix_tokens,
             caption_tokens=options.caption_tokens,

@@ -88,6 +88,25 @@ def downsampling_per_axis(downsampling: int | Sequence[int], axes: int) -> tuple
     return factors
 
 
+def latent_sizes(
+    downsampling: int | Sequence[int], height: int, width: int, frames: int | None = None
+) -> tuple[int, ...]:
+    """Return the positions of latents along each axis: (h, w), or (T, h, w) of a clip.
+
+    Args:
+        downsampling: of the space, in height and width: one number, or one per axis.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        frames: of the latents of a clip; None = images.
+
+    Raises:
+        UserError: if the space has another number of axes.
+    """
+    down_height, down_width = downsampling_per_axis(downsampling, axes=2)
+    clip = () if frames is None else (frames,)
+    return *clip, height // down_height, width // down_width
+
+
 class LatentSpace(ABC):
     """A map from images to latents and back, with all that the rest of the code has to know about it."""
 

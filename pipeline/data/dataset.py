@@ -16,7 +16,7 @@ from data_prep.dataset.mds import Row, Shard
 from data_prep.dataset.schema import Bucket, Family
 from data_prep.store.store import StoreError
 from model.common.errors import UserError
-from model.encoders.latent_spaces import downsampling_per_axis
+from model.encoders.latent_spaces import latent_sizes
 from model.encoders.quantize import bytes_per_token
 from pipeline.data.batch import Layout, PackedBatch, SampleKey, allocate, sample_keys, tensors_in
 from pipeline.data.captions import Caption, CaptionChoice, WrittenCaptions
@@ -206,9 +206,8 @@ def latent_shape(latents: Family, bucket: str) -> tuple[int, ...]:
         bucket: the sample's bucket.
     """
     size, info = Bucket.parse(bucket), latents.info
-    down_height, down_width = downsampling_per_axis(info["downsampling"], axes=2)
-    frames = (int(info["frames"]),) if "frames" in info else ()
-    return int(info["channels"]), *frames, size.height // down_height, size.width // down_width
+    frames = int(info["frames"]) if "frames" in info else None
+    return int(info["channels"]), *latent_sizes(info["downsampling"], size.height, size.width, frames)
 
 
 def _same_in_all(rows: Rows, read: Callable[[Row], Any], what: str) -> list[Any]:

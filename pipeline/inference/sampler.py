@@ -15,7 +15,13 @@ from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.conditions import CONDITIONS
 from model.dit import LIDiT
-from model.encoders.latent_spaces import AUTOENCODER_KL, LatentSpace, downsampling_per_axis, load_latent_space
+from model.encoders.latent_spaces import (
+    AUTOENCODER_KL,
+    LatentSpace,
+    downsampling_per_axis,
+    latent_sizes,
+    load_latent_space,
+)
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
 from pipeline.diffusion.solvers import (
@@ -196,7 +202,7 @@ class Sampler:
         Raises:
             UserError: if the size does not divide.
         """
-        return latent_shape(self.network, self.vae.downsampling, params.height, params.width)
+        return image_latent_shape(self.network, self.vae.downsampling, params.height, params.width)
 
     def latents(
         self,
@@ -335,7 +341,7 @@ def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
     return network
 
 
-def latent_shape(
+def image_latent_shape(
     network: LIDiT, downsampling: int | Sequence[int], height: int, width: int
 ) -> tuple[int, ...]:
     """Return the shape of one image's latents, (C, h, w).
@@ -354,7 +360,7 @@ def latent_shape(
     for side, factor in zip((height, width), factors, strict=True):
         if side < factor * patch or side % (factor * patch):
             raise UserError(f"size {height}x{width}: each side has to be a multiple of {factor * patch}")
-    return network.sizes.channels, height // factors[0], width // factors[1]
+    return network.sizes.channels, *latent_sizes(downsampling, height, width)
 
 
 def decode_each(vae: LatentSpace, latents: Tensor) -> Tensor:

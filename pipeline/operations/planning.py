@@ -14,6 +14,7 @@ from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.config import DiTConfig
 from model.dit import LIDiT
+from model.encoders.latent_spaces import latent_sizes
 from model.flops import count_parameters, flops_per_sample
 from model.fusion import collaborates, refiner_size
 from pipeline.engine.optim import optimizer_settings, parameter_groups
@@ -48,15 +49,15 @@ class Setup:
     """Captions per pair."""
     pairs: int = 30_000_000
     channels: int = 16
-    downsampling: int = 8
+    downsampling: int | tuple[int, ...] = 8
+    """Pixels per position of the latents in height and width: one number, or one per axis."""
     frames: int | None = None
     """Frames of the latents of a clip; None = images."""
 
     @property
     def latents(self) -> tuple[int, ...]:
         """Positions of a sample's latents along each axis."""
-        frames = () if self.frames is None else (self.frames,)
-        return *frames, self.height // self.downsampling, self.width // self.downsampling
+        return latent_sizes(self.downsampling, self.height, self.width, self.frames)
 
 
 @dataclass(frozen=True)

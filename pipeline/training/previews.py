@@ -25,7 +25,13 @@ from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
 from pipeline.inference.images import make_grid, to_images
-from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, latent_shape, load_vae
+from pipeline.inference.sampler import (
+    SamplingParams,
+    decode_each,
+    extra_conditions,
+    image_latent_shape,
+    load_vae,
+)
 from pipeline.runtime.distributed import gather
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
@@ -78,7 +84,9 @@ class Previews(Callback):
         self.scenes = [prompt.caption for prompt in scenes]
         self.prompts = [*sample.prompts, *(caption.text for caption in self.scenes)]
         latents = latents_family(stage, corpus)
-        self.shape = latent_shape(engine.module, latents.info["downsampling"], sample.height, sample.width)
+        self.shape = image_latent_shape(
+            engine.module, latents.info["downsampling"], sample.height, sample.width
+        )
 
         reader = PromptReader(
             text_families(stage, corpus), constants, partial(load_llm, device=engine.device)

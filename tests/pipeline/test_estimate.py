@@ -248,3 +248,20 @@ def test_what_does_not_divide_is_refused():
         make_plan(stage, Setup(7))
     with pytest.raises(UserError, match="--widths"):
         make_plan(stage, Setup(8, llm_widths=(1,)))
+
+
+def test_the_command_estimates_clips(capsys):
+    """More frames, a coarser latent space and fewer channels show in the FLOPs and in the store."""
+    shown = []
+    for more in ([], ["--frames", "5"], ["--frames", "5", "--downsampling", "8,16", "--channels", "8"]):
+        main(["li_dit_1b_256", "--gpus", "64", *more])
+        shown.append(" ".join(capsys.readouterr().out.split()))
+    flops = [float(re.search(r"([\d.]+) TFLOP per sample", text).group(1)) for text in shown]
+    assert flops[1] > 4 * flops[0]
+    assert 2 * flops[0] < flops[2] < 0.6 * flops[1]
+    assert "per sample at 256 x 256" in shown[0]
+    assert "per sample of 5 frames of latents at 256 x 256" in shown[1]
+    pairs = [float(re.search(r"pairs of (\d+) kB", text).group(1)) for text in shown]
+    # Mean and std in bf16: 16 channels of 32 x 32 positions take 65.5 kB a frame, 8 of 32 x 16 16.4 kB.
+    assert pairs[1] - pairs[0] == pytest.approx(4 * 65.536, abs=1)
+    assert pairs[2] - pairs[0] == pytest.approx(5 * 16.384 - 65.536, abs=1)

@@ -206,13 +206,17 @@ def test_a_stage_on_clips_trains(tmp_path):
 # -- conditions ----------------------------------------------------------------------------------------------
 
 
-def toy_sampler():
-    sampler = tiny_sampler.sampler_with_families()
-    sizes = replace(sampler.network.sizes, conditions=["toy_size"])
+def toy_sampler(objective: str = "flow", **sizes):
+    """A sampler whose network has other sizes, with random weights also where it starts at zero."""
+    sampler = tiny_sampler.sampler_with_families(objective)
     torch.manual_seed(0)
-    network = LIDiT(sizes, sampler.network.fusion.config, list(tiny_sampler.WIDTHS.values()))
-    network.load_state_dict(sampler.network.state_dict(), strict=False)
-    network.conditions["toy_size"].linear.weight.data.normal_()
+    network = LIDiT(
+        replace(sampler.network.sizes, **sizes),
+        sampler.network.fusion.config,
+        list(tiny_sampler.WIDTHS.values()),
+    )
+    for parameter in network.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
     sampler.network = network.eval().requires_grad_(False)
     return sampler
 
@@ -220,7 +224,15 @@ def toy_sampler():
 PARAMS = SamplingParams(3, 3.0, 16, 24)
 
 
-def test_a_condition_is_sampled_and_exported_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        pytest.param({"block": "toy_text_only"}, {}, id="block"),
+        pytest.param({"objective": "toy_clean"}, {}, id="objective"),
+        pytest.param({"conditions": ["toy_size"]}, {"toy_size": "512x128"}, id="condition"),
+    ],
+)
+def test_a_toy_is_sampled_and_exported_alike(tmp_path, monkeypatch, settings, asked):
     from pipeline import diffusers_pipeline
 
     monkeypatch.setattr(
@@ -228,18 +240,17 @@ def test_a_condition_is_sampled_and_exported_alike(tmp_path, monkeypatch):
         "load_llm",
         lambda family, device: tiny_sampler.LetterLLM(tiny_sampler.WIDTHS[family.name]),
     )
-    sampler = toy_sampler()
-    asked = replace(PARAMS, conditions={"toy_size": "512x128"})
-    default, other = (sampler.latents(["a red cat"], [5], params) for params in (PARAMS, asked))
-    assert not torch.equal(default, other)
+    sampler = toy_sampler(**settings)
+    sampled = sampler.latents(["a red cat"], [5], replace(PARAMS, conditions=asked))
+    plain = toy_sampler() if not asked else sampler
+    assert not torch.equal(plain.latents(["a red cat"], [5], PARAMS), sampled)
 
     build_pipeline(sampler).save_pretrained(tmp_path / "export")
     pipeline = diffusers_pipeline.LIDiTPipeline.from_pretrained(tmp_path / "export")
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"seed": 5, "height": 16, "width": 24, "output_type": "latent"}
     arguments |= {"num_inference_steps": 3, "guidance_scale": 3.0}
-    again = pipeline(["a red cat"], conditions={"toy_size": "512x128"}, **arguments).images
-    assert torch.equal(again, other)
+    assert torch.equal(pipeline(["a red cat"], conditions=asked, **arguments).images, sampled)
 
 
 def test_an_unknown_condition_or_value_is_one_line():
@@ -248,7 +259,7 @@ def test_an_unknown_condition_or_value_is_one_line():
             tiny_sampler.make_sampler().network, replace(PARAMS, conditions={"size": "1"}), 1, CPU
         )
     with pytest.raises(UserError, match="write HEIGHTxWIDTH"):
-        toy_sampler().check(replace(PARAMS, conditions={"toy_size": "large"}))
+        toy_sampler(conditions=["toy_size"]).check(replace(PARAMS, conditions={"toy_size": "large"}))
 
 
 # -- every size of the network from a stage ------------------------------------------------------------------

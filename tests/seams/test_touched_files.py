@@ -1,4 +1,4 @@
-"""The files that the table of `docs/architecture.md` says another implementation takes are all that name one."""
+"""Only the files that `docs/architecture.md` lists for another implementation name a built-in one."""
 
 import ast
 import re
@@ -39,7 +39,8 @@ def files_that_name(module: str, names: tuple[str, ...]) -> set[str]:
             if not isinstance(node, ast.ImportFrom):
                 continue
             imported = {alias.name for alias in node.names}
-            if (node.module == dotted and imported & set(names)) or (node.module == package and last in imported):
+            by_name = node.module == dotted and imported & set(names)
+            if by_name or (node.module == package and last in imported):
                 found.add(str(path.relative_to(ROOT)))
     return found
 

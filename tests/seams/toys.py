@@ -57,7 +57,7 @@ class TextOnlyBlock(Block):
 class ToyFlow(Objective):
     """The clean latents as target; and the loss is an absolute error."""
 
-    schedulers: ClassVar = {"toy": lambda config: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)}
+    schedulers: ClassVar = {"toy": lambda config: FlowMatchEulerDiscreteScheduler(shift=2.0)}
 
     def sample_timesteps(self, u):
         return u.float() ** self.config.settings.get("power", 1.0)

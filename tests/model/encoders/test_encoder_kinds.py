@@ -47,7 +47,9 @@ def test_a_kind_of_encoder_from_outside_the_package(tmp_path, bert_kind):
     ids = encoder.tokenize(CAPTIONS)
     for caption, states in zip(ids, encoder.encode(ids), strict=True):
         with torch.inference_mode():
-            expected = whole(input_ids=torch.tensor([caption]), output_hidden_states=True).hidden_states[-3][0]
+            expected = whole(input_ids=torch.tensor([caption]), output_hidden_states=True).hidden_states[-3][
+                0
+            ]
         assert relative_error(states, expected) < 1e-4
 
 

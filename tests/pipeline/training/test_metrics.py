@@ -108,8 +108,8 @@ def test_wandb_is_used_when_it_is_named_and_its_absence_is_one_line(tmp_path, mo
 
 
 class FakeWandb:
-    """A W&B project by its documented rule, which was seen in its package 0.31: the history has a row per step;
-    what is logged for the last step joins its row, and what is logged for an earlier one is ignored."""
+    """A W&B project by its documented rule, seen in its package 0.31: the history has a row per step; what
+    is logged for the last step joins its row, and what is logged for an earlier one is ignored."""
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[int, dict[str, float]]] = {}
@@ -129,9 +129,12 @@ class FakeWandb:
 
 
 @settings(max_examples=20, deadline=None)
-@given(crashes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=3), scored=st.sets(st.integers(1, 40)))
+@given(
+    crashes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=3),
+    scored=st.sets(st.integers(1, 40)),
+)
 def test_wandb_shows_each_step_once_after_a_crash(tmp_path_factory, crashes, scored):
-    """Steps that a crash lost and a resumed run trained again keep one row, with scores and losses of one step."""
+    """Steps that a crash lost, and that were trained again, keep one row with their losses and scores."""
     run, project = tmp_path_factory.mktemp("run"), FakeWandb()
     reached, expected, again = 0, {}, 0  # `again` = steps that were trained again before the last one shown
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +153,7 @@ def test_wandb_shows_each_step_once_after_a_crash(tmp_path_factory, crashes, sco
             reached = first + steps
     assert project.runs == {run.name: expected}
     assert list(project.runs[run.name]) == sorted(expected)
-    # What was ignored had been written before with the same numbers, since a resumed run repeats its steps exactly.
+    # What was ignored had been written before: a resumed run repeats the numbers of its steps exactly.
     assert len(project.ignored) >= again
     assert all(values.items() <= expected[step].items() for step, values in project.ignored)
 
