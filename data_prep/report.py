@@ -18,6 +18,7 @@ import pyarrow
 from PIL import Image
 
 from data_prep.config import DatasetConfig
+from data_prep.dataset.accounts import FileAccount, account
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part, PlanRecord
@@ -26,7 +27,6 @@ from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
-from data_prep.plan.accounts import FileAccount, account
 from data_prep.plan.dedupe import EXACT, NEAR
 from data_prep.plan.listing import source_files
 from data_prep.plan.plan import DROPPED as DROPPED_BY_PLAN
@@ -94,8 +94,8 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
     """
     manifest = read_plan(dataset)
     # Raises if the counts do not add up: a page with wrong counts would look right.
-    accounts = account(dataset)
     commits = committed(dataset, PAIRS)
+    accounts = account(dataset, commits)
     record = read_plan_record(dataset)
     tables = _sample_tables(dataset, commits)
 

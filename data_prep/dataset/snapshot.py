@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from data_prep.dataset.accounts import account
 from data_prep.dataset.mds import Shard
 from data_prep.dataset.parts import (
     PLAN_AGAIN,
@@ -91,6 +92,10 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
 
     commits = {kind: committed(dataset, kind) for kind in [PAIRS, *sorted(chosen)]}
     _check_alignment(dataset, plan, commits, chosen)
+    # Tasks of `pairs` check the counts of their own parts only. A dataset that was put together by hand may
+    # have no counts.
+    if dataset.exists(PLAN_KEY):
+        account(dataset, commits[PAIRS])
 
     missing: dict[str, list[Part]] = {}
     for kind, parts in commits.items():

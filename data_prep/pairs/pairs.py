@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.config import DatasetConfig
+from data_prep.dataset.accounts import check_parts, dropped_count, written_count
 from data_prep.dataset.parts import commit_part, committed_parts, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
 from data_prep.pairs.make_images import (
@@ -37,7 +38,6 @@ from data_prep.pairs.make_images import (
     encode_images,
     order_tasks,
 )
-from data_prep.plan.accounts import account, dropped_count, written_count
 from data_prep.plan.listing import print_changed, source_files
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import check_settings, file_order
@@ -169,8 +169,7 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     with Progress("pairs", sum(rows.values())) as progress:
         progress.advance(sum(rows[part] for part in parts if part in done), "there before")
         make_parts(config, dataset, [part for part in parts if part not in done], progress)
-    # Raises if rows were lost, by this task or by another one.
-    account(dataset)
+    check_parts(dataset, manifest, parts)
 
 
 def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], progress: Progress) -> None:

@@ -120,7 +120,9 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     _scan_share(config, dataset, files, evaluation, share)
 
     keys = _scan_keys(files, evaluation)
-    missing = [place for place, key in enumerate(keys) if not dataset.exists(key)]
+    # One listing, because a request per file takes minutes where there are many.
+    scanned = set(dataset.list(f"{FOLDER}/"))
+    missing = [place for place, key in enumerate(keys) if key not in scanned]
 
     # Another plan may have removed everything meanwhile (`_nothing_left`). What this one wrote since would be
     # taken for the scan of whatever settings come next.
@@ -232,7 +234,7 @@ def _scan_share(
 ) -> None:
     """Commit the missing scan tables of this share."""
     mine = share.owns(_scan_keys(files, evaluation))
-    todo = {key for key in mine if not dataset.exists(key)}
+    todo = set(mine) - set(dataset.list(f"{FOLDER}/"))
     if len(todo) < len(mine):
         print(f"plan: {len(mine) - len(todo)} of {len(mine)} source files were scanned before")
 

@@ -26,7 +26,14 @@ from data_prep.store.faults import (
     retry_seconds,
     retrying,
 )
-from data_prep.store.s3_answers import exception_for, own_object, own_page, own_time, status_of
+from data_prep.store.s3_answers import (
+    exception_for,
+    object_size,
+    own_object,
+    own_page,
+    own_time,
+    status_of,
+)
 from model.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -94,20 +101,22 @@ class S3Bucket:
         Raises:
             FileNotFoundError: if there is no such object.
         """
-        size = self.size(key)
-        if size is None:
-            raise FileNotFoundError(f"{self.uri}/{key}")
-
-        end = min(start + length, size)
-        # S3 answers a range that starts past the end with an error, so none is asked for.
-        if end <= start:
+        if length <= 0:
             return b""
-        last = end - 1  # HTTP ranges include their last byte
+        last = start + length - 1  # HTTP ranges include their last byte
 
         def get() -> bytes:
-            response = own_object(
-                self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
-            )
+            try:
+                response = own_object(
+                    self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
+                )
+            except self.client.exceptions.ClientError as error:
+                if status_of(error) != 416:
+                    raise
+                return b""  # the object ends before `start`
+
+            # The answer says how long the object is, so nobody has to ask for that first.
+            end = min(last + 1, object_size(response, start))
             data = response["Body"].read()
             if len(data) != end - start:
                 raise TransientError(f"the endpoint returned {len(data)} of {end - start} bytes")

@@ -102,6 +102,25 @@ def own_object(response: dict[str, Any]) -> dict[str, Any]:
     return response
 
 
+def object_size(response: Mapping[str, Any], start: int) -> int:
+    """Return the size of the object of which a range was asked for.
+
+    Args:
+        response: the answer.
+        start: first byte of the range.
+
+    Raises:
+        TransientError: if the answer is not that range.
+    """
+    match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.get("ContentRange", ""), re.ASCII)
+    if match and int(match[1]) == start:
+        return int(match[2])
+    # Of a range from the first byte on, an endpoint may return the whole object.
+    if start == 0 and "ContentRange" not in response:
+        return response["ContentLength"]
+    raise TransientError("the endpoint ignores ranges, or answers with another one")
+
+
 def own_time(headers: Mapping[str, str]) -> float:
     """Return the endpoint's time, in seconds since 1970.
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import DatasetConfig, DedupeConfig, ScenesConfig, SourceConfig
+from data_prep.dataset.accounts import account
 from data_prep.dataset.parts import read_plan, read_plan_record
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan import against
-from data_prep.plan.accounts import account
 from data_prep.plan.against import EvaluationSets, evaluation_key
 from data_prep.plan.budget import print_budget
 from data_prep.plan.dedupe import Spool

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import BucketConfig, DedupeConfig, FilterConfig
+from data_prep.dataset.accounts import account
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, Manifest
 from data_prep.pairs.pairs import run_pairs
-from data_prep.plan.accounts import account
 from data_prep.plan.listing import source_files
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import dropped_key, run_plan

@@ -33,6 +33,10 @@ class Interrupted(LocalFolder):
         self.count()
         return super().size(key)
 
+    def entries(self, prefix):
+        self.count()
+        return super().entries(prefix)
+
     def put_new(self, key, data):
         self.count()
         return super().put_new(key, data)

@@ -6,8 +6,8 @@ import tarfile
 import pytest
 
 from data_prep.config import FilterConfig
+from data_prep.dataset.accounts import account
 from data_prep.images.images import DAMAGED, EMPTY, FORMATS, TOO_LARGE, UNKNOWN
-from data_prep.plan.accounts import account
 from data_prep.sources.sample import CUT_SHORT, NO_IMAGE, UNREADABLE
 from data_prep.sources.webdataset import BAD_JSON, LINK, TWICE, UNSAFE
 from tests.helpers.raw_material import (

@@ -1,10 +1,12 @@
 """Row counts of a dataset by source file: rows read = rows committed + rows dropped, or the command fails."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from data_prep.dataset.parts import committed, read_plan, read_plan_record
-from data_prep.dataset.schema import PAIRS
+from data_prep.dataset.parts import THREADS, committed, read_commit, read_plan, read_plan_record
+from data_prep.dataset.schema import PAIRS, Commit, Manifest, Part
 from data_prep.store.store import Store
 from model.common.errors import UserError
 
@@ -37,15 +39,49 @@ def dropped_count(number: int) -> str:
     return f"file {number} dropped"
 
 
-def account(dataset: Store) -> list[FileAccount]:
+def check_parts(dataset: Store, manifest: Manifest, parts: Iterable[Part]) -> None:
+    """Check that each of some committed parts has all of its planned rows, written or dropped.
+
+    A task checks the parts of its own share, and `snapshot` and `report` all of them (`account`): if each of
+    many tasks read all commits, their requests would grow with the square of the dataset.
+
+    Args:
+        dataset: the dataset's store.
+        manifest: the plan.
+        parts: the parts.
+
+    Raises:
+        UserError: if rows were lost.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        for commit in pool.map(lambda part: read_commit(dataset, PAIRS, part), parts):
+            planned = manifest.buckets[commit.bucket][commit.number]
+            written = dropped = 0
+            for name, count in commit.counts.items():
+                if name.startswith("file "):
+                    written += int(count) if name.endswith(" written") else 0
+                    dropped += int(count) if name.endswith(" dropped") else 0
+            if written != commit.rows or written + dropped != planned:
+                raise UserError(
+                    f"{dataset.uri}: the counts of pairs {commit.part} do not add up: {planned} planned, "
+                    f"{commit.rows} committed, {written} written, {dropped} dropped: "
+                    "delete its commit and run `pairs` again"
+                )
+
+
+def account(dataset: Store, commits: Mapping[Part, Commit] | None = None) -> list[FileAccount]:
     """Return the accounts of all source files.
+
+    Args:
+        dataset: the dataset's store.
+        commits: all commits of the pairs; None = read them.
 
     Raises:
         UserError: if they do not add up: a file has more rows in parts than were planned, or, with all parts
             committed, fewer.
     """
-    # All commits are read, whichever task made them, so any task can find that rows were lost.
-    commits = committed(dataset, PAIRS)
+    if commits is None:
+        commits = committed(dataset, PAIRS)
     totals: Counter[str] = Counter()
     for commit in commits.values():
         totals.update({name: int(count) for name, count in commit.counts.items()})

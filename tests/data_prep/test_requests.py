@@ -1,0 +1,74 @@
+"""Numbers of requests, counted on the wire between the store client and the endpoint, stay below formulas.
+
+F source files, P parts, T tasks. Where a formula breaks, preparation of a billion pairs takes hours longer.
+"""
+
+from collections import Counter
+
+import pytest
+
+from data_prep.dataset.parts import read_plan
+from data_prep.pairs.pairs import run_pairs
+from data_prep.plan.plan import run_plan
+from data_prep.store.store import open_store
+from model.common.share import Share
+from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
+
+FILES, ROWS = 30, 4
+
+
+@pytest.fixture
+def config(tmp_path, proxy, s3):
+    for number in range(FILES):
+        members = []
+        for row in range(ROWS):
+            members += sample_members(str(row), png(number * ROWS + row), {"caption": f"{number} {row}"})
+        write_tar(tmp_path / "in", f"{number:02d}.tar", members)
+    return config_of(tmp_path, ("webdataset", tmp_path / "in"), store=s3, part_rows=5, workers=0)
+
+
+@pytest.fixture
+def dataset(config):
+    return open_store(config.store, create=True).sub("ds")
+
+
+def counted(proxy, function, *arguments):
+    """Run a function, and return the number of its requests by kind: LIST, GET, HEAD, PUT, POST, DELETE."""
+    proxy.requests.clear()
+    function(*arguments)
+    return Counter("LIST" if "list-type=2" in path else method for method, path, _ in proxy.requests)
+
+
+def test_a_task_of_plan_lists_scan_tables_instead_of_asking_for_each(config, dataset, proxy):
+    tasks = 3
+    run_plan(config, dataset, Share(0, tasks))
+    first = counted(proxy, run_plan, config, dataset, Share(1, tasks))
+    again = counted(proxy, run_plan, config, dataset, Share(1, tasks))
+    # A table per own file, and a fixed number of requests besides: not one per file of the others.
+    assert first["PUT"] <= FILES / tasks + 4
+    assert sum(first.values()) <= FILES / tasks + 15
+    assert sum(again.values()) <= FILES / 1000 + 10
+
+
+def test_the_tasks_of_pairs_make_ten_requests_per_part_together(config, dataset, proxy):
+    run_plan(config, dataset, ALONE)
+    parts, tasks = len(read_plan(dataset).parts), 8
+    assert parts == FILES * ROWS / 5
+    total = Counter()
+    for index in range(tasks):
+        total += counted(proxy, run_pairs, config, dataset, Share(index, tasks))
+    fixed = 8  # settings, plan, counts, list of files, card, and the probe of conditional puts
+    assert total["LIST"] <= tasks * (1 + parts / 1000)
+    assert sum(total.values()) <= 10 * parts + tasks * (1 + fixed)
+    again = counted(proxy, run_pairs, config, dataset, Share(0, tasks))
+    assert sum(again.values()) <= parts / tasks + fixed
+
+
+def test_a_range_is_one_request(dataset, proxy):
+    dataset.put("bytes", bytes(range(100)))
+    for start, length, expected in ((0, 10, 10), (95, 10, 5), (100, 10, 0), (500, 10, 0)):
+        requests = counted(proxy, dataset.read_range, "bytes", start, length)
+        assert requests == {"GET": 1}
+        assert dataset.read_range("bytes", start, length) == bytes(range(100))[start : start + expected]
+    with pytest.raises(FileNotFoundError):
+        dataset.read_range("absent", 3, 5)
