@@ -277,7 +277,7 @@ def without_code(tiny: bool) -> Iterator[None]:
 
 def one_block(probe: Probe) -> None:
     """Measure a block forward and backward: eager, and compiled with two budgets of kept memory."""
-    from pipeline.engine.compile import compile_blocks
+    from pipeline.engine.compile import compile_regions
 
     samples, patches, tokens = probe.pick((128, 256, 384), (2, 4, 4))
     for budget in probe.pick((None, 1.0, 0.7), (None, 0.7)):
@@ -289,7 +289,7 @@ def one_block(probe: Probe) -> None:
             block = DiTBlock(network_sizes(probe)).to(probe.device, probe.dtype)
             if budget is not None:
                 with without_code(probe.tiny):
-                    compile_blocks([block], budget)
+                    compile_regions([block], budget)
             time_block(probe, what, block, block.example_inputs(samples, patches, tokens, padded=True))
 
 

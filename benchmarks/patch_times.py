@@ -28,7 +28,7 @@ from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.presets import PRESETS
 from pipeline.diffusion.objective import make_objective
-from pipeline.engine.compile import compile_blocks
+from pipeline.engine.compile import compile_regions
 from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,7 +99,7 @@ def make_step(
     fusion = FusionConfig(families=["a"], mode="none", refiner="none")
     network = LIDiT(sizes(options), fusion, [LLM_WIDTH]).to(device, DTYPES[options.precision])
     if options.compile:
-        compile_blocks(network.blocks)  # type: ignore[arg-type]
+        compile_regions(network.blocks)  # type: ignore[arg-type]
     latents, ways = example_conditions(options, device)
 
     def step(way: str) -> None:

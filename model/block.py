@@ -4,26 +4,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.common.registry import Registry
 from model.config import DiTConfig
 from model.costs import LayerCost
 from model.layers import CrossAttention
+from model.region import Region
 
 
-class Block(nn.Module, ABC):
+class Block(Region, ABC):
     """One block of the DiT.
 
     The network, the engine, the compiler, the estimate and the FLOPs formula ask the block for what they need
     to know, so a new type is one file with a class that fills in this interface. `forward` takes and returns
-    nothing but tensors: as a leaf of ZeRO-3 the block is gathered whole, and its `forward` compiles to one
-    graph.
+    nothing but tensors.
     """
 
     text_axes: ClassVar[dict[int, int]] = {1: 1, 2: 3}
-    """Argument of `forward` -> its axis that has the text's length, the one size that differs from batch to
-    batch."""
 
     def __init__(self, sizes: DiTConfig) -> None:
         """Build the block for the sizes of the DiT."""
@@ -77,17 +75,9 @@ class Block(nn.Module, ABC):
         return None
 
     def example_inputs(
-        self, samples: int, patches: int, text_tokens: int, padded: bool
+        self, samples: int, patches: int, text_tokens: int, padded: bool, prefix: int = 0
     ) -> tuple[Tensor | None, ...]:
-        """Return arguments for `forward`, all zeros, as training passes them: the block is compiled with
-        them.
-
-        Args:
-            samples: samples of a micro-batch.
-            patches: patches of each sample.
-            text_tokens: text tokens of each sample.
-            padded: True for a batch whose text is padded, so that there is a mask.
-        """
+        """Return arguments for `forward`; the prefixes are not among the text."""
         weight, width = next(self.parameters()), self.sizes.width
         # With gradients, as in training: torch.compile builds another graph for inputs without.
         x = weight.new_zeros(samples, patches, width, requires_grad=True)

@@ -1,16 +1,20 @@
 """Collaborative refiner: lets the tokens of each LLM attend to those of the others (paper section 3.1)."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from model.functional import key_mask, modulate, residual
 from model.layers import MLP, CrossAttention, Modulation, RMSNorm
+from model.region import Region
 
 
-class CollaborativeBranch(nn.Module):
+class CollaborativeBranch(Region):
     """One LLM's branch of a block: cross-attention to the other LLMs, then a feed-forward layer."""
+
+    text_axes: ClassVar[dict[int, int]] = {0: 1, 1: 1, 2: 3}
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -31,6 +35,18 @@ class CollaborativeBranch(nn.Module):
         shift, scale, gate = vectors[3:6]
         return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, T, R]
 
+    def example_inputs(
+        self, samples: int, patches: int, text_tokens: int, padded: bool, prefix: int = 0
+    ) -> tuple[Any, ...]:
+        """Return arguments for `forward`."""
+        weight, width = self.mlp.up.weight, self.mlp.up.in_features
+        x = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
+        # Another length, since equal ones would be taken for one size.
+        shown = 2 * text_tokens
+        others = weight.new_zeros(samples, shown, width, requires_grad=True)
+        mask = weight.new_ones(samples, 1, 1, shown).bool() if padded else None
+        return x, others, mask, weight.new_zeros(samples, width, requires_grad=True)
+
 
 class CollaborativeBlock(nn.Module):
     """One branch per LLM, in parallel: each reads the others as they were before the block."""
@@ -49,7 +65,13 @@ class CollaborativeBlock(nn.Module):
         """Refine each LLM's tokens [B, T_i, R] from position `cuts[i]` on, where `keys[i]` shows the tokens
         of the others."""
         return [
-            branch(tokens[own][:, cuts[own] :], _join_others(tokens, own), keys[own], conditions[own])
+            # Contiguous, since a compiled branch has a graph of its own for other strides.
+            branch(
+                tokens[own][:, cuts[own] :].contiguous(),
+                _join_others(tokens, own),
+                keys[own],
+                conditions[own],
+            )
             for own, branch in enumerate(self.branches)
         ]
 

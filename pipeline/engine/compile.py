@@ -1,5 +1,5 @@
-"""`torch.compile` of the DiT's blocks: a graph for each shape of the latents, whatever the length of the
-text.
+"""`torch.compile` of the blocks of DiT and refiners: a graph for each shape of the latents, whatever the
+length of the text.
 
 Buckets are a fixed set of shapes, so a graph of its own for each lets the compiler know all sizes but one;
 the text's length differs from batch to batch and stays symbolic. Blocks share their graphs. A graph that is
@@ -7,10 +7,11 @@ missing is made in the step that needs it, which takes seconds to minutes while 
 are made before the first step.
 """
 
+import itertools
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from model.blocks import Block
 from model.common.errors import UserError
+from model.region import Region
 
 _MAX_GRAPHS = 256
 """Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
@@ -29,11 +30,11 @@ _TEXT_TOKENS = (64, 77)
 makes a different graph."""
 
 
-def compile_blocks(blocks: Iterable[Block], budget: float = 1.0) -> None:
-    """Compile each block's `forward`, not the block: hooks on it, such as ZeRO-3's, would break the graph.
+def compile_regions(regions: Iterable[Region], budget: float = 1.0) -> None:
+    """Compile each region's `forward`, not the region: hooks on it, such as ZeRO-3's, would break the graph.
 
     Args:
-        blocks: the blocks.
+        regions: the blocks of DiT and refiners.
         budget: `model.activation_memory_budget`.
 
     Raises:
@@ -43,8 +44,8 @@ def compile_blocks(blocks: Iterable[Block], budget: float = 1.0) -> None:
         _check_compiler()
     functorch.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
-    for block in blocks:
-        _compile(block)
+    for region in regions:
+        _compile(region)
 
 
 def _check_compiler() -> None:
@@ -61,12 +62,12 @@ def _check_compiler() -> None:
         )
 
 
-def _compile(block: Any) -> None:
+def _compile(region: Any) -> None:
     # `dynamic=False`: torch would otherwise make sizes symbolic as soon as a second bucket comes.
-    compiled = torch.compile(block.forward, dynamic=False)
+    compiled = torch.compile(region.forward, dynamic=False)
 
     def forward(*inputs: Any) -> Tensor:
-        for argument, axis in block.text_axes.items():
+        for argument, axis in region.text_axes.items():
             value = inputs[argument]
             if value is not None:
                 # On every call, because the mark belongs to the tensor. `maybe` lets a graph that needs a
@@ -74,23 +75,24 @@ def _compile(block: Any) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, axis)
         return compiled(*inputs)
 
-    block.forward = forward
+    region.forward = forward
 
 
-def make_graphs(block: Block, samples: int, patches: int) -> None:
-    """Run a compiled block forward and backward on zeros, as training will; only the graphs remain.
+def make_graphs(region: Region, samples: int, patches: int, prefixes: Sequence[int] = ()) -> None:
+    """Run a compiled region forward and backward on zeros, as training will; only the graphs remain.
 
     Checkpointing needs no others: recomputing runs the same ones.
 
     Args:
-        block: with its parameters whole.
+        region: with its parameters whole.
         samples: samples of a micro-batch.
         patches: patches of each sample.
+        prefixes: lengths of the LLMs' prefixes that a token refiner cuts off.
     """
-    for tokens in _TEXT_TOKENS:
-        # A batch without padding has no mask, which is another graph.
-        for padded in (False, True):
-            inputs: tuple[Any, ...] = block.example_inputs(samples, patches, tokens, padded)
-            trained = [value for value in inputs if value is not None and value.requires_grad]
-            # unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks
-            torch.autograd.grad(block.forward(*inputs).sum(), trained)
+    cut = (0, *prefixes) if region.cuts_prefix else (0,)
+    # A batch without padding has no mask, which is another graph.
+    for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, (False, True), cut):
+        inputs = region.example_inputs(samples, patches, tokens, padded, prefix)
+        trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
+        torch.autograd.grad(region.forward(*inputs).sum(), trained)

@@ -3,8 +3,8 @@
 - Parameters are made under `zero.Init` in fp32, each partitioned as soon as its module is built: no rank ever
   holds the whole network, and the fp32 masters start with exactly the values of the plain network, not with
   values rounded to bf16.
-- A DiT block is a ZeRO-3 leaf: gathered whole by one hook, so that its compiled forward is one graph without
-  breaks.
+- A block of the DiT or of a refiner is a ZeRO-3 leaf: gathered whole by one hook, so that its compiled
+  forward is one graph without breaks.
 - Settings and their reasons are in pipeline/engine/settings.py.
 """
 
@@ -17,18 +17,19 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from model.blocks import Block
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
+from model.region import Region
 from pipeline.engine.attention import choose_attention
-from pipeline.engine.compile import compile_blocks, make_graphs
+from pipeline.engine.compile import compile_regions, make_graphs
 from pipeline.engine.ema import ShardedEMA
+from pipeline.engine.flat_step import FlatStep
 from pipeline.engine.master_weights import MasterWeights, RankState, check_names
 from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.processes import join_process_group
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
-from pipeline.engine.streams import disable_ranges, order_gathers
+from pipeline.engine.streams import disable_ranges
 from pipeline.engine.world import replace_loops
 from pipeline.stage.config import StageConfig
 
@@ -86,9 +87,9 @@ class Engine:
         initial = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
 
-        self._leaves = [block for block in self.module.modules() if isinstance(block, Block)]
+        self._regions = [part for part in self.module.modules() if isinstance(part, Region)]
         if stage.model.compile:
-            compile_blocks(self._leaves, stage.model.activation_memory_budget)
+            compile_regions(self._regions, stage.model.activation_memory_budget)
 
         settings = optimizer_settings(stage.optim)
         inner = settings.build(parameter_groups(self.module, stage.optim))
@@ -104,23 +105,26 @@ class Engine:
         # After `fill`, because an average starts as a copy of the masters.
         self.averages = [ShardedEMA(decay, self.master_weights.tensors) for decay in stage.ema]
 
-        self._micro_step, self._limit, self._norm = 0, float("inf"), float("nan")
-        if stage.engine.zero_stage == 3:
-            # The only place where ZeRO-3 computes the norm before it clips: a step can still be skipped here.
-            self._norms_of_groups = self._optimizer._get_norm_groups
-            self._optimizer._get_norm_groups = self._limited_norms
+        self._micro_step = 0
+        self._flat = FlatStep(self._optimizer, stage.optim.clip) if stage.engine.zero_stage == 3 else None
 
-    def warm_up(self, samples: int, patches: int) -> None:
-        """Compile the blocks for a batch of `samples` on this rank with `patches` each; change nothing else.
+    def warm_up(self, samples: int, patches: int, prefixes: Sequence[int] = ()) -> None:
+        """Compile the network's regions for a batch; change nothing else.
+
+        Args:
+            samples: samples of the batch on this rank.
+            patches: patches of each sample.
+            prefixes: lengths of the LLMs' prefixes that the token refiners cut off.
 
         Raises:
             ValueError: if `micro_batches` raises it.
         """
         part = next(self.micro_batches(samples))
-        block = self._leaves[0]  # all blocks share their graphs
-        # The graph reads whole weights, outside of a forward pass that would gather them.
-        with deepspeed.zero.GatheredParameters(list(block.parameters())):
-            make_graphs(block, part.stop, patches)
+        # All regions of a class share their graphs.
+        for region in {type(region): region for region in self._regions}.values():
+            # The graph reads whole weights, outside of a forward pass that would gather them.
+            with deepspeed.zero.GatheredParameters(list(region.parameters())):
+                make_graphs(region, part.stop, patches, prefixes)
 
     # -- a training step --
 
@@ -173,30 +177,16 @@ class Engine:
         # Set here and not by a scheduler of DeepSpeed, which would count steps instead of samples.
         for group in self.master_weights.inner.param_groups:
             group["lr"] = lr
-        self._micro_step, self._limit, self._norm = 0, limit, float("nan")
+        self._micro_step = 0
+        if self._flat is not None:
+            self._flat.limit = limit
 
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
-        if self.stage.engine.zero_stage == 3:
-            # DeepSpeed 0.19.8 overwrites or adds to the slices of parameters that a micro-step uses. The
-            # slice of any other parameter keeps its last gradient, which the next step would apply again.
-            self._optimizer.grad_partitions_flat_buffer.zero_()
-            order_gathers(self._optimizer)
-        else:
-            norm = self._engine.get_global_grad_norm()
-            self._norm = float("inf") if norm is None else float(norm)
-        return applied, self._norm
-
-    def _limited_norms(self) -> list[Tensor]:
-        """Return DeepSpeed's norms per group, or invalid ones if the total is above the limit.
-
-        With invalid norms DeepSpeed skips the step on all ranks.
-        """
-        norms = self._norms_of_groups()
-        stacked = torch.stack([norm.float() for norm in norms])
-        invalid = (~torch.isfinite(stacked) | (stacked < 0)).any()
-        self._norm = float(torch.where(invalid, torch.inf, torch.linalg.vector_norm(stacked)))
-        return norms if self._norm <= self._limit else [torch.full_like(norm, -1.0) for norm in norms]
+        if self._flat is not None:
+            return applied, self._flat.norm
+        norm = self._engine.get_global_grad_norm()
+        return applied, float("inf") if norm is None else float(norm)
 
     def update_averages(self, samples: int) -> None:
         """Update the averages after an applied step; `samples` have been seen with it. Not collective."""

@@ -154,8 +154,8 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -
     """Return the bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
     ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients.
-    `step` is the fp32 copy of one sub-group's gradients, `gathered` the whole weights that ZeRO-3 keeps at a
-    time.
+    `step` is the fp32 copy of one sub-group's gradients, which ZeRO-3's own step does without; `gathered` the
+    whole weights that ZeRO-3 keeps at a time.
 
     Args:
         stage: the stage.
@@ -175,7 +175,7 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -
         "masters": 4.0 * share,
         "moments": 4.0 * moments / gpus,
         "EMA": 4.0 * share * len(stage.ema),
-        "step": 4.0 * min(share, engine.sub_group_size),
+        "step": 0.0 if engine.zero_stage == 3 else 4.0 * min(share, engine.sub_group_size),
         "reduce bucket": 4.0 * min(engine.reduce_bucket, parameters),
     }
     if engine.zero_stage == 3:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.common.errors import UserError
+from model.fusion import collaborates
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.batch import Batch
@@ -174,10 +175,15 @@ class Trainer:
             grid = self.sizes.patch_grid(latent_shape(self.latents, bucket)[1:])
             shapes.add((size // self.ranks.world, math.prod(grid)))
 
+        # The last block of a token refiner cuts off the prefix that the collaborative refiner does not read.
+        fusion, prefixes = self.stage.fusion, set[int]()
+        if fusion.crop == "after" and not collaborates(fusion, len(fusion.families)):
+            prefixes = set(self.flops.prefixes)
+
         began = time.monotonic()
         for samples, patches in sorted(shapes):
             self.heartbeat.enter("compile", self.state.step)
-            self.engine.warm_up(samples, patches)
+            self.engine.warm_up(samples, patches, sorted(prefixes))
         self.log_event("compile", seconds=time.monotonic() - began)
 
     def _train_step(self, batch: Batch) -> None:

@@ -6,9 +6,11 @@ from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.engine import partitioned
 from tests.helpers.engine_tasks import LR, dit_step, make_engine, own_part, tiny_dit, train
 from tests.helpers.small_network import GLOBAL_BATCH, batch, stage
 
@@ -117,3 +119,66 @@ def order_of_gathers():
         with engine.averaged():
             pass
     return events
+
+
+def leaves_and_losses(leaves, settings):
+    """Return gathers of modules per micro-step, the losses of a LIDiT, and the sums of its masters.
+
+    Args:
+        leaves: the classes that are gathered whole; None = those of the package.
+        settings: of the engine.
+    """
+    with mock.patch.object(partitioned, "LEAVES", leaves or partitioned.LEAVES):
+        engine = make_engine(network=tiny_dit, config=stage(persistence_threshold=0, **settings))
+    losses = [dit_step(engine, step) for step in range(3)]
+
+    fetched, real = [], PartitionedParameterCoordinator.fetch_sub_module
+
+    def fetch(coordinator, module, *, forward):
+        fetched.append(type(module).__name__)
+        return real(coordinator, module, forward=forward)
+
+    with mock.patch.object(PartitionedParameterCoordinator, "fetch_sub_module", fetch):
+        losses.append(dit_step(engine, 3))
+    return len(fetched), losses, [float(master.double().sum()) for master in engine.master_weights.tensors]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def step_with(own, settings):
+    """Return the operations of a step, and the masters and moments after four.
+
+    Args:
+        own: True for the engine's step on flat shards, False for DeepSpeed's.
+        settings: of the engine.
+    """
+    engine = make_engine(network=tiny_dit, config=stage(**settings))
+    zero = engine._optimizer
+    if not own:
+        zero.step = type(zero).step.__get__(zero)
+    for step in range(3):
+        dit_step(engine, step)
+        zero.grad_partitions_flat_buffer.zero_()  # which only the own step does
+
+    counted = Operations()
+    real = engine._engine.step
+
+    def counting_step():
+        with counted:
+            return real()
+
+    with mock.patch.object(engine._engine, "step", counting_step):
+        dit_step(engine, 3)
+    kept = engine.state().tensors
+    kept = [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in kept[kind]]
+    return counted.count, kept

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.common.errors import UserError
-from pipeline.engine.compile import compile_blocks
+from pipeline.engine.compile import compile_regions
 from pipeline.engine.master_weights import MasterWeights
 from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import OptimConfig
@@ -154,9 +154,10 @@ def test_checkpointed_blocks_train_alike_under_zero3():
     assert others == [none, none]
 
 
-def test_a_compiled_block_is_one_graph_without_breaks():
+def test_each_kind_of_compiled_block_is_one_graph_without_breaks():
+    """Blocks of the DiT, of the token refiners, and branches of the collaborative refiner."""
     graphs, breaks, losses = on_ranks(2, rank_tasks.compiled_blocks)[0]
-    assert (graphs, breaks) == (1, 0)
+    assert (graphs, breaks) == (3, 0)
     assert losses[True] == pytest.approx(losses[False], rel=1e-6)
 
 
@@ -197,7 +198,7 @@ def test_a_machine_that_cannot_compile_is_told_what_to_install(monkeypatch, miss
     else:
         monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nonexistent")
     with pytest.raises(UserError, match=named):
-        compile_blocks([])
+        compile_regions([])
 
 
 def test_settings_that_cannot_be_met_are_refused():

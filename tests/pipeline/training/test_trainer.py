@@ -304,7 +304,8 @@ def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(stor
         runs[warms] = ranks[0][0]
         for _, after_warm_up, at_the_end, breaks in ranks:
             assert breaks == 0
-            assert after_warm_up == ((4, 4) if warms else (0, 0))
+            # For each kind of block: two sizes of batches, with and without padding.
+            assert after_warm_up == ((12, 12) if warms else (0, 0))
             assert (after_warm_up == at_the_end) == warms
     assert numbers(runs[True]) == numbers(runs[False])
     assert all(
