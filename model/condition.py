@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.sub_network import Part
+
 
 @dataclass
 class Text:
@@ -106,6 +108,8 @@ class Condition:
     """The level of each patch, if patches share a few times; None = `timesteps` says it all."""
     with_difficulty: bool = False
     """True = the prediction has one more channel, the log-variance of the error that the network expects."""
+    part: Part | None = None
+    """The part of an elastic network that computes; None = the full network."""
 
     def rows(self, rows: slice | Tensor) -> "Condition":
         """Return the conditions of some of the samples."""
@@ -133,8 +137,9 @@ class Condition:
         )
 
     def at(self, time: float) -> "Condition":
-        """Return the same conditions with one time for all samples."""
-        return replace(self, timesteps=torch.full_like(self.timesteps, time))
+        """Return the same conditions with one time for all samples, on which the part may depend."""
+        part = self.part and self.part.at(time)
+        return replace(self, timesteps=torch.full_like(self.timesteps, time), part=part)
 
     @staticmethod
     def concatenate(conditions: Sequence["Condition"]) -> "Condition":
@@ -145,7 +150,8 @@ class Condition:
         extra = {}
         for name in conditions[0].extra:
             extra[name] = torch.cat([condition.extra[name] for condition in conditions])
-        return Condition(torch.cat([condition.timesteps for condition in conditions]), texts, extra)
+        timesteps = torch.cat([condition.timesteps for condition in conditions])
+        return Condition(timesteps, texts, extra, part=conditions[0].part)
 
 
 Predict = Callable[[Tensor, Condition], Tensor]

@@ -1,7 +1,8 @@
 """LI-DiT: a latent diffusion transformer that attends to the fused hidden states of frozen LLMs (paper
 section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from model.difficulty import DifficultyHead
 from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify
 from model.fusion import TextFusion
 from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
+from model.sub_network import Part
 
 
 class FinalLayer(nn.Module):
@@ -31,7 +33,12 @@ class FinalLayer(nn.Module):
         self.difficulty = None if difficulty == "none" else DifficultyHead(width, difficulty == "detached")
 
     def forward(
-        self, x: Tensor, c: Tensor, places: Tensor | None = None, with_difficulty: bool = False
+        self,
+        x: Tensor,
+        c: Tensor,
+        places: Tensor | None = None,
+        with_difficulty: bool = False,
+        linear: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Map patches [B, N, D] to their values [B, N, outputs] and, if asked for, their log-variance [B, N].
 
@@ -40,20 +47,37 @@ class FinalLayer(nn.Module):
             c: condition as in `Block.forward`, and so is `places`.
             places: level of each patch.
             with_difficulty: True to run the head.
+            linear: in place of the layer's own `linear`.
 
         Raises:
             UserError: if the network has no head.
         """
         shift, scale = self.modulation(c, places)
         x = modulate(x, shift, scale)
+        values = (self.linear if linear is None else linear)(x)
         if not with_difficulty:
-            return self.linear(x), None
+            return values, None
         if self.difficulty is None:
             raise UserError(
                 "this network has no difficulty head: train one with objective.difficulty=0.01, "
                 "such as in a stage that starts from these weights"
             )
-        return self.linear(x), self.difficulty(x)
+        return values, self.difficulty(x)
+
+
+@dataclass
+class Route:
+    """The layers of one forward pass."""
+
+    sizes: DiTConfig
+    """The network's, with this pass's patches."""
+    patch_embedding: nn.Module
+    position: nn.Module
+    blocks: Iterable[nn.Module]
+    linear: nn.Module
+    """The last layer."""
+    time_shift: nn.Module | None = None
+    """Returns [D], which is added to the time embedding; None = nothing."""
 
 
 class LIDiT(nn.Module):
@@ -112,39 +136,57 @@ class LIDiT(nn.Module):
             UserError: if the latents do not divide into patches, or a difficulty is asked for and there is no
                 head.
         """
-        positions, patch = latents.shape[2:], self.sizes.patch_shape
-        grid = self.sizes.patch_grid(positions)
+        route = self.route(condition.part)
+        positions, patch = latents.shape[2:], route.sizes.patch_shape
+        grid = route.sizes.patch_grid(positions)
         x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, values of a patch]
-        x = self.position(self.patch_embedding(x), grid)  # [B, N, D]
+        x = route.position(route.patch_embedding(x), grid)  # [B, N, D]
 
         # Guidance's branches share their latents, so patches and positions are computed once for all of them.
         branches = len(condition.timesteps) // len(x)
         if branches > 1:
             x = x.repeat(branches, 1, 1)  # [B, N, D]
 
-        text, text_mask, c, places = self.embed(condition)  # [B, S, D], [B, 1, 1, S], [B, D], [B, N, K]
+        # [B, S, D], [B, 1, 1, S], [B, D], [B, N, K]
+        text, text_mask, c, places = self.embed(condition, route.time_shift)
         # Blocks that know no levels work in all networks without them.
         given = (text, text_mask, c) if places is None else (text, text_mask, c, places)
 
-        for number, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(route.blocks, start=1):
             if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
                 x = self.recompute(block, x, *given)  # [B, N, D]
             else:
                 x = block(x, *given)  # [B, N, D]
 
-        values, log_variance = self.final(x, c, places, condition.with_difficulty)
+        values, log_variance = self.final(x, c, places, condition.with_difficulty, route.linear)
         prediction = unpatchify(values, patch, positions)  # [B, C, ...]
         if log_variance is None:
             return prediction
         return torch.cat([prediction, fill_patches(log_variance, patch, positions)], dim=1)  # [B, C + 1, ...]
+
+    def route(self, part: Part | None) -> Route:
+        """Return the layers of a forward pass; only an elastic network has parts.
+
+        Raises:
+            UserError: if the network has no such part.
+        """
+        if part is not None:
+            raise UserError(f"{part}: this network is not elastic: ask for no depth and no patch")
+        return Route(self.sizes, self.patch_embedding, self.position, self.blocks, self.final.linear)
 
     def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """Run a block whose activations are computed again in the backward pass."""
         # No layer has dropout, so recomputing needs no state of the random generators.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def embed(
+        self, condition: Condition, time_shift: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Turn the condition into what every block reads.
+
+        Args:
+            condition: of the batch.
+            time_shift: as in `Route`.
 
         Returns:
             Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector
@@ -155,12 +197,13 @@ class LIDiT(nn.Module):
         if levels is not None and times.shape[1] == 1:
             # One level is one time per sample, bit for bit.
             times, levels = times[:, 0], None
-        time = self.time_embedding(times)  # [B, D], [B, N, D] or [B, K, D]
+        shift = None if time_shift is None else time_shift()  # [D]
+        time = self.time_embedding(times, shift)  # [B, D], [B, N, D] or [B, K, D]
 
         # the text side reads one time per sample
         sample_time = time  # [B, D]
         if times.dim() > 1:
-            sample_time = self.time_embedding(levels.sample_times if levels else times.mean(dim=1))
+            sample_time = self.time_embedding(levels.sample_times if levels else times.mean(dim=1), shift)
         text, mask, pooled = self.fusion(condition.texts, sample_time)  # [B, S, D], [B, S], [B, D]
         text_mask = key_mask(mask) if any(text.padded for text in condition.texts) else None  # [B, 1, 1, S]
 

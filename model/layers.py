@@ -16,10 +16,12 @@ from model.functional import attention, attention_weights, product_dtype, spread
 class Linear(nn.Linear):
     """Linear layer that starts Xavier-uniform with no bias."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map the last axis of the input, in the dtype that is fastest here."""
+    def forward(self, input: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Map the last axis of the input, in the dtype that is fastest here; `shift` is added to the bias."""
         kind = product_dtype(input)
-        return F.linear(input.to(kind), self.weight.to(kind), self.bias.to(kind)).to(input.dtype)
+        # Into the bias and not to the result: a network with the sum as its bias gives the same bits.
+        bias = self.bias if shift is None else self.bias + shift
+        return F.linear(input.to(kind), self.weight.to(kind), bias.to(kind)).to(input.dtype)
 
     def reset_parameters(self) -> None:
         """Set the starting values."""
@@ -167,9 +169,9 @@ class ConditionEmbedding(nn.Module):
         self.inner = Linear(inputs, width)
         self.outer = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, inputs] to [B, width]."""
-        return self.outer(F.silu(self.inner(x)))
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Map [B, inputs] to [B, width]; `shift` [width] is added to the last bias."""
+        return self.outer(F.silu(self.inner(x)), shift)
 
 
 class TimestepEmbedding(nn.Module):
@@ -180,12 +182,12 @@ class TimestepEmbedding(nn.Module):
         self.frequency_width = frequency_width
         self.mlp = ConditionEmbedding(frequency_width, width)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps in [0, 1]: fp32 [...] -> [..., D]."""
+    def forward(self, timesteps: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Embed timesteps in [0, 1]: fp32 [...] -> [..., D]; `shift` [D] is added to the last bias."""
         # Rounded to the type of the weights only after the sinusoids: bf16 has 8 bits, too few for 1,000
         # steps.
         features = timestep_features(timesteps, self.frequency_width)  # fp32 [..., F]
-        return self.mlp(features.to(self.mlp.inner.weight.dtype))
+        return self.mlp(features.to(self.mlp.inner.weight.dtype), shift)
 
 
 class PositionBlock(nn.Module):

@@ -15,6 +15,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = (
     "model.common",
     "model",
+    "model.elastic",
     "model.encoders",
     "model.scorers",
     "data_prep.store",

@@ -51,6 +51,12 @@ def sample_rng(seed: int, epoch: int, id: int, stream: str) -> np.random.Generat
     return np.random.Generator(np.random.Philox(counter=counter, key=[seed % 2**64, id]))
 
 
+def batch_numbers(seed: int, epoch: int, stream: str, index: int, count: int) -> list[float]:
+    """Return `count` numbers, uniform in [0, 1), of a global batch for one purpose: the same on all ranks."""
+    # Raw words, which numpy never changes; 53 bits are what a double holds.
+    return [int(word >> 11) / 2**53 for word in _philox(seed, epoch, stream, index).random_raw(count)]
+
+
 def sample_seed(seed: int, epoch: int, id: int, stream: str) -> int:
     """Return 64 bits that depend on all arguments, for generators that take one number as their seed."""
     return xxhash.xxh64_intdigest(struct.pack("<QQQ", seed % 2**64, epoch, id) + stream.encode())

@@ -66,6 +66,8 @@ class Engine:
                 f"engine.micro_batch={self.micro_batch} does not divide the {local_batch} samples of a rank: "
                 "change it"
             )
+        # A sandwich runs each micro-batch through the full network, and then through a part of it.
+        self.backward_passes = self.micro_steps * (2 if stage.elastic.sandwich else 1)
         # Before anything is built, which takes minutes for a large network: a wrong setting fails at once.
         check_settings(stage)
         if ranks.world % stage.engine.hpz:
@@ -75,7 +77,7 @@ class Engine:
         disable_ranges()
         replace_loops()
         choose_attention(stage.engine.attention)
-        config = deepspeed_config(stage, self.micro_batch, self.micro_steps)
+        config = deepspeed_config(stage, self.micro_batch, self.backward_passes)
 
         self.module: Any
         if stage.engine.zero_stage == 3:
@@ -150,10 +152,11 @@ class Engine:
         return (slice(start, start + part) for start in range(0, size, part))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's mean loss; a step uses their mean over the micro-batches."""
+        """Add the gradients of one micro-batch's mean loss; a step uses their mean over its backward
+        passes."""
         self._engine.backward(loss)
         self._micro_step += 1
-        if self._micro_step < self.micro_steps:
+        if self._micro_step < self.backward_passes:
             self._engine.step()  # only counts the micro-step
 
     def step(self, lr: float, limit: float = float("inf")) -> tuple[bool, float]:
@@ -170,10 +173,10 @@ class Engine:
             clipping.
 
         Raises:
-            RuntimeError: if `backward` was not called once per micro-batch.
+            RuntimeError: if `backward` was not called `backward_passes` times.
         """
-        if self._micro_step != self.micro_steps:
-            raise RuntimeError(f"step after {self._micro_step} of {self.micro_steps} backward passes")
+        if self._micro_step != self.backward_passes:
+            raise RuntimeError(f"step after {self._micro_step} of {self.backward_passes} backward passes")
         # Set here and not by a scheduler of DeepSpeed, which would count steps instead of samples.
         for group in self.master_weights.inner.param_groups:
             group["lr"] = lr

@@ -1,7 +1,13 @@
-"""The stage's network: its sizes, and building it."""
+"""The stage's network: its sizes, building it, and the weights that it starts from."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from model.config import DiTConfig
 from model.dit import LIDiT
+from model.elastic.network import ElasticLIDiT
+from model.elastic.weights import GrownWeights
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
 from pipeline.text.families import text_families
@@ -17,4 +23,14 @@ def network_sizes(stage: StageConfig, corpus: Corpus) -> tuple[DiTConfig, list[i
 def build_network(stage: StageConfig, corpus: Corpus) -> LIDiT:
     """Build the stage's network with fresh weights."""
     dit, widths = network_sizes(stage, corpus)
-    return LIDiT(dit, stage.fusion, widths, checkpoint_every=stage.model.checkpoint_every)
+    every = stage.model.checkpoint_every
+    if stage.elastic.elastic:
+        return ElasticLIDiT(dit, stage.fusion, widths, stage.elastic, every)
+    return LIDiT(dit, stage.fusion, widths, every)
+
+
+def starting_weights(
+    stage: StageConfig, sizes: DiTConfig, weights: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Return an earlier stage's weights with all that the network can make from them."""
+    return GrownWeights(weights, sizes, stage.elastic) if stage.elastic.elastic else weights

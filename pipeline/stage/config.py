@@ -17,6 +17,7 @@ from model.common.files import cache_folder
 from model.common.registry import unknown
 from model.common.settings import MAX_SEED, bounded, check_name, read_settings, within
 from model.config import DiTConfig, FusionConfig, TextConfig
+from model.elastic.config import ElasticConfig
 from model.presets import PRESETS
 from pipeline.stage.objective import ObjectiveConfig
 
@@ -266,6 +267,8 @@ class StageConfig:
     """With `fusion.encode: online`: the encoder behind each of `fusion.families`, as a dataset's YAML
     describes it. The captions come from the pairs, so the dataset needs pairs and latents alone."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.of_preset("tiny"))
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    """Depths and sizes of patches that one set of weights is trained for; none by default."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -296,9 +299,19 @@ class StageConfig:
                 "sample.scenes"
             )
 
+        self._check_elastic()
         self._check_encoders()
         self._check_data()
         self._check_mixture()
+
+    def _check_elastic(self) -> None:
+        """Check the parts of an elastic network."""
+        self.elastic.check(self.model)
+        # Places of levels, and the errors that a solver follows, belong to patches of one size.
+        if len(self.elastic.patches) > 1 and self.objective.time_levels > 1:
+            raise UserError(
+                "objective.patch_times has times of patches of one size: leave it out, or elastic.patches"
+            )
 
     def _check_encoders(self) -> None:
         """Check the settings of a run that encodes its captions itself."""

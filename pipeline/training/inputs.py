@@ -36,6 +36,7 @@ class NetworkInputs:
         self.latents = latents_family(stage, corpus)
         self.families = stage.fusion.families
         self.conditions = {name: CONDITIONS[name] for name in stage.model.conditions}
+        self.part = stage.elastic.by_default(stage.model)
         self.constants = constants
         self.dtype = dtype
         self.multiple = 1
@@ -63,4 +64,4 @@ class NetworkInputs:
         for name in self.families:
             texts.append(to_text(batch.texts[name], self.constants[name], self.dtype, self.multiple))
         extra = {name: condition.from_batch(batch) for name, condition in self.conditions.items()}
-        return Condition(timesteps, texts, extra, levels)
+        return Condition(timesteps, texts, extra, levels, part=self.part)

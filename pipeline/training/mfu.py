@@ -1,11 +1,14 @@
 """FLOPs of the steps, from which the trainer reports model FLOPs utilization (MFU)."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from data_prep.dataset.schema import Family
-from model.config import DiTConfig, FusionConfig
+from model.config import DiTConfig
 from model.flops import flops_per_sample
+from model.sub_network import SubNetwork
 from pipeline.data.dataset import latent_shape
+from pipeline.stage.config import StageConfig
 
 
 class SampleFlops:
@@ -14,7 +17,7 @@ class SampleFlops:
     def __init__(
         self,
         sizes: DiTConfig,
-        fusion: FusionConfig,
+        stage: StageConfig,
         latents: Family,
         texts: Iterable[Family],
         buckets: Iterable[str],
@@ -23,18 +26,48 @@ class SampleFlops:
 
         Args:
             sizes: sizes of the DiT.
-            fusion: switches of the text side.
+            stage: the stage.
             latents: the latents family.
             texts: the text families in fusion order.
             buckets: of the data.
         """
         self.sizes = sizes
-        self.fusion = fusion
+        self.fusion, self.elastic = stage.fusion, stage.elastic
         self.latents = latents
         infos = [family.info for family in texts]
         self.widths = [int(info["width"]) for info in infos]
         self.prefixes = [int(info["prefix_tokens"]) for info in infos]
         self.buckets = list(buckets)
+
+    def mfu(self, counts: Mapping[str, float], values: Mapping[str, float], peak: float) -> dict[str, float]:
+        """Return the share of the peak that an interval has reached, `mfu`, and of an elastic network that of
+        the steps of each part.
+
+        Args:
+            counts: how many observations each of `values` is the mean of.
+            values: means over the interval.
+            peak: FLOP/s of all ranks.
+        """
+        tokens = values["caption_tokens"]
+        if not self.elastic.elastic:
+            return {"mfu": self.mean(counts, tokens) * values["samples_per_second"] / peak}
+
+        mfu, total = {}, 0.0
+
+        for part in self.elastic.parts(self.sizes):
+            flops = 0.0
+            for bucket in self.buckets:
+                samples = counts.get(f"loss_{bucket}_{part}", 0)
+                flops += samples * self.per_sample(bucket, tokens, part) if samples else 0.0
+            total += flops
+
+            steps = counts.get(f"step_seconds_{part}")
+            # Steps of a sandwich are counted under their second part, and run the full network besides.
+            if steps and not self.elastic.sandwich:
+                mfu[f"mfu_{part}"] = flops / (values[f"step_seconds_{part}"] * steps * peak)
+
+        seconds = values["step_seconds"] * counts["step_seconds"]
+        return {"mfu": total / (seconds * peak), **mfu}
 
     def mean(self, counts: Mapping[str, float], caption_tokens: float) -> float:
         """Return the mean FLOPs of the samples of an interval.
@@ -49,15 +82,17 @@ class SampleFlops:
         )
         return flops / sum(samples.values())
 
-    def per_sample(self, bucket: str, caption_tokens: float) -> float:
+    def per_sample(self, bucket: str, caption_tokens: float, part: SubNetwork | None = None) -> float:
         """Return the FLOPs of a sample, forward and backward.
 
         Args:
             bucket: the sample's bucket.
             caption_tokens: mean length of a caption, summed over all families.
+            part: of an elastic network; None = the whole.
         """
+        sizes = replace(self.sizes, depth=part.depth, patch=part.patch) if part else self.sizes
         # Only the sum over the families is known here, so each gets an equal share; the prefix is always read
         # whole.
         tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
         latents = latent_shape(self.latents, bucket)[1:]
-        return flops_per_sample(self.sizes, self.fusion, self.widths, latents, tokens, self.prefixes)
+        return flops_per_sample(sizes, self.fusion, self.widths, latents, tokens, self.prefixes)

@@ -12,7 +12,7 @@ from model.common.files import naming_full_disk, write_atomic
 from pipeline.runtime.finished import FINISHED
 from pipeline.stage.config import StageConfig, dump_stage
 
-FIXED = ("objective.", "model.", "fusion.")
+FIXED = ("objective.", "model.", "fusion.", "elastic.")
 """Settings that define what the network computes and learns."""
 FREE = ("model.preset", "model.checkpoint_every", "model.compile", "fusion.expect", "fusion.encode")
 """Settings among them that change only how it is computed, or that are checked elsewhere."""

@@ -21,9 +21,8 @@ from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
 from pipeline.data.loader import TrainingData
-from pipeline.diffusion.objective import make_objective
 from pipeline.engine.engine import Engine
-from pipeline.engine.network import build_network, network_sizes
+from pipeline.engine.network import build_network, network_sizes, starting_weights
 from pipeline.engine.optim import learning_rate
 from pipeline.runtime.console import TrainingProgress, log_line
 from pipeline.runtime.distributed import Distributed
@@ -35,10 +34,13 @@ from pipeline.stage.config import StageConfig, dump_stage
 from pipeline.stage.corpus import latents_family, resolve
 from pipeline.text.families import prepare_texts, text_families
 from pipeline.training.callbacks import Callback
+from pipeline.training.elastic import ElasticPasses
+from pipeline.training.elastic_validation import ElasticValidation
 from pipeline.training.gates import GateStats
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.metrics import TIMESTEP_BINS, MetricsLog, RankSums, peak_flops, peak_memory_gb
 from pipeline.training.mfu import SampleFlops
+from pipeline.training.passes import Passes
 from pipeline.training.patch_validation import PatchValidation
 from pipeline.training.previews import Previews
 from pipeline.training.resume import changed_settings, record_stage, refuse_fresh_weights
@@ -81,23 +83,30 @@ class Trainer:
             )
         prepare_texts(self.stage, self.corpus, ranks)
         self.sizes, _ = network_sizes(self.stage, self.corpus)
-        self.objective = make_objective(stage.objective, self.sizes.patch_shape)
 
         torch.manual_seed(stage.data.seed)
         self.engine = Engine(lambda: build_network(self.stage, self.corpus), self.stage, local_batch)
         self.data = TrainingData(self.stage, self.corpus, ranks.rank, ranks.world, self.engine.device)
         self.inputs = NetworkInputs(self.stage, self.corpus, self.data.constants, self.engine.dtype)
         self.latents = latents_family(self.stage, self.corpus)
+        make_passes = ElasticPasses if stage.elastic.elastic else Passes
+        self.passes = make_passes(self.stage, self.sizes, self.engine, self.inputs)
+        self.objective = self.passes.objective
+        self.grids = {
+            bucket: self.passes.grids(latent_shape(self.latents, bucket)[1:]) for bucket in self.corpus.rows
+        }
 
         stage.run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(stage.run / "checkpoints", stage.checkpoint)
         self.peak = peak_flops(stage.log)
         texts = text_families(self.stage, self.corpus).values()
-        self.flops = SampleFlops(self.sizes, stage.fusion, self.latents, texts, self.corpus.rows)
+        self.flops = SampleFlops(self.sizes, stage, self.latents, texts, self.corpus.rows)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
         if stage.objective.time_levels > 1 or stage.objective.difficulty:
             self.callbacks.append(PatchValidation())
+        if stage.elastic.elastic:
+            self.callbacks.append(ElasticValidation())
         if stage.sample.every_samples:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks
@@ -110,6 +119,7 @@ class Trainer:
         bins = [f"loss_t{index}" for index in range(TIMESTEP_BINS)]
         buckets = [f"loss_{bucket}" for bucket in sorted(self.corpus.rows)]
         added = [name for callback in self.callbacks for name in callback.quantities()]
+        added += self.passes.quantities(buckets)
         self.sums = RankSums(["loss", "caption_tokens", *bins, *buckets, *added], self.engine.device)
 
     # -- the loop --------------------------------------------------------------------------------------------
@@ -159,9 +169,12 @@ class Trainer:
                 batch, self.state.position = next(batches)
                 waited = time.monotonic() - began
                 self._train_step(batch)
+                seconds = time.monotonic() - began
                 self.state.interval.add("data_wait", waited)
-                self.state.interval.add("step_seconds", time.monotonic() - began)
-                self.state.seconds_in_steps += time.monotonic() - began
+                self.state.interval.add("step_seconds", seconds)
+                if part := self.passes.part(batch):
+                    self.state.interval.add(f"step_seconds_{part}", seconds)
+                self.state.seconds_in_steps += seconds
                 progress.update(self.state.samples)
         finally:
             progress.close()
@@ -172,8 +185,7 @@ class Trainer:
         """Compile the network for the batches of every bucket, so that no step waits for it."""
         shapes = set()
         for bucket, size in self.data.schedule.batch_sizes.items():
-            grid = self.sizes.patch_grid(latent_shape(self.latents, bucket)[1:])
-            shapes.add((size // self.ranks.world, math.prod(grid)))
+            shapes |= {(size // self.ranks.world, math.prod(grid)) for grid in self.grids[bucket]}
 
         # The last block of a token refiner cuts off the prefix that the collaborative refiner does not read.
         fusion, prefixes = self.stage.fusion, set[int]()
@@ -192,29 +204,19 @@ class Trainer:
             callback.before_step(self, batch)
         self.sums.add("caption_tokens", torch.stack([text.lengths for text in batch.texts.values()]).sum(0))
 
-        clean = self.inputs.clean_latents(batch)
-        example = self.objective.training_example(clean, batch.noise, batch.u, batch.normal)
-        condition = self.inputs.condition(batch, example.timesteps, example.levels)
-        condition.with_difficulty = self.stage.objective.difficulty > 0
-
-        parts = list(self.engine.micro_batches(len(clean)))
-        for part in self.inputs.micro_batches(batch, parts):
-            noisy = example.noisy[part.rows].to(self.engine.dtype)
-            prediction = self.engine(noisy, part.condition(condition))
-            learned, losses = self.objective.training_losses(prediction.float(), example.target[part.rows])
-            self.engine.backward(learned.mean())
-            self._add_losses(batch, losses.detach(), example.timesteps[part.rows])
+        self.passes.run(batch, self._add_losses)
 
         self.heartbeat.enter("step", self.state.step)
         rate = learning_rate(self.stage.optim, self.state.samples, self.stage.samples)
-        applied, norm = self.engine.step(rate, self.state.max_norm(self.stage.optim))
+        part = self.passes.part(batch)
+        applied, norm = self.engine.step(rate, self.state.max_norm(self.stage.optim, part))
         self.state.step += 1
-        self.samples_of_step = len(clean) * self.ranks.world
+        self.samples_of_step = len(batch.u) * self.ranks.world
         self.state.samples += self.samples_of_step
 
         if applied:
             self.engine.update_averages(self.state.samples)
-            self.state.add_applied(norm)
+            self.state.add_applied(norm, part)
         else:
             self._skipped(batch, norm)
         self.state.interval.add("lr", rate)
@@ -240,10 +242,14 @@ class Trainer:
                 f"lower optim.lr, or look at the batches named in {self.stage.run / 'metrics.jsonl'}"
             )
 
-    def _add_losses(self, batch: Batch, losses: Tensor, timesteps: Tensor) -> None:
-        """Add a micro-batch's losses [B] at its timesteps to the sums."""
+    def _add_losses(self, batch: Batch, losses: Tensor, timesteps: Tensor, part: str) -> None:
+        """Add a micro-batch's losses [B] at its timesteps, of a part of the network or the whole, to the
+        sums."""
         self.sums.add("loss", losses)
         self.sums.add(f"loss_{batch.bucket}", losses)
+        if part:
+            self.sums.add(f"loss_{part}", losses)
+            self.sums.add(f"loss_{batch.bucket}_{part}", losses)
         self.sums.add_losses(losses, timesteps)
         for callback in self.callbacks:
             callback.after_micro_batch(self, batch, losses, timesteps)
@@ -276,8 +282,7 @@ class Trainer:
         values["skipped"] = float(state.skipped)
         values["goodput"] = goodput(state.seconds_in_steps, elapsed)
         if self.peak is not None:
-            flops = self.flops.mean(counts, values["caption_tokens"]) * values["samples_per_second"]
-            values["mfu"] = flops / (self.peak * self.ranks.world)
+            values |= self.flops.mfu(counts, values, self.peak * self.ranks.world)
         values["memory_gb"] = peak_memory_gb()
         self.log.report(state.step, state.samples, values)
         progress.report(state.step, state.samples, values)
@@ -322,6 +327,7 @@ class Trainer:
             refuse_fresh_weights(run)
             if self.stage.start_from:
                 weights = load_weights(self.stage.start_from, self.stage.start_weights)
+                weights = starting_weights(self.stage, self.sizes, weights)
                 self.engine.load_full(weights, self.engine.module.new_branches)
             how = f"started from {self.stage.start_from or 'fresh weights'}"
 

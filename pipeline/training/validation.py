@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.condition import Condition, Predict, Text
+from model.sub_network import Part
 from pipeline.diffusion.objective import Objective
 from pipeline.training.callbacks import Callback
 
@@ -57,7 +58,7 @@ def losses_at_fixed_timesteps(
         for index, fixed in enumerate(FIXED_TIMESTEPS):
             timesteps = torch.full((len(clean),), fixed, device=clean.device)
             noisy, target = objective.add_noise(clean, noise, timesteps)
-            prediction = predict(noisy.to(dtype), replace(given, timesteps=timesteps))
+            prediction = predict(noisy.to(dtype), given.at(fixed))
             # Summed in fp64 on the host, so that the number of batches does not limit the precision.
             sums[index] += objective.loss(prediction.float(), target).double().sum().cpu()
         count += len(clean)
@@ -75,6 +76,19 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def held_out_losses(trainer: "Trainer", part: Part | None) -> Tensor:
+    """Return the mean loss of a part of the network at each of `FIXED_TIMESTEPS` over all ranks' held-out
+    batches, fp64 [8]; collective."""
+    engine, inputs = trainer.engine, trainer.inputs
+    # Lazy, so that only one batch is in memory at a time.
+    moved = (batch.to(engine.device) for batch in trainer.data.validation())
+    held_out = (
+        (inputs.clean_latents(batch), batch.noise, replace(inputs.condition(batch, batch.u), part=part))
+        for batch in moved
+    )
+    return mean_over_ranks(losses_at_fixed_timesteps(engine, held_out, trainer.objective, engine.dtype))
+
+
 class Validation(Callback):
     """Logs the loss of the averaged weights on held-out batches every `log.validate_every_samples`
     samples."""
@@ -87,17 +101,9 @@ class Validation(Callback):
 
     def validate(self, trainer: "Trainer") -> None:
         """Measure the losses on all ranks and log their mean."""
-        engine, inputs = trainer.engine, trainer.inputs
-        # Lazy, so that only one batch is in memory at a time.
-        moved = (batch.to(engine.device) for batch in trainer.data.validation())
-        held_out = (
-            (inputs.clean_latents(batch), batch.noise, inputs.condition(batch, batch.u)) for batch in moved
-        )
-
         # The averaged weights, because these are the ones that are sampled and exported.
-        with engine.averaged():
-            losses = losses_at_fixed_timesteps(engine, held_out, trainer.objective, engine.dtype)
-        losses = mean_over_ranks(losses)
+        with trainer.engine.averaged():
+            losses = held_out_losses(trainer, trainer.inputs.part)
 
         by_timestep = zip(FIXED_TIMESTEPS, losses, strict=True)
         values = {f"validation_t{fixed:.4f}": float(loss) for fixed, loss in by_timestep}

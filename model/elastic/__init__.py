@@ -1,0 +1,1 @@
+"""Elastic networks: one set of weights for several depths and sizes of patches."""

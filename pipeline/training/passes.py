@@ -1,0 +1,75 @@
+"""The forward and backward passes of a training step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from model.config import DiTConfig
+from pipeline.data.batch import Batch
+from pipeline.diffusion.objective import make_objective
+from pipeline.engine.engine import Engine
+from pipeline.stage.config import StageConfig
+from pipeline.training.inputs import NetworkInputs
+
+AddLosses = Callable[[Batch, Tensor, Tensor, str], None]
+"""Takes a batch, the losses fp32 [B] of one of its micro-batches, their timesteps [B] or [B, N], and the name
+of the part of the network that has them; empty = the whole network."""
+
+
+class Passes:
+    """Runs the network forward and backward on each micro-batch of a batch."""
+
+    def __init__(self, stage: StageConfig, sizes: DiTConfig, engine: Engine, inputs: NetworkInputs) -> None:
+        """Keep what the passes need.
+
+        Args:
+            stage: the resolved stage.
+            sizes: of the network.
+            engine: runs the network.
+            inputs: turns batches into what the network reads.
+        """
+        self.stage, self.sizes = stage, sizes
+        self.engine, self.inputs = engine, inputs
+        self.objective = make_objective(stage.objective, sizes.patch_shape)
+
+    def quantities(self, buckets: Sequence[str]) -> list[str]:
+        """Return the names of further losses that the trainer sums up: those of the network's parts.
+
+        Args:
+            buckets: names of the losses of all buckets.
+        """
+        return []
+
+    def all_sizes(self) -> list[DiTConfig]:
+        """Return the sizes of the network, once for each size of patches that it computes with."""
+        return [self.sizes]
+
+    def grids(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the grid of patches of latents of `positions` = (h, w) or (T, h, w), for each size of
+        patches.
+
+        Raises:
+            UserError: if the latents do not divide into patches of a size.
+        """
+        return [sizes.patch_grid(positions) for sizes in self.all_sizes()]
+
+    def part(self, batch: Batch) -> str:
+        """Return the name of what a batch trains, by which metrics are sorted; empty = the whole network."""
+        return ""
+
+    def run(self, batch: Batch, add_losses: AddLosses) -> None:
+        """Leave the gradients of a batch in the engine."""
+        clean = self.inputs.clean_latents(batch)
+        example = self.objective.training_example(clean, batch.noise, batch.u, batch.normal)
+        condition = self.inputs.condition(batch, example.timesteps, example.levels)
+        condition = replace(condition, with_difficulty=self.stage.objective.difficulty > 0)
+
+        parts = list(self.engine.micro_batches(len(clean)))
+        for part in self.inputs.micro_batches(batch, parts):
+            noisy = example.noisy[part.rows].to(self.engine.dtype)
+
+            prediction = self.engine(noisy, part.condition(condition))
+            learned, losses = self.objective.training_losses(prediction.float(), example.target[part.rows])
+            self.engine.backward(learned.mean())
+            add_losses(batch, losses.detach(), example.timesteps[part.rows], "")

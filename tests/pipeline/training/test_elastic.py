@@ -1,0 +1,273 @@
+"""Elastic networks in training: parts are chosen alike on any ranks and after a stop, and what a step leaves
+out does not move."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import kstest
+
+from model.common.errors import UserError
+from model.elastic.config import ElasticConfig, kept_blocks
+from model.sub_network import SubNetwork
+from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.diffusion.objective import make_objective
+from pipeline.stage.config import load_stage
+from pipeline.stage.objective import ObjectiveConfig
+from pipeline.training.elastic import ElasticPasses, PartChoice
+from pipeline.training.state import TrainState
+from tests.helpers import elastic_tasks, fake_snapshot
+from tests.helpers.distributed import on_ranks
+from tests.helpers.networks import SMALL
+from tests.seams import seam_tasks
+
+DEPTHS = {"model__depth": 4, "elastic__depths": [4, 2]}
+BOTH = {**DEPTHS, "elastic__patches": [2, 4]}
+SIZES = replace(SMALL, depth=6, patch=2)
+NO_MEMORY = {"optim__betas": (0.0, 0.0), "optim__weight_decay": 0.0}
+"""With these a parameter without a gradient does not move."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    fake_snapshot.make(folder / "store", {"32x32": [20, 12], "32x64": [16]}, folder)
+    return str(folder / "store")
+
+
+def losses_of(results):
+    return [report["loss"] for report in results[0][1]]
+
+
+def train(ranks, store, runs, settings, stop_at=None):
+    return losses_of(on_ranks(ranks, seam_tasks.train, store, str(runs), stop_at, settings))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(store, tmp_path_factory):
+    """A run on two ranks: its folder and losses."""
+    runs = tmp_path_factory.mktemp("two")
+    return runs, train(2, store, runs, BOTH)
+
+
+def test_a_network_that_always_runs_whole_trains_as_a_plain_one_bit_for_bit(store, tmp_path):
+    runs = {"plain": {"model__depth": 4}, "elastic": {**DEPTHS, "elastic__full": 1.0}}
+    losses = [train(1, store, tmp_path / name, given) for name, given in runs.items()]
+    assert losses[0] == losses[1]
+    one, other = (load_weights(tmp_path / name / "small", "ema") for name in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
+    runs, losses = two_ranks
+    train(2, store, tmp_path, BOTH, stop_at=3)
+    assert train(2, store, tmp_path, BOTH) == losses
+    one, other = (load_weights(folder / "small", "ema") for folder in (runs, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["elastic.4.time_shift.vector"].any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine__micro_batch": 2, "model__checkpoint_every": 1, "model__compile": True},
+        {"engine__zero_stage": 2},
+    ],
+)
+def test_one_rank_otherwise_is_the_same_to_rounding(store, tmp_path, two_ranks, settings):
+    assert train(1, store, tmp_path, {**BOTH, **settings}) == pytest.approx(two_ranks[1], rel=0.02)
+
+
+@pytest.mark.parametrize("zero_stage", [3, 2])
+def test_what_a_step_leaves_out_does_not_move(store, tmp_path, zero_stage):
+    given = {
+        **seam_tasks.PLAIN,
+        **BOTH,
+        **NO_MEMORY,
+        "engine__zero_stage": zero_stage,
+        "engine__micro_batch": 2,
+        "samples": 8 * 8,
+        "log__peak_tflops": 1.0,
+    }
+    parts, moved, reports = on_ranks(2, elastic_tasks.train_and_watch, store, str(tmp_path), given)[0]
+    assert len(set(parts)) >= 3
+    kept, seen, steps_of = kept_blocks([4, 2]), set(), Counter()
+    for part, names in zip(parts, moved, strict=True):
+        depth, patch = (int(re.sub(r"\D", "", text)) for text in part.split("_"))
+        blocks = {int(name.split(".")[1]) for name in names if name.startswith("blocks.")}
+        assert blocks <= set(kept[depth])
+        assert any(name.startswith("elastic.") for name in names) == (patch == 4)
+        # the last layer starts at zero, and so do the gates: they let gradients through after two steps
+        if steps_of[patch] >= 2 and sum(steps_of.values()) >= 3:
+            assert blocks == set(kept[depth])
+            assert ("patch_embedding.weight" in names) == (patch == 2)
+            seen.add(depth)
+        steps_of[patch] += 1
+    assert seen
+    # losses, norms, times and use of the device are kept for each part
+    for report, part in zip(reports, parts, strict=True):
+        assert {f"{name}_{part}" for name in ("loss", "grad_norm", "step_seconds", "mfu")} <= set(report)
+        assert report[f"loss_{part}"] == report["loss"]
+        assert report[f"mfu_{part}"] == pytest.approx(report["mfu"])
+
+
+def test_a_sandwich_trains_the_whole_and_a_part(store, tmp_path):
+    settings = {
+        **seam_tasks.PLAIN,
+        **BOTH,
+        **NO_MEMORY,
+        "elastic__sandwich": True,
+        "elastic__distil": 0.5,
+        "engine__micro_batch": 2,
+        "log__peak_tflops": 1.0,
+    }
+    parts, moved, reports = on_ranks(2, elastic_tasks.train_and_watch, store, str(tmp_path), settings)[0]
+    assert "depth4_patch2" not in parts
+    assert all({"blocks.1.mlp.up.weight", "patch_embedding.weight"} <= names for names in moved[3:])
+    for report, part in zip(reports, parts, strict=True):
+        assert report["loss"] == pytest.approx((report["loss_depth4_patch2"] + report[f"loss_{part}"]) / 2)
+        assert report["mfu"] > 0
+
+
+def test_segments_train_and_validate_each_size_in_its_times(store, tmp_path):
+    settings = {
+        **BOTH,
+        "elastic__segments": [0.5],
+        "log__validate_every_samples": 16,
+        "data__validation_parts": 1,
+    }
+    losses = train(2, store, tmp_path, settings)
+    lines = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    plain = [line for line in lines if line.get("event") == "validation"]
+    parts = [line for line in lines if line.get("event") == "elastic"]
+    assert len(plain) == len(parts) == len(losses) * 8 // 16
+    for one, other in zip(plain, parts, strict=True):
+        assert one["loss"] == other["loss_depth4"] > 0 < other["loss_depth2"]
+
+
+def test_a_plain_stages_weights_start_an_elastic_one(store, tmp_path):
+    train(1, store, tmp_path / "plain", {"model__depth": 4})
+    start = {"start_from": str(tmp_path / "plain" / "small"), "start_weights": "raw", **BOTH}
+    on_ranks(2, seam_tasks.train, store, str(tmp_path / "next"), 0, start)
+    one, other = (load_weights(tmp_path / name / "small", "raw") for name in ("plain", "next"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    wide = other["elastic.4.patch_embedding.weight"]
+    assert wide.shape[1] == 4 * one["patch_embedding.weight"].shape[1]
+    assert wide.sum() == pytest.approx(float(one["patch_embedding.weight"].sum()), rel=1e-4)
+    assert not other["elastic.4.time_shift.vector"].any()
+
+
+def choice(objective=None, **settings):
+    config = ElasticConfig(**{"depths": [6, 4, 2], "patches": [2, 4], **settings})
+    return PartChoice(config, SIZES, make_objective(objective or ObjectiveConfig()), seed=7)
+
+
+@settings(max_examples=10, deadline=None)
+@given(full=st.floats(0, 1), hold=st.integers(1, 9), epoch=st.integers(0, 5))
+def test_parts_are_chosen_by_their_shares_and_held(full, hold, epoch):
+    chosen = choice(full=full, hold=hold)
+    parts = [chosen.parts(epoch, index)[0] for index in range(300 * hold)]
+    assert parts == [chosen.parts(epoch, index)[0] for index in range(300 * hold)]
+    assert all(len(set(parts[start : start + hold])) == 1 for start in range(0, len(parts), hold))
+    counts = Counter(parts[::hold])
+    assert counts[SubNetwork(6, 2)] / 300 == pytest.approx(full, abs=0.1)
+    others = [counts[part] / 300 for part in chosen.others]
+    assert others == pytest.approx([(1 - full) / 5] * 5, abs=0.1)
+
+
+def test_epochs_and_seeds_have_other_parts():
+    parts = {
+        (seed, epoch): tuple(replace_seed(seed).parts(epoch, index)[0] for index in range(50))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(parts.values())) == 4
+
+
+def replace_seed(seed):
+    return PartChoice(ElasticConfig(depths=[6, 4, 2]), SIZES, make_objective(ObjectiveConfig()), seed)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(),
+        ObjectiveConfig(shift=3.0, logit_mean=0.4),
+        ObjectiveConfig(timesteps="uniform"),
+        ObjectiveConfig(name="ddpm"),
+    ],
+)
+def test_segments_leave_the_density_of_times_as_it_is(objective):
+    chosen = choice(objective, segments=[0.6])
+    made, uniform = make_objective(objective), torch.rand(4000, 8, generator=torch.Generator().manual_seed(0))
+    shares, times = Counter(), []
+    for index, u in enumerate(uniform):
+        patch = chosen.parts(0, index)[0].patch
+        moved = made.sample_timesteps(chosen.uniform(u, patch))
+        assert bool((moved >= 0.6 - 1e-6).all()) == (patch == 4)
+        assert bool((moved < 0.6 + 1e-6).all()) == (patch == 2)
+        shares[patch] += 1 / len(uniform)
+        times.append(moved[:1])
+    plain = made.sample_timesteps(uniform.flatten())
+    assert shares[4] == pytest.approx(float((plain >= 0.6).float().mean()), abs=0.03)
+    noise = 1e-4 * torch.rand(2, 32000, generator=torch.Generator().manual_seed(1))  # ddpm's times repeat
+    mixture = torch.cat(times)
+    assert kstest((mixture + noise[0, : len(mixture)]).numpy(), (plain + noise[1]).numpy()).pvalue > 1e-3
+
+
+def test_a_sandwich_has_the_patches_of_its_segment():
+    for index in range(50):
+        whole, part = choice(segments=[0.6], sandwich=True).parts(0, index)
+        assert whole.depth == 6 > part.depth
+        assert whole.patch == part.patch
+        whole, part = choice(sandwich=True).parts(0, index)
+        assert whole == SubNetwork(6, 2) != part
+
+
+def test_the_whole_network_teaches_itself_nothing():
+    passes = ElasticPasses.__new__(ElasticPasses)
+    passes.objective = make_objective(ObjectiveConfig())
+    passes.stage = load_stage(
+        "demo", ["elastic.depths=[4,2]", "model.depth=4", "elastic.sandwich=true", "elastic.distil=1.0"]
+    )
+    prediction, target = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    learned, losses = passes.objective.training_losses(prediction, target)
+    assert not passes._distilled(learned, losses, prediction, prediction).any()
+    half = passes._distilled(learned, losses, prediction, target)
+    assert torch.allclose(half, losses)
+
+
+def test_each_part_has_its_own_usual_norm():
+    stage = load_stage("demo", ["optim.spike=3", "optim.warmup_samples=0"])
+    state = TrainState()
+    state.add_applied(1.0, "depth4_patch2")
+    state.add_applied(10.0, "depth2_patch2")
+    assert state.max_norm(stage.optim, "depth4_patch2") == 3
+    assert state.max_norm(stage.optim, "depth2_patch2") == 30
+    assert state.max_norm(stage.optim, "depth2_patch4") == float("inf")
+    again = TrainState.from_dict(state.to_dict())
+    assert again.part_grad_norms == state.part_grad_norms
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["elastic.depths=[9]"], "model.depth"),
+        (["elastic.patches=[2,4]", "objective.patch_times.kind=ltg"], "objective.patch_times"),
+        (["elastic.depth=[4,2]"], "depths"),
+        (["elastic.full=1.5"], "elastic.full"),
+    ],
+)
+def test_settings_of_a_stage_are_checked(settings, named):
+    with pytest.raises(UserError, match=named):
+        load_stage("demo", ["model.depth=4", "model.patch=2", *settings])
+
+
+def test_latents_that_do_not_divide_into_the_largest_patches_are_refused_at_the_start(store, tmp_path):
+    with pytest.raises(AssertionError, match="do not divide into patches of 8 x 8"):
+        train(1, store, tmp_path, {"elastic__patches": [2, 8]})
