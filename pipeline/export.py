@@ -16,6 +16,7 @@ from torch import nn
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
+from model.elastic.weights import plain_network
 from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.manifest import read_manifest
@@ -63,7 +64,15 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     )  # fmt: skip
 
 
-def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> None:
+def export(
+    run: Path,
+    out: Path,
+    weights: str,
+    precision: str,
+    shard: str,
+    depth: int | None = None,
+    patch: int | None = None,
+) -> None:
     """Write the folder, which appears complete or not at all.
 
     Args:
@@ -72,6 +81,8 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
         weights: `ema`, `raw`, or the decay of an average.
         precision: `bf16` or `fp32`.
         shard: largest file of weights.
+        depth: blocks of the part of an elastic network to export; None = all.
+        patch: side of a patch of that part; None = the full network's.
 
     Raises:
         UserError: if `out` exists, or the run cannot be read.
@@ -81,6 +92,8 @@ def export(run: Path, out: Path, weights: str, precision: str, shard: str) -> No
         raise UserError(f"{out} exists: remove it or name another folder")
     # on the CPU: an export computes nothing, and login nodes have no GPU
     sampler = Sampler.from_run(run, weights, torch.device("cpu"), DTYPES[precision])
+    # an export has no parts: it is the plain network that a part is
+    sampler.network = plain_network(sampler.network, depth, patch)
     pipeline = build_pipeline(sampler)
     pipeline.card = make_card(run, sampler, weights, precision)
     with atomic_path(out) as unfinished:
@@ -178,9 +191,12 @@ def main() -> None:
         "--weights", default="ema", metavar="ema|raw|DECAY", help="ema = the run's first average"
     )
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--depth", type=int, help="blocks of the part of an elastic network; default: all")
+    parser.add_argument("--patch", type=int, help="side of a patch of that part; default: model.patch")
     parser.add_argument("--shard", default="5GB", help="largest file of weights")
     arguments = parser.parse_args()
-    export(arguments.run, arguments.out, arguments.weights, arguments.precision, arguments.shard)
+    part = arguments.depth, arguments.patch
+    export(arguments.run, arguments.out, arguments.weights, arguments.precision, arguments.shard, *part)
     print(
         f"{arguments.out}: load it with LIDiTPipeline.from_pretrained, or draw with python -m "
         f"pipeline.sample {arguments.out}"

@@ -161,9 +161,12 @@ def _add_endpoint(gr: Any, studio: InteractiveSampler) -> None:
         seed: int = defaults.seed,
         images: int = 1,
         scheduler: str = names[0],
+        part: str = "",
     ) -> list[dict[str, Any]]:
         """Generate images of a prompt; the j-th image has seed + j. Returns PNG files."""
-        request = GenerationRequest(prompt, negative, height, width, steps, guidance, seed, images, scheduler)
+        request = GenerationRequest(
+            prompt, negative, height, width, steps, guidance, seed, images, scheduler, part=part
+        )
         try:
             (column,) = studio.generate(request)
         except UserError as error:
@@ -201,6 +204,10 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
         schedulers = sampler.schedulers
         scheduler = gr.Dropdown(schedulers, value=schedulers[0], label="Scheduler")
         compare = gr.Dropdown(studio.comparisons, value=NOTHING, label="Compare with", elem_id="compare")
+    parts = studio.parts or [""]
+    part = gr.Dropdown(
+        parts, value=parts[0], label="Part of the network", visible=len(parts) > 1, elem_id="part"
+    )
     label = "Attention per word, at step (0: none)"
     attention = slider(0, default_steps, 0, step=1, label=label, elem_id="attention")
     has_head = sampler.network.sizes.difficulty != "none"
@@ -221,7 +228,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     )
     controls = [
         prompt, negative, height, width, steps, guidance, seed, images, scheduler, compare, attention,
-        difficulty,
+        difficulty, part,
     ]  # fmt: skip
     for control in controls:
         # `InteractiveSampler` checks the values, in a sentence where gradio's own checks end in a traceback

@@ -70,7 +70,7 @@ def attention_to_tokens(network: LIDiT, latents: Tensor, condition: Condition) -
         raise UserError(
             f"model.block={network.sizes.block} has no cross-attention to show: ask for no attention maps"
         )
-    grid = network.sizes.patch_grid(latents.shape[2:])
+    grid = network.route(condition.part).sizes.patch_grid(latents.shape[2:])
     return torch.stack(seen).mean(0)[0].unflatten(0, grid).cpu()
 
 

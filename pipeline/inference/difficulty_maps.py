@@ -95,13 +95,14 @@ def difficulty_maps(
 
     latents = sampler.latents([prompt], [seed], params, keep)
     condition = replace(sampler.condition([prompt], params), with_difficulty=True)
-    patch = sampler.network.sizes.patch_shape
-    grid = sampler.network.sizes.patch_grid(latents.shape[2:])
 
     maps = []
     for step in shown:
-        output = sampler.network(before[step].to(sampler.dtype), condition.at(times[step]))
-        expected = patch_log_variances(output[:, -1:], patch)[0].unflatten(0, grid)
+        now = condition.at(times[step])
+        output = sampler.network(before[step].to(sampler.dtype), now)
+        sizes = sampler.network.route(now.part).sizes
+        expected = patch_log_variances(output[:, -1:], sizes.patch_shape)[0]
+        expected = expected.unflatten(0, sizes.patch_grid(latents.shape[2:]))
         maps.append(DifficultyMap(times[step], expected.cpu()))
     return latents, maps
 

@@ -35,6 +35,7 @@ from pipeline.diffusion.solvers import (
 )
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
+from pipeline.inference.elastic import ChosenParts, Parts, choose_parts, largest_patch, sizes_for_solver
 from pipeline.runtime.distributed import all_reduce_min
 from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig, StageConfig, load_run
 from pipeline.stage.corpus import latents_family, resolve
@@ -69,11 +70,15 @@ class SamplingParams:
     default."""
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     """Settings of the schedulers that follow the difficulty of patches."""
+    parts: ChosenParts = field(default_factory=ChosenParts)
+    """Depth and size of patches of an elastic network."""
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are written next to an image; `conditions` and `adaptive` only if they
-        are read."""
+        are read, depth and size of patches only if they are asked for."""
         record = asdict(self)
+        record |= self.parts.record()
+        del record["parts"]
         if self.scheduler not in ADAPTIVE:
             del record["adaptive"]
         if not self.conditions:
@@ -185,7 +190,16 @@ class Sampler:
         Raises:
             UserError: if there is none of that name, or it does not fit the network.
         """
-        return make_scheduler(self.objective, params.scheduler, params.adaptive, self.network.sizes)
+        sizes = sizes_for_solver(self.network, self.parts(params), params.scheduler in ADAPTIVE)
+        return make_scheduler(self.objective, params.scheduler, params.adaptive, sizes)
+
+    def parts(self, params: SamplingParams) -> Parts:
+        """Return the parts of the network that sample.
+
+        Raises:
+            UserError: if the network has no such parts.
+        """
+        return choose_parts(self.network, params.parts)
 
     @property
     def schedulers(self) -> list[str]:
@@ -202,7 +216,8 @@ class Sampler:
         Raises:
             UserError: if the size does not divide.
         """
-        return image_latent_shape(self.network, self.vae.downsampling, params.height, params.width)
+        patch = largest_patch(self.network, self.parts(params))
+        return image_latent_shape(self.network, self.vae.downsampling, params.height, params.width, patch)
 
     def latents(
         self,
@@ -234,6 +249,7 @@ class Sampler:
         # An empty negative prompt is the null caption, so plain guidance needs no case of its own.
         condition = self.condition(prompts, params)
         null_condition = self.condition([params.negative] * len(prompts), params)
+        null_condition.part = self.parts(params).null
         return sample_latents(
             self.network,
             self.solver(params),
@@ -291,7 +307,8 @@ class Sampler:
                 for text in texts
             ]
         extra = extra_conditions(self.network, params, len(prompts), self.device)
-        return Condition(torch.zeros(len(prompts), device=self.device), texts, extra)
+        part = self.parts(params).prompt
+        return Condition(torch.zeros(len(prompts), device=self.device), texts, extra, part=part)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode normalized latents to pixels fp32 [B, 3, H, W] in [-1, 1]."""
@@ -342,7 +359,11 @@ def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
 
 
 def image_latent_shape(
-    network: LIDiT, downsampling: int | Sequence[int], height: int, width: int
+    network: LIDiT,
+    downsampling: int | Sequence[int],
+    height: int,
+    width: int,
+    patch: int | None = None,
 ) -> tuple[int, ...]:
     """Return the shape of one image's latents, (C, h, w).
 
@@ -351,11 +372,12 @@ def image_latent_shape(
         downsampling: of the latent space, one number or one per axis.
         height: in pixels.
         width: in pixels.
+        patch: side of the largest patch; None = the network's.
 
     Raises:
         UserError: if the size does not divide.
     """
-    factors, patch = downsampling_per_axis(downsampling, axes=2), network.sizes.patch
+    factors, patch = downsampling_per_axis(downsampling, axes=2), patch or network.sizes.patch
     # The network cuts the latents into patches, so each side must be a whole number of them.
     for side, factor in zip((height, width), factors, strict=True):
         if side < factor * patch or side % (factor * patch):

@@ -21,6 +21,7 @@ from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
 from pipeline.inference.call import objective_of
+from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig
@@ -153,6 +154,12 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(
             f"--{setting.name}", type=type(setting.default), help=f"sample.adaptive.{setting.name}"
         )
+    for name in (chosen.name for chosen in fields(ChosenParts)):
+        what = "blocks" if "depth" in name else "side of a patch"
+        branch = "of guidance's branch without the prompt" if "null" in name else "of an elastic network"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, help=f"{what} {branch}; default: as trained for"
+        )
     parser.add_argument(
         "--condition",
         action="append",
@@ -198,6 +205,7 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
         quantised=arguments.quantised,
         conditions=dict(_name_and_value(text) for text in arguments.condition),
         adaptive=_adaptive_settings(defaults.adaptive, arguments),
+        parts=ChosenParts(*(getattr(arguments, chosen.name) for chosen in fields(ChosenParts))),
     )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from model.common.errors import UserError
 from pipeline.inference.attention_maps import overlay
 from pipeline.inference.difficulty_maps import check_maps, difficulty_maps
+from pipeline.inference.elastic import part_choices
 from pipeline.inference.images import save_png, to_images
 from pipeline.inference.sampler import Sampler, SamplingParams
 
@@ -53,6 +54,8 @@ class GenerationRequest:
     """Step whose attention per word is shown; 0 = none."""
     difficulty: bool = False
     """Show the expected error of the first image's patches."""
+    part: str = ""
+    """Part of an elastic network, a name of `parts`; empty = as trained for."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class InteractiveSampler:
         without = [f"{WITHOUT}{llm}" for llm in llms] if len(llms) > 1 else []
         return [NOTHING, *([OTHER] if len(self.samplers) > 1 else []), NO_INSTRUCTION, *without]
 
+    @property
+    def parts(self) -> list[str]:
+        """Parts of the first sampler's network, the default first; empty if it is not elastic."""
+        return list(part_choices(next(iter(self.samplers.values())).network))
+
     def generate(self, request: GenerationRequest) -> list[Column]:
         """Sample a request's images and, if it asks for that, a second column that differs in one setting.
 
@@ -106,6 +114,8 @@ class InteractiveSampler:
             request.scheduler,
             request.negative.strip(),
         )
+        if request.part:
+            params = replace(params, parts=part_choices(sampler.network)[request.part])
 
         columns = [(name, sampler, params)]
         if request.compare == OTHER:
@@ -153,6 +163,9 @@ class InteractiveSampler:
             raise UserError(f"the prompt has more than {MAX_PROMPT_LENGTH:,} characters: shorten it")
         if not 0 <= request.guidance <= 30:
             raise UserError(f"guidance={request.guidance}: choose 0 to 30")
+        if request.part and request.part not in self.parts:
+            known = ", ".join(self.parts) or "none"
+            raise UserError(f"part={reprlib.repr(request.part)}: the network has {known}: choose one of them")
         if request.compare not in self.comparisons:
             raise UserError(f"compare={request.compare}: choose {', '.join(self.comparisons)}")
 

@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from data_prep.scenes.captions import scene_prompts
 from model.common.files import atomic_path
 from model.condition import Condition
+from model.sub_network import Part
 from pipeline.diffusion.solvers import make_scheduler, sample_latents
 from pipeline.engine.engine import Engine
 from pipeline.following.reading import read_scene
@@ -83,10 +85,15 @@ class Previews(Callback):
         scenes = scene_prompts(sample.scenes, "list", sample.width / sample.height)
         self.scenes = [prompt.caption for prompt in scenes]
         self.prompts = [*sample.prompts, *(caption.text for caption in self.scenes)]
+        self.parts: list[Part | None] = [None]
+        """Parts of the network that sample, one after another."""
+        if stage.elastic.elastic:
+            self.parts = [*stage.elastic.choices(engine.module.sizes)]
+
         latents = latents_family(stage, corpus)
-        self.shape = image_latent_shape(
-            engine.module, latents.info["downsampling"], sample.height, sample.width
-        )
+        patch = max([engine.module.sizes.patch, *stage.elastic.patches])
+        downsampling = latents.info["downsampling"]
+        self.shape = image_latent_shape(engine.module, downsampling, sample.height, sample.width, patch)
 
         reader = PromptReader(
             text_families(stage, corpus), constants, partial(load_llm, device=engine.device)
@@ -111,24 +118,29 @@ class Previews(Callback):
         trainer.heartbeat.enter("draw", state.step)
         began = time.monotonic()
 
-        with trainer.engine.averaged():
-            images = self.sample(trainer.engine)
-        # Only rank 0 has the images and writes; the others go on to the next collective.
-        if images is not None:
-            self.save(images.grid, state.samples)
-            trainer.log.image("samples", np.asarray(images.grid), state.samples)
-            trainer.log.scores("scenes", state.step, state.samples, images.scores)
+        for number, part in enumerate(self.parts):
+            # Those of the default part have the names that they have of a plain network.
+            name = str(part) if number else ""
+            suffix = f"_{name}" if name else ""
+            with trainer.engine.averaged():
+                images = self.sample(trainer.engine, part)
+            # Only rank 0 has the images and writes; the others go on to the next collective.
+            if images is not None:
+                self.save(images.grid, state.samples, name)
+                trainer.log.image(f"samples{suffix}", np.asarray(images.grid), state.samples)
+                trainer.log.scores(f"scenes{suffix}", state.step, state.samples, images.scores)
         trainer.log_event("grid", seconds=time.monotonic() - began)
 
-    def sample(self, engine: Engine) -> PreviewImages | None:
-        """Sample all images; rank 0 gets them, the others None."""
+    def sample(self, engine: Engine, part: Part | None = None) -> PreviewImages | None:
+        """Sample all images with a part of the network, None = the whole; rank 0 gets them, the others
+        None."""
         share = -(-len(self.prompts) // engine.world)
         # indices beyond the end are sampled, so that all ranks run equally often, but not shown
         indices = range(engine.rank * share, (engine.rank + 1) * share)
         sampled: list[Image.Image] = []
         # At most a micro-batch at a time: that many samples are known to fit into memory.
         for start in range(0, share, engine.micro_batch):
-            sampled += self._sample(engine, indices[start : start + engine.micro_batch])
+            sampled += self._sample(engine, indices[start : start + engine.micro_batch], part)
 
         shown = [image for image, index in zip(sampled, indices, strict=True) if index < len(self.prompts)]
         images = list(itertools.chain.from_iterable(gather(shown)))
@@ -148,7 +160,7 @@ class Previews(Callback):
             scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
         return scores
 
-    def _sample(self, engine: Engine, indices: range) -> list[Image.Image]:
+    def _sample(self, engine: Engine, indices: range, part: Part | None) -> list[Image.Image]:
         sample = self.stage.sample
         # Any prompt does for the indices beyond the end.
         prompts = [self.prompts[index % len(self.prompts)] for index in indices]
@@ -157,8 +169,8 @@ class Previews(Callback):
         latents = sample_latents(
             engine,
             self._solver(engine),
-            self._condition(engine, prompts),
-            self._condition(engine, [""] * len(prompts)),
+            replace(self._condition(engine, prompts), part=part),
+            replace(self._condition(engine, [""] * len(prompts)), part=part),
             self.shape,
             seeds,
             sample.steps,
@@ -178,11 +190,12 @@ class Previews(Callback):
         timesteps = torch.zeros(len(prompts), device=engine.device)
         return Condition(timesteps, self.reader.texts(prompts, engine.dtype), extra)
 
-    def save(self, grid: Image.Image, samples: int) -> None:
-        """Write the grid into the run's folder; not collective. A full disk costs the image, not the run."""
-        path = self.stage.run / "grids" / f"samples_{samples:012d}.png"
+    def save(self, grid: Image.Image, samples: int, name: str = "") -> None:
+        """Write the grid into the run's folder, in that of its part; not collective. A full disk costs
+        the image, not the run."""
+        path = self.stage.run / "grids" / name / f"samples_{samples:012d}.png"
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 grid.save(temporary, format="PNG")
         except OSError as error:
