@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.common.errors import command
+from pipeline.operations.elastic_planning import PartCost
 from pipeline.operations.planning import Setup, activation_bytes, make_plan
 from pipeline.stage.config import StageConfig, load_stage
 
@@ -33,6 +34,8 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
     ):
         console.print(line, highlight=False)
+    if first.parts:
+        show_parts(first.parts, console)
     table = Table("", *[f"{setup.gpus} GPUs" for setup in setups])
     table.add_row("samples per GPU and step", *[str(plan.local_batch) for plan in plans])
     table.add_row("of them at once", *[str(plan.micro_batch) for plan in plans])
@@ -59,6 +62,16 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
 def _size(setup: Setup) -> str:
     image = f"at {setup.height} x {setup.width}"
     return image if setup.frames is None else f"of {setup.frames} frames of latents {image}"
+
+
+def show_parts(parts: Sequence[PartCost], console: Console) -> None:
+    """Print one row per part of an elastic network."""
+    table = Table("part", "parameters, B", "TFLOP per sample", "of the full network", "passes per step")
+    for part in parts:
+        share = part.flops_per_sample / parts[0].flops_per_sample
+        numbers = f"{part.parameters / 1e9:.2f}", f"{part.flops_per_sample / 1e12:.2f}"
+        table.add_row(part.name, *numbers, f"{share:.0%}", f"{part.share:.2f}")
+    console.print(table)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The stage's network: its sizes, building it, and the weights that it starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,7 +22,17 @@ def network_sizes(stage: StageConfig, corpus: Corpus) -> tuple[DiTConfig, list[i
 
 def build_network(stage: StageConfig, corpus: Corpus) -> LIDiT:
     """Build the stage's network with fresh weights."""
-    dit, widths = network_sizes(stage, corpus)
+    return make_network(stage, *network_sizes(stage, corpus))
+
+
+def make_network(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> LIDiT:
+    """Build the network of a stage for data whose sizes are known.
+
+    Args:
+        stage: the stage.
+        dit: sizes of the DiT.
+        widths: widths of the text families in fusion order.
+    """
     every = stage.model.checkpoint_every
     if stage.elastic.elastic:
         return ElasticLIDiT(dit, stage.fusion, widths, stage.elastic, every)

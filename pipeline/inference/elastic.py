@@ -1,4 +1,4 @@
-"""The parts of an elastic network that sample an image."""
+"""Choice of the parts of an elastic network for sampling."""
 
 from dataclasses import dataclass, replace
 

@@ -6,18 +6,19 @@ The terms of the memory are tested against the real tiny network and engine.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.config import DiTConfig
-from model.dit import LIDiT
 from model.encoders.latent_spaces import latent_sizes
 from model.flops import count_parameters, flops_per_sample
 from model.fusion import collaborates, refiner_size
+from pipeline.engine.network import make_network
 from pipeline.engine.optim import optimizer_settings, parameter_groups
+from pipeline.operations.elastic_planning import PartCost, further_parameters, part_costs
 from pipeline.stage.config import StageConfig
 
 _OUTER_VALUES = 11
@@ -76,6 +77,8 @@ class Plan:
     read_per_node: float
     """Bytes per second."""
     checkpoint_bytes: float
+    parts: list[PartCost] = field(default_factory=list)
+    """Parts of an elastic network, the full one first; empty of any other."""
 
     @property
     def total_memory(self) -> float:
@@ -107,9 +110,18 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     parameters = count_parameters(dit, stage.fusion, widths)
     # the caption's states come after those of the instruction, which all captions share
     tokens = [setup.prefix_tokens + setup.caption_tokens] * len(widths)
-    flops = flops_per_sample(
-        dit, stage.fusion, widths, setup.latents, tokens, [setup.prefix_tokens] * len(widths)
-    )
+    prefixes = [setup.prefix_tokens] * len(widths)
+
+    def cost(sizes: DiTConfig) -> float:
+        return flops_per_sample(sizes, stage.fusion, widths, setup.latents, tokens, prefixes)
+
+    flops, parts = cost(dit), []
+    if stage.elastic.elastic:
+        parts = part_costs(stage, dit, widths, cost)
+        # a step trains some of the parts
+        flops = sum(part.share * part.flops_per_sample for part in parts)
+        added = further_parameters(stage, dit)
+        parameters = {**parameters, "dit": parameters["dit"] + added, "total": parameters["total"] + added}
 
     # memory: the state does not depend on the batch, the activations grow with it
     micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
@@ -134,6 +146,7 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
         # fp32 masters, averages and moments; the bf16 weights are a rounded copy and are not stored
         checkpoint_bytes=4.0 * (parameters["total"] * (1 + len(stage.ema)) + moments),
+        parts=parts,
     )
 
 
@@ -141,7 +154,7 @@ def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> 
     """Return the number of values in the optimizer's moments of the whole network."""
     # shapes without storage: 10B parameters would not fit on a login node
     with torch.device("meta"):
-        network = LIDiT(dit, stage.fusion, widths)
+        network = make_network(stage, dit, widths)
 
     moments = optimizer_settings(stage.optim).moments
     values = 0

@@ -83,6 +83,24 @@ class PartChoice:
 
         return [whole if first < self.config.full else part]
 
+    def shares(self) -> dict[SubNetwork, float]:
+        """Return how many passes of each part a step has on average; with a sandwich they sum up to 2."""
+        groups = [(1.0, self.whole, self.others)]
+        if self.bounds:
+            groups = []
+            for (low, high), patch in zip(pairwise(self.bounds), self.config.patches, strict=True):
+                others = [SubNetwork(depth, patch) for depth in self.depths[1:]]
+                groups.append((high - low, SubNetwork(self.sizes.depth, patch), others))
+
+        shares = {}
+        for mass, whole, others in groups:
+            of_whole = 1.0 if self.config.sandwich or not others else self.config.full
+            of_others = 1.0 if self.config.sandwich else 1.0 - of_whole
+            shares[whole] = mass * of_whole
+            for part in others:
+                shares[part] = mass * of_others / len(others)
+        return shares
+
     def uniform(self, u: Tensor, patch: int) -> Tensor:
         """Move uniform numbers [B] into the segment of a size of patches; without segments, keep them."""
         if not self.bounds:
