@@ -145,7 +145,8 @@ def test_grown_weights_know_their_shapes_and_keep_what_is_there():
     plain, network = grown()
     weights = GrownWeights(plain.state_dict(), SIZES, ELASTIC)
     assert {name: tuple(value.shape) for name, value in weights.items()} == weights.shapes
-    assert list(weights) == list(dict.fromkeys(weights)) and len(weights) == len(network.state_dict())
+    assert list(weights) == list(dict.fromkeys(weights))
+    assert len(weights) == len(network.state_dict())
     own = randomise(network, seed=5).state_dict()
     again = GrownWeights(own, SIZES, ELASTIC)
     assert set(again) == set(own)
