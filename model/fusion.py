@@ -56,6 +56,15 @@ def reads_time(config: FusionConfig, llms: int) -> bool:
     return config.time and (collaborates(config, llms) or (config.refiner != "none" and config.gate))
 
 
+def prefixes_cut_late(config: FusionConfig, prefixes: Sequence[int]) -> list[int]:
+    """Return the lengths of the LLMs' prefixes that the last block of a token refiner cuts off.
+
+    There are none if they are cut before, or if the collaborative refiner still reads them.
+    """
+    late = config.crop == "after" and not collaborates(config, len(prefixes))
+    return sorted(set(prefixes)) if late else []
+
+
 @dataclass(frozen=True)
 class Branch:
     """The layers that one LLM has for itself."""

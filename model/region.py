@@ -9,7 +9,7 @@ class Region(nn.Module):
     """A repeated part of the network, such as a block.
 
     As a leaf of ZeRO-3 it is gathered by one hook instead of one for each of its layers, so `forward` takes
-    tensors whose gradients tell when it may be released: each output depends on each parameter, and each
+    tensors whose gradients show when it may be released: each output depends on each parameter, and each
     parameter is used before the last input has its gradient. `forward` compiles to one graph without breaks.
     """
 

@@ -96,6 +96,9 @@ class FlatStep:
 
         weights = [weight.data for weight in self._weights]
         torch._foreach_copy_(weights, self._masters)  # pyright: ignore[reportPrivateImportUsage]
-        # Small parameters stay gathered, and hpZ's second copies are old now.
-        self._optimizer._post_step(set())
+        # Small parameters stay whole between the steps; DeepSpeed would gather them one by one.
+        if persistent := self._optimizer.persistent_parameters:
+            persistent[0].all_gather_coalesced(persistent).wait()
+        # hpZ's second copies are old now.
+        self._optimizer.invalidate_secondary_tensor()
         order_gathers(self._optimizer)

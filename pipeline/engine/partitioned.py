@@ -12,7 +12,7 @@ from model.region import Region
 
 LEAVES = (Region, PositionBlock)
 """Parts that are gathered whole: each costs one hook in either direction instead of one per layer. An
-input of each needs a gradient, which tells ZeRO-3 when the backward pass is through with the part; the
+input of each needs a gradient, which shows ZeRO-3 when the backward pass is through with the part; the
 projections of hidden states and the embedding of the timestep have no such input."""
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.common.errors import UserError
-from model.fusion import collaborates
+from model.fusion import prefixes_cut_late
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.batch import Batch
@@ -187,15 +187,10 @@ class Trainer:
         for bucket, size in self.data.schedule.batch_sizes.items():
             shapes |= {(size // self.ranks.world, math.prod(grid)) for grid in self.grids[bucket]}
 
-        # The last block of a token refiner cuts off the prefix that the collaborative refiner does not read.
-        fusion, prefixes = self.stage.fusion, set[int]()
-        if fusion.crop == "after" and not collaborates(fusion, len(fusion.families)):
-            prefixes = set(self.flops.prefixes)
-
-        began = time.monotonic()
+        began, prefixes = time.monotonic(), prefixes_cut_late(self.stage.fusion, self.flops.prefixes)
         for samples, patches in sorted(shapes):
             self.heartbeat.enter("compile", self.state.step)
-            self.engine.warm_up(samples, patches, sorted(prefixes))
+            self.engine.warm_up(samples, patches, prefixes)
         self.log_event("compile", seconds=time.monotonic() - began)
 
     def _train_step(self, batch: Batch) -> None:

@@ -9,11 +9,11 @@ from tests.helpers.distributed import on_ranks
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch": 3}, {"micro_batch": 3, "precision": "bf16"}], ids=str)
-def test_micro_steps_wait_for_nothing_and_a_step_only_for_the_persistent_weights(settings):
+def test_neither_micro_steps_nor_the_step_stop_the_device(settings):
     micro_steps, inside, whole = on_ranks(2, stream_tasks.waits_of_a_step, settings)[0]
     assert micro_steps == 2
     assert inside == {"reads": 0}
-    assert whole == {"waits": 1}
+    assert whole == {}
 
 
 def test_gathers_wait_for_the_step_and_for_published_weights():
