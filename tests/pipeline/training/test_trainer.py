@@ -286,11 +286,14 @@ def test_losses_by_bucket_and_the_refiners_gates_are_in_the_log(straight):
     assert all(reports[0][name] == 0 < reports[-1][name] for name in gates)
 
 
+# Slow: dozens of graphs. The quick suite compiles a block of each kind in `test_engine.py`.
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("world", "settings"),
     [
         (1, {"model__checkpoint_every": 2}),
-        pytest.param(2, {"engine__micro_batch": 2, "engine__precision": "fp32"}, marks=pytest.mark.slow),
+        (2, {"engine__micro_batch": 2, "engine__precision": "fp32"}),
     ],
 )
 def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(store, tmp_path, world, settings):
@@ -299,7 +302,13 @@ def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(stor
     runs = {}
     for warms in (True, False):
         ranks = on_ranks(
-            world, trainer_tasks.train_compiled, store, str(tmp_path / str(warms)), settings, warms
+            world,
+            trainer_tasks.train_compiled,
+            store,
+            str(tmp_path / str(warms)),
+            settings,
+            warms,
+            timeout=600,
         )
         runs[warms] = ranks[0][0]
         for _, after_warm_up, at_the_end, breaks in ranks:
