@@ -188,8 +188,8 @@ class TextConfig:
     """Type that the LLM computes in."""
     reuse_prefix: bool = True
     """True if the prefix is run once for all captions, which needs causal attention."""
-    tokens_per_batch: int = bounded(4096, 1, 10**9)
-    """Tokens that the LLM reads at a time."""
+    tokens_per_batch: int | None = bounded(None, 1, 10**9)
+    """Tokens that the LLM reads at a time; None = 16,384 on a GPU, which fewer do not fill, else 4,096."""
     device_map: str | None = None
     """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it;
     None = one device."""

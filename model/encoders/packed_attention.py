@@ -6,7 +6,7 @@ rows of a batch. Short captions share a row under a block-diagonal mask, so that
 copied once per caption.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -56,13 +56,19 @@ class Packing:
     """(captions, length, window) -> mask, shared by all layers."""
 
 
-def plan_groups(lengths: list[int], row_tokens: int = ROW_TOKENS, step: int = 1) -> list[Group]:
+def plan_groups(
+    lengths: list[int],
+    row_tokens: int = ROW_TOKENS,
+    step: int = 1,
+    device: torch.device | None = None,
+) -> list[Group]:
     """Group captions for attention.
 
     Args:
         lengths: tokens of each caption in packing order, not decreasing.
         row_tokens: tokens of a row that short captions share.
         step: round lengths up to multiples of this.
+        device: where the groups' indices are needed; None = the CPU.
     """
     groups: list[Group] = []
     start = 0
@@ -75,7 +81,20 @@ def plan_groups(lengths: list[int], row_tokens: int = ROW_TOKENS, step: int = 1)
             if chunk:
                 groups.append(_group(start, chunk, rows, length))
                 start += sum(chunk)
-    return groups
+    return _on_device(groups, device)
+
+
+def _on_device(groups: list[Group], device: torch.device | None) -> list[Group]:
+    """Move the indices of all groups to a device, by one copy: the host waits for each copy, and every layer
+    would need four of a group."""
+    indices = [each for group in groups for each in (group.index, group.inverse) if each is not None]
+    if device is None or not indices:
+        return groups
+    moved = iter(torch.cat(indices).to(device).split([len(each) for each in indices]))
+    return [
+        group if group.index is None else replace(group, index=next(moved), inverse=next(moved))
+        for group in groups
+    ]
 
 
 def _group(start: int, lengths: list[int], rows: int, length: int) -> Group:

@@ -26,6 +26,8 @@ from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_grou
 
 FORMAT = 1
 """Increase it when the same settings give other numbers."""
+TOKENS_PER_BATCH = {False: 4096, True: 16_384}
+"""Default of `tokens_per_batch` without and with a GPU."""
 CHECK_TOLERANCE = {"bf16": 0.15, "fp32": 1e-2}
 """Largest relative difference per token between packed captions and padded prompts that loading accepts.
 
@@ -257,10 +259,11 @@ class TextEncoder:
         extra = 0 if self.config.reuse_prefix else len(self.prompt_ids)
         batches: list[list[int]] = []
         # More than fits, so that the first caption opens a batch.
-        tokens = self.config.tokens_per_batch + 1
+        most = self.config.tokens_per_batch or TOKENS_PER_BATCH[self.device.type == "cuda"]
+        tokens = most + 1
         for row in order:
             tokens += lengths[row] + extra
-            if tokens > self.config.tokens_per_batch:
+            if tokens > most:
                 batches.append([])
                 tokens = lengths[row] + extra
             batches[-1].append(row)
@@ -344,7 +347,8 @@ class TextEncoder:
         """Return the hidden states of captions, shortest first, packed in one row behind the prefix."""
         lengths = [len(ids) for ids in batch]
         step = CUDA_LENGTH_STEP if self.device.type == "cuda" else 1
-        packing = Packing(plan_groups(lengths, step=step), self._prefix_cache)
+        groups = plan_groups(lengths, step=step, device=self.device)
+        packing = Packing(groups, self._prefix_cache)
         start = len(self.prefix_ids)
         # Each caption follows the prefix directly, wherever it is in the packed row.
         positions = [position for length in lengths for position in range(start, start + length)]

@@ -158,7 +158,11 @@ def test_rounded_lengths_change_nothing(tmp_path, monkeypatch, build):
     encoder = load_encoder(tiny_llm.make(tmp_path, build), CPU)
     ids = encoder.tokenize(CAPTIONS)
     exact = encoder.encode(ids)
-    monkeypatch.setattr(text_encoder, "plan_groups", lambda lengths, step=1: plan_groups(lengths, step=8))
+    monkeypatch.setattr(
+        text_encoder,
+        "plan_groups",
+        lambda lengths, step=1, device=None: plan_groups(lengths, step=8, device=device),
+    )
     assert worst(encoder.encode(ids), exact) < 1e-5
 
 
@@ -193,6 +197,15 @@ def test_groups_hold_every_token_once(lengths, row_tokens, step):
             assert group.index.shape == (slots,)
             assert group.index[group.inverse].tolist() == list(range(group.start, at))
     assert at == sum(lengths)
+    # Moved to a device by one copy: all indices are parts of one tensor.
+    moved = plan_groups(lengths, row_tokens, step, device=CPU)
+    indices = [each for group in moved for each in (group.index, group.inverse) if each is not None]
+    assert len({each.untyped_storage().data_ptr() for each in indices}) <= 1
+    for group, other in zip(groups, moved, strict=True):
+        assert replace(group, index=None, inverse=None) == replace(other, index=None, inverse=None)
+        if group.index is not None:
+            assert torch.equal(group.index, other.index)
+            assert torch.equal(group.inverse, other.inverse)
     assert sum(group.rows * group.captions for group in groups) == len(lengths)
 
 
