@@ -236,7 +236,7 @@ def write_report(
     way = f"Generated from the caption in {stage.sample.steps} steps, guidance {stage.sample.guidance:g}."
     extra: Extra = {
         "tiles": tiles,
-        "pictures": ending.pictures(),
+        "pictures": ending.shown_images(),
         "pictures_note": f"{way} {ending.note}",
         "learned": learned,
         "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.seconds.items()],
@@ -333,7 +333,7 @@ def main() -> None:
         results = {"learned": measure(stage.run, LEARNED_PAIRS), "images": ending.measure()}
         write_atomic(file, seal(results))
 
-    phases("5 draw", ending.draw)
+    phases("5 draw", ending.sample_images)
     phases("6 measure", measure_all)
     results = read_record(file, Measured, f"remove {file} and {phases.file}")
     log_line(f"report: {write_report(stage, phases, ending, results, demo.packages)}")

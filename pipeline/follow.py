@@ -30,7 +30,7 @@ from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation.common import VQA
-from pipeline.following.judged_images import draw_judged
+from pipeline.following.judged_images import save_judged_images
 from pipeline.following.natural_prompts import MAX_SEGMENTS, NaturalPrompt, natural_prompts
 from pipeline.following.positional_bias import (
     PositionalBias,
@@ -209,7 +209,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
 
         # the first image of each prompt, not the best
         shown = [np.asarray(Image.open(file).convert("RGB")) for file in files[::per_prompt][:MAX_JUDGED]]
-        draw_judged(shown, [prompt.caption for prompt in scenes[:MAX_JUDGED]], out / "judged.png")
+        save_judged_images(shown, [prompt.caption for prompt in scenes[:MAX_JUDGED]], out / "judged.png")
     elif vqa is None:
         raise UserError("natural prompts are scored by a VQA model: give --vqa FOLDER or OWNER/NAME@COMMIT")
     else:

@@ -40,7 +40,7 @@ class EmojiEnding(Ending):
         self.chosen = [index * len(self.pairs) // count for index in range(count)]
         self.drawn = stage.run / "samples"
 
-    def draw(self) -> None:
+    def sample_images(self) -> None:
         """Generate an image of each chosen caption."""
         prompts = self.stage.run / "prompts.txt"
         prompts.write_text("".join(self.captions[index] + "\n" for index in self.chosen))
@@ -80,7 +80,7 @@ class EmojiEnding(Ending):
             tiles.append({"label": label, "value": f"{result.share:.1%}"})
         return tiles
 
-    def picture(self, number: int, image: Path) -> dict[str, Any]:
+    def details(self, number: int, image: Path) -> dict[str, Any]:
         """Write the training image next to the prompts, and return its path."""
         real = self.stage.run / "pairs" / f"{number:03d}.png"
         real.parent.mkdir(exist_ok=True)

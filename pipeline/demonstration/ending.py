@@ -30,7 +30,7 @@ class Ending(ABC):
         self.stage = stage
 
     @abstractmethod
-    def draw(self) -> None:
+    def sample_images(self) -> None:
         """Generate the images."""
 
     @abstractmethod
@@ -42,24 +42,24 @@ class Ending(ABC):
         """Return what was measured as key numbers of the report."""
 
     @abstractmethod
-    def picture(self, number: int, image: Path) -> dict[str, Any]:
+    def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return what the report shows with an image: `real` (its training image) or `marks` (its claims)."""
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the images, in the order of the prompts."""
         return [json.loads(line) for line in (self.drawn / "index.jsonl").read_text().splitlines()]
 
-    def pictures(self) -> list[ShownImage]:
+    def shown_images(self) -> list[ShownImage]:
         """Return the images of the report, evenly chosen, with paths relative to the run."""
         records = self.records()
-        shown = min(MAX_SHOWN, len(records))
-        pictures: list[ShownImage] = []
-        for number in (index * len(records) // shown for index in range(shown)):
+        count = min(MAX_SHOWN, len(records))
+        shown: list[ShownImage] = []
+        for number in (index * len(records) // count for index in range(count)):
             file = self.drawn / records[number]["file"]
-            details = self.picture(number, file)
+            details = self.details(number, file)
             record = {"caption": records[number]["prompt"], "drawn": self.relative(file), **details}
-            pictures.append(cast(ShownImage, record))
-        return pictures
+            shown.append(cast(ShownImage, record))
+        return shown
 
     def relative(self, file: Path) -> str:
         """Return a path relative to the run, as the report's records have it."""

@@ -45,7 +45,7 @@ class ScenesEnding(Ending):
         self.count, self.folder = images, stage.run / "follow"
         self.drawn = self.folder / "pictures"
 
-    def draw(self) -> None:
+    def sample_images(self) -> None:
         """Write the prompts, and generate an image of each."""
         prompts = ["--count", str(self.count), "--segments", str(SEGMENTS)]
         run("pipeline.follow", "write", str(self.folder), *prompts)
@@ -67,7 +67,7 @@ class ScenesEnding(Ending):
             tiles.append({"label": label, "value": f"{share:.1%}"})
         return tiles
 
-    def picture(self, number: int, image: Path) -> dict[str, Any]:
+    def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
         caption = scene_prompts(self.count, "list", 1.0, [SEGMENTS])[number].caption
         objects = read_scene(np.asarray(Image.open(image).convert("RGB")))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.objective import OBJECTIVES, Objective, SampleNormal, TrainingExample
-from pipeline.diffusion.patch_times import draw_places, make_levels, times_of_levels
+from pipeline.diffusion.patch_times import make_levels, sample_places, times_of_levels
 from pipeline.stage.objective import ObjectiveConfig
 
 
@@ -62,7 +62,7 @@ class Flow(Objective):
 
         times = self._shifted(times_of_levels(self._unshifted(u), levels))  # [B, K]
         patches = math.prod(clean.shape[2:]) // math.prod(self.patch)
-        places = draw_places(normal, patches, levels)  # [B, N]
+        places = sample_places(normal, patches, levels)  # [B, N]
         noisy, target = self.add_noise(clean, noise, times.gather(1, places))
         return TrainingExample(noisy, times, target, make_levels(self.config.patch_times, times, places))
 

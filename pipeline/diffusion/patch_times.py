@@ -51,7 +51,7 @@ def times_of_levels(cleanest: Tensor, levels: int) -> Tensor:
     return 1.0 - (1.0 - cleanest.float())[:, None] * r
 
 
-def draw_places(normal: Callable[[str, tuple[int]], Tensor], patches: int, levels: int) -> Tensor:
+def sample_places(normal: Callable[[str, tuple[int]], Tensor], patches: int, levels: int) -> Tensor:
     """Return the level of each patch, uniform, int64 [B, N].
 
     Args:

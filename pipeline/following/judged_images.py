@@ -44,7 +44,9 @@ def claim_lines(caption: SceneCaption, claims: Sequence[Claim]) -> list[list[tup
     return lines
 
 
-def draw_judged(images: Sequence[NDArray[np.uint8]], captions: Sequence[SceneCaption], path: Path) -> None:
+def save_judged_images(
+    images: Sequence[NDArray[np.uint8]], captions: Sequence[SceneCaption], path: Path
+) -> None:
     """Judge images by the exact scorer, and draw them with the judgments, to a PNG or SVG file.
 
     Args:

@@ -59,7 +59,7 @@ def emoji_demo(tmp_path, monkeypatch):
     def draw(rows_on):
         nonlocal shift
         shift = rows_on
-        ending.draw()
+        ending.sample_images()
         return ending.measure()
 
     monkeypatch.setattr(emoji, "read_all_pairs", lambda stage: PAIRS)
@@ -91,7 +91,7 @@ def test_images_of_other_captions_are_not_recognized(emoji_demo):
 def test_the_report_shows_each_image_next_to_its_own_training_image(emoji_demo):
     ending, draw = emoji_demo
     draw(0)
-    pictures = ending.pictures()
+    pictures = ending.shown_images()
     assert len(pictures) == MAX_SHOWN
     for picture in pictures:
         row = int(picture["caption"].split()[1])
@@ -123,7 +123,7 @@ def test_rendered_scenes_are_right_and_their_claims_are_marked(tmp_path, monkeyp
             score_folder(ending.folder, None)
 
     monkeypatch.setattr(scenes, "run", do)
-    ending.draw()
+    ending.sample_images()
     measured = ending.measure()
     assert measured["right"]["colour"] > 0.9
     assert measured["right"]["shape"] > 0.9
@@ -132,7 +132,7 @@ def test_rendered_scenes_are_right_and_their_claims_are_marked(tmp_path, monkeyp
     tiles = {tile["label"].split(" right")[0]: tile for tile in ending.tiles(measured)}
     assert {"colors", "shapes", "whole objects", "whole prompts"} <= set(tiles)
     assert "in 6 new prompts (chance " in tiles["colors"]["label"]
-    pictures = ending.pictures()
+    pictures = ending.shown_images()
     assert len(pictures) == 6
     assert all("✓ color 1" in picture["marks"] for picture in pictures)
     assert "real" not in pictures[0]

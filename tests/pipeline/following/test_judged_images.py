@@ -5,7 +5,7 @@ from PIL import Image
 
 from data_prep.scenes.captions import scene_prompts
 from data_prep.scenes.rendering import render_scene
-from pipeline.following.judged_images import RIGHT, WRONG, claim_lines, draw_judged
+from pipeline.following.judged_images import RIGHT, WRONG, claim_lines, save_judged_images
 from pipeline.following.scoring import judge_caption
 from tests.helpers.scenes import change_object, true_objects
 
@@ -39,7 +39,7 @@ def test_marks_have_their_colors(tmp_path):
     (prompt,) = scene_prompts(1, "list", segments=[2])
     pixels = {}
     for name, scene in (("right", prompt.scene), ("wrong", change_object(prompt.scene, 0, shape="heart"))):
-        draw_judged([render_scene(scene, 64, 64)], [prompt.caption], tmp_path / f"{name}.png")
+        save_judged_images([render_scene(scene, 64, 64)], [prompt.caption], tmp_path / f"{name}.png")
         figure = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         # the lines of text alone, below the image
         pixels[name] = {tuple(pixel) for pixel in figure[300:].reshape(-1, 3).tolist()}
