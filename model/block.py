@@ -18,7 +18,7 @@ class Block(Region, ABC):
 
     The network, the engine, the compiler, the estimate and the FLOPs formula ask the block for what they need
     to know, so a new type is one file with a class that fills in this interface. `forward` takes and returns
-    nothing but tensors.
+    nothing but tensors, and with sparse attention the grid of patches.
     """
 
     text_axes: ClassVar[dict[int, int]] = {1: 1, 2: 3}
@@ -40,6 +40,9 @@ class Block(Region, ABC):
             text_mask: the result of `key_mask` for the text, or None if nothing is padded.
             c: condition, [B, D]; [B, N, D], one for each patch; or [B, K, D], one for each level.
             places: for levels, the level of each patch, one-hot [B, N, K]; `Modulation` takes both.
+
+        With `model.attention.kind=block_sparse` three numbers follow: rows and columns of the grid of
+        patches, and the block's number in the order of the forward pass, from 0.
 
         Returns:
             Patches [B, N, D].

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.attention_config import AttentionConfig
 from model.common.errors import UserError
 from model.common.settings import bounded
 
@@ -112,6 +113,8 @@ class DiTConfig:
     not. `objective.difficulty` trains it, and adds an attached one to `none`."""
     time_levels: int = bounded(1, 1, 1_024)
     """Times of a sample in training, which its patches share; given by `objective.patch_times`."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Self-attention of the blocks."""
 
     def __post_init__(self) -> None:
         """Check the fields against one another.
@@ -120,6 +123,9 @@ class DiTConfig:
             UserError: if the heads do not divide the width, or the latents have another number of axes than 2
             or 3.
         """
+        # Presets and the configs of exports have it as a mapping.
+        if not isinstance(self.attention, AttentionConfig):
+            self.attention = AttentionConfig(**self.attention)
         # Attention gives each head an equal slice of the channels.
         if self.width % self.heads:
             raise UserError(
@@ -145,7 +151,7 @@ class DiTConfig:
         """Return how many patches latents of `latents` = (h, w) or (T, h, w) positions have along each axis.
 
         Raises:
-            UserError: if the latents do not divide into patches.
+            UserError: if the latents do not divide into patches, or have too few for the attention.
         """
         shape = self.patch_shape
         if len(latents) != len(shape) or any(size % side for size, side in zip(latents, shape, strict=True)):
@@ -153,7 +159,9 @@ class DiTConfig:
             raise UserError(
                 f"latents of {sizes} do not divide into patches of {sides}: choose a multiple of it"
             )
-        return tuple(size // side for size, side in zip(latents, shape, strict=True))
+        grid = tuple(size // side for size, side in zip(latents, shape, strict=True))
+        self.attention.check(grid)
+        return grid
 
 
 @dataclass

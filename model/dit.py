@@ -152,11 +152,13 @@ class LIDiT(nn.Module):
         # Blocks that know no levels work in all networks without them.
         given = (text, text_mask, c) if places is None else (text, text_mask, c, places)
 
-        for number, block in enumerate(route.blocks, start=1):
-            if self.checkpoint_every and self.training and number % self.checkpoint_every == 0:
-                x = self.recompute(block, x, *given)  # [B, N, D]
+        for number, block in enumerate(route.blocks):
+            # Tiles of sparse attention need the grid, and every second block shifts them.
+            inputs = (text, text_mask, c, places, *grid, number % 2) if self.sizes.attention.sparse else given
+            if self.checkpoint_every and self.training and (number + 1) % self.checkpoint_every == 0:
+                x = self.recompute(block, x, *inputs)  # [B, N, D]
             else:
-                x = block(x, *given)  # [B, N, D]
+                x = block(x, *inputs)  # [B, N, D]
 
         values, log_variance = self.final(x, c, places, condition.with_difficulty, route.linear)
         prediction = unpatchify(values, patch, positions)  # [B, C, ...]
@@ -174,7 +176,7 @@ class LIDiT(nn.Module):
             raise UserError(f"{part}: this network is not elastic: ask for no depth and no patch")
         return Route(self.sizes, self.patch_embedding, self.position, self.blocks, self.final.linear)
 
-    def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def recompute(self, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
         """Run a block whose activations are computed again in the backward pass."""
         # No layer has dropout, so recomputing needs no state of the random generators.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

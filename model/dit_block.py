@@ -9,6 +9,7 @@ from model.config import DiTConfig
 from model.costs import LayerCost, feed_forward, gains, level_spread, linear
 from model.functional import modulate, residual
 from model.layers import MLP, CrossAttention, Modulation, SelfAttention
+from model.sparse_attention import SparseSelfAttention
 
 
 @BLOCKS.register("dit")
@@ -18,26 +19,43 @@ class DiTBlock(Block):
 
     def __init__(self, sizes: DiTConfig) -> None:
         super().__init__(sizes)
-        self.self_attention = SelfAttention(sizes.width, sizes.heads)
+        width, heads, attention = sizes.width, sizes.heads, sizes.attention
+        self.self_attention = (
+            SparseSelfAttention(width, heads, attention) if attention.sparse else SelfAttention(width, heads)
+        )
         self.cross_attention = CrossAttention(sizes.width, sizes.heads)
         self.mlp = MLP(sizes.width, int(sizes.mlp_ratio * sizes.width))
         # Shift, scale and gate for each of the three sub-layers, from one linear layer.
         self.modulation = Modulation(sizes.width, 9)
 
     def forward(
-        self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor, places: Tensor | None = None
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        c: Tensor,
+        places: Tensor | None = None,
+        rows: int = 0,
+        columns: int = 0,
+        number: int = 0,
     ) -> Tensor:
         """Run the block; arguments and result as `Block.forward`."""
         vectors = self.modulation(c, places)  # 9 x [B, 1, D] or [B, N, D]
 
         shift, scale, gate = vectors[0:3]
-        x = residual(x, self.self_attention(modulate(x, shift, scale)), gate)  # [B, N, D]
+        x = residual(x, self._attend(modulate(x, shift, scale), rows, columns, number), gate)  # [B, N, D]
 
         shift, scale, gate = vectors[3:6]
         x = residual(x, self.cross_attention(modulate(x, shift, scale), text, text_mask), gate)  # [B, N, D]
 
         shift, scale, gate = vectors[6:9]
         return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, N, D]
+
+    def _attend(self, x: Tensor, rows: int, columns: int, number: int) -> Tensor:
+        """Let patches [B, N, D] attend to one another."""
+        if isinstance(self.self_attention, SparseSelfAttention):
+            return self.self_attention.forward_tiles(x, rows, columns, number % 2 == 1)
+        return self.self_attention(x)
 
     def text_attention(self) -> CrossAttention:
         """Return the cross-attention."""
@@ -60,7 +78,7 @@ class DiTBlock(Block):
     @classmethod
     def attention(cls, sizes: DiTConfig, patches: int, text_tokens: int) -> int:
         """Return width x queries x keys of both attentions."""
-        return sizes.width * patches * (patches + text_tokens)
+        return sizes.width * patches * (sizes.attention.keys(patches) + text_tokens)
 
     @classmethod
     def activations(

@@ -101,7 +101,7 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.checkpoint_every = int(enabled)
 
-    def recompute(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def recompute(self, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
         """Run a block by the function that `enable_gradient_checkpointing` was given."""
         function: Any = self._gradient_checkpointing_func
         return function(block, *inputs)

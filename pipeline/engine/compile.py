@@ -8,6 +8,7 @@ are made before the first step.
 """
 
 import itertools
+import math
 import os
 import shutil
 import sysconfig
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
+from model.block import Block
 from model.common.errors import UserError
 from model.region import Region
 
@@ -78,7 +80,7 @@ def _compile(region: Any) -> None:
     region.forward = forward
 
 
-def make_graphs(region: Region, samples: int, patches: int, prefixes: Sequence[int] = ()) -> None:
+def make_graphs(region: Region, samples: int, grid: Sequence[int], prefixes: Sequence[int] = ()) -> None:
     """Run a compiled region forward and backward on zeros, as training will; only the graphs remain.
 
     Checkpointing needs no others: recomputing runs the same ones.
@@ -86,13 +88,23 @@ def make_graphs(region: Region, samples: int, patches: int, prefixes: Sequence[i
     Args:
         region: with its parameters whole.
         samples: samples of a micro-batch.
-        patches: patches of each sample.
+        grid: patches of each sample along each axis.
         prefixes: lengths of the LLMs' prefixes that a token refiner cuts off.
     """
     cut = (0, *prefixes) if region.cuts_prefix else (0,)
     # A batch without padding has no mask, which is another graph.
     for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, (False, True), cut):
-        inputs = region.example_inputs(samples, patches, tokens, padded, prefix)
-        trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-        # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
-        torch.autograd.grad(region.forward(*inputs).sum(), trained)
+        example = region.example_inputs(samples, math.prod(grid), tokens, padded, prefix)
+        for inputs in _with_tiles(region, example, grid):
+            trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+            # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
+            torch.autograd.grad(region.forward(*inputs).sum(), trained)
+
+
+def _with_tiles(region: Region, inputs: tuple[Any, ...], grid: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Return the arguments with those of sparse attention, for tiles with and without a shift."""
+    if not isinstance(region, Block) or not region.sizes.attention.sparse:
+        return [inputs]
+    # A block without levels has no places.
+    before = (*inputs, None)[:5]
+    return [(*before, *grid, number) for number in (0, 1)]

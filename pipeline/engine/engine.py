@@ -110,12 +110,12 @@ class Engine:
         self._micro_step = 0
         self._flat = FlatStep(self._optimizer, stage.optim.clip) if stage.engine.zero_stage == 3 else None
 
-    def warm_up(self, samples: int, patches: int, prefixes: Sequence[int] = ()) -> None:
+    def warm_up(self, samples: int, grid: Sequence[int], prefixes: Sequence[int] = ()) -> None:
         """Compile the network's regions for a batch; change nothing else.
 
         Args:
             samples: samples of the batch on this rank.
-            patches: patches of each sample.
+            grid: patches of each sample along each axis.
             prefixes: lengths of the LLMs' prefixes that the token refiners cut off.
 
         Raises:
@@ -126,7 +126,7 @@ class Engine:
         for region in {type(region): region for region in self._regions}.values():
             # The graph reads whole weights, outside of a forward pass that would gather them.
             with deepspeed.zero.GatheredParameters(list(region.parameters())):
-                make_graphs(region, part.stop, patches, prefixes)
+                make_graphs(region, part.stop, grid, prefixes)
 
     # -- a training step --
 

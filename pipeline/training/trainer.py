@@ -183,14 +183,17 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile the network for the batches of every bucket, so that no step waits for it."""
-        shapes = set()
+        shapes: set[tuple[int, tuple[int, ...]]] = set()
         for bucket, size in self.data.schedule.batch_sizes.items():
-            shapes |= {(size // self.ranks.world, math.prod(grid)) for grid in self.grids[bucket]}
+            for grid in self.grids[bucket]:
+                # Without sparse attention, grids of as many patches share their graphs.
+                shape = grid if self.sizes.attention.sparse else (math.prod(grid),)
+                shapes.add((size // self.ranks.world, shape))
 
         began, prefixes = time.monotonic(), prefixes_cut_late(self.stage.fusion, self.flops.prefixes)
-        for samples, patches in sorted(shapes):
+        for samples, grid in sorted(shapes):
             self.heartbeat.enter("compile", self.state.step)
-            self.engine.warm_up(samples, patches, prefixes)
+            self.engine.warm_up(samples, grid, prefixes)
         self.log_event("compile", seconds=time.monotonic() - began)
 
     def _train_step(self, batch: Batch) -> None:
