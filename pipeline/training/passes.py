@@ -1,5 +1,6 @@
 """The forward and backward passes of a training step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -47,12 +48,13 @@ class Passes:
 
     def grids(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the grid of patches of latents of `positions` = (h, w) or (T, h, w), for each size of
-        patches.
+        patches; without sparse attention, which alone asks for the grid, the number of patches.
 
         Raises:
             UserError: if the latents do not divide into patches of a size.
         """
-        return [sizes.patch_grid(positions) for sizes in self.all_sizes()]
+        grids = [sizes.patch_grid(positions) for sizes in self.all_sizes()]
+        return grids if self.sizes.attention.sparse else [(math.prod(grid),) for grid in grids]
 
     def part(self, batch: Batch) -> str:
         """Return the name of what a batch trains, by which metrics are sorted; empty = the whole network."""

@@ -4,7 +4,6 @@ Progress is counted in samples of the plan. Randomness comes from (seed, epoch, 
 stopped and resumed repeats an uninterrupted one exactly.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -185,10 +184,7 @@ class Trainer:
         """Compile the network for the batches of every bucket, so that no step waits for it."""
         shapes: set[tuple[int, tuple[int, ...]]] = set()
         for bucket, size in self.data.schedule.batch_sizes.items():
-            for grid in self.grids[bucket]:
-                # Without sparse attention, grids of as many patches share their graphs.
-                shape = grid if self.sizes.attention.sparse else (math.prod(grid),)
-                shapes.add((size // self.ranks.world, shape))
+            shapes |= {(size // self.ranks.world, grid) for grid in self.grids[bucket]}
 
         began, prefixes = time.monotonic(), prefixes_cut_late(self.stage.fusion, self.flops.prefixes)
         for samples, grid in sorted(shapes):
