@@ -1,11 +1,12 @@
-"""Parts of an elastic network against the full one, and sparse against dense attention, in one run.
+"""Parts of an elastic network against the full one, sparse against dense attention, and the wavelet encoder
+against the small VAE's, in one run.
 
     python -m benchmarks.elastic            # about ten minutes on two cores
     python -m benchmarks.elastic --tiny     # seconds: no figures, only that it runs
 
 The parts take turns, so that a noisy machine slows all alike; times are medians over the rounds. The share of
 the full network's time is beside the share of its FLOPs. Attention is that of one layer, without gradients,
-on grids of up to 16,384 patches.
+on grids of up to 16,384 patches. The encoders' weights are random, on which their time does not depend.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.elastic.config import ElasticConfig
 from model.elastic.network import ElasticLIDiT
+from model.encoders.vae import VAE, small_vae
+from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.flops import flops_per_sample
 from model.sparse_attention import SparseSelfAttention
 from model.sub_network import SubNetwork
@@ -33,6 +36,8 @@ DEVIATION = 0.10
 """Most that a part's share of the time may exceed its share of the FLOPs, as a part of the latter."""
 SPEEDUP = 2.0
 """Dense / sparse seconds at the largest grid."""
+ENCODER_SPEEDUP = 4.0
+"""Seconds of the teacher's encoder / of the wavelet encoder."""
 
 
 def measure(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -98,10 +103,20 @@ def time_attention(options: argparse.Namespace) -> dict[int, tuple[float, float]
     return results
 
 
+@torch.no_grad()
+def time_encoders(options: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of encoding an image with the small VAE and with the wavelet autoencoder."""
+    teacher, student = VAE(small_vae().eval(), ""), WaveletAutoencoder(WaveletConfig()).eval()
+    pixels = torch.randn(1, 3, options.pixels, options.pixels)
+    ways = {"small VAE": lambda: teacher.encode(pixels), "wavelet": lambda: student.encode(pixels)}
+    return measure(ways, options.rounds)
+
+
 def report(
     options: argparse.Namespace,
     parts: Sequence[tuple[SubNetwork, float, float, float]],
     attention: Mapping[int, tuple[float, float]],
+    encoders: Mapping[str, float],
 ) -> list[str]:
     """Print the tables and the line of JSON; return the tables."""
     lines = [
@@ -126,10 +141,15 @@ def report(
     for patches, (dense, sparse) in attention.items():
         lines.append(f"| {patches:,} | {dense:.4f} | {sparse:.4f} | {dense / sparse:.2f}x |")
 
+    faster = encoders["small VAE"] / encoders["wavelet"]
+    seconds = ", ".join(f"{name} {value:.4f} s" for name, value in encoders.items())
+    lines += ["", f"Encoding one image of {options.pixels} x {options.pixels} pixels: {seconds}."]
+
     dense, sparse = attention[max(attention)]
     goals = {
         "a part's share of the time / of the FLOPs": at_most(1 + max(excess.values()), 1 + DEVIATION),
         f"dense / sparse at {max(attention):,} patches": at_least(dense / sparse, SPEEDUP),
+        "encoding, small VAE / wavelet": at_least(faster, ENCODER_SPEEDUP),
     }
     lines += ["", *(f"{what}: {goal}." for what, goal in goals.items())]
     print("\n".join(lines))
@@ -150,19 +170,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--keep", type=float, default=0.16)
     parser.add_argument("--grids", type=int, nargs="+", default=[32, 64, 128], help="sides in patches")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the image that is encoded")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, which measure nothing")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.width, options.depth, options.side, options.batch = 32, 4, 8, 1
-        options.grids, options.rounds = [16, 32], 1
+        options.grids, options.rounds, options.pixels = [16, 32], 1, 32
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of `python -m benchmarks.elastic`."""
     options = parse(arguments)
-    lines = report(options, time_parts(options), time_attention(options))
+    lines = report(options, time_parts(options), time_attention(options), time_encoders(options))
     if not options.tiny:
         (RESULTS / "elastic.md").write_text("\n".join(lines) + "\n")
 

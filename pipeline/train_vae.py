@@ -28,7 +28,9 @@ from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
 from model.common.progress import Progress
-from model.encoders.vae import small_vae
+from model.encoders.latent_spaces import LatentSpace, load_latent_space
+from model.encoders.vae import VAE, small_vae
+from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.functional import has_bf16
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.engine.muon import orthogonalize
@@ -174,22 +176,87 @@ class VAEOptimizer:
         self.adamw.zero_grad()
 
 
-def train(images: list[Tensor], training: Training, device: torch.device) -> Any:
+def distillation_loss(student: Any, teacher: VAE, pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Return the loss of an autoencoder with a teacher's latents: squared error of the latents, in units of
+    their std; of the logarithms of their variances; and the error of images decoded from the teacher's
+    latents and from its own.
+
+    Args:
+        student: a `WaveletAutoencoder`.
+        teacher: whose latents it learns.
+        pixels: [B, 3, H, W] in [-1, 1].
+        rng: generator of the posterior's noise, on the CPU.
+    """
+    mean, std = teacher.encode(pixels)
+    noise = torch.randn(mean.shape, generator=rng).to(mean.device)
+    factor = float(teacher.statistics["scaling_factor"])
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_bf16(pixels.device)):
+        moments = student.encode(pixels)[0]
+        # no gradient through its own latents: they are to be the teacher's, not easy ones
+        decoded = student.decode(torch.cat([mean + std * noise, moments.mean.detach().float()]))[0]
+
+    of_latents = (factor * (moments.mean.float() - mean)).square().mean()
+    of_variances = (moments.logvar.float() - 2.0 * std.clamp(min=1e-12).log()).square().mean()
+    error = decoded.float() - torch.cat([pixels, pixels])
+    color = F.avg_pool2d(error, 4).square().mean()
+    return of_latents + 0.01 * of_variances + error.abs().mean() + error.square().mean() + 4.0 * color
+
+
+def make_student(teacher: VAE) -> WaveletAutoencoder:
+    """Return a new autoencoder for a teacher's latents.
+
+    Raises:
+        UserError: if the teacher has another downsampling.
+    """
+    student = WaveletConfig(
+        channels=teacher.channels, statistics=dict(teacher.statistics), teacher=teacher.identity
+    )
+    if teacher.downsampling != 8:
+        raise UserError(
+            f"--teacher: it has {teacher.downsampling} pixels per position, and three levels of wavelets 8: "
+            "name another teacher"
+        )
+    return WaveletAutoencoder(student)
+
+
+def read_teacher(folder: str, device: torch.device) -> VAE:
+    """Load the teacher.
+
+    Raises:
+        UserError: if the folder holds no AutoencoderKL.
+    """
+    space: LatentSpace = load_latent_space(folder, None, device)
+    if not isinstance(space, VAE):
+        raise UserError(f"--teacher {folder}: it holds a {space.name}: name the folder of an AutoencoderKL")
+    return space
+
+
+def train(images: list[Tensor], training: Training, device: torch.device, teacher: VAE | None = None) -> Any:
     """Train a VAE from fresh weights, with a linear warm-up and a cosine decay to zero.
 
+    Args:
+        images: to train on.
+        training: settings.
+        device: where it is trained.
+        teacher: whose latents a `WaveletAutoencoder` learns; None = train an AutoencoderKL of its own.
+
     Returns:
-        The diffusers AutoencoderKL, frozen.
+        The diffusers AutoencoderKL, or the `WaveletAutoencoder`, frozen.
     """
     torch.manual_seed(training.seed)
     rng = torch.Generator().manual_seed(training.seed)
     # built on the CPU, so that the same seed gives the same weights on any device
-    vae = small_vae().to(device).train()
+    vae: Any = (small_vae() if teacher is None else make_student(teacher)).to(device).train()
     optimizer = VAEOptimizer(vae, training.lr)
     source = batches(images, training, rng)
 
     with Progress("VAE", training.steps, "steps") as progress:
         for step in range(training.steps):
-            loss = vae_loss(vae, next(source).to(device), training.kl, rng)
+            pixels = next(source).to(device)
+            if teacher is None:
+                loss = vae_loss(vae, pixels, training.kl, rng)
+            else:
+                loss = distillation_loss(vae, teacher, pixels, rng)
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
 
@@ -200,16 +267,22 @@ def train(images: list[Tensor], training: Training, device: torch.device) -> Any
     return vae.eval().requires_grad_(False)
 
 
-def steps_within(minutes: float, images: list[Tensor], training: Training, device: torch.device) -> int:
+def steps_within(
+    minutes: float,
+    images: list[Tensor],
+    training: Training,
+    device: torch.device,
+    teacher: VAE | None = None,
+) -> int:
     """Return how many steps take about `minutes`, at the speed of the first ones, which are thrown away.
 
     The number is known before the training starts, whose learning rate depends on it. So it is the same
     training as one with this number in its settings.
     """
     # allocates memory and picks kernels, which later steps do not
-    train(images, replace(training, steps=1), device)
+    train(images, replace(training, steps=1), device, teacher)
     began = time.monotonic()
-    train(images, replace(training, steps=MEASURED_STEPS), device)
+    train(images, replace(training, steps=MEASURED_STEPS), device, teacher)
     seconds = (time.monotonic() - began) / MEASURED_STEPS
     return max(1, int(60 * minutes / seconds))
 
@@ -262,7 +335,13 @@ def psnr(vae: Any, images: list[Tensor], training: Training, device: torch.devic
     return torch.cat(values).mean().item()
 
 
-def train_into(dataset: Store, out: Path, training: Training, minutes: float | None = None) -> None:
+def train_into(
+    dataset: Store,
+    out: Path,
+    training: Training,
+    minutes: float | None = None,
+    teacher_folder: str = "",
+) -> None:
     """Train, and write a diffusers folder, which appears complete or not at all; an equal one is kept.
 
     Args:
@@ -270,6 +349,7 @@ def train_into(dataset: Store, out: Path, training: Training, minutes: float | N
         out: the folder to write.
         training: the settings.
         minutes: take as many steps as fit into this time, instead of the settings' number.
+        teacher_folder: whose latents a wavelet autoencoder learns; empty = a VAE with its own.
 
     Raises:
         UserError: if `out` exists and was made from other pairs or settings, or the dataset has no pairs.
@@ -278,6 +358,10 @@ def train_into(dataset: Store, out: Path, training: Training, minutes: float | N
     # a part that is prepared again has another attempt, so its pairs count as others
     parts = sorted([str(part), commit.attempt] for part, commit in committed(dataset, PAIRS).items())
     settings = {**asdict(training), "pairs": parts}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = read_teacher(teacher_folder, device) if teacher_folder else None
+    if teacher is not None:
+        settings["teacher"] = teacher.identity["weights_sha256"]
     record = out / SETTINGS
     stored = json.loads(record.read_text())["settings"] if record.is_file() else None
     if stored and minutes is not None:
@@ -292,13 +376,13 @@ def train_into(dataset: Store, out: Path, training: Training, minutes: float | N
             "remove it or name another --out"
         )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = read_images(dataset, training.crop, training.images)
     if minutes is not None:
-        training = replace(training, steps=steps_within(minutes, images, training, device))
+        training = replace(training, steps=steps_within(minutes, images, training, device, teacher))
         settings["steps"] = training.steps
-    vae = train(images, training, device)
-    standardize(vae, images, training, device)
+    vae = train(images, training, device, teacher)
+    if teacher is None:
+        standardize(vae, images, training, device)
     quality = psnr(vae, images, training, device)
 
     with atomic_path(out) as unfinished:
@@ -326,6 +410,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
 
     parser.add_argument(
+        "--kind",
+        choices=("small", "wavelet"),
+        default="small",
+        help="wavelet = a smaller one with the latents of --teacher",
+    )
+    parser.add_argument("--teacher", default="", metavar="DIR", help="VAE whose latents are learned")
+    parser.add_argument(
         "--minutes", type=float, help="take as many steps as fit into this time, instead of --steps"
     )
 
@@ -340,7 +431,10 @@ def main() -> None:
     minutes = arguments["minutes"]
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: give a number above 0, or --steps")
-    train_into(open_store(config.store).sub(config.name), arguments["out"], training, minutes)
+    teacher = arguments["teacher"]
+    if (arguments["kind"] == "wavelet") != bool(teacher):
+        raise UserError("--kind wavelet and --teacher DIR belong together: give both or neither")
+    train_into(open_store(config.store).sub(config.name), arguments["out"], training, minutes, teacher)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,18 @@ def latent_sizes(
     return *clip, height // down_height, width // down_width
 
 
+def same_latents(identity: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if two identities are those of spaces with the same latents: equal, or one the other's teacher, or
+    with the same teacher.
+
+    Args:
+        identity: of a latent space.
+        other: of a latent space or of a latents family, which has further keys.
+    """
+    own, theirs = identity.get("teacher", identity), other.get("teacher", other)
+    return all(theirs.get(key) == value for key, value in own.items())
+
+
 class LatentSpace(ABC):
     """A map from images to latents and back, with all that the rest of the code has to know about it."""
 
@@ -165,7 +177,7 @@ class LatentSpace(ABC):
 LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
 """Name -> latent space. One that reads diffusers folders is named as `_class_name` in their config.json."""
 
-_BUILT_IN = ("model.encoders.vae",)
+_BUILT_IN = ("model.encoders.vae", "model.encoders.wavelet")
 """Modules that register spaces; imported when one is needed, since diffusers takes seconds to import."""
 
 _Space = TypeVar("_Space", bound=type[LatentSpace])

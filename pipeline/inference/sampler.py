@@ -17,10 +17,12 @@ from model.conditions import CONDITIONS
 from model.dit import LIDiT
 from model.encoders.latent_spaces import (
     AUTOENCODER_KL,
+    CONFIG,
     LatentSpace,
     downsampling_per_axis,
     latent_sizes,
     load_latent_space,
+    same_latents,
 )
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
@@ -398,10 +400,12 @@ def load_vae(stage: StageConfig, latents: Family, device: torch.device) -> Laten
     """
     # A folder that the stage names has no revision on the hub; `identity` below compares the weights.
     source = stage.vae or str(latents.info["vae"])
-    space = latents.identity.get("space", AUTOENCODER_KL)
+    # A folder that the stage names says itself what it holds, such as a small space with the same latents.
+    names_itself = (Path(stage.vae) / CONFIG).is_file() if stage.vae else False
+    space = "" if names_itself else latents.identity.get("space", AUTOENCODER_KL)
     vae = load_latent_space(source, None if stage.vae else latents.info["revision"], device, space)
     # Another VAE would decode without an error, in wrong colors and structure.
-    if any(latents.identity.get(key) != value for key, value in vae.identity.items()):
+    if not same_latents(vae.identity, latents.identity):
         raise UserError(
             f"VAE {source} is not the one that wrote the family `{latents.name}`: name that one by vae= in "
             "the stage"
