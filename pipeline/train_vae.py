@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,10 +280,11 @@ def steps_within(
     The number is known before the training starts, whose learning rate depends on it. So it is the same
     training as one with this number in its settings.
     """
+    run = train if teacher is None else partial(train, teacher=teacher)
     # allocates memory and picks kernels, which later steps do not
-    train(images, replace(training, steps=1), device, teacher)
+    run(images, replace(training, steps=1), device)
     began = time.monotonic()
-    train(images, replace(training, steps=MEASURED_STEPS), device, teacher)
+    run(images, replace(training, steps=MEASURED_STEPS), device)
     seconds = (time.monotonic() - began) / MEASURED_STEPS
     return max(1, int(60 * minutes / seconds))
 
