@@ -32,8 +32,9 @@ from data_prep.families.text import is_held_out, measure_channels, run_text
 from data_prep.store.store import open_store
 from model.common.errors import UserError, command
 from model.common.share import Share
-from model.encoders.quantize import bytes_per_token, dequantize, quantize
+from model.encoders.quantize import dequantize, quantize
 from model.encoders.text_encoder import load_encoder
+from model.encoders.token_size import bytes_per_token
 from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.run_log import read_events, read_reports
 from pipeline.runtime.stopping import Stop

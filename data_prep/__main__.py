@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.config import DatasetConfig, load_dataset
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.families.complete import already_encoded, latents_settings
 from data_prep.init import add_options as add_init_options
 from data_prep.init import init
 from data_prep.pairs.pairs import run_pairs
@@ -39,17 +40,21 @@ def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
 def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' images with a VAE, as a latents family."""
     check_settings(config, dataset)
-    run_latents = _load("data_prep.families.latents", "run_latents")
     for entry in _choose(config.latents, arguments.family, "latents"):
-        run_latents(config, entry, dataset, arguments.task)
+        if already_encoded(dataset, entry.name, latents_settings(entry), arguments.task):
+            print(f"{entry.name}: all parts of this task are encoded")
+        else:
+            _load("data_prep.families.latents", "run_latents")(config, entry, dataset, arguments.task)
 
 
 def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' captions with an LLM, as a text family."""
     check_settings(config, dataset)
-    run_text = _load("data_prep.families.text", "run_text")
     for entry in _choose(config.text, arguments.family, "text"):
-        run_text(config, entry, dataset, arguments.task)
+        if already_encoded(dataset, entry.name, entry.identity, arguments.task):
+            print(f"{entry.name}: all parts of this task are encoded")
+        else:
+            _load("data_prep.families.text", "run_text")(config, entry, dataset, arguments.task)
         _load("data_prep.families.text_report", "print_text_report")(dataset, entry.name, arguments.task)
 
 
@@ -64,7 +69,7 @@ def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> Non
 def verify_dataset(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Check all committed files: that they exist and have their size and, with --deep, their hash."""
     check_settings(config, dataset)
-    result = verify(dataset, arguments.deep)
+    result = verify(dataset, arguments.deep, arguments.task)
     for kind, parts in sorted(result.parts.items()):
         print(f"{kind}: {parts:,} parts are right, {result.bytes[kind]:,} bytes")
     for problem in result.problems:
@@ -96,18 +101,18 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
     "latents": (latents, "latents data_prep/datasets/demo.yaml --family latents"),
     "text": (text, "text data_prep/datasets/demo.yaml --family smollm2"),
     "snapshot": (snapshot, "snapshot data_prep/datasets/demo.yaml --families latents,smollm2"),
-    "verify": (verify_dataset, "verify data_prep/datasets/demo.yaml --deep"),
+    "verify": (verify_dataset, "verify data_prep/datasets/demo.yaml --deep --task 3/16"),
     "report": (report, "report data_prep/datasets/demo.yaml --out runs/demo_data.html"),
     "gc": (gc, "gc data_prep/datasets/demo.yaml --older-than-hours 48 --delete"),
 }
 NOTES = {
     "plan": [
-        "The last task to scan finds the duplicates, in under 1 GB of memory. For 1 billion pairs this takes",
-        "33 GB of disk below TMPDIR (see data_prep/plan/dedupe.py).",
+        "Once all files are scanned, the tasks that run share the rest in units (data_prep/plan/finish.py),",
+        "each in less than 2 GB of memory. For 1 billion pairs, near duplicates take 8 GB below TMPDIR.",
         "",
     ]
 }
-SHARED = ("plan", "pairs", "latents", "text")
+SHARED = ("plan", "pairs", "latents", "text", "verify")
 """Commands whose work an array of tasks can share."""
 INIT_EXAMPLE = "init s3://bucket/tars --llm qwen --vae black-forest-labs/FLUX.1-dev"
 

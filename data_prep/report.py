@@ -29,8 +29,8 @@ from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
 from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
 from data_prep.plan.dedupe import EXACT, NEAR
 from data_prep.plan.listing import source_files
-from data_prep.plan.plan import DROPPED as DROPPED_BY_PLAN
-from data_prep.plan.plan import dropped_key
+from data_prep.plan.rows import DROPPED as DROPPED_BY_PLAN
+from data_prep.plan.rows import dropped_key
 from data_prep.plan.verdicts import LISTED_REASON
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources

@@ -164,6 +164,21 @@ class DiTConfig:
         return grid
 
 
+# Their names are in the record of every family, so none can be renamed.
+TEXT_IDENTITY = (
+    "llm",
+    "revision",
+    "encoder",
+    "layer",
+    "suffix",
+    "max_tokens",
+    "dtype",
+    "reuse_prefix",
+    "quantisation",
+)
+"""Settings of a text family that decide the numbers, besides the prefix."""
+
+
 @dataclass
 class TextConfig:
     """Settings of a text family: which LLM reads the captions, how, and what is stored."""
@@ -201,3 +216,13 @@ class TextConfig:
     device_map: str | None = None
     """For a model folder larger than one GPU: `auto`, `balanced`, `sequential`, as accelerate distributes it;
     None = one device."""
+
+    @property
+    def full_prefix(self) -> str:
+        """The prefix with the instruction filled in."""
+        return self.prefix.replace("{instruction}", self.instruction)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the numbers; a family's identity has these and the hash of the weights."""
+        return {**{name: getattr(self, name) for name in TEXT_IDENTITY}, "prefix": self.full_prefix}

@@ -1,11 +1,13 @@
 """Row counts of a dataset by source file: rows read = rows committed + rows dropped, or the command fails."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_prep.dataset.parts import THREADS, committed, read_commit, read_plan, read_plan_record
+from data_prep.dataset.rollups import write_committed
 from data_prep.dataset.schema import PAIRS, Commit, Manifest, Part
 from data_prep.store.store import Store
 from model.common.errors import UserError
@@ -53,8 +55,10 @@ def check_parts(dataset: Store, manifest: Manifest, parts: Iterable[Part]) -> No
     Raises:
         UserError: if rows were lost.
     """
+    commits = []
     with ThreadPoolExecutor(THREADS) as pool:
         for commit in pool.map(lambda part: read_commit(dataset, PAIRS, part), parts):
+            commits.append(commit)
             planned = manifest.buckets[commit.bucket][commit.number]
             written = dropped = 0
             for name, count in commit.counts.items():
@@ -67,14 +71,38 @@ def check_parts(dataset: Store, manifest: Manifest, parts: Iterable[Part]) -> No
                     f"{commit.rows} committed, {written} written, {dropped} dropped: "
                     "delete its commit and run `pairs` again"
                 )
+    write_committed(dataset, PAIRS, commits)
 
 
-def account(dataset: Store, commits: Mapping[Part, Commit] | None = None) -> list[FileAccount]:
+class Totals:
+    """Rows of all parts by source file, added up while commits are read."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def take(self, commit: Commit) -> Commit:
+        """Add the counts of a commit, and return it without them."""
+        for name, count in commit.counts.items():
+            if name.startswith("file "):
+                self.counts[name] += int(count)
+        return without_counts(commit)
+
+
+def without_counts(commit: Commit) -> Commit:
+    """Return a commit without its counts, which are most of it."""
+    kind, bucket, family_hash = map(sys.intern, (commit.kind, commit.bucket, commit.family_hash))
+    return replace(commit, kind=kind, bucket=bucket, family_hash=family_hash, counts={})
+
+
+def account(
+    dataset: Store, commits: Mapping[Part, Commit] | None = None, totals: Totals | None = None
+) -> list[FileAccount]:
     """Return the accounts of all source files.
 
     Args:
         dataset: the dataset's store.
         commits: all commits of the pairs; None = read them.
+        totals: the sums of their counts, if the commits have none any more.
 
     Raises:
         UserError: if they do not add up: a file has more rows in parts than were planned, or, with all parts
@@ -82,9 +110,10 @@ def account(dataset: Store, commits: Mapping[Part, Commit] | None = None) -> lis
     """
     if commits is None:
         commits = committed(dataset, PAIRS)
-    totals: Counter[str] = Counter()
-    for commit in commits.values():
-        totals.update({name: int(count) for name, count in commit.counts.items()})
+    if totals is None:
+        totals = Totals()
+        for commit in commits.values():
+            totals.take(commit)
     complete = set(commits) >= set(read_plan(dataset).parts)
 
     accounts = []
@@ -94,8 +123,8 @@ def account(dataset: Store, commits: Mapping[Part, Commit] | None = None) -> lis
             read=file["rows"],
             dropped_by_plan=sum(file["dropped"].values()),
             planned=file["kept"],
-            written=totals[written_count(file["number"])],
-            dropped_in_parts=totals[dropped_count(file["number"])],
+            written=totals.counts[written_count(file["number"])],
+            dropped_in_parts=totals.counts[dropped_count(file["number"])],
         )
 
         # Until all parts exist, rows may be pending, but never fewer than none.

@@ -24,6 +24,9 @@ ATTEMPT = re.compile(
 CONSTANTS = re.compile(r"families/[^/]+/constants-[0-9a-f]{16}\.safetensors")
 INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
 
+GROUPS_AT_ONCE = 512
+"""Attempts that are claimed before their objects are removed, by few requests."""
+
 
 def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool = False) -> list[str]:
     """Find objects that killed or losing writers left behind, and remove them if asked.
@@ -63,28 +66,31 @@ def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool =
         return sorted(key for keys in garbage.values() for key in keys)
 
     removed: list[str] = []
+    names = list(garbage)
     with ThreadPoolExecutor(THREADS) as pool:
-        for keys in pool.map(lambda group: _remove(dataset, group, garbage[group]), garbage):
+        for start in range(0, len(names), GROUPS_AT_ONCE):
+            some = names[start : start + GROUPS_AT_ONCE]
+            claimed = pool.map(lambda group: _claim(dataset, group), some)
+            groups_left = [group for group, is_ours in zip(some, claimed, strict=True) if is_ours]
+            keys = [key for group in groups_left for key in garbage[group]]
+            dataset.delete_many(keys)
+            # The claims last: a writer that finds none has to find its payload.
+            dataset.delete_many(f"{group}/{CLAIM}" for group in groups_left if ATTEMPT.fullmatch(group))
             removed += keys
     return sorted(removed)
 
 
-def _remove(dataset: Store, group: str, keys: list[str]) -> list[str]:
-    """Remove a group's objects, and return their keys; nothing if its attempt was committed meanwhile."""
+def _claim(dataset: Store, group: str) -> bool:
+    """Claim a group's objects for removal; False if its attempt was committed meanwhile."""
     attempt = ATTEMPT.fullmatch(group)
-    claim = f"{group}/{CLAIM}"
     if attempt:
+        claim = f"{group}/{CLAIM}"
         dataset.put(claim, b"")
         kind = attempt["family"] or PAIRS
         if _is_committed(dataset, kind, Part(attempt["bucket"], int(attempt["number"])), group):
             dataset.delete(claim)
-            return []
-
-    for key in keys:
-        dataset.delete(key)
-    if attempt:
-        dataset.delete(claim)
-    return keys
+            return False
+    return True
 
 
 def _is_committed(dataset: Store, kind: str, part: Part, group: str) -> bool:

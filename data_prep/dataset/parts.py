@@ -8,7 +8,7 @@ files that no commit names, which `gc` removes. Nothing is ever overwritten.
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,10 @@ import numpy as np
 import xxhash
 
 from data_prep.dataset.records import read_object
+from data_prep.dataset.rollups import MAX_ROWS, Record, read_rollups, write_rollups
 from data_prep.dataset.schema import CLAIM, PAIRS, Commit, Family, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import read_family
+from data_prep.store.entry import Entry
 from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
 from model.common.records import canonical_json, parse_record
@@ -83,14 +85,23 @@ def read_commit(dataset: Store, kind: str, part: Part) -> Commit:
         FileNotFoundError: if the part does not exist.
         StoreError: if the record is damaged or belongs to another part.
     """
+    return _read_record(dataset, kind, part)[1]
+
+
+def _read_record(dataset: Store, kind: str, part: Part) -> tuple[bytes, Commit]:
+    """Return the commit of one part, and its bytes."""
+
+    def parse(data: bytes) -> tuple[bytes, Commit]:
+        return data, Commit.from_json(data)
+
     key = part.commit_key(kind)
-    commit = read_object(dataset, key, Commit.from_json, "delete it and make the part again")
+    data, commit = read_object(dataset, key, parse, "delete it and make the part again")
 
     # A record copied under another key would make a part exist with the rows of another.
     if (commit.kind, commit.part) != (kind, part):
         owner = f"{commit.kind} {commit.part}"
         raise StoreError(f"{dataset.uri}/{key}: is the record of {owner}: delete it and make the part again")
-    return commit
+    return data, commit
 
 
 def committed_parts(dataset: Store, kind: str) -> set[Part]:
@@ -99,25 +110,48 @@ def committed_parts(dataset: Store, kind: str) -> set[Part]:
     Raises:
         StoreError: if a file among the commits is not one.
     """
+    return set(_list_commits(dataset, kind))
+
+
+def _list_commits(dataset: Store, kind: str) -> dict[Part, Entry]:
+    """Return the objects of all commits of a kind."""
     prefix = f"commits/{kind}/"
-    parts = set()
-    for key in dataset.list(prefix):
-        bucket, _, name = key.removeprefix(prefix).partition("/")
+    entries = {}
+    for entry in dataset.listing(prefix):
+        bucket, _, name = entry.key.removeprefix(prefix).partition("/")
         number = name.removesuffix(".json")
         part = Part(bucket, int(number) if re.fullmatch(r"\d{1,18}", number, re.ASCII) else -1)
         # Another spelling of the same number would be a second record of one part.
-        if part.number < 0 or part.commit_key(kind) != key:
-            raise StoreError(f"{dataset.uri}/{key}: not a commit: remove it")
-        parts.add(part)
-    return parts
+        if part.number < 0 or part.commit_key(kind) != entry.key:
+            raise StoreError(f"{dataset.uri}/{entry.key}: not a commit: remove it")
+        entries[part] = entry
+    return entries
 
 
-def committed(dataset: Store, kind: str) -> dict[Part, Commit]:
-    """Return the commits of a kind, sorted by part."""
-    parts = sorted(committed_parts(dataset, kind))
+def committed(
+    dataset: Store, kind: str, shrink: Callable[[Commit], Commit] = lambda commit: commit
+) -> dict[Part, Commit]:
+    """Return the commits of a kind, sorted by part: from roll-ups, and those that none has by themselves.
+
+    Args:
+        dataset: the dataset's store.
+        kind: `pairs`, or the family's name.
+        shrink: returns the part of a commit to keep in memory, since there may be a million.
+    """
+    listed = _list_commits(dataset, kind)
+    commits = {commit.part: shrink(commit) for commit in read_rollups(dataset, kind, listed)}
+    left = sorted(part for part in listed if part not in commits)
+    records: list[Record] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        commits = pool.map(lambda part: read_commit(dataset, kind, part), parts)
-        return dict(zip(parts, commits, strict=True))
+        found = pool.map(lambda part: _read_record(dataset, kind, part), left)
+        for part, (data, commit) in zip(left, found, strict=True):
+            records.append(Record(part, listed[part].version, data))
+            commits[part] = shrink(commit)
+            if len(records) == MAX_ROWS:
+                write_rollups(dataset, kind, records)
+                records = []
+    write_rollups(dataset, kind, records)
+    return dict(sorted(commits.items()))
 
 
 def commit_part(

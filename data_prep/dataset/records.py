@@ -39,6 +39,22 @@ def read_object(dataset: Store, key: str, parse: Callable[[bytes], Result], way_
         except TooLargeError as error:
             raise ValueError(f"over {MAX_OBJECT_BYTES:,} bytes") from error
 
+    return read_checked(dataset, key, read, way_out)
+
+
+def read_checked(dataset: Store, key: str, read: Callable[[], Result], way_out: str) -> Result:
+    """Read and check something of an object, and read it again before it counts as damaged.
+
+    Args:
+        dataset: the dataset's store.
+        key: the object's key.
+        read: returns the content, or raises `ValueError` with what is wrong.
+        way_out: what to do if the object is damaged, as the end of the error message.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        StoreError: if it is damaged; the message names it.
+    """
     try:
         return read()
     except ValueError:

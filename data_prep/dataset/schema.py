@@ -9,6 +9,7 @@
   families/<family>/family.json, constants-<xxh64>.safetensors
   families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
   commits/<pairs or family>/<bucket>/00012.json             the object that makes a part exist
+  rollups/<pairs or family>/<xxh64>.parquet                 copies of many commits, checked with the listing
   dropped/<source file>.parquet                             samples that the plan left out, and why
   snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet    immutable: what a training run reads
   snapshots/history/000007.json                             snapshots in order; the last is `latest`

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from data_prep.dataset.accounts import account
+from data_prep.dataset.accounts import Totals, account, without_counts
 from data_prep.dataset.mds import Shard
 from data_prep.dataset.parts import (
     PLAN_AGAIN,
@@ -90,12 +90,16 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     if not chosen:
         raise UserError(f"{dataset.uri}: no families: run `python -m data_prep latents` and `text` first")
 
-    commits = {kind: committed(dataset, kind) for kind in [PAIRS, *sorted(chosen)]}
+    # Without their counts, which take most of the memory.
+    totals = Totals()
+    commits = {PAIRS: committed(dataset, PAIRS, totals.take)}
+    for name in sorted(chosen):
+        commits[name] = committed(dataset, name, without_counts)
     _check_alignment(dataset, plan, commits, chosen)
     # Tasks of `pairs` check the counts of their own parts only. A dataset that was put together by hand may
     # have no counts.
-    if dataset.exists(PLAN_KEY):
-        account(dataset, commits[PAIRS])
+    if totals.counts and dataset.exists(PLAN_KEY):
+        account(dataset, commits[PAIRS], totals)
 
     missing: dict[str, list[Part]] = {}
     for kind, parts in commits.items():
@@ -255,50 +259,90 @@ class Verification:
     """The content that was not checked."""
 
 
-def verify(dataset: Store, deep: bool = False) -> Verification:
+def verify(dataset: Store, deep: bool = False, share: Share | None = None) -> Verification:
     """Check all commits and snapshots against the objects in the store, and the families against the pairs.
 
     Args:
         dataset: the dataset's store.
         deep: also read every payload, the families' constants and the plan's tables, and compare hash, rows
             and sample ids; otherwise only presence and size.
+        share: check only this share of the parts; None = all. The first share has the records as well.
 
     Returns:
         Counts of correct parts, and all problems.
     """
+    share = share or Share()
     verification = Verification()
     verification.not_read = "the sources, and the tables of scanned and dropped rows"
     if not deep:
         verification.not_read += "; the contents of files, which --deep reads"
-    families, verification.problems = _families(dataset, deep)
+    if share.count > 1:
+        verification.not_read += f"; the parts of the other {share.count - 1} tasks"
+    families, problems = _families(dataset, deep and share.index == 0)
+    verification.problems = problems if share.index == 0 else []
     if deep:
-        verification.problems += _plan_problems(dataset)
+        verification.problems += _plan_problems(dataset, share)
 
-    for kind in [PAIRS, *sorted(families)]:
+    existing = {kind: committed_parts(dataset, kind) for kind in [PAIRS, *sorted(families)]}
+    # The same parts of all kinds, so that each commit of the pairs is read once.
+    own = set(share.owns(sorted(set().union(*existing.values()))))
+    sizes = _payload_sizes(dataset, existing, own)
+    pairs: dict[Part, Commit] = {}
+    for kind, parts in existing.items():
 
         def check(part: Part, kind: str = kind) -> Commit | str:
             key = f"{dataset.uri}/{part.commit_key(kind)}"
             try:
                 commit = read_commit(dataset, kind, part)
-                _check_part(dataset, commit, families.get(kind), deep)
+                _check_part(dataset, commit, families.get(kind), pairs, sizes)
+                if deep:
+                    _check_payload(dataset, commit, families.get(kind))
                 return commit
             # A result and not an exception: one damaged part must not hide the problems of the others.
             except (UserError, FileNotFoundError) as error:
                 # The error of a damaged record names the record and the way out by itself.
                 return str(error) if str(error).startswith(key) else f"{key}: {error}: {REPAIR}"
 
-        with ThreadPoolExecutor(8) as pool:
-            for result in pool.map(check, sorted(committed_parts(dataset, kind))):
+        with ThreadPoolExecutor(8 if deep else THREADS) as pool:
+            for result in pool.map(check, sorted(own & parts)):
                 if isinstance(result, str):
                     verification.problems.append(result)
                 else:
                     verification.parts[kind] += 1
                     verification.bytes[kind] += sum(file.bytes for file in result.files)
+                    if kind == PAIRS:
+                        # Without its files and counts, of which there may be many.
+                        pairs[result.part] = replace(result, files=[], counts={})
 
+    known = set().union(*existing.values())
     for id in snapshot_ids(dataset):
         verification.snapshots += 1
-        verification.problems += _snapshot_problems(dataset, id)
+        verification.problems += _snapshot_problems(dataset, id, share, own, known, sizes)
     return verification
+
+
+def _payload_sizes(dataset: Store, existing: dict[str, set[Part]], own: set[Part]) -> dict[str, int]:
+    """Return the size of each payload file of some parts by key, from listings: a request per 1,000 files."""
+    prefixes = []
+    for kind, parts in existing.items():
+        root = PAIRS if kind == PAIRS else f"families/{kind}"
+        buckets = sorted({part.bucket for part in parts})
+        prefixes += [f"{root}/{bucket}/" for bucket in buckets]
+
+    def listed(prefix: str) -> dict[str, int]:
+        bucket = prefix.split("/")[-2]
+        found = {}
+        for entry in dataset.listing(prefix):
+            number = entry.key.removeprefix(prefix).partition("/")[0]
+            if number.isdecimal() and Part(bucket, int(number)) in own:
+                found[entry.key] = entry.bytes
+        return found
+
+    sizes: dict[str, int] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(listed, prefixes):
+            sizes |= found
+    return sizes
 
 
 def _families(dataset: Store, deep: bool) -> tuple[dict[str, Family], list[str]]:
@@ -315,14 +359,14 @@ def _families(dataset: Store, deep: bool) -> tuple[dict[str, Family], list[str]]
     return families, problems
 
 
-def _plan_problems(dataset: Store) -> list[str]:
-    """Return what is wrong with the plan's tables."""
+def _plan_problems(dataset: Store, share: Share) -> list[str]:
+    """Return what is wrong with a share of the plan's tables."""
     # Plans that earlier versions made have it too; a dataset that was put together by hand may not.
     if not dataset.exists(PLAN_KEY):
         return []
     problems = []
     try:
-        for key, xxh64 in read_plan_record(dataset)["manifest"].items():
+        for key, xxh64 in share.owns(list(read_plan_record(dataset)["manifest"].items())):
             try:
                 read_object(dataset, key, hashed(xxh64), PLAN_AGAIN)
             except FileNotFoundError:
@@ -332,24 +376,33 @@ def _plan_problems(dataset: Store) -> list[str]:
     return problems
 
 
-def _check_part(dataset: Store, commit: Commit, family: Family | None, deep: bool) -> None:
+def _check_part(
+    dataset: Store, commit: Commit, family: Family | None, pairs: dict[Part, Commit], sizes: dict[str, int]
+) -> None:
     """Check one part against its commit.
+
+    Args:
+        dataset: the dataset's store.
+        commit: the part's commit.
+        family: its family; None for the pairs.
+        pairs: commits of the pairs that were read already.
+        sizes: bytes of the payload files by key.
 
     Raises:
         UserError: if they differ.
     """
     if family:
-        pairs = read_commit(dataset, PAIRS, commit.part)
-        if (pairs.rows, pairs.ids_xxh64) != (commit.rows, commit.ids_xxh64):
+        own = pairs.get(commit.part) or read_commit(dataset, PAIRS, commit.part)
+        if (own.rows, own.ids_xxh64) != (commit.rows, commit.ids_xxh64):
             raise UserError("other samples than the pairs of this part")
         if family.hash != commit.family_hash:
             raise UserError(f"not made by family `{family.name}` as registered")
 
     for file in commit.files:
-        if dataset.size(file.key) != file.bytes:
+        # Of a part that was committed after the listing, the size is asked for.
+        size = sizes[file.key] if file.key in sizes else dataset.size(file.key)
+        if size != file.bytes:
             raise UserError(f"{file.key} does not have {file.bytes:,} bytes")
-    if deep:
-        _check_payload(dataset, commit, family)
 
 
 def _check_payload(dataset: Store, commit: Commit, family: Family | None) -> None:
@@ -379,19 +432,38 @@ def snapshot_ids(dataset: Store) -> list[str]:
     ]
 
 
-def _snapshot_problems(dataset: Store, id: str) -> list[str]:
+def _snapshot_problems(
+    dataset: Store, id: str, share: Share, own: set[Part], known: set[Part], sizes: dict[str, int]
+) -> list[str]:
+    """Return what is wrong with a snapshot.
+
+    Args:
+        dataset: the dataset's store.
+        id: the snapshot.
+        share: the share to check.
+        own: its parts.
+        known: all parts that have a commit; the first share has those that have none.
+        sizes: bytes of the payload files of `own`, as far as they are known.
+    """
     try:
         snapshot = read_snapshot(dataset, id)
-        indexes = [read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets]
+        indexes = {bucket: read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets}
     except UserError as error:
-        return [str(error)]
+        return [str(error)] if share.index == 0 else []
 
     files = []
-    for index in indexes:
-        files += index_files(index, snapshot.families)
+    for bucket, index in indexes.items():
+        parts = [Part(bucket, number) for number in index["number"].to_pylist()]
+        chosen = [part in own or (part not in known and share.index == 0) for part in parts]
+        files += index_files(index.filter(pyarrow.array(chosen)), snapshot.families)
 
     def is_intact(file: StoredFile) -> bool:
-        return dataset.exists(file.key) and dataset.size(file.key) == file.bytes
+        if file.key in sizes:
+            return sizes[file.key] == file.bytes
+        try:
+            return dataset.size(file.key) == file.bytes
+        except FileNotFoundError:
+            return False
 
     problems = []
     with ThreadPoolExecutor(THREADS) as pool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.dataset.mds import write_mds
 from data_prep.dataset.parts import commit_part, committed_parts, read_commit, read_plan
+from data_prep.dataset.rollups import write_committed
 from data_prep.dataset.schema import PAIRS, Commit, Family, Part
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.pairs.pairs import Pair, read_pairs
@@ -60,6 +61,7 @@ def encode_family(
     ):
         progress.advance(sum(part in done for part in parts), "there before")
         commit: Future[Commit] | None = None
+        made: list[Future[Commit]] = []
         for part, pairs in _read_ahead(pool, read, missing):
             # A part that lost all of its pairs is committed as well, so that the family becomes complete.
             rows, counts = encode_part(pairs) if pairs else ([], {})
@@ -67,7 +69,9 @@ def encode_family(
             _finish(commit, progress)
             ids = [pair.id for pair in pairs]
             commit = pool.submit(_commit_rows, dataset, family, part, ids, rows, counts, Path(folder))
+            made.append(commit)
         _finish(commit, progress)
+    write_committed(dataset, family.name, [commit.result() for commit in made])
 
     # All other parts are encoded by now: another run has only these left to do.
     without_pairs = [part for part in parts if part not in ready]

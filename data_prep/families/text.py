@@ -385,7 +385,7 @@ class CaptionEncoder:
         tokens = self._encoder.tokenize(texts) if texts else []
         # Captions of similar lengths share a batch.
         order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
-        max_tokens = BATCHES_PER_CHUNK * self._encoder.config.tokens_per_batch
+        max_tokens = BATCHES_PER_CHUNK * self._encoder.tokens_per_batch
 
         chunk: list[int] = []
         size = 0

@@ -38,9 +38,10 @@ from data_prep.pairs.make_images import (
     encode_images,
     order_tasks,
 )
+from data_prep.plan.finish import file_order
 from data_prep.plan.listing import print_changed, source_files
 from data_prep.plan.manifest import read_manifest
-from data_prep.plan.plan import check_settings, file_order
+from data_prep.plan.plan import check_settings
 from data_prep.plan.scan import CAPTIONS, CRASHED
 from data_prep.sources.sample import printable
 from data_prep.sources.source import OpenSources, needs_sequential_reads

@@ -1,9 +1,9 @@
 """Evaluation sets (`dedupe.against`): the hashes of their images, and the pairs that have one of them.
 
 An image that a model is scored on must not be trained on. The files of the sets are listed and hashed like
-source files: by the same tasks, in the same worker processes, with one committed table per file. The task
-that finishes the plan loads their hashes, 9 bytes per image and kind of hash (12 MB for the 1.3 million
-images of ImageNet), and compares all rows with them.
+source files: by the same tasks, in the same worker processes, with one committed table per file. Tasks
+that finish the plan load their hashes, 9 bytes per image and kind of hash (12 MB for the 1.3 million images
+of ImageNet), and compare all rows with them.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from model.common.errors import UserError, first_line
 from model.common.records import parse_json, read_bounded
 from model.config import TextConfig
 from model.encoders.gguf import GGUFFile, find_gguf
-from model.encoders.quantize import bytes_per_token
+from model.encoders.token_size import bytes_per_token
 
 CHARACTERS_PER_TOKEN = 4.0
 """For English text and the usual vocabularies; an estimate until the captions are encoded."""

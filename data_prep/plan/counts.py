@@ -8,8 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from data_prep.config import DatasetConfig
-from data_prep.dataset.schema import SourceCounts
 from data_prep.sources.source import SourceFile
 
 pc: Any = pyarrow.compute
@@ -22,18 +20,21 @@ MAX_EXAMPLE = 200
 """Characters of an example."""
 
 
-class Counts:
-    """Rows read, kept and dropped by source file, captions by kind, and ignored files by source."""
+class GroupCounts:
+    """Counts of the rows of some source files."""
 
-    def __init__(
-        self, config: DatasetConfig, files: Sequence[SourceFile], sources: list[SourceCounts]
-    ) -> None:
-        self._kinds = config.caption_kinds
-        self._sources = sources
-        self._files: list[dict[str, Any]] = [
-            {"number": file.number, "label": file.label, "rows": 0, "kept": 0, "dropped": {}}
+    def __init__(self, kinds: Sequence[str], files: Sequence[SourceFile]) -> None:
+        """Begin to count.
+
+        Args:
+            kinds: names of the caption kinds.
+            files: the files.
+        """
+        self._kinds = kinds
+        self._files: dict[int, dict[str, Any]] = {
+            file.number: {"number": file.number, "label": file.label, "rows": 0, "kept": 0, "dropped": {}}
             for file in files
-        ]
+        }
         self._captions: Counter[str] = Counter()
         self._letters: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
@@ -62,24 +63,8 @@ class Counts:
         for text in captions.field("text")[:missing].to_pylist():
             self._examples.append(text[:MAX_EXAMPLE])
 
-    def check(self, planned: int) -> None:
-        """Check that all rows read were kept or dropped, and that the rows kept are those of the parts.
-
-        Raises:
-            RuntimeError: if not.
-        """
-        for file in self._files:
-            dropped = file["dropped"]
-            if file["rows"] != file["kept"] + sum(dropped.values()):
-                raise RuntimeError(
-                    f"{file['label']}: {file['rows']} rows read, {file['kept']} kept, {dropped} dropped"
-                )
-        kept = sum(file["kept"] for file in self._files)
-        if kept != planned:
-            raise RuntimeError(f"{kept} rows were kept but {planned} are planned")
-
     def record(self) -> dict[str, Any]:
-        """Return the counts for `manifest/plan.json`."""
+        """Return the counts, as `merge_counts` takes them."""
         captions = {
             "kept": dict(self._captions),
             "letters": dict(self._letters),
@@ -87,4 +72,43 @@ class Counts:
             "bracketed": self._bracketed,
             "examples": self._examples,
         }
-        return {"files": self._files, "captions": captions, "sources": self._sources}
+        return {"files": list(self._files.values()), "captions": captions}
+
+
+def merge_counts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of all files for `manifest/plan.json`, from those of groups in the plan's order."""
+    files: list[dict[str, Any]] = []
+    captions: dict[str, Any] = {"kept": Counter(), "letters": Counter(), "refused": Counter()}
+    bracketed, examples = 0, []
+    for record in records:
+        files += record["files"]
+        for name, counts in captions.items():
+            counts.update(record["captions"][name])
+        bracketed += record["captions"]["bracketed"]
+        examples += record["captions"]["examples"]
+
+    files.sort(key=lambda file: file["number"])
+    captions = {name: dict(counts) for name, counts in captions.items()}
+    captions |= {"bracketed": bracketed, "examples": examples[:MAX_EXAMPLES]}
+    return {"files": files, "captions": captions}
+
+
+def check_counts(files: Sequence[dict[str, Any]], planned: int) -> None:
+    """Check that all rows read were kept or dropped, and that the rows kept are those of the parts.
+
+    Args:
+        files: counts by source file (`merge_counts`).
+        planned: rows of all parts.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    for file in files:
+        dropped = file["dropped"]
+        if file["rows"] != file["kept"] + sum(dropped.values()):
+            raise RuntimeError(
+                f"{file['label']}: {file['rows']} rows read, {file['kept']} kept, {dropped} dropped"
+            )
+    kept = sum(file["kept"] for file in files)
+    if kept != planned:
+        raise RuntimeError(f"{kept} rows were kept but {planned} are planned")

@@ -5,15 +5,13 @@ hashes (pHash, package ImageHash) within a Hamming distance d. In both cases a r
 smaller id is a duplicate of it, so the result does not depend on the order of work. (Near duplicates are
 judged against all rows that are not exact duplicates, so of a chain a ~ b ~ c only a stays.)
 
-Hashes are stored in temporary files, which are split by value into groups of at most `GROUP_ROWS` rows; one
-group is in memory at a time. Near duplicates are found by blocks: two hashes within d bits agree on at least
-m of d + m blocks, so each choice of m blocks is one pass in which only rows with equal keys are compared; m
-grows with the number of rows so that keys stay selective.
+Near duplicates are found by blocks: two hashes within d bits agree on at least m of d + m blocks, so each
+choice of m blocks is one pass in which only rows with equal keys are compared; m grows with the number of
+rows so that keys stay selective. The rows of a pass are stored in temporary files, which are split by key
+into groups of at most `GROUP_ROWS` rows; one group is in memory at a time (0.5 GB). Where many images are
+alike, keys with many rows are cut again (`_Runs`).
 
-For 1 billion rows: 33 GB of temporary disk (the hashes, the same hashes split into groups, and a byte per row
-for the verdicts) and 0.5 GB of memory, which a full group takes whatever the number of rows (measured with 8
-million rows: 0.3 GB exact, 0.47 GB near with d = 3; 12 s and 151 s on a busy core). XXH3's 64 bits give an
-expected 0.03 false duplicates.
+XXH3's 64 bits give an expected 0.03 false duplicates among 1 billion rows.
 """
 
 import itertools
@@ -33,6 +31,8 @@ EXACT = "dedupe: same file"
 NEAR = "dedupe: looks the same"
 
 GROUP_ROWS = 1 << 22
+RUN_ROWS = 16
+"""Rows with equal keys above which a run is cut again."""
 PAIR_ROWS = 1 << 20
 """Maximum number of pairs compared at once."""
 ROW = np.dtype([("hash", "<u8"), ("id", "<i8")])
@@ -85,21 +85,22 @@ class Spool:
         self.path.unlink(missing_ok=True)
 
 
-def exact_duplicates(spool: Spool, group_rows: int = GROUP_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def first_of_each_hash(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find rows with equal hashes.
 
-    Yields:
-        The ids, int64 [N], of rows whose hash equals that of a row with a smaller id; and those of the rows
-        with the smallest id of such a hash, int64 [M].
+    Args:
+        rows: `ROW` [N], with different ids.
+
+    Returns:
+        The ids of all rows whose hash another row has too, int64 [M]; and for each the smallest id of a row
+        with that hash, int64 [M].
     """
-    for group in _groups(spool, lambda rows: rows["hash"], group_rows):
-        # Sorted by hash, then id: every row after the first of its hash is a duplicate.
-        order = np.lexsort((group["id"], group["hash"]))
-        hashes = group["hash"][order]
-        ids = group["id"][order]
-        equal = hashes[1:] == hashes[:-1]
-        is_first = equal & ~np.concatenate([[False], equal[:-1]])[: len(equal)]
-        yield ids[1:][equal], ids[:-1][is_first]
+    order = np.lexsort((rows["id"], rows["hash"]))
+    hashes, ids = rows["hash"][order], rows["id"][order]
+    is_first = np.concatenate([np.ones(min(1, len(rows)), bool), hashes[1:] != hashes[:-1]])
+    counts = np.diff(np.append(np.flatnonzero(is_first), len(rows)))
+    several = np.repeat(counts > 1, counts)
+    return ids[several], np.repeat(ids[is_first], counts)[several]
 
 
 def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -> Iterator[np.ndarray]:
@@ -110,14 +111,25 @@ def near_duplicates(spool: Spool, distance: int, group_rows: int = GROUP_ROWS) -
         distance: maximum Hamming distance of near duplicates, in bits.
         group_rows: rows in memory at a time.
     """
+    # Two hashes within the distance agree on all blocks of at least one choice, so no pair is missed.
     for blocks in block_choices(spool.rows, distance):
-        # Two hashes within the distance agree on all blocks of at least one choice, so no pair is missed.
-        mask = bit_mask(blocks)
-        for group in _groups(spool, lambda rows, mask=mask: _mixed(rows["hash"] & mask), group_rows):
-            keys = group["hash"] & mask
-            # Within a key, rows are sorted by id: an earlier row is one with a smaller id.
-            order = np.lexsort((group["id"], keys))
-            yield _near_in_group(group[order], keys[order], distance)
+        yield from near_in_pass(spool, blocks, distance, group_rows)
+
+
+def near_in_pass(
+    spool: Spool, blocks: Sequence[tuple[int, int]], distance: int, group_rows: int = GROUP_ROWS
+) -> Iterator[np.ndarray]:
+    """Yield the ids, int64 [N], of rows that are near a row with a smaller id and agree with it on `blocks`.
+
+    Args:
+        spool: perceptual hashes.
+        blocks: one of `block_choices`.
+        distance: maximum Hamming distance of near duplicates, in bits.
+        group_rows: rows in memory at a time.
+    """
+    mask = bit_mask(blocks)
+    for group in _groups(spool, lambda rows: mixed(rows["hash"] & mask), group_rows):
+        yield near_in_group(group, mask, distance)[0]
 
 
 def block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]]:
@@ -138,39 +150,149 @@ def bit_mask(blocks: Sequence[tuple[int, int]]) -> np.uint64:
     return np.uint64(sum(((1 << (end - start)) - 1) << start for start, end in blocks))
 
 
-def _near_in_group(rows: np.ndarray, keys: np.ndarray, distance: int) -> np.ndarray:
-    """Return the ids of rows that have an earlier row with the same key within `distance` bits.
-
-    A row is compared with the row `lag` places before it, for growing lags; each lag looks only at rows whose
-    run of equal keys reaches that far back.
+def near_in_group(rows: np.ndarray, mask: np.uint64, distance: int) -> tuple[np.ndarray, int]:
+    """Find rows near a row with a smaller id, among those that agree with it on the bits of `mask`.
 
     Args:
-        rows: `ROW` [N], sorted by key, then id.
-        keys: uint64 [N].
+        rows: `ROW` [N].
+        mask: bits of the keys.
         distance: maximum Hamming distance.
+
+    Returns:
+        The ids of the rows found, int64 [M], and the number of comparisons.
     """
-    duplicate = np.zeros(len(rows), bool)
-
-    # Place of each row in its run of equal keys.
-    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(rows)), bool), keys[1:] != keys[:-1]]))
-    first = np.repeat(starts, np.diff(np.append(starts, len(rows))))
-    place = np.arange(len(rows)) - first
-
-    candidates = np.flatnonzero(place > 0)
-    lag = 1
-    while len(candidates):
-        # In chunks, because every comparison copies the hashes of both rows.
-        for start in range(0, len(candidates), PAIR_ROWS):
-            chunk = candidates[start : start + PAIR_ROWS]
-            difference = rows["hash"][chunk] ^ rows["hash"][chunk - lag]
-            duplicate[chunk[np.bitwise_count(difference) <= distance]] = True
-        lag += 1
-        # A row that is known to be a duplicate needs no further comparison.
-        candidates = candidates[(place[candidates] >= lag) & ~duplicate[candidates]]
-    return rows["id"][duplicate]
+    runs = _Runs(rows[np.argsort(rows["id"], kind="stable")], distance)
+    runs.find(np.arange(len(rows)), np.zeros(len(rows), np.int64), mask, ~mask)
+    return runs.rows["id"][runs.duplicate], runs.comparisons
 
 
-def _mixed(keys: np.ndarray) -> np.ndarray:
+class _Runs:
+    """Comparison of all rows with equal keys, which form a run.
+
+    Images that are alike, such as products on white, agree on most bits, so some keys have very many rows.
+    The rows of a long run that are not near one of the `RUN_ROWS` rows before them are cut again, by the bits
+    outside of the key: what holds for all 64 bits holds for these, so no pair is missed. A run is cut only if
+    that at least halves the pairs to compare, so cutting never costs more than comparing all.
+    """
+
+    def __init__(self, rows: np.ndarray, distance: int) -> None:
+        self.rows = rows
+        """`ROW` [N], sorted by id."""
+        self.duplicate = np.zeros(len(rows), bool)
+        self.comparisons = 0
+        self._distance = distance
+
+    def find(self, places: np.ndarray, runs: np.ndarray, key: np.uint64, free: np.uint64) -> None:
+        """Mark the duplicates among some rows.
+
+        Args:
+            places: rows, int64 [n].
+            runs: run of each row, int64 [n]; only rows of one run are compared.
+            key: bits by which the runs are cut first.
+            free: bits on which the rows of a run may still differ after that.
+        """
+        order, runs, before = self._sort(places, runs, key)
+        places = places[order]
+        self._compare(places, np.minimum(before, RUN_ROWS))
+
+        left = ~self.duplicate[places] & (before > RUN_ROWS)
+        is_long = np.bincount(runs[left], minlength=int(runs.max(initial=0)) + 1)[runs] > 0
+        if is_long.any():
+            self._cut(places[is_long], runs[is_long], free)
+
+    def _sort(
+        self, places: np.ndarray, runs: np.ndarray, key: np.uint64
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cut runs by a key.
+
+        Returns:
+            The order of the rows by new run and id; and in this order the number of the new run and of the
+            rows of it that come before, all int64 [n].
+        """
+        keys = self.rows["hash"][places] & key
+        order = np.lexsort((places, keys, runs))
+        runs, keys = runs[order], keys[order]
+        is_new = np.ones(len(places), bool)
+        is_new[1:] = (runs[1:] != runs[:-1]) | (keys[1:] != keys[:-1])
+        starts = np.flatnonzero(is_new)
+        number = np.cumsum(is_new) - 1
+        return order, number, np.arange(len(places)) - starts[number]
+
+    def _compare(self, places: np.ndarray, before: np.ndarray) -> None:
+        """Compare rows with those before them.
+
+        A row is compared with the row `lag` places before it, for growing lags; each lag looks only at rows
+        whose run reaches that far back.
+
+        Args:
+            places: rows, int64 [n], sorted by run and then id.
+            before: number of rows before each to compare it with, int64 [n].
+        """
+        hashes = self.rows["hash"][places]
+        candidates = np.flatnonzero((before > 0) & ~self.duplicate[places])
+        lag = 1
+        while len(candidates):
+            # In chunks, because every comparison copies the hashes of both rows.
+            for start in range(0, len(candidates), PAIR_ROWS):
+                chunk = candidates[start : start + PAIR_ROWS]
+                difference = hashes[chunk] ^ hashes[chunk - lag]
+                self.duplicate[places[chunk[np.bitwise_count(difference) <= self._distance]]] = True
+            self.comparisons += len(candidates)
+            lag += 1
+            # A row that is known to be a duplicate needs no further comparison.
+            candidates = candidates[(before[candidates] >= lag) & ~self.duplicate[places[candidates]]]
+
+    def _cut(self, places: np.ndarray, runs: np.ndarray, free: np.uint64) -> None:
+        """Mark the duplicates among the rows of long runs."""
+        # Of equal hashes only the first row can be near a row that the others are not near.
+        order, _, copies = self._sort(places, runs, ~np.uint64(0))
+        self.duplicate[places[order[copies > 0]]] = True
+        places, runs = places[order[copies == 0]], runs[order[copies == 0]]
+
+        order, runs, before = self._sort(places, runs, np.uint64(0))
+        places = places[order]
+        bits = [bit for bit in range(64) if int(free) >> bit & 1]
+        choices = _choose_bits(bits, self._distance, int(before.max()) + 1)
+        pairs = np.zeros((1 + len(choices), int(runs[-1]) + 1))
+        pairs[0] = np.bincount(runs, before * ~self.duplicate[places])
+        for number, blocks in enumerate(choices, 1):
+            order, _, less = self._sort(places, runs, blocks)
+            pairs[number] = np.bincount(runs[order], less * ~self.duplicate[places[order]])
+
+        is_cut = ((2 * pairs[1:].sum(0) <= pairs[0]) & bool(choices))[runs]
+        self._compare(places[~is_cut], before[~is_cut])
+        if is_cut.any():
+            for blocks in choices:
+                self.find(places[is_cut], runs[is_cut], blocks, free & ~blocks)
+
+
+def _choose_bits(bits: Sequence[int], distance: int, longest: int) -> list[np.uint64]:
+    """Return masks of some of `bits`, of which two hashes within `distance` agree on at least one.
+
+    Args:
+        bits: the bits; there is no such mask if they are not more than `distance`.
+        distance: maximum Hamming distance.
+        longest: rows of the longest run to be cut by them.
+    """
+    if len(bits) <= distance:
+        return []
+    wanted = math.log2(max(1, longest / RUN_ROWS))
+    matching = 1
+    # More blocks make longer keys, but also more passes.
+    while matching < 3 and distance + matching < len(bits):
+        if len(bits) * matching / (distance + matching) >= wanted:
+            break
+        matching += 1
+
+    count = distance + matching
+    edges = [round(len(bits) * number / count) for number in range(count + 1)]
+    blocks = []
+    for start, end in itertools.pairwise(edges):
+        blocks.append(sum(1 << bit for bit in bits[start:end]))
+    return [np.uint64(sum(choice)) for choice in itertools.combinations(blocks, matching)]
+
+
+def mixed(keys: np.ndarray) -> np.ndarray:
     """Distribute keys over all 64 bits, so that groups split by the top bits have similar sizes."""
     # Fibonacci hashing: multiplication by 2^64 / golden ratio moves differences of all bits to the top bits.
     with np.errstate(over="ignore"):
@@ -185,7 +307,7 @@ def _groups(
 
     Args:
         spool: the rows.
-        key_of: function from rows [N] to their keys, uint64 [N].
+        key_of: function from rows [N] to their keys, uint64 [N], which are uniform in the top bits.
         group_rows: average size of a group.
 
     Raises:
@@ -201,7 +323,7 @@ def _groups(
         paths = [Path(folder) / f"{number:05d}" for number in range(2**bits)]
 
         for rows in spool.read():
-            group = (_mixed(key_of(rows)) >> np.uint64(64 - bits)).astype(np.int64)
+            group = (key_of(rows) >> np.uint64(64 - bits)).astype(np.int64)
             # Sorted by group, a chunk is written with one append per group.
             order = np.argsort(group, kind="stable")
             bounds = np.searchsorted(group[order], np.arange(len(paths) + 1))

@@ -1,40 +1,31 @@
 """The plan: which sample is which row of which part. Made once, by any number of tasks, then never changed.
 
 Each task scans its share of the source files and commits one scan table per file (`scan/00000012.parquet`,
-conditional put). The task that finds all scan tables in the store finishes the plan: it drops duplicates
-across the dataset, shuffles the source files, splits their rows by bucket and shuffles them in windows;
-`manifest.json` is written last and makes the plan exist. All of it is a function of the settings and the scan
-tables only, so two tasks that finish together write the same bytes.
-
-Memory: a window of rows (about 500 bytes each) for every bucket, one source file's compressed scan table
-(some 60 bytes per row and its captions), and the bound of dedupe; so less than 1 GB as long as no source file
-has millions of rows.
+conditional put). The tasks that find all scan tables in the store finish the plan together (`finish`): they
+drop duplicates across the dataset, shuffle the source files, split their rows by bucket and shuffle them in
+windows; `manifest.json` is written last and makes the plan exist. All of it is a function of the settings and
+the scan tables only, so any number of tasks, killed at any moment, write the same bytes.
 """
 
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 
 from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY, read_plan
+from data_prep.dataset.parts import PLAN_AGAIN, read_plan
 from data_prep.dataset.records import read_object
 from data_prep.dataset.schema import Manifest
 from data_prep.images.buckets import make_buckets
-from data_prep.plan.against import EvaluationSets, as_sources, evaluation_key, freeze_evaluation_files
-from data_prep.plan.counts import Counts
+from data_prep.plan.against import as_sources, evaluation_key, freeze_evaluation_files
 from data_prep.plan.drop_list import freeze_drop_list, look_for_other_ids
 from data_prep.plan.filters import Filters
+from data_prep.plan.finish import SETTINGS_KEY, finish_plan, remove_scan, remove_units
 from data_prep.plan.listing import (
     FILES_KEY,
     FOLDER,
@@ -42,38 +33,16 @@ from data_prep.plan.listing import (
     print_changed,
     print_newer_files,
     removed,
-    source_counts,
 )
-from data_prep.plan.manifest import ManifestWriter
 from data_prep.plan.scan import EVALUATION, SCAN, Scanner
 from data_prep.plan.scan_tables import scan_key, write_scan
-from data_prep.plan.verdicts import (
-    COPIED,
-    Verdicts,
-    collect_copies,
-    judge_rows,
-    judged_tables,
-    reasons_of,
-)
 from data_prep.sources.sample import printable
-from data_prep.sources.source import OpenSources, Source, SourceFile, needs_sequential_reads
+from data_prep.sources.source import OpenSources, Source, SourceFile
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
-from model.common.files import naming_full_disk
 from model.common.progress import Progress
-from model.common.records import canonical_json, checked, seal
+from model.common.records import canonical_json, checked
 from model.common.share import Share
-
-pc: Any = pyarrow.compute
-"""Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
-
-SETTINGS_KEY = "dataset.json"
-VERDICT_ROWS = 1 << 24
-"""Verdicts in memory at once."""
-
-_DROPPED_COLUMNS = ("id", "key", "reason", "detail", "offset", "length", "path")
-DROPPED = pa.schema([(name, SCAN.field(name).type) for name in _DROPPED_COLUMNS])
-"""Columns of `dropped/<file number>.parquet`, with one row per sample that the plan left out."""
 
 
 def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | None:
@@ -103,6 +72,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     if dataset.exists(Manifest.KEY):
         freeze_files(config, dataset)
         if share.index == 0:
+            remove_units(dataset)  # of a task that was killed right after it finished the plan
             print_newer_files(config, dataset)
             look_for_other_ids(config.dedupe.drop, dataset)
         return read_plan(dataset)
@@ -114,20 +84,24 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     except UserError as error:
         # Without a list of files no task scans yet, so a wrong path can be corrected under the same name.
         if created and not isinstance(error, StoreError) and not dataset.exists(FILES_KEY):
-            _remove_scan(dataset)
+            remove_scan(dataset)
             dataset.delete(SETTINGS_KEY)
         raise
-    _scan_share(config, dataset, files, evaluation, share)
-
     keys = _scan_keys(files, evaluation)
     # One listing, because a request per file takes minutes where there are many.
+    scanned = set(dataset.list(f"{FOLDER}/"))
+    if not scanned.issuperset(keys):
+        # Of tables that do not exist any more: what is scanned now may differ.
+        remove_units(dataset)
+    _scan_share(config, dataset, files, evaluation, share, scanned)
+
     scanned = set(dataset.list(f"{FOLDER}/"))
     missing = [place for place, key in enumerate(keys) if key not in scanned]
 
     # Another plan may have removed everything meanwhile (`_nothing_left`). What this one wrote since would be
     # taken for the scan of whatever settings come next.
     if not dataset.exists(SETTINGS_KEY):
-        _remove_scan(dataset)
+        remove_scan(dataset)
         raise removed(dataset, SETTINGS_KEY)
 
     if missing:
@@ -138,7 +112,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
             f"{', '.join(map(str, tasks))}); the last task to scan finishes the plan"
         )
         return None
-    return _finish(config, dataset, files, evaluation)
+    return finish_plan(config, dataset, files, evaluation, share)
 
 
 def _settings_record(config: DatasetConfig) -> dict[str, Any]:
@@ -201,11 +175,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def dropped_key(number: int) -> str:
-    """Key of the table of rows of source file `number` that the plan left out."""
-    return f"dropped/{number:08d}.parquet"
-
-
 def _scan_keys(files: list[SourceFile], evaluation: list[SourceFile]) -> list[str]:
     """Return the keys of all scanned files' tables, in the order in which array tasks share them."""
     return [
@@ -231,10 +200,11 @@ def _scan_share(
     files: list[SourceFile],
     evaluation: list[SourceFile],
     share: Share,
+    scanned: set[str],
 ) -> None:
-    """Commit the missing scan tables of this share."""
+    """Commit the scan tables of this share that are not among those `scanned`."""
     mine = share.owns(_scan_keys(files, evaluation))
-    todo = set(mine) - set(dataset.list(f"{FOLDER}/"))
+    todo = set(mine) - scanned
     if len(todo) < len(mine):
         print(f"plan: {len(mine) - len(todo)} of {len(mine)} source files were scanned before")
 
@@ -278,100 +248,3 @@ def _commit_scan(dataset: Store, scan: _Scan, path: Path, progress: Progress) ->
         ) from error
     # If another task has scanned the same file meanwhile, its table has the same rows.
     dataset.put_new(scan.key, path.read_bytes())
-
-
-def _finish(
-    config: DatasetConfig, dataset: Store, files: list[SourceFile], evaluation: list[SourceFile]
-) -> Manifest:
-    """Judge all scanned rows, and write the dropped tables, the manifest and the counts."""
-    sets = EvaluationSets(config, dataset, evaluation) if evaluation else None
-    reasons = reasons_of(config)
-    with tempfile.TemporaryDirectory(prefix="li-dit-plan-") as folder:
-        judged = judge_rows(config, dataset, files, Path(folder), sets)
-        # Checked before any part is planned. In chunks, since `in` makes an array as long as its argument.
-        chunks = range(0, len(judged.verdicts), VERDICT_ROWS)
-        if not any((judged.verdicts[start : start + VERDICT_ROWS] <= COPIED).any() for start in chunks):
-            _nothing_left(dataset, files, judged, reasons)
-
-        writer = ManifestWriter(config, dataset, _window(config))
-        counts = Counts(config, files, source_counts(dataset))
-        path = Path(folder) / "dropped.parquet"
-        with (
-            closing(collect_copies(dataset, files, judged, Path(folder) / "copies")) as copies,
-            Progress("plan", int(judged.starts[-1])) as progress,
-        ):
-            for number in file_order(config, files):
-                with naming_full_disk(path), pq.ParquetWriter(path, DROPPED, compression="zstd") as dropped:
-                    for table in judged_tables(dataset, number, judged.of(number), reasons, copies):
-                        counts.add(files[number], table)
-                        dropped.write_table(
-                            table.filter(pc.not_equal(table["reason"], "")).select(DROPPED.names)
-                        )
-                        writer.add(table.filter(pc.equal(table["reason"], "")))
-                        progress.advance(len(table))
-                dataset.put_new(dropped_key(number), path.read_bytes())
-        hashes = writer.finish()
-        drop = judged.drop
-        del judged  # closes the memory map before its folder is removed
-
-    # A plan with wrong counts must not come to exist.
-    counts.check(sum(sum(rows) for rows in writer.parts.values()))
-    record = {**counts.record(), "manifest": hashes}
-    if sets is not None:
-        record["against"] = sets.counts()
-    if drop is not None:
-        record["drop"] = drop
-    dataset.put_new(PLAN_KEY, seal(record))
-    buckets = {name: rows for name, rows in sorted(writer.parts.items()) if rows}
-
-    # Last, because the manifest makes the plan exist.
-    manifest = Manifest(config.name, list(config.caption_kinds), buckets)
-    dataset.put_new(Manifest.KEY, manifest.to_json())
-    return manifest
-
-
-def _window(config: DatasetConfig) -> int:
-    """Return the number of rows to shuffle together.
-
-    If images cannot be read at random (parquet with bytes), a part takes neighboring rows.
-    """
-    if needs_sequential_reads(config):
-        return config.part_rows
-    # A multiple of the part, so that only the last part of a bucket can have fewer rows.
-    return config.part_rows * max(1, config.shuffle_window // config.part_rows)
-
-
-def file_order(config: DatasetConfig, files: Sequence[SourceFile]) -> list[int]:
-    """Return the numbers of the source files in the shuffled order in which the plan takes them."""
-    # The 0 separates this random stream from those of the windows (`ManifestWriter`).
-    return np.random.default_rng([config.seed, 0]).permutation(len(files)).tolist()
-
-
-def _remove_scan(dataset: Store) -> None:
-    """Remove the lists of files and all scan tables."""
-    for key in list(dataset.list(f"{FOLDER}/")):
-        dataset.delete(key)
-
-
-def _nothing_left(dataset: Store, files: list[SourceFile], judged: Verdicts, reasons: dict[int, str]) -> None:
-    """Remove what was written, so that other settings can be tried, and say why nothing is left.
-
-    Raises:
-        UserError: always.
-    """
-    counts: Counter[str] = Counter()
-    for file in files:
-        for table in judged_tables(dataset, file.number, judged.of(file.number), reasons, None):
-            counts.update(table["reason"].to_pylist())
-
-    # The settings after the scan, so that an interruption here still refuses other settings.
-    _remove_scan(dataset)
-    dataset.delete(SETTINGS_KEY)
-    # Another task may have written more meanwhile. From here on it finds no settings and removes that itself.
-    _remove_scan(dataset)
-
-    top = ", ".join(f"{reason} ({count:,})" for reason, count in counts.most_common(4))
-    raise UserError(
-        f"no pairs left of {int(judged.starts[-1]):,} rows read: {top or 'the sources are empty'}: "
-        "correct `sources`, `filters` or `buckets`"
-    )

@@ -11,10 +11,11 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.sources.sample import (
@@ -31,10 +32,15 @@ from data_prep.store.faults import TooLargeError
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
 BUFFER = 8 << 20
 """Bytes of one ranged read: large enough to hide the latency of object storage."""
 READERS = 8
 """Concurrent reads from a bucket."""
+READ_AHEAD = 32
+"""Images that a scan reads from a bucket at once, each with a request of its own."""
 GLOB = re.compile(r"[*?\[]")
 BRACES = re.compile(r"\{[^{}/]*(\.\.|,)[^{}/]*\}")
 """Lists and ranges such as `{00000..00099}`: shells expand them, sources read them as part of a name."""
@@ -80,6 +86,8 @@ class SourceFiles:
             if BRACES.search(root):
                 raise UserError(f"{path}: does not exist: {_without_braces(path)}") from error
             raise
+        self._versions: dict[str, str] = {}
+        """Versions of the files of a bucket, from the listing until they are asked for."""
         self._inside: str | None = None
         """The last file that was found to be inside."""
         # Any key does: only a local folder has paths.
@@ -145,10 +153,13 @@ class SourceFiles:
         if self._is_local:
             yield from _walk_folder(Path(self._store.uri))
             return
-        for name in sorted({name for name, _ in self._store.entries("")}):
+        for entry in self._store.listing("", hidden=True):
             # An object whose key ends with a slash is how some programs write a folder.
-            if not name.endswith("/"):
-                yield name, ""
+            if not entry.key.endswith("/"):
+                # Of units only: a folder of images may have millions of files.
+                if self._suffixes and entry.key.endswith(self._suffixes):
+                    self._versions[entry.key] = f"{entry.bytes} bytes, {entry.version}"
+                yield entry.key, ""
 
     def usable(self, name: str) -> bool:
         """True if a file name can be used as a key; stores refuse control characters and the like."""
@@ -167,6 +178,9 @@ class SourceFiles:
     def version(self, name: str) -> str:
         """Return a text that is another one after the file has changed; empty if the file cannot be read."""
         try:
+            # Right after the listing, which has the same text as the request for one file.
+            if name in self._versions:
+                return self._versions.pop(name)
             return self._store.version(name) if self.usable(name) else ""
         except FileNotFoundError:
             return ""
@@ -224,6 +238,36 @@ class SourceFiles:
 
         with ThreadPoolExecutor(READERS) as pool:
             yield from enumerate(pool.map(get, places))
+
+    def read_ahead(self, items: Iterable[Item], load: Callable[[Item], Loaded]) -> Iterator[Loaded]:
+        """Yield `load` of each item in order; in a bucket, of many at once, to hide the latency of requests.
+
+        Args:
+            items: the items; after an error of theirs, those before it are yielded first.
+            load: reads what an item names.
+        """
+        if self._is_local:
+            yield from map(load, items)
+            return
+
+        waiting: deque[Future[Loaded]] = deque()
+        rest, failure = iter(items), None
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            while failure is None:
+                try:
+                    item = next(rest)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error
+                    continue
+                waiting.append(pool.submit(load, item))
+                if len(waiting) >= READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        if failure is not None:
+            raise failure
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for sequential or random reading, without loading it into memory.

@@ -125,8 +125,10 @@ class FolderSource:
                 yield sample
 
         # After all metadata, since any row of it may name an image.
-        for path in sorted(set(unit.images) - named):
-            yield self._sample(path, lambda path=path: self._fields(unit.texts_of(path)))
+        yield from self._files.read_ahead(
+            sorted(set(unit.images) - named),
+            lambda path: self._sample(path, lambda: self._fields(unit.texts_of(path))),
+        )
         for path in sorted(set(unit.others) - named):
             yield Sample(path, reason=OTHER_SUFFIX, detail=posixpath.basename(path)[:200])
 
@@ -136,8 +138,10 @@ class FolderSource:
             if data.startswith(UTF16):
                 yield Sample(path, reason=UNREADABLE, detail="UTF-16: save it as UTF-8")
                 return
-            for number, row in enumerate(READERS[posixpath.basename(path)](data)):
-                yield self._metadata_row(f"{path}:{number}", posixpath.dirname(path), row)
+            folder, rows = posixpath.dirname(path), READERS[posixpath.basename(path)](data)
+            yield from self._files.read_ahead(
+                enumerate(rows), lambda row: self._metadata_row(f"{path}:{row[0]}", folder, row[1])
+            )
         except RefusedError as error:
             yield Sample(path, reason=error.reason, detail=error.detail)
         except (csv.Error, pa.ArrowException, OSError, ValueError) as error:

@@ -69,14 +69,11 @@ class ParquetSource:
         try:
             with self._files.open(name) as file, self._opened(file) as parquet:
                 total = parquet.metadata.num_rows
-                wanted = self._wanted(parquet.schema_arrow.names, columns)
-                for group in range(parquet.num_row_groups):
-                    row = 0
-                    for batch in parquet.iter_batches(BATCH_ROWS, [group], wanted, use_threads=False):
-                        for record in records_of(batch):
-                            yield self._sample(name, done, record, Place(group, row))
-                            done += 1
-                            row += 1
+                records = self._records(parquet, self._wanted(parquet.schema_arrow.names, columns))
+                numbered = ((name, number, *record) for number, record in enumerate(records))
+                for sample in self._files.read_ahead(numbered, lambda row: self._sample(*row)):
+                    yield sample
+                    done += 1
         except RefusedError as error:
             yield Sample(name, reason=error.reason, detail=error.detail)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -87,6 +84,15 @@ class ParquetSource:
             # The number comes from the file, and a damaged one may claim any.
             for number in range(done, max(min(total, done + MAX_LOST_ROWS), done + 1)):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
+
+    def _records(self, parquet: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[dict[str, Any], Place]]:
+        """Yield the records of all rows, and their places."""
+        for group in range(parquet.num_row_groups):
+            row = 0
+            for batch in parquet.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                for record in records_of(batch):
+                    yield record, Place(group, row)
+                    row += 1
 
     def _wanted(self, present: Sequence[str], columns: Sequence[str]) -> list[str]:
         """Return the columns of a file to read: the image, and those that the caller reads."""

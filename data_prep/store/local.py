@@ -5,11 +5,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep.store.entry import Entry
 from data_prep.store.faults import StoreError, TooLargeError
 from model.common.files import is_full_disk, naming_full_disk, sync_path
 
@@ -70,8 +71,7 @@ class LocalFolder:
         with _naming(path):
             if not path.is_file():
                 return None
-            status = path.stat()
-            return f"{status.st_size} bytes, {status.st_mtime_ns}"
+            return _version(path.stat())
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write an object and replace an older one."""
@@ -134,9 +134,9 @@ class LocalFolder:
         # The name too: a commit that a reader has seen must survive a power cut.
         sync_path(path.parent)
 
-    def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Yield keys that start with `prefix`, sorted, with their time of change; temporary files too."""
-        entries = []
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield the objects whose keys start with `prefix`, sorted; temporary files too."""
+        entries: list[Entry] = []
 
         def refuse(error: OSError) -> None:
             # Left out, a folder that cannot be read would look like one without commits. One that another
@@ -157,7 +157,8 @@ class LocalFolder:
                         # leads nowhere, or to itself, a pipe or a device is no object either.
                         if os.path.isfile(path):
                             with suppress(FileNotFoundError):
-                                entries.append((key, os.stat(path).st_mtime))
+                                status = os.stat(path)
+                                entries.append(Entry(key, status.st_mtime, status.st_size, _version(status)))
         # A walk has no order, but callers rely on that of a bucket's listing.
         yield from sorted(entries)
 
@@ -185,6 +186,11 @@ class LocalFolder:
             except OSError:
                 return  # not empty, or removed by another task
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove objects, one after another."""
+        for key in keys:
+            self.delete(key)
+
     def check(self, create: bool) -> bool:
         """True if the folder exists, after creating it if `create`."""
         if create:
@@ -204,6 +210,10 @@ class LocalFolder:
 
     def close(self) -> None:
         """Do nothing: no file stays open between calls."""
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size} bytes, {status.st_mtime_ns}"
 
 
 def _create(path: Path) -> BinaryIO:

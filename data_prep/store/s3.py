@@ -11,13 +11,14 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
+from data_prep.store.entry import Entry
 from data_prep.store.faults import (
     DamagedError,
     StoreError,
@@ -103,23 +104,21 @@ class S3Bucket:
         """
         if length <= 0:
             return b""
-        last = start + length - 1  # HTTP ranges include their last byte
+        part = f"bytes={start}-{start + length - 1}"  # HTTP ranges include their last byte
 
         def get() -> bytes:
             try:
-                response = own_object(
-                    self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{last}")
-                )
+                response = own_object(self.client.get_object(Bucket=self.bucket, Key=key, Range=part))
             except self.client.exceptions.ClientError as error:
                 if status_of(error) != 416:
                     raise
                 return b""  # the object ends before `start`
 
             # The answer says how long the object is, so nobody has to ask for that first.
-            end = min(last + 1, object_size(response, start))
+            expected = min(length, object_size(response, start) - start)
             data = response["Body"].read()
-            if len(data) != end - start:
-                raise TransientError(f"the endpoint returned {len(data)} of {end - start} bytes")
+            if len(data) != expected:
+                raise TransientError(f"the endpoint returned {len(data)} of {expected} bytes")
             return data
 
         return self._retried(key, get)
@@ -273,14 +272,16 @@ class S3Bucket:
             if stored.hexdigest() != hexdigest:
                 raise DamagedError("the body changed during the upload")
 
-    def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Yield keys that start with `prefix`, sorted, each once, with their modification time."""
-        entries: dict[str, float] = {}
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield the objects whose keys start with `prefix`, sorted, each once."""
+        entries: dict[str, Entry] = {}
         for page in self._pages(prefix):
-            for entry in page.get("Contents", []):
-                entries[entry["Key"]] = entry["LastModified"].timestamp()
+            for found in page.get("Contents", []):
+                key, version = found["Key"], found.get("ETag", "")
+                entries[key] = Entry(key, found["LastModified"].timestamp(), found["Size"], version)
         # Directory buckets and some other endpoints list in no order, or repeat keys between pages.
-        yield from sorted(entries.items())
+        for _, entry in sorted(entries.items()):
+            yield entry
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly below `prefix`, sorted."""
@@ -300,12 +301,16 @@ class S3Bucket:
             yield page
             if not page["IsTruncated"]:
                 return
-
             options["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._retried(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove objects, as many per request as S3 takes."""
+        for start in range(0, len(keys), PAGE_KEYS):
+            _delete_page(self, keys[start : start + PAGE_KEYS])
 
     def check(self, create: bool) -> bool:
         """True if the bucket exists. It is never created, since its owner decides on region and access."""
@@ -347,6 +352,25 @@ class S3Bucket:
                 return call()
 
         return retrying(uri)(call_once)
+
+
+def _delete_page(bucket: S3Bucket, keys: Sequence[str]) -> None:
+    """Remove as many objects as one request takes, and by themselves those that it did not remove."""
+    query = {"Objects": [{"Key": key} for key in keys]}
+
+    def remove() -> set[str]:
+        answer = bucket.client.delete_objects(Bucket=bucket.bucket, Delete=query)
+        return {entry.get("Key", "") for entry in answer.get("Deleted", [])}
+
+    removed: set[str] = set()
+    try:
+        removed = bucket._retried(keys[0], remove)
+    except StoreError as error:
+        # An endpoint that does not know this request, or wants another checksum with it.
+        log.warning("%s: removing objects one by one: %s", bucket.uri, error)
+    for key in keys:
+        if key not in removed:
+            bucket.delete(key)
 
 
 def _connect() -> Any:

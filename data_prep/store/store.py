@@ -5,13 +5,14 @@ one writer win. Transient faults (throttling, resets, stalls, short or damaged b
 minutes (`LI_DIT_RETRY_SECONDS`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import xxhash
 
+from data_prep.store.entry import Entry
 from data_prep.store.faults import DamagedError, StoreError, TransientError, retrying
 from data_prep.store.local import CHUNK, LocalFolder
 from data_prep.store.s3 import S3Bucket
@@ -48,9 +49,10 @@ class Backend(Protocol):
     def version(self, key: str) -> str | None: ...
     def put(self, key: str, data: bytes | Path) -> None: ...
     def put_new(self, key: str, data: bytes) -> bool: ...
-    def entries(self, prefix: str) -> Iterator[tuple[str, float]]: ...
+    def entries(self, prefix: str) -> Iterator[Entry]: ...
     def folders(self, prefix: str) -> list[str]: ...
     def delete(self, key: str) -> None: ...
+    def delete_many(self, keys: Sequence[str]) -> None: ...
     def check(self, create: bool) -> bool: ...
     def now(self) -> float: ...
     def close(self) -> None: ...
@@ -126,18 +128,28 @@ class Store:
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield keys that start with `prefix`, sorted, without temporary files."""
-        for key, _ in self.entries(prefix):
-            # Temporary files and probes have hidden names, and no other object has (`_visible`).
-            if not key.rpartition("/")[2].startswith("."):
-                yield key
+        for entry in self.listing(prefix):
+            yield entry.key
 
-    def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
-        """Yield (key, modification time in seconds since 1970), with temporary files of killed writers."""
+    def listing(self, prefix: str, hidden: bool = False) -> Iterator[Entry]:
+        """Yield the objects whose keys start with `prefix`, sorted.
+
+        Args:
+            prefix: start of the keys.
+            hidden: with temporary files of killed writers, and whatever else has a hidden name.
+        """
         # An empty prefix lists everything.
         if prefix:
             _validated(prefix.rstrip("/"))
-        for key, modified in self._backend.entries(self._prefix + prefix):
-            yield key.removeprefix(self._prefix), modified
+        for entry in self._backend.entries(self._prefix + prefix):
+            # Temporary files and probes have hidden names, and no other object has (`_visible`).
+            if hidden or not entry.key.rpartition("/")[2].startswith("."):
+                yield entry._replace(key=entry.key.removeprefix(self._prefix))
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """Yield (key, modification time in seconds since 1970), with temporary files of killed writers."""
+        for entry in self.listing(prefix, hidden=True):
+            yield entry.key, entry.modified
 
     def now(self) -> float:
         """Return the time by the clock of `entries`, which may not be that of this machine."""
@@ -163,6 +175,10 @@ class Store:
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
         self._backend.delete(self._key(key))
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Remove objects, those of them that exist; a bucket's by 1,000 per request."""
+        self._backend.delete_many([self._key(key) for key in keys])
 
     def fetch(self, file: StoredFile, path: Path) -> None:
         """Download a payload; `path` appears only after size and xxh64 have been checked.

@@ -18,16 +18,17 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from torch import Tensor
 
 from model.common.errors import UserError
 from model.common.files import atomic_path, cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE = "package:"
 _MAGIC = b"GGUF"
@@ -169,7 +170,7 @@ class GGUFFile:
         """GGUF's name of the architecture, such as `llama`."""
         return self.metadata["general.architecture"]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Dequantize one tensor to fp32.
 
         Raises:
@@ -192,14 +193,18 @@ class GGUFFile:
                 f"{self.path}: {name} is stored as {info.kind.name}, which cannot be read: use a file of "
                 "another quantization, such as Q8_0"
             ) from error
+        import torch
+
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
 
 
-def _dequantize_q8_0(raw: np.ndarray) -> Tensor:
+def _dequantize_q8_0(raw: np.ndarray) -> "Tensor":
     """Dequantize blocks of an fp16 scale and 32 int8 values.
 
     It is faster than gguf-py's, which matters because vocabulary tables are large and stored this way.
     """
+    import torch  # here, because reading a header needs no torch
+
     # Copied, since the mapping is read-only, and torch has no read-only tensors.
     blocks = torch.from_numpy(raw.reshape(-1, 34).copy())
     scales = blocks[:, :2].contiguous().view(torch.float16).float()

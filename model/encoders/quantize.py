@@ -11,17 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from model.encoders.token_size import BITS
+
 RANGE = 8.0
 """Tokens with values beyond this many standard deviations are counted.
 
 The largest value of most tokens is at 3 to 5.
 """
-BITS = {"int8": 8, "int6": 6, "int4": 4, "bf16": 16}
-
-
-def bytes_per_token(quantization: str, width: int) -> int:
-    """Return the bytes of one token's values, without its scale (4 bytes, none for bf16)."""
-    return math.ceil(width * BITS[quantization] / 8)
 
 
 def quantize(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, int]:

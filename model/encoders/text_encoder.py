@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, first_line
-from model.config import TextConfig
+from model.config import TEXT_IDENTITY, TextConfig
 from model.encoders.encoder_kinds import ENCODERS
 from model.encoders.language_model import LanguageModel, load_language_model
 from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_groups
@@ -36,18 +36,6 @@ An architecture that cannot be packed is off by a multiple of this.
 PADDED_BATCH = 64
 """Captions per batch of the padded encoding that the counts of saved padding compare with."""
 _PROBE = "a red cube on a table"
-# Settings that decide the numbers. Their names are in the record of every family, so none can be renamed.
-_IDENTITY = (
-    "llm",
-    "revision",
-    "encoder",
-    "layer",
-    "suffix",
-    "max_tokens",
-    "dtype",
-    "reuse_prefix",
-    "quantisation",
-)
 
 
 def load_encoder(config: TextConfig, device: torch.device) -> "TextEncoder":
@@ -78,7 +66,7 @@ def load_encoder(config: TextConfig, device: torch.device) -> "TextEncoder":
 def config_from_identity(identity: dict[str, Any]) -> TextConfig:
     """Return the settings of the encoder that made a family, from the family's identity."""
     return TextConfig(
-        prefix=identity["prefix"], instruction="", **{name: identity[name] for name in _IDENTITY}
+        prefix=identity["prefix"], instruction="", **{name: identity[name] for name in TEXT_IDENTITY}
     )
 
 
@@ -129,8 +117,7 @@ class TextEncoder:
 
         self.width = llm.hidden * (len(llm.layers_read) if llm.reading == "concat" else 1)
         self.identity = {
-            **{name: getattr(config, name) for name in _IDENTITY},
-            "prefix": self._prefix_text,
+            **config.identity,
             "weights": llm.fingerprint,
             "format": FORMAT,
         }
@@ -143,7 +130,7 @@ class TextEncoder:
     def _read_template(self) -> None:
         """Tokenize prefix and suffix."""
         name = self.config.name or self.config.llm
-        self._prefix_text = self.config.prefix.replace("{instruction}", self.config.instruction)
+        self._prefix_text = self.config.full_prefix
         # In byte-level BPE a word's first token contains the space before it, so a space at the end of the
         # prefix is tokenized with the caption.
         head = self._prefix_text.rstrip(" ")
@@ -254,12 +241,17 @@ class TextEncoder:
         self._count(lengths)
         return [states[row] for row in range(len(token_ids))]
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Most tokens that the LLM reads at a time."""
+        return self.config.tokens_per_batch or TOKENS_PER_BATCH[self.device.type == "cuda"]
+
     def _batches(self, order: list[int], lengths: list[int]) -> list[list[int]]:
         """Cut `order` into batches of at most `tokens_per_batch` tokens, with the prefix if it is run."""
         extra = 0 if self.config.reuse_prefix else len(self.prompt_ids)
         batches: list[list[int]] = []
         # More than fits, so that the first caption opens a batch.
-        most = self.config.tokens_per_batch or TOKENS_PER_BATCH[self.device.type == "cuda"]
+        most = self.tokens_per_batch
         tokens = most + 1
         for row in order:
             tokens += lengths[row] + extra

@@ -17,7 +17,7 @@ from data_prep.dataset.schema import Bucket, Family
 from data_prep.store.store import StoreError
 from model.common.errors import UserError
 from model.encoders.latent_spaces import latent_sizes
-from model.encoders.quantize import bytes_per_token
+from model.encoders.token_size import bytes_per_token
 from pipeline.data.batch import Layout, PackedBatch, SampleKey, allocate, sample_keys, tensors_in
 from pipeline.data.captions import Caption, CaptionChoice, WrittenCaptions
 from pipeline.data.epoch_plan import sample_rng

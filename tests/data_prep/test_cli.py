@@ -6,11 +6,16 @@ import pytest
 
 from data_prep.__main__ import COMMANDS, main, make_parser, parse
 from data_prep.config import load_dataset
+from data_prep.dataset.parts import register_family
+from data_prep.dataset.schema import Family
+from data_prep.families.encode import encode_family
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.filters import Filters
+from data_prep.store.store import open_store
 from model.common.progress import Progress
 from model.common.share import Share
 from tests.helpers import tiny_llm
+from tests.helpers.fake_dataset import encoder
 from tests.helpers.raw_material import png, sample_members, write_tar
 
 SHIPPED = sorted((Path(__file__).parent.parent.parent / "data_prep/datasets").glob("*.yaml"))
@@ -160,3 +165,19 @@ def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
     assert len(lines) == 3
     assert lines[-1].startswith("pairs: 4/4 rows, ")
     assert lines[-1].endswith("| written 3, dropped 1")
+
+
+def test_commands_with_nothing_to_encode_or_to_plan_import_no_torch(settings, tmp_path):
+    main(["plan", settings])
+    main(["pairs", settings])
+    dataset = open_store(f"{tmp_path}/store").sub("ds")
+    info = {"vae": "v", "revision": None}
+    family = register_family(dataset, Family("latents", "latents", {"m": "x"}, info), None)
+    encode_family(dataset, family, encoder(family), Share())
+    latents = "latents=[{vae: v}]"
+    program = "import sys; from data_prep.__main__ import main; main(sys.argv[1:])"
+    program += "; assert 'torch' not in sys.modules"
+    for words in (["plan", settings], ["latents", settings, latents]):
+        run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+    assert "all parts of this task are encoded" in run.stdout

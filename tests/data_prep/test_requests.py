@@ -10,6 +10,7 @@ import pytest
 from data_prep.dataset.parts import read_plan
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import run_plan
+from data_prep.sources.source import OpenSources, list_files
 from data_prep.store.store import open_store
 from model.common.share import Share
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
@@ -62,6 +63,18 @@ def test_the_tasks_of_pairs_make_ten_requests_per_part_together(config, dataset,
     assert sum(total.values()) <= 10 * parts + tasks * (1 + fixed)
     again = counted(proxy, run_pairs, config, dataset, Share(0, tasks))
     assert sum(again.values()) <= parts / tasks + fixed
+
+
+def test_files_of_a_bucket_are_listed_with_their_versions(config, dataset, proxy, tmp_path):
+    for path in (tmp_path / "in").iterdir():
+        dataset.put(f"tars/{path.name}", path.read_bytes())
+    config.sources[0].path = f"{dataset.uri}/tars"
+    assert counted(proxy, list_files, config)["HEAD"] <= 2
+    files, _ = list_files(config)
+    sources = OpenSources(config, files)
+    assert sources.changed(range(FILES)) == []
+    dataset.put("tars/03.tar", b"another")
+    assert sources.changed(range(FILES)) == ["0:03.tar"]
 
 
 def test_a_range_is_one_request(dataset, proxy):

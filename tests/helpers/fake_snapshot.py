@@ -8,7 +8,7 @@ from data_prep.dataset.parts import commit_part, register_family
 from data_prep.dataset.schema import PAIRS, Bucket, Family, Manifest, Part
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.store.store import open_store
-from model.encoders.quantize import bytes_per_token
+from model.encoders.token_size import bytes_per_token
 from pipeline.stage.config import StageConfig
 
 KINDS = ["original", "synthetic"]

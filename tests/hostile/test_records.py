@@ -29,9 +29,11 @@ from data_prep.dataset.snapshot_reader import (
 from data_prep.pairs.pairs import read_pairs
 from data_prep.plan.against import AGAINST_FOLDER, evaluation_key
 from data_prep.plan.drop_list import DROP_KEY, recorded_hash
+from data_prep.plan.finish import SETTINGS_KEY
 from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, source_counts, source_files
 from data_prep.plan.manifest import MANIFEST, read_manifest
-from data_prep.plan.plan import DROPPED, SETTINGS_KEY, check_settings, dropped_key
+from data_prep.plan.plan import check_settings
+from data_prep.plan.rows import DROPPED, dropped_key
 from data_prep.plan.scan import EVALUATION, SCAN
 from data_prep.plan.scan_tables import read_scan
 from data_prep.report import _choose_rows as choose_rows

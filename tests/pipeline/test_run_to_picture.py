@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model.common.errors import UserError
-from model.config import TextConfig
-from model.encoders.text_encoder import _IDENTITY
+from model.config import TEXT_IDENTITY, TextConfig
 from pipeline import diffusers_pipeline, export, sample, web
 from pipeline.diffusers_pipeline import LIDiTPipeline
 from pipeline.inference import sampler
@@ -186,7 +185,7 @@ def test_a_missing_llm_is_one_line_in_each_program(copies, command, capsys, monk
         monkeypatch.setattr(module, "load_llm", load_llm)
     config = exported / "text" / "config.json"
     families = json.loads(config.read_text())["families"]
-    described = {name: getattr(TextConfig(), name) for name in _IDENTITY}
+    described = {name: getattr(TextConfig(), name) for name in TEXT_IDENTITY}
     for family in families:
         family["identity"] = described | {"llm": "package:no_such_llm", "prefix": ""}
     edit(config, families=families)

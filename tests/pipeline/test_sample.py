@@ -13,8 +13,7 @@ from PIL import Image
 from data_prep.dataset.schema import Family
 from data_prep.store.store import open_store
 from model.common.errors import UserError
-from model.config import TextConfig
-from model.encoders.text_encoder import _IDENTITY
+from model.config import TEXT_IDENTITY, TextConfig
 from pipeline import sample
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.images import make_grid, read_settings, save_png
@@ -223,7 +222,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_an_llm_that_is_missing_is_one_line():
-    settings_of = {name: getattr(TextConfig(), name) for name in _IDENTITY} | {
+    settings_of = {name: getattr(TextConfig(), name) for name in TEXT_IDENTITY} | {
         "llm": "package:no_such_llm",
         "prefix": "",
     }

@@ -23,8 +23,9 @@ from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from model.encoders.quantize import BITS, dequantize
+from model.encoders.quantize import dequantize
 from model.encoders.text_encoder import load_encoder
+from model.encoders.token_size import BITS
 from tests.helpers import fake_dataset, tiny_llm
 
 CPU = torch.device("cpu")

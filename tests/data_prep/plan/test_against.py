@@ -20,7 +20,9 @@ from data_prep.plan.against import EvaluationSets, evaluation_key
 from data_prep.plan.budget import print_budget
 from data_prep.plan.dedupe import Spool
 from data_prep.plan.drop_list import find_rows
-from data_prep.plan.plan import SETTINGS_KEY, dropped_key, run_plan
+from data_prep.plan.finish import SETTINGS_KEY
+from data_prep.plan.plan import run_plan
+from data_prep.plan.rows import dropped_key
 from data_prep.plan.scan import EVALUATION
 from data_prep.plan.scan_tables import scan_key
 from data_prep.sources.source import SourceFile

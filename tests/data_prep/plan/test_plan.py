@@ -16,7 +16,8 @@ from data_prep.dataset.schema import PAIRS, Manifest
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.listing import source_files
 from data_prep.plan.manifest import read_manifest
-from data_prep.plan.plan import dropped_key, run_plan
+from data_prep.plan.plan import run_plan
+from data_prep.plan.rows import dropped_key
 from data_prep.plan.scan_tables import exact_hashes
 from data_prep.store.store import open_store
 from model.common.errors import UserError

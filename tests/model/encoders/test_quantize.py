@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.encoders.quantize import BITS, bytes_per_token, dequantize, quantize
+from model.encoders.quantize import dequantize, quantize
+from model.encoders.token_size import BITS, bytes_per_token
 
 KINDS = sorted(BITS)
 LOSSY = ["int4", "int6", "int8"]

@@ -1,0 +1,146 @@
+"""Roll-ups: the commits of many parts in one object, so that a reader of all needs no request per part.
+
+They are derived, and the commits stay the one truth. A row counts only for a commit that the listing shows
+with the same content (its ETag, or size and time of change), so a commit that was deleted or made again is
+noticed, and a roll-up that is lost, stale or damaged costs time and nothing else. Tasks write one over what
+they committed; a reader that had to read many commits by themselves writes one over these.
+
+`rollups/<kind>/<xxh64 of the file>.parquet`
+"""
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import xxhash
+
+from data_prep.dataset.records import hashed, parse_table
+from data_prep.dataset.schema import Commit, Part
+from data_prep.store.entry import Entry
+from data_prep.store.faults import TooLargeError
+from data_prep.store.store import Store
+from model.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "rollups"
+MIN_ROWS = 64
+"""Commits below which a roll-up saves too little."""
+MAX_ROWS = 1 << 16
+MAX_BYTES = 1 << 30
+READERS = 4
+"""Roll-ups in memory at once."""
+
+SCHEMA = pyarrow.schema(
+    [
+        ("bucket", pyarrow.string()),
+        ("number", pyarrow.int64()),
+        ("version", pyarrow.string()),
+        ("md5", pyarrow.string()),
+        ("record", pyarrow.binary()),
+    ]
+)
+"""Columns, with one row per commit; `version` is empty if the writer did not know it."""
+
+
+class Record(NamedTuple):
+    """The record of a commit, as it is in the store."""
+
+    part: Part
+    version: str
+    """`Entry.version` of the object; empty if unknown."""
+    data: bytes
+
+
+def write_rollups(dataset: Store, kind: str, records: Iterable[Record]) -> None:
+    """Write some commits as roll-ups, unless they are few. A store that takes no more objects is no error."""
+    rows = [
+        {
+            "bucket": record.part.bucket,
+            "number": record.part.number,
+            "version": record.version,
+            "md5": hashlib.md5(record.data, usedforsecurity=False).hexdigest(),
+            "record": record.data,
+        }
+        for record in records
+    ]
+    if len(rows) < MIN_ROWS:
+        return
+    for start in range(0, len(rows), MAX_ROWS):
+        sink = io.BytesIO()
+        table = pyarrow.Table.from_pylist(rows[start : start + MAX_ROWS], SCHEMA)
+        pyarrow.parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        data = sink.getvalue()
+        try:
+            dataset.put_new(f"{FOLDER}/{kind}/{xxhash.xxh64_hexdigest(data)}.parquet", data)
+        except UserError as error:
+            log.warning("no roll-up of %d commits: %s", len(table), error)
+            return
+
+
+def write_committed(dataset: Store, kind: str, commits: Iterable[Commit]) -> None:
+    """Write the commits that a task made, or read, as a roll-up."""
+    records = []
+    for commit in commits:
+        key = commit.part.commit_key(kind)
+        # A bucket's listing shows the MD5. A folder's shows the time of change.
+        if dataset.local_path(key) is None:
+            records.append(Record(commit.part, "", commit.to_json()))
+        elif dataset.exists(key):
+            # The time before the content: if the record is replaced in between, the row does not count.
+            version = dataset.version(key)
+            records.append(Record(commit.part, version, dataset.read(key)))
+    write_rollups(dataset, kind, records)
+
+
+def read_rollups(dataset: Store, kind: str, listed: Mapping[Part, Entry]) -> Iterator[Commit]:
+    """Yield the commits that roll-ups have with the content that the listing shows; none twice.
+
+    Args:
+        dataset: the dataset's store.
+        kind: `pairs`, or the family's name.
+        listed: the objects of all commits.
+    """
+    found: set[Part] = set()
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = pool.map(lambda key: _read(dataset, key), dataset.list(f"{FOLDER}/{kind}/"))
+        for table in tables:
+            for batch in table.to_batches(max_chunksize=1024):
+                for row in batch.to_pylist():
+                    part = Part(str(row["bucket"]), row["number"] or 0)
+                    entry = listed.get(part)
+                    if part in found or entry is None or not _is_same(entry, row["version"], row["md5"]):
+                        continue
+                    commit = _parse(row["record"])
+                    if commit is not None and (commit.kind, commit.part) == (kind, part):
+                        found.add(part)
+                        yield commit
+
+
+def _is_same(entry: Entry, version: str, md5: str) -> bool:
+    return entry.version != "" and entry.version in (version, f'"{md5}"')
+
+
+def _parse(data: bytes) -> Commit | None:
+    try:
+        return Commit.from_json(data)
+    except ValueError:
+        return None  # the object itself is read, and the error names it
+
+
+def _read(dataset: Store, key: str) -> pyarrow.Table:
+    """Return a roll-up; without rows if it is damaged, or was removed."""
+    digest = re.fullmatch(r".*/([0-9a-f]{16})\.parquet", key)
+    try:
+        if digest is None:
+            raise ValueError("not a roll-up's name")
+        return parse_table(hashed(digest[1])(dataset.read(key, MAX_BYTES)), SCHEMA)
+    except (ValueError, FileNotFoundError, TooLargeError, UserError) as error:
+        log.warning("%s/%s: not used: %s", dataset.uri, key, error)
+        return SCHEMA.empty_table()
