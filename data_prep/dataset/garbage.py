@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
+from data_prep.dataset.accounts import without_counts
 from data_prep.dataset.parts import THREADS, committed, read_commit
 from data_prep.dataset.schema import CLAIM, PAIRS, Part
 from data_prep.dataset.snapshot import index_files, snapshot_ids
@@ -123,7 +124,7 @@ def _live_groups(dataset: Store) -> set[str]:
     """
     files: list[StoredFile] = []
     for kind in dataset.folders("commits/"):
-        for commit in committed(dataset, kind).values():
+        for commit in committed(dataset, kind, without_counts).values():
             files += commit.files
 
     live = {family.constants_key for family in read_families(dataset).values()}

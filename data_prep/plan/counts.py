@@ -23,7 +23,7 @@ MAX_EXAMPLE = 200
 class GroupCounts:
     """Counts of the rows of some source files."""
 
-    def __init__(self, kinds: Sequence[str], files: Sequence[SourceFile]) -> None:
+    def __init__(self, kinds: list[str], files: Sequence[SourceFile]) -> None:
         """Begin to count.
 
         Args:
