@@ -58,6 +58,21 @@ def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
         _load("data_prep.families.text_report", "print_text_report")(dataset, entry.name, arguments.task)
 
 
+def users(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
+    """Number the users of the pairs, by the column that `users.column` names; with --forget, delete one."""
+    check_settings(config, dataset)
+    if arguments.forget is not None:
+        number = _load("data_prep.dataset.users", "forget_user")(dataset, arguments.forget)
+        print(
+            f"user {number}: the name and the index entries are deleted; take a new snapshot, and remove "
+            f"its row from weights with `python -m pipeline.forget_user RUN {number}`"
+        )
+        return
+    counts = _load("data_prep.pairs.users", "run_users")(config, dataset)
+    few, many = min(counts.values()), max(counts.values())
+    print(f"{len(counts):,} users of {sum(counts.values()):,} pairs, {few:,} to {many:,} each")
+
+
 def snapshot(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Take a snapshot for training runs: the parts that exist in all families."""
     check_settings(config, dataset)
@@ -100,6 +115,7 @@ COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str
     "pairs": (pairs, "pairs data_prep/datasets/demo.yaml --task 3/64"),
     "latents": (latents, "latents data_prep/datasets/demo.yaml --family latents"),
     "text": (text, "text data_prep/datasets/demo.yaml --family smollm2"),
+    "users": (users, "users my_data.yaml users.column=artist users.min_images=8"),
     "snapshot": (snapshot, "snapshot data_prep/datasets/demo.yaml --families latents,smollm2"),
     "verify": (verify_dataset, "verify data_prep/datasets/demo.yaml --deep --task 3/16"),
     "report": (report, "report data_prep/datasets/demo.yaml --out runs/demo_data.html"),
@@ -173,6 +189,7 @@ def _add_options(commands: dict[str, argparse.ArgumentParser]) -> None:
     )
     commands["latents"].add_argument("--family", help="only the latents family of this name")
     commands["text"].add_argument("--family", help="only the text family of this name")
+    commands["users"].add_argument("--forget", metavar="NAME", help="delete this user's name and number")
     commands["snapshot"].add_argument(
         "--families",
         type=lambda names: names.split(","),

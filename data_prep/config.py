@@ -141,6 +141,19 @@ class LatentsConfig:
 
 
 @dataclass
+class UserColumnConfig:
+    """Users: who made or chose an image, for stages that learn an embedding of each user."""
+
+    column: str = ""
+    """Field or column of the sources with the user's name; empty = no users."""
+    min_images: int = bounded(1, 1, 10**12)
+    """Users with fewer pairs count as nobody: their pairs stay, without a user."""
+    max_images: int | None = bounded(None, 1, 10**12)
+    """Pairs of a user beyond this number have no user; the first ones in the order of their ids count. None =
+    no limit."""
+
+
+@dataclass
 class DatasetConfig:
     """One dataset, from its sources to its families."""
 
@@ -168,6 +181,7 @@ class DatasetConfig:
     """Processes that decode images, besides the one that reads; 0 = decode in that one."""
     latents: list[LatentsConfig] = field(default_factory=list)
     text: list[TextConfig] = field(default_factory=list)
+    users: UserColumnConfig = field(default_factory=UserColumnConfig)
 
     def __post_init__(self) -> None:
         """Check the fields.

@@ -93,6 +93,37 @@ class Levels:
 
 
 @dataclass
+class Users:
+    """The users of a batch, for a network with an adapter of users (`model/adapters/users.py`)."""
+
+    ids: Tensor
+    """int64 [B]: row of each sample's user in the table; -1 = none."""
+    tokens: Tensor | None = None
+    """[B, L, R]: embeddings that are read instead of the table's rows, where the id is not -1."""
+    probes: Tensor | None = None
+    """int64 [n]: users whose shifts under an empty text are wanted too; None = nobody's."""
+    answers: Tensor | None = None
+    """[n, K]: shifts of the `probes`, which the network's forward pass fills in."""
+
+    def rows(self, rows: slice | Tensor) -> "Users":
+        """Return the users of some of the samples; the probes, which are not those of samples, stay."""
+        return Users(self.ids[rows], None if self.tokens is None else self.tokens[rows], self.probes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Users":
+        """Return them on a device."""
+        moved = []
+        for values in (self.ids, self.tokens, self.probes):
+            moved.append(None if values is None else values.to(device, non_blocking=non_blocking))
+        return Users(*moved)
+
+    @staticmethod
+    def concatenate(users: Sequence["Users"]) -> "Users":
+        """Join the users of several batches, of which all or none have tokens."""
+        tokens = [batch.tokens for batch in users if batch.tokens is not None]
+        return Users(torch.cat([batch.ids for batch in users]), torch.cat(tokens) if tokens else None)
+
+
+@dataclass
 class Condition:
     """All conditions of a batch of samples: one object from the batch to the blocks, in training and in
     sampling."""
@@ -106,6 +137,8 @@ class Condition:
     """Values [B, ...] of the network's further conditions (`model/conditions.py`), by name."""
     levels: Levels | None = None
     """The level of each patch, if patches share a few times; None = `timesteps` says it all."""
+    users: Users | None = None
+    """User of each sample, if the network has an adapter of users; None = nobody."""
     with_difficulty: bool = False
     """True = the prediction has one more channel, the log-variance of the error that the network expects."""
     part: Part | None = None
@@ -119,6 +152,7 @@ class Condition:
             texts=[text.rows(rows) for text in self.texts],
             extra={name: values[rows] for name, values in self.extra.items()},
             levels=self.levels and self.levels.rows(rows),
+            users=self.users and self.users.rows(rows),
         )
 
     def row(self, index: int) -> "Condition":
@@ -134,6 +168,7 @@ class Condition:
             texts=[text.to(device, non_blocking=non_blocking) for text in self.texts],
             extra={name: values.to(device, non_blocking=non_blocking) for name, values in self.extra.items()},
             levels=self.levels and self.levels.to(device, non_blocking),
+            users=self.users and self.users.to(device, non_blocking),
         )
 
     def at(self, time: float) -> "Condition":
@@ -151,7 +186,9 @@ class Condition:
         for name in conditions[0].extra:
             extra[name] = torch.cat([condition.extra[name] for condition in conditions])
         timesteps = torch.cat([condition.timesteps for condition in conditions])
-        return Condition(timesteps, texts, extra, part=conditions[0].part)
+        users = [condition.users for condition in conditions if condition.users is not None]
+        joined = Users.concatenate(users) if users else None
+        return Condition(timesteps, texts, extra, users=joined, part=conditions[0].part)
 
 
 Predict = Callable[[Tensor, Condition], Tensor]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.adapter import find_shifts
 from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.condition import Condition
@@ -119,6 +120,8 @@ class LIDiT(nn.Module):
         self.conditions = nn.ModuleDict({name: CONDITIONS[name](config) for name in config.conditions})
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.depth))
         self.final = FinalLayer(config.width, config.patch_values, config.difficulty)
+        # Filled by `attach_adapters` of `model/adapters/`.
+        self.adapters = nn.ModuleDict()
 
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """Predict the objective's target.
@@ -149,12 +152,19 @@ class LIDiT(nn.Module):
 
         # [B, S, D], [B, 1, 1, S], [B, D], [B, N, K]
         text, text_mask, c, places = self.embed(condition, route.time_shift)
-        # Blocks that know no levels work in all networks without them.
-        given = (text, text_mask, c) if places is None else (text, text_mask, c, places)
+        shifts = find_shifts(self.adapters, text, condition)
+        for shift in shifts:
+            c = shift.shifted_condition(c)
 
         for number, block in enumerate(route.blocks):
-            # Tiles of sparse attention need the grid, and every second block shifts them.
-            inputs = (text, text_mask, c, places, *grid, number % 2) if self.sizes.attention.sparse else given
+            own_text = text
+            for shift in shifts:
+                own_text = shift.shifted_text(own_text, number)
+            # Blocks that know no levels work in all networks without them.
+            inputs = (own_text, text_mask, c) if places is None else (own_text, text_mask, c, places)
+            if self.sizes.attention.sparse:
+                # Tiles of sparse attention need the grid, and every second block shifts them.
+                inputs = (own_text, text_mask, c, places, *grid, number % 2)
             if self.checkpoint_every and self.training and (number + 1) % self.checkpoint_every == 0:
                 x = self.recompute(block, x, *inputs)  # [B, N, D]
             else:

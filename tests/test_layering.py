@@ -16,6 +16,7 @@ LAYERS = (
     "model.common",
     "model",
     "model.elastic",
+    "model.adapters",
     "model.encoders",
     "model.scorers",
     "data_prep.store",

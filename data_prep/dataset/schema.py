@@ -10,6 +10,7 @@
   families/<family>/<bucket>/00012/<attempt>/shard.00000.mds
   commits/<pairs or family>/<bucket>/00012.json             the object that makes a part exist
   rollups/<pairs or family>/<xxh64>.parquet                 copies of many commits, checked with the listing
+  users/names.json, index.parquet                           names of users; which sample is whose, by number
   dropped/<source file>.parquet                             samples that the plan left out, and why
   snapshots/<id>/snapshot.json, <bucket>-<xxh64>.parquet    immutable: what a training run reads
   snapshots/history/000007.json                             snapshots in order; the last is `latest`
@@ -383,7 +384,7 @@ class Snapshot:
 
     Each bucket has a columnar index of its own, with one row per part, ordered by `number`: `number`, `rows`,
     `ids_xxh64`, and for each family `<family>.key`, `<family>.bytes`, `<family>.xxh64`. Parts without rows
-    are not in it.
+    are not in it. If the dataset has users, `users` has the number of each row's user, -1 = nobody.
 
     Two snapshots with one id hold the same bytes in the same order, so they are interchangeable for training:
     the id covers the families (identity and constants) and, through `content`, the sample ids and the payload

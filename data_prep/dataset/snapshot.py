@@ -50,6 +50,7 @@ from data_prep.dataset.snapshot_reader import (
     read_index,
     read_snapshot,
 )
+from data_prep.dataset.users import users_of_parts
 from data_prep.store.store import Store, StoredFile, StoreError
 from model.common.errors import UserError
 from model.common.records import canonical_json, seal
@@ -62,6 +63,9 @@ REPAIR = "delete this commit and run the job again"
 
 Commits = dict[str, dict[Part, Commit]]
 """Kind -> part -> commit."""
+
+IndexRow = dict[str, str | int | list[int]]
+"""A row of a bucket's index, see `Snapshot`."""
 
 
 def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial: bool = False) -> Snapshot:
@@ -118,9 +122,10 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
     _check_payloads(dataset, commits, chosen, with_rows)
     buckets: dict[str, BucketRecord] = {}
     indexes: dict[str, bytes] = {}
+    users = users_of_parts(dataset, commits[PAIRS], with_rows)
     for bucket in sorted({part.bucket for part in with_rows}):
         parts = [part for part in with_rows if part.bucket == bucket]
-        buckets[bucket], indexes[bucket] = _index_bucket(parts, commits, chosen)
+        buckets[bucket], indexes[bucket] = _index_bucket(parts, commits, chosen, users)
 
     left_out = _left_out(plan, commits)
     snapshot = Snapshot(plan.dataset, plan.caption_kinds, chosen, buckets, left_out)
@@ -172,9 +177,15 @@ def _how_to_complete(dataset: Store, plan: Manifest, missing: dict[str, list[Par
     return f"{dataset.uri}: parts are missing; run again, or take a partial snapshot. " + "; ".join(hints)
 
 
-def _index_bucket(parts: list[Part], commits: Commits, families: Iterable[str]) -> tuple[BucketRecord, bytes]:
+def _index_bucket(
+    parts: list[Part], commits: Commits, families: Iterable[str], users: dict[Part, list[int]] | None
+) -> tuple[BucketRecord, bytes]:
     """Return the snapshot's record of one bucket, and its index as parquet."""
     rows = [_index_row(part, commits, families) for part in parts]
+    # Datasets without users have no such column, and so the snapshots that they always had.
+    if users is not None:
+        for row, part in zip(rows, parts, strict=True):
+            row["users"] = users[part]
     data = _parquet(rows)
     record: BucketRecord = {
         "parts": len(rows),
@@ -185,9 +196,9 @@ def _index_bucket(parts: list[Part], commits: Commits, families: Iterable[str]) 
     return record, data
 
 
-def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[str, str | int]:
+def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> IndexRow:
     pairs = commits[PAIRS][part]
-    row: dict[str, str | int] = {"number": part.number, "rows": pairs.rows, "ids_xxh64": pairs.ids_xxh64}
+    row: IndexRow = {"number": part.number, "rows": pairs.rows, "ids_xxh64": pairs.ids_xxh64}
     for family in sorted(families):
         # `_check_alignment` has made sure that there is just one.
         (file,) = commits[family][part].files
@@ -195,7 +206,7 @@ def _index_row(part: Part, commits: Commits, families: Iterable[str]) -> dict[st
     return row
 
 
-def _content_hash(rows: list[dict[str, str | int]]) -> str:
+def _content_hash(rows: list[IndexRow]) -> str:
     """Return the SHA-256 of the index without keys, which contain the attempt's random name."""
     digest = hashlib.sha256()
     for row in rows:
@@ -204,7 +215,7 @@ def _content_hash(rows: list[dict[str, str | int]]) -> str:
     return digest.hexdigest()
 
 
-def _parquet(rows: list[dict[str, str | int]]) -> bytes:
+def _parquet(rows: list[IndexRow]) -> bytes:
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink, compression="zstd")
     return sink.getvalue()

@@ -118,8 +118,8 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
 def _settings_record(config: DatasetConfig) -> dict[str, Any]:
     """Return the settings that decide which pairs a dataset holds."""
     record = asdict(config)
-    # A dataset may be moved, and families added to it, without a change to its pairs.
-    for name in ("store", "workers", "latents", "text"):
+    # A dataset may be moved, and families and users added to it, without a change to its pairs.
+    for name in ("store", "workers", "latents", "text", "users"):
         del record[name]
     for source in record["sources"]:
         if source["scenes"] is None:

@@ -30,6 +30,7 @@ from data_prep.store.store import hash_file, open_store
 from model.common.errors import UserError
 from model.common.files import sync_path, write_atomic
 from model.common.records import seal
+from pipeline.checkpoint.base import WithBase, has_base, open_base
 from pipeline.checkpoint.files import RankFiles, Written, rank_file, write_tensors
 from pipeline.checkpoint.manifest import (
     FORMAT,
@@ -441,7 +442,7 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
             for folder in (path / "checkpoints").iterdir():
                 refuse_other_format(folder)
             raise UserError(f"{path} has no checkpoint that is whole: name another run")
-        return CheckpointWeights(newest, which)
+        return _with_base(path, CheckpointWeights(newest, which))
 
     # Before the search for safetensors, since a checkpoint's rank files have that suffix too.
     if (path / MANIFEST).exists():
@@ -450,10 +451,15 @@ def load_weights(path: str | Path, which: str) -> Mapping[str, Tensor]:
         if not all_reduce_min(0 if damage else 1):
             reason = damage or "damaged, see the other ranks"
             raise UserError(f"{path}: {reason}: name another checkpoint, or the run")
-        return CheckpointWeights(path, which)
+        return _with_base(path.parent.parent, CheckpointWeights(path, which))
     files = [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"{path}: no weights there: name a run's folder, a checkpoint, or exported safetensors"
         )
     return ExportedWeights(files)
+
+
+def _with_base(run: Path, weights: CheckpointWeights) -> Mapping[str, Tensor]:
+    """Add the frozen weights of a run whose checkpoints contain the trained ones alone."""
+    return WithBase(weights, open_base(run)) if has_base(run) else weights

@@ -60,6 +60,8 @@ class Batch:
     """Text family -> captions; the same caption of a sample in each."""
     captions: list[str] | None = None
     """The captions themselves, empty = the null caption; only for `fusion.encode: online`."""
+    users: Tensor | None = None
+    """int64 [B]: number of each sample's user, -1 = none; only for a stage with users."""
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Return further normal numbers fp32 [B, *shape] of the samples.
@@ -150,6 +152,7 @@ class PackedBatch:
             keys=keys,
             texts=texts,
             captions=self.captions,
+            users=tensors.get("users"),
         )
 
 

@@ -48,7 +48,7 @@ class BatchRequest:
     ahead: tuple[Place, ...] = ()
     """Parts of the bucket that will be needed soon."""
     drop_captions: bool = True
-    """False for validation."""
+    """False for validation, which drops no users either."""
 
 
 class SnapshotDataset(Dataset[PackedBatch | Exception]):
@@ -61,6 +61,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         latents: Family,
         texts: Sequence[Family],
         reads_captions: bool,
+        user_drop: float | None = None,
     ) -> None:
         """Read these families.
 
@@ -70,7 +71,9 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             latents: the latents family.
             texts: text families.
             reads_captions: put the captions of the pairs themselves into the batch, instead of text families.
+            user_drop: share of training samples whose user is left out; None = batches without users.
         """
+        self._user_drop = user_drop
         self.shards = OpenShards(sources, [latents, *texts])
         self._choices = list(choices)
         self._latents, self._texts = latents, list(texts)
@@ -106,6 +109,8 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         # While the system reads ahead, the small tensors are filled.
         for name, values in (("ids", ids), ("sources", sources), ("passes", passes)):
             tensors[name][:] = torch.tensor(values)
+        if self._user_drop is not None:
+            tensors["users"][:] = torch.tensor(self._choose_users(request, keys))
         uniform = [sample_rng(*key, "timestep").random(dtype=np.float32) for key in keys]
         tensors["u"][:] = torch.tensor(np.array(uniform))
         counts: dict[str, list[int]] = {}
@@ -167,11 +172,26 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         pairs = zip(written, chosen, strict=True)
         return chosen, ["" if index is None else captions[index][1] for captions, index in pairs]
 
+    def _choose_users(self, request: BatchRequest, keys: Sequence[SampleKey]) -> list[int]:
+        """Return the number of each sample's user, -1 = none."""
+        assert self._user_drop is not None
+        rows, index = request.rows, self.shards.sources[0].index
+
+        users = []
+        for (source, part), row, key in zip(rows.places, rows.indices.tolist(), keys, strict=True):
+            # Numbers of different datasets mean different users: those of the first one count.
+            user = index.user(rows.bucket, part, row) if source == 0 else -1
+            dropped = request.drop_captions and sample_rng(*key, "user").random() < self._user_drop
+            users.append(-1 if dropped else user)
+        return users
+
     def _allocate_block(self, batch: EpochRows, spans: Spans) -> tuple[Layout, Tensor]:
         """Lay out the batch's tensors and allocate their memory."""
         size = len(batch.indices)
         layout: Layout = [(name, torch.int64, (size,)) for name in ("ids", "sources", "passes")]
         layout.append(("u", torch.float32, (size,)))
+        if self._user_drop is not None:
+            layout.append(("users", torch.int64, (size,)))
         shape = (size, *latent_shape(self._latents, batch.bucket))
         layout += [(name, torch.bfloat16, shape) for name in ("mean", "std")]
 

@@ -20,6 +20,7 @@ from pipeline.data.loader_processes import LoaderProcesses
 from pipeline.data.part_files import DatasetFiles
 from pipeline.data.position import Position
 from pipeline.data.schedule import Schedule
+from pipeline.stage.adapters import check_users
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus
 from pipeline.text.texts import TextConstants
@@ -74,8 +75,15 @@ class TrainingData:
         ]
         latents = corpus.families[data.latents]
         self.dataset = SnapshotDataset(
-            files, choices, latents, texts, reads_captions=self._online is not None
+            files,
+            choices,
+            latents,
+            texts,
+            reads_captions=self._online is not None,
+            user_drop=stage.users.drop if stage.users.count else None,
         )
+        if stage.users.count:
+            check_users(stage.users, files[0].index.highest_user, corpus.sources[0].snapshot.id)
         self.schedule = Schedule(stage, corpus, [dataset.index for dataset in files], rank, world)
 
         self._processes: LoaderProcesses | None = None

@@ -85,6 +85,24 @@ class PartIndex:
         table = self.tables[bucket]
         return Part(bucket, table.column("number")[part].as_py()), table.column("ids_xxh64")[part].as_py()
 
+    def user(self, bucket: str, part: int, row: int) -> int:
+        """Return the number of a row's user; -1 if it has none, or the snapshot has no users."""
+        table = self.tables[bucket]
+        if "users" not in table.column_names:
+            return -1
+        users: Any = table.column("users")[part]
+        return users.values[row].as_py()
+
+    @property
+    def highest_user(self) -> int:
+        """The highest number of a user; -1 if there are no users."""
+        highest = -1
+        for table in self.tables.values():
+            if "users" in table.column_names:
+                for chunk in table.column("users").chunks:
+                    highest = max(highest, int(np.max(chunk.flatten().to_numpy(), initial=-1)))
+        return highest
+
     def file(self, bucket: str, part: int, family: str) -> tuple[StoredFile, str]:
         """Return the payload of one part in a family, and its name in a cache."""
         table = self.tables[bucket]

@@ -24,6 +24,7 @@ from pipeline.engine.attention import choose_attention
 from pipeline.engine.compile import compile_regions, make_graphs
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.flat_step import FlatStep
+from pipeline.engine.lazy import LAZY, hold_absent_rows
 from pipeline.engine.master_weights import MasterWeights, RankState, check_names
 from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.engine.partitioned import build_partitioned
@@ -53,6 +54,8 @@ class Engine:
         """
         ranks = join_process_group(stage.engine.timeout_minutes)
         self.rank, self.world, self.stage = ranks.rank, ranks.world, stage
+        # Checkpoints contain single frozen parameters, but no frozen network.
+        self.keeps_frozen = stage.freeze == "none"
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -95,6 +98,10 @@ class Engine:
 
         settings = optimizer_settings(stage.optim)
         inner = settings.build(parameter_groups(self.module, stage.optim))
+        for group in inner.param_groups:
+            if group.get(LAZY):
+                group["lr_factor"] = stage.users.table_lr
+        hold_absent_rows(inner)
         self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=inner, config=config)
         self._optimizer: Any = self._engine.optimizer
 
@@ -179,7 +186,7 @@ class Engine:
             raise RuntimeError(f"step after {self._micro_step} of {self.backward_passes} backward passes")
         # Set here and not by a scheduler of DeepSpeed, which would count steps instead of samples.
         for group in self.master_weights.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self._micro_step = 0
         if self._flat is not None:
             self._flat.limit = limit
@@ -233,6 +240,15 @@ class Engine:
         self._set_replicated(replicated)
         self.master_weights.publish()
 
+    def load_base(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the frozen parameters of a network with `freeze: base`, which checkpoints do not contain."""
+        for name, parameter in self._frozen().items():
+            # One at a time; rank 0 reads and the others receive, unless each has all weights anyway.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if self.rank == 0 or self.stage.engine.zero_stage < 3:
+                    parameter.copy_(weights[name])
+        self.master_weights.publish()
+
     def load_full(self, weights: Mapping[str, Tensor], new_branches: Sequence[str] = ()) -> list[str]:
         """Start from whole weights, such as another stage's; reset the moments and the averages.
 
@@ -251,6 +267,8 @@ class Engine:
         wanted = self.master_weights.layout.shapes | {
             name: tuple(tensor.shape) for name, tensor in replicated.items()
         }
+        frozen: dict[str, Any] = {} if self.keeps_frozen else self._frozen()
+        wanted |= {name: tuple(getattr(base, "ds_shape", base.shape)) for name, base in frozen.items()}
         # Files know their shapes: to look at the tensors would read all of them.
         shapes = getattr(weights, "shapes", None) or {
             name: tuple(tensor.shape) for name, tensor in weights.items()
@@ -269,6 +287,8 @@ class Engine:
         for average in self.averages:
             average.reset()
 
+        if frozen:
+            self.load_base(weights)
         self.finish_load(0, {name: weights[name] for name in replicated if name not in new})
         if new and self.rank == 0:
             log.warning("new branches keep their starting weights: %s", ", ".join(new))
@@ -291,6 +311,8 @@ class Engine:
 
     def _replicated(self) -> dict[str, Tensor]:
         values = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers().items()}
+        if not self.keeps_frozen:
+            return values
         for name, parameter in self._frozen().items():
             with deepspeed.zero.GatheredParameters([parameter]):
                 values[name] = parameter.detach().to("cpu", copy=True)

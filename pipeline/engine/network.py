@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from model.adapter import freeze_base
+from model.adapters import attach_adapters
 from model.config import DiTConfig
 from model.dit import LIDiT
 from model.elastic.network import ElasticLIDiT
@@ -21,7 +23,7 @@ def network_sizes(stage: StageConfig, corpus: Corpus) -> tuple[DiTConfig, list[i
 
 
 def build_network(stage: StageConfig, corpus: Corpus) -> LIDiT:
-    """Build the stage's network with fresh weights."""
+    """Build the stage's network with fresh weights; those that the stage does not train need no gradient."""
     return make_network(stage, *network_sizes(stage, corpus))
 
 
@@ -36,7 +38,11 @@ def make_network(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> L
     every = stage.model.checkpoint_every
     if stage.elastic.elastic:
         return ElasticLIDiT(dit, stage.fusion, widths, stage.elastic, every)
-    return LIDiT(dit, stage.fusion, widths, every)
+
+    network = attach_adapters(LIDiT(dit, stage.fusion, widths, every), stage.users, stage.lora)
+    if stage.freeze == "base":
+        freeze_base(network)
+    return network
 
 
 def starting_weights(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.common.errors import UserError, first_line
 from model.common.registry import Registry
 from pipeline.engine.layout import Layout
+from pipeline.engine.lazy import LAZY, is_table
 from pipeline.stage.config import OptimConfig
 
 DECAY, NO_DECAY = "decay", "no_decay"
@@ -101,15 +102,21 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         config: names the optimizer; the learning rate and the weight decay of its groups.
 
     Returns:
-        Parameter groups as torch's optimizers take them, each with `params`, `name`, `lr` and `weight_decay`.
+        Parameter groups as torch's optimizers take them, each with `params`, `name`, `lr` and `weight_decay`;
+        tables are in a group of their own, with `LAZY`, in which what has no gradient does not move.
 
     Raises:
         UserError: if no parameter requires a gradient.
     """
     optimizer = optimizer_settings(config)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in optimizer.moments}
+    tables = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if is_table(name):
+            tables.append(parameter)
+        else:
             # A partitioned parameter is empty; its shape is `ds_shape`.
             members[optimizer.group(name, getattr(parameter, "ds_shape", parameter.shape))].append(parameter)
 
@@ -123,6 +130,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         for name, params in members.items()
         if params
     ]
+    if tables:
+        groups.append({"params": tables, "name": NO_DECAY, "lr": config.lr, "weight_decay": 0.0, LAZY: True})
     if not groups:
         raise UserError("the network has no parameter that requires a gradient: unfreeze some")
     return groups

@@ -90,6 +90,8 @@ def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:
     """
     pieces, whole = {}, {}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:  # it has no master
+            continue
         piece: Tensor | None = getattr(parameter, "ds_tensor", None)
         if piece is not None:
             pieces[name] = piece.detach().clone()

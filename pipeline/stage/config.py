@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from model.adapters.config import LoRAConfig, UsersConfig
 from model.common.errors import UserError
 from model.common.files import cache_folder
 from model.common.registry import unknown
@@ -19,6 +20,7 @@ from model.common.settings import MAX_SEED, bounded, check_name, read_settings, 
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.elastic.config import ElasticConfig
 from model.presets import PRESETS
+from pipeline.stage.adapters import check_adapters
 from pipeline.stage.objective import ObjectiveConfig
 
 STAGES = Path(__file__).parents[1] / "stages"
@@ -255,6 +257,9 @@ class StageConfig:
     """Run folder or exported weights of an earlier stage to start from; empty = fresh weights."""
     start_weights: str = "ema"
     """`ema` = the earlier stage's first average, `raw`, or the decay of an average."""
+    freeze: Literal["none", "base"] = "none"
+    """`base` = the weights that the stage starts from stay as they are, and only `users` and `lora` are
+    trained."""
     samples: int = bounded(1_000_000, 1, 10**12)
     """Length of the stage."""
     global_batch: int = bounded(256, 1, 10_000_000)
@@ -269,6 +274,8 @@ class StageConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig.of_preset("tiny"))
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     """Depths and sizes of patches that one set of weights is trained for; none by default."""
+    users: UsersConfig = field(default_factory=UsersConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -300,6 +307,7 @@ class StageConfig:
             )
 
         self._check_elastic()
+        check_adapters(self.freeze, self.start_from, self.users, self.lora, self.elastic.elastic)
         self._check_encoders()
         self._check_data()
         self._check_mixture()

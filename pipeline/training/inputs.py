@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from model.condition import Condition, Levels
+from model.condition import Condition, Levels, Users
 from model.conditions import CONDITIONS
 from model.encoders.latent_spaces import normalize_latents
 from pipeline.data.batch import Batch
@@ -39,6 +39,7 @@ class NetworkInputs:
         self.part = stage.elastic.by_default(stage.model)
         self.constants = constants
         self.dtype = dtype
+        self.disperses = stage.users.dispersion > 0
         self.multiple = 1
         if all(shared.mean.device.type == "cuda" for shared in constants.values()):
             self.multiple = TOKENS_MULTIPLE
@@ -64,4 +65,8 @@ class NetworkInputs:
         for name in self.families:
             texts.append(to_text(batch.texts[name], self.constants[name], self.dtype, self.multiple))
         extra = {name: condition.from_batch(batch) for name, condition in self.conditions.items()}
-        return Condition(timesteps, texts, extra, levels, part=self.part)
+        users = None
+        if batch.users is not None:
+            # Probes are the users of the whole batch, whatever their micro-batch.
+            users = Users(batch.users, probes=batch.users if self.disperses else None)
+        return Condition(timesteps, texts, extra, levels, users, part=self.part)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from model.condition import Condition
 from model.config import DiTConfig
 from pipeline.data.batch import Batch
 from pipeline.diffusion.objective import make_objective
@@ -33,6 +34,8 @@ class Passes:
         self.stage, self.sizes = stage, sizes
         self.engine, self.inputs = engine, inputs
         self.objective = make_objective(stage.objective, sizes.patch_shape)
+        self.terms: list[Callable[[Condition], Tensor]] = []
+        """Further terms [] of the loss of a micro-batch, after its forward pass."""
 
     def quantities(self, buckets: Sequence[str]) -> list[str]:
         """Return the names of further losses that the trainer sums up: those of the network's parts.
@@ -71,7 +74,11 @@ class Passes:
         for part in self.inputs.micro_batches(batch, parts):
             noisy = example.noisy[part.rows].to(self.engine.dtype)
 
-            prediction = self.engine(noisy, part.condition(condition))
+            given = part.condition(condition)
+            prediction = self.engine(noisy, given)
             learned, losses = self.objective.training_losses(prediction.float(), example.target[part.rows])
-            self.engine.backward(learned.mean())
+            loss = learned.mean()
+            for term in self.terms:
+                loss = loss + term(given)
+            self.engine.backward(loss)
             add_losses(batch, losses.detach(), example.timesteps[part.rows], "")

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from model.common.errors import UserError
 from model.fusion import prefixes_cut_late
-from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
+from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
 from pipeline.data.loader import TrainingData
 from pipeline.engine.engine import Engine
-from pipeline.engine.network import build_network, network_sizes, starting_weights
+from pipeline.engine.network import build_network, network_sizes
 from pipeline.engine.optim import learning_rate
 from pipeline.runtime.console import TrainingProgress, log_line
 from pipeline.runtime.distributed import Distributed
@@ -43,7 +43,9 @@ from pipeline.training.passes import Passes
 from pipeline.training.patch_validation import PatchValidation
 from pipeline.training.previews import Previews
 from pipeline.training.resume import changed_settings, record_stage, refuse_fresh_weights
+from pipeline.training.start import resume_network, start_network
 from pipeline.training.state import TrainState
+from pipeline.training.users import UserDispersion
 from pipeline.training.validation import Validation
 
 
@@ -106,6 +108,8 @@ class Trainer:
             self.callbacks.append(PatchValidation())
         if stage.elastic.elastic:
             self.callbacks.append(ElasticValidation())
+        if stage.users.count and stage.users.dispersion:
+            self.callbacks.append(UserDispersion(stage.users.dispersion))
         if stage.sample.every_samples:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks
@@ -312,7 +316,7 @@ class Trainer:
         run = self.stage.run
         newest = self.checkpoints.newest()
         if newest is not None:
-            record = self.checkpoints.load(self.engine, newest)
+            record = resume_network(self.checkpoints, self.engine, newest)
             changed = changed_settings(newest, record["stage"], self.stage)
             self.state = TrainState.from_dict(record)
             self.samples_at_start = self.state.samples
@@ -320,9 +324,7 @@ class Trainer:
         else:
             refuse_fresh_weights(run)
             if self.stage.start_from:
-                weights = load_weights(self.stage.start_from, self.stage.start_weights)
-                weights = starting_weights(self.stage, self.sizes, weights)
-                self.engine.load_full(weights, self.engine.module.new_branches)
+                start_network(self.stage, self.sizes, self.engine)
             how = f"started from {self.stage.start_from or 'fresh weights'}"
 
         yaml, writes = dump_stage(self.stage), self.ranks.rank == 0

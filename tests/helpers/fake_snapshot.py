@@ -1,12 +1,15 @@
 """Snapshots whose every byte follows from the sample's id, so that a reader's result can be recomputed."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from data_prep.dataset.mds import write_mds
 from data_prep.dataset.parts import commit_part, register_family
 from data_prep.dataset.schema import PAIRS, Bucket, Family, Manifest, Part
 from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.users import UserIndex, write_names
 from data_prep.store.store import open_store
 from model.encoders.token_size import bytes_per_token
 from pipeline.stage.config import StageConfig
@@ -78,6 +81,11 @@ def constants(family, dataset="ds"):
     return {**tensors, "spread": torch.from_numpy(draw.random(width) + 0.5).float()}
 
 
+def user_of(id, users):
+    """Number of a sample's user; one in `users` + 1 samples has none."""
+    return id % (users + 1) - 1
+
+
 def ids_of(buckets):
     """Ids of each part: bucket number in the upper half, then counted."""
     found = {}
@@ -89,9 +97,15 @@ def ids_of(buckets):
     return found
 
 
-def make(uri, buckets, folder, families=FAMILIES, name="ds"):
-    """Commit all parts and take a snapshot; `buckets`: name -> rows of its parts."""
+def make(uri, buckets, folder, families=FAMILIES, name="ds", users=0):
+    """Commit all parts and take a snapshot; `buckets`: name -> rows of its parts; `users`: their number."""
     dataset = open_store(str(uri), create=True).sub(name)
+    table = folder / "pairs.parquet"
+    if users:
+        ids = sorted(id for part in ids_of(buckets).values() for id in part if user_of(id, users) >= 0)
+        write_names(dataset, [f"user {number}" for number in range(users)])
+        owners = np.array([user_of(id, users) for id in ids], dtype=np.int32)
+        UserIndex(np.array(ids, dtype=np.int64), owners).write(dataset)
     dataset.put_new(
         Manifest.KEY, Manifest(name, KINDS, {key: list(rows) for key, rows in buckets.items()}).to_json()
     )
@@ -102,7 +116,11 @@ def make(uri, buckets, folder, families=FAMILIES, name="ds"):
     path = folder / "shard.00000.mds"
     for part, ids in ids_of(buckets).items():
         path.write_bytes(b"pairs are not read here")
-        commit_part(dataset, PAIRS, part, {"pairs.tar": path}, ids, {})
+        files = {"pairs.tar": path}
+        if users:
+            pq.write_table(pa.table({"id": ids}), table)
+            files["pairs.parquet"] = table
+        commit_part(dataset, PAIRS, part, files, ids, {})
         for family in registered:
             rows = [
                 latents_row(id, part.bucket) if family.kind == "latents" else text_row(id, family.name)
