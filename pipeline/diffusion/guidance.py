@@ -7,8 +7,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.condition import Condition, Predict
+from model.condition import Condition, Predict, Users
 from model.sub_network import Part
+
+
+def has_own_scale(has_user: bool, guidance: float, user_guidance: float | None) -> bool:
+    """Return True if there is a user whose scale differs from that of the text: a third branch."""
+    return has_user and user_guidance not in (None, guidance)
+
+
+def without_users(condition: Condition, like: Users | None = None) -> Condition:
+    """Return the condition with nobody as user, in the form of `like`, or of its own users."""
+    users = like or condition.users
+    if users is None:
+        return condition
+    return replace(condition, users=Users(torch.full_like(users.ids, -1), users.tokens))
 
 
 class Guided:
@@ -21,7 +34,12 @@ class Guided:
     """
 
     def __init__(
-        self, predict: Predict, condition: Condition, null_condition: Condition, guidance: float
+        self,
+        predict: Predict,
+        condition: Condition,
+        null_condition: Condition,
+        guidance: float,
+        user_guidance: float | None = None,
     ) -> None:
         """Put the branches into batches, once for all steps.
 
@@ -30,10 +48,19 @@ class Guided:
             condition: texts and further conditions of the prompts; its timesteps are not read.
             null_condition: the same of the null or the negative captions; not read at guidance 1.
             guidance: 1 = none.
+            user_guidance: scale of the user by itself: null + guidance (text - null) + user_guidance (text
+                and user - text); None = that of the text, which takes no third branch.
         """
         self.predict, self.guidance, self._condition = predict, guidance, condition
+        self.user_guidance: float | None = None
+        if has_own_scale(condition.users is not None, guidance, user_guidance):
+            self.user_guidance = user_guidance
         # Without guidance the second branch would only double the work.
         branches = [condition] if guidance == 1.0 else [condition, null_condition]
+        if self.user_guidance is not None:
+            branches.insert(1, without_users(condition))
+        if condition.users is not None:
+            branches[1:] = [without_users(branch, condition.users) for branch in branches[1:]]
         self.branches = len(branches)
         # An elastic network may evaluate the branches with parts of itself that differ.
         self.null_part = null_condition.part
@@ -83,8 +110,19 @@ class Guided:
 
         if self.branches == 1:
             return prediction, prediction
+        if self.user_guidance is not None:
+            return self._with_user(*prediction.chunk(self.branches))
         with_text, without = prediction.chunk(2)
         return without + self.guidance * (with_text - without), with_text
+
+    def _with_user(
+        self, with_user: Tensor, with_text: Tensor, without: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Combine the branches where the user has a scale of its own."""
+        assert self.user_guidance is not None
+        # Of text guidance 1 there is no branch without text.
+        base = with_text if without is None else without + self.guidance * (with_text - without)
+        return base + self.user_guidance * (with_user - with_text), with_user
 
     @functools.cached_property
     def unguided(self) -> "Guided":

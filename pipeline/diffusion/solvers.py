@@ -238,9 +238,10 @@ def follow(
     return latents
 
 
-def count_evaluations(solver: Any, steps: int, guidance: float) -> int:
-    """Return how often sampling an image evaluates the network, each branch of guidance counted."""
-    branches = 1 if guidance == 1.0 else 2
+def count_evaluations(solver: Any, steps: int, guidance: float, own_scale: bool = False) -> int:
+    """Return how often sampling an image evaluates the network, each branch of guidance counted; `own_scale`
+    = its user has a scale of its own."""
+    branches = (1 if guidance == 1.0 else 2) + own_scale
     times = [time for _, time in set_steps(solver, steps, torch.device("cpu"))]
     if isinstance(solver, AdaptiveSolver):
         return solver.evaluations(times, branches)
@@ -259,6 +260,7 @@ def sample_latents(
     guidance: float,
     dtype: torch.dtype,
     on_step: OnStep | None = None,
+    user_guidance: float | None = None,
 ) -> Tensor:
     """Sample one image's normalized latents per seed.
 
@@ -273,6 +275,7 @@ def sample_latents(
         guidance: 1 = none.
         dtype: precision of the latents that the network gets.
         on_step: called after each step.
+        user_guidance: scale of the users; None = that of the text.
 
     Returns:
         Latents fp32 [B, *shape] on the condition's device.
@@ -282,5 +285,9 @@ def sample_latents(
     """
     # Noise is made on the CPU and then moved, so it does not depend on the kind of device.
     noise = initial_noise(shape, seeds).to(condition.timesteps.device)
-    evaluate = Guided(lambda x, given: predict(x.to(dtype), given), condition, null_condition, guidance)
+
+    def predict_in_dtype(latents: Tensor, given: Condition) -> Tensor:
+        return predict(latents.to(dtype), given)
+
+    evaluate = Guided(predict_in_dtype, condition, null_condition, guidance, user_guidance)
     return follow(solver, set_steps(solver, steps, noise.device), lambda: evaluate, noise, on_step)

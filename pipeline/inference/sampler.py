@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
+from data_prep.dataset.users import find_user
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.conditions import CONDITIONS
@@ -26,6 +27,7 @@ from model.encoders.latent_spaces import (
 )
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
+from pipeline.diffusion.guidance import has_own_scale
 from pipeline.diffusion.solvers import (
     OnStep,
     count_evaluations,
@@ -38,6 +40,7 @@ from pipeline.diffusion.solvers import (
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
 from pipeline.inference.elastic import ChosenParts, Parts, choose_parts, largest_patch, sizes_for_solver
+from pipeline.inference.users import UserFinder
 from pipeline.runtime.distributed import all_reduce_min
 from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig, StageConfig, load_run
 from pipeline.stage.corpus import latents_family, resolve
@@ -74,10 +77,14 @@ class SamplingParams:
     """Settings of the schedulers that follow the difficulty of patches."""
     parts: ChosenParts = field(default_factory=ChosenParts)
     """Depth and size of patches of an elastic network."""
+    user: str = ""
+    """Name, number or file of a user; empty = nobody."""
+    user_guidance: float | None = None
+    """Scale of the user by itself; None = that of the text."""
 
     def record(self) -> dict[str, Any]:
-        """Return the settings as they are written next to an image; `conditions` and `adaptive` only if they
-        are read, depth and size of patches only if they are asked for."""
+        """Return the settings as they are written next to an image; `conditions`, `adaptive` and those of the
+        user only if they are read, depth and size of patches only if they are asked for."""
         record = asdict(self)
         record |= self.parts.record()
         del record["parts"]
@@ -86,6 +93,8 @@ class SamplingParams:
         if not self.conditions:
             # Networks without conditions keep the records that they always had.
             del record["conditions"]
+        if not self.user:
+            del record["user"], record["user_guidance"]
         return record
 
 
@@ -129,6 +138,7 @@ class Sampler:
         self.defaults = defaults
         self.device = device
         self.dtype = dtype
+        self.users = UserFinder(network)
         self._load_vae = load_vae
         self._vae: LatentSpace | None = None
 
@@ -165,7 +175,10 @@ class Sampler:
         reader = PromptReader(families, constants, partial(load_llm, device=device))
         # Deferred: a request that is refused, or latents that are never decoded, need no VAE.
         find_vae = partial(load_vae, stage, latents_family(stage, corpus), device)
-        return cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, partitioned)
+        sampler = cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, partitioned)
+        # The names are the dataset's, where they can be deleted.
+        sampler.users.number_of = partial(find_user, corpus.sources[0].dataset)
+        return sampler
 
     @property
     def vae(self) -> LatentSpace:
@@ -183,6 +196,7 @@ class Sampler:
         """
         self.latent_shape(params)
         extra_conditions(self.network, params, 1, self.device)
+        self.users.find(params.user, 1, self.device)
         # On the CPU, because only the validity of the settings matters.
         set_steps(self.solver(params), params.steps, torch.device("cpu"))
 
@@ -210,7 +224,8 @@ class Sampler:
 
     def evaluations(self, params: SamplingParams) -> int:
         """Return how often sampling an image evaluates the network, each branch of guidance counted."""
-        return count_evaluations(self.solver(params), params.steps, params.guidance)
+        own_scale = has_own_scale(bool(params.user), params.guidance, params.user_guidance)
+        return count_evaluations(self.solver(params), params.steps, params.guidance, own_scale)
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
         """Return the shape of one image's latents, (C, h, w).
@@ -263,6 +278,7 @@ class Sampler:
             params.guidance,
             self.dtype,
             on_step,
+            params.user_guidance,
         )
 
     def latents_and_words(
@@ -309,8 +325,9 @@ class Sampler:
                 for text in texts
             ]
         extra = extra_conditions(self.network, params, len(prompts), self.device)
-        part = self.parts(params).prompt
-        return Condition(torch.zeros(len(prompts), device=self.device), texts, extra, part=part)
+        users = self.users.find(params.user, len(prompts), self.device)
+        times, part = torch.zeros(len(prompts), device=self.device), self.parts(params).prompt
+        return Condition(times, texts, extra, users=users, part=part)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode normalized latents to pixels fp32 [B, 3, H, W] in [-1, 1]."""

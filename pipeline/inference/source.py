@@ -167,6 +167,10 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
         metavar="NAME=VALUE",
         help="value of one of the network's further conditions (model.conditions); repeatable",
     )
+    parser.add_argument("--user", default="", help="name, number or file (.safetensors) of a user")
+    parser.add_argument(
+        "--user-guidance", type=float, help="scale of the user by itself; default: that of the text"
+    )
     parser.add_argument(
         "--quantised", action="store_true", help="pass LLM states through the family's quantization"
     )
@@ -206,6 +210,8 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
         conditions=dict(_name_and_value(text) for text in arguments.condition),
         adaptive=_adaptive_settings(defaults.adaptive, arguments),
         parts=ChosenParts(*(getattr(arguments, chosen.name) for chosen in fields(ChosenParts))),
+        user=arguments.user,
+        user_guidance=arguments.user_guidance,
     )
 
 

@@ -1,0 +1,108 @@
+"""Users in sampling: from a name, a number or a file to what the network reads; and files of single users."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.adapters.users import UserAdapter
+from model.common.errors import UserError
+from model.common.files import atomic_path
+from model.condition import Users
+
+KIND, TOKENS = "li-dit user", "tokens"
+"""Metadata `kind` of a user's file, and its only tensor, fp32 [L, R]."""
+
+
+def save_user(path: Path, tokens: Tensor, **about: Any) -> None:
+    """Write a user's embedding fp32 [L, R] as a safetensors file, with facts about it as metadata."""
+    metadata = {"kind": KIND, **{key: json.dumps(value) for key, value in about.items()}}
+    with atomic_path(path) as temporary:
+        save_file({TOKENS: tokens.detach().float().cpu().contiguous()}, temporary, metadata)
+        temporary.chmod(0o644)
+
+
+def read_user(path: Path) -> Tensor:
+    """Read the embedding fp32 [L, R] of a user's file.
+
+    Raises:
+        UserError: if the file is missing, damaged, or another kind of file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("kind") != KIND:
+                raise UserError(f"{path} is not a user's file: name one that pipeline.fit_user wrote")
+            return file.get_tensor(TOKENS).float()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}: name a user's file") from error
+
+
+def user_adapter(network: nn.Module) -> UserAdapter | None:
+    """Return a network's adapter of users, if it has one."""
+    adapters: Any = network.adapters
+    return dict(adapters.items()).get("users")
+
+
+@dataclass
+class UserFinder:
+    """Finds the users that sampling asks for."""
+
+    network: nn.Module
+    number_of: Callable[[str], int] | None = None
+    """Finds the number of a name; None = names are not known here."""
+
+    def find(self, user: str, images: int, device: torch.device) -> Users | None:
+        """Return a user for each of the images; None for "".
+
+        Args:
+            user: path of a user's file, a number, or a name.
+            images: their number.
+            device: of the network.
+
+        Raises:
+            UserError: if the network has no users, or not this one.
+        """
+        if not user:
+            return None
+        adapter = user_adapter(self.network)
+        if adapter is None:
+            raise UserError(f"--user {user}: the network has no users: train some with users.count")
+
+        ids = torch.zeros(images, dtype=torch.int64, device=device)
+        if user.endswith(".safetensors"):
+            tokens = check_tokens(adapter, read_user(Path(user)), user)
+            return Users(ids, tokens.to(device).expand(images, -1, -1))
+        number = self._number(user)
+        if not 0 <= number < adapter.config.count:
+            raise UserError(
+                f"--user {user}: the table has users 0 to {adapter.config.count - 1}: give one of them"
+            )
+        return Users(ids + number)
+
+    def _number(self, user: str) -> int:
+        if user.isascii() and user.isdigit():
+            return int(user)
+        if self.number_of is None:
+            raise UserError(f"--user {user}: there are no names here: give a number or a user's file")
+        return self.number_of(user)
+
+
+def check_tokens(adapter: UserAdapter, tokens: Tensor, name: str) -> Tensor:
+    """Return a user's embedding [L, R] if it fits the adapter.
+
+    Raises:
+        UserError: if it does not.
+    """
+    shape = (adapter.config.tokens, adapter.config.width)
+    if tuple(tokens.shape) != shape:
+        raise UserError(
+            f"{name}: an embedding of shape {tuple(tokens.shape)}, the adapter reads {shape}: "
+            "use the run that it was made with"
+        )
+    return tokens
