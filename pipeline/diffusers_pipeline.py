@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks for it in this module
@@ -29,7 +30,6 @@ from pipeline.inference.call import (
     check_embeds,
     check_output_type,
     choose_solver,
-    list_negatives,
     list_prompts,
     make_noise,
     objective_of,
@@ -39,7 +39,9 @@ from pipeline.inference.call import (
     to_output,
     whole_number,
 )
+from pipeline.inference.encoding import PromptEncoding
 from pipeline.inference.parts import CONSTANTS, SharedStates, StrictModel, warn_of_pickle
+from pipeline.inference.pipeline_adapters import AdapterLoading
 from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, image_latent_shape
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
@@ -56,7 +58,7 @@ CARD = ("README.md", "samples.png")
 """The model card and its image, which are copied from folder to folder."""
 
 
-class LIDiTModel(LIDiT, StrictModel, ConfigMixin):
+class LIDiTModel(LIDiT, StrictModel, ConfigMixin, PeftAdapterMixin):
     """The network as a diffusers model; its weights have the names that they have in training."""
 
     _supports_gradient_checkpointing = True
@@ -206,7 +208,7 @@ def _device_of(constants: Mapping[str, TextConstants]) -> torch.device:
     return next(iter(constants.values())).mean.device
 
 
-class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
+class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipeline):
     """Text to image with LI-DiT."""
 
     # the order of use: `enable_model_cpu_offload` moves each part to the GPU when its turn comes
@@ -337,56 +339,6 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         self._write_card(working_dir)
         return super()._upload_folder(working_dir, *args, **kwargs)
 
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: list[Text] | None = None,
-        negative_prompt_embeds: list[Text] | None = None,
-    ) -> tuple[list[Text], list[Text]]:
-        """Read the prompts, once for several calls.
-
-        Args:
-            prompt: one or several.
-            negative_prompt: to steer away from: one for all prompts or one each; None or empty = the null
-                caption of training.
-            prompt_embeds: prompts that are read already, instead of `prompt`.
-            negative_prompt_embeds: negative prompts that are read already, instead of `negative_prompt`.
-
-        Returns:
-            Prompts and negative prompts as a call takes them for `prompt_embeds` and
-            `negative_prompt_embeds`: one `Text` per LLM.
-
-        Raises:
-            UserError: if both forms of a prompt are given, or their numbers do not fit.
-        """
-        for name, given, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            if given is not None and embeds is not None:
-                raise UserError(f"{name}= beside {name}_embeds=: give one of them")
-        known = check_embeds("prompt_embeds", prompt_embeds)
-        texts = [] if known else list_prompts(prompt)
-        count = len(known[0].mask) if known else len(texts)
-        known_negatives = check_embeds("negative_prompt_embeds", negative_prompt_embeds, count)
-        negatives = [] if known_negatives else list_negatives(negative_prompt, count)
-
-        read, read_negatives = self._read(texts, negatives)
-        prompt_embeds, negative_prompt_embeds = known or read, known_negatives or read_negatives
-        return prompt_embeds, negative_prompt_embeds
-
-    def _read(self, *batches: list[str]) -> list[list[Text]]:
-        if not any(batches):
-            return [[] for _ in batches]
-        if self.text is None:
-            raise UserError(
-                "the pipeline has no text part: give prompt_embeds= and negative_prompt_embeds=, or load it "
-                "with the part"
-            )
-        # where a part waits on another device to save memory, no LLM should stay on the device either
-        return self.text(*batches, keep_llms=self.text.device == self._execution_device)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -412,6 +364,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         attention_kwargs: Mapping[str, Any] | None = None,
         solver: str | None = None,
+        user_guidance: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -440,6 +393,7 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
             cross_attention_kwargs, attention_kwargs: None, since there are no attention processors.
             solver: `dual_loop` or `look_ahead`, which follow the difficulty of patches at the scheduler's
                 times; empty = the scheduler itself; None = the pipeline's default.
+            user_guidance: scale of the user of `load_user` by itself; None = that of the text.
 
         Raises:
             UserError: if an argument is wrong or does not fit another, or the scheduler does not fit the
@@ -472,11 +426,15 @@ class LIDiTPipeline(DenoisingLoop, DiffusionPipeline):
         condition, null_condition = (
             # placeholders for the times: `Guided` sets that of each step
             Condition(
-                torch.zeros(images, device=device), place_texts(texts, per_prompt, device, dtype), extra
+                torch.zeros(images, device=device),
+                place_texts(texts, per_prompt, device, dtype),
+                extra,
+                users=self.find_users(images, device),
             )
             for texts in embeds
         )
         guidance = config["guidance"] if guidance_scale is None else guidance_scale
+        self.user_guidance = user_guidance
         sampled = self.denoise(
             condition, null_condition, noise.to(device), follower, plan, guidance, callback_on_step_end, names
         )

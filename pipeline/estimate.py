@@ -7,7 +7,7 @@ All of it is arithmetic on the settings (`pipeline/operations/planning.py`).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -33,6 +33,8 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         f"{first.bytes_per_pair / 1e3:.0f} kB",
         f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
     ):
+        console.print(line, highlight=False)
+    for line in adapter_lines(stage, first.parameters):
         console.print(line, highlight=False)
     if first.parts:
         show_parts(first.parts, console)
@@ -72,6 +74,20 @@ def show_parts(parts: Sequence[PartCost], console: Console) -> None:
         numbers = f"{part.parameters / 1e9:.2f}", f"{part.flops_per_sample / 1e12:.2f}"
         table.add_row(part.name, *numbers, f"{share:.0%}", f"{part.share:.2f}")
     console.print(table)
+
+
+def adapter_lines(stage: StageConfig, parameters: dict[str, int]) -> Iterator[str]:
+    """Yield what a stage with adapters trains, and what its table of users takes."""
+    if "adapters" in parameters:
+        yield f"frozen but for {parameters['adapters'] / 1e6:.1f}M parameters of adapters"
+    if stage.users.count:
+        size = 2 if stage.engine.precision == "bf16" else 4
+        row = size * stage.users.tokens * stage.users.width
+        yield (
+            f"table of {stage.users.count:,} users: {row / 1e3:.0f} kB each, "
+            f"{row * stage.users.count / 1e9:.2f} GB whole on each GPU while it is read, and as much again "
+            "for its gradient"
+        )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.adapter import is_adapter
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
@@ -23,6 +24,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
 from pipeline.diffusion.adaptive import ADAPTIVE
 from pipeline.diffusion.solvers import make_scheduler
+from pipeline.inference.adapter_files import save_adapters
 from pipeline.inference.sampler import Sampler
 from pipeline.runtime.run_log import read_reports
 from pipeline.stage.config import CheckpointConfig, StageConfig, dump_stage, load_run
@@ -50,7 +52,9 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     nn.Module.to(
         transformer, sampler.dtype
     )  # diffusers' own `to` warns of modules to keep in fp32, of which there are none
-    transformer.load_state_dict(network.state_dict())
+    # Adapters have files of their own.
+    base = {name: value for name, value in network.state_dict().items() if not is_adapter(name)}
+    transformer.load_state_dict(base)
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
     # the objective decides the scheduler; another one would read the predictions wrongly
     scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
@@ -98,6 +102,7 @@ def export(
     pipeline.card = make_card(run, sampler, weights, precision)
     with atomic_path(out) as unfinished:
         pipeline.save_pretrained(unfinished, safe_serialization=True, max_shard_size=shard)
+        save_adapters(unfinished, sampler.network)
 
 
 def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict[str, bytes]:

@@ -208,6 +208,10 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     part = gr.Dropdown(
         parts, value=parts[0], label="Part of the network", visible=len(parts) > 1, elem_id="part"
     )
+    users = studio.users
+    with gr.Row(visible=bool(users)):
+        user = gr.Dropdown(["", *users], value="", label="User (empty: nobody)", elem_id="user")
+        user_guidance = slider(0, 30, 0, step=0.1, label="Guidance of the user (0: that of the text)")
     label = "Attention per word, at step (0: none)"
     attention = slider(0, default_steps, 0, step=1, label=label, elem_id="attention")
     has_head = sampler.network.sizes.difficulty != "none"
@@ -228,7 +232,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     )
     controls = [
         prompt, negative, height, width, steps, guidance, seed, images, scheduler, compare, attention,
-        difficulty, part,
+        difficulty, part, user, user_guidance,
     ]  # fmt: skip
     for control in controls:
         # `InteractiveSampler` checks the values, in a sentence where gradio's own checks end in a traceback

@@ -37,6 +37,11 @@ class UsersConfig:
     table_lr: float = bounded(10.0, 0.0, 1e6)
     """Learning rate of the table as a multiple of `optim.lr`."""
 
+    @property
+    def table_values(self) -> int:
+        """Number of values in the table."""
+        return self.count * self.tokens * self.width
+
 
 @dataclass
 class LoRAConfig:

@@ -37,6 +37,7 @@ class DenoisingLoop:
     _guidance_scale = 1.0
     _num_timesteps = 0
     _interrupt = False
+    user_guidance: float | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -89,13 +90,14 @@ class DenoisingLoop:
             return self.transformer(latents.to(self.transformer.dtype), given, return_dict=False)[0]
 
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance, len(plan), False
-        evaluate = Guided(predict, condition, null_condition, guidance)
+        evaluate = Guided(predict, condition, null_condition, guidance, self.user_guidance)
 
         def guide() -> Guided | None:
             nonlocal evaluate
             # a callback may have set another guidance
             if evaluate.guidance != self.guidance_scale:
-                evaluate = Guided(predict, condition, null_condition, self.guidance_scale)
+                scales = self.guidance_scale, self.user_guidance
+                evaluate = Guided(predict, condition, null_condition, *scales)
             return None if self.interrupt else evaluate
 
         with self.progress_bar(total=len(plan)) as bar:

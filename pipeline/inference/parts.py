@@ -45,7 +45,13 @@ class StrictModel(ModelMixin):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save as any diffusers model, but always as safetensors: a pickle could not be loaded again."""
         warn_of_pickle(kwargs.get("safe_serialization", True))
-        super().save_pretrained(save_directory, **{**kwargs, "safe_serialization": True})
+        # Adapters have files of their own: the folder is that of the network that they were loaded into.
+        adapters = self._modules.pop("adapters", None)
+        try:
+            super().save_pretrained(save_directory, **{**kwargs, "safe_serialization": True})
+        finally:
+            if adapters is not None:
+                self._modules["adapters"] = adapters
 
 
 def warn_of_pickle(safe_serialization: bool) -> None:

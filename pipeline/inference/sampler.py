@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.dataset.schema import Family
-from data_prep.dataset.users import find_user
+from data_prep.dataset.users import find_user, read_names
 from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.conditions import CONDITIONS
@@ -178,6 +178,7 @@ class Sampler:
         sampler = cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, partitioned)
         # The names are the dataset's, where they can be deleted.
         sampler.users.number_of = partial(find_user, corpus.sources[0].dataset)
+        sampler.users.list_names = partial(read_names, corpus.sources[0].dataset)
         return sampler
 
     @property

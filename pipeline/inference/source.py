@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
+from torch import nn
 
 from data_prep.dataset.schema import Bucket
 from model.common.dtypes import DTYPES
@@ -20,6 +21,7 @@ from model.dit import LIDiT
 from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
+from pipeline.inference.adapter_files import ADAPTER, USERS, load_user_adapter
 from pipeline.inference.call import objective_of
 from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
@@ -89,7 +91,19 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
     network = partitioned.module if partitioned else _plain_network(pipeline.transformer)
     objective = objective_of(config, pipeline.scheduler)
-    return Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, partitioned)
+    sampler = Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, partitioned)
+    _attach_users(sampler, folder / USERS)
+    return sampler
+
+
+def _attach_users(sampler: Sampler, folder: Path) -> None:
+    """Attach an export's adapter of users, if it has one; users have numbers there."""
+    if not (folder / ADAPTER).exists():
+        return
+    if sampler.partitioned is None:
+        adapter = load_user_adapter(folder / ADAPTER, sampler.network.sizes)
+        sampler.network.adapters["users"] = nn.Module.to(adapter, sampler.device, sampler.dtype)
+        sampler.users.folder = folder
 
 
 def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":

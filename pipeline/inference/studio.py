@@ -56,6 +56,10 @@ class GenerationRequest:
     """Show the expected error of the first image's patches."""
     part: str = ""
     """Part of an elastic network, a name of `parts`; empty = as trained for."""
+    user: str = ""
+    """A name or number of `users`; empty = nobody."""
+    user_guidance: float = 0.0
+    """Scale of the user by itself; 0 = that of the text."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class InteractiveSampler:
         """Parts of the first sampler's network, the default first; empty if it is not elastic."""
         return list(part_choices(next(iter(self.samplers.values())).network))
 
+    @property
+    def users(self) -> list[str]:
+        """Users of the first sampler's network; empty if it has none."""
+        return next(iter(self.samplers.values())).users.choices()
+
     def generate(self, request: GenerationRequest) -> list[Column]:
         """Sample a request's images and, if it asks for that, a second column that differs in one setting.
 
@@ -114,6 +123,8 @@ class InteractiveSampler:
             request.scheduler,
             request.negative.strip(),
         )
+        if request.user:
+            params = replace(params, user=request.user, user_guidance=request.user_guidance or None)
         if request.part:
             params = replace(params, parts=part_choices(sampler.network)[request.part])
 
@@ -166,6 +177,11 @@ class InteractiveSampler:
         if request.part and request.part not in self.parts:
             known = ", ".join(self.parts) or "none"
             raise UserError(f"part={reprlib.repr(request.part)}: the network has {known}: choose one of them")
+        if not 0 <= request.user_guidance <= 30:
+            raise UserError(f"user_guidance={request.user_guidance}: choose 0 to 30")
+        # Checked against the list, since a path in its place would be read as a user's file.
+        if request.user and request.user not in self.users:
+            raise UserError(f"user={reprlib.repr(request.user)}: choose one of the page's list")
         if request.compare not in self.comparisons:
             raise UserError(f"compare={request.compare}: choose {', '.join(self.comparisons)}")
 

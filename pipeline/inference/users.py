@@ -1,7 +1,7 @@
 """Users in sampling: from a name, a number or a file to what the network reads; and files of single users."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from model.condition import Users
 
 KIND, TOKENS = "li-dit user", "tokens"
 """Metadata `kind` of a user's file, and its only tensor, fp32 [L, R]."""
+MAX_CHOICES = 1000
+"""Users in a list to choose from."""
 
 
 def save_user(path: Path, tokens: Tensor, **about: Any) -> None:
@@ -56,6 +58,22 @@ class UserFinder:
     network: nn.Module
     number_of: Callable[[str], int] | None = None
     """Finds the number of a name; None = names are not known here."""
+    folder: Path | None = None
+    """An export's folder of users, whose files are found by their numbers."""
+    list_names: Callable[[], Sequence[str | None]] | None = None
+    """Lists the names by number, None where there is no such user any more; None = names are not known."""
+
+    def choices(self) -> list[str]:
+        """Return the users that can be chosen, at most `MAX_CHOICES`: by name, else by number."""
+        adapter = user_adapter(self.network)
+        if adapter is None:
+            return []
+        if self.folder is not None:
+            files = (path.stem for path in self.folder.glob("*.safetensors") if path.stem.isdigit())
+            return [str(int(stem)) for stem in sorted(files)][:MAX_CHOICES]
+        names = self.list_names() if self.list_names is not None else []
+        known = [name for name in names[: adapter.config.count] if name is not None]
+        return (known or [str(number) for number in range(adapter.config.count)])[:MAX_CHOICES]
 
     def find(self, user: str, images: int, device: torch.device) -> Users | None:
         """Return a user for each of the images; None for "".
@@ -75,6 +93,8 @@ class UserFinder:
             raise UserError(f"--user {user}: the network has no users: train some with users.count")
 
         ids = torch.zeros(images, dtype=torch.int64, device=device)
+        if self.folder is not None and user.isascii() and user.isdigit():
+            user = str(self.folder / f"{int(user):05d}.safetensors")
         if user.endswith(".safetensors"):
             tokens = check_tokens(adapter, read_user(Path(user)), user)
             return Users(ids, tokens.to(device).expand(images, -1, -1))
@@ -83,6 +103,10 @@ class UserFinder:
             raise UserError(
                 f"--user {user}: the table has users 0 to {adapter.config.count - 1}: give one of them"
             )
+        row = adapter.table.weight[number : number + 1]
+        # A partitioned table is empty outside of a forward pass.
+        if row.numel() and not row.any():
+            raise UserError(f"--user {user}: that user was deleted: give another one")
         return Users(ids + number)
 
     def _number(self, user: str) -> int:

@@ -126,7 +126,11 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     # memory: the state does not depend on the batch, the activations grow with it
     micro_batch = min(stage.engine.micro_batch or local_batch, local_batch)
     moments = count_moments(stage, dit, widths)
-    memory = state_memory(stage, parameters["total"], setup.gpus, moments)
+    trained = parameters["total"]
+    if stage.freeze == "base":
+        trained = count_trained(stage, dit, widths)
+        parameters = {**parameters, "adapters": trained, "total": parameters["total"] + trained}
+    memory = state_memory(stage, parameters["total"], setup.gpus, moments, trained)
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
 
     # speed follows from an assumed MFU; reading and saving are assumed to overlap with the steps
@@ -145,7 +149,7 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         # a job smaller than a node has only its own GPUs to feed
         read_per_node=speed / setup.gpus * min(setup.gpus, setup.gpus_per_node) * pair_bytes,
         # fp32 masters, averages and moments; the bf16 weights are a rounded copy and are not stored
-        checkpoint_bytes=4.0 * (parameters["total"] * (1 + len(stage.ema)) + moments),
+        checkpoint_bytes=4.0 * (trained * (1 + len(stage.ema)) + moments),
         parts=parts,
     )
 
@@ -163,7 +167,16 @@ def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> 
     return values
 
 
-def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -> dict[str, float]:
+def count_trained(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> int:
+    """Return the number of parameters that a stage trains."""
+    with torch.device("meta"):
+        network = make_network(stage, dit, widths)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def state_memory(
+    stage: StageConfig, parameters: int, gpus: int, moments: int, trained: int | None = None
+) -> dict[str, float]:
     """Return the bytes per GPU of what lasts from step to step, by kind, and of the buffers around it.
 
     ZeRO-3 partitions everything; ZeRO-2 keeps whole weights, ZeRO-1 whole weights and whole fp32 gradients.
@@ -175,22 +188,27 @@ def state_memory(stage: StageConfig, parameters: int, gpus: int, moments: int) -
         parameters: parameters of the network.
         gpus: number of GPUs.
         moments: values in the optimizer's moments of the whole network.
+        trained: parameters that are trained; None = all.
     """
     engine = stage.engine
-    share = parameters / gpus
+    trained = parameters if trained is None else trained
+    share, trained_share = parameters / gpus, trained / gpus
     size = 2 if engine.precision == "bf16" else 4
     shared_weights = share if engine.zero_stage == 3 else parameters
 
     # gradients and optimizer state are fp32, whatever the precision of the weights
     memory = {
         "weights": size * shared_weights,
-        "gradients": 4.0 * (share if engine.zero_stage >= 2 else parameters),
-        "masters": 4.0 * share,
+        "gradients": 4.0 * (trained_share if engine.zero_stage >= 2 else trained),
+        "masters": 4.0 * trained_share,
         "moments": 4.0 * moments / gpus,
-        "EMA": 4.0 * share * len(stage.ema),
-        "step": 0.0 if engine.zero_stage == 3 else 4.0 * min(share, engine.sub_group_size),
-        "reduce bucket": 4.0 * min(engine.reduce_bucket, parameters),
+        "EMA": 4.0 * trained_share * len(stage.ema),
+        "step": 0.0 if engine.zero_stage == 3 else 4.0 * min(trained_share, engine.sub_group_size),
+        "reduce bucket": 4.0 * min(engine.reduce_bucket, trained),
     }
+    if stage.users.count:
+        # whole on each GPU while it is read, and so is its gradient before it is reduced
+        memory["table of users"] = 2.0 * size * stage.users.table_values
     if engine.zero_stage == 3:
         memory["gathered"] = size * float(min(engine.max_live_parameters, parameters))
     return memory

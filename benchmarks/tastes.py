@@ -1,0 +1,301 @@
+"""Do users get what they like? Tastes on scenes, exact by construction.
+
+    python -m pipeline.ablate scenes_ablation
+    python -m benchmarks.tastes RUN DATASET.yaml --out runs/tastes [--samples 8000] [--results FILE]
+
+RUN is a network trained on scenes, DATASET.yaml the dataset that it was trained on. Each of 32 users likes
+something that captions do not say: a tone of the ground, a texture, a size, or two or three of them. The
+users' images are scenes with these and captions without. A stage learns the users beside the frozen network.
+
+Then each user's images of held-out prompts are read by the exact scorer: `preference` is the share of images
+with all that the user likes (objects: all of them), `following` prompt following. Rows: all parts, no
+dispersion, only the shared shift, only those of blocks. New users have tastes that nobody was trained on, and
+are fitted to 8 images.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from benchmarks.reporting import at_least, at_most, conditions, print_goals
+from data_prep.scenes.captions import SceneCaption, caption_scene
+from data_prep.scenes.grammar import SIZES, TEXTURES, TONES, Ground, Scene, Segment, sample_scene
+from data_prep.scenes.rendering import render_scene
+from model.common.files import write_atomic
+from pipeline.fit_user import encode_images
+from pipeline.following.reading import read_scene
+from pipeline.following.scoring import prompt_following, score_objects
+from pipeline.inference.fit import FitSettings, fit_user
+from pipeline.inference.generate import generate_images
+from pipeline.inference.sampler import Sampler, SamplingParams
+from pipeline.inference.source import load_source
+from pipeline.inference.users import save_user
+from pipeline.stage.config import dump_stage, load_run
+
+USERS, NEW_USERS = 32, 4
+TRAIN_SEED, TEST_SEED = 23_000, 24_000
+TONE_LEVELS = {"black": 24.0, "dark grey": 80.0}
+"""Levels of gray between the tones of grounds: black is darker than the first, white brighter than the
+second."""
+ROWS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "no dispersion": {"dispersion": 0.0},
+    "shared only": {"distinct": False, "pooled": False},
+    "blocks only": {"shared": False, "pooled": False},
+}
+"""Name -> settings of `users`."""
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a user likes; None = anything."""
+
+    tone: str | None = None
+    texture: str | None = None
+    size: str | None = None
+
+
+def tastes() -> list[Taste]:
+    """Return different tastes: of every two kinds, then of all three; the first are the users', the next the
+    new users'."""
+    two = [Taste(tone, texture, None) for tone, texture in product(TONES, TEXTURES)]
+    two += [Taste(tone, None, size) for tone, size in product(TONES, SIZES)]
+    two += [Taste(None, texture, size) for texture, size in product(TEXTURES, SIZES)]
+    three = [Taste(*values) for values in product(TONES, TEXTURES, SIZES)]
+    order = np.random.default_rng(0).permutation(len(three))
+    return [*two, *(three[number] for number in order)]
+
+
+def scene_of(taste: Taste, seed: int, index: int, most_objects: int = 2) -> tuple[Scene, SceneCaption]:
+    """Return a scene that a user likes, and a caption that does not say why: colors and shapes alone."""
+    random = np.random.default_rng([seed, index, 1])
+    sampled = sample_scene(seed, index, segments=int(random.integers(1, most_objects + 1)))
+    tone = taste.tone or TONES[random.integers(len(TONES))]
+    objects, segments = [], []
+    for item in sampled.objects:
+        liked: Any = {
+            "texture": taste.texture or TEXTURES[random.integers(len(TEXTURES))],
+            "size": taste.size or SIZES[random.integers(len(SIZES))],
+        }
+        objects.append(replace(item, **liked))
+        segments.append(Segment(item.colour, item.shape))
+    ground: Any = Ground(tone, "plain")  # type: ignore[arg-type]
+    scene = replace(sampled, ground=ground, segments=tuple(segments), objects=tuple(objects))
+    return scene, caption_scene(scene, "list", seed, index)
+
+
+def likes(taste: Taste, image: np.ndarray) -> bool:
+    """Return True if an image uint8 [H, W, 3] has all that a user likes, as the exact reader sees it."""
+    objects = read_scene(image)
+    if not objects:
+        return False
+    if taste.tone is not None and tone_of(image) != taste.tone:
+        return False
+    return all(_is_liked(taste, item) for item in objects)
+
+
+def _is_liked(taste: Taste, item: Any) -> bool:
+    return taste.texture in (None, item.texture) and taste.size in (None, item.size)
+
+
+def tone_of(image: np.ndarray) -> str:
+    """Return the tone of an image's ground: by the median level of its least colored pixels."""
+    pixels = image.reshape(-1, 3).astype(float)
+    chroma = pixels.max(1) - pixels.min(1)
+    level = np.median(pixels[chroma <= np.quantile(chroma, 0.4)].mean(1))
+    return next((tone for tone, most in TONE_LEVELS.items() if level <= most), "white")
+
+
+def write_images(folder: Path, chosen: Sequence[Taste], images: int, side: int) -> None:
+    """Write each user's images as a folder with metadata: `file_name`, `caption`, `user`."""
+    folder.mkdir(parents=True)
+    lines = []
+    for user, taste in enumerate(chosen):
+        for number in range(images):
+            scene, caption = scene_of(taste, TRAIN_SEED + user, number)
+            name = f"{user:02d}_{number:03d}.png"
+            Image.fromarray(render_scene(scene, side, side)).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "caption": caption.text, "user": f"user {user:02d}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_dataset(path: Path, trained_on: Path, folder: Path, side: int) -> None:
+    """Write the dataset of the users' images, encoded as the network's own."""
+    given = yaml.safe_load(trained_on.read_text())
+    record = {
+        "name": "tastes",
+        "store": str(path.parent / "store"),
+        "sources": [{"kind": "folder", "path": str(folder)}],
+        "dedupe": {"exact": False},
+        "buckets": {"resolution": side, "max_aspect": 1.0, "step": side},
+        "part_rows": 128,
+        "image_format": "png",
+        "users": {"column": "user"},
+        "latents": given["latents"],
+        "text": given["text"],
+    }
+    path.write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+def write_stage(path: Path, run: Path, row: str, samples: int, count: int) -> None:
+    """Write the stage that learns the users beside the network of a run."""
+    stage = load_run(run)
+    stage.name, stage.runs, stage.start_from = path.stem, str(path.parent / "runs"), str(run)
+    stage.freeze, stage.samples, stage.ema = "base", samples, [0.99]
+    stage.users = replace(
+        stage.users, count=count, tokens=8, width=128, heads=4, blocks=2, rank=64, **ROWS[row]
+    )
+    stage.data = replace(
+        stage.data,
+        store=str(path.parent / "store"),
+        dataset="tastes",
+        snapshot="latest",
+        datasets={},
+        validation_parts=0,
+        caption_weights={},
+    )
+    stage.optim = replace(stage.optim, lr=1e-3, warmup_samples=samples // 20)
+    stage.log, stage.sample.every_samples = replace(stage.log, validate_every_samples=0), 0
+    stage.checkpoint.every_samples = samples
+    path.write_text(dump_stage(stage))
+
+
+def command(*words: str) -> None:
+    """Run a command of this project."""
+    subprocess.run([sys.executable, "-m", *words], check=True)
+
+
+def generate(sampler: Sampler, captions: Iterable[str], params: SamplingParams) -> list[np.ndarray]:
+    """Return an image uint8 of each caption."""
+    batch = [(caption, seed) for seed, caption in enumerate(captions)]
+    (images,) = generate_images(sampler, [batch], params, shows=False)
+    return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str, float]:
+    """Return preference and following, %, over the users' images of held-out prompts.
+
+    Args:
+        sampler: of the trained users, or of the frozen network.
+        users: what sampling calls a user -> the taste; a name that begins with `-` = nobody.
+        prompts: of each user, the same for all.
+    """
+    defaults = sampler.defaults
+    liked, objects, captions = [], [], []
+    texts = [scene_of(Taste(), TEST_SEED, number)[1] for number in range(prompts)]
+    for user, taste in users.items():
+        asked = "" if user.startswith("-") else user
+        params = SamplingParams(
+            defaults.steps, defaults.guidance, defaults.height, defaults.width, user=asked
+        )
+        images = generate(sampler, [text.text for text in texts], params)
+        for image, caption in zip(images, texts, strict=True):
+            liked.append(likes(taste, image))
+            objects.append(read_scene(image))
+            captions.append(caption)
+    following = prompt_following(score_objects(objects, captions).summary())
+    return {"preference": 100 * float(np.mean(liked)), "following": 100 * following}
+
+
+def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> None:
+    """Fit a new user to 8 images, and write the file."""
+    side = sampler.defaults.height
+    pairs = [scene_of(taste, TRAIN_SEED + seed, number) for number in range(8)]
+    images = [Image.fromarray(render_scene(scene, side, side)) for scene, _ in pairs]
+    latents = encode_images(sampler, images)
+    fitted = fit_user(sampler, latents, [caption.text for _, caption in pairs], FitSettings(by))
+    save_user(out, fitted.tokens, by=by)
+
+
+def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Prepare, train and measure; returns the table by row."""
+    out, run = arguments.out, arguments.run
+    side, known = load_run(run).sample.height, tastes()
+    chosen, others = known[:USERS], known[USERS : USERS + NEW_USERS]
+    if not (out / "store").exists():
+        shutil.rmtree(out / "raw", ignore_errors=True)
+        write_images(out / "raw", chosen, arguments.images, side)
+        write_dataset(out / "tastes.yaml", arguments.dataset, out / "raw", side)
+        for step in ("plan", "pairs", "users", "latents", "text", "snapshot"):
+            command("data_prep", step, str(out / "tastes.yaml"))
+
+    device, dtype = torch.device("cpu"), torch.float32
+    table = {
+        "base": measure(
+            load_source(run, "ema", device, dtype),
+            {f"-{number}": taste for number, taste in enumerate(chosen)},
+            arguments.prompts,
+        )
+    }
+    for row in arguments.rows:
+        stage = out / f"{row.replace(' ', '_')}.yaml"
+        write_stage(stage, run, row, arguments.samples, USERS)
+        command("pipeline.train", str(stage))
+        sampler = load_source(out / "runs" / stage.stem, "ema", device, dtype)
+        users = {str(number): taste for number, taste in enumerate(chosen)}
+        table[row] = measure(sampler, users, arguments.prompts)
+        if row == "all":
+            for by in ("coefficients", "row"):
+                files = {}
+                for number, taste in enumerate(others):
+                    files[f"{out}/{by}_{number}.safetensors"] = taste
+                    fit_new(sampler, taste, USERS + number, by, out / f"{by}_{number}.safetensors")
+                table[f"new users, 8 images, by {by}"] = measure(sampler, files, arguments.prompts)
+    return table
+
+
+def show(table: dict[str, dict[str, float]]) -> str:
+    """Return the table as markdown."""
+    lines = ["| row | images that the user likes, % | prompt following, % |", "|---|---|---|"]
+    for row, values in table.items():
+        lines.append(f"| {row} | {values['preference']:.1f} | {values['following']:.1f} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tastes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("dataset", type=Path, metavar="DATASET.yaml")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=40, help="of each user")
+    parser.add_argument("--prompts", type=int, default=8, help="of each user, held out")
+    parser.add_argument("--samples", type=int, default=8000, help="of each stage")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--results", type=Path, help="markdown file for the table")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parse()
+    table = run_rows(arguments)
+    text = show(table)
+    print(text)
+    if arguments.results:
+        write_atomic(arguments.results, f"# Tastes of users\n\n{text}\n\n{conditions()}\n")
+    goals = {}
+    if "all" in table:
+        lost = table["base"]["following"] - table["all"]["following"]
+        goals = {"preference": at_least(table["all"]["preference"], 90.0), "lost": at_most(lost, 3.0)}
+    print_goals("tastes", goals, table=table)
+
+
+if __name__ == "__main__":
+    main()

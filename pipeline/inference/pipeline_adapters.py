@@ -1,0 +1,70 @@
+"""Adapters of the diffusers pipeline: a user, and LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.common.errors import UserError
+from model.common.extras import require
+from model.condition import Users
+from pipeline.inference.adapter_files import ADAPTER, LORA_FILE, PREFIX, load_user_adapter
+from pipeline.inference.users import check_tokens, read_user, user_adapter
+
+
+class AdapterLoading:
+    """The part of a diffusers pipeline that loads adapters."""
+
+    transformer: Any
+
+    _user: Tensor | None = None
+
+    def load_user(self, path: str | Path, adapter: str | Path | None = None) -> None:
+        """Generate for a user from now on, in place of the one before.
+
+        Args:
+            path: the user's file.
+            adapter: file of the adapter of users; None = the one beside the user's file. It is read once.
+
+        Raises:
+            UserError: if a file is missing, damaged, or of another network.
+        """
+        path = Path(path)
+        tokens = read_user(path)
+        loaded = user_adapter(self.transformer)
+        if loaded is None or adapter is not None:
+            found = Path(adapter) if adapter is not None else path.parent / ADAPTER
+            if not found.is_file():
+                raise UserError(f"{found}: not there: give adapter=, the export's users/{ADAPTER}")
+            loaded = load_user_adapter(found, self.transformer.sizes)
+            self.transformer.adapters["users"] = loaded.to(self.transformer.device, self.transformer.dtype)
+        self._user = check_tokens(loaded, tokens, str(path))
+
+    def unload_user(self) -> None:
+        """Generate for nobody again, which is the network without the adapter."""
+        self._user = None
+        if "users" in self.transformer.adapters:
+            del self.transformer.adapters["users"]
+
+    def find_users(self, images: int, device: torch.device) -> Users | None:
+        """Return the loaded user for each of the images; None if none is loaded."""
+        if self._user is None:
+            return None
+        ids = torch.zeros(images, dtype=torch.int64, device=device)
+        return Users(ids, self._user.to(device).expand(images, -1, -1))
+
+    def load_lora_weights(self, folder: str | Path, adapter_name: str | None = None) -> None:
+        """Load LoRA of an export's folder `lora`, by peft; `transformer.unload_lora` and diffusers' other
+        functions of adapters work on it then.
+
+        Raises:
+            UserError: if peft is not installed, or there is no such file.
+        """
+        require("lora", "peft")
+        path = Path(folder) / LORA_FILE
+        if not path.is_file():
+            raise UserError(f"{path}: not there: name an export's folder `lora`")
+        self.transformer.load_lora_adapter(
+            str(folder), prefix=PREFIX, weight_name=LORA_FILE, adapter_name=adapter_name
+        )
