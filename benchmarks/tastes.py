@@ -46,9 +46,9 @@ from pipeline.stage.config import dump_stage, load_run
 
 USERS, NEW_USERS = 32, 4
 TRAIN_SEED, TEST_SEED = 23_000, 24_000
-TONE_LEVELS = {"black": 24.0, "dark grey": 80.0}
-"""Levels of gray between the tones of grounds: black is darker than the first, white brighter than the
-second."""
+WHITE, DARK, BLACK = TONES
+TONE_LEVELS = {BLACK: 24.0, DARK: 80.0}
+"""Levels of gray up to which a ground has a tone; above the last it is white."""
 ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "no dispersion": {"dispersion": 0.0},
@@ -60,7 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Taste:
-    """What a user likes; None = anything."""
+    """Preferences of a user; None = anything."""
 
     tone: str | None = None
     texture: str | None = None
@@ -115,7 +115,7 @@ def tone_of(image: np.ndarray) -> str:
     pixels = image.reshape(-1, 3).astype(float)
     chroma = pixels.max(1) - pixels.min(1)
     level = np.median(pixels[chroma <= np.quantile(chroma, 0.4)].mean(1))
-    return next((tone for tone, most in TONE_LEVELS.items() if level <= most), "white")
+    return next((tone for tone, most in TONE_LEVELS.items() if level <= most), WHITE)
 
 
 def write_images(folder: Path, chosen: Sequence[Taste], images: int, side: int) -> None:

@@ -423,14 +423,10 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
 
         embeds = self.encode_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         dtype = self.transformer.dtype
+        # placeholders for the times: `Guided` sets that of each step
+        times, users = torch.zeros(images, device=device), self.find_users(images, device)
         condition, null_condition = (
-            # placeholders for the times: `Guided` sets that of each step
-            Condition(
-                torch.zeros(images, device=device),
-                place_texts(texts, per_prompt, device, dtype),
-                extra,
-                users=self.find_users(images, device),
-            )
+            Condition(times, place_texts(texts, per_prompt, device, dtype), extra, users=users)
             for texts in embeds
         )
         guidance = config["guidance"] if guidance_scale is None else guidance_scale

@@ -37,7 +37,7 @@ class FittedUser:
     coefficients: Tensor | None
     """fp32 [count], of a mixture."""
     losses: list[float]
-    """Of each step."""
+    """Loss of each step."""
 
 
 def fit_user(

@@ -123,8 +123,9 @@ def test_a_next_stage_goes_on_with_the_users_of_the_last(store, straight, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_lora_trains_beside_the_users(store, base, tmp_path):
-    settings = {"start_from": str(base), "lora__rank": 2, "samples": 8 * 2}
+@pytest.mark.parametrize("users", [0, USERS])
+def test_lora_trains_beside_the_users_and_alone(store, base, tmp_path, users):
+    settings = {"start_from": str(base), "lora__rank": 2, "samples": 8 * 2, "users__count": users}
     code, _, trained, _ = on_ranks(2, user_tasks.train, store, str(tmp_path), settings)[0]
     assert code == 0
     assert any("lora_A" in name for name in trained)
