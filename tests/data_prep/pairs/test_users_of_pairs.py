@@ -56,7 +56,7 @@ def owners_by_id(dataset):
 
 def with_latents(dataset, path):
     """Commit a family of empty latents for the pairs, and take a snapshot."""
-    family = register_family(dataset, fake_snapshot.LATENTS)
+    family = register_family(dataset, fake_snapshot.LATENTS, None)
     for part, commit in committed(dataset, PAIRS).items():
         ids = ids_of_pairs(dataset, commit).tolist()
         write_mds(path, family.columns, [{"id": id, "mean": b"", "std": b""} for id in ids])

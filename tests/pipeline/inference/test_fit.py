@@ -43,7 +43,10 @@ def test_a_fit_lowers_the_loss_and_changes_no_weight(by):
     after = sampler.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(parameter.grad is None for parameter in sampler.network.parameters())
-    assert np.mean(fitted.losses[-20:]) < np.mean(fitted.losses[:20])
+    # Against the start at the very same noise and times, since a loss depends far more on these.
+    start = fit_user(sampler, images(), CAPTIONS, FitSettings(by, steps=60, lr=0.0))
+    assert fitted.losses[0] == start.losses[0]
+    assert np.mean(fitted.losses[-30:]) < np.mean(start.losses[-30:])
     assert fitted.tokens.shape == (2, 8)
     assert (fitted.coefficients is None) == (by == "row")
 
