@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from model.common.registry import Registry
@@ -71,6 +72,17 @@ def find_shifts(adapters: nn.ModuleDict, text: Tensor, condition: Condition) -> 
         if shifts is not None:
             found.append(shifts)
     return found
+
+
+def entered(x: Tensor, training: bool) -> Tensor:
+    """Return what the first block reads, with a gradient in training.
+
+    Below a frozen network it would have none, and by the gradients of a block's inputs ZeRO-3 sees when the
+    backward pass is through with the block.
+    """
+    if not training or not torch.is_grad_enabled() or x.requires_grad:
+        return x
+    return x.detach().requires_grad_()
 
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.adapter import find_shifts
+from model.adapter import entered, find_shifts
 from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.condition import Condition
@@ -152,6 +152,7 @@ class LIDiT(nn.Module):
 
         # [B, S, D], [B, 1, 1, S], [B, D], [B, N, K]
         text, text_mask, c, places = self.embed(condition, route.time_shift)
+        x = entered(x, self.training)
         shifts = find_shifts(self.adapters, text, condition)
         for shift in shifts:
             c = shift.shifted_condition(c)
