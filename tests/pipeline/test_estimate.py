@@ -15,7 +15,7 @@ from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from pipeline.engine.optim import parameter_groups
-from pipeline.estimate import adapter_lines, main
+from pipeline.estimate import main
 from pipeline.operations import node_check, preflight
 from pipeline.operations.planning import (
     Setup,
@@ -265,22 +265,3 @@ def test_the_command_estimates_clips(capsys):
     # Mean and std in bf16: 16 channels of 32 x 32 positions take 65.5 kB a frame, 8 of 32 x 16 16.4 kB.
     assert pairs[1] - pairs[0] == pytest.approx(4 * 65.536, abs=1)
     assert pairs[2] - pairs[0] == pytest.approx(5 * 16.384 - 65.536, abs=1)
-
-
-def test_a_frozen_network_has_state_for_its_adapters_alone_and_says_what_the_table_takes():
-    stage = load_stage("li_dit_1b_256", ["global_batch=64"])
-    plain = make_plan(stage, Setup(gpus=8))
-    users = ["freeze=base", "start_from=runs/base", "users.count=1000"]
-    frozen = load_stage("li_dit_1b_256", ["global_batch=64", *users])
-    plan = make_plan(frozen, Setup(gpus=8))
-    trained = plan.parameters["adapters"]
-    table = 1000 * 30 * 1024
-    assert table < trained < table + 100e6
-    assert plan.memory["masters"] == pytest.approx(4 * trained / 8)
-    assert plan.memory["moments"] == pytest.approx(2 * 4 * trained / 8)
-    assert plan.memory["table of users"] == 2 * 2 * table  # bf16, and its gradient
-    assert plan.memory["weights"] == pytest.approx(plain.memory["weights"] + 2 * trained / 8)
-    assert plan.checkpoint_bytes < plain.checkpoint_bytes / 10
-    lines = list(adapter_lines(frozen, plan.parameters))
-    assert "1,000 users: 61 kB each, 0.06 GB" in lines[1]
-    assert not list(adapter_lines(stage, plain.parameters))
