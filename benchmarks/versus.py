@@ -1,7 +1,7 @@
 """Processor time of `pairs` and of the loader in two checkouts, which take turns in one run.
 
-    git worktree add /tmp/before COMMIT
-    python -m benchmarks.versus /tmp/before [--turns 20] [--images 240] [--batches 300]
+    git worktree add ../before COMMIT
+    python -m benchmarks.versus ../before [--turns 20] [--images 240] [--batches 300]
 
 Answers whether a change made either slower. Each turn is a process of its own in one of the checkouts, on the
 same images, works without further ones, and counts its processor time after all imports. The ratio is taken

@@ -63,6 +63,8 @@ def train(job: Job, processes: int) -> None:
 def generate(job: Job, prompts: list[str]) -> Path:
     """Generate one image per prompt with the run's averaged weights, and return their folder.
 
+    Each has its own noise: by one noise for all prompts the same run scored 19.6, 25.7 or 34.0.
+
     Raises:
         SystemExit: with the sampler's exit code; the sampler has printed the reason.
     """
@@ -70,7 +72,7 @@ def generate(job: Job, prompts: list[str]) -> Path:
     if not (folder / "index.jsonl").exists():
         # kept with the run, so that a later call can check that its prompts are the same
         job.prompts.write_text("\n".join(prompts), encoding="utf-8")
-        arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder)]
+        arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder), "--own-seeds"]
         # a process of its own returns all GPU memory before the next run is trained
         code = subprocess.run([sys.executable, "-m", "pipeline.sample", *arguments]).returncode
         if code:

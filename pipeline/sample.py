@@ -45,13 +45,23 @@ class SampleImage:
     seed: int
 
 
-def plan_images(prompts: Sequence[str], images_per_prompt: int, seed: int) -> list[SampleImage]:
-    """Return the images to generate. The j-th image of each prompt has seed + j."""
+def plan_images(
+    prompts: Sequence[str], images_per_prompt: int, seed: int, own_seeds: bool = False
+) -> list[SampleImage]:
+    """Return the images to generate.
+
+    Args:
+        prompts: their prompts.
+        images_per_prompt: how many of each.
+        seed: of the first image; the j-th image of each prompt has seed + j.
+        own_seeds: True = the seeds of the next prompt go on after those of the last one.
+    """
     images: list[SampleImage] = []
     for number, prompt in enumerate(prompts):
+        first = seed + number * images_per_prompt if own_seeds else seed
         for offset in range(images_per_prompt):
             # by name, the files are in the order of the prompts, which `pipeline.follow` relies on
-            images.append(SampleImage(f"{number:05d}_{offset:02d}.png", prompt, seed + offset))
+            images.append(SampleImage(f"{number:05d}_{offset:02d}.png", prompt, first + offset))
     return images
 
 
@@ -139,6 +149,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
+    parser.add_argument(
+        "--own-seeds",
+        action="store_true",
+        help="no two images share their noise; without it, each prompt has the same seeds, which looks alike "
+        "but makes the score of many prompts depend on them",
+    )
     add_sampling_options(parser)
     parser.add_argument(
         "--difficulty",
@@ -170,7 +186,7 @@ def main() -> None:
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     # interleaved, so that the processes' shares differ by at most one image
-    images = plan_images(prompts, arguments.images, seed)[ranks.rank :: ranks.world]
+    images = plan_images(prompts, arguments.images, seed, arguments.own_seeds)[ranks.rank :: ranks.world]
     out = arguments.out or arguments.source / "samples"
     out.mkdir(parents=True, exist_ok=True)
 

@@ -50,7 +50,7 @@ class ScenesEnding(Ending):
         prompts = ["--count", str(self.count), "--segments", str(SEGMENTS)]
         run("pipeline.follow", "write", str(self.folder), *prompts)
         source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
-        run("pipeline.sample", *source, "--out", str(self.drawn))
+        run("pipeline.sample", *source, "--own-seeds", "--out", str(self.drawn))
 
     def measure(self) -> dict[str, Any]:
         """Return the shares of right claims, and those of images against other prompts."""

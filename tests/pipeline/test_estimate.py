@@ -224,7 +224,7 @@ def test_preflight_refuses_what_does_not_fit_in_one_line(capsys, monkeypatch):
         preflight.main()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "li_dit_10b_1024 needs 156 GB on each of 64 GPUs, which have 80 GB" in line
+    assert "li_dit_10b_1024 needs 155 GB on each of 64 GPUs, which have 80 GB" in line
     assert "engine.micro_batch below 64" in line
 
 
@@ -233,7 +233,7 @@ def test_a_job_refuses_a_stage_that_its_gpus_cannot_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: small)
     ranks = Distributed(rank=0, world=64, local_rank=0)
-    with pytest.raises(UserError, match="needs 45 GB on each of 64 GPUs, which have 40 GB"):
+    with pytest.raises(UserError, match="needs 44 GB on each of 64 GPUs, which have 40 GB"):
         node_check._check_memory(load_stage("li_dit_10b_1024", []), ranks)
     # On every node alike, so that other nodes are not tried, even by a job of one node.
     report = preflight.NodeReport("n1", 0, 0, errors=[("memory", "needs 45 GB")])
