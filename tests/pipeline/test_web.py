@@ -201,7 +201,7 @@ def send(address, data, name="run"):
     raise AssertionError("the event does not end")
 
 
-PAGE_VALUES = [None, "tea", "", 16, 24, 2, 3.0, 7, 1, "euler", NOTHING, 0, False]
+PAGE_VALUES = [None, "tea", "", 16, 24, 2, 3.0, 7, 1, "euler", NOTHING, 0, False, "", "", 0.0]
 
 
 def test_a_forged_value_of_the_page_is_answered_in_words(address, capfd):
@@ -246,7 +246,7 @@ def test_the_queue_is_bounded(address, monkeypatch):
     codes = []
     for session in range(web.MAX_QUEUE + 4):
         number = numbers[session % 2]
-        data = PAGE_VALUES if session % 2 == 0 else PAGE_VALUES[1:10]
+        data = PAGE_VALUES if session % 2 == 0 else [*PAGE_VALUES[1:10], ""]
         body = {"data": data, "fn_index": number, "session_hash": str(session)}
         codes.append(httpx.post(f"{address}gradio_api/queue/join", json=body).status_code)
         if session == 0:
