@@ -43,6 +43,7 @@ class Tiles(NamedTuple):
     def cut(self, x: Tensor) -> Tensor:
         """Cut patches [B, N, H, d] into tiles [B, H, T, P, d]; places without a patch are zero."""
         (down, across), side = self.across, self.side
+
         x = x.unflatten(1, (self.rows, self.columns)).roll((-self.shift, -self.shift), (1, 2))
         x = F.pad(x, (0, 0, 0, 0, 0, across * side - self.columns, 0, down * side - self.rows))
 
@@ -53,6 +54,7 @@ class Tiles(NamedTuple):
         """Undo `cut`: tiles [B, H, T, P, d] -> patches [B, N, H, d]."""
         (down, across), side = self.across, self.side
         x = x.unflatten(3, (side, side)).unflatten(2, (down, across)).permute(0, 2, 4, 3, 5, 1, 6)
+
         x = x.flatten(3, 4).flatten(1, 2)[:, : self.rows, : self.columns]
         return x.roll((self.shift, self.shift), (1, 2)).flatten(1, 2)
 
@@ -73,9 +75,11 @@ def choose_tiles(q: Tensor, k: Tensor, filled: Tensor, count: int) -> Tensor:
     """
     # Means over the patches alone: places without a patch are zero.
     sizes = filled.sum(1)[:, None]
+
     with torch.no_grad():
         query, key = (x.float().sum(3) / sizes for x in (q, k))  # [B, H, T, d]
         scores = query @ key.transpose(-1, -2)  # [B, H, T, T]
+
         own = torch.eye(scores.shape[-1], dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(own, torch.inf)
         return scores.topk(count, dim=-1).indices.sort(dim=-1).values
@@ -100,6 +104,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, filled: Ten
     keys, values = (
         x.flatten(0, 2).index_select(0, flat).view(batch, heads * tiles, -1, x.shape[-1]) for x in (k, v)
     )  # [B, H T, count P, d]
+
     mask = None
     if filled is not None:
         mask = filled[chosen].flatten(3).view(batch, heads * tiles, 1, -1)
@@ -125,6 +130,7 @@ def flex_mask(chosen: Tensor, filled: Tensor | None, places: int) -> Any:
         # Blocks that are read whole: the kernel does not ask the function.
         none = torch.zeros_like(counts)
         return BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=places, mask_mod=in_tiles)
+
     there = filled.flatten()
 
     def has_patch(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -150,6 +156,7 @@ def attend_flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     tiles, places = q.shape[2:4]
+
     attend: Any = _compiled_flex() if compiled else flex_attention
     mask = flex_mask(chosen, filled, places)
     out = attend(*(x.flatten(2, 3) for x in (q, k, v)), block_mask=mask)
@@ -176,6 +183,7 @@ class SparseSelfAttention(SelfAttention):
         shift = side // 2 if shifted and self.config.shift else 0
         tiles = Tiles(rows, columns, side, shift)
         number = math.prod(tiles.across)
+
         count = self.config.kept(number)
         if count == number:
             return self(x)

@@ -190,6 +190,7 @@ def distillation_loss(student: Any, teacher: VAE, pixels: Tensor, rng: torch.Gen
     """
     mean, std = teacher.encode(pixels)
     noise = torch.randn(mean.shape, generator=rng).to(mean.device)
+
     factor = float(teacher.statistics["scaling_factor"])
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_bf16(pixels.device)):
         moments = student.encode(pixels)[0]
@@ -198,6 +199,7 @@ def distillation_loss(student: Any, teacher: VAE, pixels: Tensor, rng: torch.Gen
 
     of_latents = (factor * (moments.mean.float() - mean)).square().mean()
     of_variances = (moments.logvar.float() - 2.0 * std.clamp(min=1e-12).log()).square().mean()
+
     error = decoded.float() - torch.cat([pixels, pixels])
     color = F.avg_pool2d(error, 4).square().mean()
     return of_latents + 0.01 * of_variances + error.abs().mean() + error.square().mean() + 4.0 * color

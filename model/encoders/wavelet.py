@@ -103,6 +103,7 @@ class WaveletAutoencoder(nn.Module):
     def __init__(self, config: WaveletConfig) -> None:
         super().__init__()
         self.config = config
+
         bands = 3 * 4**LEVELS
         self.encoder = _convolutions(bands, config.width, config.blocks, 2 * config.channels)
         self.decoder = _convolutions(config.channels, config.width, config.blocks, bands)
@@ -110,21 +111,26 @@ class WaveletAutoencoder(nn.Module):
     def encode(self, pixels: Tensor, return_dict: bool = False) -> tuple[Moments]:
         """Encode pixels [B, 3, H, W] in [-1, 1]."""
         x = pixels
+
         for _ in range(LEVELS):
             x = haar(x)
+
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return (Moments(mean, logvar.clamp(-30.0, 20.0)),)
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Decode latents [B, C, h, w] to pixels [B, 3, H, W]."""
         x = self.decoder(latents)
+
         for _ in range(LEVELS):
             x = inverse_haar(x)
+
         return (x,)
 
     def save_pretrained(self, folder: Path, safe_serialization: bool = True) -> None:
         """Write config and weights, named as diffusers names them; always as safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
+
         config = {"_class_name": WAVELET, **asdict(self.config)}
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -153,6 +159,7 @@ class WaveletSpace(LatentSpace):
             weights_sha256: hash of its file of weights, for its identity.
         """
         config = module.config
+
         self.module = module
         self.channels, self.downsampling = config.channels, 2**LEVELS
         self.statistics: Mapping[str, Any] = config.statistics
@@ -175,6 +182,7 @@ class WaveletSpace(LatentSpace):
         config = read_config(folder)
         if config.pop("_class_name", None) != WAVELET:
             raise UserError(f"{folder} holds no {WAVELET}: name the folder of one")
+
         module = WaveletAutoencoder(settings_from(WaveletConfig, config, str(folder / CONFIG)))
         try:
             module.load_state_dict(load_file(folder / WEIGHTS))

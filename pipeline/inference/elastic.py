@@ -48,6 +48,7 @@ def choose_parts(network: LIDiT, chosen: ChosenParts) -> Parts:
     prompt = config.choose(sizes, chosen.depth, chosen.patch)
     if chosen.null_depth is None and chosen.null_patch is None:
         return Parts(prompt, prompt)
+
     depth = chosen.depth if chosen.null_depth is None else chosen.null_depth
     patch = chosen.patch if chosen.null_patch is None else chosen.null_patch
     return Parts(prompt, config.choose(sizes, depth, patch))
@@ -58,6 +59,7 @@ def part_choices(network: LIDiT) -> dict[str, ChosenParts]:
     network."""
     if not isinstance(network, ElasticLIDiT):
         return {}
+
     choices = {}
     for part in network.elastic_config.choices(network.sizes):
         patch = None if isinstance(part, PatchSchedule) else part.patch
@@ -83,6 +85,7 @@ def sizes_for_solver(network: LIDiT, parts: Parts, follows_patches: bool) -> DiT
     """
     if not follows_patches:
         return network.sizes
+
     several = [part for part in (parts.prompt, parts.null) if isinstance(part, PatchSchedule)]
     patch = _patch_of(parts.prompt, network.sizes)
     if several or patch != _patch_of(parts.null, network.sizes):

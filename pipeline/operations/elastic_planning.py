@@ -39,7 +39,9 @@ def part_costs(
     """
     choice = PartChoice(stage.elastic, dit, make_objective(stage.objective), stage.data.seed)
     shares = choice.shares()
+
     costs = []
+
     for part in stage.elastic.parts(dit):
         sizes = replace(dit, depth=part.depth, patch=part.patch)
         parameters = count_parameters(sizes, stage.fusion, widths)["total"]
@@ -50,6 +52,7 @@ def part_costs(
 def further_parameters(stage: StageConfig, dit: DiTConfig) -> int:
     """Return the parameters that the further sizes of patches add to the full network."""
     count = 0
+
     for patch in stage.elastic.patches[1:]:
         # Without storage: only the sizes are read.
         with torch.device("meta"):

@@ -30,6 +30,7 @@ def uniform_bound(objective: Objective, time: float) -> float:
         time: in (0, 1).
     """
     low, high = 0.0, 1.0
+
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         below = objective.sample_timesteps(torch.tensor([middle])).item() < time
@@ -93,6 +94,7 @@ class PartChoice:
                 groups.append((high - low, SubNetwork(self.sizes.depth, patch), others))
 
         shares = {}
+
         for mass, whole, others in groups:
             of_whole = 1.0 if self.config.sandwich or not others else self.config.full
             of_others = 1.0 if self.config.sandwich else 1.0 - of_whole
@@ -133,6 +135,7 @@ class ElasticPasses(Passes):
     def quantities(self, buckets: Sequence[str]) -> list[str]:
         """Return the names of the losses of all parts, and of theirs in each bucket."""
         names = []
+
         for part in self.stage.elastic.parts(self.sizes):
             names += [f"loss_{part}", *(f"{bucket}_{part}" for bucket in buckets)]
         return names
