@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.functional import CPU_HAS_BF16
 from pipeline import diffusers_pipeline
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.inference.sampler import SamplingParams
@@ -40,8 +41,9 @@ def test_a_run_resumes_with_the_losses_that_it_would_have_had(tmp_path, world):
             if expected[name] is None:  # no sample of the step fell into the bin
                 assert name not in report
             else:
-                # another number of processes sums bf16 gradients in another order
-                tolerance = 1e-5 if world == 1 else 2e-3
+                # Another number of processes sums bf16 gradients in another order, and so does a CPU with
+                # instructions for bf16: the files were made on one without.
+                tolerance = 1e-5 if world == 1 and not CPU_HAS_BF16 else 2e-3
                 assert report[name] == pytest.approx(expected[name], rel=tolerance), (report["step"], name)
 
 
