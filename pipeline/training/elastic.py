@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from model.sub_network import SubNetwork
 from pipeline.data.batch import Batch
 from pipeline.data.epoch_plan import batch_numbers
 from pipeline.diffusion.objective import Objective, make_objective
-from pipeline.engine.engine import Engine
 from pipeline.stage.config import StageConfig
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.passes import AddLosses, Passes
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import Engine
 
 _BISECTIONS = 60
 """Halvings of [0, 1], after which the ends of a search are neighbors in double precision."""
@@ -118,7 +121,7 @@ class PartChoice:
 class ElasticPasses(Passes):
     """Passes of the parts that each step chooses."""
 
-    def __init__(self, stage: StageConfig, sizes: DiTConfig, engine: Engine, inputs: NetworkInputs) -> None:
+    def __init__(self, stage: StageConfig, sizes: DiTConfig, engine: "Engine", inputs: NetworkInputs) -> None:
         """Keep what the passes need, as `Passes` does."""
         super().__init__(stage, sizes, engine, inputs)
         self.choice = PartChoice(stage.elastic, sizes, self.objective, stage.data.seed)

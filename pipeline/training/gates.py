@@ -1,6 +1,7 @@
 """Opening of the refiners' gates: the mean magnitude of each block's, per LLM."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,21 @@ from pipeline.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """The gates of one block and LLM."""
+
+    name: str
+    region: nn.Module
+    """Part of the network that gets the condition."""
+    condition: int
+    """Argument of its forward pass that is the condition."""
+    modulation: nn.Module
+    """Makes the gates from the condition."""
+    indices: tuple[int, int]
+    """Vectors of the modulation that are gates."""
 
 
 class GateStats(Callback):
@@ -29,9 +45,11 @@ class GateStats(Callback):
         self.on = False
         self.names: list[str] = []
         self._measured: list[tuple[str, Tensor]] = []
-        for name, module, gates in _gates(network, families):
-            self.names.append(name)
-            module.register_forward_hook(partial(self._measure, name, gates))
+        for gates in _gates(network, families):
+            self.names.append(gates.name)
+            # On the region, since a hook on a layer in it would change the compiled graph; and before its
+            # forward pass, for which ZeRO-3 has just gathered its parameters.
+            gates.region.register_forward_pre_hook(partial(self._measure, gates))
 
     def quantities(self) -> Sequence[str]:
         """Return one name per block and LLM."""
@@ -57,17 +75,17 @@ class GateStats(Callback):
         measured, self._measured = self._measured, []
         return measured
 
-    def _measure(
-        self, name: str, gates: Sequence[int], module: nn.Module, inputs: Any, outputs: Sequence[Tensor]
-    ) -> None:
+    @torch.no_grad()
+    def _measure(self, gates: _Gates, region: nn.Module, inputs: Any) -> None:
         # Most steps measure nothing: the hook then costs one comparison and no kernel.
         if self.on:
-            magnitudes = torch.stack([outputs[index].detach().float().abs().mean() for index in gates])
-            self._measured.append((name, magnitudes.mean()))
+            vectors = gates.modulation(inputs[gates.condition])
+            magnitudes = torch.stack([vectors[index].float().abs().mean() for index in gates.indices])
+            self._measured.append((gates.name, magnitudes.mean()))
 
 
-def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[tuple[str, nn.Module, Sequence[int]]]:
-    """Yield a name, the modulation that makes the gates, and the indices of its vectors that are gates."""
+def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[_Gates]:
+    """Yield the gates of all refiners."""
     fusion = network.fusion
     # Not strict: without refiners there is nothing to pair with the families.
     for family, refiner in zip(families, fusion.refiners or [], strict=False):
@@ -75,11 +93,11 @@ def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[tuple[str, nn.Mo
             if block.gates is not None:
                 # The refiner's modulation makes only its two gates, one for attention and one for the
                 # feed-forward layer.
-                yield f"gate_refiner_{family}_{number}", block.gates, (0, 1)
+                yield _Gates(f"gate_refiner_{family}_{number}", block, 2, block.gates, (0, 1))
 
     for number, block in enumerate(fusion.collaborative.blocks if fusion.collaborative is not None else []):
         branches: Any = block.branches
         for family, branch in zip(families, branches, strict=True):
             # Shift, scale and gate of attention, then the same of the feed-forward layer: every third one is
             # a gate.
-            yield f"gate_collaborative_{family}_{number}", branch.modulation, (2, 5)
+            yield _Gates(f"gate_collaborative_{family}_{number}", branch, 3, branch.modulation, (2, 5))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,9 +11,11 @@ from model.condition import Condition
 from model.config import DiTConfig
 from pipeline.data.batch import Batch
 from pipeline.diffusion.objective import make_objective
-from pipeline.engine.engine import Engine
 from pipeline.stage.config import StageConfig
 from pipeline.training.inputs import NetworkInputs
+
+if TYPE_CHECKING:
+    from pipeline.engine.engine import Engine
 
 AddLosses = Callable[[Batch, Tensor, Tensor, str], None]
 """Takes a batch, the losses fp32 [B] of one of its micro-batches, their timesteps [B] or [B, N], and the name
@@ -22,7 +25,7 @@ of the part of the network that has them; empty = the whole network."""
 class Passes:
     """Runs the network forward and backward on each micro-batch of a batch."""
 
-    def __init__(self, stage: StageConfig, sizes: DiTConfig, engine: Engine, inputs: NetworkInputs) -> None:
+    def __init__(self, stage: StageConfig, sizes: DiTConfig, engine: "Engine", inputs: NetworkInputs) -> None:
         """Keep what the passes need.
 
         Args:
