@@ -142,6 +142,17 @@ def test_every_folder_is_a_layer():
         assert ".".join(parts) in LAYERS, f"{name(path)} is in a sub-package that LAYERS does not name"
 
 
+def test_tests_have_the_same_tree():
+    """Each sub-package has a folder of tests; whole commands are tested at the top of their package's."""
+    packages = [
+        file.parent
+        for package in ("model", "data_prep", "pipeline")
+        for file in (ROOT / package).rglob("__init__.py")
+    ]
+    for folder in packages:
+        assert (ROOT / "tests" / folder.relative_to(ROOT)).is_dir(), folder
+
+
 def test_commands_only_at_the_top_of_pipeline():
     for path in (ROOT / "pipeline").glob("*.py"):
         if path.name == "__init__.py" or f"pipeline.{path.stem}" in AT_THE_TOP:
