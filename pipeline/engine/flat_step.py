@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from pipeline.engine.streams import order_gathers
@@ -98,6 +99,10 @@ class FlatStep:
         torch._foreach_copy_(weights, self._masters)  # pyright: ignore[reportPrivateImportUsage]
         # Small parameters stay whole between the steps; DeepSpeed would gather them one by one.
         if persistent := self._optimizer.persistent_parameters:
+            # Those of a part that was taken out of the network are whole still, with their old values.
+            for parameter in persistent:
+                if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                    parameter.partition()
             persistent[0].all_gather_coalesced(persistent).wait()
         # hpZ's second copies are old now.
         self._optimizer.invalidate_secondary_tensor()
