@@ -64,7 +64,7 @@ class FakeDemo:
 
     def ending(self, stage, dataset, images):
         self.images = images
-        return SimpleNamespace(draw=lambda: None, measure=dict)
+        return SimpleNamespace(sample_images=lambda: None, measure=dict)
 
     def start(self, *arguments):
         self.monkeypatch.setattr(sys, "argv", ["demo", f"runs={self.folder}", *arguments])
