@@ -30,6 +30,7 @@ def read(out):
     return phases
 
 
+@pytest.mark.slow
 def test_every_phase_gives_results_or_says_why_not(tmp_path):
     done = run("benchmarks.gpu_probe", "--tiny", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

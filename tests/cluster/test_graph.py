@@ -38,6 +38,7 @@ def test_by_hand_checks_first_and_then_submits_and_the_nodes_are_checked(slurm, 
     assert "preflight: 2 nodes, 2 processes, 0 GPUs, all-reduce" in training.output(job)
 
 
+@pytest.mark.slow
 def test_bad_node_is_named_and_excluded(slurm, training):
     break_n1 = '[ "$SLURMD_NODENAME" != n1 ] || export PREFLIGHT_SHM_GB=999999'
     job = training.submit("--nodes=1", FAKE_STEP=0.01, PREFLIGHT=1, FAKE_NODE=break_n1)
@@ -74,6 +75,7 @@ def test_refused_before_anything_is_submitted(slurm, training, arguments, says):
     assert slurm.run("squeue", "-h", "-t", "all") == before
 
 
+@pytest.mark.slow
 def test_finished_stages_are_passed_over_and_a_failure_takes_those_after_it_along(slurm, training):
     names = [str(training.add_stage(name)) for name in ("a", "b", "c")]
     for name, file in (("a", "finished.json"), ("b", "stop")):
@@ -146,6 +148,7 @@ def test_task_that_was_killed_is_named_and_run_again(slurm, training, dataset):
     assert (training.folder / "text.1").exists()
 
 
+@pytest.mark.slow
 def test_whole_graph(slurm, training, dataset):
     stages = [str(training.add_stage(name)) for name in ("a", "b")]
     printed = training.type("cluster/pretrain.sh", str(dataset), *stages, "samples=40", FAKE_STEP=0.01)

@@ -13,7 +13,7 @@ def rank_1(slurm):
     return next(pid for pid in slurm.processes() if "SLURM_PROCID=1" in slurm.environ(pid))
 
 
-def test_two_nodes_to_the_end(slurm, training, out_of_time):
+def test_two_nodes_to_the_end(slurm, training):
     job = training.submit("--nodes=2", FAKE_STEP=0.01)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
     assert training.steps() == list(range(1, 31))
@@ -28,7 +28,8 @@ def test_two_nodes_to_the_end(slurm, training, out_of_time):
     assert len(training.endings()) == 1
 
 
-def test_stopped_in_three_ways_and_no_step_is_lost(slurm, training):
+@pytest.mark.slow
+def test_stopped_in_three_ways_and_no_step_is_lost(slurm, training, out_of_time):
     job = training.submit("--nodes=2", FAKE_STEP=0.1)
     training.at_step(5)
     slurm.run("scancel", "--signal=USR1", "--batch", str(job))  # as before the time limit
@@ -48,6 +49,7 @@ def test_stopped_in_three_ways_and_no_step_is_lost(slurm, training):
     assert "SIGTERM" in training.endings()[1]["reason"]
 
 
+@pytest.mark.slow
 def test_cancelled_job_stays_cancelled_even_while_it_saves(slurm, training):
     job = training.submit("--nodes=2", FAKE_STEP=0.3)
     training.at_step(2)
@@ -59,6 +61,7 @@ def test_cancelled_job_stays_cancelled_even_while_it_saves(slurm, training):
     assert slurm.job(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_crash_is_started_again_but_not_a_third_time_at_one_step(slurm, training):
     job = training.submit("--nodes=2", FAKE_CRASH="1:12", FAKE_STEP=0.01)
     for _ in range(2):
@@ -75,6 +78,7 @@ def test_crash_is_started_again_but_not_a_third_time_at_one_step(slurm, training
     assert "3 times at step 12" in end
 
 
+@pytest.mark.slow
 def test_killed_rank_and_frozen_rank(slurm, training):
     job = training.submit("--nodes=2", STALL_SECONDS=3)
     training.at_step(12)
@@ -95,6 +99,7 @@ def test_killed_rank_and_frozen_rank(slurm, training):
     )  # saved there: only later steps are done again
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_save_in_time_are_killed(slurm, training):
     job = training.submit("--nodes=2", SAVE_SECONDS=1)
     training.at_step(12)
@@ -105,6 +110,7 @@ def test_ranks_that_do_not_save_in_time_are_killed(slurm, training):
     assert training.endings()[0]["requeued"]
 
 
+@pytest.mark.slow
 def test_node_dies_and_the_job_goes_to_another(slurm, training):
     job = training.submit("--nodes=1", FAKE_STEP=0.1)
     training.at_step(12)
@@ -140,6 +146,7 @@ def test_two_jobs_at_one_run(slurm, training):
     assert "remove it and submit again" in training.output(job)
 
 
+@pytest.mark.slow
 def test_a_job_runs_in_the_container_that_is_named(slurm, training):
     image, apptainer = training.folder / "li-dit.sif", training.folder / "apptainer"
     image.touch()
@@ -157,12 +164,14 @@ def test_a_job_runs_in_the_container_that_is_named(slurm, training):
     assert image.read_text().split() == ["inside"] * 4
 
 
+@pytest.mark.slow
 def test_one_process_per_gpu(slurm, training):
     job = training.submit("--partition=gpu", "--gpus-per-node=2", FAKE_STEP=0.01)
     assert slurm.wait_for(job)["JobState"] == "COMPLETED", training.output(job)
     assert "rank 0 of 2 on g1" in training.output(job)
 
 
+@pytest.mark.slow
 def test_time_limit(slurm, out_of_time):
     training, job = out_of_time
     slurm.wait(training.endings, "the signal", seconds=70)

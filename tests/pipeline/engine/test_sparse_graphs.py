@@ -1,5 +1,6 @@
 """Blocks with sparse attention are compiled ahead for every grid, with and without a shift."""
 
+import pytest
 import torch
 
 from model.attention_config import AttentionConfig
@@ -11,6 +12,7 @@ from tests.helpers.trainer_tasks import Compilations
 GRIDS = ((8, 8), (8, 12))
 
 
+@pytest.mark.slow
 def test_no_step_makes_a_new_graph(monkeypatch):
     attention = AttentionConfig("block_sparse", block=4, keep=0.4)
     sizes = DiTConfig(depth=2, width=16, heads=2, patch=1, attention=attention)

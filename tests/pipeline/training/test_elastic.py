@@ -72,6 +72,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
     assert one["elastic.4.time_shift.vector"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -134,6 +135,7 @@ def test_a_sandwich_trains_the_whole_and_a_part(store, tmp_path):
         assert report["mfu"] > 0
 
 
+@pytest.mark.slow
 def test_segments_train_and_validate_each_size_in_its_times(store, tmp_path):
     settings = {
         **BOTH,

@@ -42,6 +42,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
     assert one["final.difficulty.linear.weight"].any()
 
 
+@pytest.mark.slow
 def test_one_rank_in_micro_batches_compiled_and_checkpointed_is_the_same_to_rounding(
     store, tmp_path, two_ranks
 ):
@@ -83,6 +84,7 @@ def test_a_finished_network_gets_a_head_and_a_detached_one_leaves_the_rest(store
     assert head["final.difficulty.linear.weight"].any()
 
 
+@pytest.mark.slow
 def test_no_batch_makes_a_new_graph(store, tmp_path):
     settings = {"samples": 8 * 4, "data__validation_parts": 0, **ON}
     ((reports, after, at_the_end, breaks),) = on_ranks(
