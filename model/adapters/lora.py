@@ -48,12 +48,12 @@ class LoRALinear(Linear):
         self.lora_A = _Down(self.in_features, rank, bias=False)
         self.lora_B = _Up(rank, self.out_features, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map the last axis of the input."""
+    def forward(self, input: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Map the last axis of the input; `shift` is added to the bias."""
         kind = product_dtype(input)
         low = F.linear(input.to(kind), self.lora_A.weight.to(kind))
         addition = F.linear(low, self.lora_B.weight.to(kind)).to(input.dtype)
-        return super().forward(input) + self.scale * addition
+        return super().forward(input, shift) + self.scale * addition
 
 
 def attach_lora(network: LIDiT, config: LoRAConfig) -> None:

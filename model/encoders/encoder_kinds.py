@@ -28,8 +28,8 @@ class EncoderKind:
     blocks: ClassVar[tuple[tuple[str, str], ...]]
     """Submodule and attribute in which the list of blocks can be; the first that exists counts."""
 
-    @staticmethod
-    def load(name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
+    @classmethod
+    def load(cls, name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
         """Load the base model.
 
         Args:
@@ -79,8 +79,8 @@ class CausalEncoder(EncoderKind):
     causal = True
     blocks = (("", "layers"), ("", "h"))  # the second is GPT-2's
 
-    @staticmethod
-    def load(name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
+    @classmethod
+    def load(cls, name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
         """Load the decoder; a vision tower is left out."""
         if settings.is_encoder_decoder:
             raise UserError(f"{name}: an encoder-decoder, not a causal LLM: set text.encoder: t5")
@@ -115,7 +115,7 @@ class CLIPEncoder(EncoderKind):
 
     blocks = (("text_model.encoder", "layers"), ("encoder", "layers"))
 
-    @staticmethod
-    def load(name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
+    @classmethod
+    def load(cls, name: str, settings: Any, folder: Path, **loading: Any) -> PreTrainedModel:
         """Load the text half of a CLIP."""
         return CLIPTextModel.from_pretrained(folder, **loading)

@@ -11,7 +11,6 @@ class PromptEncoding:
     """The part of a diffusers pipeline that reads prompts."""
 
     text: Any
-    _execution_device: Any
 
     def encode_prompt(
         self,
@@ -61,4 +60,6 @@ class PromptEncoding:
                 "with the part"
             )
         # where a part waits on another device to save memory, no LLM should stay on the device either
-        return self.text(*batches, keep_llms=self.text.device == self._execution_device)
+        # The pipeline's, of diffusers' base class.
+        device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
+        return self.text(*batches, keep_llms=self.text.device == device)

@@ -21,8 +21,8 @@ def bert_kind():
     class BertEncoder(EncoderKind):
         blocks = (("encoder", "layer"),)
 
-        @staticmethod
-        def load(name, settings, folder, **loading):
+        @classmethod
+        def load(cls, name, settings, folder, **loading):
             return BertModel.from_pretrained(folder, add_pooling_layer=False, **loading)
 
     yield BertEncoder
