@@ -23,8 +23,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import Operations
 from benchmarks.reporting import at_most, conditions, print_goals
 from model.block import Block
 from model.collaborative_refiner import CollaborativeBranch
@@ -66,19 +66,6 @@ def one_node(region: Region, *inputs: Any) -> Tensor:
     first = next((value for value in inputs if isinstance(value, int)), 0)
     given = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     return Node.apply(first, *given, *region.parameters())  # type: ignore[return-value]
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations on tensors that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Count one, and run it."""
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import Operations
 from benchmarks.reporting import at_most, conditions, print_goals
 from model.dit_block import DiTBlock
 from model.presets import PRESETS
@@ -26,19 +26,6 @@ RESULTS = Path(__file__).parent / "results"
 WORLDS = (8, 64, 512)
 MAX_GROWTH = 1.5
 """Operations at the largest world, as a multiple of those at the smallest: goal."""
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations on tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Count one, and run it."""
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def block_sizes() -> list[int]:
@@ -100,7 +87,7 @@ CASES: dict[str, Callable[[list[int], int], None]] = {
 
 def operations(case: str, world: int) -> int:
     """Return the number of operations of a case."""
-    with Operations() as counted:
+    with Operations(views=True) as counted:
         CASES[case](block_sizes(), world)
     return counted.count
 

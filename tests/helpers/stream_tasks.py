@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.operations import Operations
 from pipeline.engine import partitioned
 from tests.helpers.engine_tasks import LR, dit_step, make_engine, own_part, tiny_dit, train
 from tests.helpers.small_network import GLOBAL_BATCH, batch, stage
@@ -141,18 +142,6 @@ def leaves_and_losses(leaves, settings):
     with mock.patch.object(PartitionedParameterCoordinator, "fetch_sub_module", fetch):
         losses.append(dit_step(engine, 3))
     return len(fetched), losses, [float(master.double().sum()) for master in engine.master_weights.tensors]
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations on tensors that are no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def step_with(own, settings):
