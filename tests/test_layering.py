@@ -23,6 +23,7 @@ LAYERS = (
     "data_prep.dataset",
     "data_prep.scenes",
     "data_prep.images",
+    "data_prep.clips",
     "data_prep.config",
     "data_prep.workers",
     "data_prep.sources",
@@ -54,7 +55,13 @@ AT_THE_TOP = {"pipeline.diffusers_pipeline": "pipeline.inference"}
 """Modules at the top that belong to a sub-package: their path is written in every export's
 model_index.json."""
 
-FROM_DATA_PREP = {"data_prep.dataset", "data_prep.store", "data_prep.images", "data_prep.scenes"}
+FROM_DATA_PREP = {
+    "data_prep.dataset",
+    "data_prep.store",
+    "data_prep.images",
+    "data_prep.clips",
+    "data_prep.scenes",
+}
 """The only sub-packages of data preparation that `pipeline` imports: what is stored, and the scenes that its
 scorer reads."""
 PREPARES_DATA = {
@@ -70,6 +77,7 @@ PREPARES_DATA = {
 
 FENCES = {
     "deepspeed": ("pipeline/engine/",),
+    "av": ("data_prep/clips/video.py",),
     "boto3": ("data_prep/store/s3.py",),
     "botocore": ("data_prep/store/s3.py",),
     "streaming": ("pipeline/data/streaming.py",),

@@ -354,15 +354,18 @@ class Family:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One aspect ratio and size in pixels; every image of the bucket has exactly this size."""
+    """One aspect ratio, size in pixels and number of frames; every image or clip of the bucket has exactly
+    these."""
 
     height: int
     width: int
+    frames: int = 1
 
     @property
     def name(self) -> str:
-        """Name in keys, height first: `320x192`."""
-        return f"{self.height}x{self.width}"
+        """Name in keys, height first: `320x192` for images, `320x192x17` for clips of 17 frames."""
+        size = f"{self.height}x{self.width}"
+        return size if self.frames == 1 else f"{size}x{self.frames}"
 
     @classmethod
     def parse(cls, name: str) -> "Bucket":
@@ -371,11 +374,11 @@ class Bucket:
         Raises:
             ValueError: if the name does not have that form.
         """
-        if not re.fullmatch(r"\d+x\d+", name):
+        bucket = cls(*map(int, name.split("x"))) if re.fullmatch(r"\d+x\d+(x\d+)?", name) else None
+        # `64x64x1` would be a second name for the images of `64x64`.
+        if bucket is None or (bucket.frames < 2 and name.count("x") > 1):
             raise ValueError(f"not a bucket's name: {name!r}")
-
-        height, width = map(int, name.split("x"))
-        return cls(height, width)
+        return bucket
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises:
         ImageError: if the header is not an image's, or announces too many pixels.
     """
-    with _faults_as_image_errors(), _open(data) as image:
+    with faults_as_image_errors(), open_image(data) as image:
         return _upright_size(image)
 
 
@@ -95,7 +95,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
     Raises:
         ImageError: if the data is no image, is damaged or is too large.
     """
-    with _faults_as_image_errors(), _open(data) as image:
+    with faults_as_image_errors(), open_image(data) as image:
         # MPO is Pillow's name for the JPEGs of phones that contain a second image.
         if at_least is not None and image.format in ("JPEG", "MPO"):
             # `draft` counts in the file's own orientation, `at_least` in that of the upright image.
@@ -108,7 +108,7 @@ def decode_image(data: bytes, at_least: tuple[int, int] | None = None) -> Image.
         # Not by `ImageOps.exif_transpose`: it also writes the EXIF again, which fails for many odd tags.
         turn = TURNS.get(_orientation(image))
         upright = image.copy() if turn is None else image.transpose(turn)
-        return _to_rgb(upright, image.format)
+        return to_rgb(upright, image.format)
 
 
 def resize_crop(
@@ -165,7 +165,7 @@ def encode_image(image: Image.Image, image_format: str, quality: int) -> bytes:
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
+def open_image(data: bytes) -> Iterator[Image.Image]:
     """Open an image, and check the announced size before a pixel is decoded.
 
     Raises:
@@ -187,7 +187,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _faults_as_image_errors() -> Iterator[None]:
+def faults_as_image_errors() -> Iterator[None]:
     """Turn every exception into an `ImageError`: decoders of foreign bytes raise all kinds."""
     try:
         with warnings.catch_warnings():
@@ -224,7 +224,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in ORIENTED_SIDEWAYS else (height, width)
 
 
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Convert an image to sRGB on white; `file_format` is Pillow's name of its file's format."""
     profile = image.info.get("icc_profile") or b""
     if image.mode == "RGB" and "transparency" not in image.info and not profile:
         return image

@@ -23,13 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.clips.media import decode_clip
 from data_prep.config import DatasetConfig
 from data_prep.dataset.accounts import check_parts, dropped_count, written_count
 from data_prep.dataset.parts import commit_part, committed_parts, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
+from data_prep.images.images import decode_image
 from data_prep.pairs.make_images import (
     EncodedImage,
     EncodingContext,
@@ -91,16 +94,32 @@ DROPPED = pa.schema(
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its captions."""
+    """One image or clip with its captions."""
 
     id: int
     key: str
     image: bytes
-    """The file (JPEG, PNG or WebP) of the bucket's size."""
+    """The file of the bucket's size: a JPEG, PNG or WebP; of a clip, an mp4 or an animated WebP."""
     captions: list[tuple[str, str]]
     """Kind and text."""
     height: int
     width: int
+    frames: int = 1
+    """1 for an image."""
+    fps: float = 0.0
+    """Frames per second of a clip; 0 for an image."""
+
+
+def read_clip(pair: Pair) -> np.ndarray:
+    """Decode the image or clip of a pair, uint8 [T, H, W, 3]; T is 1 for an image.
+
+    Raises:
+        ImageError: if the file is damaged.
+        UserError: if it is an mp4 and PyAV is not installed.
+    """
+    if pair.frames == 1:
+        return np.asarray(decode_image(pair.image))[None]
+    return decode_clip(pair.image, pair.frames)
 
 
 def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list[Pair]:
@@ -135,9 +154,9 @@ def read_pairs(dataset: Store, commit: Commit, caption_kinds: list[str]) -> list
     pairs = []
     for row in rows:
         captions = [(caption_kinds[caption["kind"]], caption["text"]) for caption in row["captions"]]
-        pairs.append(
-            Pair(row["id"], row["key"], images[row["member"]], captions, row["height"], row["width"])
-        )
+        # Only parts of clips have the columns `frames` and `fps`.
+        size = row["height"], row["width"], row.get("frames", 1), row.get("fps", 0.0)
+        pairs.append(Pair(row["id"], row["key"], images[row["member"]], captions, *size))
     return pairs
 
 

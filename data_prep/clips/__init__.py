@@ -1,0 +1,1 @@
+"""Clips: timing, decoding of videos and animations, and the encoded form in which pairs store them."""
