@@ -50,13 +50,15 @@ def most_steps(sampler: Sampler, params: SamplingParams, evaluations: int) -> in
     return max(fits)
 
 
-def score(sampler: Sampler, params: SamplingParams, prompts: Sequence[ScenePrompt]) -> float:
-    """Return the prompt following of one image per prompt."""
+def score(
+    sampler: Sampler, params: SamplingParams, prompts: Sequence[ScenePrompt], scale: float = 1.0
+) -> float:
+    """Return the prompt following of one image per prompt; the scenes' objects have a scale."""
     requests = [(prompt.caption.text, params_seed) for params_seed, prompt in enumerate(prompts)]
     batches = [requests[first : first + BATCH] for first in range(0, len(requests), BATCH)]
     objects = []
     for images in generate_images(sampler, batches, params, shows=False):
-        objects += [read_scene(np.asarray(image.convert("RGB"))) for image in images]
+        objects += [read_scene(np.asarray(image.convert("RGB")), scale) for image in images]
     return prompt_following(score_objects(objects, [prompt.caption for prompt in prompts]).summary())
 
 
@@ -78,7 +80,8 @@ def measure(run: Path, count: int, segments: int, say: Callable[[str], None]) ->
             name = f"{solver} {evaluations}"
             if name not in found:
                 steps = most_steps(sampler, params, evaluations)
-                found[name] = score(sampler, replace(params, steps=steps), prompts)
+                scale = stage.sample.scenes_scale
+                found[name] = score(sampler, replace(params, steps=steps), prompts, scale)
                 write_atomic(file, json.dumps(found))
             say(f"{run.parent.name} {run.name}: {name}: {found[name]:.1%}")
     return found

@@ -78,10 +78,12 @@ def tastes() -> list[Taste]:
     return [*two, *(three[number] for number in order)]
 
 
-def scene_of(taste: Taste, seed: int, index: int, most_objects: int = 2) -> tuple[Scene, SceneCaption]:
+def scene_of(
+    taste: Taste, seed: int, index: int, scale: float = 1.0, most_objects: int = 2
+) -> tuple[Scene, SceneCaption]:
     """Return a scene that a user likes, and a caption that does not say why: colors and shapes alone."""
     random = np.random.default_rng([seed, index, 1])
-    sampled = sample_scene(seed, index, segments=int(random.integers(1, most_objects + 1)))
+    sampled = sample_scene(seed, index, segments=int(random.integers(1, most_objects + 1)), scale=scale)
     tone = taste.tone or TONES[random.integers(len(TONES))]
     objects, segments = [], []
     for item in sampled.objects:
@@ -96,9 +98,9 @@ def scene_of(taste: Taste, seed: int, index: int, most_objects: int = 2) -> tupl
     return scene, caption_scene(scene, "list", seed, index)
 
 
-def likes(taste: Taste, image: np.ndarray) -> bool:
+def likes(taste: Taste, image: np.ndarray, scale: float = 1.0) -> bool:
     """Return True if an image uint8 [H, W, 3] has all that a user likes, as the exact reader sees it."""
-    objects = read_scene(image)
+    objects = read_scene(image, scale)
     if not objects:
         return False
     if taste.tone is not None and tone_of(image) != taste.tone:
@@ -118,13 +120,13 @@ def tone_of(image: np.ndarray) -> str:
     return next((tone for tone, most in TONE_LEVELS.items() if level <= most), WHITE)
 
 
-def write_images(folder: Path, chosen: Sequence[Taste], images: int, side: int) -> None:
+def write_images(folder: Path, chosen: Sequence[Taste], images: int, side: int, scale: float = 1.0) -> None:
     """Write each user's images as a folder with metadata: `file_name`, `caption`, `user`."""
     folder.mkdir(parents=True)
     lines = []
     for user, taste in enumerate(chosen):
         for number in range(images):
-            scene, caption = scene_of(taste, TRAIN_SEED + user, number)
+            scene, caption = scene_of(taste, TRAIN_SEED + user, number, scale)
             name = f"{user:02d}_{number:03d}.png"
             Image.fromarray(render_scene(scene, side, side)).save(folder / name)
             lines.append(json.dumps({"file_name": name, "caption": caption.text, "user": f"user {user:02d}"}))
@@ -193,8 +195,9 @@ def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str
         prompts: of each user, the same for all.
     """
     defaults = sampler.defaults
+    scale = defaults.scenes_scale
     liked, objects, captions = [], [], []
-    texts = [scene_of(Taste(), TEST_SEED, number)[1] for number in range(prompts)]
+    texts = [scene_of(Taste(), TEST_SEED, number, scale)[1] for number in range(prompts)]
     for user, taste in users.items():
         asked = "" if user.startswith("-") else user
         params = SamplingParams(
@@ -202,8 +205,8 @@ def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str
         )
         images = generate(sampler, [text.text for text in texts], params)
         for image, caption in zip(images, texts, strict=True):
-            liked.append(likes(taste, image))
-            objects.append(read_scene(image))
+            liked.append(likes(taste, image, scale))
+            objects.append(read_scene(image, scale))
             captions.append(caption)
     following = prompt_following(score_objects(objects, captions).summary())
     return {"preference": 100 * float(np.mean(liked)), "following": 100 * following}
@@ -212,7 +215,8 @@ def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str
 def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> None:
     """Fit a new user to 8 images, and write the file."""
     side = sampler.defaults.height
-    pairs = [scene_of(taste, TRAIN_SEED + seed, number) for number in range(8)]
+    scale = sampler.defaults.scenes_scale
+    pairs = [scene_of(taste, TRAIN_SEED + seed, number, scale) for number in range(8)]
     images = [Image.fromarray(render_scene(scene, side, side)) for scene, _ in pairs]
     latents = encode_images(sampler, images)
     fitted = fit_user(sampler, latents, [caption.text for _, caption in pairs], FitSettings(by))
@@ -222,11 +226,12 @@ def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> No
 def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Prepare, train and measure; returns the table by row."""
     out, run = arguments.out, arguments.run
-    side, known = load_run(run).sample.height, tastes()
+    sample, known = load_run(run).sample, tastes()
+    side = sample.height
     chosen, others = known[:USERS], known[USERS : USERS + NEW_USERS]
     if not (out / "store").exists():
         shutil.rmtree(out / "raw", ignore_errors=True)
-        write_images(out / "raw", chosen, arguments.images, side)
+        write_images(out / "raw", chosen, arguments.images, side, sample.scenes_scale)
         write_dataset(out / "tastes.yaml", arguments.dataset, out / "raw", side)
         for step in ("plan", "pairs", "users", "latents", "text", "snapshot"):
             command("data_prep", step, str(out / "tastes.yaml"))

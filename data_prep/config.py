@@ -28,6 +28,8 @@ class ScenesConfig:
     """Seed of the scenes; another one gives other scenes."""
     file_rows: int = bounded(4096, 1, 10**9)
     """Number of scenes per "file": a task scans whole files."""
+    scale: float = bounded(1.0, 0.5, 3.0)
+    """Size of the objects: 1 = 11 and 16 pixels of 64, and room for 8 objects; 1.6 leaves room for 4."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from model.condition import Condition
 from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
 from model.difficulty import DifficultyHead
-from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify
+from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify, velocity_to
 from model.fusion import TextFusion
 from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
 from model.sub_network import Part
@@ -173,6 +173,8 @@ class LIDiT(nn.Module):
 
         values, log_variance = self.final(x, c, places, condition.with_difficulty, route.linear)
         prediction = unpatchify(values, patch, positions)  # [B, C, ...]
+        if self.sizes.predicts == "clean":
+            prediction = velocity_to(prediction, latents, condition.timesteps)
         if log_variance is None:
             return prediction
         return torch.cat([prediction, fill_patches(log_variance, patch, positions)], dim=1)  # [B, C + 1, ...]

@@ -155,3 +155,24 @@ def fill_patches(values: Tensor, patch: Sequence[int], latents: Sequence[int]) -
     """Give each position of latents of `latents` positions the value of its patch: [B, N] -> [B, 1,
     *latents]."""
     return unpatchify(values[..., None].expand(-1, -1, math.prod(patch)), patch, latents)
+
+
+MIN_CLEAN_TIME = 0.05
+"""Least time that clean latents are divided by: at earlier times the quotient would mostly be their error."""
+
+
+def velocity_to(clean: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+    """Return the velocity of the line from clean latents through noisy ones (arXiv 2511.13720, table 1).
+
+    Args:
+        clean: predicted latents [B, C, ...].
+        noisy: latents [B / branches, C, ...], shared by the branches of guidance.
+        times: of the noisy latents, fp32 [B] in [0, 1].
+
+    Returns:
+        (noisy - clean) / time, [B, C, ...] in the dtype of `clean`, computed in fp32.
+    """
+    branches = len(times) // len(noisy)
+    noisy = noisy.float().repeat(branches, *[1] * (noisy.dim() - 1))
+    divisor = times.clamp(min=MIN_CLEAN_TIME).view(-1, *[1] * (clean.dim() - 1))
+    return ((noisy - clean.float()) / divisor).to(clean.dtype)

@@ -87,7 +87,8 @@ def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[
     """
     # scenes of the shape that the run samples, so that positions in the prompts keep their meaning
     aspect = stage.sample.width / stage.sample.height
-    return scene_prompts(count, "list", aspect, range(1, max_segments + 1))
+    lengths = range(1, max_segments + 1)
+    return scene_prompts(count, "list", aspect, lengths, scale=stage.sample.scenes_scale)
 
 
 def score(job: Job, prompts: list[ScenePrompt]) -> Score:
@@ -98,8 +99,10 @@ def score(job: Job, prompts: list[ScenePrompt]) -> Score:
     """
     folder = generate(job, [prompt.caption.text for prompt in prompts])
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    scale = job.stage.sample.scenes_scale
     objects = [
-        read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB"))) for record in records
+        read_scene(np.asarray(Image.open(folder / record["file"]).convert("RGB")), scale)
+        for record in records
     ]
 
     captions = [prompt.caption for prompt in prompts]

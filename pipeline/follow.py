@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class PromptSettings(TypedDict):
     kind: CaptionKind
     aspect: Annotated[float, Field(gt=0)]
     seed: Count
+    scale: NotRequired[Annotated[float, Field(ge=0.5, le=3.0)]]
+    """Size of the scenes' objects; 1 if it is left out, as older files do."""
 
 
 def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPrompt]:
@@ -76,11 +78,13 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
 
     # with a single segment, there are no positions to compare
     lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
-    return scene_prompts(count, settings["kind"], settings["aspect"], lengths, seed)
+    return scene_prompts(
+        count, settings["kind"], settings["aspect"], lengths, seed, settings.get("scale", 1.0)
+    )
 
 
 def score_scenes(
-    images: Iterable[np.ndarray], prompts: Sequence[ScenePrompt], per_prompt: int
+    images: Iterable[np.ndarray], prompts: Sequence[ScenePrompt], per_prompt: int, scale: float = 1.0
 ) -> dict[str, Any]:
     """Score images of scenes.
 
@@ -88,13 +92,14 @@ def score_scenes(
         images: uint8 [H, W, 3], the images of each prompt one after another.
         prompts: the scenes and captions of the prompts.
         per_prompt: number of images per prompt.
+        scale: size of the scenes' objects.
 
     Returns:
         Tables (share of correct claims, number of claims), chance level, scores by segment, and
         `PositionalBias`.
     """
     captions = [prompt.caption for prompt in prompts]
-    objects = [read_scene(image) for image in images]
+    objects = [read_scene(image, scale) for image in images]
     # the images of a prompt come one after another, and all have its caption
     captions_of_images = [captions[number // per_prompt] for number in range(len(objects))]
     scores = score_objects(objects, captions_of_images)
@@ -155,6 +160,8 @@ def write_prompts(out: Path, settings: PromptSettings) -> None:
     Raises:
         UserError: if a number is out of range, or the folder has other prompts.
     """
+    if not 0.5 <= settings.get("scale", 1.0) <= 3.0:
+        raise UserError(f"--scale {settings.get('scale')}: 0.5 to 3")
     if not 1 <= settings["count"] <= MAX_PROMPTS or not 2 <= (settings["segments"] or 2) <= MAX_SEGMENTS:
         given = f"--count {settings['count']} --segments {settings['segments']}"
         raise UserError(f"{given}: 1 to {MAX_PROMPTS:,}, and 2 to {MAX_SEGMENTS}")
@@ -206,11 +213,13 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
         scenes = [prompt for prompt in prompts if isinstance(prompt, ScenePrompt)]
         # a generator: thousands of decoded images would not fit into memory
         images = (np.asarray(Image.open(file).convert("RGB")) for file in files)
-        result = score_scenes(images, scenes, per_prompt)
+        scale = settings.get("scale", 1.0)
+        result = score_scenes(images, scenes, per_prompt, scale)
 
         # the first image of each prompt, not the best
         shown = [np.asarray(Image.open(file).convert("RGB")) for file in files[::per_prompt][:MAX_JUDGED]]
-        save_judged_images(shown, [prompt.caption for prompt in scenes[:MAX_JUDGED]], out / "judged.png")
+        shown_captions = [prompt.caption for prompt in scenes[:MAX_JUDGED]]
+        save_judged_images(shown, shown_captions, out / "judged.png", scale)
     elif vqa is None:
         raise UserError("natural prompts are scored by a VQA model: give --vqa FOLDER or OWNER/NAME@COMMIT")
     else:
@@ -241,6 +250,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--kind", choices=CAPTION_KINDS, default="list", help="style of the scenes' captions")
     write.add_argument("--aspect", type=float, default=1.0, help="width / height of the scenes' images")
     write.add_argument("--seed", type=int, default=HELD_OUT_SEED)
+    write.add_argument("--scale", type=float, default=1.0, help="size of the scenes' objects (default 1)")
 
     score = commands.add_parser("score", help="score the images in FOLDER/pictures")
     score.add_argument("out", type=Path, metavar="FOLDER")
@@ -255,7 +265,9 @@ def main() -> None:
     """Run the command line."""
     arguments = parse()
     if arguments.command == "write":
-        names = ("prompts", "count", "segments", "kind", "aspect", "seed")
+        names = ["prompts", "count", "segments", "kind", "aspect", "seed"]
+        # Only where it is set: the settings of older folders have none, and stay the same.
+        names += ["scale"] if arguments.scale != 1.0 else []
         settings = {name: getattr(arguments, name) for name in names}
         write_prompts(arguments.out, cast(PromptSettings, settings))
         prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES

@@ -99,6 +99,7 @@ def scene_prompts(
     aspect: float = 1.0,
     segments: Sequence[int] = (),
     seed: int = HELD_OUT_SEED,
+    scale: float = 1.0,
 ) -> list[ScenePrompt]:
     """Return prompts 0 to count - 1 of a seed.
 
@@ -108,10 +109,12 @@ def scene_prompts(
         aspect: width / height of the images.
         segments: numbers of single objects, used in turn; empty = random scenes.
         seed: seed of the set of scenes.
+        scale: size of the objects, as `scenes.scale` of the dataset.
     """
     prompts = []
     for index in range(count):
-        scene = sample_scene(seed, index, aspect, segments[index % len(segments)] if segments else None)
+        groups = segments[index % len(segments)] if segments else None
+        scene = sample_scene(seed, index, aspect, groups, scale=scale)
         caption = caption_scene(scene, kind or CAPTION_KINDS[index % len(CAPTION_KINDS)], seed, index)
         prompts.append(ScenePrompt(scene, caption))
     return prompts

@@ -36,7 +36,7 @@ MAX_OBJECTS = 8
 MAX_GROUP = 4
 """Maximum number of equal objects in one group."""
 EXTENTS: dict[Size, float] = {"small": 0.175, "large": 0.25}
-"""Side of the square that a shape fills: 11 and 16 pixels in an image of 64 x 64."""
+"""Side of the square that a shape fills, times the scene's `scale`: 11 and 16 pixels of 64 at scale 1."""
 MIN_GAP = 0.035
 """Minimum distance between two objects."""
 MIN_RELATION_OFFSET = 0.1
@@ -103,6 +103,8 @@ class Scene:
     objects: tuple[SceneObject, ...]
     seed: int
     """Seed of the ground's pattern."""
+    scale: float = 1.0
+    """Size of its objects, as a multiple of `EXTENTS`."""
 
     @property
     def sides(self) -> tuple[float, float]:
@@ -141,16 +143,21 @@ def clear_direction(dx: float, dy: float) -> Direction | None:
     return "below" if dy > 0 else "above"
 
 
-def capacity(aspect: float) -> tuple[int, int]:
-    """Return columns and rows of the finest grid in which every cell can contain a large object."""
+def capacity(aspect: float, scale: float = 1.0) -> tuple[int, int]:
+    """Return columns and rows of the finest grid whose cells can each contain a large object of a scale."""
     width, height = plane_sides(aspect)
     # The small term keeps a side that is a multiple of the cell from being rounded down.
-    cell = EXTENTS["large"] + MIN_GAP
+    cell = scale * EXTENTS["large"] + MIN_GAP
     return max(1, int(width / cell + 1e-9)), max(1, int(height / cell + 1e-9))
 
 
 def sample_scene(
-    seed: int, index: int, aspect: float = 1.0, segments: int | None = None, ground: Ground | None = None
+    seed: int,
+    index: int,
+    aspect: float = 1.0,
+    segments: int | None = None,
+    ground: Ground | None = None,
+    scale: float = 1.0,
 ) -> Scene:
     """Return the scene of (seed, index): equal arguments give equal scenes, on any machine.
 
@@ -160,13 +167,14 @@ def sample_scene(
         aspect: width / height of the image.
         segments: number of groups, with one object each; None = random groups.
         ground: the background; None = random.
+        scale: size of the objects, as a multiple of `EXTENTS`.
 
     Returns:
-        A scene with at most `MAX_OBJECTS` objects, fewer where the aspect leaves less room.
+        A scene with at most `MAX_OBJECTS` objects, fewer where aspect and scale leave less room.
     """
     # The order of the calls to `random` defines the scenes: another order would change every dataset.
     random = np.random.default_rng([seed, index])
-    columns, rows = capacity(aspect)
+    columns, rows = capacity(aspect, scale)
     max_objects = min(MAX_OBJECTS, columns * rows)
     total = int(random.integers(1, max_objects + 1))
     counts = _sample_counts(random, total) if segments is None else [1] * min(segments, max_objects)
@@ -174,22 +182,27 @@ def sample_scene(
     ground = ground or Ground(TONES[random.integers(len(TONES))], _sample_pattern(random))
     scene_segments = _sample_segments(random, counts)
     # A generator, so each center is sampled just before its object: part of the order that defines scenes.
-    centers = _sample_centers(random, sum(counts), aspect)
+    centers = _sample_centers(random, sum(counts), aspect, scale)
 
     objects: list[SceneObject] = []
     for group, segment in enumerate(scene_segments):
         size = segment.size or SIZES[random.integers(len(SIZES))]
         for _ in range(segment.count):
-            objects.append(_place_object(random, segment, size, next(centers), group))
-    return Scene(aspect, ground, tuple(scene_segments), tuple(objects), int(random.integers(2**31)))
+            objects.append(_place_object(random, segment, size, next(centers), group, scale))
+    return Scene(aspect, ground, tuple(scene_segments), tuple(objects), int(random.integers(2**31)), scale)
 
 
 def _place_object(
-    random: np.random.Generator, segment: Segment, size: Size, center: tuple[float, float], group: int
+    random: np.random.Generator,
+    segment: Segment,
+    size: Size,
+    center: tuple[float, float],
+    group: int,
+    scale: float,
 ) -> SceneObject:
     """Build an object of a segment near the center of its cell."""
     # cells fit large objects, so a small one can move
-    slack = EXTENTS["large"] - EXTENTS[size]
+    slack = scale * (EXTENTS["large"] - EXTENTS[size])
     x, y = (value + slack / 2 * random.uniform(-1, 1) for value in center)
     texture = segment.texture or "plain"
     return SceneObject(segment.colour, segment.shape, size, texture, round(x, 4), round(y, 4), group)
@@ -231,9 +244,11 @@ def differences(a: Segment, b: Segment) -> int:
     return sum(a.stated[name] != b.stated[name] for name in a.stated.keys() & b.stated.keys())
 
 
-def _sample_centers(random: np.random.Generator, count: int, aspect: float) -> Iterator[tuple[float, float]]:
+def _sample_centers(
+    random: np.random.Generator, count: int, aspect: float, scale: float
+) -> Iterator[tuple[float, float]]:
     """Sample centers of `count` large objects that keep their distance, in random order."""
-    max_columns, max_rows = capacity(aspect)
+    max_columns, max_rows = capacity(aspect, scale)
     # Grids coarser than the finest one are allowed too: objects then have more room to move.
     grids: list[tuple[int, int]] = []
     for columns in range(1, max_columns + 1):
@@ -243,7 +258,7 @@ def _sample_centers(random: np.random.Generator, count: int, aspect: float) -> I
     # An object can move inside its cell as far as its neighbors' gap allows.
     plane_width, plane_height = plane_sides(aspect)
     width, height = plane_width / columns, plane_height / rows
-    room = EXTENTS["large"] + MIN_GAP
+    room = scale * EXTENTS["large"] + MIN_GAP
     for cell in random.permutation(columns * rows)[:count].tolist():
         row, column = divmod(cell, columns)
         yield (

@@ -131,7 +131,7 @@ def render_scene(scene: Scene, height: int, width: int) -> np.ndarray:
 def _render_object(image: np.ndarray, scene: Scene, item: SceneObject) -> None:
     """Blend one object into `image`, fp64 [H, W, 3]."""
     height, width, _ = image.shape
-    half = EXTENTS[item.size] / 2
+    half = scene.scale * EXTENTS[item.size] / 2
     pixels_per_unit = width / scene.sides[0], height / scene.sides[1]
 
     # Only the pixels around the object are rendered.

@@ -17,14 +17,19 @@ from model.common.errors import UserError
 
 @dataclass(frozen=True)
 class SceneKey:
-    """Name of one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it."""
+    """Name of one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it.
+
+    A scale other than 1 is at the end, as in `scene-7-123-32x32-1.6`.
+    """
 
     seed: int
     index: int
     bucket: Bucket
+    scale: float = 1.0
 
     def __str__(self) -> str:
-        return f"scene-{self.seed}-{self.index}-{self.bucket.name}"
+        scale = "" if self.scale == 1.0 else f"-{self.scale}"
+        return f"scene-{self.seed}-{self.index}-{self.bucket.name}{scale}"
 
     @classmethod
     def parse(cls, key: str) -> "SceneKey":
@@ -33,15 +38,16 @@ class SceneKey:
         Raises:
             ValueError: if it is not the key of a scene.
         """
-        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)", key)
+        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)(?:-(\d+\.\d+))?", key)
         if match is None:
             raise ValueError(f"not the key of a scene: {key!r}")
-        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]))
+        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), float(match[4] or 1.0))
 
     @property
     def scene(self) -> Scene:
         """The scene itself."""
-        return sample_scene(self.seed, self.index, self.bucket.width / self.bucket.height)
+        aspect = self.bucket.width / self.bucket.height
+        return sample_scene(self.seed, self.index, aspect, scale=self.scale)
 
     @property
     def captions(self) -> list[SceneCaption]:
@@ -95,7 +101,7 @@ class ScenesSource:
     def key(self, index: int) -> SceneKey:
         """Return the key of scene `index`, which includes its bucket."""
         chosen = np.random.default_rng([self._settings.seed, index, 0]).integers(len(self._buckets))
-        return SceneKey(self._settings.seed, index, self._buckets[chosen])
+        return SceneKey(self._settings.seed, index, self._buckets[chosen], self._settings.scale)
 
     def _sample(self, index: int) -> Sample:
         # The key is enough to render the scene again, so it is the image's place as well.

@@ -177,7 +177,7 @@ class LatentSpace(ABC):
 LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
 """Name -> latent space. One that reads diffusers folders is named as `_class_name` in their config.json."""
 
-_BUILT_IN = ("model.encoders.vae", "model.encoders.wavelet")
+_BUILT_IN = ("model.encoders.pixels", "model.encoders.vae", "model.encoders.wavelet")
 """Modules that register spaces; imported when one is needed, since diffusers takes seconds to import."""
 
 _Space = TypeVar("_Space", bound=type[LatentSpace])

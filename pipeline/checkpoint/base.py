@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
 
-from data_prep.store.store import hash_file
+from data_prep.store.store import Store, hash_file
 from model.common.errors import UserError
 from model.common.files import naming_full_disk, write_atomic
 from model.common.records import STRICT, parse_record, read_bounded, seal
@@ -70,6 +70,23 @@ def _groups(weights: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[lis
         group.append(name)
         values += size
     yield group
+
+
+def upload_base(run: Path, store: Store) -> None:
+    """Copy the run's frozen weights into `base/` of a store, whose record comes last; once is enough.
+
+    Args:
+        run: its folder.
+        store: where the run's checkpoints are copied to.
+    """
+    record = (run / FOLDER / RECORD).read_bytes()
+    key = f"{FOLDER}/{RECORD}"
+    # A run that was started afresh has other weights under the same names.
+    if store.exists(key) and store.read(key, max_bytes=2 * len(record)) == record:
+        return
+    for name in parse_record(BaseRecord, record)["files"]:
+        store.put(f"{FOLDER}/{name}", run / FOLDER / name)
+    store.put(key, record)
 
 
 def has_base(run: Path) -> bool:

@@ -30,7 +30,7 @@ from data_prep.store.store import hash_file, open_store
 from model.common.errors import UserError
 from model.common.files import sync_path, write_atomic
 from model.common.records import seal
-from pipeline.checkpoint.base import WithBase, has_base, open_base
+from pipeline.checkpoint.base import WithBase, has_base, open_base, upload_base
 from pipeline.checkpoint.files import RankFiles, Written, rank_file, write_tensors
 from pipeline.checkpoint.manifest import (
     FORMAT,
@@ -278,7 +278,10 @@ class Checkpoints:
 
     def _upload(self, final: Path) -> dict[str, Written]:
         """Copy this rank's files to the store; the manifest follows once all ranks have done so."""
-        store = open_store(self.config.upload, create=True)
+        store, run = open_store(self.config.upload, create=True), self.folder.parent
+        # Before the checkpoint, which is of no use without the frozen weights.
+        if self.rank == 0 and has_base(run):
+            upload_base(run, store.sub(run.name))
         for name in [rank_file(self.rank)] + [REPLICATED] * (self.rank == 0):
             store.put(f"{self._key(final)}/{name}", final / name)
         return {}

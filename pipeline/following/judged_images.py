@@ -45,7 +45,7 @@ def claim_lines(caption: SceneCaption, claims: Sequence[Claim]) -> list[list[tup
 
 
 def save_judged_images(
-    images: Sequence[NDArray[np.uint8]], captions: Sequence[SceneCaption], path: Path
+    images: Sequence[NDArray[np.uint8]], captions: Sequence[SceneCaption], path: Path, scale: float = 1.0
 ) -> None:
     """Judge images by the exact scorer, and draw them with the judgments, to a PNG or SVG file.
 
@@ -53,11 +53,12 @@ def save_judged_images(
         images: [H, W, 3].
         captions: one per image.
         path: path of the file.
+        scale: size of the scenes' objects.
     """
     texts = [fill(caption.text, LETTERS) for caption in captions]
     marks = []
     for image, caption in zip(images, captions, strict=True):
-        marks.append(claim_lines(caption, judge_caption(0, read_scene(image), caption)))
+        marks.append(claim_lines(caption, judge_caption(0, read_scene(image, scale), caption)))
 
     # the longest prompt decides for all, so that the rows line up
     below = LINE * max(text.count("\n") + 2 + len(lines) for text, lines in zip(texts, marks, strict=True))

@@ -82,8 +82,13 @@ class DetectedObject:
     """Center, in scene units."""
 
 
-def read_scene(image: np.ndarray) -> list[DetectedObject]:
-    """Return the objects of an image uint8 [H, W, 3]."""
+def read_scene(image: np.ndarray, scale: float = 1.0) -> list[DetectedObject]:
+    """Return the objects of an image uint8 [H, W, 3].
+
+    Args:
+        image: of a scene.
+        scale: size of its objects, as `Scene.scale`.
+    """
     pixels = _downscale(np.asarray(image, np.float64))
     pixels_per_unit = float(np.sqrt(pixels.shape[0] * pixels.shape[1]))
 
@@ -91,13 +96,13 @@ def read_scene(image: np.ndarray) -> list[DetectedObject]:
     hues = np.argmax(chroma @ _HUES, axis=2)
     foreground = np.linalg.norm(chroma, axis=2) > MIN_CHROMA
 
-    regions = _find_regions(foreground, hues, MIN_AREA * pixels_per_unit**2)
+    regions = _find_regions(foreground, hues, MIN_AREA * (scale * pixels_per_unit) ** 2)
     by_size = sorted(range(len(regions)), key=lambda number: -regions[number][0].sum())
 
     objects = []
     for number in sorted(by_size[:MAX_REGIONS]):
         mask, hue = regions[number]
-        objects.append(_recognize(pixels, mask, COLORS[hue], pixels_per_unit))
+        objects.append(_recognize(pixels, mask, COLORS[hue], pixels_per_unit, scale))
     return objects
 
 
@@ -228,7 +233,7 @@ class _Fit:
 
 
 def _recognize(
-    pixels: np.ndarray, region: np.ndarray, color: Color, pixels_per_unit: float
+    pixels: np.ndarray, region: np.ndarray, color: Color, pixels_per_unit: float, scale: float
 ) -> DetectedObject:
     """Find the shape, pose and texture that explain a region best, from coarse to fine."""
     rows, columns = np.nonzero(region)
@@ -236,12 +241,12 @@ def _recognize(
     window = pixels[row_window, column_window] @ _LUMA_CHROMA
 
     # Start each shape at the region's area and centroid.
-    scale = np.sqrt(len(rows))
+    side = np.sqrt(len(rows))
     y, x = rows.mean() - row_window.start, columns.mean() - column_window.start
     poses: list[tuple[Shape, float, float, float]] = []
     for shape in SHAPES:
         area, right, down = _moments(shape)
-        radius = float(scale / np.sqrt(area))
+        radius = float(side / np.sqrt(area))
         poses.append((shape, radius, float(x - right * radius), float(y - down * radius)))
 
     fits: list[_Fit] = []
@@ -252,7 +257,7 @@ def _recognize(
     best = fits[0]
 
     # between the two sizes, on a log scale
-    threshold = np.sqrt(EXTENTS["small"] * EXTENTS["large"]) / 2
+    threshold = scale * np.sqrt(EXTENTS["small"] * EXTENTS["large"]) / 2
     return DetectedObject(
         color,
         best.shape if best.residual <= 1 - MIN_EXPLAINED else None,

@@ -212,6 +212,8 @@ class SampleConfig:
     scenes: int = bounded(0, 0, 100_000)
     """Held-out scenes that are sampled and scored too, which gives prompt following as a curve; see
     `data_prep/scenes/grammar.py`."""
+    scenes_scale: float = bounded(1.0, 0.5, 3.0)
+    """Size of the scenes' objects: `scenes.scale` of the dataset."""
     steps: int = bounded(30, 1, 10_000)
     """Steps of the solver."""
     guidance: float = bounded(4.0, 0.0, 1_000.0)
@@ -307,6 +309,7 @@ class StageConfig:
             )
 
         self._check_elastic()
+        self._check_prediction()
         check_adapters(self.freeze, self.start_from, self.users, self.lora, self.elastic.elastic)
         self._check_encoders()
         self._check_data()
@@ -319,6 +322,17 @@ class StageConfig:
         if len(self.elastic.patches) > 1 and self.objective.time_levels > 1:
             raise UserError(
                 "objective.patch_times has times of patches of one size: leave it out, or elastic.patches"
+            )
+
+    def _check_prediction(self) -> None:
+        """Check that a velocity follows from clean latents, if those are what the network predicts."""
+        objective = self.objective
+        if self.model.predicts == "clean" and (
+            objective.name != "flow" or objective.time_levels > 1 or objective.difficulty
+        ):
+            raise UserError(
+                "model.predicts=clean gives the velocity of objective.name=flow with one time per sample "
+                "and no difficulty head: set that, or model.predicts=target"
             )
 
     def _check_encoders(self) -> None:

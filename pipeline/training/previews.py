@@ -82,7 +82,8 @@ class Previews(Callback):
         self.stage = stage
         self._solver(engine)  # refuses one that does not fit before the LLMs are loaded
         sample = stage.sample
-        scenes = scene_prompts(sample.scenes, "list", sample.width / sample.height)
+        aspect = sample.width / sample.height
+        scenes = scene_prompts(sample.scenes, "list", aspect, scale=sample.scenes_scale)
         self.scenes = [prompt.caption for prompt in scenes]
         self.prompts = [*sample.prompts, *(caption.text for caption in self.scenes)]
         self.parts: list[Part | None] = [None]
@@ -154,7 +155,7 @@ class Previews(Callback):
 
     def _scores(self, images: list[Image.Image]) -> dict[str, float]:
         """Return the scores of the scenes' images."""
-        objects = [read_scene(np.asarray(image)) for image in images]
+        objects = [read_scene(np.asarray(image), self.stage.sample.scenes_scale) for image in images]
         scores, chance = score_objects(objects, self.scenes).summary(), chance_level(objects, self.scenes)
         if chance:
             scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}

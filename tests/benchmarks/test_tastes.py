@@ -32,14 +32,14 @@ def test_tastes_are_different_and_there_are_enough():
     assert all(sum(value is not None for value in vars(taste).values()) >= 2 for taste in known)
 
 
-@pytest.mark.parametrize("side", [64, 128])
-def test_a_users_images_are_liked_and_follow_their_captions(side):
+@pytest.mark.parametrize(("side", "scale"), [(32, 1.6), (64, 1.0), (128, 1.0)])
+def test_a_users_images_are_liked_and_follow_their_captions(side, scale):
     liked, objects, captions = [], [], []
     for number, taste in enumerate(tastes.tastes()[:USERS:3]):
-        scene, caption = scene_of(taste, 5, number)
+        scene, caption = scene_of(taste, 5, number, scale)
         image = render_scene(scene, side, side)
-        liked.append(likes(taste, image))
-        objects.append(read_scene(image))
+        liked.append(likes(taste, image, scale))
+        objects.append(read_scene(image, scale))
         captions.append(caption)
         words = caption.text
         assert not any(

@@ -13,7 +13,7 @@ from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import FusionConfig
 from model.dit import LIDiT
-from model.functional import attention_weights, patchify, unpatchify
+from model.functional import attention_weights, patchify, unpatchify, velocity_to
 from tests.helpers.networks import SMALL, SWITCHES, WIDTHS, close, few, normal, random_inputs, random_network
 
 
@@ -55,6 +55,14 @@ def test_latents_serve_each_branch_of_guidance():
     assert not close(
         network(twice, Condition(timesteps, texts)), network(latents, Condition(timesteps, texts))
     )
+
+
+def test_a_network_that_predicts_clean_latents_returns_the_velocity_to_them():
+    latents, timesteps, texts = random_inputs()
+    clean = random_network()(latents, Condition(timesteps, texts))
+    velocity = random_network(predicts="clean")(latents, Condition(timesteps, texts))
+    assert torch.equal(velocity, velocity_to(clean, latents, timesteps))
+    assert velocity.dtype == clean.dtype
 
 
 def test_a_fresh_network_predicts_zero():

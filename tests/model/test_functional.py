@@ -4,7 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.functional import attention, key_mask, masked_mean, patchify, timestep_features, unpatchify
+from model.functional import (
+    attention,
+    key_mask,
+    masked_mean,
+    patchify,
+    timestep_features,
+    unpatchify,
+    velocity_to,
+)
 from tests.helpers.networks import close, few, normal
 
 
@@ -58,3 +66,16 @@ def test_timesteps_stay_fp32_and_apart():
         math.sin(999.0 * 10_000 ** (-i / 8)) for i in range(8)
     ]
     assert torch.allclose(features[0], torch.tensor(wanted), atol=1e-3)
+
+
+@few
+@given(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4), st.integers(1, 3))
+def test_the_velocity_to_clean_latents_is_that_of_the_line_through_the_noisy_ones(times, branches):
+    clean, noise = normal(len(times), 2, 3, 4).float(), normal(len(times), 2, 3, 4, seed=1).float()
+    t = torch.tensor(times)
+    mix = t.view(-1, 1, 1, 1)
+    noisy = (1 - mix) * clean + mix * noise
+    velocity = velocity_to(clean.repeat(branches, 1, 1, 1), noisy, t.repeat(branches))
+    torch.testing.assert_close(
+        velocity, (noise - clean).repeat(branches, 1, 1, 1), atol=1e-4 / min(times), rtol=0
+    )

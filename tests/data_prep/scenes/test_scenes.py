@@ -26,24 +26,24 @@ ASPECTS = st.floats(0.4, 2.5)
 
 
 @settings(max_examples=150, deadline=None)
-@given(SEEDS, INDEXES, ASPECTS)
-def test_a_scene_is_a_function_of_seed_and_index_and_keeps_its_promises(seed, index, aspect):
-    scene = sample_scene(seed, index, aspect)
-    assert scene == sample_scene(seed, index, aspect)
+@given(SEEDS, INDEXES, ASPECTS, st.sampled_from([0.5, 1.0, 1.6]))
+def test_a_scene_is_a_function_of_seed_and_index_and_keeps_its_promises(seed, index, aspect, scale):
+    scene = sample_scene(seed, index, aspect, scale=scale)
+    assert scene == sample_scene(seed, index, aspect, scale=scale)
     assert 1 <= len(scene.objects) <= MAX_OBJECTS
     assert Counter(item.group for item in scene.objects) == Counter(
         {number: segment.count for number, segment in enumerate(scene.segments)}
     )
 
     for item in scene.objects:
-        half = EXTENTS[item.size] / 2 + MIN_GAP / 2 - 1e-3
+        half = scale * EXTENTS[item.size] / 2 + MIN_GAP / 2 - 1e-3
         assert half <= item.x <= scene.sides[0] - half
         assert half <= item.y <= scene.sides[1] - half
         assert all(getattr(item, name) == value for name, value in scene.segments[item.group].stated.items())
 
     for number, a in enumerate(scene.objects):
         for b in scene.objects[:number]:
-            apart = max(abs(a.x - b.x), abs(a.y - b.y)) - (EXTENTS[a.size] + EXTENTS[b.size]) / 2
+            apart = max(abs(a.x - b.x), abs(a.y - b.y)) - scale * (EXTENTS[a.size] + EXTENTS[b.size]) / 2
             assert apart >= MIN_GAP - 1e-3
 
     for number, a in enumerate(scene.segments):

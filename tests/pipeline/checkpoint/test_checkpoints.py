@@ -11,6 +11,7 @@ import torch
 
 from data_prep.store.store import open_store
 from model.common.errors import UserError
+from pipeline.checkpoint.base import save_base
 from pipeline.checkpoint.checkpoints import Checkpoints, load_weights
 from pipeline.engine.layout import Layout
 from pipeline.engine.master_weights import RankState
@@ -297,6 +298,24 @@ def test_other_averages_than_the_stages_are_refused(tmp_path):
     engine.state = lambda: SimpleNamespace(**{**vars(FakeEngine().state()), "decays": [0.5]})
     with pytest.raises(UserError, match=r"averages of decay \[0.9, 0.99\]"):
         checkpoints.load(engine, checkpoints.newest())
+
+
+def test_a_store_gets_the_frozen_weights_too_once(tmp_path, store_uri):
+    run, store = tmp_path / "run", open_store(store_uri, create=True)
+    checkpoints = Checkpoints(run / "checkpoints", CheckpointConfig(upload=store_uri))
+    for frozen, step in ((1.0, 1), (1.0, 2), (2.0, 3)):
+        save_base(run, {"layer": torch.full((3,), frozen)}, ["layer"])
+        written = {key: store.version(key) for key in store.list("run/base/")}
+        save_steps(checkpoints, [step], wait=False)
+        checkpoints.wait()
+        checkpoints.close()
+        keys = sorted(store.list("run/base/"))
+        assert keys == ["run/base/00000.safetensors", "run/base/base.json"]
+        assert [store.read(key) for key in keys] == [
+            (run / "base" / key.split("/")[-1]).read_bytes() for key in keys
+        ]
+        if step == 2:
+            assert {key: store.version(key) for key in keys} == written
 
 
 def test_a_store_gets_a_copy_whose_manifest_comes_last(tmp_path, store_uri):

@@ -42,6 +42,13 @@ def test_rendered_scenes_score_full(side, wear, least):
     assert scores.by_attribute()["relation"][0] >= (1.0 if wear is None else 0.9)
 
 
+def test_large_objects_score_full_in_tiny_images():
+    prompts = scene_prompts(60, "list", segments=[1, 2, 3, 4], scale=1.6)
+    objects = [read_scene(render_scene(prompt.scene, 32, 32), 1.6) for prompt in prompts]
+    scores = score_objects(objects, [prompt.caption for prompt in prompts]).summary()
+    assert min(scores[name] for name in ("colour", "shape", "size", "texture")) >= 0.995
+
+
 def test_other_aspects_score_full_too():
     prompts = scene_prompts(6, aspect=1.6)
     scores = score_images(

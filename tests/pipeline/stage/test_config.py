@@ -33,6 +33,7 @@ def test_the_documented_stages_are_shipped():
         "li_dit_1b_256_patch_times",
         "patch_times_ablation",
         "scenes_ablation",
+        "speedrun",
     ]
 
 
