@@ -45,6 +45,7 @@ LAYERS = (
     "pipeline.operations",
     "pipeline.reporting",
     "pipeline.ablation",
+    "pipeline.speedruns",
     "pipeline.demonstration",
     "pipeline",
 )

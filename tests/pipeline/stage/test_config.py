@@ -34,6 +34,7 @@ def test_the_documented_stages_are_shipped():
         "patch_times_ablation",
         "scenes_ablation",
         "speedrun",
+        "speedrun_gpu",
     ]
 
 

@@ -1,0 +1,1 @@
+"""The speedrun: rules, records and leaderboard of `python -m pipeline.speedrun`."""
