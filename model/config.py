@@ -109,8 +109,8 @@ class DiTConfig:
     conditions: list[str] = field(default_factory=list)
     """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
     predicts: Literal["target", "clean"] = "target"
-    """What the last layer predicts: the objective's target; or, for `flow`, the clean latents, from which the
-    velocity follows. That is what large patches of pixels need (arXiv 2511.13720)."""
+    """Prediction of the last layer: the objective's target; or, for `flow`, the clean latents, from which the
+    velocity follows, as large patches of pixels need it (arXiv 2511.13720)."""
     difficulty: Literal["none", "attached", "detached"] = "none"
     """Head that predicts each patch's error: none; one that also trains the layers below it; or one that does
     not. `objective.difficulty` trains it, and adds an attached one to `none`."""

@@ -1,4 +1,4 @@
-"""How fast can a network learn to follow prompts? A speedrun on exact scenes, with nothing to download.
+"""Measure how fast a network learns to follow prompts: a speedrun on exact scenes, with nothing to download.
 
     python -m pipeline.speedrun run NAME --track cpu --change "what is new" [key=value ...]
     python -m pipeline.speedrun check benchmarks/results/speedrun/NAME.json [--replay]

@@ -81,7 +81,7 @@ def upload_base(run: Path, store: Store) -> None:
     """
     record = (run / FOLDER / RECORD).read_bytes()
     key = f"{FOLDER}/{RECORD}"
-    # A run that was started afresh has other weights under the same names.
+    # A run that was started again from nothing has other weights under the same names.
     if store.exists(key) and store.read(key, max_bytes=2 * len(record)) == record:
         return
     for name in parse_record(BaseRecord, record)["files"]:

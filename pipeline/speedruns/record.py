@@ -30,7 +30,7 @@ class Report(TypedDict):
 
 
 class Scores(TypedDict):
-    """What the exact scorer says of the images of the held-out prompts, as shares of 1."""
+    """Scores of the images of the held-out prompts by the exact scorer, as shares of 1."""
 
     __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -63,7 +63,7 @@ class Record(TypedDict):
     track: str
     name: str
     change: str
-    """What is new, in a sentence."""
+    """The idea, in a sentence."""
     settings: list[str]
     """`key=value` over the track's stage."""
     conditions: str
@@ -108,7 +108,7 @@ def seconds_to(log: SeedLog, samples: int) -> float:
     if samples <= covered:
         return seconds
 
-    # The score lies between two reports: the next one's speed holds there.
+    # The score is between two reports: the next one's speed holds there.
     later = [report for report in log["reports"] if report["samples"] > samples]
     if not later:
         raise UserError(f"seed {log['seed']}: no report after {samples:,} samples: the log is cut")
