@@ -31,6 +31,7 @@ from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
 from model.scorers.image_text import load_vqa
 from pipeline.evaluation.common import VQA
+from pipeline.following.binding import binding
 from pipeline.following.judged_images import save_judged_images
 from pipeline.following.natural_prompts import MAX_SEGMENTS, NaturalPrompt, natural_prompts
 from pipeline.following.positional_bias import (
@@ -95,7 +96,7 @@ def score_scenes(
         scale: size of the scenes' objects.
 
     Returns:
-        Tables (share of correct claims, number of claims), chance level, scores by segment, and
+        Tables (share of correct claims, number of claims), chance level, scores by segment, binding, and
         `PositionalBias`.
     """
     captions = [prompt.caption for prompt in prompts]
@@ -112,6 +113,7 @@ def score_scenes(
         "by_position": _to_json(scores.by_position()),
         "by_length": _to_json(scores.by_length()),
         "segments": segments,
+        "binding": binding(objects, captions_of_images),
         "positional_bias": positional_bias(segments),
     }
 
@@ -281,6 +283,9 @@ def main() -> None:
     chance = result.get("chance", {})
     for name, share in result["summary"].items():
         print(f"{name:9}{share:7.1%}" + (f"  chance {chance[name]:.1%}" if name in chance else ""))
+    if "binding" in result:
+        share, images = result["binding"]
+        print(f"{'binding':9}{share:7.1%}  chance 50.0% ({images} images of two or more segments)")
     print(result["positional_bias"])
     print(arguments.out / "scores.json")
 
