@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.clips.media import CRF, ClipFormat
+from data_prep.clips.timing import Start
 from data_prep.scenes.captions import CAPTION_KINDS
+from data_prep.scenes.moving import MOVING_CAPTION_KINDS
 from model.common.errors import UserError
 from model.common.settings import MAX_SEED, bounded, read_settings
 from model.config import TextConfig
@@ -14,8 +17,13 @@ MAX_CAPTION_KINDS = 255
 """The number of a kind is stored as one byte."""
 # The passes of the search grow steeply with the distance, and unrelated images differ by about 32 bits.
 MAX_NEAR_BITS = 16
+MAX_CLIP_FRAMES = 1025
 MAX_EVALUATION_SETS = 100
 """The plan's verdict on a row is one byte, which also names the evaluation set."""
+
+
+RENDERED: dict[str, tuple[str, ...]] = {"scenes": CAPTION_KINDS, "moving_scenes": MOVING_CAPTION_KINDS}
+"""Kinds of sources that are rendered, and the kinds of their captions."""
 
 
 @dataclass
@@ -36,8 +44,10 @@ class ScenesConfig:
 class SourceConfig:
     """A source of image-caption pairs."""
 
-    kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji", "scenes"] = "webdataset"
-    """Layout of the files at the path."""
+    kind: Literal["webdataset", "parquet", "folder", "mds", "openmoji", "scenes", "moving_scenes"] = (
+        "webdataset"
+    )
+    """Layout of the files at the path. Moving scenes need `clips`."""
     path: str = ""
     """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=dict)
@@ -50,14 +60,13 @@ class SourceConfig:
     limit: int | None = bounded(None, 1, 10**12)
     """Number of rows to read from the start of each file, for trials; None = all."""
     scenes: ScenesConfig | None = None
-    """Settings of the kind `scenes`."""
+    """Settings of the kinds `scenes` and `moving_scenes`."""
 
     def __post_init__(self) -> None:
         """Fill in the default captions of each kind of source."""
         if not self.captions:
-            self.captions = (
-                {"original": "caption"} if self.scenes is None else {kind: kind for kind in CAPTION_KINDS}
-            )
+            own = RENDERED.get(self.kind, ())
+            self.captions = {kind: kind for kind in own} or {"original": "caption"}
 
 
 @dataclass
@@ -124,6 +133,46 @@ class BucketConfig:
 
 
 @dataclass
+class ClipsConfig:
+    """Clips of videos (mp4, WebM, Matroska) and animations (WebP, GIF), one of each file.
+
+    Without this key, an animation is an image, its first frame, and videos are not read.
+    """
+
+    frames: list[int] = field(default_factory=lambda: [17])
+    """Numbers of frames of a clip, each 4 k + 1, as video VAEs compress 1 + 4 k frames to 1 + k. A video gets
+    the largest one for which it is long enough; each has buckets of its own, such as `256x256x17`."""
+    fps: float = bounded(24.0, 0.1, 1_000.0)
+    """Wanted frames per second. A clip is every n-th frame of its video, with the n that comes nearest; its
+    own rate is stored."""
+    start: Start = "middle"
+    """Position of a clip in its video: in the middle, at the start, or random (a function of `seed` and the
+    file's content)."""
+    format: ClipFormat = "mp4"
+    """Format of the stored clips: H.264 (needs the extra `video`), or animated WebP without loss."""
+    crf: int = bounded(CRF, 0, 51)
+    """Constant rate factor of H.264: smaller is better and larger."""
+    min_motion: float = bounded(0.0, 0.0, 255.0)
+    """Clips whose neighboring frames differ by less on average are dropped, in levels of luma at 64 px."""
+    max_jump: float = bounded(255.0, 0.0, 255.0)
+    """Clips in which two neighboring frames differ by more are dropped, likewise: they have a cut."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers of frames.
+
+        Raises:
+            UserError: if one is not 4 k + 1, or there are none.
+        """
+        for number in self.frames:
+            if not 5 <= number <= MAX_CLIP_FRAMES or number % 4 != 1:
+                raise UserError(
+                    f"clips.frames: {number} is not 4 k + 1, from 5 to {MAX_CLIP_FRAMES}: change it"
+                )
+        if not self.frames or len(set(self.frames)) < len(self.frames):
+            raise UserError("clips.frames: give at least one number, and each once")
+
+
+@dataclass
 class LatentsConfig:
     """A latents family: the latent space that the pairs are encoded in."""
 
@@ -169,6 +218,7 @@ class DatasetConfig:
     filters: list[FilterConfig] = field(default_factory=list)
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
+    clips: ClipsConfig | None = None
     part_rows: int = bounded(1024, 1, 10**9)
     """Rows per part, the unit of work and of commits."""
     shuffle_window: int = bounded(65536, 1, 10**12)
@@ -194,6 +244,8 @@ class DatasetConfig:
         for number, source in enumerate(self.sources):
             _check_source(f"sources[{number}]", source)
             self._check_kinds(number, source)
+            if source.kind == "moving_scenes" and self.clips is None:
+                raise UserError(f"sources[{number}]: moving scenes are clips: set `clips`")
         for number, source in enumerate(self.dedupe.against or []):
             self._check_evaluation_set(number, source)
 
@@ -201,6 +253,11 @@ class DatasetConfig:
         kinds = self.caption_kinds
         if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
             raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
+
+    @property
+    def clip_frames(self) -> list[int]:
+        """Numbers of frames of clips; empty for a dataset of images."""
+        return self.clips.frames if self.clips else []
 
     def _check_kinds(self, number: int, source: SourceConfig) -> None:
         """Check the caption kinds of source `number`."""
@@ -225,9 +282,9 @@ class DatasetConfig:
 def _check_source(name: str, source: SourceConfig) -> None:
     """Check one entry of a list of sources; `name` is the entry's, for the message."""
     # Other code asks only for `source.scenes`, so the two must agree.
-    if (source.kind == "scenes") != (source.scenes is not None):
+    if (source.kind in RENDERED) != (source.scenes is not None):
         raise UserError(f"{name}: `scenes` and kind=scenes go together: give both, or neither")
-    if not source.path and source.kind not in ("openmoji", "scenes"):
+    if not source.path and source.kind not in ("openmoji", *RENDERED):
         raise UserError(f"{name}.path is empty: give a local path or an s3:// URI")
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from data_prep.clips.animation import MIN_MILLISECONDS, frame_count
 from data_prep.clips.video import decode_mp4, encode_mp4, is_mp4
 from data_prep.images.images import DAMAGED, ImageError, faults_as_image_errors
 
@@ -44,8 +45,9 @@ def encode_clip(
         "WEBP",
         save_all=True,
         append_images=images[1:],
-        duration=max(1, round(1000 / fps)),
+        duration=max(MIN_MILLISECONDS, round(1000 / fps)),
         lossless=True,
+        xmp=frame_count(len(frames)),
         # Fixed: the plan hashes the bytes of moving scenes, and `pairs` encodes them again.
         quality=50,
         method=2,

@@ -1,12 +1,24 @@
-"""Videos, through PyAV: the only file that imports it."""
+"""Videos, through PyAV: the only file that imports it.
+
+Times of all frames are read from the packets without decoding, so the frames of a clip are known before any
+is decoded. Decoding starts at the keyframe before the first of them. Memory holds the file, the packets'
+times, one decoded frame and the clip at its final size, whatever the length of the video.
+"""
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from data_prep.images.images import DAMAGED, ImageError
+from data_prep.clips.timing import Timeline
+from data_prep.dataset.schema import Bucket
+from data_prep.images.images import DAMAGED, MAX_FILE_BYTES, MAX_PIXELS, TOO_LARGE, Crop, ImageError
+from model.common.errors import UserError
 from model.common.extras import require
 
 ENCODER_PRESET = "veryfast"
@@ -15,6 +27,28 @@ MAX_STORED_BYTES = 1 << 30
 SCALING = 4 | 1 << 13 | 1 << 14 | 1 << 18
 """Flags of ffmpeg's scaler: bicubic, chroma at full resolution inside, accurate rounding. Without the last,
 all colors are one level too dark."""
+
+NO_VIDEO = "clip: no video"
+UNKNOWN_CODEC = "clip: unknown codec"
+NO_FRAMES = "clip: no frames"
+NO_KEYFRAME = "clip: no keyframe"
+NO_TIMES = "clip: frames without times"
+CUT_SHORT = "clip: cut short"
+BROKEN = "clip: damaged"
+PIXEL_FORMAT = "clip: pixel format"
+HDR = "clip: high dynamic range"
+TOO_MANY = "clip: too many frames"
+MAX_FRAMES = 1 << 22
+"""19 hours at 60 frames per second; their times take 34 MB."""
+CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mjpeg", "ffv1", "prores"}
+"""Decoders that are used. The others, some hundred, are seldom tested and have a large attack surface."""
+HDR_TRANSFERS = {16, 18}
+"""Transfers of PQ and HLG: without tone mapping such a video looks pale."""
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+"""Color matrix of a frame -> the name that the scaler has for it."""
+HD_HEIGHT = 720
+"""Videos that name no matrix have BT.709 from this height on, and BT.601 below."""
+EBML = b"\x1aE\xdf\xa3"
 
 
 def pyav() -> ModuleType:
@@ -30,6 +64,11 @@ def pyav() -> ModuleType:
     # ffmpeg writes a line per odd frame, which would fill the log of a large dataset.
     av.logging.set_level(None)
     return av
+
+
+def is_video(data: bytes) -> bool:
+    """True if a file starts like a video that is read: mp4, QuickTime, Matroska or WebM."""
+    return is_mp4(data) or data.startswith(EBML)
 
 
 def is_mp4(data: bytes) -> bool:
@@ -101,3 +140,234 @@ def decode_mp4(data: bytes) -> np.ndarray:
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ImageError(DAMAGED, f"{type(error).__name__}: {error}"[:200]) from error
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+
+
+class Video:
+    """A video, with the times of its frames. It is opened again for each pass over it."""
+
+    def __init__(self, data: bytes) -> None:
+        """Read the times of all frames.
+
+        Raises:
+            ImageError: if there is no frame, or one without a time, or the times are absurd.
+            UserError: if PyAV is not installed.
+        """
+        if len(data) > MAX_FILE_BYTES:
+            raise ImageError(TOO_LARGE, f"{len(data)} bytes")
+        self._data = data
+        times: list[int] = []
+        self._keys: list[int] = []
+        packets, latest, last = 0, None, 0
+        with self._opened() as (container, stream):
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue  # marks the end
+                packets += 1
+                if packets > MAX_FRAMES:
+                    raise ImageError(TOO_MANY, f"more than {MAX_FRAMES:,}")
+                # Edit lists hide frames that only others are decoded from.
+                if packet.is_discard:
+                    continue
+                if packet.pts is None:
+                    raise ImageError(NO_TIMES)
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    self._keys.append(packet.pts)
+                if latest is None or packet.pts >= latest:
+                    latest, last = packet.pts, packet.duration or 0
+
+            if packets < stream.frames:
+                raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
+            unit = Fraction(stream.time_base)
+        if not times:
+            raise ImageError(NO_FRAMES)
+        if not self._keys:
+            raise ImageError(NO_KEYFRAME, f"{len(times)} frames")
+        self._keys.sort()
+        self.timeline = Timeline.of(times, last, unit)
+
+    @property
+    def height(self) -> int:
+        """Height of the upright frames."""
+        return self._size[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the upright frames, in square pixels."""
+        return self._size[1]
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        """Size of the first frame that can be decoded: only frames have their rotation."""
+        with self._opened() as (container, stream):
+            for frame in container.decode(stream):
+                return upright_size(frame, stream.sample_aspect_ratio)
+        raise ImageError(BROKEN, "no frame can be decoded")
+
+    def read(self, indices: Sequence[int], bucket: Bucket) -> tuple[np.ndarray, Crop]:
+        """Return frames of the bucket's size, uint8 [T, H, W, 3], and the crop in pixels of the original.
+
+        Args:
+            indices: places in the timeline, ascending; a place may occur several times.
+            bucket: height and width.
+
+        Raises:
+            ImageError: if a frame cannot be decoded.
+        """
+        times = [int(self.timeline.times[index]) for index in indices]
+        wanted = sorted(set(times))
+        pixels = self.decode(wanted, bucket)
+        # Some containers lead behind the keyframe, or name one that is none.
+        if pixels is None:
+            pixels = self.decode(wanted, bucket, seek=False)
+        if pixels is None:
+            raise ImageError(BROKEN, f"a frame of {len(wanted)} is missing")
+        frames, crop = pixels
+        return np.stack([frames[time] for time in times]), crop
+
+    def decode(
+        self, times: Sequence[int], bucket: Bucket, seek: bool = True
+    ) -> tuple[dict[int, np.ndarray], Crop] | None:
+        """Decode the frames at some times.
+
+        Args:
+            times: times in units of the timeline, ascending and different.
+            bucket: height and width.
+            seek: start at the keyframe before the first of them, not at the start of the video.
+
+        Returns:
+            The frames by their time, uint8 [H, W, 3] each, and the crop; None if one did not come.
+
+        Raises:
+            ImageError: if a frame is damaged, or has pixels that are not read.
+        """
+        frames: dict[int, np.ndarray] = {}
+        with self._opened() as (container, stream):
+            if seek:
+                place = int(np.searchsorted(self._keys, times[0], side="right")) - 1
+                container.seek(self._keys[max(0, place)], stream=stream, backward=True)
+            fit = _Fit(stream.sample_aspect_ratio, bucket)
+            for frame in container.decode(stream):
+                time = times[len(frames)]
+                if frame.pts is None:
+                    raise ImageError(NO_TIMES)
+                if frame.pts > time:
+                    return None
+                if frame.pts == time:
+                    if frame.is_corrupt:
+                        raise ImageError(BROKEN, f"frame {len(frames)} of the clip")
+                    frames[time] = fit.pixels(frame)
+                    if len(frames) == len(times):
+                        return frames, fit.crop
+        return None
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Open the container and its first video stream."""
+        av = pyav()
+        # Named, so that no other demuxer is tried: a playlist, for one, would open what it names.
+        name = "mp4" if is_mp4(self._data) else "matroska"
+        with _faults(), av.open(io.BytesIO(self._data), format=name, metadata_errors="replace") as container:
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                raise ImageError(NO_VIDEO)
+            context = streams[0].codec_context
+            if context is None or context.name not in CODECS:
+                raise ImageError(UNKNOWN_CODEC, getattr(context, "name", ""))
+            if context.height * context.width > MAX_PIXELS:
+                raise ImageError(TOO_LARGE, f"{context.height}x{context.width}")
+            # The workers are processes, as many as there are cores.
+            context.thread_count, context.thread_type = 1, "NONE"
+            yield container, streams[0]
+
+
+@contextmanager
+def open_video(data: bytes) -> Iterator[Video]:
+    """Open a video.
+
+    Raises:
+        ImageError: if it is damaged, or is not read.
+        UserError: if PyAV is not installed.
+    """
+    yield Video(data)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Turn every exception into an `ImageError`: decoders of foreign bytes raise all kinds."""
+    try:
+        yield
+    except (ImageError, UserError):
+        raise
+    except Exception as error:
+        raise ImageError(BROKEN, f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def turns_of(frame: Any) -> int:
+    """Return the quarter turns, counterclockwise, that make a frame upright: 0 to 3."""
+    return round(frame.rotation / 90) % 4
+
+
+def upright_size(frame: Any, pixel_aspect: Fraction | None) -> tuple[int, int]:
+    """Return height and width of a frame that is upright and has square pixels.
+
+    Args:
+        frame: PyAV's frame.
+        pixel_aspect: width / height of a pixel; None or 0 = square.
+    """
+    height, width = frame.height, max(1, round(frame.width * (pixel_aspect or 1)))
+    return (width, height) if turns_of(frame) % 2 else (height, width)
+
+
+class _Fit:
+    """Frames of one video, scaled so that they cover a bucket, and cropped to it."""
+
+    def __init__(self, pixel_aspect: Fraction | None, bucket: Bucket) -> None:
+        self._pixel_aspect = pixel_aspect
+        self._bucket = bucket
+        self._reformatter = pyav().video.reformatter.VideoReformatter()
+        self.crop = Crop(0, 0, 0, 0)
+        """In pixels of the upright original; of the last frame, as all frames have one size."""
+
+    def pixels(self, frame: Any) -> np.ndarray:
+        """Return a frame of the bucket's size, uint8 [H, W, 3].
+
+        Raises:
+            ImageError: if its pixels are not read.
+        """
+        if frame.color_trc in HDR_TRANSFERS:
+            raise ImageError(HDR, f"transfer {frame.color_trc}")
+        bucket = self._bucket
+        height, width = upright_size(frame, self._pixel_aspect)
+        scale = max(bucket.height / height, bucket.width / width)
+        rows, columns = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
+        if rows * columns > MAX_PIXELS:
+            raise ImageError(TOO_LARGE, f"{height}x{width}")
+
+        turns = turns_of(frame)
+        sides = (columns, rows) if turns % 2 else (rows, columns)
+        pixels = np.rot90(self._scaled(frame, *sides), turns)
+        top, left = (rows - bucket.height) // 2, (columns - bucket.width) // 2
+        down, right = height / rows, width / columns
+        self.crop = Crop(
+            left * right, top * down, (left + bucket.width) * right, (top + bucket.height) * down
+        )
+        return np.ascontiguousarray(pixels[top : top + bucket.height, left : left + bucket.width])
+
+    def _scaled(self, frame: Any, height: int, width: int) -> np.ndarray:
+        """Scale a frame and convert it to RGB in one pass."""
+        matrix = MATRICES.get(frame.colorspace, 1 if frame.height >= HD_HEIGHT else 5)
+        try:
+            picture = self._reformatter.reformat(
+                frame,
+                width=width,
+                height=height,
+                format="rgb24",
+                src_colorspace=matrix,
+                interpolation=SCALING,
+                threads=1,
+            )
+            return picture.to_ndarray()
+        except Exception as error:
+            raise ImageError(PIXEL_FORMAT, f"{frame.format.name}: {error}"[:200]) from error

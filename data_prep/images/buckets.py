@@ -1,6 +1,9 @@
-"""Equal-area aspect-ratio buckets, and the assignment of images to them. Pure functions of integers."""
+"""Equal-area aspect-ratio buckets, and the assignment of images and clips to them. Pure functions of
+integers."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from data_prep.dataset.schema import Bucket
@@ -8,6 +11,7 @@ from model.common.errors import UserError
 
 TOO_SMALL = "bucket: would grow too much"
 TOO_CROPPED = "bucket: crop would lose too much"
+TOO_SHORT = "bucket: too short"
 
 
 class BucketSettings(Protocol):
@@ -18,12 +22,16 @@ class BucketSettings(Protocol):
     step: int
 
 
-def make_buckets(config: BucketSettings) -> list[Bucket]:
-    """Return all buckets of about `resolution`^2 pixels.
+def make_buckets(config: BucketSettings, frames: Sequence[int] = ()) -> list[Bucket]:
+    """Return all buckets of about `resolution`^2 pixels: those of images, then those of clips.
 
     Sides are multiples of `step`, and the aspect is at most `max_aspect`. For every short side, the long side
     is the multiple nearest to equal area, so areas differ by at most `step` / 2 times the short side. The
     square is always included, and so is the transpose of every bucket.
+
+    Args:
+        config: sides and aspects.
+        frames: numbers of frames of clips, each with a bucket of every size.
 
     Raises:
         UserError: if the resolution is not a multiple of the step, or the maximum aspect is below 1.
@@ -45,7 +53,21 @@ def make_buckets(config: BucketSettings) -> list[Bucket]:
         if short < long <= config.max_aspect * short:
             buckets |= {Bucket(short, long), Bucket(long, short)}
     # A scene's bucket is a random index into this list, so another order would change every set of scenes.
-    return sorted(buckets, key=lambda bucket: (bucket.height / bucket.width, bucket.height))
+    images = sorted(buckets, key=lambda bucket: (bucket.height / bucket.width, bucket.height))
+    return images + [replace(bucket, frames=number) for number in sorted(frames) for bucket in images]
+
+
+def with_frames(bucket: Bucket, frames: Sequence[int], usable: int) -> Bucket | str:
+    """Return the bucket of a clip: with the largest number of frames that is usable, or the reason why there
+    is none.
+
+    Args:
+        bucket: height and width.
+        frames: numbers of frames to choose from.
+        usable: frames that a video has at the clip's rate.
+    """
+    number = max((number for number in frames if number <= usable), default=0)
+    return replace(bucket, frames=number) if number else TOO_SHORT
 
 
 def assign(

@@ -1,5 +1,5 @@
-"""Turn planned rows into encoded images: the order in which the sources are read, and the work of a worker
-process.
+"""Turn planned rows into encoded images and clips: the order in which the sources are read, and the work of a
+worker process.
 
 Images with random access (tars, folders, MDS, paths) are fetched by the workers, part by part. Bytes inside
 parquet have none, so there the rows of all parts are read in the order of the source: this process reads
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 import xxhash
 
+from data_prep.clips.clips import FittedClip, fit_clip
+from data_prep.clips.media import encode_clip
+from data_prep.config import ClipsConfig
 from data_prep.dataset.schema import Bucket, Part
 from data_prep.images.images import Crop, ImageError, encode_image, fit_bucket
 from data_prep.sources.parquet import ParquetSource
@@ -41,7 +44,7 @@ class ImageTask(NamedTuple):
 
 
 class EncodedImage(NamedTuple):
-    """The result of a task: an encoded image, or the reason why there is none."""
+    """The result of a task: an encoded image or clip, or the reason why there is none."""
 
     part: Part
     row: int
@@ -49,6 +52,8 @@ class EncodedImage(NamedTuple):
     crop: Crop | None = None
     reason: str = ""
     detail: str = ""
+    columns: dict[str, Any] | None = None
+    """Columns that only clips have (`CLIP_COLUMNS`)."""
 
 
 @dataclass
@@ -58,6 +63,8 @@ class EncodingContext:
     sources: OpenSources
     image_format: str
     quality: int
+    clips: ClipsConfig | None = None
+    seed: int = 0
 
 
 def order_tasks(
@@ -141,8 +148,36 @@ def _encode_image(context: EncodingContext, task: ImageTask, data: bytes | None)
     if xxhash.xxh3_64_intdigest(data) != task.hash:
         return EncodedImage(task.part, task.row, reason=CHANGED)
 
+    bucket = Bucket.parse(task.part.bucket)
     try:
-        image, crop = fit_bucket(data, Bucket.parse(task.part.bucket))
+        if bucket.frames > 1:
+            return _encode_clip(context, task, data, bucket)
+        image, crop = fit_bucket(data, bucket)
     except ImageError as error:
         return EncodedImage(task.part, task.row, reason=error.reason, detail=error.detail)
     return EncodedImage(task.part, task.row, encode_image(image, context.image_format, context.quality), crop)
+
+
+def _encode_clip(context: EncodingContext, task: ImageTask, data: bytes, bucket: Bucket) -> EncodedImage:
+    """Encode the clip of a video.
+
+    Raises:
+        ImageError: if the video cannot be used.
+    """
+    clips = context.clips
+    assert clips is not None, "a plan with clips was made with their settings"
+    # The hash and not the id: a video gives the same clip wherever it is in the list of files.
+    clip = fit_clip(data, bucket, clips, (context.seed, task.hash))
+    encoded = encode_clip(clip.frames, clip.choice.fps, clips.format, clips.crf)
+    return EncodedImage(task.part, task.row, encoded, clip.crop, columns=_clip_columns(clip))
+
+
+def _clip_columns(clip: FittedClip) -> dict[str, Any]:
+    return {
+        "frames": len(clip.frames),
+        "fps": clip.choice.fps,
+        "stride": clip.choice.stride,
+        "start": clip.choice.start,
+        "motion": clip.motion,
+        "jump": clip.jump,
+    }

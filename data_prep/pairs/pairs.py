@@ -87,6 +87,22 @@ COLUMNS = pa.schema(
     ]
 )
 """Columns of `pairs.parquet`; `crop` is left, top, right, bottom in pixels of the upright original."""
+CLIP_COLUMNS = pa.schema(
+    [
+        *COLUMNS,
+        ("frames", pa.int32()),
+        ("fps", pa.float32()),
+        ("stride", pa.int32()),
+        ("start", pa.float64()),
+        ("motion", pa.float32()),
+        ("jump", pa.float32()),
+    ]
+)
+"""Columns of a part of clips.
+
+Frames, and frames per second, of the stored clip; frame intervals of the video from one of its frames to the
+next; seconds of the video before it; mean and largest difference of neighboring frames (`measure_motion`).
+"""
 DROPPED = pa.schema(
     [("id", pa.int64()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -206,7 +222,7 @@ def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], pro
     """Numbers of the source files with many images, which are read by their place in the file."""
     open_parts: dict[Part, _OpenPart] = {}
     commits: deque[Future[Counter[str]]] = deque()
-    context = EncodingContext(sources, config.image_format, config.image_quality)
+    context = EncodingContext(sources, config.image_format, config.image_quality, config.clips, config.seed)
     with (
         tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
         Workers(encode_images, context, _crashed, config.workers) as workers,
@@ -333,7 +349,8 @@ class _OpenPart:
             return {}
         files = {TAR: self._folder / TAR, TABLE: self._folder / TABLE}
         records = [self._record(config, stored) for stored in written]
-        pq.write_table(pa.Table.from_pylist(records, COLUMNS), files[TABLE], compression="zstd")
+        columns = CLIP_COLUMNS if Bucket.parse(self._part.bucket).frames > 1 else COLUMNS
+        pq.write_table(pa.Table.from_pylist(records, columns), files[TABLE], compression="zstd")
 
         # The tar has the table's order, whereas the images were stored as they arrived.
         images = self._folder / IMAGES
@@ -369,8 +386,9 @@ class _OpenPart:
         row, crop = stored.row, stored.result.crop
         assert crop is not None, "an encoded image has a crop"
         bucket = Bucket.parse(self._part.bucket)
+        clips = config.clips if bucket.frames > 1 else None
         # By convention, WebDataset names JPEGs `.jpg`.
-        suffix = {"jpeg": "jpg"}.get(config.image_format, config.image_format)
+        suffix = clips.format if clips else {"jpeg": "jpg"}.get(config.image_format, config.image_format)
         return {
             "id": row["id"],
             "key": row["key"],
@@ -383,6 +401,7 @@ class _OpenPart:
             # 19 digits, as many as an int64 can have, so that names sort by id.
             "member": f"{row['id']:019d}.{suffix}",
             "bytes": stored.size,
+            **(stored.result.columns or {}),
         }
 
 

@@ -38,11 +38,29 @@ PAIR_ROWS = 1 << 20
 ROW = np.dtype([("hash", "<u8"), ("id", "<i8")])
 HASH_SIDE = 64
 """Side to which an image is reduced before its perceptual hash; pHash itself reduces it further, to 32."""
+CLIP_BITS = (22, 21, 21)
+"""Bits of a clip's hash from its first, middle and last frame."""
+LOWEST_FREQUENCIES = sorted(itertools.product(range(8), range(8)), key=lambda place: (sum(place), place))
+"""Places of pHash's bits, by the frequency of their coefficient."""
 
 
 def perceptual_hash(image: Image.Image) -> int:
     """Return the 64-bit pHash of an RGB image."""
     bits = imagehash.phash(image).hash.flatten()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def clip_hash(frames: Sequence[np.ndarray]) -> int:
+    """Return 64 bits of the pHashes of three frames of a clip, each uint8 [H, W, 3]: those of the lowest
+    frequencies, 22 of the first frame and 21 of each other one.
+
+    So a clip has as many bits as an image, and one search finds the near duplicates of both. If all three
+    frames are the same, the bits say less: clips without motion are for `clips.min_motion` to drop.
+    """
+    bits: list[bool] = []
+    for frame, count in zip(frames, CLIP_BITS, strict=True):
+        hash = imagehash.phash(Image.fromarray(frame)).hash
+        bits += [bool(hash[place]) for place in LOWEST_FREQUENCIES[:count]]
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

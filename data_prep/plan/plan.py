@@ -65,7 +65,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
 
     # Built here only to raise errors before hours of work.
     Filters(config.filters)
-    make_buckets(config.buckets)
+    make_buckets(config.buckets, config.clip_frames)
 
     created = check_settings(config, dataset, create=True)
     # A plan never changes, so a second run only reads it.
@@ -124,6 +124,8 @@ def _settings_record(config: DatasetConfig) -> dict[str, Any]:
     for source in record["sources"]:
         if source["scenes"] is None:
             del source["scenes"]  # records written before this setting existed do not have it
+    if record["clips"] is None:
+        del record["clips"]
     for name in ("against", "drop"):
         if record["dedupe"][name] is None:
             del record["dedupe"][name]  # these neither

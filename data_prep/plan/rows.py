@@ -60,7 +60,9 @@ class JudgedRows:
         self._scanned = scanned
         self._duplicates = duplicates
         self._reasons = reasons_of(scanned.config)
-        self._buckets = [bucket.name for bucket in make_buckets(scanned.config.buckets)]
+        self._buckets = [
+            bucket.name for bucket in make_buckets(scanned.config.buckets, scanned.config.clip_frames)
+        ]
 
     def make(self) -> None:
         """Make all units.

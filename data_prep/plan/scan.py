@@ -13,11 +13,13 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from data_prep.config import DatasetConfig
-from data_prep.images.buckets import assign, make_buckets
+from data_prep.clips.clips import is_clip, probe_clip
+from data_prep.config import ClipsConfig, DatasetConfig
+from data_prep.dataset.schema import Bucket
+from data_prep.images.buckets import TOO_SHORT, assign, make_buckets, with_frames
 from data_prep.images.images import ImageError, decode_image, image_size
 from data_prep.plan.captions import gather_captions
-from data_prep.plan.dedupe import HASH_SIDE, perceptual_hash
+from data_prep.plan.dedupe import HASH_SIDE, clip_hash, perceptual_hash
 from data_prep.plan.filters import Filters, Row
 from data_prep.sources.sample import NO_IMAGE, Sample, in_chunks, printable
 from data_prep.sources.source import Source, SourceFile
@@ -63,7 +65,7 @@ The hashes are null if there are none; `reason` then says why.
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Result of a worker for one image."""
+    """Result of a worker for one image or video."""
 
     height: int = 0
     width: int = 0
@@ -71,21 +73,43 @@ class ImageFacts:
     phash: int | None = None
     reason: str = ""
     detail: str = ""
+    frames: int = 1
+    """Frames of the longest clip of a video; 1 for an image."""
+    fps: float = 0.0
+    """Rate of that clip; 0 for an image."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns of a video for filters, besides its size."""
+        return {"frames": self.frames, "fps": self.fps} if self.fps else {}
 
 
-def inspect_images(near: bool, images: Sequence[bytes | None]) -> list[ImageFacts]:
-    """Return size, hash and, if `near`, perceptual hash of each image."""
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that a worker needs besides the images; sent once."""
+
+    near: bool
+    """True if near duplicates are looked for."""
+    clips: ClipsConfig | None
+    """Settings of clips; None = animations are images, and videos are not read."""
+    seed: int
+
+
+def inspect_images(inspection: Inspection, images: Sequence[bytes | None]) -> list[ImageFacts]:
+    """Return size, hash and, if wanted, perceptual hash of each image or video."""
     # A row without an image keeps its place in the chunk, so that results match the samples.
-    return [ImageFacts() if image is None else _inspect(image, near) for image in images]
+    return [ImageFacts() if image is None else _inspect(image, inspection) for image in images]
 
 
-def _inspect(image: bytes, near: bool) -> ImageFacts:
+def _inspect(image: bytes, inspection: Inspection) -> ImageFacts:
     # Before decoding, so that a damaged image has a hash as well.
     hash = xxhash.xxh3_64_intdigest(image)
     try:
+        if inspection.clips is not None and is_clip(image):
+            return _inspect_clip(image, hash, inspection.clips, inspection)
         height, width = image_size(image)
         phash = None
-        if near:
+        if inspection.near:
             # JPEG decoders scale while decoding, so a small image is much cheaper than the full one.
             scale = max(1.0, HASH_SIDE / min(height, width))
             side = int(HASH_SIDE * scale)
@@ -93,6 +117,18 @@ def _inspect(image: bytes, near: bool) -> ImageFacts:
         return ImageFacts(height, width, hash, phash)
     except ImageError as error:
         return ImageFacts(hash=hash, reason=error.reason, detail=error.detail)
+
+
+def _inspect_clip(data: bytes, hash: int, clips: ClipsConfig, inspection: Inspection) -> ImageFacts:
+    """Return the facts of a video.
+
+    Raises:
+        ImageError: if it cannot be used.
+    """
+    side = HASH_SIDE if inspection.near else 0
+    facts = probe_clip(data, clips, (inspection.seed, hash), side)
+    phash = clip_hash(facts.ends) if facts.ends else None
+    return ImageFacts(facts.height, facts.width, hash, phash, frames=facts.frames, fps=facts.fps)
 
 
 class Scanner:
@@ -103,8 +139,10 @@ class Scanner:
         self._filters = Filters(config.filters)
         self._buckets = make_buckets(config.buckets)
         self._kinds = {kind: number for number, kind in enumerate(config.caption_kinds)}
-        near = config.dedupe.near is not None
-        self._workers = Workers(inspect_images, near, lambda _: ImageFacts(reason=CRASHED), config.workers)
+        inspection = Inspection(config.dedupe.near is not None, config.clips, config.seed)
+        self._workers = Workers(
+            inspect_images, inspection, lambda _: ImageFacts(reason=CRASHED), config.workers
+        )
 
     def __enter__(self) -> "Scanner":
         return self
@@ -179,7 +217,8 @@ class Scanner:
             reason = sample.reason or image.reason or ("" if captions else refused[0])
             if sample.reason:
                 refused = []  # captions of a row that its source cannot deliver are not judged
-            rows.append(Row(sample.record, captions, image.height, image.width, reason, refused))
+            record = {**sample.record, **image.columns}
+            rows.append(Row(record, captions, image.height, image.width, reason, refused))
         self._filters.apply(rows)
 
         records = []
@@ -197,6 +236,8 @@ class Scanner:
             assigned = assign(
                 self._buckets, image.height, image.width, settings.max_upscale, settings.max_crop
             )
+            if image.fps and isinstance(assigned, Bucket):
+                assigned = with_frames(assigned, self._config.clip_frames, image.frames)
             if isinstance(assigned, str):
                 row.reason = assigned
             else:
@@ -207,7 +248,7 @@ class Scanner:
             "id": file.number << 32 | number,
             "key": printable(sample.key)[:MAX_TEXT],
             "reason": row.reason,
-            "detail": printable(sample.detail or image.detail)[:MAX_TEXT],
+            "detail": printable(sample.detail or image.detail or _length(row, image))[:MAX_TEXT],
             "captions": captions,
             "refused": row.refused,
             "height": image.height,
@@ -219,3 +260,8 @@ class Scanner:
             "length": sample.place.length,
             "path": sample.place.path,
         }
+
+
+def _length(row: Row, image: ImageFacts) -> str:
+    """Return the length of a video that is left out for it, as the detail of its row."""
+    return f"{image.frames} frames at {image.fps:.3g} per second" if row.reason == TOO_SHORT else ""

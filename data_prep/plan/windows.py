@@ -62,7 +62,7 @@ class Windows:
         self._step = config.part_rows * math.lcm(windows, PARTS_PER_FILE)
         self._ends: dict[str, np.ndarray] = {}
         """For each bucket, the rows up to the end of each group, int64 [groups]."""
-        for bucket in make_buckets(config.buckets):
+        for bucket in make_buckets(config.buckets, config.clip_frames):
             ends = np.cumsum(rows.bucket_rows(bucket.name))
             if ends[-1]:
                 self._ends[bucket.name] = ends

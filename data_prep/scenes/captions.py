@@ -251,22 +251,28 @@ def _paragraph(
 # -- Chinese -------------------------------------------------------------------------------------------------
 
 
-def _zh_name(segment: Segment) -> str:
+def zh_name(segment: Segment) -> str:
+    """Return color, texture, size and shape in Chinese, as in 绿色条纹小三角形."""
     texture = _ZH_TEXTURES[segment.texture] if segment.texture else ""
     size = _ZH_SIZES[segment.size] if segment.size else ""
     return f"{_ZH_COLORS[segment.colour]}{texture}{size}{_ZH_SHAPES[segment.shape]}"
 
 
+def zh_ground(ground: Ground) -> str:
+    """Return the ground in Chinese, as in 白色纯色."""
+    return f"{_ZH_TONES[ground.tone]}{_ZH_PATTERNS[ground.pattern]}"
+
+
 def _zh(
     segments: Sequence[Segment], relations: Sequence[Relation], ground: Ground, random: np.random.Generator
 ) -> str:
-    names = [f"{_ZH_NUMBERS[segment.count]}个{_zh_name(segment)}" for segment in segments]
+    names = [f"{_ZH_NUMBERS[segment.count]}个{zh_name(segment)}" for segment in segments]
     objects = "和".join(names) if len(names) < 3 else f"{'、'.join(names[:-1])}和{names[-1]}"
     start = ["画面中有", "图中有", ""][random.integers(3)]
 
-    text = f"{start}{objects}，背景是{_ZH_TONES[ground.tone]}{_ZH_PATTERNS[ground.pattern]}"
+    text = f"{start}{objects}，背景是{zh_ground(ground)}"
     for relation in relations:
-        subject, other = (_zh_name(segments[number]) for number in (relation.subject, relation.other))
+        subject, other = (zh_name(segments[number]) for number in (relation.subject, relation.other))
         text += f"，{subject}在{other}的{_ZH_DIRECTIONS[relation.direction]}"
     return f"{text}。"
 

@@ -2,11 +2,12 @@
 
 import io
 import math
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from data_prep.scenes.grammar import EXTENTS, Color, Ground, Scene, SceneObject, Shape, Texture, Tone
+from data_prep.scenes.grammar import EXTENTS, Color, Ground, Scene, Shape, Texture, Tone
 
 PALETTE: dict[Color, tuple[int, int, int]] = {
     "red": (220, 30, 40),
@@ -122,21 +123,57 @@ def render_scene(scene: Scene, height: int, width: int) -> np.ndarray:
         The image, uint8 [height, width, 3].
     """
     # Objects do not overlap, so their order does not matter.
-    image = np.repeat(_render_ground(scene.ground, scene.seed, height, width)[:, :, None], 3, axis=2)
+    image = render_ground(scene.ground, scene.seed, height, width)
     for item in scene.objects:
-        _render_object(image, scene, item)
+        blend_object(image, scene.sides, item, item.x, item.y, scene.scale * EXTENTS[item.size])
+    return to_levels(image)
+
+
+def to_levels(image: np.ndarray) -> np.ndarray:
+    """Round an image fp64 [H, W, 3] to uint8."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def _render_object(image: np.ndarray, scene: Scene, item: SceneObject) -> None:
-    """Blend one object into `image`, fp64 [H, W, 3]."""
+class Looks(Protocol):
+    """The attributes of an object that do not depend on where it is."""
+
+    @property
+    def colour(self) -> Color:
+        """Name of its color."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """Name of its shape."""
+        ...
+
+    @property
+    def texture(self) -> Texture:
+        """Name of its texture."""
+        ...
+
+
+def blend_object(
+    image: np.ndarray, sides: tuple[float, float], item: Looks, x: float, y: float, extent: float
+) -> None:
+    """Blend one object into an image.
+
+    Args:
+        image: fp64 [H, W, 3].
+        sides: width and height of the plane, in scene units.
+        item: its color, shape and texture.
+        x: its center, in scene units.
+        y: its center, in scene units.
+        extent: side of its square, in scene units.
+    """
     height, width, _ = image.shape
-    half = scene.scale * EXTENTS[item.size] / 2
-    pixels_per_unit = width / scene.sides[0], height / scene.sides[1]
+    height, width, _ = image.shape
+    half = extent / 2
+    pixels_per_unit = width / sides[0], height / sides[1]
 
     # Only the pixels around the object are rendered.
-    columns, u = _pixel_window(item.x, half, pixels_per_unit[0], width)
-    rows, v = _pixel_window(item.y, half, pixels_per_unit[1], height)
+    columns, u = _pixel_window(x, half, pixels_per_unit[0], width)
+    rows, v = _pixel_window(y, half, pixels_per_unit[1], height)
     samples = 8 if pixels_per_unit[0] < LOW_RESOLUTION else 4
     bright, dark = coverage(item.shape, item.texture, u, v, samples)
 
@@ -154,8 +191,8 @@ def _pixel_window(center: float, half: float, pixels_per_unit: float, side: int)
     return slice(first, last), ((np.arange(first, last) + 0.5) / pixels_per_unit - center) / half
 
 
-def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.ndarray:
-    """Return gray levels, fp64 [height, width]. A pattern has the same periods at any resolution."""
+def render_ground(ground: Ground, seed: int, height: int, width: int) -> np.ndarray:
+    """Return a gray image, fp64 [height, width, 3]. A pattern has the same periods at any resolution."""
     # The unit is the same along both axes, so patterns are not stretched.
     unit = math.sqrt(height * width)
     y, x = np.mgrid[:height, :width] / unit
@@ -170,7 +207,8 @@ def _render_ground(ground: Ground, seed: int, height: int, width: int) -> np.nda
         case "speckled":  # a table of grains, so that all resolutions have the same ones
             grains = np.random.default_rng(seed).uniform(-1, 1, (64, 64))
             wave = grains[(y * 32).astype(int) % 64, (x * 32).astype(int) % 64]
-    return GRAY_LEVELS[ground.tone] + PATTERN_CONTRAST * wave
+    levels = GRAY_LEVELS[ground.tone] + PATTERN_CONTRAST * wave
+    return np.repeat(levels[:, :, None], 3, axis=2)
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -31,6 +31,7 @@ from data_prep.sources.sample import (
     Place,
     RefusedError,
     Sample,
+    media_suffixes,
 )
 from data_prep.sources.webdataset import BAD_JSON, parse_fields
 
@@ -52,8 +53,9 @@ Row = dict[str, Any] | None
 class FolderSource:
     """Image files, local or in a bucket."""
 
-    def __init__(self, source: SourceConfig) -> None:
+    def __init__(self, source: SourceConfig, videos: bool = False) -> None:
         self._path = source.path
+        self._endings = tuple(f".{suffix}" for suffix in media_suffixes(videos))
         self._files = SourceFiles(source.path)
         self._image = source.image
 
@@ -74,7 +76,7 @@ class FolderSource:
         units: dict[str, _Unit] = {}
         for name in names:
             unit = units.setdefault(self._unit_name(_folder_of(name), described), _Unit())
-            unit.add(name)
+            unit.add(name, self._endings)
 
         for name, unit in units.items():
             # Someone may take `metadata.tsv` for the captions' file, so it is shown by its name.
@@ -83,7 +85,7 @@ class FolderSource:
                 inventory.units[name] = unit.size
         inventory.check(self._path)
         if not inventory.units:
-            raise self._files.nothing_there(" or ".join(IMAGE_ENDINGS), inventory)
+            raise self._files.nothing_there(" or ".join(self._endings), inventory)
         return units, inventory
 
     def _unit_name(self, folder: str, described: set[str]) -> str:
@@ -222,11 +224,11 @@ class _Unit:
         """Number of files."""
         return sum(map(len, (self.metadata, self.images, self.others, *self.texts.values())))
 
-    def add(self, path: str) -> None:
-        """Add a file of the unit."""
+    def add(self, path: str, endings: tuple[str, ...]) -> None:
+        """Add a file of the unit; `endings` are those of images, or images and videos."""
         if posixpath.basename(path) in READERS:
             self.metadata.append(path)
-        elif path.lower().endswith(IMAGE_ENDINGS):
+        elif path.lower().endswith(endings):
             self.images.append(path)
         elif path.lower().endswith(TEXT_ENDINGS):
             self.texts.setdefault(posixpath.splitext(path)[0], []).append(path)

@@ -30,7 +30,8 @@ MAX_ROW_BYTES = MAX_FILE_BYTES + MAX_FIELD_BYTES
 class MDSSource:
     """Uncompressed MDS shards, local or in a bucket. A file of this source is a shard."""
 
-    def __init__(self, source: SourceConfig) -> None:
+    def __init__(self, source: SourceConfig, videos: bool = False) -> None:
+        # A column of bytes may hold anything: `videos` changes nothing here.
         self._path = source.path
         self._files = SourceFiles(source.path)
         self._image = source.image

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles, raise_unless_content
 from data_prep.sources.sample import (
-    IMAGE_SUFFIXES,
     NO_IMAGE,
     OUTSIDE,
     UNREADABLE,
@@ -26,6 +25,7 @@ from data_prep.sources.sample import (
     Place,
     RefusedError,
     Sample,
+    media_suffixes,
 )
 
 # Few rows, because each may contain an image of megabytes.
@@ -43,8 +43,9 @@ BASE64 = re.compile(r"data:|[A-Za-z0-9+/=\s]{200}")
 class ParquetSource:
     """Parquet files, local or in a bucket."""
 
-    def __init__(self, source: SourceConfig) -> None:
+    def __init__(self, source: SourceConfig, videos: bool = False) -> None:
         self._files = SourceFiles(source.path, (".parquet",))
+        self._suffixes = media_suffixes(videos)
         self._image = source.image
 
     def inventory(self) -> Inventory:
@@ -55,7 +56,7 @@ class ParquetSource:
         """
         inventory = self._files.one_by_one()
         # Only the rows show whether the images are in the tables or in files of their own.
-        for kind in [kind for kind in inventory.ignored if kind.removeprefix(".") in IMAGE_SUFFIXES]:
+        for kind in [kind for kind in inventory.ignored if kind.removeprefix(".") in self._suffixes]:
             inventory.ignored[f"{kind}, read where a row names it"] = inventory.ignored.pop(kind)
         return inventory
 

@@ -14,6 +14,8 @@ NOT_REGULAR = "source: not a regular file"
 TOO_LARGE = "source: file too large"
 UNUSABLE = "source: unusable file name"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "png", "webp", "gif", "avif", "bmp")
+VIDEO_SUFFIXES = ("mp4", "m4v", "mov", "webm", "mkv")
+"""Suffixes of videos, which are read for a dataset with `clips`. Animations have those of images."""
 MAX_FIELD_BYTES = 16 << 20
 """Bytes of the text that belongs to one image."""
 # Bounds the memory of what waits for a worker; the image that reaches the limit is still included.
@@ -40,6 +42,11 @@ class Sample:
     reason: str = ""
     """Reason why the source cannot deliver this row, which may be the unreadable rest of a damaged file."""
     detail: str = ""
+
+
+def media_suffixes(videos: bool) -> tuple[str, ...]:
+    """Return the suffixes of the files that are samples: images, and videos if they are wanted."""
+    return IMAGE_SUFFIXES + VIDEO_SUFFIXES if videos else IMAGE_SUFFIXES
 
 
 class RefusedError(Exception):

@@ -14,6 +14,7 @@ from data_prep.images.buckets import make_buckets
 from data_prep.sources.files import READERS
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.mds import MDSSource
+from data_prep.sources.moving_scenes import MovingScenesSource
 from data_prep.sources.openmoji import OpenMojiSource
 from data_prep.sources.parquet import ParquetSource
 from data_prep.sources.sample import Inventory, Place, Sample
@@ -65,6 +66,11 @@ def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
     """
     if source.kind == "openmoji":
         return OpenMojiSource(config.buckets.resolution)
+    if source.kind == "moving_scenes":
+        assert source.scenes is not None, "the settings were checked"
+        assert config.clips is not None, "the settings were checked"
+        clips = [bucket for bucket in make_buckets(config.buckets, config.clip_frames) if bucket.frames > 1]
+        return MovingScenesSource(source.scenes, clips, config.clips.fps)
     if source.scenes is not None:
         return ScenesSource(source.scenes, make_buckets(config.buckets))
     kinds = {
@@ -73,7 +79,7 @@ def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
         "folder": FolderSource,
         "mds": MDSSource,
     }
-    return kinds[source.kind](source)
+    return kinds[source.kind](source, videos=config.clips is not None)
 
 
 def needs_sequential_reads(config: DatasetConfig) -> bool:

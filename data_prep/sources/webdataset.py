@@ -25,6 +25,7 @@ from data_prep.sources.sample import (
     Place,
     RefusedError,
     Sample,
+    media_suffixes,
 )
 
 LINK = "source: link or device in a tar"
@@ -48,9 +49,10 @@ MAX_TEXTS = 100
 class WebDatasetSource:
     """Tars, local or in a bucket."""
 
-    def __init__(self, source: SourceConfig) -> None:
+    def __init__(self, source: SourceConfig, videos: bool = False) -> None:
         self._files = SourceFiles(source.path, (".tar",))
         self._image = source.image.lower()
+        self._suffixes = media_suffixes(videos)
 
     def inventory(self) -> Inventory:
         """Return the tars.
@@ -68,7 +70,7 @@ class WebDatasetSource:
         """Yield all samples; the unreadable rest of a damaged or cut tar is one row with that reason."""
         try:
             with self._files.open(name) as file:
-                yield from read_tar(file, self._image)
+                yield from read_tar(file, self._image, self._suffixes)
         except RefusedError as error:
             yield Sample("", reason=error.reason, detail=error.detail)
 
@@ -79,12 +81,15 @@ class WebDatasetSource:
         )
 
 
-def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
+def read_tar(
+    file: BinaryIO, image: str = "image", suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> Iterator[Sample]:
     """Yield the samples of one tar, in order.
 
     Args:
         file: the tar.
         image: suffix of the members that are the images, if a key has several, such as `input.png`.
+        suffixes: last parts of the suffixes that images, or images and videos, have.
     """
     try:
         # `r:` refuses compressed tars, in which images have no offsets.
@@ -98,7 +103,7 @@ def read_tar(file: BinaryIO, image: str = "image") -> Iterator[Sample]:
         yield Sample("", reason=UNREADABLE, detail=detail)
         return
 
-    samples = _Samples(file, image)
+    samples = _Samples(file, image, suffixes)
     problem = ""
     last = -1
     while True:
@@ -146,12 +151,13 @@ class _HeaderReader(io.RawIOBase):
 class _Samples:
     """Joins consecutive members with one key to samples."""
 
-    def __init__(self, file: BinaryIO, image: str) -> None:
+    def __init__(self, file: BinaryIO, image: str, suffixes: Sequence[str]) -> None:
         self._file = file
         self._image = image
+        self._suffixes = suffixes
         self._seen: set[str] = set()
         """Keys of the samples so far."""
-        self._group = _Group("")
+        self._group = _Group("", self._suffixes)
         self._aside: _Group | None = None
         """Members behind the group's that are neither image nor text, with a key of their own."""
 
@@ -175,11 +181,11 @@ class _Samples:
             # A repeated suffix starts another sample, which is then a key that comes twice.
             yield from self._finish_group()
             yield from self._finish_aside()
-            self._group = _Group(key)
+            self._group = _Group(key, self._suffixes)
         else:
             # Perhaps a note between the members of one sample: wait for the next member.
             yield from self._finish_aside()
-            self._aside = _Group(key)
+            self._aside = _Group(key, self._suffixes)
             self._aside.add(member, suffix, self._file, self._image)
             return
         self._group.add(member, suffix, self._file, self._image)
@@ -190,11 +196,11 @@ class _Samples:
         yield from self._finish_aside()
 
     def _is_part(self, suffix: str) -> bool:
-        return suffix == self._image or _kind(suffix) in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES)
+        return suffix == self._image or _kind(suffix) in (*self._suffixes, *TEXT_SUFFIXES)
 
     def _finish_group(self) -> Iterator[Sample]:
         yield from self._group.finish(self._seen)
-        self._group = _Group("")
+        self._group = _Group("", self._suffixes)
 
     def _finish_aside(self) -> Iterator[Sample]:
         if self._aside:
@@ -205,9 +211,10 @@ class _Samples:
 class _Group:
     """The members of one sample, collected one by one."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, media: Sequence[str]) -> None:
         self.key = key
         self.suffixes: set[str] = set()
+        self._media = media
         self._sample = Sample(key)
         self._texts: dict[str, bytes] = {}
         """By suffix."""
@@ -230,7 +237,7 @@ class _Group:
             self._sample.reason, self._sample.detail = UNSAFE, member.name[:200]
         elif not member.isreg() or member.issparse():  # a sparse member's bytes are not contiguous
             self._sample.reason, self._sample.detail = LINK, member.name[:200]
-        elif suffix == image or _kind(suffix) in IMAGE_SUFFIXES:
+        elif suffix == image or _kind(suffix) in self._media:
             self._add_image(member, 3 if suffix == image else 2 if "." not in suffix else 1, file)
         # The number of texts bounds the memory of a key with thousands of members.
         elif (

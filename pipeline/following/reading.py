@@ -82,6 +82,18 @@ class DetectedObject:
     """Center, in scene units."""
 
 
+@dataclass(frozen=True)
+class Blob:
+    """A region of one color, of which nothing else is known."""
+
+    colour: Color
+    x: float
+    y: float
+    """Center of its pixels, in scene units."""
+    side: float
+    """Square root of its area, in scene units."""
+
+
 def read_scene(image: np.ndarray, scale: float = 1.0) -> list[DetectedObject]:
     """Return the objects of an image uint8 [H, W, 3].
 
@@ -89,6 +101,23 @@ def read_scene(image: np.ndarray, scale: float = 1.0) -> list[DetectedObject]:
         image: of a scene.
         scale: size of its objects, as `Scene.scale`.
     """
+    pixels, pixels_per_unit, regions = _read_regions(image, scale)
+    return [_recognize(pixels, mask, COLORS[hue], pixels_per_unit, scale) for mask, hue in regions]
+
+
+def read_blobs(image: np.ndarray, scale: float = 1.0) -> list[Blob]:
+    """Return the regions of an image, in a fraction of the time of `read_scene`, whose arguments it takes."""
+    _, pixels_per_unit, regions = _read_regions(image, scale)
+    blobs = []
+    for mask, hue in regions:
+        rows, columns = np.nonzero(mask)
+        y, x, side = rows.mean() + 0.5, columns.mean() + 0.5, np.sqrt(len(rows))
+        blobs.append(Blob(COLORS[hue], *(float(value / pixels_per_unit) for value in (x, y, side))))
+    return blobs
+
+
+def _read_regions(image: np.ndarray, scale: float) -> tuple[np.ndarray, float, list[tuple[np.ndarray, int]]]:
+    """Return the pixels of an image, pixels per scene unit, and its largest regions with their hue."""
     pixels = _downscale(np.asarray(image, np.float64))
     pixels_per_unit = float(np.sqrt(pixels.shape[0] * pixels.shape[1]))
 
@@ -98,12 +127,7 @@ def read_scene(image: np.ndarray, scale: float = 1.0) -> list[DetectedObject]:
 
     regions = _find_regions(foreground, hues, MIN_AREA * (scale * pixels_per_unit) ** 2)
     by_size = sorted(range(len(regions)), key=lambda number: -regions[number][0].sum())
-
-    objects = []
-    for number in sorted(by_size[:MAX_REGIONS]):
-        mask, hue = regions[number]
-        objects.append(_recognize(pixels, mask, COLORS[hue], pixels_per_unit, scale))
-    return objects
+    return pixels, pixels_per_unit, [regions[number] for number in sorted(by_size[:MAX_REGIONS])]
 
 
 def _downscale(pixels: np.ndarray) -> np.ndarray:
