@@ -24,7 +24,11 @@ from model.common.errors import UserError
 from tests.helpers.raw_material import all_pairs, prepare, reasons_of
 
 scenes = st.builds(
-    sample_moving_scene, st.integers(0, 99), st.integers(0, 9999), st.sampled_from([0.5, 0.75, 1.0, 1.6])
+    sample_moving_scene,
+    st.integers(0, 99),
+    st.integers(0, 9999),
+    st.sampled_from([0.5, 0.75, 1.0, 1.6]),
+    st.sampled_from([1.0, 1.6]),
 )
 
 
@@ -85,7 +89,8 @@ def test_captions_name_each_object_once_with_its_motion():
 
 
 def config_of_scenes(tmp_path, **changes):
-    source = SourceConfig(kind="moving_scenes", scenes=ScenesConfig(count=10, seed=5, file_rows=4))
+    scenes = ScenesConfig(count=10, seed=5, file_rows=4, scale=1.6)
+    source = SourceConfig(kind="moving_scenes", scenes=scenes)
     defaults = {
         "name": "moving",
         "store": str(tmp_path / "store"),

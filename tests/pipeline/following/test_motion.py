@@ -9,20 +9,21 @@ from data_prep.scenes.moving import MOTIONS, moving_prompts, render_moving_scene
 from pipeline.following.motion import motion_chance, read_moving_scene, score_clips
 
 
-def drawn(count, seed, frames=9, side=64):
-    prompts = moving_prompts(count, seed=seed)
+def drawn(count, seed, frames=9, side=64, scale=1.0):
+    prompts = moving_prompts(count, seed=seed, scale=scale)
     return prompts, [render_moving_scene(prompt.scene, frames, side, side) for prompt in prompts]
 
 
 def shares(count, seed, **size):
     prompts, clips = drawn(count, seed, **size)
-    detected = [read_moving_scene(clip) for clip in clips]
+    detected = [read_moving_scene(clip, prompts[0].scene.scale) for clip in clips]
     captions = [prompt.caption for prompt in prompts]
     return score_clips(detected, captions), motion_chance(detected, captions), captions
 
 
-def test_the_scorer_reads_its_own_drawings():
-    scores, chance, captions = shares(24, seed=11)
+@pytest.mark.parametrize("size", [{}, {"side": 32, "scale": 1.6}], ids=["64 px", "32 px, large objects"])
+def test_the_scorer_reads_its_own_drawings(size):
+    scores, chance, captions = shares(24, seed=11, **size)
     assert scores.summary()["motion"] >= 0.97
     assert scores.summary()["caption"] >= 0.9
     assert chance["motion"] < 0.2
@@ -35,8 +36,9 @@ def test_the_scorer_reads_its_own_drawings():
 
 
 @pytest.mark.slow
-def test_the_scorer_reads_99_5_percent_of_its_drawings():
-    scores, chance, _ = shares(700, seed=12, frames=17)
+@pytest.mark.parametrize("size", [{}, {"side": 32, "scale": 1.6}], ids=["64 px", "32 px, large objects"])
+def test_the_scorer_reads_99_5_percent_of_its_drawings(size):
+    scores, chance, _ = shares(700, seed=12, frames=17, **size)
     correct = [claim.correct for claim in scores.claims]
     assert np.mean(correct) >= 0.995
     assert scores.by_attribute()["motion"][0] >= 0.995
