@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+import numpy as np
 import pyarrow
 from PIL import Image
 
@@ -21,12 +22,12 @@ from data_prep.config import DatasetConfig
 from data_prep.dataset.accounts import FileAccount, account
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.records import hashed, parse_table, read_object
-from data_prep.dataset.schema import PAIRS, TABLE, Commit, Manifest, Part, PlanRecord
+from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import VERIFY, read_families
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
-from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_pairs
+from data_prep.pairs.pairs import DROPPED_TABLE, Pair, read_clip, read_pairs
 from data_prep.plan.dedupe import EXACT, NEAR
 from data_prep.plan.listing import source_files
 from data_prep.plan.rows import DROPPED as DROPPED_BY_PLAN
@@ -35,6 +36,7 @@ from data_prep.plan.verdicts import LISTED_REASON
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store
+from model.common.errors import UserError
 
 MAX_SAMPLES = 24
 """Pairs shown per bucket."""
@@ -47,10 +49,13 @@ MAX_CAPTION = 200
 """Characters shown of a pair's captions."""
 THUMBNAIL = 160
 """Longer side of a thumbnail, in pixels."""
+SHEET_FRAMES = 4
+"""Frames shown of a clip."""
 MAX_BINS = 16
 REASON_ORDER = (
     "source",
     "image",
+    "clip",
     "caption:",
     "caption_",
     "bucket",
@@ -234,13 +239,15 @@ def _kinds(dataset: Store, commits: dict[Part, Commit]) -> list[dict[str, Any]]:
 def _sample_tables(dataset: Store, commits: dict[Part, Commit]) -> list[list[dict[str, Any]]]:
     """Read the pairs tables of evenly spaced parts, for the histograms."""
     columns = ["captions", "original_height", "original_width", "crop"]
+    of_clips = ["frames", "fps", "motion"]
     # A part that lost all of its rows has no table.
     filled = [commit for commit in commits.values() if commit.rows]
     tables = []
     for commit in _evenly_spaced(filled, MAX_PARTS_READ):
+        more = of_clips if Bucket.parse(commit.bucket).frames > 1 else []
         file = next(file for file in commit.files if posixpath.basename(file.key) == TABLE)
         data = read_object(dataset, file.key, hashed(file.xxh64), VERIFY)
-        tables.append(parse_table(data, columns=columns).to_pylist())
+        tables.append(parse_table(data, columns=columns + more).to_pylist())
     return tables
 
 
@@ -266,6 +273,14 @@ def _histograms(config: DatasetConfig, tables: list[list[dict[str, Any]]]) -> li
         ("Aspect ratio of the original, width / height", _bars(aspects)),
         ("Share of the area kept by the crop", _bars([_crop_share(row) for row in rows])),
     ]
+
+    clips = [row for row in rows if "frames" in row]
+    if clips:
+        histograms += [
+            ("Length of clips, seconds", _bars([row["frames"] / row["fps"] for row in clips])),
+            ("Frames per second of clips", _bars([row["fps"] for row in clips])),
+            ("Motion of clips, levels per frame", _bars([row["motion"] for row in clips])),
+        ]
 
     captions = list(itertools.chain.from_iterable(row["captions"] for row in rows))
     for number, kind in enumerate(config.caption_kinds):
@@ -319,7 +334,24 @@ def _samples(dataset: Store, commits: dict[Part, Commit], kinds: list[str]) -> l
 
 def _pair_tile(pair: Pair) -> Tile:
     caption = " / ".join(text for _, text in pair.captions[:2])
-    return Tile(_thumbnail(pair.image), caption[:MAX_CAPTION], f"{pair.key} ({len(pair.captions)} captions)")
+    source = _thumbnail(pair.image) if pair.frames == 1 else _contact_sheet(pair)
+    return Tile(source, caption[:MAX_CAPTION], f"{pair.key} ({len(pair.captions)} captions)")
+
+
+def _contact_sheet(pair: Pair) -> str:
+    """Return evenly spaced frames of a clip, from the first to the last, as one small data URI."""
+    try:
+        frames = read_clip(pair)
+    except (ImageError, UserError):
+        return ""  # damaged, or PyAV is not installed here
+    chosen = np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int)
+    tiles = []
+    for frame in frames[chosen]:
+        tile = Image.fromarray(frame)
+        tile.thumbnail((THUMBNAIL // 2, THUMBNAIL // 2), Image.Resampling.BICUBIC)
+        tiles.append(np.asarray(tile))
+    rows = [np.concatenate(tiles[start : start + 2], axis=1) for start in range(0, SHEET_FRAMES, 2)]
+    return _data_uri(Image.fromarray(np.concatenate(rows)))
 
 
 def _thumbnail(data: bytes) -> str:
@@ -328,8 +360,12 @@ def _thumbnail(data: bytes) -> str:
         image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
     except ImageError:
         return ""
-    # A thumbnail is part of the page, so that the report is a single file that can be passed on.
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    return _data_uri(image)
+
+
+def _data_uri(image: Image.Image) -> str:
+    # Images are part of the page, so that the report is a single file that can be passed on.
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -49,6 +49,7 @@ MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 HD_HEIGHT = 720
 """Videos that name no matrix have BT.709 from this height on, and BT.601 below."""
 EBML = b"\x1aE\xdf\xa3"
+SEGMENT = b"\x18S\x80g"
 
 
 def pyav() -> ModuleType:
@@ -90,9 +91,9 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int, chroma: str) -> bytes:
     """
     av = pyav()
     buffer = io.BytesIO()
-    # One thread: the number of threads changes the bytes. With B-frames too, x264 0.165 gives other bytes in
-    # each run (40 different ones of 40), since its lookahead reads memory that it has not written.
-    options = {"crf": str(crf), "preset": ENCODER_PRESET, "x264-params": "bframes=0"}
+    # One thread: the number of threads changes the bytes. So does x264's tree of macroblocks (0.165, mostly
+    # with B-frames: 21 different files in 25 runs), whose vector code reads memory that it has not written.
+    options = {"crf": str(crf), "preset": ENCODER_PRESET, "x264-params": "bframes=0:mbtree=0"}
     with av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -176,8 +177,11 @@ class Video:
                 if latest is None or packet.pts >= latest:
                     latest, last = packet.pts, packet.duration or 0
 
+            # mp4 announces the number of frames, Matroska the size of the file.
             if packets < stream.frames:
                 raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
+            if _matroska_end(data) > len(data):
+                raise ImageError(CUT_SHORT, f"{len(data)} of {_matroska_end(data)} bytes")
             unit = Fraction(stream.time_base)
         if not times:
             raise ImageError(NO_FRAMES)
@@ -302,6 +306,29 @@ def _faults() -> Iterator[None]:
         raise
     except Exception as error:
         raise ImageError(BROKEN, f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _matroska_end(data: bytes) -> int:
+    """Return the size that a Matroska file announces; 0 if it does not, or is none."""
+    if not data.startswith(EBML):
+        return 0
+    place = len(EBML)
+    size, place = _matroska_size(data, place)
+    # The header is followed by the segment, which is all the rest.
+    place += size
+    if data[place : place + 4] != SEGMENT:
+        return 0
+    size, place = _matroska_size(data, place + 4)
+    return place + size if size else 0
+
+
+def _matroska_size(data: bytes, place: int) -> tuple[int, int]:
+    """Return the size of an element and the place of its content; 0 is a size that is not announced."""
+    first = data[place] if place < len(data) else 0
+    # The number of leading zero bits is that of further bytes; all ones mean unknown, as in live streams.
+    length = 9 - first.bit_length()
+    value = int.from_bytes(data[place : place + length]) & ((1 << 7 * length) - 1)
+    return (0 if value == (1 << 7 * length) - 1 else value), place + length
 
 
 def turns_of(frame: Any) -> int:
