@@ -6,7 +6,7 @@ times, one decoded frame and the clip at its final size, whatever the length of 
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -42,6 +42,8 @@ MAX_FRAMES = 1 << 22
 """19 hours at 60 frames per second; their times take 34 MB."""
 CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mjpeg", "ffv1", "prores"}
 """Decoders that are used. The others, some hundred, are seldom tested and have a large attack surface."""
+SKIPPING = {"h264", "hevc"}
+"""Decoders that leave out frames to which no other refers, about half of them, if that is set."""
 HDR_TRANSFERS = {16, 18}
 """Transfers of PQ and HLG: without tone mapping such a video looks pale."""
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
@@ -144,51 +146,51 @@ def decode_mp4(data: bytes) -> np.ndarray:
 
 
 class Video:
-    """A video, with the times of its frames. It is opened again for each pass over it."""
+    """An opened video, with the times of its frames."""
 
-    def __init__(self, data: bytes) -> None:
-        """Read the times of all frames.
+    def __init__(self, data: bytes, container: Any, stream: Any) -> None:
+        """Read the times of all frames from the packets.
+
+        Args:
+            data: the file.
+            container: the opened file.
+            stream: its video.
 
         Raises:
             ImageError: if there is no frame, or one without a time, or the times are absurd.
-            UserError: if PyAV is not installed.
         """
-        if len(data) > MAX_FILE_BYTES:
-            raise ImageError(TOO_LARGE, f"{len(data)} bytes")
-        self._data = data
+        self._data, self._container, self._stream = data, container, stream
         times: list[int] = []
-        self._keys: list[int] = []
+        keys: list[int] = []
         packets, latest, last = 0, None, 0
-        with self._opened() as (container, stream):
-            for packet in container.demux(stream):
-                if not packet.size:
-                    continue  # marks the end
-                packets += 1
-                if packets > MAX_FRAMES:
-                    raise ImageError(TOO_MANY, f"more than {MAX_FRAMES:,}")
-                # Edit lists hide frames that only others are decoded from.
-                if packet.is_discard:
-                    continue
-                if packet.pts is None:
-                    raise ImageError(NO_TIMES)
-                times.append(packet.pts)
-                if packet.is_keyframe:
-                    self._keys.append(packet.pts)
-                if latest is None or packet.pts >= latest:
-                    latest, last = packet.pts, packet.duration or 0
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue  # marks the end
+            packets += 1
+            if packets > MAX_FRAMES:
+                raise ImageError(TOO_MANY, f"more than {MAX_FRAMES:,}")
+            # Edit lists hide frames that only others are decoded from.
+            if packet.is_discard:
+                continue
+            if packet.pts is None:
+                raise ImageError(NO_TIMES)
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+            if latest is None or packet.pts >= latest:
+                latest, last = packet.pts, packet.duration or 0
 
-            # mp4 announces the number of frames, Matroska the size of the file.
-            if packets < stream.frames:
-                raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
-            if _matroska_end(data) > len(data):
-                raise ImageError(CUT_SHORT, f"{len(data)} of {_matroska_end(data)} bytes")
-            unit = Fraction(stream.time_base)
+        # mp4 announces the number of frames, Matroska the size of the file.
+        if packets < stream.frames:
+            raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
+        if _matroska_end(data) > len(data):
+            raise ImageError(CUT_SHORT, f"{len(data)} of {_matroska_end(data)} bytes")
         if not times:
             raise ImageError(NO_FRAMES)
-        if not self._keys:
+        if not keys:
             raise ImageError(NO_KEYFRAME, f"{len(times)} frames")
-        self._keys.sort()
-        self.timeline = Timeline.of(times, last, unit)
+        self._keys = sorted(keys)
+        self.timeline = Timeline.of(times, last, Fraction(stream.time_base))
 
     @property
     def height(self) -> int:
@@ -203,9 +205,9 @@ class Video:
     @cached_property
     def _size(self) -> tuple[int, int]:
         """Size of the first frame that can be decoded: only frames have their rotation."""
-        with self._opened() as (container, stream):
-            for frame in container.decode(stream):
-                return upright_size(frame, stream.sample_aspect_ratio)
+        self._container.seek(self._keys[0], stream=self._stream, backward=True)
+        for frame in self._container.decode(self._stream):
+            return upright_size(frame, self._stream.sample_aspect_ratio)
         raise ImageError(BROKEN, "no frame can be decoded")
 
     def read(self, indices: Sequence[int], bucket: Bucket) -> tuple[np.ndarray, Crop]:
@@ -220,24 +222,19 @@ class Video:
         """
         times = [int(self.timeline.times[index]) for index in indices]
         wanted = sorted(set(times))
-        pixels = self.decode(wanted, bucket)
         # Some containers lead behind the keyframe, or name one that is none.
-        if pixels is None:
-            pixels = self.decode(wanted, bucket, seek=False)
+        pixels = self.decode(wanted, bucket) or self.decode_all(wanted, bucket)
         if pixels is None:
             raise ImageError(BROKEN, f"a frame of {len(wanted)} is missing")
         frames, crop = pixels
         return np.stack([frames[time] for time in times]), crop
 
-    def decode(
-        self, times: Sequence[int], bucket: Bucket, seek: bool = True
-    ) -> tuple[dict[int, np.ndarray], Crop] | None:
-        """Decode the frames at some times.
+    def decode(self, times: Sequence[int], bucket: Bucket) -> tuple[dict[int, np.ndarray], Crop] | None:
+        """Decode the frames at some times, from the keyframe before the first of them on.
 
         Args:
             times: times in units of the timeline, ascending and different.
             bucket: height and width.
-            seek: start at the keyframe before the first of them, not at the start of the video.
 
         Returns:
             The frames by their time, uint8 [H, W, 3] each, and the crop; None if one did not come.
@@ -245,45 +242,16 @@ class Video:
         Raises:
             ImageError: if a frame is damaged, or has pixels that are not read.
         """
-        frames: dict[int, np.ndarray] = {}
-        with self._opened() as (container, stream):
-            if seek:
-                place = int(np.searchsorted(self._keys, times[0], side="right")) - 1
-                container.seek(self._keys[max(0, place)], stream=stream, backward=True)
-            fit = _Fit(stream.sample_aspect_ratio, bucket)
-            for frame in container.decode(stream):
-                time = times[len(frames)]
-                if frame.pts is None:
-                    raise ImageError(NO_TIMES)
-                if frame.pts > time:
-                    return None
-                if frame.pts == time:
-                    if frame.is_corrupt:
-                        raise ImageError(BROKEN, f"frame {len(frames)} of the clip")
-                    frames[time] = fit.pixels(frame)
-                    if len(frames) == len(times):
-                        return frames, fit.crop
-        return None
+        place = int(np.searchsorted(self._keys, times[0], side="right")) - 1
+        self._container.seek(self._keys[max(0, place)], stream=self._stream, backward=True)
+        decoded = _decoded(self._container, self._stream, set(times))
+        return _fitted(decoded, times, _Fit(self._stream.sample_aspect_ratio, bucket))
 
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Any]]:
-        """Open the container and its first video stream."""
-        av = pyav()
-        # Named, so that no other demuxer is tried: a playlist, for one, would open what it names.
-        name = "mp4" if is_mp4(self._data) else "matroska"
-        with _faults(), av.open(io.BytesIO(self._data), format=name, metadata_errors="replace") as container:
-            cover = av.stream.Disposition.attached_pic
-            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-            if not streams:
-                raise ImageError(NO_VIDEO)
-            context = streams[0].codec_context
-            if context is None or context.name not in CODECS:
-                raise ImageError(UNKNOWN_CODEC, getattr(context, "name", ""))
-            if context.height * context.width > MAX_PIXELS:
-                raise ImageError(TOO_LARGE, f"{context.height}x{context.width}")
-            # The workers are processes, as many as there are cores.
-            context.thread_count, context.thread_type = 1, "NONE"
-            yield container, streams[0]
+    def decode_all(self, times: Sequence[int], bucket: Bucket) -> tuple[dict[int, np.ndarray], Crop] | None:
+        """Decode every frame from the start on, and return those at some times as `decode` does."""
+        with _opened(self._data) as (container, stream):
+            fit = _Fit(stream.sample_aspect_ratio, bucket)
+            return _fitted(container.decode(stream), times, fit)
 
 
 @contextmanager
@@ -294,7 +262,51 @@ def open_video(data: bytes) -> Iterator[Video]:
         ImageError: if it is damaged, or is not read.
         UserError: if PyAV is not installed.
     """
-    yield Video(data)
+    with _opened(data) as (container, stream):
+        yield Video(data, container, stream)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """Open a container and its first video stream."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(TOO_LARGE, f"{len(data)} bytes")
+    av = pyav()
+    # Named, so that no other demuxer is tried: a playlist, for one, would open what it names.
+    name = "mp4" if is_mp4(data) else "matroska"
+    with _faults(), av.open(io.BytesIO(data), format=name, metadata_errors="replace") as container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            raise ImageError(NO_VIDEO)
+        context = streams[0].codec_context
+        if context is None or context.name not in CODECS:
+            raise ImageError(UNKNOWN_CODEC, getattr(context, "name", ""))
+        if context.height * context.width > MAX_PIXELS:
+            raise ImageError(TOO_LARGE, f"{context.height}x{context.width}")
+        # The workers are processes, as many as there are cores.
+        context.thread_count, context.thread_type = 1, "NONE"
+        yield container, streams[0]
+
+
+def _fitted(
+    decoded: Iterable[Any], times: Sequence[int], fit: "_Fit"
+) -> tuple[dict[int, np.ndarray], Crop] | None:
+    """Return the frames at some times among decoded ones; None if one is missing."""
+    frames: dict[int, np.ndarray] = {}
+    for frame in decoded:
+        time = times[len(frames)]
+        if frame.pts is None:
+            raise ImageError(NO_TIMES)
+        if frame.pts > time:
+            return None
+        if frame.pts == time:
+            if frame.is_corrupt:
+                raise ImageError(BROKEN, f"frame {len(frames)} of the clip")
+            frames[time] = fit.pixels(frame)
+            if len(frames) == len(times):
+                return frames, fit.crop
+    return None
 
 
 @contextmanager
@@ -306,6 +318,16 @@ def _faults() -> Iterator[None]:
         raise
     except Exception as error:
         raise ImageError(BROKEN, f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _decoded(container: Any, stream: Any, wanted: set[int]) -> Iterator[Any]:
+    """Yield decoded frames: all that are wanted, and those that others refer to."""
+    context = stream.codec_context
+    for packet in container.demux(stream):
+        # Without threads, a packet is decoded when it is sent, so the setting holds for its frame alone.
+        if context.name in SKIPPING:
+            context.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
+        yield from packet.decode()
 
 
 def _matroska_end(data: bytes) -> int:

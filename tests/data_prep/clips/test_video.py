@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.clips.clips import fit_clip, is_clip, measure_motion, probe_clip
 from data_prep.clips.media import encode_clip
-from data_prep.clips.video import HDR, Video
+from data_prep.clips.video import HDR, open_video
 from data_prep.config import ClipsConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.images.images import ImageError
@@ -31,18 +31,18 @@ FORMS = {
 def test_seeking_gives_the_frames_of_sequential_decoding(form):
     data = video(50, fps=25, **FORMS[form])
     assert is_clip(data)
-    opened = Video(data)
-    assert opened.timeline.steps == len(opened.timeline.times) == 50
-    assert (opened.height, opened.width) == (48, 64)
-    bucket = Bucket(48, 64)
-    times = [int(time) for time in opened.timeline.times]
-    everything, _ = opened.decode(times, bucket, seek=False)
-    assert [number_of(everything[time]) for time in times] == list(range(50))
-    for first, stride in ((0, 1), (11, 1), (12, 3), (37, 2), (49, 1)):
-        wanted = times[first::stride][:9]
-        found, _ = opened.decode(wanted, bucket)
-        for time in wanted:
-            assert np.array_equal(found[time], everything[time]), (form, first, time)
+    with open_video(data) as opened:
+        assert opened.timeline.steps == len(opened.timeline.times) == 50
+        assert (opened.height, opened.width) == (48, 64)
+        bucket = Bucket(48, 64)
+        times = [int(time) for time in opened.timeline.times]
+        everything, _ = opened.decode_all(times, bucket)
+        assert [number_of(everything[time]) for time in times] == list(range(50))
+        for first, stride in ((0, 1), (11, 1), (12, 3), (37, 2), (49, 1)):
+            wanted = times[first::stride][:9]
+            found, _ = opened.decode(wanted, bucket)
+            for time in wanted:
+                assert np.array_equal(found[time], everything[time]), (form, first, time)
 
 
 def test_a_variable_rate_gives_the_frames_shown_at_the_requested_times():
