@@ -78,7 +78,7 @@ def plain_loop(videos: list[bytes], choices: list[Choice], bucket: Bucket, crf: 
     for number, (data, choice) in enumerate(zip(videos, choices, strict=True)):
         wanted = set(choice.indices)
         clip = []
-        with av.open(io.BytesIO(data)) as source:
+        with av.open(io.BytesIO(data), "r") as source:
             for index, frame in enumerate(source.decode(video=0)):
                 if index in wanted:
                     clip.append(resize_crop(frame.to_image(), bucket)[0])
