@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.clips import animation
+from data_prep.clips import video as video_file
 from data_prep.clips.clips import CUT, TOO_STILL, fit_clip, is_clip, probe_clip
 from data_prep.clips.media import encode_clip
 from data_prep.clips.timing import BAD_TIMES
@@ -110,6 +111,17 @@ def test_absurd_durations_and_sizes_in_the_header_are_refused():
     assert reason_of(absurd_duration(data)) in {BAD_TIMES, CUT_SHORT}
     # The codec's own header has the right size, so either is an answer.
     assert reason_of(huge_size(data)) in {TOO_LARGE, ""}
+
+
+def test_a_video_of_too_many_pixels_or_frames_is_refused(monkeypatch):
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 47 * 64)
+    assert reason_of(video(20)) == TOO_LARGE
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 48 * 64)
+    assert reason_of(video(20)) == ""
+    monkeypatch.setattr(video_file, "MAX_FRAMES", 19)
+    assert reason_of(video(20)) == video_file.TOO_MANY
+    monkeypatch.setattr(video_file, "MAX_FILE_BYTES", 1000)
+    assert reason_of(video(20)) == TOO_LARGE
 
 
 def test_a_video_without_keyframe_is_refused():
