@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
+from data_prep.clips.clips import first_frame, is_clip
 from data_prep.config import DatasetConfig
 from data_prep.dataset.accounts import FileAccount, account
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
@@ -355,11 +356,14 @@ def _contact_sheet(pair: Pair) -> str:
 
 
 def _thumbnail(data: bytes) -> str:
-    """Return the image as a small data URI; empty if it cannot be decoded."""
+    """Return an image, or the first frame of a video, as a small data URI; empty if it cannot be decoded."""
     try:
-        image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
-    except ImageError:
-        return ""
+        if is_clip(data):
+            image = first_frame(data, THUMBNAIL)
+        else:
+            image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
+    except (ImageError, UserError):
+        return ""  # damaged, or PyAV is not installed here
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     return _data_uri(image)
 

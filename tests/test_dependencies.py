@@ -29,6 +29,7 @@ COMMANDS = {
         "pipeline.text.online",
     ],
     "web": ["pipeline.web", "gradio"],
+    "video": ["data_prep.__main__", "data_prep.clips.video", "av"],
     "eval": ["pipeline.evaluate", "pipeline.follow", "model.scorers.detectors"],
 }
 HIDE = """

@@ -153,6 +153,19 @@ def fit_clip(data: bytes, bucket: Bucket, settings: ClipSettings, key: Sequence[
     return FittedClip(frames, crop, choice, motion, jump)
 
 
+def first_frame(data: bytes, side: int) -> Image.Image:
+    """Return the first frame of a video or animation, with a shorter side of at most `side` pixels.
+
+    Raises:
+        ImageError: if the file cannot be used.
+        UserError: if it is a video and PyAV is not installed.
+    """
+    with open_clip(data) as clip:
+        scale = min(1.0, side / min(clip.height, clip.width))
+        size = Bucket(max(1, round(clip.height * scale)), max(1, round(clip.width * scale)))
+        return Image.fromarray(clip.read([0], size)[0][0])
+
+
 def longest(choices: Sequence[int], usable: int) -> int:
     """Return the largest number of frames that is usable; 0 if there is none."""
     return max((frames for frames in choices if frames <= usable), default=0)

@@ -24,6 +24,7 @@ from data_prep.sources.sample import (
     OUTSIDE,
     TOO_LARGE,
     UNUSABLE,
+    VIDEO_SUFFIXES,
     Inventory,
     Place,
     RefusedError,
@@ -124,6 +125,9 @@ class SourceFiles:
         way_out = "check `sources.path`"
         if any(kind.endswith(COMPRESSED) for kind in inventory.ignored):
             way_out = f"decompress them, or {way_out}"
+        videos = [kind for kind in inventory.ignored if kind.removeprefix(".") in VIDEO_SUFFIXES]
+        if videos and videos[0] not in wanted:
+            way_out = f"set `clips` to read videos, or {way_out}"
         if BRACES.search(self._path):
             way_out = _without_braces(self._path)
         return UserError(f"{self._path}: no files with suffix {wanted} there{there}: {way_out}")

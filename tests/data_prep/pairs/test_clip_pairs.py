@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.clips.media import encode_clip
-from data_prep.config import BucketConfig, ClipsConfig, DedupeConfig
+from data_prep.config import BucketConfig, ClipsConfig, DedupeConfig, FilterConfig
 from data_prep.dataset.parts import committed
 from data_prep.dataset.schema import PAIRS
 from data_prep.pairs.pairs import CLIP_COLUMNS, COLUMNS, read_clip
@@ -16,6 +16,8 @@ from data_prep.plan.dedupe import clip_hash
 from data_prep.plan.plan import check_settings
 from data_prep.report import write_report
 from data_prep.store.store import open_store
+from model.common import extras
+from model.common.errors import UserError
 from tests.helpers.raw_material import (
     all_pairs,
     config_of,
@@ -139,7 +141,7 @@ def test_parts_of_images_have_the_columns_and_settings_of_before(tmp_path, raw):
             key = next(file.key for file in commit.files if file.key.endswith("pairs.parquet"))
             found[part.bucket.count("x")] = pq.read_schema(io.BytesIO(store.read(key))).names
         assert found == {side: names[side] for side in sides}
-    with pytest.raises(Exception, match="`clips` was"):
+    with pytest.raises(UserError, match="`clips` was"):
         check_settings(config, clips)
 
 
@@ -184,8 +186,12 @@ def test_clips_are_read_from_a_bucket(tmp_path, raw, s3):
 
 
 def test_the_report_shows_clips_as_contact_sheets(tmp_path, raw):
-    config = clips_of(tmp_path, ("folder", raw / "folder"))
+    # Two of the five are left out, and shown by their first frame.
+    clips = ClipsConfig(frames=[9], fps=24, max_jump=200.0)
+    filters = [FilterConfig("min_value", 0, "fps")]
+    config = clips_of(tmp_path, ("folder", raw / "folder"), clips=clips, filters=filters)
     dataset = prepare(config)
+    assert reasons_of(dataset) == {"min_value: no fps": 1, "bucket: too short": 1}
     write_report(config, dataset, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for title in ("Length of clips, seconds", "Frames per second of clips", "Motion of clips"):
@@ -202,3 +208,15 @@ def test_metadata_names_videos(tmp_path, raw):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     pairs = all_pairs(prepare(clips_of(tmp_path, ("folder", folder))))
     assert sorted(pair.captions[0][1] for pair in pairs) == ["a.mp4", "b.webm"]
+
+
+def test_videos_without_the_setting_or_the_package_end_with_the_way_out(tmp_path, monkeypatch):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(video(9))
+    with pytest.raises(UserError, match=r"1 \.mp4.*set `clips` to read videos"):
+        prepare(clips_of(tmp_path, ("folder", folder), clips=None))
+    (folder / "a.txt").write_text("a caption")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"package av is missing: install the extra.*\[video\]"):
+        prepare(clips_of(tmp_path, ("folder", folder)))
