@@ -10,7 +10,7 @@ from data_prep.clips.timing import Start
 from data_prep.scenes.captions import CAPTION_KINDS
 from data_prep.scenes.moving import MOVING_CAPTION_KINDS
 from model.common.errors import UserError
-from model.common.settings import MAX_SEED, bounded, read_settings
+from model.common.settings import MAX_SEED, bounded, read_settings, within
 from model.config import TextConfig
 
 MAX_CAPTION_KINDS = 255
@@ -139,7 +139,7 @@ class ClipsConfig:
     Without this key, an animation is an image, its first frame, and videos are not read.
     """
 
-    frames: list[int] = field(default_factory=lambda: [17])
+    frames: list[int] = field(default_factory=lambda: [17], metadata=within(5, MAX_CLIP_FRAMES))
     """Numbers of frames of a clip, each 4 k + 1, as video VAEs compress 1 + 4 k frames to 1 + k. A video gets
     the largest one for which it is long enough; each has buckets of its own, such as `256x256x17`."""
     fps: float = bounded(24.0, 0.1, 1_000.0)

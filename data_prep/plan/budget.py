@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import read_plan_record
-from data_prep.dataset.schema import CaptionCounts, Manifest, PlanRecord
+from data_prep.dataset.schema import Bucket, CaptionCounts, Manifest, PlanRecord
 from data_prep.sources.sample import printable
 from data_prep.store.store import Store
 from model.common.errors import UserError, first_line
@@ -68,6 +68,13 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
     print(
         f"      {captions:,} captions of {characters:.0f} characters, about {tokens:.0f} tokens, on average"
     )
+    if config.clips is not None:
+        # Also those without any: a length that no video reaches would go unnoticed.
+        lengths = Counter({1: 0, **dict.fromkeys(config.clips.frames, 0)})
+        for name, counts in manifest.buckets.items():
+            lengths[Bucket.parse(name).frames] += sum(counts)
+        listed = ", ".join(f"{count:,} of {frames}" for frames, count in sorted(lengths.items()))
+        print(f"      by number of frames: {listed}")
     reasons = _rows_by_reason(record)
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"      {count:,} left out: {reason}")

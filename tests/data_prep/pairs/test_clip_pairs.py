@@ -9,9 +9,10 @@ import pytest
 
 from data_prep.clips.media import encode_clip
 from data_prep.config import BucketConfig, ClipsConfig, DedupeConfig, FilterConfig
-from data_prep.dataset.parts import committed
+from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
 from data_prep.pairs.pairs import CLIP_COLUMNS, COLUMNS, read_clip
+from data_prep.plan.budget import print_budget
 from data_prep.plan.dedupe import clip_hash
 from data_prep.plan.plan import check_settings
 from data_prep.report import write_report
@@ -220,3 +221,10 @@ def test_videos_without_the_setting_or_the_package_end_with_the_way_out(tmp_path
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"package av is missing: install the extra.*\[video\]"):
         prepare(clips_of(tmp_path, ("folder", folder)))
+
+
+def test_the_plan_prints_clips_by_their_length(tmp_path, raw, capsys):
+    config = clips_of(tmp_path, ("folder", raw / "folder"), clips=ClipsConfig(frames=[5, 9, 33]))
+    dataset = prepare(config)
+    print_budget(config, dataset, read_plan(dataset), 100.0)
+    assert "by number of frames: 1 of 1, 1 of 5, 3 of 9, 0 of 33" in capsys.readouterr().out
