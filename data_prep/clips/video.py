@@ -6,6 +6,7 @@ times, one decoded frame and the clip at its final size, whatever the length of 
 """
 
 import io
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -38,8 +39,12 @@ BROKEN = "clip: damaged"
 PIXEL_FORMAT = "clip: pixel format"
 HDR = "clip: high dynamic range"
 TOO_MANY = "clip: too many frames"
+TOO_FAR = "clip: too far from a keyframe"
 MAX_FRAMES = 1 << 22
 """19 hours at 60 frames per second; their times take 34 MB."""
+MAX_DECODED_PIXELS = 1 << 35
+"""Pixels of all frames from the keyframe before a clip to its end: 37,000 frames of 1280 x 720, about two
+minutes. Without a limit, a video of one group of millions of frames would keep a worker for days."""
 CODECS = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mjpeg", "ffv1", "prores"}
 """Decoders that are used. The others, some hundred, are seldom tested and have a large attack surface."""
 SKIPPING = {"h264", "hevc"}
@@ -160,8 +165,8 @@ class Video:
             ImageError: if there is no frame, or one without a time, or the times are absurd.
         """
         self._data, self._container, self._stream = data, container, stream
-        times: list[int] = []
-        keys: list[int] = []
+        # As integers of Python, the times of the longest video would take 150 MB.
+        times, keys = array("q"), array("q")
         packets, latest, last = 0, None, 0
         for packet in container.demux(stream):
             if not packet.size:
@@ -300,7 +305,11 @@ def _fitted(
 ) -> tuple[dict[int, np.ndarray], Crop] | None:
     """Return the frames at some times among decoded ones; None if one is missing."""
     frames: dict[int, np.ndarray] = {}
+    pixels = 0
     for frame in decoded:
+        pixels += frame.width * frame.height
+        if pixels > MAX_DECODED_PIXELS:
+            raise ImageError(TOO_FAR, f"{frame.height}x{frame.width}")
         time = times[len(frames)]
         if frame.pts is None:
             raise ImageError(NO_TIMES)

@@ -124,6 +124,13 @@ def test_a_video_of_too_many_pixels_or_frames_is_refused(monkeypatch):
     assert reason_of(video(20)) == TOO_LARGE
 
 
+def test_a_clip_far_from_a_keyframe_is_refused(monkeypatch):
+    """One group of many frames, each of which is decoded before the clip."""
+    monkeypatch.setattr(video_file, "MAX_DECODED_PIXELS", 30 * 48 * 64)
+    assert reason_of(video(200, g="1000", bf="0")) == video_file.TOO_FAR
+    assert reason_of(video(200, g="10", bf="0")) == ""
+
+
 def test_a_video_without_keyframe_is_refused():
     """A stream whose first keyframe was cut off, so that every other frame refers to what is not there."""
 
