@@ -81,6 +81,7 @@ FENCES = {
     "av": ("data_prep/clips/video.py",),
     "boto3": ("data_prep/store/s3.py",),
     "botocore": ("data_prep/store/s3.py",),
+    "obstore": ("data_prep/store/fast_reads.py",),
     "streaming": ("pipeline/data/streaming.py",),
     "transformers": ("model/encoders/", "model/scorers/"),
     "diffusers": (

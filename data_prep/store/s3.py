@@ -13,12 +13,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
 from data_prep.store.entry import Entry
+from data_prep.store.fast_reads import FastReads
 from data_prep.store.faults import (
     DamagedError,
     StoreError,
@@ -63,12 +65,12 @@ class S3Bucket:
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        self._client: tuple[int, Any] | None = None
+        self._connection: _Connection | None = None
         self._conditional: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process must not share the connections.
-        return {**self.__dict__, "_client": None}
+        return {**self.__dict__, "_connection": None}
 
     @property
     def uri(self) -> str:
@@ -81,6 +83,8 @@ class S3Bucket:
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """Return the object's bytes, if not too many, checked against the hash they were written with."""
+        if (data := self._connected.fast.read(key, max_bytes)) is not None:
+            return data
 
         def get() -> bytes:
             response = own_object(self.client.get_object(Bucket=self.bucket, Key=key))
@@ -104,6 +108,8 @@ class S3Bucket:
         """
         if length <= 0:
             return b""
+        if (data := self._connected.fast.read_range(key, start, length)) is not None:
+            return data
         part = f"bytes={start}-{start + length - 1}"  # HTTP ranges include their last byte
 
         def get() -> bytes:
@@ -332,17 +338,21 @@ class S3Bucket:
     def close(self) -> None:
         """Drop the connections; the next call opens new ones."""
         # After a fork the connections belong to the parent process, which still uses them.
-        if self._client and self._client[0] == os.getpid():
-            self._client[1].close()
-        self._client = None
+        if self._connection and self._connection.process == os.getpid():
+            self._connection.client.close()
+        self._connection = None
 
     @property
     def client(self) -> Any:
         """Client of this process, safe to use from several threads."""
-        owned = self._client
-        if owned is None or owned[0] != os.getpid():
-            owned = self._client = (os.getpid(), _connect())
-        return owned[1]
+        return self._connected.client
+
+    @property
+    def _connected(self) -> "_Connection":
+        owned = self._connection
+        if owned is None or owned.process != os.getpid():
+            owned = self._connection = _connect(self.bucket)
+        return owned
 
     def _retried(self, key: str, call: Callable[[], Result]) -> Result:
         uri = f"{self.uri}/{key}"
@@ -373,7 +383,17 @@ def _delete_page(bucket: S3Bucket, keys: Sequence[str]) -> None:
             bucket.delete(key)
 
 
-def _connect() -> Any:
+@dataclass(frozen=True)
+class _Connection:
+    """Clients of one process."""
+
+    process: int
+    client: Any
+    """boto3's, for everything."""
+    fast: FastReads
+
+
+def _connect(bucket: str) -> _Connection:
     # Imported here because boto3 is slow to import and local stores do not need it.
     from boto3.session import Session
     from botocore import UNSIGNED
@@ -390,7 +410,8 @@ def _connect() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    if os.environ.get("LI_DIT_S3_UNSIGNED") == "1":
+    unsigned = os.environ.get("LI_DIT_S3_UNSIGNED") == "1"
+    if unsigned:
         config = config.merge(Config(signature_version=UNSIGNED))  # a public bucket needs no credentials
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     session = Session()
@@ -404,7 +425,8 @@ def _connect() -> Any:
     if plain != client.meta.endpoint_url:
         log.warning("the S3 endpoint's address holds a user name: it is not used, set the AWS variables")
         client = session.client("s3", endpoint_url=plain, config=config)
-    return client
+    fast = FastReads(bucket, client, None if unsigned else session, HASH_FIELD, timeout)
+    return _Connection(os.getpid(), client, fast)
 
 
 def _digests(file: BinaryIO) -> tuple[bytes, str]:

@@ -1,0 +1,114 @@
+"""Small reads from a bucket through obstore, at a tenth of boto3's processor time per request.
+
+Only what went well counts: a complete object of ours whose hash matches, or all bytes of a range. Everything
+else (a missing object, a refusal, a broken connection, a foreign answer, an object without our hash) is None,
+and the caller asks again through boto3, which retries and explains. So no fault has a second treatment here.
+"""
+
+import logging
+import os
+import threading
+from datetime import timedelta
+from typing import Any
+
+import xxhash
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Failures in a row after which a process reads through boto3 alone: proxies or certificates may not fit."""
+CREDENTIALS_SECONDS = 60
+"""Seconds after which credentials are asked for again; botocore renews those that expire."""
+
+
+class FastReads:
+    """Reads of one bucket by this process. Safe to use from several threads."""
+
+    def __init__(
+        self, bucket: str, client: Any, session: Any | None, hash_field: str, timeout: float
+    ) -> None:
+        """Prepare the reads; nothing is connected yet.
+
+        Args:
+            bucket: its name.
+            client: boto3's, from which address and region are taken.
+            session: boto3's, which gives the credentials; None = requests are not signed.
+            hash_field: field of an object's metadata that holds the xxh64 of its body.
+            timeout: seconds that a request may take.
+        """
+        self._bucket, self._hash_field = bucket, hash_field
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._store = _open(bucket, client, session, timeout)
+
+    def read(self, key: str, max_bytes: int | None) -> bytes | None:
+        """Return an object's bytes if they match the hash that they were written with; else None."""
+        if self._store is None:
+            return None
+        try:
+            answer = self._store.get(key)
+            expected = answer.attributes.get(self._hash_field)
+            if not expected or (max_bytes is not None and answer.meta["size"] > max_bytes):
+                return None
+            data = bytes(answer.bytes())
+        except Exception as error:
+            # Of whatever class: the ordinary way finds out what it means.
+            return self._failed(error)
+        self._failures = 0
+        return data if xxhash.xxh64_hexdigest(data) == expected else None
+
+    def read_range(self, key: str, start: int, length: int) -> bytes | None:
+        """Return exactly `length` bytes from `start` on; None if the object has fewer."""
+        if self._store is None:
+            return None
+        try:
+            data = bytes(self._store.get_range(key, start=start, length=length))
+        except Exception as error:
+            return self._failed(error)
+        self._failures = 0
+        return data if len(data) == length else None
+
+    def _failed(self, error: Exception) -> None:
+        from obstore import exceptions
+
+        # An object that does not exist, or a right that is missing, says nothing about the way.
+        if isinstance(error, exceptions.NotFoundError | exceptions.PermissionDeniedError):
+            return
+        with self._lock:
+            self._failures += 1
+            if self._failures == MAX_FAILURES:
+                log.info("s3://%s: reads go through boto3 alone: %s", self._bucket, type(error).__name__)
+                self._store = None
+
+
+def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
+    """Return obstore's store of a bucket; None if it cannot be used here."""
+    endpoint = client.meta.endpoint_url
+    # Certificates that botocore alone reads.
+    bundles = [name for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)]
+    if bundles and endpoint.startswith("https:"):
+        return None
+    # Imported here because local stores do not need it.
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import S3Store
+
+    options: dict[str, Any] = {
+        "endpoint": endpoint,
+        "region": client.meta.region_name or "us-east-1",
+        "virtual_hosted_style_request": False,
+        "client_options": {"timeout": timedelta(seconds=timeout), "allow_http": endpoint.startswith("http:")},
+        # Retries are the caller's, so that waiting times do not multiply.
+        "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=timeout)},
+    }
+    if session is None:
+        options["skip_signature"] = True
+    elif session.get_credentials() is None:
+        return None
+    else:
+        ttl = timedelta(seconds=CREDENTIALS_SECONDS)
+        options["credential_provider"] = Boto3CredentialProvider(session, ttl=ttl)
+    try:
+        return S3Store(bucket, **options)
+    except Exception as error:
+        log.info("s3://%s: reads go through boto3 alone: %s", bucket, type(error).__name__)
+        return None

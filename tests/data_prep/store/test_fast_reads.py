@@ -1,0 +1,119 @@
+"""Small reads through obstore: the same bytes as through boto3, which is asked whenever anything is odd."""
+
+import boto3
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.store.fast_reads import MAX_FAILURES, FastReads
+from data_prep.store.faults import TooLargeError
+from data_prep.store.store import open_store
+from tests.helpers.s3 import BUCKET, CREDENTIALS, Fault
+
+
+@pytest.fixture
+def store(s3, proxy, monkeypatch):
+    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "12")
+    store = open_store(s3)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def asked(store, monkeypatch):
+    """Names of the requests that boto3 makes."""
+    calls = []
+    client = store._backend.client
+    client.meta.events.register("before-send.s3.GetObject", lambda **_: calls.append("get"))
+    return calls
+
+
+def raw(url):
+    """A client that writes objects as other programs do."""
+    return boto3.client("s3", endpoint_url=url)
+
+
+def test_own_objects_and_ranges_do_not_go_through_boto3(store, asked):
+    for data in (b"a record", b""):
+        store.put("a/record.json", data)
+        assert store.read("a/record.json") == data
+    store.put("a/tar", bytes(range(256)))
+    assert store.read_range("a/tar", 16, 32) == bytes(range(16, 48))
+    assert store.read("a/tar", max_bytes=256) == bytes(range(256))
+    assert asked == []
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_range_is_that_of_the_object(store, start, length):
+    data = bytes(range(200))
+    if not store.exists("tar"):
+        store.put("tar", data)
+    assert store.read_range("tar", start, length) == data[start : start + length]
+
+
+def test_what_is_odd_is_asked_again(store, asked, proxy):
+    with pytest.raises(FileNotFoundError):
+        store.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        store.read_range("nothing", 0, 4)
+    assert len(asked) == 2
+
+    # without our hash, too large, and past the end
+    raw(proxy.url).put_object(Bucket=BUCKET, Key=f"{store._prefix}other", Body=b"others wrote this")
+    assert store.read("other") == b"others wrote this"
+    assert len(asked) == 3
+    store.put("large", b"x" * 100)
+    with pytest.raises(TooLargeError):
+        store.read("large", max_bytes=99)
+    assert store.read_range("large", 90, 20) == b"x" * 10
+    assert len(asked) == 5
+
+
+def test_a_byte_that_changed_on_the_way_is_noticed(store, asked, proxy):
+    store.put("record", b"right" * 100)
+    proxy.faults = [Fault("flip", method="GET", times=1)]
+    assert store.read("record") == b"right" * 100
+    assert asked == ["get"]
+
+
+def test_after_some_failures_in_a_row_boto3_reads_alone(store, asked, proxy):
+    store.put("record", b"data")
+    for _ in range(MAX_FAILURES):
+        proxy.faults = [Fault("reset", method="GET", times=1)]
+        assert store.read("record") == b"data"
+    before, proxy.faults = len(proxy.requests), []
+    assert store.read("record") == b"data"
+    assert len(proxy.requests) == before + 1
+    assert len(asked) == MAX_FAILURES + 1
+
+
+def test_a_success_forgives_earlier_failures(store, asked, proxy):
+    store.put("record", b"data")
+    for _ in range(MAX_FAILURES + 1):
+        proxy.faults = [Fault("reset", method="GET", times=1)]
+        assert store.read("record") == b"data"
+        proxy.faults = []
+        assert store.read("record") == b"data"
+    assert len(asked) == MAX_FAILURES + 1
+
+
+@pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
+def test_certificates_that_only_botocore_reads_are_left_to_it(monkeypatch, tmp_path, variable):
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    client, session = raw("https://127.0.0.1:9"), boto3.Session()
+    assert FastReads("bucket", client, session, "xxh64", 1.0)._store is not None
+    monkeypatch.setenv(variable, str(tmp_path / "own.pem"))
+    assert FastReads("bucket", client, session, "xxh64", 1.0)._store is None
+
+
+def test_reads_after_a_pickle_are_those_of_the_new_process(store, asked):
+    import pickle
+
+    store.put("record", b"data")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.read("record") == b"data"
+    copy.close()
