@@ -28,7 +28,8 @@ from data_prep.config import BucketConfig, DatasetConfig, DedupeConfig, SourceCo
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.parts import PLAN_KEY, committed, register_family
 from data_prep.dataset.schema import PAIRS, Commit, Family, Manifest
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.images.buckets import make_buckets
 from data_prep.plan import dedupe
 from data_prep.plan.plan import check_settings, run_plan

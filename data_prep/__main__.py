@@ -11,7 +11,9 @@ from typing import Any
 
 from data_prep.config import DatasetConfig, load_dataset
 from data_prep.dataset.garbage import collect_garbage
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.verify import verify
+from data_prep.engines import ENGINES, Ray, connected
 from data_prep.families.complete import already_encoded, latents_settings
 from data_prep.init import add_options as add_init_options
 from data_prep.init import init
@@ -175,6 +177,18 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="I/N",
             help="do the I-th of N shares (from 0); default: this Slurm array task's, otherwise everything",
         )
+        commands[name].add_argument(
+            "--engine",
+            choices=ENGINES,
+            help="who does the work: this process alone, the tasks that share it, or a Ray cluster "
+            "(default: share for a task of several, otherwise alone)",
+        )
+        commands[name].add_argument(
+            "--actors",
+            type=int,
+            metavar="N",
+            help="maximum number of workers of a Ray cluster (default: as many as it has room for)",
+        )
     _add_options(commands)
     return parser
 
@@ -243,8 +257,32 @@ def parse(argv: list[str] | None) -> Arguments:
     arguments.overrides += rest
 
     if arguments.command in SHARED:
-        arguments.task = Share.parse(arguments.task) if arguments.task else Share.from_environment()
+        arguments.task = choose_engine(arguments.engine, arguments.task, arguments.actors)
     return arguments
+
+
+def choose_engine(engine: str | None, task: str | None, actors: int | None) -> Share:
+    """Return the engine that the options name.
+
+    Args:
+        engine: one of `ENGINES`; None = chosen by the task.
+        task: `I/N`; None = from the environment of a Slurm array, otherwise everything.
+        actors: maximum number of workers of a Ray cluster.
+
+    Raises:
+        UserError: if the options contradict each other.
+    """
+    share = Share.parse(task) if task else Share.from_environment()
+    if engine in ("alone", "ray") and share.count > 1:
+        raise UserError(
+            f"--engine {engine} does everything, but this is task {share.index} of {share.count}: use "
+            "--engine share, or start it once"
+        )
+    if engine == "share" and not task and "SLURM_ARRAY_TASK_ID" not in os.environ:
+        raise UserError("--engine share: add --task I/N, or start it as a task of a Slurm array")
+    if actors is not None and (engine != "ray" or actors < 1):
+        raise UserError(f"--actors {actors}: give at least 1, with --engine ray")
+    return Ray(actors=actors) if engine == "ray" else share
 
 
 @command
@@ -260,7 +298,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Only the plan can create a store: with a mistyped path, other commands fail.
     store = open_store(config.store, create=arguments.command == "plan")
-    COMMANDS[arguments.command][0](config, store.sub(config.name), arguments)
+    with connected(getattr(arguments, "task", None)):
+        COMMANDS[arguments.command][0](config, store.sub(config.name), arguments)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ LAYERS = (
     "model.adapters",
     "model.encoders",
     "model.scorers",
+    "data_prep.engines",
     "data_prep.store",
     "data_prep.dataset",
     "data_prep.scenes",
@@ -94,6 +95,7 @@ FENCES = {
     "gradio": ("pipeline/web.py",),
     "spacy": ("model/scorers/noun_phrases.py",),
     "torch_fidelity": ("model/scorers/inception.py",),
+    "ray": ("data_prep/engines.py",),
 }
 """Third-party package -> the only files or folders that import it."""
 

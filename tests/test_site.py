@@ -95,7 +95,7 @@ def test_every_command_parses_and_its_settings_exist(page, files):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_yaml_is_a_dataset_or_a_stage(page, tmp_path):
     for block in read_blocks(page.read_text()):
-        if block.language != "yaml":
+        if block.language != "yaml" or "apiVersion" in block.text:
             continue
         path = tmp_path / "block.yaml"
         path.write_text(block.text)
@@ -109,6 +109,20 @@ def test_every_yaml_is_a_dataset_or_a_stage(page, tmp_path):
                 load_stage(str(path))
             else:
                 read_settings(schema, path, [])
+
+
+def test_a_manifest_of_kubernetes_runs_a_command_of_ours():
+    blocks = read_blocks((ROOT / "docs" / "beyond_slurm.md").read_text())
+    (manifest,) = (yaml.safe_load(block.text) for block in blocks if "apiVersion" in block.text)
+    spec = manifest["spec"]
+    words = spec["entrypoint"].split()
+    parsed = parse(words[2], words[3:])
+    assert (parsed.unknown, parsed.namespace.engine) == ([], "ray")
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in pins
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    images = {each["image"] for group in groups for each in group["template"]["spec"]["containers"]}
+    assert len(images) == 1, "driver and workers have the same code"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -54,6 +54,12 @@ class Part:
         # Padded with zeros, so that a listing of keys has the parts in order.
         return f"{self.bucket}/{self.number:05d}"
 
+    @classmethod
+    def parse(cls, name: str) -> "Part":
+        """Return the part of a name, as `str` gives it."""
+        bucket, _, number = name.partition("/")
+        return cls(bucket, int(number))
+
     def commit_key(self, kind: str) -> str:
         """Key of the object that makes this part of `kind` (`pairs` or a family's name) exist."""
         return f"commits/{kind}/{self}.json"

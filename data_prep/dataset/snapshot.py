@@ -1,37 +1,24 @@
-"""Snapshots of a dataset: take one, verify all objects that commits name, remove objects that none names."""
+"""Snapshots of a dataset: the parts that exist in all families, frozen for training runs to read."""
 
 import hashlib
 import io
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow
 import pyarrow.parquet
 import xxhash
 
 from data_prep.dataset.accounts import Totals, account, without_counts
-from data_prep.dataset.mds import Shard
 from data_prep.dataset.parts import (
-    PLAN_AGAIN,
     PLAN_KEY,
-    THREADS,
     array_list,
     committed,
-    committed_parts,
-    hash_ids,
-    read_commit,
     read_plan,
-    read_plan_record,
 )
-from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import (
     PAIRS,
-    TABLE,
     BucketRecord,
     Commit,
     Family,
@@ -41,14 +28,10 @@ from data_prep.dataset.schema import (
 )
 from data_prep.dataset.snapshot_reader import (
     HISTORY,
-    family_names,
     last_taken,
     missing_payloads,
-    read_constants,
     read_families,
     read_family,
-    read_index,
-    read_snapshot,
 )
 from data_prep.dataset.users import users_of_parts
 from data_prep.store.store import Store, StoredFile, StoreError
@@ -255,236 +238,11 @@ def _publish(dataset: Store, snapshot: Snapshot, indexes: dict[str, bytes]) -> N
             return
 
 
-@dataclass
-class Verification:
-    """Result of `verify`."""
-
-    parts: Counter[str] = field(default_factory=Counter)
-    """Kind -> number of parts that are correct."""
-    bytes: Counter[str] = field(default_factory=Counter)
-    """Kind -> bytes of the payloads of these parts."""
-    snapshots: int = 0
-    problems: list[str] = field(default_factory=list)
-    """Messages that name the object and the remedy."""
-    not_read: str = ""
-    """The content that was not checked."""
-
-
-def verify(dataset: Store, deep: bool = False, share: Share | None = None) -> Verification:
-    """Check all commits and snapshots against the objects in the store, and the families against the pairs.
-
-    Args:
-        dataset: the dataset's store.
-        deep: also read every payload, the families' constants and the plan's tables, and compare hash, rows
-            and sample ids; otherwise only presence and size.
-        share: check only this share of the parts; None = all. The first share has the records as well.
-
-    Returns:
-        Counts of correct parts, and all problems.
-    """
-    share = share or Share()
-    verification = Verification()
-    verification.not_read = "the sources, and the tables of scanned and dropped rows"
-    if not deep:
-        verification.not_read += "; the contents of files, which --deep reads"
-    if share.count > 1:
-        verification.not_read += f"; the parts of the other {share.count - 1} tasks"
-    families, problems = _families(dataset, deep and share.index == 0)
-    verification.problems = problems if share.index == 0 else []
-    if deep:
-        verification.problems += _plan_problems(dataset, share)
-
-    existing = {kind: committed_parts(dataset, kind) for kind in [PAIRS, *sorted(families)]}
-    # The same parts of all kinds, so that each commit of the pairs is read once.
-    own = set(share.owns(sorted(set().union(*existing.values()))))
-    sizes = _payload_sizes(dataset, existing, own)
-    pairs: dict[Part, Commit] = {}
-    for kind, parts in existing.items():
-
-        def check(part: Part, kind: str = kind) -> Commit | str:
-            key = f"{dataset.uri}/{part.commit_key(kind)}"
-            try:
-                commit = read_commit(dataset, kind, part)
-                _check_part(dataset, commit, families.get(kind), pairs, sizes)
-                if deep:
-                    _check_payload(dataset, commit, families.get(kind))
-                return commit
-            # A result and not an exception: one damaged part must not hide the problems of the others.
-            except (UserError, FileNotFoundError) as error:
-                # The error of a damaged record names the record and the way out by itself.
-                return str(error) if str(error).startswith(key) else f"{key}: {error}: {REPAIR}"
-
-        with ThreadPoolExecutor(8 if deep else THREADS) as pool:
-            for result in pool.map(check, sorted(own & parts)):
-                if isinstance(result, str):
-                    verification.problems.append(result)
-                else:
-                    verification.parts[kind] += 1
-                    verification.bytes[kind] += sum(file.bytes for file in result.files)
-                    if kind == PAIRS:
-                        # Without its files and counts, of which there may be many.
-                        pairs[result.part] = replace(result, files=[], counts={})
-
-    known = set().union(*existing.values())
-    for id in snapshot_ids(dataset):
-        verification.snapshots += 1
-        verification.problems += _snapshot_problems(dataset, id, share, own, known, sizes)
-    return verification
-
-
-def _payload_sizes(dataset: Store, existing: dict[str, set[Part]], own: set[Part]) -> dict[str, int]:
-    """Return the size of each payload file of some parts by key, from listings: a request per 1,000 files."""
-    prefixes = []
-    for kind, parts in existing.items():
-        root = PAIRS if kind == PAIRS else f"families/{kind}"
-        buckets = sorted({part.bucket for part in parts})
-        prefixes += [f"{root}/{bucket}/" for bucket in buckets]
-
-    def listed(prefix: str) -> dict[str, int]:
-        bucket = prefix.split("/")[-2]
-        found = {}
-        for entry in dataset.listing(prefix):
-            number = entry.key.removeprefix(prefix).partition("/")[0]
-            if number.isdecimal() and Part(bucket, int(number)) in own:
-                found[entry.key] = entry.bytes
-        return found
-
-    sizes: dict[str, int] = {}
-    with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(listed, prefixes):
-            sizes |= found
-    return sizes
-
-
-def _families(dataset: Store, deep: bool) -> tuple[dict[str, Family], list[str]]:
-    """Return the families that can be read, and the problems of the others and of constants."""
-    families: dict[str, Family] = {}
-    problems = []
-    for name in family_names(dataset):
-        try:
-            families[name] = read_family(dataset, name)
-            if deep:
-                read_constants(dataset, families[name])
-        except UserError as error:
-            problems.append(str(error))
-    return families, problems
-
-
-def _plan_problems(dataset: Store, share: Share) -> list[str]:
-    """Return what is wrong with a share of the plan's tables."""
-    # Plans that earlier versions made have it too; a dataset that was put together by hand may not.
-    if not dataset.exists(PLAN_KEY):
-        return []
-    problems = []
-    try:
-        for key, xxh64 in share.owns(list(read_plan_record(dataset)["manifest"].items())):
-            try:
-                read_object(dataset, key, hashed(xxh64), PLAN_AGAIN)
-            except FileNotFoundError:
-                problems.append(f"{dataset.uri}/{key}: missing: {PLAN_AGAIN}")
-    except UserError as error:
-        problems.append(str(error))
-    return problems
-
-
-def _check_part(
-    dataset: Store, commit: Commit, family: Family | None, pairs: dict[Part, Commit], sizes: dict[str, int]
-) -> None:
-    """Check one part against its commit.
-
-    Args:
-        dataset: the dataset's store.
-        commit: the part's commit.
-        family: its family; None for the pairs.
-        pairs: commits of the pairs that were read already.
-        sizes: bytes of the payload files by key.
-
-    Raises:
-        UserError: if they differ.
-    """
-    if family:
-        own = pairs.get(commit.part) or read_commit(dataset, PAIRS, commit.part)
-        if (own.rows, own.ids_xxh64) != (commit.rows, commit.ids_xxh64):
-            raise UserError("other samples than the pairs of this part")
-        if family.hash != commit.family_hash:
-            raise UserError(f"not made by family `{family.name}` as registered")
-
-    for file in commit.files:
-        # Of a part that was committed after the listing, the size is asked for.
-        size = sizes[file.key] if file.key in sizes else dataset.size(file.key)
-        if size != file.bytes:
-            raise UserError(f"{file.key} does not have {file.bytes:,} bytes")
-
-
-def _check_payload(dataset: Store, commit: Commit, family: Family | None) -> None:
-    """Download a part, which checks its hashes, and compare its sample ids with the commit.
-
-    Raises:
-        UserError: if they differ.
-    """
-    ids: list[int] = []
-    with TemporaryDirectory(prefix="li-dit-") as folder:
-        for file in commit.files:
-            path = Path(folder) / file.key.rpartition("/")[2]
-            dataset.fetch(file, path)
-            if family:
-                ids = [row["id"] for row in Shard(path, family.columns)]
-            elif path.name == TABLE:
-                ids = parse_table(path.read_bytes(), columns=["id"])["id"].to_pylist()
-
-    if len(ids) != commit.rows or hash_ids(ids) != commit.ids_xxh64:
-        raise UserError("the payload holds other samples than the commit says")
-
-
 def snapshot_ids(dataset: Store) -> list[str]:
     """Return the ids of all snapshots."""
     return [
         name for name in dataset.folders("snapshots/") if dataset.exists(f"snapshots/{name}/snapshot.json")
     ]
-
-
-def _snapshot_problems(
-    dataset: Store, id: str, share: Share, own: set[Part], known: set[Part], sizes: dict[str, int]
-) -> list[str]:
-    """Return what is wrong with a snapshot.
-
-    Args:
-        dataset: the dataset's store.
-        id: the snapshot.
-        share: the share to check.
-        own: its parts.
-        known: all parts that have a commit; the first share has those that have none.
-        sizes: bytes of the payload files of `own`, as far as they are known.
-    """
-    try:
-        snapshot = read_snapshot(dataset, id)
-        indexes = {bucket: read_index(dataset, snapshot, bucket) for bucket in snapshot.buckets}
-    except UserError as error:
-        return [str(error)] if share.index == 0 else []
-
-    files = []
-    for bucket, index in indexes.items():
-        parts = [Part(bucket, number) for number in index["number"].to_pylist()]
-        chosen = [part in own or (part not in known and share.index == 0) for part in parts]
-        files += index_files(index.filter(pyarrow.array(chosen)), snapshot.families)
-
-    def is_intact(file: StoredFile) -> bool:
-        if file.key in sizes:
-            return sizes[file.key] == file.bytes
-        try:
-            return dataset.size(file.key) == file.bytes
-        except FileNotFoundError:
-            return False
-
-    problems = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for file, intact in zip(files, pool.map(is_intact, files), strict=True):
-            if not intact:
-                problems.append(
-                    f"{dataset.uri}/{file.key}: missing or of another size, but snapshot {id} needs it: "
-                    "take another snapshot"
-                )
-    return problems
 
 
 def index_files(index: pyarrow.Table, families: Iterable[str]) -> list[StoredFile]:

@@ -1,6 +1,8 @@
 """Latents families: the pairs' images in a latent space, stored as mean and std of each latent."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 from data_prep.config import DatasetConfig, LatentsConfig
 from data_prep.dataset.parts import register_family
 from data_prep.dataset.schema import Family
-from data_prep.families.encode import encode_family
+from data_prep.families.encode import EncodedRows, Encoder, encode_parts
 from data_prep.images.images import decode_image
 from data_prep.pairs.pairs import Pair
 from data_prep.store.store import Store
@@ -51,6 +53,16 @@ def run_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store, s
     Raises:
         UserError: if there is no such latent space, or a family of this name was made with another one.
     """
+    encode_parts(dataset, latents.name, partial(open_latents, config, latents, dataset), share)
+
+
+@contextmanager
+def open_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store) -> Iterator[Encoder]:
+    """Load the latent space, and register the family.
+
+    Raises:
+        UserError: if there is no such latent space, or a family of this name was made with another one.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     space = load_latent_space(latents.vae, latents.revision, device, latents.space)
     family = register_family(dataset, latents_family(latents, space), None)
@@ -58,10 +70,10 @@ def run_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store, s
     # Decoding in this process would keep the GPU waiting.
     with Workers(decode_images, None, _lost, config.workers) as decoders:
 
-        def encode_part(pairs: list[Pair]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        def encode_part(pairs: list[Pair]) -> EncodedRows:
             return encode_pairs(space, pairs, latents.batch, decoders)
 
-        encode_family(dataset, family, encode_part, share)
+        yield family, encode_part
 
 
 def decode_images(_: None, images: Sequence[bytes]) -> list[np.ndarray]:

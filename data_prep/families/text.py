@@ -7,7 +7,9 @@ it stores the states of the caption's own tokens, quantized. Equal captions are 
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import committed_parts, read_commit, read_plan, register_family
 from data_prep.dataset.schema import PAIRS, Family
 from data_prep.dataset.snapshot_reader import read_constants
-from data_prep.families.encode import encode_family
+from data_prep.families.encode import Encoder, encode_parts
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import Store
 from model.common.errors import UserError
@@ -53,12 +55,21 @@ def text_family(text: TextConfig, encoder: TextEncoder) -> Family:
 
 
 def run_text(config: DatasetConfig, text: TextConfig, dataset: Store, share: Share) -> None:
-    """Register the family with its constants, unless another task did; then encode the missing parts of this
-    share.
+    """Encode the missing parts of this share.
 
     Raises:
         UserError: if the LLM cannot be loaded, a family of this name has another encoder, the stored prefix
             states differ from this task's, there are no pairs yet, or the LLM's states are not finite.
+    """
+    encode_parts(dataset, text.name, partial(open_text, config, text, dataset), share)
+
+
+@contextmanager
+def open_text(config: DatasetConfig, text: TextConfig, dataset: Store) -> Iterator[Encoder]:
+    """Load the LLM, and register the family with its constants, unless another task did.
+
+    Raises:
+        UserError: as `run_text`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(text, device)
@@ -71,8 +82,7 @@ def run_text(config: DatasetConfig, text: TextConfig, dataset: Store, share: Sha
     constants = read_constants(dataset, family)
     check_prefix(encoder, family, constants)
 
-    captions = CaptionEncoder(encoder, constants, config.caption_kinds)
-    encode_family(dataset, family, captions.encode_part, share)
+    yield family, CaptionEncoder(encoder, constants, config.caption_kinds).encode_part
 
 
 def measure_constants(dataset: Store, encoder: TextEncoder) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ from data_prep.clips.media import decode_clip
 from data_prep.config import DatasetConfig
 from data_prep.dataset.accounts import check_parts, dropped_count, written_count
 from data_prep.dataset.parts import commit_part, committed_parts, read_plan, read_plan_record
-from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Part
+from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Manifest, Part
+from data_prep.engines import Do, Outcome, Step, run
 from data_prep.images.images import decode_image
 from data_prep.pairs.make_images import (
     EncodedImage,
@@ -51,7 +53,6 @@ from data_prep.sources.source import OpenSources, needs_sequential_reads
 from data_prep.store.store import Store, StoreError
 from data_prep.workers import Workers
 from model.common.files import naming_full_disk
-from model.common.progress import Progress
 from model.common.share import Share
 
 TAR, DROPPED_TABLE = "pairs.tar", "dropped.parquet"
@@ -197,70 +198,123 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     """
     check_settings(config, dataset)
     manifest = read_plan(dataset)
-    parts = share.owns(manifest.parts)
-    done = committed_parts(dataset, PAIRS)
     dataset.put_new(CARD_KEY, CARD)
-
-    rows = {part: manifest.buckets[part.bucket][part.number] for part in parts}
-    with Progress("pairs", sum(rows.values())) as progress:
-        progress.advance(sum(rows[part] for part in parts if part in done), "there before")
-        make_parts(config, dataset, [part for part in parts if part not in done], progress)
-    check_parts(dataset, manifest, parts)
+    changed = run(PairsStep(config, dataset, manifest), share).notes
+    print_changed("pairs", sorted(set(changed)))
+    check_parts(dataset, manifest, share.owns(manifest.parts))
 
 
-def make_parts(config: DatasetConfig, dataset: Store, parts: Sequence[Part], progress: Progress) -> None:
-    """Make and commit `parts`; those of one bucket are ordered by number."""
-    # Rank of each source file in the order in which the plan shuffled them.
-    files = source_files(dataset)
-    ranks = [0] * len(files)
-    for rank, number in enumerate(file_order(config, files)):
-        ranks[number] = rank
+class PairsStep(Step):
+    """The making of all parts; its units are their names."""
 
-    hashes = read_plan_record(dataset)["manifest"]
-    sources = OpenSources(config, files)
-    read_by_place: set[int] = set()
-    """Numbers of the source files with many images, which are read by their place in the file."""
-    open_parts: dict[Part, _OpenPart] = {}
-    commits: deque[Future[Counter[str]]] = deque()
-    context = EncodingContext(sources, config.image_format, config.image_quality, config.clips, config.seed)
-    with (
-        tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
-        Workers(encode_images, context, _crashed, config.workers) as workers,
-        ThreadPoolExecutor(1) as committer,
-    ):
-        # A part's rows are read when its first task is due, so only the open parts are in memory.
-        def open_part(part: Part) -> list[dict[str, Any]]:
-            open_parts[part] = _OpenPart(
-                part, read_manifest(dataset, part, hashes).to_pylist(), Path(folder) / str(part)
-            )
-            return open_parts[part].rows
+    title = "pairs"
+    noun = "rows"
+    # Neighboring parts share source files, some of which have no random access.
+    batch = 16
 
-        tasks = order_tasks(parts, open_part, ranks, needs_sequential_reads(config))
-        for chunk, images in workers.map(chunk_tasks(tasks, sources)):
-            read_by_place.update(task.file for task in chunk if not task.place.path)
-            for image in images:
-                open_parts[image.part].add(image)
-                if open_parts[image.part].complete:
-                    commits.append(committer.submit(open_parts.pop(image.part).commit, config, dataset))
-                # Waiting here bounds the disk: a slow upload delays the parts that come next.
-                while len(commits) > MAX_WAITING_COMMITS:
-                    _count(commits.popleft(), progress)
+    def __init__(self, config: DatasetConfig, dataset: Store, manifest: Manifest) -> None:
+        """Make nothing yet.
 
-        while commits:
-            _count(commits.popleft(), progress)
-    if open_parts:
-        raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
-    print_changed("pairs", sources.changed(read_by_place))
+        Args:
+            config: the dataset's settings.
+            dataset: the dataset's store.
+            manifest: the plan.
+        """
+        self.cpus = max(1, config.workers)
+        self.units = [str(part) for part in manifest.parts]
+        self._config = config
+        self._dataset = dataset
+        self._manifest = manifest
+
+    def missing(self) -> set[str]:
+        """Return the parts that are not committed."""
+        return set(self.units) - {str(part) for part in committed_parts(self._dataset, PAIRS)}
+
+    def exists(self, unit: str) -> bool:
+        """True if a part is committed."""
+        return self._dataset.exists(Part.parse(unit).commit_key(PAIRS))
+
+    def total(self, units: Collection[str]) -> int:
+        """Return the planned rows of some parts."""
+        parts = map(Part.parse, units)
+        return sum(self._manifest.buckets[part.bucket][part.number] for part in parts)
+
+    @contextmanager
+    def setup(self) -> Iterator[Do]:
+        """Start the processes that encode images."""
+        with _PairMaker(self._config, self._dataset) as maker:
+            yield lambda units: maker.make([Part.parse(unit) for unit in units])
+
+
+class _PairMaker:
+    """Makes parts, with processes that encode the images."""
+
+    def __init__(self, config: DatasetConfig, dataset: Store) -> None:
+        self._config = config
+        self._dataset = dataset
+        # Rank of each source file in the order in which the plan shuffled them.
+        files = source_files(dataset)
+        self._ranks = [0] * len(files)
+        for rank, number in enumerate(file_order(config, files)):
+            self._ranks[number] = rank
+        self._hashes = read_plan_record(dataset)["manifest"]
+        self._sources = OpenSources(config, files)
+        context = EncodingContext(
+            self._sources, config.image_format, config.image_quality, config.clips, config.seed
+        )
+        self._workers = Workers(encode_images, context, _crashed, config.workers)
+
+    def __enter__(self) -> "_PairMaker":
+        self._workers.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.__exit__(*error)
+
+    def make(self, parts: Sequence[Part]) -> Iterator[Outcome]:
+        """Make and commit `parts`; those of one bucket are ordered by number.
+
+        Yields the rows by outcome, part by part, and last the names of source files that have changed.
+        """
+        read_by_place: set[int] = set()
+        """Numbers of the source files with many images, which are read by their place in the file."""
+        open_parts: dict[Part, _OpenPart] = {}
+        commits: deque[Future[Counter[str]]] = deque()
+        with (
+            tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
+            ThreadPoolExecutor(1) as committer,
+        ):
+            # A part's rows are read when its first task is due, so only the open parts are in memory.
+            def open_part(part: Part) -> list[dict[str, Any]]:
+                open_parts[part] = _OpenPart(
+                    part,
+                    read_manifest(self._dataset, part, self._hashes).to_pylist(),
+                    Path(folder) / str(part),
+                )
+                return open_parts[part].rows
+
+            along_source = needs_sequential_reads(self._config)
+            tasks = order_tasks(parts, open_part, self._ranks, along_source)
+            for chunk, images in self._workers.map(chunk_tasks(tasks, self._sources)):
+                read_by_place.update(task.file for task in chunk if not task.place.path)
+                for image in images:
+                    open_parts[image.part].add(image)
+                    if open_parts[image.part].complete:
+                        part = open_parts.pop(image.part)
+                        commits.append(committer.submit(part.commit, self._config, self._dataset))
+                    # Waiting here bounds the disk: a slow upload delays the parts that come next.
+                    while len(commits) > MAX_WAITING_COMMITS:
+                        yield Outcome(commits.popleft().result())
+
+            while commits:
+                yield Outcome(commits.popleft().result())
+        if open_parts:
+            raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
+        yield Outcome(notes=self._sources.changed(read_by_place))
 
 
 def _crashed(task: ImageTask) -> EncodedImage:
     return EncodedImage(task.part, task.row, reason=CRASHED)
-
-
-def _count(commit: "Future[Counter[str]]", progress: Progress) -> None:
-    """Wait for a commit and show its outcomes."""
-    for outcome, count in commit.result().items():
-        progress.advance(count, outcome)
 
 
 class _StoredImage(NamedTuple):

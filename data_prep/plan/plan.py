@@ -8,39 +8,25 @@ the scan tables only, so any number of tasks, killed at any moment, write the sa
 """
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import Any
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import PLAN_AGAIN, read_plan
 from data_prep.dataset.records import read_object
 from data_prep.dataset.schema import Manifest
+from data_prep.engines import run
 from data_prep.images.buckets import make_buckets
-from data_prep.plan.against import as_sources, evaluation_key, freeze_evaluation_files
+from data_prep.plan.against import freeze_evaluation_files
 from data_prep.plan.drop_list import freeze_drop_list, look_for_other_ids
 from data_prep.plan.filters import Filters
 from data_prep.plan.finish import SETTINGS_KEY, finish_plan, remove_scan, remove_units
-from data_prep.plan.listing import (
-    FILES_KEY,
-    FOLDER,
-    freeze_files,
-    print_changed,
-    print_newer_files,
-    removed,
-)
-from data_prep.plan.scan import EVALUATION, SCAN, Scanner
-from data_prep.plan.scan_tables import scan_key, write_scan
+from data_prep.plan.listing import FILES_KEY, freeze_files, print_newer_files, removed
+from data_prep.plan.scan_step import ScanStep
 from data_prep.sources.sample import printable
-from data_prep.sources.source import OpenSources, Source, SourceFile
 from data_prep.store.store import Store, StoreError
 from model.common.errors import UserError
-from model.common.progress import Progress
 from model.common.records import canonical_json, checked
 from model.common.share import Share
 
@@ -87,16 +73,19 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
             remove_scan(dataset)
             dataset.delete(SETTINGS_KEY)
         raise
-    keys = _scan_keys(files, evaluation)
-    # One listing, because a request per file takes minutes where there are many.
-    scanned = set(dataset.list(f"{FOLDER}/"))
-    if not scanned.issuperset(keys):
+    scan = ScanStep(config, dataset, files, evaluation)
+    missing = set(scan.missing())
+    if missing:
         # Of tables that do not exist any more: what is scanned now may differ.
         remove_units(dataset)
-    _scan_share(config, dataset, files, evaluation, share, scanned)
-
-    scanned = set(dataset.list(f"{FOLDER}/"))
-    missing = [place for place, key in enumerate(keys) if key not in scanned]
+    own = share.owns(scan.units)
+    todo = [key for key in own if key in missing]
+    if len(todo) < len(own):
+        print(f"plan: {len(own) - len(todo)} of {len(own)} source files were scanned before")
+    run(scan, share)
+    # Last, so that a file that was still being written while it was read is named too.
+    scan.print_changed(todo)
+    missing = set(scan.missing())
 
     # Another plan may have removed everything meanwhile (`_nothing_left`). What this one wrote since would be
     # taken for the scan of whatever settings come next.
@@ -106,9 +95,10 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
 
     if missing:
         # cluster/pairs.sh reads the numbers, to look whether these tasks are still in the queue.
-        tasks = sorted({Share.owner(place, len(keys), share.count) for place in missing})
+        places = [place for place, key in enumerate(scan.units) if key in missing]
+        tasks = sorted({Share.owner(place, len(scan.units), share.count) for place in places})
         print(
-            f"plan: {len(missing)} of {len(keys)} source files are not scanned yet (tasks "
+            f"plan: {len(missing)} of {len(scan.units)} source files are not scanned yet (tasks "
             f"{', '.join(map(str, tasks))}); the last task to scan finishes the plan"
         )
         return None
@@ -175,78 +165,3 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
 def _short(value: Any) -> str:
     text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _scan_keys(files: list[SourceFile], evaluation: list[SourceFile]) -> list[str]:
-    """Return the keys of all scanned files' tables, in the order in which array tasks share them."""
-    return [
-        *(scan_key(file.number) for file in files),
-        *(evaluation_key(file.number) for file in evaluation),
-    ]
-
-
-class _Scan(NamedTuple):
-    """The scan of one file."""
-
-    key: str
-    schema: pa.Schema
-    sources: OpenSources
-    file: SourceFile
-    what: str
-    rows: Callable[[Source, SourceFile], Iterator[pa.RecordBatch]]
-
-
-def _scan_share(
-    config: DatasetConfig,
-    dataset: Store,
-    files: list[SourceFile],
-    evaluation: list[SourceFile],
-    share: Share,
-    scanned: set[str],
-) -> None:
-    """Commit the scan tables of this share that are not among those `scanned`."""
-    mine = share.owns(_scan_keys(files, evaluation))
-    todo = set(mine) - scanned
-    if len(todo) < len(mine):
-        print(f"plan: {len(mine) - len(todo)} of {len(mine)} source files were scanned before")
-
-    settings = as_sources(config)
-    pairs, sets = OpenSources(config, files), OpenSources(settings, evaluation)
-    with (
-        Scanner(config) as scanner,
-        Progress("scan", None) as progress,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-
-        def hash_images(source: Source, file: SourceFile) -> Iterator[pa.RecordBatch]:
-            return scanner.hash_images(source, file, settings.sources[file.source].limit)
-
-        scans = [
-            *(_Scan(scan_key(file.number), SCAN, pairs, file, "source file", scanner.scan) for file in files),
-            *(
-                _Scan(evaluation_key(file.number), EVALUATION, sets, file, "evaluation file", hash_images)
-                for file in evaluation
-            ),
-        ]
-        todo = [scan for scan in scans if scan.key in todo]
-        for scan in todo:
-            _commit_scan(dataset, scan, Path(folder) / "scan.parquet", progress)
-
-    # Last, so that a file that was still being written while it was read is named too.
-    for sources in (pairs, sets):
-        own = [scan.file.number for scan in todo if scan.sources is sources]
-        print_changed("plan", sources.changed(own))
-
-
-def _commit_scan(dataset: Store, scan: _Scan, path: Path, progress: Progress) -> None:
-    """Scan one file into a temporary table at `path`, and commit it."""
-    source, _ = scan.sources.open(scan.file.number)
-    try:
-        write_scan(path, scan.schema, scan.file, scan.rows(source, scan.file), progress)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{scan.what} {scan.file.label}: was listed, and does not exist any more: put it back, or "
-            f"delete {dataset.uri}/{FOLDER} to list and scan the sources again"
-        ) from error
-    # If another task has scanned the same file meanwhile, its table has the same rows.
-    dataset.put_new(scan.key, path.read_bytes())

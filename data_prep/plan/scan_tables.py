@@ -16,7 +16,6 @@ from data_prep.plan.scan import SCAN
 from data_prep.sources.source import SourceFile
 from data_prep.store.store import Store, StoreError
 from model.common.files import naming_full_disk
-from model.common.progress import Progress
 
 pc: Any = pyarrow.compute
 """Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
@@ -31,16 +30,17 @@ def scan_key(number: int) -> str:
 
 
 def write_scan(
-    path: Path, schema: pa.Schema, file: SourceFile, batches: Iterator[pa.RecordBatch], progress: Progress
-) -> None:
+    path: Path, schema: pa.Schema, file: SourceFile, batches: Iterator[pa.RecordBatch]
+) -> Iterator[Counter[str]]:
     """Write a file's table, and check that its ids are complete and in order.
+
+    Yields the number of rows by reason, as they are written; the table is complete after the last ones.
 
     Args:
         path: the table to write.
         schema: its columns.
         file: the file whose rows they are.
         batches: the rows.
-        progress: counts the rows by reason.
 
     Raises:
         UserError: if the disk is full.
@@ -57,8 +57,7 @@ def write_scan(
                 raise RuntimeError(f"{file.label}: rows were lost or read twice while scanning")
             rows += len(batch)
             writer.write_batch(batch)
-            for reason, count in Counter(batch.column("reason").to_pylist()).items():
-                progress.advance(count, reason or "kept")
+            yield Counter(reason or "kept" for reason in batch.column("reason").to_pylist())
 
 
 def _large_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

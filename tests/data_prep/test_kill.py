@@ -20,8 +20,9 @@ from data_prep.__main__ import main
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.schema import PAIRS
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.snapshot_reader import read_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.plan.manifest import read_manifest
 from data_prep.store.store import open_store
 from data_prep.workers import Workers

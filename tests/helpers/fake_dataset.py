@@ -5,6 +5,7 @@ import io
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -78,28 +79,28 @@ def commit_pairs(dataset, part, ids, captions=one_caption):
 
 def encoder(family, nap=0.0):
     """Return a function that replaces a VAE or an LLM; it sleeps `nap` seconds per call."""
+    return partial(_encode, family, nap)
 
-    def encode(pairs):
-        time.sleep(nap)
-        rows = []
-        for pair in pairs:
-            numbers = hashlib.sha256(pair.image + pair.captions[0][1].encode()).digest()
-            if family.kind == "latents":
-                rows.append({"id": pair.id, "mean": numbers, "std": numbers[::-1]})
-            else:
-                tokens = 1 + pair.id % 3
-                rows.append(
-                    {
-                        "id": pair.id,
-                        "kinds": b"\0",
-                        "tokens": tokens.to_bytes(4, "little"),
-                        "values": numbers[: 2 * tokens],
-                        "scales": numbers[: 4 * tokens],
-                    }
-                )
-        return rows, {"rows": len(rows)}
 
-    return encode
+def _encode(family, nap, pairs):
+    time.sleep(nap)
+    rows = []
+    for pair in pairs:
+        numbers = hashlib.sha256(pair.image + pair.captions[0][1].encode()).digest()
+        if family.kind == "latents":
+            rows.append({"id": pair.id, "mean": numbers, "std": numbers[::-1]})
+        else:
+            tokens = 1 + pair.id % 3
+            rows.append(
+                {
+                    "id": pair.id,
+                    "kinds": b"\0",
+                    "tokens": tokens.to_bytes(4, "little"),
+                    "values": numbers[: 2 * tokens],
+                    "scales": numbers[: 4 * tokens],
+                }
+            )
+    return rows, {"rows": len(rows)}
 
 
 def make_families(dataset, share=ALONE, nap=0.0):

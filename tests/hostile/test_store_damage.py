@@ -11,8 +11,9 @@ import torch
 
 from data_prep.dataset.parts import committed, read_commit, register_family
 from data_prep.dataset.schema import PAIRS, Family, Part
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.snapshot_reader import check_payloads, read_constants, read_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError, one_line
 from model.common.records import seal

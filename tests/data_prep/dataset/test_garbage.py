@@ -8,7 +8,7 @@ import pytest
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.parts import commit_part, committed_parts
 from data_prep.dataset.schema import PAIRS, Manifest, Part
-from data_prep.dataset.snapshot import verify
+from data_prep.dataset.verify import verify
 from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, StoreError, open_store
 from tests.helpers.fake_dataset import commit_pairs, plan

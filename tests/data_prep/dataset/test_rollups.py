@@ -8,7 +8,8 @@ from data_prep.dataset import rollups
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.parts import committed, read_commit
 from data_prep.dataset.schema import PAIRS, Part
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.store.faults import StoreError
 from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, open_store

@@ -13,8 +13,9 @@ from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.mds import write_mds
 from data_prep.dataset.parts import array_list, commit_part, committed, read_commit, read_plan
 from data_prep.dataset.schema import PAIRS, Part
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.snapshot_reader import read_index, read_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.families.encode import SHARD
 from data_prep.store.store import StoreError, open_store
 from model.common.errors import UserError

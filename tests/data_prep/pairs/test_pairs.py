@@ -14,7 +14,7 @@ from data_prep.config import BucketConfig, SourceConfig
 from data_prep.dataset.accounts import account
 from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS, Bucket, Part
-from data_prep.dataset.snapshot import verify
+from data_prep.dataset.verify import verify
 from data_prep.images.images import ImageError, decode_image, resize_crop
 from data_prep.pairs.make_images import CHANGED, GONE
 from data_prep.pairs.pairs import read_pairs, run_pairs

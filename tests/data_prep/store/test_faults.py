@@ -11,7 +11,8 @@ import xxhash
 
 from data_prep.dataset.parts import commit_part, committed
 from data_prep.dataset.schema import Part
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.store.faults import TransientError, retry_seconds, retrying
 from data_prep.store.store import StoredFile, StoreError, open_store
 from model.common.errors import UserError
