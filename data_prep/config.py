@@ -85,6 +85,20 @@ class FilterConfig:
 
 
 @dataclass
+class SemanticConfig:
+    """Semantic duplicates, by embeddings of the images; see `data_prep/plan/semantic.py`."""
+
+    annotation: str = "clip"
+    """Name of the annotation that has the embeddings."""
+    column: str = "clip_embedding"
+    """Its column: a list of numbers of fixed size per row."""
+    threshold: float = bounded(0.95, 0.0, 1.0)
+    """Minimum cosine of the embeddings of duplicates."""
+    clusters: int | None = bounded(None, 1, 65_536)
+    """Clusters of the k-means, of which only rows of the same one are compared; None = one per 4,096 rows."""
+
+
+@dataclass
 class DedupeConfig:
     """Duplicates across the whole dataset; the first in the order of the source files is kept."""
 
@@ -95,6 +109,8 @@ class DedupeConfig:
     against: list[SourceConfig] | None = None
     """Evaluation sets, written like `sources`; their captions are not read. Pairs whose image is in one of
     them are dropped: those with equal bytes always, those that look the same if `near` is set."""
+    semantic: SemanticConfig | None = None
+    """Pairs whose images mean the same, by embeddings that an annotation has; None = no such test."""
     drop: str | None = None
     """Parquet file (local path or s3:// URI) with a column `id`: rows that another program found, which are
     dropped after all other tests. The ids are those of the pairs."""

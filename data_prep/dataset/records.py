@@ -106,8 +106,8 @@ def parse_table(
         return file.read(names) if group is None else file.read_row_group(group, names)
 
 
-def count_groups(data: bytes, schema: pyarrow.Schema) -> int:
-    """Return the number of row groups of a parquet file.
+def count_groups(data: bytes, schema: pyarrow.Schema | None) -> int:
+    """Return the number of row groups of a parquet file; a schema of None is any.
 
     Raises:
         ValueError: if it is damaged, or has another schema.

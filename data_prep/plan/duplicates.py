@@ -6,6 +6,7 @@ A group is a run of source files in the plan's order. The steps, each in units o
     exact   range of hashes     rows with the hash of a row with a smaller id, split by group
     kept    group               perceptual hashes of the rows that are still kept
     near    pass and slice      rows that look like a row with a smaller id, split by group
+    ...                         rows that mean the same as one with a smaller id: see `semantic`
     listed  all                 rows that `dedupe.drop` names, split by group
 
 Each reads what it needs of the step before. Verdicts are sparse: a code for the few rows that something
@@ -13,19 +14,14 @@ besides the filters decided.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
-from data_prep.config import DatasetConfig
 from data_prep.dataset.schema import DropListCounts
-from data_prep.plan.against import NO_SET, EvaluationSets
+from data_prep.plan.against import EvaluationSets
 from data_prep.plan.dedupe import (
     ROW,
     Spool,
@@ -36,91 +32,15 @@ from data_prep.plan.dedupe import (
     near_in_pass,
 )
 from data_prep.plan.drop_list import find_rows, frozen_ids
-from data_prep.plan.packs import pack, read_section, read_sections, section_bytes
+from data_prep.plan.packs import pack, section_bytes
 from data_prep.plan.scan_tables import exact_hashes, read_scan, scan_key
-from data_prep.plan.units import make_units, unit_keys
-from data_prep.plan.verdicts import (
-    COPIED,
-    FILTERED,
-    IN_SET,
-    KEPT,
-    LIKE_SET,
-    LISTED,
-    LOOKS_SAME,
-    SAME_FILE,
-)
-from data_prep.sources.source import SourceFile
-from data_prep.store.store import Store
-from model.common.share import Share
-
-pc: Any = pyarrow.compute
-"""Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
+from data_prep.plan.scanned import MARK, PAIR, Scanned, first_verdicts, split
+from data_prep.plan.semantic import SemanticDuplicates
+from data_prep.plan.units import unit_keys
+from data_prep.plan.verdicts import COPIED, KEPT, LIKE_SET, LISTED, LOOKS_SAME, MEANS_SAME, SAME_FILE
 
 SLICE_ROWS = 1 << 28
 """Rows that a unit of the near duplicates compares: two minutes of one core, 4 GB of temporary disk."""
-
-PAIR = np.dtype([("id", "<i8"), ("first", "<i8")])
-"""A row of an exact duplicate, and the row with the smallest id of the same hash; for the latter row itself,
-both are equal."""
-MARK = np.dtype([("id", "<i8"), ("code", "u1")])
-"""A row, and its verdict."""
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """The scanned files of a plan, in groups."""
-
-    config: DatasetConfig
-    dataset: Store
-    share: Share
-    files: Sequence[SourceFile]
-    groups: Sequence[Sequence[int]]
-    """Numbers of the files of each group."""
-    ranges: int
-    """Number of ranges of the hash."""
-    sets: EvaluationSets | None
-
-    @cached_property
-    def group_of(self) -> np.ndarray:
-        """Group of each file, int64 [files]."""
-        groups = np.empty(len(self.files), np.int64)
-        for number, files in enumerate(self.groups):
-            groups[list(files)] = number
-        return groups
-
-    def make(self, step: str, count: int, make: Any) -> None:
-        """Make the missing units of a step, of which there are `count`."""
-        make_units(self.dataset, self.share, step, unit_keys(step, count), make)
-
-    def section(self, step: str, unit: int, number: int, count: int) -> bytes:
-        """Return a section of the pack of one unit."""
-        return read_section(self.dataset, unit_keys(step, unit + 1)[unit], number, count)
-
-    def sections(self, step: str, units: int, number: int, count: int) -> Iterator[bytes]:
-        """Yield the section of the same number of all units."""
-        return read_sections(self.dataset, unit_keys(step, units), number, count)
-
-    def by_group(self, rows: np.ndarray) -> list[bytes]:
-        """Return rows (with a field `id`) as a section per group."""
-        return split(rows, self.group_of[rows["id"] >> 32], len(self.groups))
-
-
-def split(rows: np.ndarray, place: np.ndarray, count: int) -> list[bytes]:
-    """Return rows as `count` sections; `place` has the section of each row."""
-    order = np.argsort(place, kind="stable")
-    bounds = np.searchsorted(place[order], np.arange(count + 1)).tolist()
-    rows = rows[order]
-    return [rows[bounds[number] : bounds[number + 1]].tobytes() for number in range(count)]
-
-
-def first_verdicts(table: pa.Table, sets: EvaluationSets | None) -> np.ndarray:
-    """Return the verdicts, uint8 [rows], that need no other row: those of the filters and of equal files."""
-    verdicts = np.where(pc.equal(table["reason"], "").to_numpy(), KEPT, FILTERED).astype(np.uint8)
-    if sets is not None:
-        equal = sets.with_equal_hash(exact_hashes(table["hash"]))
-        found = (verdicts == KEPT) & (equal != NO_SET)
-        verdicts[found] = IN_SET + equal[found]
-    return verdicts
 
 
 class Duplicates:
@@ -131,6 +51,10 @@ class Duplicates:
         self._dedupe = scanned.config.dedupe
         self._passes: list[tuple[tuple[int, int], ...]] = []
         self._slices = 1
+        semantic = scanned.config.dedupe.semantic
+        self._semantic = None
+        if semantic is not None:
+            self._semantic = SemanticDuplicates(scanned, semantic, self.file_rows, self._kept_ids)
 
     def find(self) -> None:
         """Make all units.
@@ -148,6 +72,8 @@ class Duplicates:
             scanned.make("kept", groups, self._keep_group)
             self._choose_passes()
             scanned.make("near", len(self._passes) * self._slices, self._find_near)
+        if self._semantic is not None:
+            self._semantic.find()
         if self._dedupe.drop is not None:
             scanned.make("listed", 1, self._find_listed)
 
@@ -173,12 +99,9 @@ class Duplicates:
         """Return what was decided on the rows of a group besides the first verdicts, uint8 [rows]."""
         scanned = self._scanned
         places = _Places(scanned.groups[group], self.file_rows(group))
-        codes = self._exact_codes(group, places)
-        if self._dedupe.near is not None:
-            likes = np.frombuffer(scanned.section("kept", group, 1, 2), MARK)
-            codes[places.of(likes["id"])] = likes["code"]
-            units = len(self._passes) * self._slices
-            codes[places.of(self._rows("near", units, group, MARK)["id"])] = LOOKS_SAME
+        codes = self._image_codes(group, places)
+        if self._semantic is not None:
+            codes[places.of(self._semantic.marks(group)["id"])] = MEANS_SAME
         if self._dedupe.drop is not None:
             data = scanned.section("listed", 0, 1 + group, 1 + len(scanned.groups))
             rows = places.of(np.frombuffer(data, MARK)["id"])
@@ -199,6 +122,29 @@ class Duplicates:
         """Return a group's rows of all units of a step."""
         sections = self._scanned.sections(step, units, group, len(self._scanned.groups))
         return np.frombuffer(b"".join(sections), dtype)
+
+    def _image_codes(self, group: int, places: "_Places") -> np.ndarray:
+        """Return what the images' bytes and looks decide, uint8 [rows]."""
+        scanned = self._scanned
+        codes = self._exact_codes(group, places)
+        if self._dedupe.near is not None:
+            likes = np.frombuffer(scanned.section("kept", group, 1, 2), MARK)
+            codes[places.of(likes["id"])] = likes["code"]
+            units = len(self._passes) * self._slices
+            codes[places.of(self._rows("near", units, group, MARK)["id"])] = LOOKS_SAME
+        return codes
+
+    def _kept_ids(self, group: int) -> np.ndarray:
+        """Return the ids of the rows that neither a filter nor a duplicate has dropped, sorted, int64 [N]."""
+        scanned = self._scanned
+        codes = self._image_codes(group, _Places(scanned.groups[group], self.file_rows(group)))
+        kept, row = [np.empty(0, np.int64)], 0
+        for number in scanned.groups[group]:
+            for table in read_scan(scanned.dataset, scan_key(number), columns=["id", "reason", "hash"]):
+                verdicts = self.verdicts(table, codes[row : row + len(table)])
+                row += len(table)
+                kept.append(table["id"].to_numpy()[verdicts <= COPIED])
+        return np.sort(np.concatenate(kept))
 
     def _exact_codes(self, group: int, places: "_Places") -> np.ndarray:
         codes = np.full(places.rows, KEPT, np.uint8)

@@ -22,10 +22,11 @@ from data_prep.dataset.records import read_object
 from data_prep.dataset.schema import Manifest
 from data_prep.plan.against import EvaluationSets
 from data_prep.plan.counts import check_counts, merge_counts
-from data_prep.plan.duplicates import Duplicates, Scanned
+from data_prep.plan.duplicates import Duplicates
 from data_prep.plan.listing import FOLDER, removed, source_counts
 from data_prep.plan.rows import DROPPED_FOLDER, JudgedRows
 from data_prep.plan.scan_tables import scan_key
+from data_prep.plan.scanned import Scanned
 from data_prep.plan.units import FINISH, SupersededError
 from data_prep.plan.windows import Windows
 from data_prep.sources.source import SourceFile

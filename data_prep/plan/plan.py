@@ -116,7 +116,7 @@ def _settings_record(config: DatasetConfig) -> dict[str, Any]:
             del source["scenes"]  # records written before this setting existed do not have it
     if record["clips"] is None:
         del record["clips"]
-    for name in ("against", "drop"):
+    for name in ("against", "drop", "semantic"):
         if record["dedupe"][name] is None:
             del record["dedupe"][name]  # these neither
     return record

@@ -25,11 +25,12 @@ from data_prep.dataset.records import parse_table
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.copies import Copies
 from data_prep.plan.counts import GroupCounts
-from data_prep.plan.duplicates import Duplicates, Scanned
+from data_prep.plan.duplicates import Duplicates
 from data_prep.plan.manifest import MANIFEST
 from data_prep.plan.packs import pack
 from data_prep.plan.scan import SCAN
 from data_prep.plan.scan_tables import read_scan, scan_key
+from data_prep.plan.scanned import Scanned
 from data_prep.plan.verdicts import COPIED, reasons_of, with_reasons
 from model.common.files import naming_full_disk
 from model.common.records import canonical_json

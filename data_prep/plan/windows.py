@@ -16,9 +16,9 @@ from typing_extensions import TypedDict  # the standard library's has no checks 
 from data_prep.dataset.parts import PLAN_AGAIN
 from data_prep.dataset.records import read_object
 from data_prep.images.buckets import make_buckets
-from data_prep.plan.duplicates import Scanned
 from data_prep.plan.manifest import MANIFEST, PARTS_PER_FILE, write_manifest
 from data_prep.plan.rows import JudgedRows
+from data_prep.plan.scanned import Scanned
 from data_prep.plan.units import FINISH, make_units
 from data_prep.sources.source import needs_sequential_reads
 from model.common.records import STRICT, Hash, parse_record, seal
