@@ -31,7 +31,10 @@ case $1 in --steps=*) STEPS=${1#*=}; shift ;; esac
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 HEAD=$(scontrol show node -o "$FIRST" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
 PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new one for each start: the old one may still be in use
-export RAY_USAGE_STATS_ENABLED=0
+DONE=cluster/logs/ray-$SLURM_JOB_ID.done # Ray's launcher ends with code 0 also if it could not start
+PATH=$(dirname "$PYTHON"):$PATH          # it calls `ray`
+export PATH RAY_USAGE_STATS_ENABLED=0
+rm -f "$DONE"
 
 # The first node runs the steps, the others stay until they have ended. In a container, Python is the container's.
 INNER=$PYTHON COMMANDS=true
@@ -39,11 +42,14 @@ INNER=$PYTHON COMMANDS=true
 for step in ${STEPS//,/ }; do
   COMMANDS+=" && $(printf '%q ' "$INNER" -m data_prep "$step" "$@" --engine ray)"
 done
+COMMANDS+=" && touch $DONE"
 srun "${SRUN_OPTIONS[@]}" --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
   "$PYTHON" -m ray.scripts.scripts symmetric-run --address "$HEAD:$PORT" --min-nodes "$SLURM_JOB_NUM_NODES" \
-  -- bash -c "$COMMANDS" &
+  --num-cpus "$SLURM_CPUS_ON_NODE" -- bash -c "$COMMANDS" &
 SRUN=$! rc=0
 trap 'echo "== time limit near: queued again"; kill $SRUN; requeue_task' USR1
 wait $SRUN || rc=$?
 trap - USR1
+[ $rc -ne 0 ] || [ -f "$DONE" ] || { echo "== Ray did not start, see above"; rc=1; }
+rm -f "$DONE"
 [ $rc -eq 0 ] || { echo "== ended with code $rc; committed parts are kept, run it again"; exit $rc; }

@@ -349,6 +349,7 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
     """
     import ray
     import ray.data
+    import ray.data.exceptions
 
     size, overlap = (1, 1) if alone else (step.batch, step.overlap)
     batches = [units[start : start + size] for start in range(0, len(units), size)]
@@ -360,6 +361,8 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
     context.enable_progress_bars = False
     # A batch whose actor died is an error of this batch, and no end of the others.
     context.max_errored_blocks = -1
+    # A unit may take hours, and a cluster may be without room for as long.
+    context.execution_no_progress_timeout_s = -1
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
         fn_constructor_args=(step, os.getcwd()),
@@ -375,8 +378,14 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         max_restarts=-1,
         max_task_retries=1,
     )
-    for row in data.iter_rows():
-        yield _Result(**json.loads(row["result"]))
+    try:
+        for row in data.iter_rows():
+            yield _Result(**json.loads(row["result"]))
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        raise UserError(
+            f"{step.title}: Ray gave up: {first_line(error)}: what is done stays; see its log, and run the "
+            "same command again"
+        ) from error
 
 
 def _room(step: Step, nodes: Sequence[dict[str, Any]]) -> tuple[float, float, int]:

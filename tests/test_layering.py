@@ -96,6 +96,7 @@ FENCES = {
     "spacy": ("model/scorers/noun_phrases.py",),
     "torch_fidelity": ("model/scorers/inception.py",),
     "ray": ("data_prep/engines.py",),
+    "faiss": ("data_prep/plan/semantic.py",),
 }
 """Third-party package -> the only files or folders that import it."""
 

@@ -13,7 +13,9 @@ from data_prep.engines import Ray
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "scontrol": "case $2 in hostnames) echo n1 ;; *) echo 'N=1 NodeAddr=10.0.0.1 X=1' ;; esac",
-    "srun": "printf '%s\\n' \"$@\"; exit ${SRUN_CODE:-0}",
+    # Without SRUN_CODE, the steps run too; `none` is a Ray that does not start.
+    "srun": "printf '%s\\n' \"$@\"; case ${SRUN_CODE:-} in '') exec bash -c \"${@: -1}\" ;; none) exit 0 ;; "
+    "*) exit $SRUN_CODE ;; esac",
     "python": "exit ${PYTHON_CODE:-0}",
 }
 
@@ -58,11 +60,12 @@ def test_all_nodes_start_ray_and_the_first_runs_the_steps(tmp_path, options, ste
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
     ray = words[words.index("symmetric-run") :]
-    assert ray[:6] == ["symmetric-run", "--address", "10.0.0.1:20070", "--min-nodes", "2", "--"]
-    assert ray[6:8] == ["bash", "-c"]
-    commands = [shlex.split(command) for command in ray[8].split(" && ")]
-    assert commands[0] == ["true"]
-    for command, step in zip(commands[1:], steps, strict=True):
+    assert ray[:5] == ["symmetric-run", "--address", "10.0.0.1:20070", "--min-nodes", "2"]
+    assert ray[5:10] == ["--num-cpus", "8", "--", "bash", "-c"]
+    first, *commands, last = [shlex.split(command) for command in ray[10].split(" && ")]
+    assert (first, last[0]) == (["true"], "touch")
+    assert not (ROOT / last[1]).exists()
+    for command, step in zip(commands, steps, strict=True):
         assert command[:3] == ["python" if container else f"{tmp_path}/bin/python", "-m", "data_prep"]
         arguments = parse(command[3:])
         assert (arguments.command, str(arguments.dataset), arguments.overrides) == (step, dataset, ["seed=3"])
@@ -84,7 +87,9 @@ def test_what_is_missing_is_one_line(tmp_path):
         assert says in line
 
 
-def test_the_code_of_the_steps_is_that_of_the_job(tmp_path):
-    done = job(tmp_path, str(tmp_path / "my data.yaml"), SRUN_CODE="2")
-    assert done.returncode == 2
+@pytest.mark.parametrize(("given", "code"), [("2", 2), ("none", 1)])
+def test_the_code_of_the_steps_is_that_of_the_job(tmp_path, given, code):
+    done = job(tmp_path, str(tmp_path / "my data.yaml"), SRUN_CODE=given)
+    assert done.returncode == code
     assert "committed parts are kept" in done.stdout
+    assert ("Ray did not start" in done.stdout) == (given == "none")

@@ -1,7 +1,6 @@
 """A real Ray cluster of three nodes on this machine: nodes, drivers and workers die, and the store ends as if
 one process had written it. About two minutes; `test_engines.py` has the quick properties."""
 
-import os
 import random
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from tests.helpers.fake_dataset import FAMILIES, encoder, make_families, make_pa
 from tests.helpers.raw_material import ALONE
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parent.parent.parent
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 DRIVER = """
@@ -94,7 +93,7 @@ def content_of(tmp_path, dataset):
 
 
 def wait_for_parts(dataset, family, count):
-    for _ in range(1200):
+    for _ in range(6000):
         if len(committed_parts(dataset, family)) >= count:
             return
         time.sleep(0.05)
@@ -120,7 +119,7 @@ def test_all_steps_write_the_bytes_of_one_process(three_nodes, tmp_path, actors)
 def test_a_node_that_dies_costs_nothing_but_time(three_nodes, dataset, tmp_path):
     expected = content_of(tmp_path, dataset)
     family = register_family(dataset, FAMILIES[0], None)
-    head, *others = three_nodes.list_all_nodes()
+    _, *others = three_nodes.list_all_nodes()
     after = random.randint(1, 25)
 
     def kill():
@@ -131,7 +130,7 @@ def test_a_node_that_dies_costs_nothing_but_time(three_nodes, dataset, tmp_path)
     killer.start()
     encode_family(dataset, family, encoder(family, nap=0.2), Ray())
     killer.join()
-    assert head.is_active() if hasattr(head, "is_active") else True
+    assert len(three_nodes.list_all_nodes()) == 2
     make_families(dataset, Ray())
     collect_garbage(dataset, -1, delete=True)
     assert stored(dataset) == expected
@@ -167,7 +166,7 @@ def test_an_array_task_and_a_ray_job_work_at_once(three_nodes, dataset, tmp_path
     uri = dataset.uri.removesuffix("/ds")
     task = subprocess.Popen([sys.executable, "-c", DRIVER, uri, "1/2"], cwd=ROOT)
     make_families(dataset, Ray(), nap=0.2)
-    assert task.wait(200) == 0
+    assert task.wait(600) == 0
     make_families(dataset, Share(0, 2))
     collect_garbage(dataset, -1, delete=True)
     assert stored(dataset) == expected
@@ -185,11 +184,11 @@ def test_the_command_uses_the_cluster_and_names_what_fails(three_nodes, tmp_path
 
     def command(*words):
         line = [sys.executable, "-m", "data_prep", *words, "--engine", "ray"]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
     done = command("plan", str(path))
     assert done.returncode == 0, done.stderr
     failed = command("latents", str(path))
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert os.environ["RAY_ADDRESS"]
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path}/none" in line
