@@ -139,7 +139,7 @@ class FamilyStep(Step):
                 ids = [pair.id for pair in pairs]
                 part = Part.parse(unit)
                 commit = pool.submit(
-                    _commit_rows, self._dataset, family, part, ids, rows, counts, Path(folder)
+                    commit_rows, self._dataset, family, part, ids, rows, counts, Path(folder)
                 )
                 made.append(commit)
             yield from _finish(commit)
@@ -174,7 +174,7 @@ def _finish(commit: "Future[Commit] | None") -> Iterator[Outcome]:
         yield Outcome(Counter(encoded=1))
 
 
-def _commit_rows(
+def commit_rows(
     dataset: Store,
     family: Family,
     part: Part,
