@@ -52,6 +52,7 @@ COLUMNS = {
     "pipeline.runtime": 2,
     "pipeline.following": 3,
     "pipeline.operations": 4,
+    "data_prep.engines": 0,
     "data_prep.workers": 0,
     "data_prep": 1,
     "data_prep.families": 1,
