@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.clips.timing import Timeline
 from data_prep.dataset.schema import Bucket
-from data_prep.images.images import DAMAGED, MAX_FILE_BYTES, MAX_PIXELS, TOO_LARGE, Crop, ImageError
+from data_prep.images.images import DAMAGED, MAX_FILE_BYTES, TOO_LARGE, Crop, ImageError
 from model.common.errors import UserError
 from model.common.extras import require
 
@@ -42,6 +42,8 @@ TOO_MANY = "clip: too many frames"
 TOO_FAR = "clip: too far from a keyframe"
 MAX_FRAMES = 1 << 22
 """19 hours at 60 frames per second; their times take 34 MB."""
+MAX_FRAME_PIXELS = 1 << 25
+"""7680 x 4320. A decoder may keep 16 frames for others to refer to, 0.8 GB of this size."""
 MAX_DECODED_PIXELS = 1 << 35
 """Pixels of all frames from the keyframe before a clip to its end: 37,000 frames of 1280 x 720, about two
 minutes. Without a limit, a video of one group of millions of frames would keep a worker for days."""
@@ -292,7 +294,7 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
         context = streams[0].codec_context
         if context is None or context.name not in CODECS:
             raise ImageError(UNKNOWN_CODEC, getattr(context, "name", ""))
-        if context.height * context.width > MAX_PIXELS:
+        if context.height * context.width > MAX_FRAME_PIXELS:
             raise ImageError(TOO_LARGE, f"{context.height}x{context.width}")
         # The workers are processes, as many as there are cores.
         context.thread_count, context.thread_type = 1, "NONE"
@@ -406,7 +408,7 @@ class _Fit:
         height, width = upright_size(frame, self._pixel_aspect)
         scale = max(bucket.height / height, bucket.width / width)
         rows, columns = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
-        if rows * columns > MAX_PIXELS:
+        if rows * columns > MAX_FRAME_PIXELS:
             raise ImageError(TOO_LARGE, f"{height}x{width}")
 
         turns = turns_of(frame)

@@ -114,9 +114,9 @@ def test_absurd_durations_and_sizes_in_the_header_are_refused():
 
 
 def test_a_video_of_too_many_pixels_or_frames_is_refused(monkeypatch):
-    monkeypatch.setattr(video_file, "MAX_PIXELS", 47 * 64)
+    monkeypatch.setattr(video_file, "MAX_FRAME_PIXELS", 47 * 64)
     assert reason_of(video(20)) == TOO_LARGE
-    monkeypatch.setattr(video_file, "MAX_PIXELS", 48 * 64)
+    monkeypatch.setattr(video_file, "MAX_FRAME_PIXELS", 48 * 64)
     assert reason_of(video(20)) == ""
     monkeypatch.setattr(video_file, "MAX_FRAMES", 19)
     assert reason_of(video(20)) == video_file.TOO_MANY
