@@ -1,4 +1,4 @@
-# make demo, make demo-scenes: the whole pipeline on this machine, in MINUTES=8 or MINUTES=60;
+# make demo, make demo-scenes, make demo-video: the whole pipeline on this machine, in MINUTES=8, 60 or 30;
 # make test: the tests; make check: ruff and pyright; make docs: the site.
 # Each makes .venv on the first call and leaves it alone after that.
 
@@ -18,13 +18,16 @@ DISK_GB := 12
 # compiles all packages again: 11 s instead of 4 s to import torch and DeepSpeed.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-scenes test check docs install clean
+.PHONY: demo demo-scenes demo-video test check docs install clean
 
 demo: install
 	@$(BIN)/python -m pipeline.demo $(if $(MINUTES),minutes=$(MINUTES))
 
 demo-scenes: install
 	@$(BIN)/python -m pipeline.demo scenes $(if $(MINUTES),minutes=$(MINUTES))
+
+demo-video: install
+	@$(BIN)/python -m pipeline.demo video $(if $(MINUTES),minutes=$(MINUTES))
 
 test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests

@@ -204,7 +204,13 @@ class LatentsConfig:
     Empty = the class that the config.json of `vae` names.
     """
     batch: int = bounded(16, 1, 1_000_000)
-    """Images that are encoded at a time."""
+    """Images or clips that are encoded at a time."""
+    moments: Literal["mean_std", "mean"] = "mean_std"
+    """`mean` = store the means alone, which are half the bytes; training then reads no noise of the VAE's
+    posterior. How large that is, is counted in each part (`posterior_std`)."""
+    tiling: bool = False
+    """True = encode large clips in overlapping tiles, which needs less memory and changes the latents a
+    little; part of the family's identity."""
 
 
 @dataclass

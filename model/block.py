@@ -42,7 +42,8 @@ class Block(Region, ABC):
             places: for levels, the level of each patch, one-hot [B, N, K]; `Modulation` takes both.
 
         With `model.attention.kind=block_sparse` three numbers follow: rows and columns of the grid of
-        patches, and the block's number in the order of the forward pass, from 0.
+        patches, and the block's number in the order of the forward pass, from 0. With `model.position=rope`
+        three zeros follow, and the result of `rotation_table`.
 
         Returns:
             Patches [B, N, D].

@@ -51,6 +51,9 @@ class FusionConfig:
     pool: Literal["caption", "all"] = "caption"
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not
     say)."""
+    pooled: int = bounded(0, 0, 100)
+    """How many of `families`, the last ones, give one vector each, the state of their last token, such as
+    CLIP's pooled text in HunyuanVideo: it is added to the condition, and their tokens are not attended to."""
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another
     way is refused."""
@@ -66,10 +69,15 @@ class FusionConfig:
         """
         # `TextFusion` checks the branches that it is given; this check refuses the YAML before any data or
         # model is loaded.
-        if self.mode == "none" and len(self.families) > 1:
+        if self.mode == "none" and len(self.families) - self.pooled > 1:
             raise UserError(
                 f"fusion.mode=none takes one LLM, not {len(self.families)}: set fusion.mode=concat or "
                 "collaborative"
+            )
+        if self.families and self.pooled >= len(self.families):
+            raise UserError(
+                f"fusion.pooled={self.pooled} leaves none of the {len(self.families)} families to attend to: "
+                "lower it"
             )
         if self.refiner != "none" and self.refiner_blocks < 1:
             raise UserError(
@@ -106,6 +114,9 @@ class DiTConfig:
     """Width of the sinusoidal timestep embedding before its MLP."""
     block: str = "dit"
     """Type of the blocks, a name of `model.blocks.BLOCKS`."""
+    position: Literal["convolution", "rope"] = "convolution"
+    """How the network knows a patch's place: by convolutions over neighbors (the paper's), or by rotary
+    positions in self-attention over frames, rows and columns, a choice for new networks."""
     conditions: list[str] = field(default_factory=list)
     """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
     predicts: Literal["target", "clean"] = "target"
@@ -134,6 +145,12 @@ class DiTConfig:
             raise UserError(
                 f"model.width={self.width} is not a multiple of model.heads={self.heads}: change one of them"
             )
+        if self.position == "rope" and (self.width // self.heads % 2 or self.attention.sparse):
+            raise UserError(
+                f"model.position=rope turns pairs of channels in dense attention: {self.width} / "
+                f"{self.heads} has to be even and model.attention.kind dense, or set "
+                "model.position=convolution"
+            )
         # Not only a setting: the axes are those of the data.
         if self.axes not in (2, 3):
             raise UserError(f"model.axes={self.axes}: latents are [C, h, w] or [C, T, h, w], so set 2 or 3")
@@ -149,6 +166,11 @@ class DiTConfig:
     def patch_values(self) -> int:
         """Latent values of a patch."""
         return self.channels * math.prod(self.patch_shape)
+
+    @property
+    def needs_grid(self) -> bool:
+        """True if the blocks read the grid of patches, or what follows from it."""
+        return self.attention.sparse or self.position == "rope"
 
     def patch_grid(self, latents: Sequence[int]) -> tuple[int, ...]:
         """Return how many patches latents of `latents` = (h, w) or (T, h, w) positions have along each axis.

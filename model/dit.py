@@ -19,8 +19,10 @@ from model.config import DiTConfig, FusionConfig
 from model.difficulty import DifficultyHead
 from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify, velocity_to
 from model.fusion import TextFusion
-from model.layers import Linear, Modulation, PositionBlock, TimestepEmbedding, ZeroLinear
+from model.layers import Linear, Modulation, TimestepEmbedding, ZeroLinear
+from model.rotary import rotation_table
 from model.sub_network import Part
+from model.video_position import make_position
 
 
 class FinalLayer(nn.Module):
@@ -85,7 +87,12 @@ class LIDiT(nn.Module):
     """The whole trained network, from noisy latents, timesteps and the LLMs' hidden states to a prediction
     per latent."""
 
-    new_branches: ClassVar[tuple[str, ...]] = ("fusion", "final.difficulty")
+    new_branches: ClassVar[tuple[str, ...]] = (
+        "fusion",
+        "final.difficulty",
+        "position.temporal",
+        "position.frame_embedding",
+    )
     """Modules that start as the identity, so that a stage may add them, or branches of them, to an earlier
     stage's weights."""
 
@@ -114,7 +121,7 @@ class LIDiT(nn.Module):
         self.checkpoint_every = checkpoint_every
         # The order fixes the starting weights of a seed, and the names are those of every checkpoint.
         self.patch_embedding = Linear(config.patch_values, config.width)
-        self.position = PositionBlock(config.width, config.axes)
+        self.position = make_position(config)
         self.time_embedding = TimestepEmbedding(config.frequency_width, config.width)
         self.fusion = TextFusion(fusion, text_widths, config)
         self.conditions = nn.ModuleDict({name: CONDITIONS[name](config) for name in config.conditions})
@@ -157,6 +164,7 @@ class LIDiT(nn.Module):
         for shift in shifts:
             c = shift.shifted_condition(c)
 
+        rotation = self.rotation(grid, x.device)  # [2, N, head / 2]
         for number, block in enumerate(route.blocks):
             own_text = text
             for shift in shifts:
@@ -166,6 +174,8 @@ class LIDiT(nn.Module):
             if self.sizes.attention.sparse:
                 # Tiles of sparse attention need the grid, and every second block shifts them.
                 inputs = (own_text, text_mask, c, places, *grid, number % 2)
+            if rotation is not None:
+                inputs = (own_text, text_mask, c, places, 0, 0, 0, rotation)
             if self.checkpoint_every and self.training and (number + 1) % self.checkpoint_every == 0:
                 x = self.recompute(block, x, *inputs)  # [B, N, D]
             else:
@@ -178,6 +188,12 @@ class LIDiT(nn.Module):
         if log_variance is None:
             return prediction
         return torch.cat([prediction, fill_patches(log_variance, patch, positions)], dim=1)  # [B, C + 1, ...]
+
+    def rotation(self, grid: Sequence[int], device: torch.device) -> Tensor | None:
+        """Return the rotary positions of a grid of patches; None for a network with a position block."""
+        if self.sizes.position != "rope":
+            return None
+        return rotation_table(grid, self.sizes.width // self.sizes.heads, device)
 
     def route(self, part: Part | None) -> Route:
         """Return the layers of a forward pass; only an elastic network has parts.

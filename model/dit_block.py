@@ -38,12 +38,14 @@ class DiTBlock(Block):
         rows: int = 0,
         columns: int = 0,
         number: int = 0,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """Run the block; arguments and result as `Block.forward`."""
         vectors = self.modulation(c, places)  # 9 x [B, 1, D] or [B, N, D]
 
         shift, scale, gate = vectors[0:3]
-        x = residual(x, self._attend(modulate(x, shift, scale), rows, columns, number), gate)  # [B, N, D]
+        change = self._attend(modulate(x, shift, scale), rows, columns, number, rotation)
+        x = residual(x, change, gate)  # [B, N, D]
 
         shift, scale, gate = vectors[3:6]
         x = residual(x, self.cross_attention(modulate(x, shift, scale), text, text_mask), gate)  # [B, N, D]
@@ -51,11 +53,11 @@ class DiTBlock(Block):
         shift, scale, gate = vectors[6:9]
         return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, N, D]
 
-    def _attend(self, x: Tensor, rows: int, columns: int, number: int) -> Tensor:
+    def _attend(self, x: Tensor, rows: int, columns: int, number: int, rotation: Tensor | None) -> Tensor:
         """Let patches [B, N, D] attend to one another."""
         if isinstance(self.self_attention, SparseSelfAttention):
             return self.self_attention.forward_tiles(x, rows, columns, number % 2 == 1)
-        return self.self_attention(x)
+        return self.self_attention(x, rotation=rotation)
 
     def text_attention(self) -> CrossAttention:
         """Return the cross-attention."""

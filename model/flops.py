@@ -7,7 +7,8 @@ from model.blocks import BLOCKS
 from model.conditions import CONDITIONS
 from model.config import DiTConfig, FusionConfig
 from model.costs import LayerCost, feed_forward, gains, level_spread, linear
-from model.fusion import collaborates, reads_time, refiner_size
+from model.fusion import attended, collaborates, reads_time, refiner_size
+from model.video_position import position_costs
 
 
 def count_parameters(config: DiTConfig, fusion: FusionConfig, text_widths: Sequence[int]) -> dict[str, int]:
@@ -22,7 +23,7 @@ def count_parameters(config: DiTConfig, fusion: FusionConfig, text_widths: Seque
         `dit`, `refiners` (the text side with its projections) and `total`.
     """
     # The number of rows has no influence on the parameters.
-    nothing = [0] * len(text_widths)
+    nothing = [0] * (len(text_widths) - fusion.pooled)
     dit = sum(layer.weights + layer.others for layer in _dit(config, 0, 0))
     text_side = _refiners(config, fusion, text_widths, nothing, nothing)
     refiners = sum(layer.weights + layer.others for layer in text_side)
@@ -56,6 +57,7 @@ def flops_per_sample(
     patches = math.prod(latents) // math.prod(config.patch_shape)
     # The refiners read the prefixes as well; the DiT reads the captions alone.
     captions = [total - prefix for total, prefix in zip(text_tokens, prefix_tokens, strict=True)]
+    text_tokens, captions = attended(fusion, text_tokens), attended(fusion, captions)
 
     layers = [
         *_dit(config, patches, sum(captions)),
@@ -68,14 +70,10 @@ def flops_per_sample(
 
 def _dit(config: DiTConfig, patches: int, text_tokens: int) -> Iterator[LayerCost]:
     """Yield the DiT's layers in the order in which the network runs them."""
-    width, narrow = config.width, config.width // 4
-    kernel = 3**config.axes
+    width = config.width
     yield linear(config.patch_values, width, patches)
 
-    # position block
-    yield gains(width, narrow)
-    yield LayerCost(kernel * width * narrow, narrow, patches)
-    yield LayerCost(kernel * narrow * width, width, patches)
+    yield from position_costs(config, patches)
 
     # timestep and further conditions
     times = config.time_levels + (config.time_levels > 1)  # with levels, the text side's time too
@@ -104,6 +102,11 @@ def _refiners(
 ) -> Iterator[LayerCost]:
     """Yield the layers of the text side."""
     width, heads = refiner_size(fusion, config)
+    for states in text_widths[len(text_widths) - fusion.pooled :]:
+        yield gains(states)
+        yield linear(states, config.width, 1)
+        yield linear(config.width, config.width, 1)
+    text_widths = attended(fusion, text_widths)
     refined = captions if fusion.crop == "before" else tokens
 
     queries_of_llms = _refinements(fusion, refined, captions)

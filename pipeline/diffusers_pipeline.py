@@ -6,7 +6,7 @@ decode.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
@@ -22,6 +22,7 @@ from model.common.errors import UserError
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
+from model.encoders.latent_spaces import LatentSpace
 from model.encoders.vae import VAE
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.diffusion.solvers import find_objective, scheduler_misfit
@@ -42,7 +43,7 @@ from pipeline.inference.call import (
 from pipeline.inference.encoding import PromptEncoding
 from pipeline.inference.parts import CONSTANTS, SharedStates, StrictModel, warn_of_pickle
 from pipeline.inference.pipeline_adapters import AdapterLoading
-from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, image_latent_shape
+from pipeline.inference.sampler import SamplingParams, decode_each, extra_conditions, sample_latent_shape
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 
@@ -51,9 +52,9 @@ FORMAT = 1
 PARTS = {
     "transformer": ["pipeline.diffusers_pipeline", "LIDiTModel"],
     "text": ["pipeline.diffusers_pipeline", "LIDiTText"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
-"""Parts that an exported folder names besides a scheduler; diffusers imports whatever a folder names."""
+"""Parts that an exported folder names besides a scheduler and a VAE; diffusers imports whatever a folder
+names."""
 CARD = ("README.md", "samples.png")
 """The model card and its image, which are copied from folder to folder."""
 
@@ -63,7 +64,12 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     # for `device_map`, which keeps each of them on one device, as it does the blocks
-    _no_split_modules = ["PositionBlock", "TextFusion", "FinalLayer"]  # noqa: RUF012 - as diffusers has it
+    _no_split_modules = [  # noqa: RUF012 - as diffusers has it
+        "PositionBlock",
+        "VideoPositionBlock",
+        "TextFusion",
+        "FinalLayer",
+    ]
     # layers whose type the network gives to its inputs, and norms, which have no fp8 kernels
     _skip_layerwise_casting_patterns = (
         "patch_embedding", "projections", "time_embedding", "conditions", "norm", "final",
@@ -213,6 +219,10 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
 
     # the order of use: `enable_model_cpu_offload` moves each part to the GPU when its turn comes
     model_cpu_offload_seq = "text->transformer->vae"
+    vae_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
+    """Classes of diffusers that an exported folder may name as its VAE."""
+    num_frames = 1
+    """Frames of a call's clips; an image has 1."""
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -277,6 +287,7 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
         package, scheduler = index.get("scheduler") or ("", "")
         # a folder names the classes to import, so another name could run a stranger's code
         others = any(index.get(part) != value for part, value in PARTS.items())
+        others = others or index.get("vae") not in [["diffusers", name] for name in cls.vae_classes]
         if others or package != "diffusers" or "Scheduler" not in scheduler:
             raise UserError(
                 f"{folder} holds a {kind} of other parts than pipeline.export writes: name another folder"
@@ -413,8 +424,8 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
         per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         known = check_embeds("prompt_embeds", prompt_embeds)
         images = per_prompt * (len(known[0].mask) if known else len(list_prompts(prompt)))
-        vae = VAE(self.vae, "")
-        shape = image_latent_shape(self.transformer, vae.downsampling, *size)
+        vae = self.space
+        shape = sample_latent_shape(self.transformer, vae.downsampling, *size, self.num_frames)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
         plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
         follower = choose_solver(solver, config, self.scheduler, self.transformer.sizes)
@@ -434,10 +445,21 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
         sampled = self.denoise(
             condition, null_condition, noise.to(device), follower, plan, guidance, callback_on_step_end, names
         )
-        finished = sampled if output_type == "latent" else to_output(decode_each(vae, sampled), output_type)
+        finished = sampled
+        if output_type != "latent":
+            finished = self.finish(decode_each(vae, sampled), output_type)
         # moves the last part off the GPU, if parts are offloaded
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=finished) if return_dict else (finished,)  # type: ignore[arg-type]
+
+    @property
+    def space(self) -> LatentSpace:
+        """The VAE as a latent space."""
+        return VAE(self.vae, "")
+
+    def finish(self, pixels: Tensor, output_type: str) -> Any:
+        """Return decoded pixels as an output type other than `latent`."""
+        return to_output(pixels, output_type)
 
     def _check_call(self, names: Sequence[str]) -> None:
         if missing := [name for name in ("transformer", "scheduler", "vae") if getattr(self, name) is None]:

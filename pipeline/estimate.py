@@ -7,6 +7,7 @@ All of it is arithmetic on the settings (`pipeline/operations/planning.py`).
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.common.errors import command
+from model.encoders.latent_spaces import encodes_clips
 from pipeline.operations.elastic_planning import PartCost
 from pipeline.operations.planning import Setup, activation_bytes, make_plan
 from pipeline.stage.config import StageConfig, load_stage
@@ -34,6 +36,10 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         f"checkpoint {first.checkpoint_bytes / 1e9:.1f} GB",
     ):
         console.print(line, highlight=False)
+    if len(setup.latents) == 3:
+        grid = stage.dit(setup.channels, axes=3).patch_grid(setup.latents)
+        sizes, patches = (" x ".join(map(str, numbers)) for numbers in (setup.latents, grid))
+        console.print(f"{math.prod(grid):,} patches, {patches}, of latents of {sizes}", highlight=False)
     for line in adapter_lines(stage, first.parameters):
         console.print(line, highlight=False)
     if first.parts:
@@ -63,7 +69,9 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
 
 def _size(setup: Setup) -> str:
     image = f"at {setup.height} x {setup.width}"
-    return image if setup.frames is None else f"of {setup.frames} frames of latents {image}"
+    if setup.frames is None:
+        return image
+    return f"of {setup.frames} frames {'' if encodes_clips(setup.downsampling) else 'of latents '}{image}"
 
 
 def show_parts(parts: Sequence[PartCost], console: Console) -> None:
@@ -112,12 +120,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution", type=int, help="pixels of a square image; default: the stage's sample.height"
     )
-    parser.add_argument("--frames", type=int, help="frames of the latents of a clip; default: images")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        help="frames of a clip, or of its latents if the downsampling has two numbers; default: images",
+    )
     parser.add_argument(
         "--downsampling",
         type=_numbers,
         default=(Setup.downsampling,),
-        help="pixels per position of the latents: one number, or HEIGHT,WIDTH",
+        help="pixels per position of the latents: one number, HEIGHT,WIDTH, or FRAMES,HEIGHT,WIDTH",
+    )
+    parser.add_argument(
+        "--moments",
+        choices=("mean_std", "mean"),
+        default="mean_std",
+        help="what is stored of the latents (latents.moments of the dataset)",
     )
     parser.add_argument(
         "--channels", type=int, default=Setup.channels, help="channels of the latents (default: %(default)s)"
@@ -152,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
             frames=options.frames,
             downsampling=options.downsampling if len(options.downsampling) > 1 else options.downsampling[0],
             channels=options.channels,
+            means_alone=options.moments == "mean",
             llm_widths=options.widths or (4096,) * len(stage.fusion.families),
             prefix_tokens=options.prefix_tokens,
             caption_tokens=options.caption_tokens,

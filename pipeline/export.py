@@ -6,6 +6,7 @@ captions share under each LLM, and the LLMs by name, revision and fingerprint, n
 
 import argparse
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from model.common.errors import UserError, command
 from model.common.files import atomic_path
 from model.elastic.weights import plain_network
 from model.encoders.vae import VAE
+from model.encoders.video_vae import VideoVAE
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline, LIDiTText
+from pipeline.diffusers_video_pipeline import LIDiTVideoPipeline
 from pipeline.diffusion.adaptive import ADAPTIVE
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.adapter_files import save_adapters
-from pipeline.inference.sampler import Sampler
+from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.runtime.run_log import read_reports
 from pipeline.stage.config import CheckpointConfig, StageConfig, dump_stage, load_run
 from pipeline.stage.corpus import resolve
@@ -39,10 +42,10 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     """
     # other latent spaces have no class that diffusers could name in the folder
     space = sampler.vae
-    if not isinstance(space, VAE):
+    if not isinstance(space, VAE | VideoVAE):
         raise UserError(
-            f"latent space `{space.name}`: an export holds a diffusers AutoencoderKL: sample from the run "
-            "itself"
+            f"latent space `{space.name}`: an export holds a diffusers AutoencoderKL or video VAE: sample "
+            "from the run itself"
         )
 
     network = sampler.network
@@ -57,14 +60,23 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     transformer.load_state_dict(base)
     text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
     # the objective decides the scheduler; another one would read the predictions wrongly
-    scheduler, defaults = make_scheduler(sampler.objective), sampler.defaults
-    follows = defaults.scheduler in ADAPTIVE
-    return LIDiTPipeline(
+    defaults, objective = sampler.defaults, sampler.objective
+    if objective.shift_positions is not None:
+        # A scheduler has one shift: that of the default size.
+        size = SamplingParams(height=defaults.height, width=defaults.width, frames=defaults.frames)
+        objective = objective.at_size(math.prod(sampler.latent_shape(size)[1:]))
+    scheduler = make_scheduler(objective)
+    follows, times = defaults.scheduler in ADAPTIVE, sampler.objective.patch_times
+    kind, of_clips = LIDiTPipeline, {}
+    if space.encodes_clips:
+        kind, of_clips = LIDiTVideoPipeline, {"frames": defaults.frames, "fps": defaults.fps}
+    return kind(
         transformer.eval(), scheduler, space.module, text,
         defaults.height, defaults.width, defaults.steps, defaults.guidance, objective=sampler.objective.name,
         # only what differs from the defaults, so that other networks' folders stay as they were
-        patch_times=asdict(sampler.objective.patch_times) if sampler.objective.time_levels > 1 else None,
+        patch_times=asdict(times) if times.kind != "shared" else None,
         **({"solver": defaults.scheduler, "adaptive": asdict(defaults.adaptive)} if follows else {}),
+        **of_clips,
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Generate images with a trained run: `python -m pipeline.sample RUN --prompt "a red apple"`.
+"""Generate images or clips with a trained run: `python -m pipeline.sample RUN --prompt "a red apple"`.
+
+A run on clips writes each as an animated WebP, and as mp4 too if PyAV is installed (extra `video`).
 
 Started by torchrun or srun with several processes, each process generates its share of the images on its own
 GPU. An image depends only on its prompt, its seed and the sampling settings. With --zero3 the processes also
@@ -7,7 +9,7 @@ share the network's weights, for a network that does not fit on one GPU.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,13 +17,16 @@ from typing import Any
 
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 
+from data_prep.clips.media import decode_clip
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
+from pipeline.inference.clips import make_contact_sheet, make_moving_grid, save_clip, to_clips
 from pipeline.inference.difficulty_maps import check_maps, show_difficulty, show_patches
-from pipeline.inference.generate import generate_images
-from pipeline.inference.images import make_grid, save_png
+from pipeline.inference.generate import generate
+from pipeline.inference.images import make_grid, save_png, to_images
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.inference.source import (
     add_sampling_options,
@@ -34,6 +39,9 @@ from pipeline.runtime.distributed import Distributed, ensure_process_group, gath
 
 MAX_GRID = 64
 """Maximum number of images in `grid.png`."""
+MAX_MOVING = 16
+"""Maximum number of clips in `grid.webp`, each frame of which is a grid."""
+MAX_FPS = 1000
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class SampleImage:
 
 
 def plan_images(
-    prompts: Sequence[str], images_per_prompt: int, seed: int, own_seeds: bool = False
+    prompts: Sequence[str], images_per_prompt: int, seed: int, own_seeds: bool = False, suffix: str = ".png"
 ) -> list[SampleImage]:
     """Return the images to generate.
 
@@ -55,13 +63,14 @@ def plan_images(
         images_per_prompt: how many of each.
         seed: of the first image; the j-th image of each prompt has seed + j.
         own_seeds: True = the seeds of the next prompt go on after those of the last one.
+        suffix: of the files.
     """
     images: list[SampleImage] = []
     for number, prompt in enumerate(prompts):
         first = seed + number * images_per_prompt if own_seeds else seed
         for offset in range(images_per_prompt):
             # by name, the files are in the order of the prompts, which `pipeline.follow` relies on
-            images.append(SampleImage(f"{number:05d}_{offset:02d}.png", prompt, first + offset))
+            images.append(SampleImage(f"{number:05d}_{offset:02d}{suffix}", prompt, first + offset))
     return images
 
 
@@ -94,7 +103,7 @@ def write_images(
     about: dict[str, Any],
     shows: bool,
 ) -> list[dict[str, Any]]:
-    """Generate and write this process's images.
+    """Generate and write this process's images or clips.
 
     Args:
         sampler: the network.
@@ -112,13 +121,18 @@ def write_images(
     requests = [(image.prompt, image.seed) for image in images]
     batches = [requests[first : first + batch] for first in range(0, len(images), batch)]
     settings = {**params.record(), "evaluations": sampler.evaluations(params), **about}
+    convert: Callable[[Tensor], list[Any]] = to_images
+    save: Callable[[Any, Path, dict[str, Any]], None] = save_png
+    if params.frames > 1:
+        convert, save = to_clips, save_clip
 
     records: list[dict[str, Any]] = []
     # the generator comes first, so that `zip` exhausts it
-    for pixels, chunk in zip(generate_images(sampler, batches, params, shows), chunks, strict=True):
-        for image, entry in zip(pixels, chunk, strict=True):
+    generated = generate(sampler, batches, params, shows, convert)
+    for images_of_batch, chunk in zip(generated, chunks, strict=True):
+        for image, entry in zip(images_of_batch, chunk, strict=True):
             records.append({**asdict(entry), **settings})
-            save_png(image, out / entry.file, records[-1])
+            save(image, out / entry.file, records[-1])
     return records
 
 
@@ -130,11 +144,19 @@ def gather_records(records: list[dict[str, Any]], ranks: Distributed) -> list[di
 
 
 def write_overview(records: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write `index.jsonl`, with one line per image, and `grid.png` with the first images."""
-    first = records[:MAX_GRID]
-    images = [Image.open(out / record["file"]) for record in first]
+    """Write `index.jsonl`, with one line per image, and `grid.png` with the first images; of clips, it shows
+    some frames of each, and `grid.webp` moves."""
     # a grid of thousands of images would be too large to open
-    make_grid(images, [record["prompt"] for record in first]).save(out / "grid.png")
+    first = records[:MAX_GRID]
+    prompts = [record["prompt"] for record in first]
+    if first and first[0].get("frames", 1) > 1:
+        clips = [decode_clip((out / record["file"]).read_bytes(), record["frames"]) for record in first]
+        make_contact_sheet(clips, prompts).save(out / "grid.png")
+        moving = make_moving_grid(clips[:MAX_MOVING], prompts[:MAX_MOVING], first[0]["fps"])
+        write_atomic(out / "grid.webp", moving)
+    else:
+        images = [Image.open(out / record["file"]) for record in first]
+        make_grid(images, prompts).save(out / "grid.png")
 
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
     write_atomic(out / "index.jsonl", "\n".join(lines) + "\n")
@@ -156,6 +178,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "but makes the score of many prompts depend on them",
     )
     add_sampling_options(parser)
+    parser.add_argument("--fps", type=float, help="frames per second of clips; default: the run's")
     parser.add_argument(
         "--difficulty",
         action="store_true",
@@ -183,16 +206,25 @@ def main() -> None:
     sampler.check(params)
     if arguments.difficulty:
         check_maps(sampler)
+        if params.frames > 1:
+            raise UserError("--difficulty shows maps of images: give --frames 1")
+    fps = sampler.defaults.fps if arguments.fps is None else arguments.fps
+    if not 0 < fps <= MAX_FPS:
+        raise UserError(f"--fps {fps}: give a number above 0, and at most {MAX_FPS}")
 
     seed = sampler.defaults.seed if arguments.seed is None else arguments.seed
     # interleaved, so that the processes' shares differ by at most one image
-    images = plan_images(prompts, arguments.images, seed, arguments.own_seeds)[ranks.rank :: ranks.world]
+    suffix = ".webp" if params.frames > 1 else ".png"
+    planned = plan_images(prompts, arguments.images, seed, arguments.own_seeds, suffix)
+    images = planned[ranks.rank :: ranks.world]
     out = arguments.out or arguments.source / "samples"
     out.mkdir(parents=True, exist_ok=True)
 
     # all prompts are read first, so that the LLMs can be freed before the first image
     sampler.reader.read([params.negative, *(image.prompt for image in images)], keep_llms=False)
     about = {"source": arguments.source.absolute().name, "weights": arguments.weights, "precision": precision}
+    if params.frames > 1:
+        about["fps"] = fps
     own_records = write_images(sampler, images, params, arguments.batch, out, about, shows=ranks.rank == 0)
     if arguments.difficulty:
         for image in images:
@@ -204,7 +236,8 @@ def main() -> None:
     # all images exist now, since each rank gave its records after its last image
     if ranks.rank == 0:
         write_overview(records, out)
-        print(f"{out}: {len(records)} images, grid.png, index.jsonl")
+        kind = "clips, grid.webp" if params.frames > 1 else "images"
+        print(f"{out}: {len(records)} {kind}, grid.png, index.jsonl")
         if sampler.partitioned:
             own, total = (size / 2**20 for size in sampler.partitioned.bytes())
             print(f"each of {ranks.world} processes stored {own:,.1f} of the network's {total:,.1f} MiB")

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,12 @@ from model.common.files import atomic_path
 from model.common.progress import Progress
 from model.encoders.latent_spaces import LatentSpace, load_latent_space
 from model.encoders.vae import VAE, small_vae
+from model.encoders.video_wavelet import GROUP, VideoWaveletAutoencoder, VideoWaveletConfig
 from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.functional import has_bf16
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.engine.muon import orthogonalize
+from pipeline.vae.clips import clip_batches, measure_latents, read_clips
 
 SETTINGS = "training.json"
 """File in the VAE's folder with the settings and pairs that it was trained with, and its PSNR."""
@@ -42,6 +44,8 @@ WARM_UP_STEPS = 50
 MAX_STATISTICS_IMAGES = 1024
 """Images over which the latent channels are standardized."""
 MAX_PSNR_IMAGES = 256
+DEFAULT_FRAMES = 17
+"""Frames of the clips that a VAE of clips is trained on."""
 MEASURED_STEPS = 8
 """Steps whose speed decides how many are taken in a given time."""
 
@@ -61,6 +65,8 @@ class Training:
     kl: float = 2e-4
     """Weight of the KL term in the loss."""
     seed: int = 0
+    frames: int = 0
+    """Frames of the clips that it is trained on, with `--kind video`: a multiple of 4 and 1 more."""
 
 
 def read_images(dataset: Store, crop: int, limit: int) -> list[Tensor]:
@@ -98,11 +104,13 @@ def read_images(dataset: Store, crop: int, limit: int) -> list[Tensor]:
 
 
 def batches(images: list[Tensor], training: Training, rng: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches of random crops without an end, each image once per epoch.
+    """Yield batches of random crops without an end, each image once per epoch; of clips, random windows.
 
     Yields:
-        Pixels, fp32 [B, 3, crop, crop] in [-1, 1].
+        Pixels, fp32 [B, 3, crop, crop] in [-1, 1]; of clips [B, 3, T, crop, crop].
     """
+    if training.frames:
+        yield from clip_batches(images, training.batch, training.crop, training.frames, rng)
     side = training.crop
 
     def crop(image: Tensor) -> Tensor:
@@ -122,8 +130,8 @@ def vae_loss(vae: Any, pixels: Tensor, kl_weight: float, rng: torch.Generator) -
     """Return the loss: L1, squared error, squared error of 4x4 averages, and KL (Kingma and Welling 2014).
 
     Args:
-        vae: a diffusers AutoencoderKL.
-        pixels: [B, 3, H, W] in [-1, 1].
+        vae: a diffusers AutoencoderKL, or an autoencoder of clips.
+        pixels: [B, 3, H, W] in [-1, 1], or [B, 3, T, H, W] of clips.
         kl_weight: weight of the KL term.
         rng: generator of the posterior's noise, on the CPU, so that any device has the same noise.
     """
@@ -140,7 +148,8 @@ def vae_loss(vae: Any, pixels: Tensor, kl_weight: float, rng: torch.Generator) -
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
     reconstruction = error.abs().mean() + error.square().mean()
     # averages have no lines left, only colors, which would otherwise be learned last
-    color = F.avg_pool2d(error, 4).square().mean()
+    of_frames = error if error.ndim == 4 else error.movedim(2, 1).flatten(0, 1)
+    color = F.avg_pool2d(of_frames, 4).square().mean()
     return reconstruction + 4.0 * color + kl_weight * kl
 
 
@@ -151,10 +160,10 @@ class VAEOptimizer:
 
     def __init__(self, vae: nn.Module, lr: float) -> None:
         self.lr = lr
-        self.kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
+        self.kernels = [parameter for parameter in vae.parameters() if parameter.ndim >= 4]
         self.means = [torch.zeros_like(kernel.detach().flatten(1)) for kernel in self.kernels]
 
-        others = [parameter for parameter in vae.parameters() if parameter.ndim != 4]
+        others = [parameter for parameter in vae.parameters() if parameter.ndim < 4]
         self.adamw = torch.optim.AdamW(others, lr=lr / 10, betas=(0.9, 0.98), weight_decay=0.0)
 
     @torch.no_grad()
@@ -234,22 +243,33 @@ def read_teacher(folder: str, device: torch.device) -> VAE:
     return space
 
 
+def make_vae(training: Training, teacher: VAE | None) -> nn.Module:
+    """Build the autoencoder that is trained: one of clips, one with a teacher's latents, or an AutoencoderKL.
+
+    Raises:
+        UserError: if the teacher has another downsampling than wavelets.
+    """
+    if training.frames:
+        return VideoWaveletAutoencoder(VideoWaveletConfig())
+    return small_vae() if teacher is None else make_student(teacher)
+
+
 def train(images: list[Tensor], training: Training, device: torch.device, teacher: VAE | None = None) -> Any:
     """Train a VAE from fresh weights, with a linear warm-up and a cosine decay to zero.
 
     Args:
-        images: to train on.
+        images: to train on, or clips.
         training: settings.
         device: where it is trained.
-        teacher: whose latents a `WaveletAutoencoder` learns; None = train an AutoencoderKL of its own.
+        teacher: whose latents a `WaveletAutoencoder` learns; None = train one with its own.
 
     Returns:
-        The diffusers AutoencoderKL, or the `WaveletAutoencoder`, frozen.
+        What `make_vae` has built, frozen.
     """
     torch.manual_seed(training.seed)
     rng = torch.Generator().manual_seed(training.seed)
     # built on the CPU, so that the same seed gives the same weights on any device
-    vae: Any = (small_vae() if teacher is None else make_student(teacher)).to(device).train()
+    vae: Any = make_vae(training, teacher).to(device).train()
     optimizer = VAEOptimizer(vae, training.lr)
     source = batches(images, training, rng)
 
@@ -296,11 +316,14 @@ def standardize(vae: Any, images: list[Tensor], training: Training, device: torc
     """Give each latent channel mean 0 and std 1 on the data, through the 1x1 convolutions around the latent.
 
     Then scaling factor 1 and shift 0 are right for every channel; one factor for all channels would fit none.
-    The decoded images do not change.
+    The decoded images do not change. A VAE of clips records mean and std of each channel instead.
     """
     rng = torch.Generator().manual_seed(training.seed)
     source = batches(images, training, rng)
     count = max(1, min(len(images), MAX_STATISTICS_IMAGES) // training.batch)
+    if training.frames:
+        measure_latents(vae, source, count, device)
+        return
     posteriors = [vae.encode(next(source).to(device), return_dict=False)[0] for _ in range(count)]
 
     means = torch.cat([posterior.mean for posterior in posteriors])  # [N, C, h, w]
@@ -362,6 +385,8 @@ def train_into(
     # a part that is prepared again has another attempt, so its pairs count as others
     parts = sorted([str(part), commit.attempt] for part, commit in committed(dataset, PAIRS).items())
     settings = {**asdict(training), "pairs": parts}
+    if not training.frames:
+        del settings["frames"]  # records of images have the fields that they always had
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = read_teacher(teacher_folder, device) if teacher_folder else None
     if teacher is not None:
@@ -380,7 +405,8 @@ def train_into(
             "remove it or name another --out"
         )
 
-    images = read_images(dataset, training.crop, training.images)
+    read: Callable[[Store, int, int], list[Tensor]] = read_clips if training.frames else read_images
+    images = read(dataset, training.crop, training.images)
     if minutes is not None:
         training = replace(training, steps=steps_within(minutes, images, training, device, teacher))
         settings["steps"] = training.steps
@@ -400,6 +426,22 @@ def train_into(
     )
 
 
+def check_frames(training: Training, video: bool) -> Training:
+    """Return the settings with the frames of clips, 17 by default.
+
+    Raises:
+        UserError: if they do not divide into groups, or images are to have frames.
+    """
+    if not video:
+        if training.frames:
+            raise UserError(f"--frames {training.frames} is for --kind video: leave it out")
+        return training
+    frames = training.frames or DEFAULT_FRAMES
+    if frames < 1 or frames % GROUP != 1:
+        raise UserError(f"--frames {frames}: give a multiple of {GROUP} and 1 more, such as {DEFAULT_FRAMES}")
+    return replace(training, frames=frames)
+
+
 @command
 def main() -> None:
     """Run the command."""
@@ -415,9 +457,10 @@ def main() -> None:
 
     parser.add_argument(
         "--kind",
-        choices=("small", "wavelet"),
+        choices=("small", "wavelet", "video"),
         default="small",
-        help="wavelet = a smaller one with the latents of --teacher",
+        help="wavelet = a smaller one with the latents of --teacher; video = a causal one of clips, with 4 "
+        "frames and 8x8 pixels per position",
     )
     parser.add_argument("--teacher", default="", metavar="DIR", help="VAE whose latents are learned")
     parser.add_argument(
@@ -435,6 +478,7 @@ def main() -> None:
     minutes = arguments["minutes"]
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: give a number above 0, or --steps")
+    training = check_frames(training, arguments["kind"] == "video")
     teacher = arguments["teacher"]
     if (arguments["kind"] == "wavelet") != bool(teacher):
         raise UserError("--kind wavelet and --teacher DIR belong together: give both or neither")

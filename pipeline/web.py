@@ -26,7 +26,7 @@ import torch
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError, command
 from model.common.extras import require
-from model.encoders.latent_spaces import downsampling_per_axis
+from model.encoders.latent_spaces import side_downsampling
 from pipeline.inference.source import add_weights_options, choose_precision, load_source
 from pipeline.inference.studio import (
     MAX_PROMPT_LENGTH,
@@ -182,7 +182,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     sampler = next(iter(studio.samplers.values()))
     defaults, limits = sampler.defaults, studio.limits
     # sides that are not multiples of a patch in pixels would be refused after the click
-    step = math.lcm(*downsampling_per_axis(sampler.vae.downsampling, axes=2)) * sampler.network.sizes.patch
+    step = math.lcm(*side_downsampling(sampler.vae.downsampling)) * sampler.network.sizes.patch
     slider = partial(gr.Slider, buttons=[])
     text = partial(gr.Textbox, max_length=MAX_PROMPT_LENGTH)
 

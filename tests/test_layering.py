@@ -39,6 +39,7 @@ LAYERS = (
     "pipeline.diffusion",
     "pipeline.engine",
     "pipeline.checkpoint",
+    "pipeline.vae",
     "pipeline.inference",
     "pipeline.following",
     "pipeline.evaluation",
@@ -53,7 +54,10 @@ LAYERS = (
 """Sub-packages, lowest first: each imports only from those before it. `model`, `data_prep` and `pipeline` are
 the files at the top of a package: the network, the preparation's command line, and the commands."""
 
-AT_THE_TOP = {"pipeline.diffusers_pipeline": "pipeline.inference"}
+AT_THE_TOP = {
+    "pipeline.diffusers_pipeline": "pipeline.inference",
+    "pipeline.diffusers_video_pipeline": "pipeline.inference",
+}
 """Modules at the top that belong to a sub-package: their path is written in every export's
 model_index.json."""
 
@@ -69,10 +73,12 @@ scorer reads."""
 PREPARES_DATA = {
     "pipeline/demo.py",
     "pipeline/demonstration/emoji.py",
+    "pipeline/demonstration/moving.py",
     "pipeline/demonstration/scenes.py",
     "pipeline/init.py",
     "pipeline/train_vae.py",
     "pipeline/text/online.py",
+    "pipeline/vae/clips.py",
 }
 """Files of `pipeline` that prepare data or read a dataset's YAML themselves, so they may import all of
 `data_prep`."""
@@ -87,10 +93,12 @@ FENCES = {
     "transformers": ("model/encoders/", "model/scorers/"),
     "diffusers": (
         "model/encoders/vae.py",
+        "model/encoders/video_vae.py",
         "pipeline/diffusion/",
         "pipeline/inference/parts.py",
         "pipeline/inference/source.py",
         "pipeline/diffusers_pipeline.py",
+        "pipeline/diffusers_video_pipeline.py",
     ),
     "gradio": ("pipeline/web.py",),
     "spacy": ("model/scorers/noun_phrases.py",),

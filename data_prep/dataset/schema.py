@@ -35,7 +35,12 @@ TABLE = "pairs.parquet"
 """File of a part of the pairs: one row per sample, with its captions."""
 
 LATENT_COLUMNS = {"id": "int", "mean": "bytes", "std": "bytes"}
-"""MDS columns of a latents family: sample id; moments of the VAE, each bf16 [C, h, w]."""
+"""MDS columns of a latents family: sample id; moments of the VAE, each bf16 [C, h, w], or [C, T, h, w] of a
+space of clips."""
+MEAN_COLUMNS = {"id": "int", "mean": "bytes"}
+"""Those of a family that has the means alone."""
+MEAN_ALONE = "bf16 mean"
+"""`moments` in the identity of such a family."""
 TEXT_COLUMNS = {"id": "int", "kinds": "bytes", "tokens": "bytes", "values": "bytes", "scales": "bytes"}
 """MDS columns of a text family, for K captions per sample: the kind of each caption, uint8 [K], an index into
 the dataset's `caption_kinds`; its number of tokens, int32 [K]; the hidden states of all captions,
@@ -328,7 +333,9 @@ class Family:
     @property
     def columns(self) -> dict[str, str]:
         """MDS columns of the family's shards."""
-        return LATENT_COLUMNS if self.kind == "latents" else TEXT_COLUMNS
+        if self.kind != "latents":
+            return TEXT_COLUMNS
+        return MEAN_COLUMNS if self.identity.get("moments") == MEAN_ALONE else LATENT_COLUMNS
 
     def to_json(self) -> bytes:
         """Canonical JSON bytes, sealed."""

@@ -1,4 +1,4 @@
-"""Latents families: the pairs' images in a latent space, stored as mean and std of each latent."""
+"""Latents families: the pairs' images or clips in a latent space, stored as mean and std of each latent."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from data_prep.config import DatasetConfig, LatentsConfig
 from data_prep.dataset.parts import register_family
-from data_prep.dataset.schema import Family
+from data_prep.dataset.schema import MEAN_ALONE, Bucket, Family
 from data_prep.families.encode import EncodedRows, Encoder, encode_parts
 from data_prep.images.images import decode_image
-from data_prep.pairs.pairs import Pair
+from data_prep.pairs.pairs import Pair, read_clip
 from data_prep.store.store import Store
 from data_prep.workers import Workers
 from model.common.errors import UserError
@@ -23,6 +23,7 @@ from model.encoders.latent_spaces import (
     AUTOENCODER_KL,
     LatentSpace,
     downsampling_per_axis,
+    latent_frames,
     load_latent_space,
     normalize_latents,
 )
@@ -30,7 +31,7 @@ from model.encoders.latent_spaces import (
 
 def latents_family(latents: LatentsConfig, space: LatentSpace) -> Family:
     """Return the family that `space` writes; where the space was loaded from is information, not identity."""
-    identity = {**space.identity, "moments": "bf16"}
+    identity = {**space.identity, "moments": MEAN_ALONE if latents.moments == "mean" else "bf16"}
     if (
         space.name != AUTOENCODER_KL
     ):  # families of it were written before there were others: their hash must stay
@@ -65,58 +66,71 @@ def open_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store) 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     space = load_latent_space(latents.vae, latents.revision, device, latents.space)
+    if latents.tiling:
+        space.tile_encoding()
     family = register_family(dataset, latents_family(latents, space), None)
 
     # Decoding in this process would keep the GPU waiting.
-    with Workers(decode_images, None, _lost, config.workers) as decoders:
+    decode = decode_clips if space.encodes_clips else decode_images
+    with Workers(decode, None, _lost, config.workers) as decoders:
 
         def encode_part(pairs: list[Pair]) -> EncodedRows:
-            return encode_pairs(space, pairs, latents.batch, decoders)
+            rows, counts = encode_pairs(space, pairs, latents.batch, decoders)
+            return (rows, counts) if latents.moments == "mean_std" else means_alone(rows, counts)
 
         yield family, encode_part
 
 
-def decode_images(_: None, images: Sequence[bytes]) -> list[np.ndarray]:
-    """Decode image files to arrays, each uint8 [H, W, 3]; runs in a worker process."""
-    return [np.asarray(decode_image(data)) for data in images]
+def decode_images(_: None, pairs: Sequence[Pair]) -> list[np.ndarray]:
+    """Decode the images of pairs to arrays, each uint8 [H, W, 3]; runs in a worker process."""
+    return [np.asarray(decode_image(pair.image)) for pair in pairs]
 
 
-def _lost(image: bytes) -> np.ndarray:
-    raise RuntimeError(f"an image of {len(image):,} bytes, decoded before, kills the process that decodes it")
+def decode_clips(_: None, pairs: Sequence[Pair]) -> list[np.ndarray]:
+    """Decode the clips or images of pairs to arrays, each uint8 [T, H, W, 3]; runs in a worker process."""
+    return [read_clip(pair) for pair in pairs]
+
+
+def _lost(pair: Pair) -> np.ndarray:
+    raise RuntimeError(
+        f"an image of {len(pair.image):,} bytes, decoded before, kills the process that decodes it"
+    )
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
-    """Scale uint8 [B, H, W, 3] to fp32 [B, 3, H, W] in [-1, 1], as a latent space reads it."""
+    """Scale uint8 [B, H, W, 3] to fp32 [B, 3, H, W] in [-1, 1], or [B, T, H, W, 3] to [B, 3, T, H, W], as a
+    latent space reads it."""
     # Sent to the device as bytes, a quarter of fp32.
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.from_numpy(images).to(device).movedim(-1, 1).float() / 127.5 - 1.0
 
 
 def encode_pairs(
-    space: LatentSpace, pairs: list[Pair], batch: int, decoders: Workers[None, bytes, np.ndarray]
+    space: LatentSpace, pairs: list[Pair], batch: int, decoders: Workers[None, Pair, np.ndarray]
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Encode the pairs of one part.
 
     Args:
         space: the latent space.
-        pairs: with images of one bucket.
-        batch: images to encode at once.
-        decoders: decode the image files.
+        pairs: with images or clips of one bucket.
+        batch: pairs to encode at once.
+        decoders: decode the images or clips.
 
     Returns:
         A row of `LATENT_COLUMNS` per pair, and the mean and std of all normalized latents.
 
     Raises:
-        UserError: if the sides of the images are not multiples of the space's downsampling.
+        UserError: if the sides of the images are not multiples of the space's downsampling, or it cannot
+            encode clips of this length.
         ValueError: if an image has another size than its bucket, or a latent is not finite.
     """
     rows: list[dict[str, Any]] = []
     total = square = count = 0.0
     for _, decoded in decoders.map(_chunks(pairs, batch)):
-        images = np.stack(decoded)  # [B, H, W, 3]
+        images = np.stack(decoded)  # [B, H, W, 3] or [B, T, H, W, 3]
         chunk = pairs[len(rows) : len(rows) + len(images)]
         _check_size(space, images, chunk[0])
 
-        mean, std = space.encode(to_pixels(images, space.device))  # [B, C, h, w] each
+        mean, std = space.encode(to_pixels(images, space.device))  # [B, C, h, w] or [B, C, t, h, w] each
         # Stored, such a value would only be noticed as a NaN loss in some later training run.
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ValueError(f"the VAE's moments are not finite near sample {chunk[0].key}")
@@ -137,17 +151,49 @@ def encode_pairs(
     return rows, {"latent_mean": average, "latent_std": (square / max(count, 1) - average**2) ** 0.5}
 
 
-def _chunks(pairs: list[Pair], batch: int) -> Iterator[list[bytes]]:
+def means_alone(
+    rows: list[dict[str, Any]], counts: dict[str, float]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Leave the stds out of a part, and count what that costs.
+
+    Args:
+        rows: of `LATENT_COLUMNS`.
+        counts: of the part, to which is added `posterior_std`: the root mean square of the stds, as a share
+            of the latents' own, which training would have added to the means as noise.
+    """
+    noise = total = square = values = 0.0
+    for row in rows:
+        mean, std = (
+            torch.frombuffer(bytearray(row[name]), dtype=torch.bfloat16).double() for name in ("mean", "std")
+        )
+        noise += std.square().sum().item()
+        total += mean.sum().item()
+        square += mean.square().sum().item()
+        values += mean.numel()
+        del row["std"]
+
+    variance = square - total**2 / max(values, 1)
+    return rows, {**counts, "posterior_std": (noise / variance) ** 0.5 if variance > 0 else 0.0}
+
+
+def _chunks(pairs: list[Pair], batch: int) -> Iterator[list[Pair]]:
     for start in range(0, len(pairs), batch):
-        yield [pair.image for pair in pairs[start : start + batch]]
+        yield pairs[start : start + batch]
 
 
 def _check_size(space: LatentSpace, images: np.ndarray, pair: Pair) -> None:
     size = pair.height, pair.width
-    if images.shape[1:3] != size:
-        raise ValueError(f"images of {images.shape[1:3]} in a bucket of {size}, near sample {pair.key}")
+    if pair.frames > 1 and not space.encodes_clips:
+        bucket = Bucket(*size, pair.frames).name
+        raise UserError(f"bucket {bucket}: the space {space.name} encodes images alone: name a VAE of clips")
+    if images.shape[-3:-1] != size:
+        raise ValueError(f"images of {images.shape[-3:-1]} in a bucket of {size}, near sample {pair.key}")
 
-    factors = downsampling_per_axis(space.downsampling, axes=2)
+    if space.encodes_clips:
+        time, *factors = downsampling_per_axis(space.downsampling, axes=3)
+        latent_frames([time], pair.frames)
+    else:
+        factors = downsampling_per_axis(space.downsampling, axes=2)
     if any(side % factor for side, factor in zip(size, factors, strict=True)):
         raise UserError(
             f"bucket {pair.height}x{pair.width}: "

@@ -15,8 +15,9 @@ from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT, Route
 from model.elastic.config import ElasticConfig, kept_blocks
-from model.layers import Linear, PositionBlock, ZeroLinear
+from model.layers import Linear, ZeroLinear
 from model.sub_network import Part, SubNetwork
+from model.video_position import make_position
 
 PARTS = "elastic"
 """Module with the layers of further sizes of patches."""
@@ -46,7 +47,7 @@ class PatchLayers(nn.Module):
     def __init__(self, sizes: DiTConfig) -> None:
         super().__init__()
         self.patch_embedding = Linear(sizes.patch_values, sizes.width)
-        self.position = PositionBlock(sizes.width, sizes.axes)
+        self.position = make_position(sizes)
         self.time_shift = TimeShift(sizes.width)
         self.linear = ZeroLinear(sizes.width, sizes.patch_values)
 

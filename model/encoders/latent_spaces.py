@@ -1,8 +1,8 @@
-"""Latent spaces: how images become the latents that a network is trained on, and back.
+"""Latent spaces: how images or clips become the latents that a network is trained on, and back.
 
-A space is usually a VAE (`model/encoders/vae.py`), but it can be any map from images to vectors on a grid. It
-is found by its name in a registry: another space is a class with `register_latent_space`, without a change
-elsewhere.
+A space is usually a VAE (`model/encoders/vae.py`), but it can be any map from images or clips to vectors on a
+grid. It is found by its name in a registry: another space is a class with `register_latent_space`, without a
+change elsewhere.
 """
 
 import importlib
@@ -88,20 +88,57 @@ def downsampling_per_axis(downsampling: int | Sequence[int], axes: int) -> tuple
     return factors
 
 
+def encodes_clips(downsampling: int | Sequence[int]) -> bool:
+    """True if a space of this downsampling has latents with a time axis, [C, T, h, w]; its images are clips
+    of one frame."""
+    return not isinstance(downsampling, int) and len(downsampling) == 3
+
+
+def side_downsampling(downsampling: int | Sequence[int]) -> tuple[int, int]:
+    """Return the downsampling in height and width, of a space of images or of clips."""
+    height, width = downsampling_per_axis(downsampling, axes=3 if encodes_clips(downsampling) else 2)[-2:]
+    return height, width
+
+
+def latent_frames(downsampling: Sequence[int], frames: int) -> int:
+    """Return the frames of a clip's latents: the first frame is encoded by itself, then groups of frames.
+
+    Args:
+        downsampling: of the space: three numbers, the first in time.
+        frames: of the clip.
+
+    Raises:
+        UserError: if the frames after the first do not divide into groups.
+    """
+    group = downsampling[0]
+    groups, left = divmod(frames - 1, group)
+    if frames < 1 or left:
+        raise UserError(
+            f"{frames} frames: this latent space encodes a first frame and groups of {group}: choose a "
+            f"multiple of {group} and 1 more, such as {max(groups, 1) * group + 1}"
+        )
+    return 1 + groups
+
+
 def latent_sizes(
     downsampling: int | Sequence[int], height: int, width: int, frames: int | None = None
 ) -> tuple[int, ...]:
     """Return the positions of latents along each axis: (h, w), or (T, h, w) of a clip.
 
     Args:
-        downsampling: of the space, in height and width: one number, or one per axis.
+        downsampling: of the space: one number, one in height and width, or one in time, height and width.
         height: of the images, in pixels.
         width: of the images, in pixels.
-        frames: of the latents of a clip; None = images.
+        frames: of the clip; of a space without downsampling in time, of its latents. None = images.
 
     Raises:
-        UserError: if the space has another number of axes.
+        UserError: if the space has another number of axes, or the frames do not divide.
     """
+    if encodes_clips(downsampling):
+        time, down_height, down_width = downsampling_per_axis(downsampling, axes=3)
+        clip = (latent_frames((time, down_height, down_width), frames or 1),)
+        return *clip, height // down_height, width // down_width
+
     down_height, down_width = downsampling_per_axis(downsampling, axes=2)
     clip = () if frames is None else (frames,)
     return *clip, height // down_height, width // down_width
@@ -120,7 +157,13 @@ def same_latents(identity: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 class LatentSpace(ABC):
-    """A map from images to latents and back, with all that the rest of the code has to know about it."""
+    """A map from images or clips to latents and back, with all that the rest of the code has to know about
+    it.
+
+    One with three numbers for its downsampling encodes clips: pixels are then [B, 3, T, H, W] and latents
+    [B, C, t, h, w], with 1 + (T - 1) / `downsampling[0]` frames of latents, and an image is a clip of one
+    frame.
+    """
 
     name: ClassVar[str] = ""
     """Its name in `LATENT_SPACES`."""
@@ -173,11 +216,32 @@ class LatentSpace(ABC):
         """Decode normalized latents [B, C, h, w] to pixels fp32 [B, 3, H, W] in [-1, 1]."""
         return self.decode_raw(denormalize_latents(latents.float(), self.statistics))
 
+    @property
+    def encodes_clips(self) -> bool:
+        """True if its latents have a time axis."""
+        return encodes_clips(self.downsampling)
+
+    def tile_encoding(self) -> None:
+        """Encode large inputs in overlapping tiles from now on, which needs less memory and changes the
+        latents a little: `identity` then says so.
+
+        Raises:
+            UserError: if the space has no tiles.
+        """
+        raise UserError(f"the latent space {self.name} has no tiles: leave latents.tiling out")
+
 
 LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
 """Name -> latent space. One that reads diffusers folders is named as `_class_name` in their config.json."""
 
-_BUILT_IN = ("model.encoders.pixels", "model.encoders.vae", "model.encoders.wavelet")
+_BUILT_IN = (
+    "model.encoders.pixels",
+    "model.encoders.pixel_clips",
+    "model.encoders.vae",
+    "model.encoders.wavelet",
+    "model.encoders.video_vae",
+    "model.encoders.video_wavelet",
+)
 """Modules that register spaces; imported when one is needed, since diffusers takes seconds to import."""
 
 _Space = TypeVar("_Space", bound=type[LatentSpace])

@@ -1,6 +1,7 @@
 """The frozen VAE: diffusers' AutoencoderKL, read from safetensors only."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,48 @@ def small_vae() -> Any:
     return AutoencoderKL(**config)
 
 
+def load_module(kind: Any, folder: Path, device: torch.device) -> tuple[Any, str]:
+    """Load a diffusers autoencoder from safetensors only, in fp32 and frozen.
+
+    Args:
+        kind: its class.
+        folder: with its config and weights.
+        device: where it runs.
+
+    Returns:
+        The autoencoder, and the SHA-256 of its file of weights.
+
+    Raises:
+        UserError: if the folder holds another class, there is no safetensors file, or the weights do not fit
+            the config.
+    """
+    found = read_config(folder).get("_class_name")
+    # diffusers 0.39 loads the class that is called, even if the config names another one.
+    if found != kind.__name__:
+        raise UserError(f"{folder} holds a {found}, not an {kind.__name__}: name the folder of such a VAE")
+
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(
+            f"{folder}: no {WEIGHTS}: save the VAE as one safetensors file (pickled weights are never opened)"
+        )
+    options: dict[str, Any] = {
+        # Without it, diffusers may fall back to a pickle.
+        "use_safetensors": True,
+        # Latents are stored once for all runs, so they are computed at full precision.
+        "torch_dtype": torch.float32,
+        "low_cpu_mem_usage": False,
+    }
+    try:
+        module: Any = kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: the weights do not fit the config: {error}") from error
+
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return module.eval().requires_grad_(False).to(device), digest
+
+
 @register_latent_space(AUTOENCODER_KL)
 class VAE(LatentSpace):
     """The latent space of an AutoencoderKL."""
@@ -93,35 +136,7 @@ class VAE(LatentSpace):
                 weights do not fit the config.
         """
         folder = find_folder(source, revision)
-        kind = read_config(folder).get("_class_name")
-        # diffusers 0.39 loads the class that is called, even if the config names another one.
-        if kind != AUTOENCODER_KL:
-            raise UserError(
-                f"{folder} holds a {kind}, not an {AUTOENCODER_KL}: name the folder of such a VAE"
-            )
-
-        weights = folder / WEIGHTS
-        if not weights.is_file():
-            raise UserError(
-                f"{folder}: no {WEIGHTS}: save the VAE as one safetensors file "
-                "(pickled weights are never opened)"
-            )
-        options: dict[str, Any] = {
-            # Without it, diffusers may fall back to a pickle.
-            "use_safetensors": True,
-            # Latents are stored once for all runs, so they are computed at full precision.
-            "torch_dtype": torch.float32,
-            "low_cpu_mem_usage": False,
-        }
-        try:
-            module: Any = AutoencoderKL.from_pretrained(folder, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder}: the weights do not fit the config: {error}") from error
-
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        module.eval().requires_grad_(False).to(device)
-        return cls(module, digest)
+        return cls(*load_module(AutoencoderKL, folder, device))
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from pipeline.ablation.rows import Ablation, Job, Ordering, Score, SeedMean, ord
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
 from pipeline.reporting.curves import curve
-from pipeline.reporting.page import inline_png
+from pipeline.reporting.page import inline_image
 from pipeline.stage.config import StageConfig, dump_stage
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -166,7 +166,7 @@ def _images(ablation: Ablation, jobs: Sequence[Job], scores: Scores) -> list[dic
             continue
         paths = [path for path in sorted((job.run / "scenes").glob("*.png")) if path.name != "grid.png"]
         if paths:
-            images = [inline_png(path) for path in paths[:MAX_IMAGES]]
+            images = [inline_image(path) for path in paths[:MAX_IMAGES]]
             rows.append({"title": ablation.rows[job.row].title, "images": images})
     return rows
 

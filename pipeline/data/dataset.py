@@ -16,7 +16,7 @@ from data_prep.dataset.mds import Row, Shard
 from data_prep.dataset.schema import Bucket, Family
 from data_prep.store.store import StoreError
 from model.common.errors import UserError
-from model.encoders.latent_spaces import latent_sizes
+from model.encoders.latent_spaces import encodes_clips, latent_sizes
 from model.encoders.token_size import bytes_per_token
 from pipeline.data.batch import Layout, PackedBatch, SampleKey, allocate, sample_keys, tensors_in
 from pipeline.data.captions import Caption, CaptionChoice, WrittenCaptions
@@ -209,7 +209,10 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
 
     def _plan_copies(self, rows: Rows, spans: Spans, tensors: dict[str, Tensor]) -> list[Copy]:
         copies = []
-        for name in ("mean", "std"):
+        moments = [name for name in ("mean", "std") if name in self._latents.columns]
+        if "std" not in moments:
+            tensors["std"].zero_()
+        for name in moments:
             targets = zip(rows[self._latents.name], tensors[name], strict=True)
             copies += [_copy(row, name, 0, target) for row, target in targets]
         for family in self._texts:
@@ -219,14 +222,16 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
 
 
 def latent_shape(latents: Family, bucket: str) -> tuple[int, ...]:
-    """Return the shape of one sample's latents, [C, h, w], or [C, T, h, w] if the family records `frames`.
+    """Return the shape of one sample's latents, [C, h, w], or [C, T, h, w] of a space of clips.
 
     Args:
-        latents: the latents family.
+        latents: the latents family; one that records `frames` has latents of so many frames in all buckets.
         bucket: the sample's bucket.
     """
     size, info = Bucket.parse(bucket), latents.info
-    frames = int(info["frames"]) if "frames" in info else None
+    frames = int(info["frames"]) if "frames" in info else size.frames
+    if "frames" not in info and not encodes_clips(info["downsampling"]):
+        frames = None
     return int(info["channels"]), *latent_sizes(info["downsampling"], size.height, size.width, frames)
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.first_frame import first_frame_levels
 from pipeline.diffusion.objective import OBJECTIVES, Objective, SampleNormal, TrainingExample
 from pipeline.diffusion.patch_times import make_levels, sample_places, times_of_levels
 from pipeline.stage.objective import ObjectiveConfig
@@ -56,6 +57,12 @@ class Flow(Objective):
         self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal
     ) -> TrainingExample:
         """Make a batch of training examples, each with the times that `objective.patch_times` asks for."""
+        if self.config.shift_positions is not None:
+            own = self.config.at_size(math.prod(clean.shape[2:]))
+            return Flow(own, self.patch).training_example(clean, noise, u, normal)
+
+        if self.config.first_frame:
+            return self._with_first_frames(clean, noise, u, normal)
         levels = self.config.time_levels
         if levels == 1:
             return super().training_example(clean, noise, u, normal)
@@ -65,6 +72,26 @@ class Flow(Objective):
         places = sample_places(normal, patches, levels)  # [B, N]
         noisy, target = self.add_noise(clean, noise, times.gather(1, places))
         return TrainingExample(noisy, times, target, make_levels(self.config.patch_times, times, places))
+
+    def _with_first_frames(
+        self, clean: Tensor, noise: Tensor, u: Tensor, normal: SampleNormal
+    ) -> TrainingExample:
+        """Make a batch of training examples, in some of which the first frame is given."""
+        times = self.sample_timesteps(u)
+        noisy, target = self.add_noise(clean, noise, times)
+        grid = [size // side for size, side in zip(clean.shape[2:], self.patch, strict=True)]
+        given = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
+
+        if len(grid) == 3 and grid[0] > 1:
+            given = torch.special.ndtr(normal("first_frame", (1,)))[:, 0] < self.config.first_frame
+            # A given frame has no noise, and does not move: its velocity is 0.
+            kept = given.view(-1, 1, 1, 1, 1)
+            noisy[:, :, :1] = torch.where(kept, clean[:, :, :1].float(), noisy[:, :, :1])
+            target[:, :, :1] = target[:, :, :1].masked_fill(kept, 0.0)
+
+        frames = grid if len(grid) == 3 else [1, *grid]
+        of_levels, levels = first_frame_levels(given, times, frames)
+        return TrainingExample(noisy, of_levels, target, levels)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Mix clean latents with noise; the target is the velocity (Liu et al. 2022, equation 1)."""

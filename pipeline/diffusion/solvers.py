@@ -90,7 +90,7 @@ def _refusal(objective: ObjectiveConfig, name: str, sizes: DiTConfig | None) -> 
             "follows the difficulty of patches, which this network does not predict: train with "
             f"objective.difficulty=0.01, or take one of {', '.join(known)}"
         )
-    if name == "dpm" and objective.time_levels > 1:
+    if name == "dpm" and objective.patch_times.kind != "shared":
         return (
             "continues from predictions of earlier times, one for all patches, and the network was trained "
             "with objective.patch_times: take euler"

@@ -23,6 +23,7 @@ from torch._functorch import config as functorch
 from model.block import Block
 from model.common.errors import UserError
 from model.region import Region
+from model.rotary import rotation_table
 
 _MAX_GRAPHS = 256
 """Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
@@ -95,16 +96,20 @@ def make_graphs(region: Region, samples: int, grid: Sequence[int], prefixes: Seq
     # A batch without padding has no mask, which is another graph.
     for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, (False, True), cut):
         example = region.example_inputs(samples, math.prod(grid), tokens, padded, prefix)
-        for inputs in _with_tiles(region, example, grid):
+        for inputs in _with_positions(region, example, grid):
             trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
             # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
             torch.autograd.grad(region.forward(*inputs).sum(), trained)
 
 
-def _with_tiles(region: Region, inputs: tuple[Any, ...], grid: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Return the arguments with those of sparse attention, for tiles with and without a shift."""
-    if not isinstance(region, Block) or not region.sizes.attention.sparse:
+def _with_positions(region: Region, inputs: tuple[Any, ...], grid: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Return the arguments with those of sparse attention, for tiles with and without a shift, or with those
+    of rotary positions."""
+    if not isinstance(region, Block) or not region.sizes.needs_grid:
         return [inputs]
     # A block without levels has no places.
     before = (*inputs, None)[:5]
+    if not region.sizes.attention.sparse:
+        head = region.sizes.width // region.sizes.heads
+        return [(*before, 0, 0, 0, rotation_table(grid, head, inputs[0].device))]
     return [(*before, *grid, number) for number in (0, 1)]

@@ -10,6 +10,7 @@ from model.config import DiTConfig
 from model.dit import LIDiT
 from model.elastic.network import ElasticLIDiT
 from model.elastic.weights import GrownWeights
+from model.encoders.latent_spaces import encodes_clips
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
 from pipeline.text.families import text_families
@@ -18,7 +19,8 @@ from pipeline.text.families import text_families
 def network_sizes(stage: StageConfig, corpus: Corpus) -> tuple[DiTConfig, list[int]]:
     """Return the sizes of the DiT, and the widths of the text families in fusion order."""
     latents = latents_family(stage, corpus).info
-    dit = stage.dit(int(latents["channels"]), axes=3 if "frames" in latents else 2)
+    has_time = "frames" in latents or encodes_clips(latents["downsampling"])
+    dit = stage.dit(int(latents["channels"]), axes=3 if has_time else 2)
     return dit, [int(family.info["width"]) for family in text_families(stage, corpus).values()]
 
 

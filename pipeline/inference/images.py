@@ -15,7 +15,9 @@ MIN_SHOWN = 128
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Return pixels [B, 3, H, W] in [-1, 1] as images."""
+    """Return pixels [B, 3, H, W] in [-1, 1] as images, or [B, 3, 1, H, W] of a network of clips."""
+    if pixels.ndim == 5:
+        pixels = pixels.squeeze(2)
     values = (
         ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     )

@@ -1,8 +1,9 @@
 """A trained run, ready to sample: the network, the LLMs that read prompts as its families were made, and the
 latent space."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +14,23 @@ from torch import Tensor, nn
 from data_prep.dataset.schema import Family
 from data_prep.dataset.users import find_user, read_names
 from model.common.errors import UserError
-from model.condition import Condition, Text
+from model.condition import Condition, Predict, Text
 from model.conditions import CONDITIONS
 from model.dit import LIDiT
 from model.encoders.latent_spaces import (
     AUTOENCODER_KL,
     CONFIG,
     LatentSpace,
-    downsampling_per_axis,
+    encodes_clips,
     latent_sizes,
     load_latent_space,
     same_latents,
+    side_downsampling,
 )
+from model.fusion import attended
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.adaptive import ADAPTIVE
+from pipeline.diffusion.first_frame import GivenFirstFrame
 from pipeline.diffusion.guidance import has_own_scale
 from pipeline.diffusion.solvers import (
     OnStep,
@@ -39,6 +43,7 @@ from pipeline.diffusion.solvers import (
 )
 from pipeline.engine.network import build_network
 from pipeline.inference.attention_maps import WordMap, attention_to_tokens, sum_over_words
+from pipeline.inference.clips import read_first_frame
 from pipeline.inference.elastic import ChosenParts, Parts, choose_parts, largest_patch, sizes_for_solver
 from pipeline.inference.users import UserFinder
 from pipeline.runtime.distributed import all_reduce_min
@@ -81,10 +86,14 @@ class SamplingParams:
     """Name, number or file of a user; empty = nobody."""
     user_guidance: float | None = None
     """Scale of the user by itself; None = that of the text."""
+    frames: int = 1
+    """Frames of a clip; 1 = an image."""
+    first_frame: str = ""
+    """File of an image that the clip begins with; empty = none."""
 
     def record(self) -> dict[str, Any]:
-        """Return the settings as they are written next to an image; `conditions`, `adaptive` and those of the
-        user only if they are read, depth and size of patches only if they are asked for."""
+        """Return the settings as they are written next to an image; `conditions`, `adaptive`, `frames` and
+        those of the user only if they are read, depth and size of patches only if they are asked for."""
         record = asdict(self)
         record |= self.parts.record()
         del record["parts"]
@@ -95,6 +104,9 @@ class SamplingParams:
             del record["conditions"]
         if not self.user:
             del record["user"], record["user_guidance"]
+        for name, unset in (("frames", 1), ("first_frame", "")):
+            if record[name] == unset:
+                del record[name]
         return record
 
 
@@ -196,6 +208,11 @@ class Sampler:
             range.
         """
         self.latent_shape(params)
+        if params.first_frame and (params.frames == 1 or self.network.sizes.time_levels == 1):
+            raise UserError(
+                f"--first-frame {params.first_frame}: the network was not trained to go on from a frame, or "
+                "--frames is 1: train it with objective.first_frame=0.3"
+            )
         extra_conditions(self.network, params, 1, self.device)
         self.users.find(params.user, 1, self.device)
         # On the CPU, because only the validity of the settings matters.
@@ -208,7 +225,10 @@ class Sampler:
             UserError: if there is none of that name, or it does not fit the network.
         """
         sizes = sizes_for_solver(self.network, self.parts(params), params.scheduler in ADAPTIVE)
-        return make_scheduler(self.objective, params.scheduler, params.adaptive, sizes)
+        objective = self.objective
+        if objective.shift_positions is not None:
+            objective = objective.at_size(math.prod(self.latent_shape(params)[1:]))
+        return make_scheduler(objective, params.scheduler, params.adaptive, sizes)
 
     def parts(self, params: SamplingParams) -> Parts:
         """Return the parts of the network that sample.
@@ -229,13 +249,14 @@ class Sampler:
         return count_evaluations(self.solver(params), params.steps, params.guidance, own_scale)
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
-        """Return the shape of one image's latents, (C, h, w).
+        """Return the shape of one image's latents, (C, h, w), or of a clip's, (C, T, h, w).
 
         Raises:
             UserError: if the size does not divide.
         """
         patch = largest_patch(self.network, self.parts(params))
-        return image_latent_shape(self.network, self.vae.downsampling, params.height, params.width, patch)
+        size = params.height, params.width, params.frames
+        return sample_latent_shape(self.network, self.vae.downsampling, *size, patch)
 
     def latents(
         self,
@@ -268,8 +289,12 @@ class Sampler:
         condition = self.condition(prompts, params)
         null_condition = self.condition([params.negative] * len(prompts), params)
         null_condition.part = self.parts(params).null
-        return sample_latents(
-            self.network,
+        predict: Predict = self.network
+        if params.first_frame:
+            frame = read_first_frame(Path(params.first_frame), params.height, params.width, self.vae)
+            predict = given = GivenFirstFrame(self.network, self.network.sizes, frame)
+        sampled = sample_latents(
+            predict,
             self.solver(params),
             condition,
             null_condition,
@@ -281,6 +306,7 @@ class Sampler:
             on_step,
             params.user_guidance,
         )
+        return given.with_frame(sampled) if params.first_frame else sampled
 
     def latents_and_words(
         self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, step: int
@@ -313,7 +339,7 @@ class Sampler:
         _, time = set_steps(self.solver(params), params.steps, torch.device("cpu"))[step - 1]
         condition = self.condition(prompts[:1], params).at(time)
         shares = attention_to_tokens(self.network, before.to(self.dtype), condition)
-        spans = self.reader.spans(prompts[0], params.without)
+        spans = attended(self.network.fusion.config, self.reader.spans(prompts[0], params.without))
         return latents, sum_over_words(prompts[0], spans, shares)
 
     def condition(self, prompts: Sequence[str], params: SamplingParams) -> Condition:
@@ -331,7 +357,7 @@ class Sampler:
         return Condition(times, texts, extra, users=users, part=part)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Decode normalized latents to pixels fp32 [B, 3, H, W] in [-1, 1]."""
+        """Decode normalized latents to pixels fp32 [B, 3, H, W] or [B, 3, T, H, W] in [-1, 1]."""
         return decode_each(self.vae, latents)
 
 
@@ -378,31 +404,40 @@ def _load(run: Path, network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
     return network
 
 
-def image_latent_shape(
+def sample_latent_shape(
     network: LIDiT,
     downsampling: int | Sequence[int],
     height: int,
     width: int,
+    frames: int = 1,
     patch: int | None = None,
 ) -> tuple[int, ...]:
-    """Return the shape of one image's latents, (C, h, w).
+    """Return the shape of one image's latents, (C, h, w), or of a clip's, (C, T, h, w).
 
     Args:
         network: gives channels and patches.
         downsampling: of the latent space, one number or one per axis.
         height: in pixels.
         width: in pixels.
+        frames: of a clip; an image has 1.
         patch: side of the largest patch; None = the network's.
 
     Raises:
-        UserError: if the size does not divide.
+        UserError: if the size does not divide, or the network has no frames.
     """
-    factors, patch = downsampling_per_axis(downsampling, axes=2), patch or network.sizes.patch
+    patch, clips = patch or network.sizes.patch, encodes_clips(downsampling)
+    factors = side_downsampling(downsampling)
+    if frames > 1 and not clips:
+        raise UserError(f"{frames} frames: this network generates images alone: leave the frames out")
     # The network cuts the latents into patches, so each side must be a whole number of them.
     for side, factor in zip((height, width), factors, strict=True):
         if side < factor * patch or side % (factor * patch):
             raise UserError(f"size {height}x{width}: each side has to be a multiple of {factor * patch}")
-    return network.sizes.channels, *latent_sizes(downsampling, height, width)
+
+    positions = latent_sizes(downsampling, height, width, frames if clips else None)
+    if clips:
+        replace(network.sizes, patch=patch).patch_grid(positions)
+    return network.sizes.channels, *positions
 
 
 def decode_each(vae: LatentSpace, latents: Tensor) -> Tensor:

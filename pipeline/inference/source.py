@@ -1,6 +1,7 @@
 """Loading what a command samples from, a run or an export; and the options that such commands share."""
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -18,9 +19,9 @@ from model.common.extras import require
 from model.common.settings import allowed_range, settings_from
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from model.encoders.vae import VAE
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
+from pipeline.diffusers_video_pipeline import LIDiTVideoPipeline
 from pipeline.inference.adapter_files import ADAPTER, USERS, load_user_adapter
 from pipeline.inference.call import objective_of
 from pipeline.inference.elastic import ChosenParts
@@ -73,7 +74,8 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         # with ZeRO-3 no process loads the whole network
         parts: dict[str, Any] = {"transformer": None} if zero3 else {}
         types = {"transformer": dtype, "default": torch.float32}
-        pipeline = LIDiTPipeline.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
+        kind = _pipeline_class(folder)
+        pipeline = kind.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
         partitioned = _partition_export(folder / "transformer", dtype) if zero3 else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: damaged or not complete: {error}") from error
@@ -85,15 +87,29 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         **{name: config[name] for name in ("steps", "guidance", "height", "width")},
         scheduler=config["solver"],
         adaptive=settings_from(AdaptiveConfig, config["adaptive"], f"{folder}: adaptive"),
+        **{name: config[name] for name in ("frames", "fps") if name in config},
     )
 
     # An export contains its own LLM and VAE, so it needs no run and no store.
-    reader, vae = pipeline.text.to(device).reader, VAE(pipeline.vae.to(device), "")
+    pipeline.vae.to(device)
+    reader, vae = pipeline.text.to(device).reader, pipeline.space
     network = partitioned.module if partitioned else _plain_network(pipeline.transformer)
     objective = objective_of(config, pipeline.scheduler)
     sampler = Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, partitioned)
     _attach_users(sampler, folder / USERS)
     return sampler
+
+
+def _pipeline_class(folder: Path) -> type[LIDiTPipeline]:
+    """Return the class of an exported folder's pipeline, that of images or of clips; `from_pretrained` of
+    either checks the folder."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except ValueError:
+        # the check names what is wrong
+        return LIDiTPipeline
+    is_video = isinstance(index, dict) and index.get("_class_name") == LIDiTVideoPipeline.__name__
+    return LIDiTVideoPipeline if is_video else LIDiTPipeline
 
 
 def _attach_users(sampler: Sampler, folder: Path) -> None:
@@ -159,6 +175,8 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--size", metavar="HxW")
+    parser.add_argument("--frames", type=int, help="frames of a clip; 1 = images; default: the run's")
+    parser.add_argument("--first-frame", default="", metavar="IMAGE", help="image that the clip begins with")
     parser.add_argument(
         "--scheduler",
         default="",
@@ -210,7 +228,12 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
         except ValueError as error:
             raise UserError(f"--size {arguments.size}: write height x width, such as 256x192") from error
         height, width = bucket.height, bucket.width
+        if bucket.frames > 1:
+            raise UserError(f"--size {arguments.size}: write height x width, and --frames {bucket.frames}")
 
+    frames = defaults.frames if arguments.frames is None else arguments.frames
+    if frames < 1:
+        raise UserError(f"--frames {frames}: give at least 1")
     steps = defaults.steps if arguments.steps is None else arguments.steps
     guidance = defaults.guidance if arguments.guidance is None else arguments.guidance
     return SamplingParams(
@@ -226,6 +249,8 @@ def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace
         parts=ChosenParts(*(getattr(arguments, chosen.name) for chosen in fields(ChosenParts))),
         user=arguments.user,
         user_guidance=arguments.user_guidance,
+        frames=frames,
+        first_frame=arguments.first_frame,
     )
 
 

@@ -4,14 +4,16 @@ their settings."""
 import reprlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from model.common.errors import UserError
 from pipeline.inference.attention_maps import overlay
+from pipeline.inference.clips import save_clip, to_clips
 from pipeline.inference.difficulty_maps import check_maps, difficulty_maps
 from pipeline.inference.elastic import part_choices
 from pipeline.inference.images import save_png, to_images
@@ -122,6 +124,7 @@ class InteractiveSampler:
             request.width,
             request.scheduler,
             request.negative.strip(),
+            frames=sampler.defaults.frames,
         )
         if request.user:
             params = replace(params, user=request.user, user_guidance=request.user_guidance or None)
@@ -137,6 +140,8 @@ class InteractiveSampler:
             without = (request.compare.removeprefix(WITHOUT),)
             columns.append((name, sampler, replace(params, without=without)))
 
+        if params.frames > 1 and (request.attention or request.difficulty):
+            raise UserError("attention and difficulty are shown of images: set attention=0, difficulty=false")
         for _, column_sampler, column_params in columns:
             column_sampler.check(column_params)
             if request.difficulty:
@@ -191,14 +196,18 @@ class InteractiveSampler:
         prompt = request.prompt.strip()
         seeds = [request.seed + number for number in range(request.images)]
         latents, maps = sampler.latents_and_words([prompt] * len(seeds), seeds, params, request.attention)
-        images = to_images(sampler.pixels(latents))
+        clips, pixels = params.frames > 1, sampler.pixels(latents)
+        images: list[Any] = to_clips(pixels) if clips else to_images(pixels)
+        save: Callable[[Any, Path, dict[str, Any]], None] = save_clip if clips else save_png
         files: list[Path] = []
         for seed, image in zip(seeds, images, strict=True):
             # The time makes the name unique, also for the same seed with other settings.
-            path = self.out / f"{time.time_ns()}_{seed}.png"
+            path = self.out / f"{time.time_ns()}_{seed}{'.webp' if clips else '.png'}"
             source = Path(name).absolute().name
             settings = {**params.record(), "evaluations": sampler.evaluations(params)}
-            save_png(image, path, {"prompt": prompt, "seed": seed, "source": source, **settings})
+            if clips:
+                settings["fps"] = sampler.defaults.fps
+            save(image, path, {"prompt": prompt, "seed": seed, "source": source, **settings})
             files.append(path)
 
         overlays = []

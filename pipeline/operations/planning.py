@@ -6,7 +6,7 @@ The terms of the memory are tested against the real tiny network and engine.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,12 +15,14 @@ from model.common.errors import UserError
 from model.config import DiTConfig
 from model.encoders.latent_spaces import latent_sizes
 from model.flops import count_parameters, flops_per_sample
-from model.fusion import collaborates, refiner_size
+from model.fusion import attended, collaborates, refiner_size
 from pipeline.engine.network import make_network
 from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.operations.elastic_planning import PartCost, further_parameters, part_costs
 from pipeline.stage.config import StageConfig
 
+CLIP_DOWNSAMPLING = (4, 8, 8)
+"""Downsampling of most VAEs of clips."""
 _OUTER_VALUES = 11
 """Values that the layers before and after the blocks keep for the backward pass without compiling, per patch
 and channel."""
@@ -51,9 +53,12 @@ class Setup:
     pairs: int = 30_000_000
     channels: int = 16
     downsampling: int | tuple[int, ...] = 8
-    """Pixels per position of the latents in height and width: one number, or one per axis."""
+    """Pixels per position of the latents: one number in height and width, one per axis, or one in time,
+    height and width."""
     frames: int | None = None
-    """Frames of the latents of a clip; None = images."""
+    """Frames of a clip; with downsampling in height and width alone, of its latents. None = images."""
+    means_alone: bool = False
+    """True if the latents are stored without their std (`latents.moments: mean`)."""
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -221,7 +226,8 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     """
     size = 2 if stage.engine.precision == "bf16" else 4
     patches = math.prod(dit.patch_grid(setup.latents))
-    text = setup.max_caption_tokens * len(setup.llm_widths)
+    llms = len(attended(stage.fusion, setup.llm_widths))
+    text = setup.max_caption_tokens * llms
     budget = stage.model.activation_memory_budget if stage.model.compile else None
     block = BLOCKS[dit.block].activations(dit, patches, text, budget)
     every = stage.model.checkpoint_every
@@ -234,8 +240,8 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     # the refiners read the instruction's tokens too, unlike the blocks
     refiner_width, _ = refiner_size(stage.fusion, dit)
     own = stage.fusion.refiner_blocks if stage.fusion.refiner != "none" else 0
-    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, len(setup.llm_widths)) else 0
-    refined = (setup.prefix_tokens + setup.max_caption_tokens) * len(setup.llm_widths)
+    across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, llms) else 0
+    refined = (setup.prefix_tokens + setup.max_caption_tokens) * llms
     refiners = _REFINER_VALUES * refiner_width * refined * (own + across)
     return size * float(blocks + _OUTER_VALUES * patches * dit.width + refiners)
 
@@ -243,8 +249,8 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
 def bytes_per_pair(setup: Setup) -> float:
     """Return the bytes in the store of one pair's latents (mean and std, bf16) and captions (int8, an fp32
     scale per token, each LLM)."""
-    # 2 values of 2 bytes at each position
-    latents = 4.0 * setup.channels * math.prod(setup.latents)
+    # 2 values of 2 bytes at each position, or 1
+    latents = (2.0 if setup.means_alone else 4.0) * setup.channels * math.prod(setup.latents)
     return latents + setup.captions * setup.caption_tokens * sum(width + 4.0 for width in setup.llm_widths)
 
 
@@ -261,6 +267,8 @@ def check_memory(stage: StageConfig, gpus: int, memory: float) -> None:
     """
     widths = (Setup.llm_widths[0],) * len(stage.fusion.families)
     setup = Setup(gpus, height=stage.sample.height, width=stage.sample.width, llm_widths=widths)
+    if stage.sample.frames > 1:
+        setup = replace(setup, downsampling=CLIP_DOWNSAMPLING, frames=stage.sample.frames)
     plan = make_plan(stage, setup)
     if plan.total_memory > memory:
         raise UserError(

@@ -21,8 +21,8 @@ MAX_SAVES = 4
 """Maximum number of saves in the table of events."""
 
 
-def inline_png(path: Path) -> str:
-    """Return a PNG as a data URI, so that the page needs no other file.
+def inline_image(path: Path) -> str:
+    """Return a PNG or WebP as a data URI, so that the page needs no other file.
 
     Raises:
         UserError: if it cannot be read.
@@ -31,7 +31,8 @@ def inline_png(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, and the report shows it: generate it again") from error
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    kind = "webp" if path.suffix == ".webp" else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
 def list_events(run: Path) -> list[dict[str, Any]]:
@@ -115,8 +116,8 @@ def build(run: Path) -> Path:
     images: list[dict[str, Any]] = []
     for image in extra.get("pictures", []):
         real_file = image.get("real")
-        real = inline_png(run / real_file) if real_file else ""
-        generated = inline_png(run / image["drawn"])
+        real = inline_image(run / real_file) if real_file else ""
+        generated = inline_image(run / image["drawn"])
         marks = image.get("marks", [])
         images.append({"caption": image["caption"], "marks": marks, "generated": generated, "real": real})
 
@@ -124,7 +125,10 @@ def build(run: Path) -> Path:
     for path in sorted((run / "grids").glob("samples_*.png")):
         # the number of samples is part of the file's name
         samples = int(path.stem.split("_")[-1])
-        slides.append({"image": inline_png(path), "label": f"after {samples:,} samples"})
+        # a grid of clips is there twice: as frames side by side, and moving
+        moving = path.with_suffix(".webp")
+        shown = inline_image(moving if moving.exists() else path)
+        slides.append({"image": shown, "label": f"after {samples:,} samples"})
 
     # escaped, since captions and settings are text from outside
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())

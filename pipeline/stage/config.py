@@ -203,15 +203,14 @@ class AdaptiveConfig:
 
 @dataclass
 class SampleConfig:
-    """The grid of images during training, and the defaults of sampling."""
+    """The grid of images or clips during training, and the defaults of sampling."""
 
     every_samples: int = bounded(0, 0, 10**12)
     """0 = no grids while training."""
     prompts: list[str] = field(default_factory=list)
     """Prompts of the grid."""
     scenes: int = bounded(0, 0, 100_000)
-    """Held-out scenes that are sampled and scored too, which gives prompt following as a curve; see
-    `data_prep/scenes/grammar.py`."""
+    """Held-out scenes that are sampled and scored too (`data_prep/scenes/`), which gives a curve."""
     scenes_scale: float = bounded(1.0, 0.5, 3.0)
     """Size of the scenes' objects: `scenes.scale` of the dataset."""
     steps: int = bounded(30, 1, 10_000)
@@ -229,6 +228,10 @@ class SampleConfig:
     """Pixels."""
     width: int = bounded(256, 1, 65_536)
     """Pixels."""
+    frames: int = bounded(1, 1, 100_000)
+    """Frames of a clip; 1 = images."""
+    fps: float = bounded(8.0, 0.01, 1_000.0)
+    """Frames per second of the files of clips."""
 
 
 @dataclass
@@ -319,7 +322,7 @@ class StageConfig:
         """Check the parts of an elastic network."""
         self.elastic.check(self.model)
         # Places of levels, and the errors that a solver follows, belong to patches of one size.
-        if len(self.elastic.patches) > 1 and self.objective.time_levels > 1:
+        if len(self.elastic.patches) > 1 and self.objective.patch_times.kind != "shared":
             raise UserError(
                 "objective.patch_times has times of patches of one size: leave it out, or elastic.patches"
             )
@@ -333,6 +336,13 @@ class StageConfig:
             raise UserError(
                 "model.predicts=clean gives the velocity of objective.name=flow with one time per sample "
                 "and no difficulty head: set that, or model.predicts=target"
+            )
+
+        mixed = objective.name != "flow" or objective.patch_times.kind != "shared"
+        if objective.first_frame and (mixed or self.model.patch_frames > 1):
+            raise UserError(
+                "objective.first_frame gives single frames of latents to objective.name=flow without "
+                "objective.patch_times: set model.patch_frames=1, or leave it out"
             )
 
     def _check_encoders(self) -> None:

@@ -1,6 +1,7 @@
 """Settings of the objective, and of the times of a sample's patches."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model.common.settings import bounded
@@ -34,15 +35,33 @@ class ObjectiveConfig:
     """Standard deviation of logit(t)."""
     shift: float = bounded(1.0, 0.001, 1_000.0)
     """Resolution shift of t toward noise: t -> shift t / (1 + (shift - 1) t)."""
+    shift_positions: int | None = bounded(None, 1, 10**12)
+    """Positions of the latents that `shift` is for, such as 1,024 for 32 x 32: a bucket of n times as many is
+    shifted by sqrt(n) times as much. None = `shift` in all buckets."""
     patch_times: PatchTimesConfig = field(default_factory=PatchTimesConfig)
     """Times of a sample's patches."""
+    first_frame: float = bounded(0.0, 0.0, 1.0)
+    """Share of the clips whose first frame is given in training, so that images can be set in motion
+    (`pipeline.sample --first-frame`); 0 = none."""
     difficulty: float = bounded(0.0, 0.0, 1_000.0)
     """Weight of the loss of the difficulty head, which predicts each patch's error; 0 = none. The paper of
     Patch Forcing takes 0.01."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the objective that are not among the fields above."""
 
+    def at_size(self, positions: int) -> "ObjectiveConfig":
+        """Return the settings for latents of `positions` positions, with the shift that they get."""
+        if self.shift_positions is None:
+            return self
+        # Stable Diffusion 3 (Esser et al. 2024), section 5.3.2: the noise that hides as much of an image
+        # grows with the root of its positions.
+        shift = self.shift * math.sqrt(positions / self.shift_positions)
+        return replace(self, shift=shift, shift_positions=None)
+
     @property
     def time_levels(self) -> int:
         """Number of times of a sample in training."""
-        return 1 if self.patch_times.kind == "shared" else self.patch_times.levels
+        if self.patch_times.kind != "shared":
+            return self.patch_times.levels
+        # a given frame is at time 0, the others at the sample's
+        return 2 if self.first_frame else 1

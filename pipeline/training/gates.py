@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.dit import LIDiT
+from model.fusion import attended
 from pipeline.data.batch import Batch
 from pipeline.training.callbacks import Callback
 
@@ -87,6 +88,7 @@ class GateStats(Callback):
 def _gates(network: LIDiT, families: Sequence[str]) -> Iterator[_Gates]:
     """Yield the gates of all refiners."""
     fusion = network.fusion
+    families = attended(fusion.config, families)
     # Not strict: without refiners there is nothing to pair with the families.
     for family, refiner in zip(families, fusion.refiners or [], strict=False):
         for number, block in enumerate(refiner.blocks):  # pyright: ignore[reportArgumentType]

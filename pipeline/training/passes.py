@@ -54,13 +54,13 @@ class Passes:
 
     def grids(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the grid of patches of latents of `positions` = (h, w) or (T, h, w), for each size of
-        patches; without sparse attention, which alone asks for the grid, the number of patches.
+        patches; if the blocks do not read the grid, the number of patches.
 
         Raises:
             UserError: if the latents do not divide into patches of a size.
         """
         grids = [sizes.patch_grid(positions) for sizes in self.all_sizes()]
-        return grids if self.sizes.attention.sparse else [(math.prod(grid),) for grid in grids]
+        return grids if self.sizes.needs_grid else [(math.prod(grid),) for grid in grids]
 
     def part(self, batch: Batch) -> str:
         """Return the name of what a batch trains, by which metrics are sorted; empty = the whole network."""
@@ -73,6 +73,11 @@ class Passes:
         condition = self.inputs.condition(batch, example.timesteps, example.levels)
         condition = replace(condition, with_difficulty=self.stage.objective.difficulty > 0)
 
+        times = example.timesteps
+        if self.stage.objective.first_frame and example.levels is not None:
+            # The time of a given frame is no measure of the sample's noise.
+            times = example.levels.sample_times
+
         parts = list(self.engine.micro_batches(len(clean)))
         for part in self.inputs.micro_batches(batch, parts):
             noisy = example.noisy[part.rows].to(self.engine.dtype)
@@ -84,4 +89,4 @@ class Passes:
             for term in self.terms:
                 loss = loss + term(given)
             self.engine.backward(loss)
-            add_losses(batch, losses.detach(), example.timesteps[part.rows], "")
+            add_losses(batch, losses.detach(), times[part.rows], "")

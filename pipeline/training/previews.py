@@ -7,6 +7,7 @@ with the same number of forward passes. The LLMs read the prompts once, before t
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,21 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.scenes.captions import scene_prompts
-from model.common.files import atomic_path
+from model.common.files import atomic_path, write_atomic
 from model.condition import Condition
 from model.sub_network import Part
 from pipeline.diffusion.solvers import make_scheduler, sample_latents
 from pipeline.engine.engine import Engine
-from pipeline.following.reading import read_scene
-from pipeline.following.scoring import chance_level, prompt_following, score_objects
-from pipeline.inference.images import make_grid, to_images
 from pipeline.inference.sampler import (
     SamplingParams,
     decode_each,
     extra_conditions,
-    image_latent_shape,
     load_vae,
+    sample_latent_shape,
 )
 from pipeline.runtime.distributed import gather
 from pipeline.stage.config import StageConfig
@@ -41,6 +38,7 @@ from pipeline.text.families import text_families
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
 from pipeline.training.callbacks import Callback
+from pipeline.training.preview_kinds import preview_kind
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import Trainer
@@ -58,11 +56,13 @@ class PreviewImages(NamedTuple):
     """A grid of `sample.prompts` and the first scenes."""
     scores: dict[str, float]
     """`SceneScores.summary` of all scenes, `prompt_following`, and its chance level; empty without scenes."""
+    moving: bytes | None = None
+    """The grid of clips as an animated WebP; `grid` then shows some frames of each."""
 
 
 class Previews(Callback):
-    """Samples images of `sample.prompts` and of held-out scenes; every method is collective unless it says
-    otherwise."""
+    """Samples images or clips of `sample.prompts` and of held-out scenes; every method is collective unless
+    it says otherwise."""
 
     def __init__(
         self, stage: StageConfig, corpus: Corpus, constants: Mapping[str, TextConstants], engine: Engine
@@ -80,12 +80,9 @@ class Previews(Callback):
                 does not divide, or the scheduler does not fit.
         """
         self.stage = stage
-        self._solver(engine)  # refuses one that does not fit before the LLMs are loaded
         sample = stage.sample
-        aspect = sample.width / sample.height
-        scenes = scene_prompts(sample.scenes, "list", aspect, scale=sample.scenes_scale)
-        self.scenes = [prompt.caption for prompt in scenes]
-        self.prompts = [*sample.prompts, *(caption.text for caption in self.scenes)]
+        self.kind = preview_kind(sample)
+        self.prompts = [*sample.prompts, *(caption.text for caption in self.kind.captions)]
         self.parts: list[Part | None] = [None]
         """Parts of the network that sample, one after another."""
         if stage.elastic.elastic:
@@ -94,7 +91,9 @@ class Previews(Callback):
         latents = latents_family(stage, corpus)
         patch = max([engine.module.sizes.patch, *stage.elastic.patches])
         downsampling = latents.info["downsampling"]
-        self.shape = image_latent_shape(engine.module, downsampling, sample.height, sample.width, patch)
+        size = sample.height, sample.width, sample.frames
+        self.shape = sample_latent_shape(engine.module, downsampling, *size, patch)
+        self._solver(engine)  # refuses one that does not fit before the LLMs are loaded
 
         reader = PromptReader(
             text_families(stage, corpus), constants, partial(load_llm, device=engine.device)
@@ -127,7 +126,7 @@ class Previews(Callback):
                 images = self.sample(trainer.engine, part)
             # Only rank 0 has the images and writes; the others go on to the next collective.
             if images is not None:
-                self.save(images.grid, state.samples, name)
+                self.save(images, state.samples, name)
                 trainer.log.image(f"samples{suffix}", np.asarray(images.grid), state.samples)
                 trainer.log.scores(f"scenes{suffix}", state.step, state.samples, images.scores)
         trainer.log_event("grid", seconds=time.monotonic() - began)
@@ -138,7 +137,7 @@ class Previews(Callback):
         share = -(-len(self.prompts) // engine.world)
         # indices beyond the end are sampled, so that all ranks run equally often, but not shown
         indices = range(engine.rank * share, (engine.rank + 1) * share)
-        sampled: list[Image.Image] = []
+        sampled: list[Any] = []
         # At most a micro-batch at a time: that many samples are known to fit into memory.
         for start in range(0, share, engine.micro_batch):
             sampled += self._sample(engine, indices[start : start + engine.micro_batch], part)
@@ -150,18 +149,12 @@ class Previews(Callback):
 
         # The stage's prompts come before the scenes, as in `self.prompts`.
         first = len(self.stage.sample.prompts) + SCENES_SHOWN
-        grid = make_grid(images[:first], self.prompts[:first])
-        return PreviewImages(grid, self._scores(images[len(self.prompts) - len(self.scenes) :]))
+        shown, prompts = images[:first], self.prompts[:first]
+        scenes = images[len(self.prompts) - len(self.kind.captions) :]
+        grids = self.kind.make_grid(shown, prompts), self.kind.make_moving_grid(shown, prompts)
+        return PreviewImages(grids[0], self.kind.scores(scenes), grids[1])
 
-    def _scores(self, images: list[Image.Image]) -> dict[str, float]:
-        """Return the scores of the scenes' images."""
-        objects = [read_scene(np.asarray(image), self.stage.sample.scenes_scale) for image in images]
-        scores, chance = score_objects(objects, self.scenes).summary(), chance_level(objects, self.scenes)
-        if chance:
-            scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
-        return scores
-
-    def _sample(self, engine: Engine, indices: range, part: Part | None) -> list[Image.Image]:
+    def _sample(self, engine: Engine, indices: range, part: Part | None) -> list[Any]:
         sample = self.stage.sample
         # Any prompt does for the indices beyond the end.
         prompts = [self.prompts[index % len(self.prompts)] for index in indices]
@@ -178,11 +171,13 @@ class Previews(Callback):
             sample.guidance,
             engine.dtype,
         )
-        return to_images(decode_each(self.vae, latents))
+        return self.kind.convert(decode_each(self.vae, latents))
 
     def _solver(self, engine: Engine) -> Any:
-        sample = self.stage.sample
-        return make_scheduler(self.stage.objective, sample.scheduler, sample.adaptive, engine.module.sizes)
+        sample, objective = self.stage.sample, self.stage.objective
+        if objective.shift_positions is not None:
+            objective = objective.at_size(math.prod(self.shape[1:]))
+        return make_scheduler(objective, sample.scheduler, sample.adaptive, engine.module.sizes)
 
     def _condition(self, engine: Engine, prompts: list[str]) -> Condition:
         params = SamplingParams(height=self.stage.sample.height, width=self.stage.sample.width)
@@ -191,14 +186,16 @@ class Previews(Callback):
         timesteps = torch.zeros(len(prompts), device=engine.device)
         return Condition(timesteps, self.reader.texts(prompts, engine.dtype), extra)
 
-    def save(self, grid: Image.Image, samples: int, name: str = "") -> None:
+    def save(self, images: PreviewImages, samples: int, name: str = "") -> None:
         """Write the grid into the run's folder, in that of its part; not collective. A full disk costs
         the image, not the run."""
         path = self.stage.run / "grids" / name / f"samples_{samples:012d}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                grid.save(temporary, format="PNG")
+                images.grid.save(temporary, format="PNG")
+            if images.moving is not None:
+                write_atomic(path.with_suffix(".webp"), images.moving)
         except OSError as error:
             log.warning("%s was not written, the run goes on without it: %s", path, error)
 

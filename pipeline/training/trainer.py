@@ -104,7 +104,7 @@ class Trainer:
         self.flops = SampleFlops(self.sizes, stage, self.latents, texts, self.corpus.rows)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
-        if stage.objective.time_levels > 1 or stage.objective.difficulty:
+        if stage.objective.patch_times.kind != "shared" or stage.objective.difficulty:
             self.callbacks.append(PatchValidation())
         if stage.elastic.elastic:
             self.callbacks.append(ElasticValidation())

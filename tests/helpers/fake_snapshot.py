@@ -25,6 +25,10 @@ LATENTS = Family(
     {"model": "fake"},
     {"channels": CHANNELS, "downsampling": DOWN, "scaling_factor": 1.0, "shift_factor": 0.0},
 )
+CLIPS = Family(
+    "latents", "latents", {"model": "fake of clips"}, {**LATENTS.info, "downsampling": [4, DOWN, DOWN]}
+)
+"""Latents with a time axis, of clips and of images."""
 TEXTS = {
     name: Family(
         name,
@@ -49,7 +53,8 @@ def captions(id):
 
 def latents_row(id, bucket):
     size = Bucket.parse(bucket)
-    shape = (CHANNELS, size.height // DOWN, size.width // DOWN)
+    frames = 1 + (size.frames - 1) // 4
+    shape = (CHANNELS, frames, size.height // DOWN, size.width // DOWN)
     mean, std = (
         torch.from_numpy(rng(name, id).standard_normal(shape)).to(torch.bfloat16) for name in ("mean", "std")
     )
@@ -126,6 +131,7 @@ def make(uri, buckets, folder, families=FAMILIES, name="ds", users=0):
                 latents_row(id, part.bucket) if family.kind == "latents" else text_row(id, family.name)
                 for id in ids
             ]
+            rows = [{name: row[name] for name in family.columns} for row in rows]
             write_mds(path, family.columns, rows)
             commit_part(dataset, family.name, part, {"shard.00000.mds": path}, ids, {}, family.hash)
     return take_snapshot(dataset)

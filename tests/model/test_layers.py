@@ -3,14 +3,13 @@ import torch
 from torch import nn
 
 from model import functional
-from model.layers import Conv2d, Conv3d, Linear, ZeroLinear
+from model.layers import Conv2d, Linear, ZeroLinear
 from tests.helpers.networks import normal
 
 LAYERS = {
     "linear": (Linear, nn.Linear, {"in_features": 8, "out_features": 5}, (3, 4, 8)),
     "zero_linear": (ZeroLinear, nn.Linear, {"in_features": 8, "out_features": 5}, (3, 4, 8)),
     "conv2d": (Conv2d, nn.Conv2d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, (2, 4, 5, 3)),
-    "conv3d": (Conv3d, nn.Conv3d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, (2, 4, 3, 5, 3)),
 }
 
 

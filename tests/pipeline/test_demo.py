@@ -123,18 +123,24 @@ def test_a_given_number_of_samples_is_not_planned(fake_demo):
     assert [stop for _, stop in fake_demo.trained] == [3200, None]
 
 
-def test_the_number_of_scenes_follows_from_the_minutes(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "per_minute"), [("scenes", demo.SCENES_PER_MINUTE), ("video", demo.CLIPS_PER_MINUTE)]
+)
+def test_the_number_of_scenes_follows_from_the_minutes(name, per_minute, monkeypatch, tmp_path):
     fake = FakeDemo(tmp_path, monkeypatch)
-    monkeypatch.setattr(demo, "DEMOS", {"scenes": replace(demo.DEMOS["scenes"], ending=fake.ending)})
-    fake.run = tmp_path / "demo_scenes"
-    monkeypatch.setattr(sys, "argv", ["demo", "scenes", f"runs={tmp_path}", "minutes=0.5"])
+    monkeypatch.setattr(demo, "DEMOS", {name: replace(demo.DEMOS[name], ending=fake.ending)})
+    fake.run = tmp_path / f"demo_{name}"
+    monkeypatch.setattr(sys, "argv", ["demo", name, f"runs={tmp_path}", "minutes=0.5"])
     demo.main()
     prepare = [command for command in fake.commands if command[0] == "data_prep"]
     assert len(prepare) == 5
     for _, _, yaml, change in prepare:
         config = load_dataset(Path(yaml), [change])
-        assert config.sources[0].scenes.count == demo.SCENES_PER_MINUTE / 2
+        assert config.sources[0].scenes.count == per_minute / 2
         assert config.sources[0].captions == {"list": "list"}
+    # pixels need no VAE
+    trains = any(command[0] == "pipeline.train_vae" for command in fake.commands)
+    assert trains == (name == "scenes")
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "inf", "nan", "long"])

@@ -265,3 +265,18 @@ def test_the_command_estimates_clips(capsys):
     # Mean and std in bf16: 16 channels of 32 x 32 positions take 65.5 kB a frame, 8 of 32 x 16 16.4 kB.
     assert pairs[1] - pairs[0] == pytest.approx(4 * 65.536, abs=1)
     assert pairs[2] - pairs[0] == pytest.approx(5 * 16.384 - 65.536, abs=1)
+
+
+def test_clips_are_estimated_by_their_frames(capsys):
+    main(["li_dit_1b_256", "--gpus", "64", "--frames", "17", "--downsampling", "4,8,8"])
+    whole = capsys.readouterr().out
+    assert "1,280 patches, 5 x 16 x 16, of latents of 5 x 32 x 32" in whole
+    assert "of 17 frames at 256 x 256" in whole
+    stage = load_stage("li_dit_1b_256")
+    plans = {}
+    for moments in (False, True):
+        setup = Setup(64, frames=17, downsampling=(4, 8, 8), means_alone=moments)
+        plans[moments] = make_plan(stage, setup)
+    assert plans[False].bytes_per_pair - plans[True].bytes_per_pair == 2 * 16 * 5 * 32 * 32
+    with pytest.raises(UserError, match="16 frames: this latent space"):
+        make_plan(stage, Setup(64, frames=16, downsampling=(4, 8, 8)))

@@ -27,6 +27,8 @@ def test_the_documented_stages_are_shipped():
         "ablation_256",
         "demo",
         "demo_scenes",
+        "demo_video",
+        "hunyuan_text",
         "li_dit_10b_1024",
         "li_dit_10b_512",
         "li_dit_1b_256",
@@ -35,6 +37,8 @@ def test_the_documented_stages_are_shipped():
         "scenes_ablation",
         "speedrun",
         "speedrun_gpu",
+        "video_1b_256_long",
+        "video_1b_256_short",
     ]
 
 

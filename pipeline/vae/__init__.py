@@ -1,0 +1,1 @@
+"""Training of VAEs: what is special to those of clips."""
