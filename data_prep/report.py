@@ -345,18 +345,22 @@ def _contact_sheet(pair: Pair) -> str:
         frames = read_clip(pair)
     except (ImageError, UserError):
         return ""  # damaged, or PyAV is not installed here
+
     chosen = np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int)
+
     tiles = []
     for frame in frames[chosen]:
         tile = Image.fromarray(frame)
         tile.thumbnail((THUMBNAIL // 2, THUMBNAIL // 2), Image.Resampling.BICUBIC)
         tiles.append(np.asarray(tile))
+
     rows = [np.concatenate(tiles[start : start + 2], axis=1) for start in range(0, SHEET_FRAMES, 2)]
     return _data_uri(Image.fromarray(np.concatenate(rows)))
 
 
 def _thumbnail(data: bytes) -> str:
     """Return an image, or the first frame of a video, as a small data URI; empty if it cannot be decoded."""
+
     try:
         if is_clip(data):
             image = first_frame(data, THUMBNAIL)

@@ -75,6 +75,7 @@ class Animation:
             duration = image.info.get("duration", 0)
             times.append(now)
             now += duration if duration >= MIN_MILLISECONDS else USUAL_MILLISECONDS
+
         last = now - times[-1] if times else 0
         self.timeline = Timeline.of(times, last, Fraction(1, 1000), _counted_frames(image))
 
@@ -98,6 +99,7 @@ class Animation:
         """
         wanted, frames = set(indices), {}
         crop = Crop(0, 0, self.width, self.height)
+
         for number in self._walk():
             if number in wanted:
                 self._image.load()
@@ -106,6 +108,7 @@ class Animation:
                 frames[number] = np.asarray(frame)
             if number >= indices[-1]:
                 break
+
         return np.stack([frames[number] for number in indices]), crop
 
 

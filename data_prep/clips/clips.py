@@ -122,6 +122,7 @@ def probe_clip(data: bytes, settings: ClipSettings, key: Sequence[int], ends_sid
             return ClipFacts(clip.height, clip.width, usable, fps)
 
         indices = timeline.choose(frames, settings.fps, settings.start, key).indices
+
         # The whole frame, of about the file's aspect: a near duplicate may have other borders.
         scale = ends_side / min(clip.height, clip.width)
         size = Bucket(max(1, round(clip.height * scale)), max(1, round(clip.width * scale)))
@@ -177,6 +178,7 @@ def measure_motion(frames: np.ndarray) -> tuple[float, float]:
     Args:
         frames: uint8 [T, H, W, 3].
     """
+
     factor = max(1, min(frames.shape[1:3]) // MOTION_SIDE)
     small = [np.asarray(Image.fromarray(frame).reduce(factor).convert("L"), np.int16) for frame in frames]
     changes = [float(np.abs(after - before).mean()) for before, after in itertools.pairwise(small)]

@@ -69,6 +69,7 @@ def decode_clip(data: bytes, frames: int) -> np.ndarray:
         ImageError: if the file is damaged or has another number of frames.
         UserError: if it is an mp4 and PyAV is not installed.
     """
+
     clip = decode_mp4(data) if is_mp4(data) else _decode_webp(data, frames)
     if len(clip) != frames:
         raise ImageError(DAMAGED, f"{len(clip)} frames instead of {frames}")
@@ -76,6 +77,7 @@ def decode_clip(data: bytes, frames: int) -> np.ndarray:
 
 
 def _decode_webp(data: bytes, frames: int) -> np.ndarray:
+
     images, durations = [], []
     with faults_as_image_errors(), Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
         for number in range(getattr(image, "n_frames", 1)):
@@ -88,5 +90,6 @@ def _decode_webp(data: bytes, frames: int) -> np.ndarray:
     total = sum(durations)
     if len(images) == 1 or total <= 0:
         return np.repeat(np.stack(images), frames if len(images) == 1 else 1, axis=0)
+
     counts = np.rint(np.array(durations) * (frames / total)).astype(int)
     return np.repeat(np.stack(images), counts, axis=0)

@@ -59,6 +59,7 @@ class Timeline:
 
         # A single frame has no interval; any one makes a clip of one frame.
         gaps, last = (np.diff(ordered), last) if len(ordered) > 1 else (np.array([round(1 / unit)]), 0)
+
         median = int(np.median(gaps))
         usual = gaps[(4 * gaps >= 3 * median) & (4 * gaps <= 5 * median)]
         interval = Fraction(int(usual.sum()), len(usual)) if len(usual) else Fraction(median)
@@ -103,10 +104,12 @@ class Timeline:
         Raises:
             ValueError: if the video is too short.
         """
+
         stride = self.stride(fps)
         free = self.steps - 1 - (frames - 1) * stride
         if free < 0:
             raise ValueError(f"{frames} frames of {self.usable(fps)}")
+
         first = {
             "start": lambda: 0,
             "middle": lambda: free // 2,
@@ -117,6 +120,7 @@ class Timeline:
         origin = int(self.times[0])
         halves = [2 * (first + stride * number) + 1 for number in range(frames)]
         shown = [origin + int(half * self.interval / 2) for half in halves]
+
         indices = np.searchsorted(self.times, shown, side="right") - 1
         seconds = float(first * self.interval * self.unit)
         return Choice(tuple(indices.tolist()), self.fps / stride, stride, seconds)

@@ -99,6 +99,7 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int, chroma: str) -> bytes:
         UserError: if PyAV is not installed.
     """
     av = pyav()
+
     buffer = io.BytesIO()
     # One thread: the number of threads changes the bytes. So does x264's tree of macroblocks (0.165, mostly
     # with B-frames: 21 different files in 25 runs), whose vector code reads memory that it has not written.
@@ -109,6 +110,7 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int, chroma: str) -> bytes:
         stream.pix_fmt = chroma
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1  # BT.709, studio range
+
         reformatter = av.video.reformatter.VideoReformatter()
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -132,6 +134,7 @@ def decode_mp4(data: bytes) -> np.ndarray:
         ImageError: if the file is damaged.
         UserError: if PyAV is not installed.
     """
+
     av = pyav()
     frames: list[np.ndarray] = []
     try:
@@ -139,6 +142,7 @@ def decode_mp4(data: bytes) -> np.ndarray:
             stream = container.streams.video[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             size = 3 * stream.codec_context.height * stream.codec_context.width
+
             reformatter = av.video.reformatter.VideoReformatter()
             for frame in container.decode(stream):
                 if (len(frames) + 1) * size > MAX_STORED_BYTES:
@@ -149,6 +153,7 @@ def decode_mp4(data: bytes) -> np.ndarray:
                 frames.append(picture.to_ndarray())
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise ImageError(DAMAGED, f"{type(error).__name__}: {error}"[:200]) from error
+
     return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
 
 
@@ -170,6 +175,7 @@ class Video:
         # As integers of Python, the times of the longest video would take 150 MB.
         times, keys = array("q"), array("q")
         packets, latest, last = 0, None, 0
+
         for packet in container.demux(stream):
             if not packet.size:
                 continue  # marks the end
@@ -192,10 +198,12 @@ class Video:
             raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
         if _matroska_end(data) > len(data):
             raise ImageError(CUT_SHORT, f"{len(data)} of {_matroska_end(data)} bytes")
+
         if not times:
             raise ImageError(NO_FRAMES)
         if not keys:
             raise ImageError(NO_KEYFRAME, f"{len(times)} frames")
+
         self._keys = sorted(keys)
         self.timeline = Timeline.of(times, last, Fraction(stream.time_base))
 
@@ -231,6 +239,7 @@ class Video:
         wanted = sorted(set(times))
         # Some containers lead behind the keyframe, or name one that is none.
         pixels = self.decode(wanted, bucket) or self.decode_all(wanted, bucket)
+
         if pixels is None:
             raise ImageError(BROKEN, f"a frame of {len(wanted)} is missing")
         frames, crop = pixels
@@ -251,6 +260,7 @@ class Video:
         """
         place = int(np.searchsorted(self._keys, times[0], side="right")) - 1
         self._container.seek(self._keys[max(0, place)], stream=self._stream, backward=True)
+
         decoded = _decoded(self._container, self._stream, set(times))
         return _fitted(decoded, times, _Fit(self._stream.sample_aspect_ratio, bucket))
 
@@ -289,6 +299,7 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     ):
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+
         if not streams:
             raise ImageError(NO_VIDEO)
         context = streams[0].codec_context
@@ -296,6 +307,7 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
             raise ImageError(UNKNOWN_CODEC, getattr(context, "name", ""))
         if context.height * context.width > MAX_FRAME_PIXELS:
             raise ImageError(TOO_LARGE, f"{context.height}x{context.width}")
+
         # The workers are processes, as many as there are cores.
         context.thread_count, context.thread_type = 1, "NONE"
         context.skip_frame = "DEFAULT"
@@ -312,6 +324,7 @@ def _fitted(
         pixels += frame.width * frame.height
         if pixels > MAX_DECODED_PIXELS:
             raise ImageError(TOO_FAR, f"{frame.height}x{frame.width}")
+
         time = times[len(frames)]
         if frame.pts is None:
             raise ImageError(NO_TIMES)
@@ -404,6 +417,7 @@ class _Fit:
         """
         if frame.color_trc in HDR_TRANSFERS:
             raise ImageError(HDR, f"transfer {frame.color_trc}")
+
         bucket = self._bucket
         height, width = upright_size(frame, self._pixel_aspect)
         scale = max(bucket.height / height, bucket.width / width)
@@ -414,6 +428,7 @@ class _Fit:
         turns = turns_of(frame)
         sides = (columns, rows) if turns % 2 else (rows, columns)
         pixels = np.rot90(self._scaled(frame, *sides), turns)
+
         top, left = (rows - bucket.height) // 2, (columns - bucket.width) // 2
         down, right = height / rows, width / columns
         self.crop = Crop(

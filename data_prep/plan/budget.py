@@ -73,6 +73,7 @@ def print_budget(config: DatasetConfig, dataset: Store, manifest: Manifest, tflo
         lengths = Counter({1: 0, **dict.fromkeys(config.clips.frames, 0)})
         for name, counts in manifest.buckets.items():
             lengths[Bucket.parse(name).frames] += sum(counts)
+
         listed = ", ".join(f"{count:,} of {frames}" for frames, count in sorted(lengths.items()))
         print(f"      by number of frames: {listed}")
     reasons = _rows_by_reason(record)

@@ -58,6 +58,7 @@ def clip_hash(frames: Sequence[np.ndarray]) -> int:
     frames are the same, the bits say less: clips without motion are for `clips.min_motion` to drop.
     """
     bits: list[bool] = []
+
     for frame, count in zip(frames, CLIP_BITS, strict=True):
         hash = imagehash.phash(Image.fromarray(frame)).hash
         bits += [bool(hash[place]) for place in LOWEST_FREQUENCIES[:count]]

@@ -161,6 +161,7 @@ def sample_moving_scene(seed: int, index: int, aspect: float, scale: float = 1.0
     # The order of the calls to `random` defines the scenes: another order would change every dataset.
     random = np.random.default_rng([seed, index])
     ground = Ground(TONES[random.integers(len(TONES))], PATTERNS[random.integers(len(PATTERNS))])
+
     while True:
         segments = _sample_segments(random)
         objects = _place(random, segments, aspect, scale)
@@ -188,6 +189,7 @@ def _sample_segments(random: np.random.Generator) -> tuple[MovingSegment, ...]:
             size if has_size and motion not in RESIZING else None,
             texture if has_texture else None,
         )
+
         speed = SPEEDS[random.integers(len(SPEEDS))] if has_speed and motion != "still" else None
         segments.append(MovingSegment(segment, motion, speed))
     return tuple(segments)
@@ -198,12 +200,14 @@ def _place(
 ) -> list[MovingObject]:
     """Return the objects of some segments, or of the first of them if there is no room for more."""
     width, height = plane_sides(aspect)
+
     objects: list[MovingObject] = []
     for item in segments:
         speed = item.speed or SPEEDS[random.integers(len(SPEEDS))]
         size = scale * EXTENTS[item.segment.size or SIZES[random.integers(len(SIZES))]]
         if item.motion in RESIZING:
             size = scale * MIDDLE_EXTENT
+
         for _ in range(PLACE_TRIALS):
             x, y = random.uniform(0, width), random.uniform(0, height)
             placed = _moving_object(item, speed, size, x, y)
@@ -221,6 +225,7 @@ def _moving_object(item: MovingSegment, speed: Speed, size: float, x: float, y: 
     """Return the object of a segment that has its center at (x, y) in the middle of the clip."""
     right, down = DIRECTIONS.get(item.motion, (0, 0))
     way = SHIFTS[speed] / 2
+
     first = last = size
     if item.motion in RESIZING:
         ratio = math.sqrt(RATIOS[speed])
@@ -230,6 +235,7 @@ def _moving_object(item: MovingSegment, speed: Speed, size: float, x: float, y: 
 
     start = (round(x - right * way, 4), round(y - down * way, 4), first)
     end = (round(x + right * way, 4), round(y + down * way, 4), last)
+
     segment = item.segment
     return MovingObject(segment.colour, segment.shape, segment.texture or "plain", start, end)
 
@@ -237,6 +243,7 @@ def _moving_object(item: MovingSegment, speed: Speed, size: float, x: float, y: 
 def _meet(a: MovingObject, b: MovingObject) -> bool:
     """True if two objects come closer than `MIN_GAP` to one another's way."""
     (left, top, right, bottom), (left2, top2, right2, bottom2) = a.box, b.box
+
     apart = max(left - right2, left2 - right, top - bottom2, top2 - bottom)
     return apart < MIN_GAP
 
@@ -249,6 +256,7 @@ def render_moving_scene(scene: MovingScene, frames: int, height: int, width: int
     """
     ground = render_ground(scene.ground, scene.seed, height, width)
     clip = np.empty((frames, height, width, 3), np.uint8)
+
     for number in range(frames):
         image = ground.copy()
         for item in scene.objects:
@@ -296,6 +304,7 @@ def caption_moving_scene(scene: MovingScene, kind: MovingCaptionKind, seed: int,
     """
     # The key ends with the kind, since (seed, index) alone is the scene's own.
     random = np.random.default_rng([seed, index, 1 + MOVING_CAPTION_KINDS.index(kind)])
+
     segments = tuple(scene.segments[number] for number in random.permutation(len(scene.segments)).tolist())
     return MovingCaption(kind, _WRITERS[kind](segments, scene.ground, random), segments)
 
@@ -315,6 +324,7 @@ def _list(segments: Sequence[MovingSegment], ground: object, random: object) -> 
 
 def _sentence(segments: Sequence[MovingSegment], ground: Ground, random: np.random.Generator) -> str:
     background = f"on a {ground.pattern} {ground.tone} ground"
+
     clauses = join_words([f"{_named(item)} {_moves(item)}" for item in segments])
     texts = [f"{clauses}, {background}", f"{background}, {clauses}", f"in this clip, {clauses} {background}"]
     return capitalize(texts[random.integers(len(texts))]) + "."

@@ -89,9 +89,11 @@ class MovingScenesSource(ScenesSource):
 
     def _sample(self, index: int) -> Sample:
         chosen = self.key(index)
+
         # The key is enough to render the clip again, so it is the clip's place as well.
         key = MovingSceneKey(chosen.seed, index, chosen.bucket, chosen.scale)
         record = {caption.kind: caption.text for caption in key.captions}
+
         scene = key.scene
         record |= {
             "objects": len(scene.objects),

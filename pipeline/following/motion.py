@@ -71,6 +71,7 @@ def _motion_of(track: dict[int, Blob], frames: int) -> tuple[Motion, Speed | Non
         return "still", None
     times = np.array(list(track)) / (frames - 1)
     values = np.array([[blob.x, blob.y, math.log(blob.side)] for blob in track.values()])
+
     # Slopes over the whole clip, [3].
     right, down, growth = np.polyfit(times, values, 1)[0].tolist()
 
@@ -81,6 +82,7 @@ def _motion_of(track: dict[int, Blob], frames: int) -> tuple[Motion, Speed | Non
         return "still", None
     if growth_strength > shift_strength:
         return "growing" if growth > 0 else "shrinking", "fast" if abs(growth) > FAST_GROWTH else "slow"
+
     motion = max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * right + DIRECTIONS[name][1] * down)
     return motion, "fast" if shift > FAST_SHIFT else "slow"
 
@@ -130,6 +132,7 @@ def judge_clip(clip: int, objects: Sequence[DetectedMotion], caption: MovingCapt
     """
     segments = [moving.segment for moving in caption.segments]
     assigned = assign_objects([found.item for found in objects], segments)
+
     claims = []
     for position, (moving, numbers) in enumerate(zip(caption.segments, assigned, strict=True)):
         # Every segment has one object; without it, all of its claims are wrong.
@@ -138,6 +141,7 @@ def judge_clip(clip: int, objects: Sequence[DetectedMotion], caption: MovingCapt
             name: found is not None and getattr(found.item, name) == value
             for name, value in moving.segment.stated.items()
         }
+
         judged["motion"] = found is not None and found.motion == moving.motion
         if moving.speed is not None:
             judged["speed"] = judged["motion"] and found is not None and found.speed == moving.speed
@@ -156,6 +160,7 @@ def motion_chance(
         captions: their captions.
         shifts: each caption is compared with the clips of this many captions that follow it.
     """
+
     others: list[Sequence[DetectedMotion]] = []
     repeated: list[MovingCaption] = []
     for shift in range(1, min(shifts + 1, len(detected))):
