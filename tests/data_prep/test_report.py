@@ -56,7 +56,7 @@ def test_the_page_names_evaluation_sets_and_listed_rows_in_the_order_of_their_st
     write_tar(tmp_path / "set", "a.tar", sample_members("0", png(5), {}))
     pq.write_table(pa.table({"id": [6, 77]}), tmp_path / "ids.parquet")
     source = SourceConfig("webdataset", str(tmp_path / "set"))
-    config.dedupe = DedupeConfig(True, 2, [source], str(tmp_path / "ids.parquet"))
+    config.dedupe = DedupeConfig(True, 2, [source], drop=str(tmp_path / "ids.parquet"))
     dataset = open_store(config.store, create=True).sub("ds")
     run_plan(config, dataset, ALONE)
     run_pairs(config, dataset, ALONE)
