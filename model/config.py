@@ -52,7 +52,7 @@ class FusionConfig:
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not
     say)."""
     pooled: int = bounded(0, 0, 100)
-    """How many of `families`, the last ones, give one vector each, the state of their last token, such as
+    """Number of families, the last ones, that give one vector each, the state of their last token, such as
     CLIP's pooled text in HunyuanVideo: it is added to the condition, and their tokens are not attended to."""
     expect: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Family -> fields that its identity must have, such as `{llm: ..., layer: "-3"}`; one made in another
@@ -115,8 +115,8 @@ class DiTConfig:
     block: str = "dit"
     """Type of the blocks, a name of `model.blocks.BLOCKS`."""
     position: Literal["convolution", "rope"] = "convolution"
-    """How the network knows a patch's place: by convolutions over neighbors (the paper's), or by rotary
-    positions in self-attention over frames, rows and columns, a choice for new networks."""
+    """Source of a patch's place: convolutions over neighbors (the paper's), or rotary positions in
+    self-attention over frames, rows and columns, a choice for new networks."""
     conditions: list[str] = field(default_factory=list)
     """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
     predicts: Literal["target", "clean"] = "target"

@@ -71,7 +71,7 @@ class LIDiTVideoPipeline(LIDiTPipeline):
             solver: default of a call.
             adaptive: fields of `AdaptiveConfig`.
             frames: default of `num_frames`.
-            fps: frames per second, for whoever writes the clips into files.
+            fps: frames per second of files of its clips; the call does not read it.
         """
         super().__init__(
             transformer, scheduler, vae, text, height, width, steps, guidance, format, objective, patch_times,

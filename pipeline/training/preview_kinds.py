@@ -1,4 +1,4 @@
-"""What previews show: images, or clips; and how well those of held-out scenes follow their captions."""
+"""Kinds of previews, images and clips, and how well those of held-out scenes follow their captions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
