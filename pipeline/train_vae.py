@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 from data_prep.config import load_dataset
 from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
-from data_prep.images.images import decode_image
-from data_prep.pairs.pairs import read_pairs
+from data_prep.pairs.pairs import read_clip, read_pairs
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
@@ -90,7 +88,7 @@ def read_images(dataset: Store, crop: int, limit: int) -> list[Tensor]:
         for pair in read_pairs(dataset, commit, kinds) if commit.rows else []:
             # smaller images have no crop of this size
             if len(images) < limit and min(pair.height, pair.width) >= crop:
-                pixels = torch.from_numpy(np.array(decode_image(pair.image)))  # [H, W, 3]
+                pixels = torch.from_numpy(read_clip(pair)[0].copy())  # [H, W, 3]; of a clip the first frame
                 images.append(pixels.permute(2, 0, 1).contiguous())
         if len(images) >= limit:
             break

@@ -13,7 +13,6 @@ from data_prep.config import DatasetConfig, LatentsConfig
 from data_prep.dataset.parts import register_family
 from data_prep.dataset.schema import MEAN_ALONE, Bucket, Family
 from data_prep.families.encode import EncodedRows, Encoder, encode_parts
-from data_prep.images.images import decode_image
 from data_prep.pairs.pairs import Pair, read_clip
 from data_prep.store.store import Store
 from data_prep.workers import Workers
@@ -83,7 +82,8 @@ def open_latents(config: DatasetConfig, latents: LatentsConfig, dataset: Store) 
 
 def decode_images(_: None, pairs: Sequence[Pair]) -> list[np.ndarray]:
     """Decode the images of pairs to arrays, each uint8 [H, W, 3]; runs in a worker process."""
-    return [np.asarray(decode_image(pair.image)) for pair in pairs]
+    # Of a clip the first frame, so that `_check_size` can say what is wrong.
+    return [read_clip(pair)[0] for pair in pairs]
 
 
 def decode_clips(_: None, pairs: Sequence[Pair]) -> list[np.ndarray]:

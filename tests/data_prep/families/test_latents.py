@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.clips.media import encode_clip
 from data_prep.config import LatentsConfig
 from data_prep.dataset.parts import register_family
 from data_prep.dataset.schema import LATENT_COLUMNS, Family
@@ -165,3 +166,12 @@ def test_moments_that_are_not_finite_are_an_error(vae, monkeypatch):
     )
     with decoders() as workers, pytest.raises(ValueError, match="not finite near sample key0"):
         encode_pairs(vae, make_pairs(1), 4, workers)
+
+
+@pytest.mark.parametrize("clip_format", ["mp4", "webp"])
+def test_clips_in_a_space_of_images_end_with_one_line(vae, clip_format):
+    """Not with the first frame of each, which an animated WebP would give without a word."""
+    frames = np.zeros((5, 16, 32, 3), np.uint8)
+    pair = Pair(0, "key", encode_clip(frames, 24, clip_format), [("original", "black")], 16, 32, 5, 24.0)
+    with pytest.raises(UserError, match="bucket 16x32x5.*encodes images alone"):
+        encode_pairs(vae, [pair], 2, decoders())
