@@ -67,7 +67,8 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
         objective = objective.at_size(math.prod(sampler.latent_shape(size)[1:]))
     scheduler = make_scheduler(objective)
     follows, times = defaults.scheduler in ADAPTIVE, sampler.objective.patch_times
-    kind, of_clips = LIDiTPipeline, {}
+    kind: type[LIDiTPipeline] = LIDiTPipeline
+    of_clips: dict[str, Any] = {}
     if space.encodes_clips:
         kind, of_clips = LIDiTVideoPipeline, {"frames": defaults.frames, "fps": defaults.fps}
     return kind(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_prep.dataset.schema import Family
 from data_prep.dataset.users import find_user, read_names
 from model.common.errors import UserError
-from model.condition import Condition, Predict, Text
+from model.condition import Condition, Text
 from model.conditions import CONDITIONS
 from model.dit import LIDiT
 from model.encoders.latent_spaces import (
@@ -289,12 +289,12 @@ class Sampler:
         condition = self.condition(prompts, params)
         null_condition = self.condition([params.negative] * len(prompts), params)
         null_condition.part = self.parts(params).null
-        predict: Predict = self.network
+        given: GivenFirstFrame | None = None
         if params.first_frame:
             frame = read_first_frame(Path(params.first_frame), params.height, params.width, self.vae)
-            predict = given = GivenFirstFrame(self.network, self.network.sizes, frame)
+            given = GivenFirstFrame(self.network, self.network.sizes, frame)
         sampled = sample_latents(
-            predict,
+            given or self.network,
             self.solver(params),
             condition,
             null_condition,
@@ -306,7 +306,7 @@ class Sampler:
             on_step,
             params.user_guidance,
         )
-        return given.with_frame(sampled) if params.first_frame else sampled
+        return given.with_frame(sampled) if given else sampled
 
     def latents_and_words(
         self, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, step: int

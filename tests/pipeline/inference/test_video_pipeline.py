@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.common.errors import UserError
 from model.dit import LIDiT
@@ -13,6 +14,7 @@ from model.encoders.video_vae import WanVAE
 from pipeline import diffusers_pipeline
 from pipeline.diffusers_video_pipeline import LIDiTVideoPipeline
 from pipeline.export import build_pipeline
+from pipeline.inference.clips import read_first_frame
 from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import load_export
 from tests.helpers import tiny_sampler
@@ -66,3 +68,20 @@ def test_an_export_generates_the_clips_of_the_run(sampler, tmp_path, monkeypatch
     assert torch.equal(loaded.latents(["a red cat"], [5], PARAMS), expected)
     with pytest.raises(UserError, match="of other parts than"):
         diffusers_pipeline.LIDiTPipeline.from_pretrained(tmp_path / "export")
+
+
+def test_a_clip_begins_with_a_given_image(sampler, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(path)
+    params = replace(PARAMS, first_frame=str(path))
+    with pytest.raises(UserError, match="was not trained to go on from a frame"):
+        sampler.check(params)
+
+    sampler.network.sizes = replace(sampler.network.sizes, time_levels=2)
+    sampler.check(params)
+    begun = sampler.latents(["a red cat"], [5], params)
+    assert torch.equal(begun[:, :, :1], read_first_frame(path, 16, 24, sampler.vae))
+    free = sampler.latents(["a red cat"], [5], PARAMS)
+    assert not torch.allclose(begun[:, :, 1:], free[:, :, 1:])
+    with pytest.raises(UserError, match=r"--first-frame .*none\.png"):
+        read_first_frame(tmp_path / "none.png", 16, 24, sampler.vae)
