@@ -173,5 +173,5 @@ def test_clips_in_a_space_of_images_end_with_one_line(vae, clip_format):
     """Not with the first frame of each, which an animated WebP would give without a word."""
     frames = np.zeros((5, 16, 32, 3), np.uint8)
     pair = Pair(0, "key", encode_clip(frames, 24, clip_format), [("original", "black")], 16, 32, 5, 24.0)
-    with pytest.raises(UserError, match="bucket 16x32x5.*encodes images alone"):
+    with pytest.raises(UserError, match=r"bucket 16x32x5.*encodes images alone"):
         encode_pairs(vae, [pair], 2, decoders())
