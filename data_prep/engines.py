@@ -375,8 +375,8 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         ),
         num_cpus=cpus,
         num_gpus=gpus,
-        max_restarts=-1,
-        max_task_retries=1,
+        # By default a unit that kills its worker is tried without end.
+        ray_remote_args_fn=lambda: {"max_task_retries": 1},
     )
     try:
         for row in data.iter_rows():
