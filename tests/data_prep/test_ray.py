@@ -52,6 +52,9 @@ def cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # On a busy machine the processes of a node take a minute to find each other.
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")
+        patch.setenv("RAY_worker_register_timeout_seconds", "300")
         # Workers import the tests' helpers.
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.chdir(ROOT)
