@@ -14,7 +14,7 @@ from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.verify import verify
 from data_prep.engines import ENGINES, Ray, connected
-from data_prep.families.complete import already_encoded, latents_settings
+from data_prep.families.complete import already_encoded, latents_settings, text_settings
 from data_prep.init import add_options as add_init_options
 from data_prep.init import init
 from data_prep.pairs.pairs import run_pairs
@@ -34,6 +34,13 @@ def plan(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
         _load("data_prep.plan.budget", "print_budget")(config, dataset, manifest, arguments.gpu_tflops)
 
 
+def annotate(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
+    """Let models look at the scanned images, for filters on their columns; between two runs of plan."""
+    _load("data_prep.annotators.step", "run_annotations")(
+        config, dataset, arguments.task, arguments.allow_functions
+    )
+
+
 def pairs(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Make the planned pairs, images of their bucket's size with captions, part by part."""
     run_pairs(config, dataset, arguments.task)
@@ -49,11 +56,23 @@ def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None
             _load("data_prep.families.latents", "run_latents")(config, entry, dataset, arguments.task)
 
 
+def captions(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
+    """Write captions of the pairs' images with a vision-language model, as a captions family."""
+    check_settings(config, dataset)
+    for entry in _choose(config.captions, arguments.family, "captions"):
+        try:
+            _load("data_prep.families.captions", "run_captions")(entry, dataset, arguments.task)
+        finally:
+            _load("data_prep.families.captions_report", "print_captions_report")(
+                dataset, entry.name, arguments.task
+            )
+
+
 def text(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
     """Encode the pairs' captions with an LLM, as a text family."""
     check_settings(config, dataset)
     for entry in _choose(config.text, arguments.family, "text"):
-        if already_encoded(dataset, entry.name, entry.identity, arguments.task):
+        if already_encoded(dataset, entry.name, text_settings(dataset, entry), arguments.task):
             print(f"{entry.name}: all parts of this task are encoded")
         else:
             _load("data_prep.families.text", "run_text")(config, entry, dataset, arguments.task)
@@ -114,8 +133,10 @@ def gc(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[DatasetConfig, Store, Arguments], None], str]] = {
     "plan": (plan, "plan data_prep/datasets/demo.yaml --gpu-tflops 400"),
+    "annotate": (annotate, "annotate data_prep/datasets/paper.yaml --task 3/64"),
     "pairs": (pairs, "pairs data_prep/datasets/demo.yaml --task 3/64"),
     "latents": (latents, "latents data_prep/datasets/demo.yaml --family latents"),
+    "captions": (captions, "captions my_data.yaml --family captions --task 3/64"),
     "text": (text, "text data_prep/datasets/demo.yaml --family smollm2"),
     "users": (users, "users my_data.yaml users.column=artist users.min_images=8"),
     "snapshot": (snapshot, "snapshot data_prep/datasets/demo.yaml --families latents,smollm2"),
@@ -130,7 +151,7 @@ NOTES = {
         "",
     ]
 }
-SHARED = ("plan", "pairs", "latents", "text", "verify")
+SHARED = ("plan", "annotate", "pairs", "latents", "captions", "text", "verify")
 """Commands whose work an array of tasks can share."""
 INIT_EXAMPLE = "init s3://bucket/tars --llm qwen --vae black-forest-labs/FLUX.1-dev"
 
@@ -202,6 +223,12 @@ def _add_options(commands: dict[str, argparse.ArgumentParser]) -> None:
         help="sustained rate for the GPU-hours that are printed (default 400)",
     )
     commands["latents"].add_argument("--family", help="only the latents family of this name")
+    commands["annotate"].add_argument(
+        "--allow-functions",
+        action="store_true",
+        help="run the functions that `annotations` names, which is code of any module",
+    )
+    commands["captions"].add_argument("--family", help="only the captions family of this name")
     commands["text"].add_argument("--family", help="only the text family of this name")
     commands["users"].add_argument("--forget", metavar="NAME", help="delete this user's name and number")
     commands["snapshot"].add_argument(

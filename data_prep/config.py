@@ -1,5 +1,6 @@
 """The settings of a dataset: one YAML, checked against these dataclasses."""
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Literal
 
 from data_prep.clips.media import CRF, ClipFormat
 from data_prep.clips.timing import Start
+from data_prep.model_settings import AnnotatorConfig, CaptionsConfig
 from data_prep.scenes.captions import CAPTION_KINDS
 from data_prep.scenes.moving import MOVING_CAPTION_KINDS
 from model.common.errors import UserError
@@ -49,7 +51,8 @@ class SourceConfig:
     )
     """Layout of the files at the path. Moving scenes need `clips`."""
     path: str = ""
-    """Local path or s3:// URI, globs allowed; empty for sources that are packages."""
+    """Local path, s3:// URI, or `hf://OWNER/NAME@COMMIT/path` for a dataset of the Hugging Face hub, which is
+    streamed; globs allowed. Empty for sources that are packages."""
     captions: dict[str, str] = field(default_factory=dict)
     """Caption kind -> name of its field or column (a string or a list of strings). `txt` is the text file
     next to an image (webdataset, folder), which also replaces a missing `caption`; `a.b` is field `b` of a
@@ -214,6 +217,19 @@ class LatentsConfig:
 
 
 @dataclass
+class TextFamilyConfig(TextConfig):
+    """A text family of a dataset: the encoder, and the captions that it reads."""
+
+    captions: list[str] = field(default_factory=list)
+    """Captions families whose captions are encoded too, besides those of the sources."""
+
+
+def captions_of(text: TextConfig) -> list[str]:
+    """Return the names of the captions families that a text family reads."""
+    return text.captions if isinstance(text, TextFamilyConfig) else []
+
+
+@dataclass
 class UserColumnConfig:
     """Users: who made or chose an image, for stages that learn an embedding of each user."""
 
@@ -237,6 +253,7 @@ class DatasetConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     caption_kinds: list[str] = field(default_factory=lambda: ["original"])
     """All kinds of captions that the sources have."""
+    annotations: list[AnnotatorConfig] = field(default_factory=list)
     filters: list[FilterConfig] = field(default_factory=list)
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
     buckets: BucketConfig = field(default_factory=BucketConfig)
@@ -254,7 +271,8 @@ class DatasetConfig:
     workers: int = bounded(2, 0, 1_024)
     """Processes that decode images, besides the one that reads; 0 = decode in that one."""
     latents: list[LatentsConfig] = field(default_factory=list)
-    text: list[TextConfig] = field(default_factory=list)
+    captions: list[CaptionsConfig] = field(default_factory=list)
+    text: list[TextFamilyConfig] = field(default_factory=list)
     users: UserColumnConfig = field(default_factory=UserColumnConfig)
 
     def __post_init__(self) -> None:
@@ -275,6 +293,39 @@ class DatasetConfig:
         kinds = self.caption_kinds
         if len(kinds) > MAX_CAPTION_KINDS or len(set(kinds)) < len(kinds):
             raise UserError(f"caption_kinds: give at most {MAX_CAPTION_KINDS} different names")
+        for text in self.text:
+            self._check_generated(text)
+
+        columns = list(itertools.chain.from_iterable(entry.types for entry in self.annotations))
+        twice = [name for name in columns if columns.count(name) > 1 or name in ("id", "hash", "")]
+        if twice:
+            raise UserError(f"annotations: column {twice[0]!r} is given twice or has no name: rename one")
+
+    @property
+    def annotation_columns(self) -> dict[str, str]:
+        """Columns of all annotations, and their types: number, text or embedding."""
+        columns: dict[str, str] = {}
+        for entry in self.annotations:
+            columns |= entry.types
+        return columns
+
+    def _check_generated(self, text: TextConfig) -> None:
+        """Check the captions families that a text family reads."""
+        names = [captions.name for captions in self.captions]
+        for name in captions_of(text):
+            if name not in names:
+                raise UserError(
+                    f"text family {text.name}: captions {name!r} is not in the dataset's YAML (it has: "
+                    f"{', '.join(names) or 'none'}): add it to `captions`"
+                )
+        if len(self.kinds_of(text)) > MAX_CAPTION_KINDS:
+            raise UserError(f"text family {text.name}: more than {MAX_CAPTION_KINDS} kinds of captions")
+
+    def kinds_of(self, text: TextConfig) -> list[str]:
+        """Return the kinds of the captions that a text family has, by their number in it."""
+        read = captions_of(text)
+        generated = [captions.kinds for captions in self.captions if captions.name in read]
+        return list(dict.fromkeys([*self.caption_kinds, *itertools.chain.from_iterable(generated)]))
 
     @property
     def clip_frames(self) -> list[int]:

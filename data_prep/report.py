@@ -25,6 +25,7 @@ from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import VERIFY, read_families
+from data_prep.families.captions_report import captions_reports
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
@@ -123,6 +124,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         kinds=_kinds(dataset, commits),
         texts=text_reports(dataset),
         savings=SAVINGS,
+        generated=captions_reports(dataset),
         samples=_samples(dataset, commits, manifest.caption_kinds),
         dropped=_dropped_samples(config, dataset, commits),
         sources=_sources(config, record),

@@ -21,6 +21,7 @@ COMMANDS = {
     "": [
         "data_prep.__main__",
         *("data_prep.families.text", "data_prep.families.latents", "data_prep.report"),
+        *("data_prep.families.captions", "data_prep.captioners.in_process"),
         *("pipeline.train_vae", "pipeline.export", "pipeline.sample", "pipeline.diffusers_pipeline"),
         *("pipeline.estimate", "pipeline.report", "pipeline.status"),
     ],
@@ -28,6 +29,7 @@ COMMANDS = {
         *("pipeline.train", "pipeline.ablate", "pipeline.demo", "pipeline.data.streaming"),
         "pipeline.text.online",
     ],
+    "captions": ["data_prep.captioners.endpoint"],
     "web": ["pipeline.web", "gradio"],
     "video": ["data_prep.__main__", "data_prep.clips.video", "av"],
     "eval": ["pipeline.evaluate", "pipeline.follow", "model.scorers.detectors"],

@@ -46,6 +46,17 @@ TEXT_COLUMNS = {"id": "int", "kinds": "bytes", "tokens": "bytes", "values": "byt
 the dataset's `caption_kinds`; its number of tokens, int32 [K]; the hidden states of all captions,
 concatenated, in the family's quantization, [sum of tokens, bytes per token]; an fp32 scale per token, [sum of
 tokens] (empty for bf16)."""
+CAPTIONS = "captions"
+"""Kind of the families of generated captions; and, in the identity of a text family that reads some, their
+hashes by name."""
+
+CAPTION_COLUMNS = {"id": "int", "captions": "str", "dropped": "str"}
+"""MDS columns of a captions family: sample id; its captions as JSON, a list of `kind` and `text`; and the
+answers that were no captions, a list of `kind`, `reason` and the start of the `text`."""
+COLUMNS = {"latents": LATENT_COLUMNS, "text": TEXT_COLUMNS, "captions": CAPTION_COLUMNS}
+"""Kind of a family -> its columns."""
+
+FamilyKind = Literal["latents", "text", "captions"]
 
 
 @dataclass(frozen=True, order=True)
@@ -253,7 +264,7 @@ class FamilyRecord(TypedDict):
     __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
 
     name: Name
-    kind: Literal["latents", "text"]
+    kind: FamilyKind
     identity: dict[str, Any]
     info: dict[str, Any]
     constants_xxh64: Hash | NoHash
@@ -299,15 +310,17 @@ class Taken:
 
 @dataclass(frozen=True)
 class Family:
-    """One encoding of the pairs: VAE latents at one resolution, or the hidden states of one LLM."""
+    """One encoding of the pairs: VAE latents at one resolution, the hidden states of one LLM, or captions
+    that a model wrote."""
 
     name: str
-    kind: Literal["latents", "text"]
+    kind: FamilyKind
     identity: dict[str, Any]
     """Everything that decides the numbers: model, revision, layer, template, maximum tokens, quantization."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Other facts that readers need. Text: `width`, `prefix_tokens`, `quantisation`. Latents: `channels`,
-    `downsampling`, and either `scaling_factor` and `shift_factor` or `latents_mean` and `latents_std`."""
+    """Other facts that readers need. Text: `width`, `prefix_tokens`, `quantisation`, and `caption_kinds` if
+    it reads captions families. Latents: `channels`, `downsampling`, and either `scaling_factor` and
+    `shift_factor` or `latents_mean` and `latents_std`."""
     constants_xxh64: str = ""
     """Hash of the constants, empty if there are none. Text families: the hidden states of the prefix and of
     the null caption, channel mean and std."""
@@ -333,9 +346,8 @@ class Family:
     @property
     def columns(self) -> dict[str, str]:
         """MDS columns of the family's shards."""
-        if self.kind != "latents":
-            return TEXT_COLUMNS
-        return MEAN_COLUMNS if self.identity.get("moments") == MEAN_ALONE else LATENT_COLUMNS
+        is_mean_alone = self.kind == "latents" and self.identity.get("moments") == MEAN_ALONE
+        return MEAN_COLUMNS if is_mean_alone else COLUMNS[self.kind]
 
     def to_json(self) -> bytes:
         """Canonical JSON bytes, sealed."""

@@ -26,12 +26,11 @@ from data_prep.dataset.schema import (
     Part,
     Snapshot,
 )
+from data_prep.dataset.snapshot_families import choose_families, common_caption_kinds
 from data_prep.dataset.snapshot_reader import (
     HISTORY,
     last_taken,
     missing_payloads,
-    read_families,
-    read_family,
 )
 from data_prep.dataset.users import users_of_parts
 from data_prep.store.store import Store, StoredFile, StoreError
@@ -62,7 +61,8 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
 
     Args:
         dataset: the dataset's store.
-        families: names of the families; None = all that are registered.
+        families: names of the families; None = all that are registered but captions families, whose captions
+            are in the text families that read them.
         partial: leave incomplete parts out instead of refusing.
 
     Returns:
@@ -73,9 +73,7 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
             repeat), if families do not fit together, or if no rows are left.
     """
     plan = read_plan(dataset)
-    chosen = {name: read_family(dataset, name) for name in families} if families else read_families(dataset)
-    if not chosen:
-        raise UserError(f"{dataset.uri}: no families: run `python -m data_prep latents` and `text` first")
+    chosen = choose_families(dataset, families)
 
     # Without their counts, which take most of the memory.
     totals = Totals()
@@ -111,7 +109,8 @@ def take_snapshot(dataset: Store, families: Sequence[str] | None = None, partial
         buckets[bucket], indexes[bucket] = _index_bucket(parts, commits, chosen, users)
 
     left_out = _left_out(plan, commits)
-    snapshot = Snapshot(plan.dataset, plan.caption_kinds, chosen, buckets, left_out)
+    kinds = common_caption_kinds(dataset, plan, chosen)
+    snapshot = Snapshot(plan.dataset, kinds, chosen, buckets, left_out)
     _publish(dataset, snapshot, indexes)
     return snapshot
 

@@ -3,16 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.config import LatentsConfig
+from data_prep.config import LatentsConfig, captions_of
 from data_prep.dataset.parts import committed_parts, read_plan
+from data_prep.dataset.schema import CAPTIONS
 from data_prep.dataset.snapshot_reader import family_names, read_family
 from data_prep.store.store import Store
 from model.common.share import Share
+from model.config import TextConfig
 
 
 def latents_settings(latents: LatentsConfig) -> dict[str, Any] | None:
     """Return the settings of a latents family that its record must have; None if they are not comparable."""
     return None if latents.space else {"vae": latents.vae, "revision": latents.revision}
+
+
+def text_settings(dataset: Store, text: TextConfig) -> dict[str, Any] | None:
+    """Return the settings of a text family that its record must have; None if they are not comparable."""
+    read = captions_of(text)
+    if not read:
+        return {**text.identity, CAPTIONS: None}
+    names = family_names(dataset)
+    if not all(name in names for name in read):
+        return None  # the caller's full check says which one is missing
+    hashes = {name: read_family(dataset, name).hash for name in read}
+    return {**text.identity, CAPTIONS: hashes}
 
 
 def already_encoded(dataset: Store, name: str, settings: Mapping[str, Any] | None, share: Share) -> bool:

@@ -17,6 +17,7 @@ from data_prep.dataset.rollups import write_committed
 from data_prep.dataset.schema import PAIRS, Commit, Family, Part
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.engines import Do, Outcome, Step, run
+from data_prep.families.generated import GeneratedCaptions
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import Store
 from model.common.errors import UserError
@@ -58,9 +59,12 @@ def encode_parts(
     without_pairs = run(step, share).notes
     # All other parts are encoded by now: another run has only these left to do.
     if without_pairs:
+        first = min(without_pairs)
+        has_pairs = Part.parse(first) in committed_parts(dataset, PAIRS)
+        lacking, command = ("generated captions", "captions") if has_pairs else ("pairs", "pairs")
         raise UserError(
             f"{dataset.uri}: {len(without_pairs)} of {len(share.owns(step.units))} parts of this task have "
-            f"no pairs yet ({min(without_pairs)} is the first): finish `python -m data_prep pairs`, then run "
+            f"no {lacking} yet ({first} is the first): finish `python -m data_prep {command}`, then run "
             "this again"
         )
 
@@ -111,6 +115,7 @@ class FamilyStep(Step):
                 raise UserError(
                     f"{self._dataset.uri}: family `{family.name}` changed while it was encoded: start again"
                 )
+            generated = GeneratedCaptions(self._dataset, family)
             turn = threading.Lock()
 
             def encode(pairs: list[Pair]) -> EncodedRows:
@@ -118,17 +123,21 @@ class FamilyStep(Step):
                 with turn:
                     return encode_part(pairs)
 
-            yield lambda units: self._do(family, encode, units)
+            yield lambda units: self._do(family, generated, encode, units)
 
     def _do(
-        self, family: Family, encode_part: Callable[[list[Pair]], EncodedRows], units: Sequence[str]
+        self,
+        family: Family,
+        generated: GeneratedCaptions,
+        encode_part: Callable[[list[Pair]], EncodedRows],
+        units: Sequence[str],
     ) -> Iterator[Outcome]:
         """Encode and commit some parts, of which three are in memory; those without pairs are notes."""
         # One thread reads and one commits, while this one encodes.
         with TemporaryDirectory(prefix="li-dit-") as folder, ThreadPoolExecutor(2) as pool:
             commit: Future[Commit] | None = None
             made: list[Future[Commit]] = []
-            for unit, pairs in _read_ahead(pool, self._read, units):
+            for unit, pairs in _read_ahead(pool, partial(self._read, generated), units):
                 if pairs is None:
                     yield Outcome(notes=[unit])
                     continue
@@ -145,13 +154,15 @@ class FamilyStep(Step):
             yield from _finish(commit)
         write_committed(self._dataset, family.name, [commit.result() for commit in made])
 
-    def _read(self, unit: str) -> list[Pair] | None:
-        """Return the pairs of a part; None if it has none yet."""
+    def _read(self, generated: GeneratedCaptions, unit: str) -> list[Pair] | None:
+        """Return the pairs of a part, with their generated captions; None if they are not there yet."""
+        part = Part.parse(unit)
         try:
-            commit = read_commit(self._dataset, PAIRS, Part.parse(unit))
+            commit = read_commit(self._dataset, PAIRS, part)
+            captions = generated.commits(part)
         except FileNotFoundError:
             return None
-        return read_pairs(self._dataset, commit, self._caption_kinds)
+        return generated.add(captions, read_pairs(self._dataset, commit, self._caption_kinds))
 
 
 def _read_ahead(

@@ -6,7 +6,7 @@ it stores the states of the caption's own tokens, quantized. Equal captions are 
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from data_prep.config import DatasetConfig
-from data_prep.dataset.parts import committed_parts, read_commit, read_plan, register_family
-from data_prep.dataset.schema import PAIRS, Family
+from data_prep.config import DatasetConfig, captions_of
+from data_prep.dataset.parts import read_commit, read_plan, register_family
+from data_prep.dataset.schema import CAPTIONS, PAIRS, Family
 from data_prep.dataset.snapshot_reader import read_constants
 from data_prep.families.encode import Encoder, encode_parts
+from data_prep.families.generated import GeneratedCaptions, read_captions_family
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import Store
 from model.common.errors import UserError
@@ -44,14 +45,31 @@ PREFIX_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
 """Maximum relative difference per token between the family's stored prefix states and this task's."""
 
 
-def text_family(text: TextConfig, encoder: TextEncoder) -> Family:
-    """Return the family that `encoder` writes."""
+def text_family(
+    text: TextConfig,
+    encoder: TextEncoder,
+    captions: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = (),
+) -> Family:
+    """Return the family that `encoder` writes.
+
+    Args:
+        text: the family's settings.
+        encoder: the LLM.
+        captions: hash of each captions family that it reads, by name; families that read none have no such
+            entry.
+        kinds: with `captions`, the kinds of all captions, by their number.
+    """
     info = {
         "width": encoder.width,
         "prefix_tokens": len(encoder.prefix_ids),
         "quantisation": text.quantisation,
     }
-    return Family(text.name, "text", encoder.identity, info)
+    identity = encoder.identity
+    if captions:
+        identity = {**identity, CAPTIONS: dict(captions)}
+        info["caption_kinds"] = list(kinds)
+    return Family(text.name, "text", identity, info)
 
 
 def run_text(config: DatasetConfig, text: TextConfig, dataset: Store, share: Share) -> None:
@@ -72,27 +90,39 @@ def open_text(config: DatasetConfig, text: TextConfig, dataset: Store) -> Iterat
         UserError: as `run_text`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Before the LLM is loaded, because a name may be wrong.
+    generated = {name: read_captions_family(dataset, name).hash for name in captions_of(text)}
     encoder = load_encoder(text, device)
 
-    family = text_family(text, encoder)
+    kinds = config.kinds_of(text)
+    family = text_family(text, encoder, generated, kinds)
     # The first task measures the constants. If two do at once, one registration wins and both read its
     # constants.
     registered = dataset.exists(family.key)
-    family = register_family(dataset, family, None if registered else measure_constants(dataset, encoder))
+    family = register_family(
+        dataset, family, None if registered else measure_constants(dataset, encoder, family)
+    )
     constants = read_constants(dataset, family)
     check_prefix(encoder, family, constants)
 
-    yield family, CaptionEncoder(encoder, constants, config.caption_kinds).encode_part
+    yield family, CaptionEncoder(encoder, constants, kinds).encode_part
 
 
-def measure_constants(dataset: Store, encoder: TextEncoder) -> dict[str, Tensor]:
+def measure_constants(
+    dataset: Store, encoder: TextEncoder, family: Family | None = None
+) -> dict[str, Tensor]:
     """Return the constants of a new family: prefix, null caption, and the channels' mean and std over a fixed
     sample.
+
+    Args:
+        dataset: the dataset's store.
+        encoder: the LLM.
+        family: the family, whose generated captions are in the sample too; None = those of the pairs alone.
 
     Raises:
         UserError: if there are no captions yet.
     """
-    captions = calibration_captions(dataset)
+    captions = calibration_captions(dataset, family)
     if not captions:
         raise UserError(f"{dataset.uri}: no captions yet: run `python -m data_prep pairs DATASET.yaml` first")
 
@@ -140,16 +170,18 @@ def is_held_out(caption: str) -> bool:
     return xxhash.xxh64_intdigest(caption.encode()) % 2 == 1
 
 
-def calibration_captions(dataset: Store) -> list[str]:
+def calibration_captions(dataset: Store, family: Family | None = None) -> list[str]:
     """Return the captions over which the channels' mean and std are measured.
 
     They come from the first committed parts of each bucket, as many as needed.
     """
     captions: dict[str, None] = {}
     caption_kinds = read_plan(dataset).caption_kinds
+    generated = GeneratedCaptions(dataset, family)
     # By number before bucket, so that all buckets contribute.
-    for part in sorted(committed_parts(dataset, PAIRS), key=lambda part: (part.number, part.bucket)):
-        for pair in read_pairs(dataset, read_commit(dataset, PAIRS, part), caption_kinds):
+    for part in sorted(generated.ready_parts(), key=lambda part: (part.number, part.bucket)):
+        pairs = read_pairs(dataset, read_commit(dataset, PAIRS, part), caption_kinds)
+        for pair in generated.add(generated.commits(part), pairs):
             captions.update((text.strip(), None) for _, text in pair.captions if text.strip())
         if sum(not is_held_out(caption) for caption in captions) >= CALIBRATION_CAPTIONS:
             break

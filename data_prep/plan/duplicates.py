@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from data_prep.dataset.schema import DropListCounts
 from data_prep.plan.against import EvaluationSets
+from data_prep.plan.annotations import FOLDER, annotation_folder
 from data_prep.plan.dedupe import (
     ROW,
     Spool,
@@ -33,7 +34,7 @@ from data_prep.plan.dedupe import (
 )
 from data_prep.plan.drop_list import find_rows, frozen_ids
 from data_prep.plan.packs import pack, section_bytes
-from data_prep.plan.scan_tables import exact_hashes, read_scan, scan_key
+from data_prep.plan.scan_tables import exact_hashes, read_scan
 from data_prep.plan.scanned import MARK, PAIR, Scanned, first_verdicts, split
 from data_prep.plan.semantic import SemanticDuplicates
 from data_prep.plan.units import unit_keys
@@ -54,6 +55,10 @@ class Duplicates:
         semantic = scanned.config.dedupe.semantic
         self._semantic = None
         if semantic is not None:
+            if semantic.annotation in [entry.name for entry in scanned.config.annotations]:
+                # The tables of our own annotators are named by their settings.
+                folder = annotation_folder(scanned.config).removeprefix(f"{FOLDER}/")
+                semantic = replace(semantic, annotation=folder)
             self._semantic = SemanticDuplicates(scanned, semantic, self.file_rows, self._kept_ids)
 
     def find(self) -> None:
@@ -140,7 +145,9 @@ class Duplicates:
         codes = self._image_codes(group, _Places(scanned.groups[group], self.file_rows(group)))
         kept, row = [np.empty(0, np.int64)], 0
         for number in scanned.groups[group]:
-            for table in read_scan(scanned.dataset, scan_key(number), columns=["id", "reason", "hash"]):
+            for table in read_scan(
+                scanned.dataset, scanned.table_key(number), columns=["id", "reason", "hash"]
+            ):
                 verdicts = self.verdicts(table, codes[row : row + len(table)])
                 row += len(table)
                 kept.append(table["id"].to_numpy()[verdicts <= COPIED])
@@ -158,7 +165,9 @@ class Duplicates:
         counts, kept = [], [np.empty(0, ROW)]
         for number in scanned.groups[group]:
             counts.append(0)
-            for table in read_scan(scanned.dataset, scan_key(number), columns=["id", "reason", "hash"]):
+            for table in read_scan(
+                scanned.dataset, scanned.table_key(number), columns=["id", "reason", "hash"]
+            ):
                 counts[-1] += len(table)
                 if self._dedupe.exact:
                     passed = first_verdicts(table, scanned.sets) == KEPT
@@ -188,7 +197,7 @@ class Duplicates:
         kept, row = [np.empty(0, ROW)], 0
         for number in scanned.groups[group]:
             columns = ["id", "reason", "hash", "phash"]
-            for table in read_scan(scanned.dataset, scan_key(number), columns=columns):
+            for table in read_scan(scanned.dataset, scanned.table_key(number), columns=columns):
                 verdicts = self.verdicts(table, codes[row : row + len(table)])
                 row += len(table)
                 ids = table["id"].to_numpy()

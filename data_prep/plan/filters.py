@@ -13,7 +13,8 @@
       - {name: caption_without, value: [shutterstock]}    # words or phrases, in any case
 
 Filters whose name starts with `caption_` drop single captions; a row is dropped with its last caption. The
-others drop the row. The first reason counts.
+others drop the row. The first reason counts. Filters on columns of `annotations` come after the scan, in the
+finish of the plan.
 """
 
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.config import FilterConfig
+from data_prep.config import DatasetConfig, FilterConfig
 from data_prep.plan.captions import Caption
 from data_prep.plan.expressions import ColumnExpression, finite
 from model.common.errors import UserError
@@ -45,6 +46,9 @@ MAX_TAG_WORDS = 3
 MIN_TAGS = 4
 MIN_TAG_SHARE = 0.8
 SENTENCE = re.compile(r"[.!?](?:\s|$)")
+
+OF_ANY_ROW = ("height", "width")
+"""Columns that filters on annotations can read too."""
 
 RowTest = Callable[[dict[str, Any]], str]
 CaptionTest = Callable[[str], str]
@@ -103,6 +107,31 @@ class Filters:
             remaining = [row for row in rows if not row.reason]
             if remaining:
                 step(remaining)
+
+
+def split_filters(config: DatasetConfig) -> tuple[list[FilterConfig], list[FilterConfig]]:
+    """Return the filters on columns of the sources, and those on annotations.
+
+    Raises:
+        UserError: if one reads both, or an embedding.
+    """
+    annotated = {name for name, kind in config.annotation_columns.items() if kind != "embedding"}
+    of_sources, of_annotations = [], []
+    for number, settings in enumerate(config.filters):
+        columns = {settings.column} if settings.column else set()
+        if settings.name == "expression" and isinstance(settings.value, str):
+            columns = set(ColumnExpression(settings.value).columns)
+        if not columns & annotated:
+            of_sources.append(settings)
+            continue
+        others = columns - annotated - set(OF_ANY_ROW)
+        if others:
+            raise UserError(
+                f"filters[{number}]: reads {', '.join(sorted(columns & annotated))} of `annotations` and "
+                f"{', '.join(sorted(others))} of the sources: write a filter for each"
+            )
+        of_annotations.append(settings)
+    return of_sources, of_annotations
 
 
 def _row_step(test: RowTest) -> Callable[[list[Row]], None]:

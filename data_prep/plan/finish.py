@@ -11,6 +11,7 @@ disk below TMPDIR.
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from data_prep.dataset.parts import PLAN_AGAIN, PLAN_KEY, read_plan
 from data_prep.dataset.records import read_object
 from data_prep.dataset.schema import Manifest
 from data_prep.plan.against import EvaluationSets
+from data_prep.plan.annotations import FILTERS_KEY, annotated_scan, check_filters
 from data_prep.plan.counts import check_counts, merge_counts
 from data_prep.plan.duplicates import Duplicates
 from data_prep.plan.listing import FOLDER, removed, source_counts
 from data_prep.plan.rows import DROPPED_FOLDER, JudgedRows
 from data_prep.plan.scan_tables import scan_key
-from data_prep.plan.scanned import Scanned
+from data_prep.plan.scanned import ANNOTATED, Scanned
 from data_prep.plan.units import FINISH, SupersededError
 from data_prep.plan.windows import Windows
 from data_prep.sources.source import SourceFile
@@ -112,6 +114,9 @@ def _finish(
     sets = EvaluationSets(config, dataset, list(evaluation)) if evaluation else None
     record = _freeze_groups(config, dataset, files)
     scanned = Scanned(config, dataset, share, files, record["groups"], record["ranges"], sets)
+    if config.annotations:
+        check_filters(config, dataset, freeze=True)
+        scanned.make(ANNOTATED, len(files), partial(annotated_scan, config, dataset))
     duplicates = Duplicates(scanned)
     duplicates.find()
     rows = JudgedRows(scanned, duplicates)
@@ -181,6 +186,7 @@ def _nothing_left(dataset: Store, files: Sequence[dict[str, Any]]) -> None:
 
     # The settings after the scan, so that an interruption here still refuses other settings.
     remove_scan(dataset)
+    dataset.delete(FILTERS_KEY)
     dataset.delete(SETTINGS_KEY)
     # Another task may have written more meanwhile. From here on it finds no settings and removes that itself.
     remove_scan(dataset)

@@ -19,8 +19,9 @@ from data_prep.dataset.schema import Manifest
 from data_prep.engines import run
 from data_prep.images.buckets import make_buckets
 from data_prep.plan.against import freeze_evaluation_files
+from data_prep.plan.annotations import annotation_folder, check_filters, missing_annotations
 from data_prep.plan.drop_list import freeze_drop_list, look_for_other_ids
-from data_prep.plan.filters import Filters
+from data_prep.plan.filters import Filters, split_filters
 from data_prep.plan.finish import SETTINGS_KEY, finish_plan, remove_scan, remove_units
 from data_prep.plan.listing import FILES_KEY, freeze_files, print_newer_files, removed
 from data_prep.plan.scan_step import ScanStep
@@ -50,7 +51,9 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
         raise UserError("sources is empty: name at least one source in the dataset's YAML")
 
     # Built here only to raise errors before hours of work.
-    Filters(config.filters)
+    of_sources, of_annotations = split_filters(config)
+    Filters(of_sources)
+    Filters(of_annotations)
     make_buckets(config.buckets, config.clip_frames)
 
     created = check_settings(config, dataset, create=True)
@@ -102,6 +105,13 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
             f"{', '.join(map(str, tasks))}); the last task to scan finishes the plan"
         )
         return None
+    left = missing_annotations(config, dataset, files)
+    if left:
+        print(
+            f"plan: {len(left)} of {len(files)} source files are not annotated yet: run `python -m data_prep "
+            "annotate`, then plan again"
+        )
+        return None
     return finish_plan(config, dataset, files, evaluation, share)
 
 
@@ -109,13 +119,18 @@ def _settings_record(config: DatasetConfig) -> dict[str, Any]:
     """Return the settings that decide which pairs a dataset holds."""
     record = asdict(config)
     # A dataset may be moved, and families and users added to it, without a change to its pairs.
-    for name in ("store", "workers", "latents", "text", "users"):
+    for name in ("store", "workers", "latents", "captions", "text", "users"):
         del record[name]
     for source in record["sources"]:
         if source["scenes"] is None:
             del source["scenes"]  # records written before this setting existed do not have it
     if record["clips"] is None:
         del record["clips"]
+    del record["annotations"]
+    if config.annotations:
+        # Filters on annotations can be changed until they are applied, see `check_filters`.
+        record["filters"] = [asdict(settings) for settings in split_filters(config)[0]]
+        record["annotations"] = annotation_folder(config)
     for name in ("against", "drop", "semantic"):
         if record["dedupe"][name] is None:
             del record["dedupe"][name]  # these neither
@@ -137,6 +152,7 @@ def check_settings(config: DatasetConfig, dataset: Store, create: bool = False) 
         UserError: if they differ (the message names the keys), or if there is no plan and `create` is off.
     """
     record = _settings_record(config)
+    check_filters(config, dataset)
     if create and dataset.put_new(SETTINGS_KEY, canonical_json(record)):
         return True
     try:

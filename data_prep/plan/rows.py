@@ -29,7 +29,7 @@ from data_prep.plan.duplicates import Duplicates
 from data_prep.plan.manifest import MANIFEST
 from data_prep.plan.packs import pack
 from data_prep.plan.scan import SCAN
-from data_prep.plan.scan_tables import read_scan, scan_key
+from data_prep.plan.scan_tables import read_scan
 from data_prep.plan.scanned import Scanned
 from data_prep.plan.verdicts import COPIED, reasons_of, with_reasons
 from model.common.files import naming_full_disk
@@ -101,7 +101,7 @@ class JudgedRows:
 
         tables: dict[int, list[pa.Table]] = defaultdict(list)
         for number in sorted(set((pairs["id"] >> 32).tolist())):
-            for table in read_scan(scanned.dataset, scan_key(number), columns=COPIES.names):
+            for table in read_scan(scanned.dataset, scanned.table_key(number), columns=COPIES.names):
                 ids = table["id"].to_numpy()
                 places = np.flatnonzero(np.isin(ids, pairs["id"]))
                 firsts = pairs["first"][np.searchsorted(pairs["id"], ids[places])]
@@ -126,7 +126,7 @@ class JudgedRows:
             path, row = Path(folder) / "dropped.parquet", 0
             for file in files:
                 with naming_full_disk(path), pq.ParquetWriter(path, DROPPED, compression="zstd") as dropped:
-                    for table in read_scan(scanned.dataset, scan_key(file.number)):
+                    for table in read_scan(scanned.dataset, scanned.table_key(file.number)):
                         table = self._judged(table, codes[row : row + len(table)], copies)
                         row += len(table)
                         counts.add(file, table)

@@ -20,7 +20,7 @@ from data_prep.images.buckets import TOO_SHORT, assign, make_buckets, with_frame
 from data_prep.images.images import ImageError, decode_image, image_size
 from data_prep.plan.captions import gather_captions
 from data_prep.plan.dedupe import HASH_SIDE, clip_hash, perceptual_hash
-from data_prep.plan.filters import Filters, Row
+from data_prep.plan.filters import Filters, Row, split_filters
 from data_prep.sources.sample import NO_IMAGE, Sample, in_chunks, printable
 from data_prep.sources.source import Source, SourceFile
 from data_prep.workers import Workers
@@ -136,7 +136,7 @@ class Scanner:
 
     def __init__(self, config: DatasetConfig) -> None:
         self._config = config
-        self._filters = Filters(config.filters)
+        self._filters = Filters(split_filters(config)[0])
         self._buckets = make_buckets(config.buckets)
         self._kinds = {kind: number for number, kind in enumerate(config.caption_kinds)}
         inspection = Inspection(config.dedupe.near is not None, config.clips, config.seed)

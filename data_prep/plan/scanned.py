@@ -12,8 +12,8 @@ import pyarrow.compute
 from data_prep.config import DatasetConfig
 from data_prep.plan.against import NO_SET, EvaluationSets
 from data_prep.plan.packs import read_section, read_sections
-from data_prep.plan.scan_tables import exact_hashes
-from data_prep.plan.units import make_units, unit_keys
+from data_prep.plan.scan_tables import exact_hashes, scan_key
+from data_prep.plan.units import FINISH, make_units, unit_keys
 from data_prep.plan.verdicts import FILTERED, IN_SET, KEPT
 from data_prep.sources.source import SourceFile
 from data_prep.store.store import Store
@@ -21,6 +21,9 @@ from model.common.share import Share
 
 pc: Any = pyarrow.compute
 """Typed Any, because pyarrow creates its functions at import, where type checkers do not see them."""
+
+ANNOTATED = "annotated"
+"""Step that applies the filters on annotations, with a unit per source file."""
 
 PAIR = np.dtype([("id", "<i8"), ("first", "<i8")])
 """A row of an exact duplicate, and the row with the smallest id of the same hash; for the latter row itself,
@@ -50,6 +53,10 @@ class Scanned:
         for number, files in enumerate(self.groups):
             groups[list(files)] = number
         return groups
+
+    def table_key(self, number: int) -> str:
+        """Key of the scan table of a file in which all filters have left their reasons."""
+        return f"{FINISH}/{ANNOTATED}/{number:06d}" if self.config.annotations else scan_key(number)
 
     def make(self, step: str, count: int, make: Any) -> None:
         """Make the missing units of a step, of which there are `count`."""

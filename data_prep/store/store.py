@@ -14,6 +14,7 @@ import xxhash
 
 from data_prep.store.entry import Entry
 from data_prep.store.faults import DamagedError, StoreError, TransientError, retrying
+from data_prep.store.hub import SCHEME, open_hub
 from data_prep.store.local import CHUNK, LocalFolder
 from data_prep.store.s3 import S3Bucket
 from model.common.errors import UserError
@@ -268,7 +269,7 @@ def open_store(uri: str, create: bool = False) -> Store:
     """Open a store.
 
     Args:
-        uri: `s3://bucket/prefix` or a local folder.
+        uri: `s3://bucket/prefix`, `hf://OWNER/NAME@COMMIT/path` (only for reading), or a local folder.
         create: create the folder if it does not exist; a bucket is never created.
 
     Returns:
@@ -284,6 +285,9 @@ def open_store(uri: str, create: bool = False) -> Store:
             raise UserError(f"{uri}: no bucket: write s3://bucket/prefix")
 
         store = Store(S3Bucket(bucket), _validated(prefix) + "/" if prefix else "")
+    elif uri.startswith(SCHEME):
+        hub, folder = open_hub(uri)
+        store = Store(hub, _validated(folder) + "/" if folder else "")
     elif "://" in uri or not uri:
         raise UserError(f"store {uri!r}: neither s3://bucket/prefix nor a local folder")
     else:

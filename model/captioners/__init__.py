@@ -1,0 +1,1 @@
+"""Vision-language models, frozen, that write captions of images."""
