@@ -13,7 +13,8 @@ import xxhash
 from PIL import Image
 
 from data_prep.captioners.answers import EQUAL, judge_answer
-from data_prep.captioners.captioner import Answer, Captioner, Question, captioner_identity, open_captioner
+from data_prep.captioners.captioner import Answer, Captioner, Question
+from data_prep.captioners.choice import captioner_identity, open_captioner
 from data_prep.dataset.parts import committed_parts, read_commit, read_plan, register_family
 from data_prep.dataset.rollups import write_committed
 from data_prep.dataset.schema import CAPTIONS, PAIRS, Commit, Family, Part

@@ -15,6 +15,7 @@ besides the filters decided.
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from data_prep.captioners.captioner import Question, captioner_identity, open_captioner
+from data_prep.captioners.captioner import Question
+from data_prep.captioners.choice import captioner_identity, open_captioner
 from data_prep.model_settings import CaptionsConfig, PromptConfig
 from model.common.errors import UserError
 from tests.helpers import tiny_scorers

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.captioners import captioner as captioners
-from data_prep.captioners.answers import CUT, EQUAL, REFUSED, REPEATS
+from data_prep.captioners.answers import CUT, EQUAL, REFUSED, REPEATS, RULES
 from data_prep.captioners.captioner import Answer
 from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.mds import Shard
@@ -408,4 +407,4 @@ def test_settings_that_name_no_captions_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             settings(**changes)
-    assert captioners.RULES == 1
+    assert RULES == 1
