@@ -19,7 +19,8 @@ from data_prep.dataset.garbage import collect_garbage
 from data_prep.dataset.mds import Shard
 from data_prep.dataset.parts import committed, committed_parts, read_commit, read_plan, register_family
 from data_prep.dataset.schema import PAIRS, Part
-from data_prep.dataset.snapshot import take_snapshot, verify
+from data_prep.dataset.snapshot import take_snapshot
+from data_prep.dataset.verify import verify
 from data_prep.families import captions as step_module
 from data_prep.families.captions import CaptionsStep, captions_family, run_captions
 from data_prep.families.captions_report import captions_reports
