@@ -50,6 +50,11 @@ PAGE_KEYS = 1000
 FALLBACK_SETTLE_SECONDS = 2.0
 """Seconds between a put and the read that checks it, where the endpoint ignores `If-None-Match`."""
 HASH_FIELD = "xxh64"
+_UNCONDITIONAL = (
+    "%s: the endpoint ignores `If-None-Match: *`: commits are read again after %.0f s instead. A commit "
+    "always names complete files, but two tasks that finish one part at the same moment may both report "
+    "success: do not run two jobs on one dataset at once here"
+)
 
 Result = TypeVar("Result")
 
@@ -224,13 +229,7 @@ class S3Bucket:
             obeyed = False
         self.delete(key)
         if not obeyed:
-            log.warning(
-                "%s: the endpoint ignores `If-None-Match: *`: commits are read again after %.0f s instead. "
-                "A commit always names complete files, but two tasks that finish one part at the same moment "
-                "may both report success: do not run two jobs on one dataset at once here",
-                self.uri,
-                FALLBACK_SETTLE_SECONDS,
-            )
+            log.warning(_UNCONDITIONAL, self.uri, FALLBACK_SETTLE_SECONDS)
         return obeyed
 
     def _put(self, key: str, data: bytes | Path, **condition: str) -> None:
@@ -301,9 +300,7 @@ class S3Bucket:
         while True:
             query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **options}
             # Each page is retried by itself, so that a long listing does not start over.
-            page = self._retried(
-                prefix, lambda query=query: own_page(self.client.list_objects_v2(**query), query)
-            )
+            page = self._retried(prefix, lambda q=query: own_page(self.client.list_objects_v2(**q), q))
             yield page
             if not page["IsTruncated"]:
                 return

@@ -5,8 +5,6 @@ is orthonormal, so noise on the latents is noise on the pixels. For tiny clips, 
 768 values of noise do not fit through a narrow network (`pixels.py`).
 """
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,15 +18,14 @@ PIXEL_CLIPS = "pixel_clips"
 class PixelClips(LatentSpace):
     """RGB values in [-1, 1] of groups of frames; the first frame is a group by itself."""
 
-    identity: ClassVar[dict[str, Any]] = {"space": PIXEL_CLIPS}
-    channels = GROUP * BANDS
-    downsampling = (GROUP, SIDE, SIDE)
-    statistics: ClassVar[dict[str, float]] = {"latents_mean": 0.0, "latents_std": 0.5}
-    """Those of pixels, one std for all bands, so that noise hides all of them alike."""
-
     def __init__(self, device: torch.device) -> None:
         """Remember the device that latents are put on."""
         self._device = device
+        self.identity = {"space": PIXEL_CLIPS}
+        self.channels = GROUP * BANDS
+        self.downsampling = (GROUP, SIDE, SIDE)
+        # Those of pixels, one std for all bands, so that noise hides all of them alike.
+        self.statistics = {"latents_mean": 0.0, "latents_std": 0.5}
 
     @classmethod
     def load(cls, source: str, revision: str | None, device: torch.device) -> "PixelClips":

@@ -5,8 +5,6 @@ whose noise does not fit through the network, `model.predicts: clean` is what wo
 Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720).
 """
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
@@ -19,15 +17,14 @@ PIXELS = "pixels"
 class Pixels(LatentSpace):
     """RGB values in [-1, 1], of images and of clips."""
 
-    identity: ClassVar[dict[str, Any]] = {"space": PIXELS}
-    channels = 3
-    downsampling = 1
-    statistics: ClassVar[dict[str, float]] = {"latents_mean": 0.0, "latents_std": 0.5}
-    """About those of photographs; fixed, so that all datasets share one space."""
-
     def __init__(self, device: torch.device) -> None:
         """Remember the device that latents are put on."""
         self._device = device
+        self.identity = {"space": PIXELS}
+        self.channels = 3
+        self.downsampling = 1
+        # About those of photographs; fixed, so that all datasets share one space.
+        self.statistics = {"latents_mean": 0.0, "latents_std": 0.5}
 
     @classmethod
     def load(cls, source: str, revision: str | None, device: torch.device) -> "Pixels":

@@ -55,10 +55,12 @@ def binding(
         other = exchanged(caption)
         if other is None:
             continue
-        own, theirs = (
-            sum(claim.correct for claim in judge_caption(0, objects, each) if claim.position < 2)
-            for each in (replace(caption, relations=()), other)
-        )
+        own, theirs = _correct(objects, replace(caption, relations=())), _correct(objects, other)
         points += 1.0 if own > theirs else 0.5 if own == theirs else 0.0
         count += 1
     return (points / count if count else 0.0), count
+
+
+def _correct(objects: Sequence[DetectedObject], caption: SceneCaption) -> int:
+    """Return the number of correct claims on the two segments that are exchanged."""
+    return sum(claim.correct for claim in judge_caption(0, objects, caption) if claim.position < 2)
