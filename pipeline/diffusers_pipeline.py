@@ -425,7 +425,7 @@ class LIDiTPipeline(PromptEncoding, AdapterLoading, DenoisingLoop, DiffusionPipe
         known = check_embeds("prompt_embeds", prompt_embeds)
         images = per_prompt * (len(known[0].mask) if known else len(list_prompts(prompt)))
         vae = self.space
-        shape = sample_latent_shape(self.transformer, vae.downsampling, *size, self.num_frames)
+        shape = sample_latent_shape(self.transformer, vae.downsampling, size[0], size[1], self.num_frames)
         noise = make_noise(shape, images, per_prompt, generator, seed, latents)
         plan = plan_steps(self.scheduler, num_inference_steps, config["steps"], sigmas, timesteps, device)
         follower = choose_solver(solver, config, self.scheduler, self.transformer.sizes)
