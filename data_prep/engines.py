@@ -11,6 +11,7 @@ another, and two can work on one dataset at once.
 Ray gets names of units only, never rows or images, and none of its own checkpoints are used.
 """
 
+import gc
 import json
 import logging
 import os
@@ -378,14 +379,20 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         # By default a unit that kills its worker is tried without end.
         ray_remote_args_fn=lambda: {"max_task_retries": 1},
     )
+    rows_back = data.iter_rows()
     try:
-        for row in data.iter_rows():
+        for row in rows_back:
             yield _Result(**json.loads(row["result"]))
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
         raise UserError(
             f"{step.title}: Ray gave up: {first_line(error)}: what is done stays; see its log, and run the "
             "same command again"
         ) from error
+    finally:
+        # Ray ends actors whose last handle is deleted. Errors of dead ones are cycles of references that keep
+        # the handles of all, and so the room that the next pool needs.
+        del data, rows_back
+        gc.collect()
 
 
 def _room(step: Step, nodes: Sequence[dict[str, Any]]) -> tuple[float, float, int]:
