@@ -81,6 +81,7 @@ def train(
     stage = load_entry(track, settings)
     if is_finished(run, stage.samples):
         return
+
     words = [track.stage, *settings, f"name={run.name}", f"runs={run.parent}", f"data.seed={seed}"]
     ranks = start_ranks(processes, *words)
 
@@ -100,6 +101,7 @@ def run_entry(arguments: argparse.Namespace) -> None:
     track, settings = find_track(arguments.track), arguments.settings
     stage = load_entry(track, settings)
     log_line(f"changed: {', '.join(changed_settings(track, settings)) or 'nothing'}")
+
     prepare(track)
 
     folder = Path(stage.runs) / "speedrun" / arguments.name
@@ -108,6 +110,7 @@ def run_entry(arguments: argparse.Namespace) -> None:
         run = folder / f"seed_{seed}"
         train(track, settings, run, seed, arguments.processes)
         runs.append(read_log(run, seed))
+
         seconds = seconds_to_target(runs[-1])
         reached = "target missed" if seconds is None else f"target after {seconds / 60:.1f} minutes"
         best = max((scores["segment"] for scores in runs[-1]["scores"]), default=0.0)
@@ -123,6 +126,7 @@ def run_entry(arguments: argparse.Namespace) -> None:
         "runs": runs,
         "seconds": mean_seconds(runs),
     }
+
     path = arguments.out / f"{arguments.name}.json"
     write_record(path, record)
     log_line(f"{path}: {'no record' if record['seconds'] is None else 'check it, and write the board'}")
@@ -136,8 +140,10 @@ def replay(record: Record, folder: Path, processes: int) -> None:
     """
     track, log = find_track(record["track"]), record["runs"][0]
     prepare(track)
+
     first = log["reports"][0]
     train(track, record["settings"], folder, log["seed"], processes, reports=1)
+
     loss = read_reports(folder)[0]["loss"]
     said = f"loss {loss:.6f} after {first['samples']:,} samples, the log says {first['loss']:.6f}"
     if abs(loss - first["loss"]) > SAME * first["loss"]:
@@ -162,6 +168,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+
     run = commands.add_parser("run", help="train, score and write the record")
     run.add_argument("name", metavar="NAME")
     run.add_argument("settings", nargs="*", metavar="key=value", help="settings that the entry changes")
@@ -170,12 +177,15 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--seeds", type=int, default=MIN_SEEDS)
     run.add_argument("--processes", type=int, default=2, help="ranks of a run (default 2: one per core)")
     run.add_argument("--out", type=Path, default=RECORDS, help=f"folder of the record (default {RECORDS})")
+
     check = commands.add_parser("check", help="check a record's rules and seconds")
     check.add_argument("record", type=Path, metavar="RECORD.json")
     check.add_argument("--replay", action="store_true", help="train its first steps again")
     check.add_argument("--processes", type=int, default=2)
+
     board = commands.add_parser("board", help="write the leaderboard")
     board.add_argument("--out", type=Path, default=RECORDS)
+
     return parser.parse_args(words)
 
 

@@ -67,7 +67,8 @@ class InProcessCaptioner:
 
     def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
         """Yield the numbers of the questions of each batch; all have one maximum of tokens."""
-        lengths = {prompt: self.model.length(prompt) for prompt in {q.prompt for q in questions}}
+        asked = {question.prompt for question in questions}
+        lengths = {prompt: self.model.length(prompt) for prompt in asked}
 
         def size(number: int) -> tuple[int, int]:
             question = questions[number]

@@ -54,6 +54,7 @@ class FastReads:
         except Exception as error:
             # Of whatever class: the ordinary way finds out what it means.
             return self._failed(error)
+
         self._failures = 0
         return data if xxhash.xxh64_hexdigest(data) == expected else None
 
@@ -65,6 +66,7 @@ class FastReads:
             data = bytes(self._store.get_range(key, start=start, length=length))
         except Exception as error:
             return self._failed(error)
+
         self._failures = 0
         return data if len(data) == length else None
 
@@ -74,6 +76,7 @@ class FastReads:
         # An object that does not exist, or a right that is missing, says nothing about the way.
         if isinstance(error, exceptions.NotFoundError | exceptions.PermissionDeniedError):
             return
+
         with self._lock:
             self._failures += 1
             if self._failures == MAX_FAILURES:
@@ -88,6 +91,7 @@ def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
     bundles = [name for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)]
     if bundles and endpoint.startswith("https:"):
         return None
+
     # Imported here because local stores do not need it.
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store
@@ -107,6 +111,7 @@ def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
     else:
         ttl = timedelta(seconds=CREDENTIALS_SECONDS)
         options["credential_provider"] = Boto3CredentialProvider(session, ttl=ttl)
+
     try:
         return S3Store(bucket, **options)
     except Exception as error:

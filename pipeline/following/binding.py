@@ -23,6 +23,7 @@ def exchanged(caption: SceneCaption) -> SceneCaption | None:
     """
     if len(caption.segments) < 2:
         return None
+
     first, second, *others = caption.segments
     swapped = _swap(first, second)
     if set(swapped) & {first, second, *others}:
@@ -55,6 +56,7 @@ def binding(
         other = exchanged(caption)
         if other is None:
             continue
+
         own, theirs = _correct(objects, replace(caption, relations=())), _correct(objects, other)
         points += 1.0 if own > theirs else 0.5 if own == theirs else 0.0
         count += 1

@@ -20,12 +20,14 @@ def leaderboard(records: Sequence[Record]) -> str:
     ]
     for name, track in TRACKS.items():
         lines += ["", f"## Track {name}: {track.hardware}", ""]
+
         own = sorted(
             (record for record in records if record["track"] == name), key=lambda record: -_seconds(record)
         )
         if not own:
             lines.append("No record yet.")
             continue
+
         lines += ["| record | minutes | by seed | gain | change | conditions |", "|---|---|---|---|---|---|"]
         before: Record | None = None
         for record in own:
@@ -41,6 +43,7 @@ def leaderboard(records: Sequence[Record]) -> str:
             ]
             lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
             before = record
+
     return "\n".join(lines) + "\n"
 
 

@@ -85,11 +85,13 @@ def read_log(run: Path, seed: int) -> SeedLog:
         if line.get("samples_per_second"):
             report: Any = {name: line[name] for name in Report.__annotations__}
             reports.append(report)
+
     scores: dict[int, Scores] = {}
     for event in read_events(run, "scenes"):
         known: Any = {name: event[name] for name in Scores.__annotations__}
         # A run that was continued from an earlier checkpoint scored some samples again.
         scores[event["samples"]] = known
+
     starts = read_events(run, "start")
     snapshot = str(starts[0].get("snapshot", "")) if starts else ""
     return {
@@ -144,6 +146,7 @@ def read_checked(path: Path) -> Record:
     stage = load_entry(find_track(record["track"]), record["settings"])
     runs = record["runs"]
 
+    # the rules
     seeds = {log["seed"] for log in runs}
     if len(seeds) < len(runs) or len(seeds) < MIN_SEEDS:
         raise UserError(f"{path}: {len(seeds)} different seeds, and {MIN_SEEDS} are needed")
@@ -152,12 +155,15 @@ def read_checked(path: Path) -> Record:
     if stage.sample.scenes != PROMPTS:
         raise UserError(f"{path}: judged on {stage.sample.scenes} prompts, not {PROMPTS}")
 
+    # the log of each seed
     for log in runs:
         samples = [report["samples"] for report in log["reports"]]
         if samples != sorted(set(samples)):
             raise UserError(f"{path}: the reports of seed {log['seed']} are not in order")
         if any(scores["samples"] > stage.samples + stage.global_batch for scores in log["scores"]):
             raise UserError(f"{path}: seed {log['seed']} has scores beyond the end of its stage")
+
+    # the clock
     seconds = mean_seconds(runs)
     if seconds is None or record["seconds"] is None:
         raise UserError(f"{path}: not every seed has {TARGET:.0%} of the segments right: this is no record")
