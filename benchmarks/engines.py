@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]
 
 from benchmarks.reporting import at_most, conditions, print_goals
 from data_prep.engines import Do, Outcome, Ray, Step, connected, run

@@ -24,7 +24,8 @@ from data_prep.store.s3 import S3Bucket
 GOAL = 5000
 BODY = b"r" * 1024
 ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: binary/octet-stream\r\nLast-Modified: Sun, 29 Nov 2026 12:00:00 GMT\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: binary/octet-stream\r\n"
+    b"Last-Modified: Sun, 29 Nov 2026 12:00:00 GMT\r\n"
     b'ETag: "0123456789abcdef0123456789abcdef"\r\nAccept-Ranges: bytes\r\nx-amz-meta-xxh64: '
     + xxhash.xxh64_hexdigest(BODY).encode()
     + b"\r\nContent-Length: "

@@ -197,8 +197,9 @@ def connected(share: Share | None) -> Iterator[None]:
         yield
         return
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("--engine ray needs Ray: pip install -c constraints.txt -e '.[ray]'") from error
 
@@ -348,9 +349,10 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         units: the units.
         alone: each unit in a batch of its own, and one batch at a time per actor.
     """
-    import ray
-    import ray.data
-    import ray.data.exceptions
+    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
+    import ray.data.exceptions  # pyright: ignore[reportMissingImports]
+    import ray.exceptions  # pyright: ignore[reportMissingImports]
 
     size, overlap = (1, 1) if alone else (step.batch, step.overlap)
     batches = [units[start : start + size] for start in range(0, len(units), size)]

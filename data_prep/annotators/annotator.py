@@ -117,7 +117,7 @@ class LanguageAnnotator:
 
     def __init__(self, settings: AnnotatorConfig) -> None:
         require("annotate", "py3langid")
-        import py3langid
+        import py3langid  # pyright: ignore[reportMissingImports]
 
         self._column = settings.name
         self.widths: dict[str, int] = {}

@@ -223,7 +223,7 @@ class SemanticDuplicates:
         sample, count = [], 0
         # Groups are in a random order of the source files, so the first ones are a sample.
         for group in range(len(scanned.groups)):
-            _, vectors = self._embeddings(group)
+            vectors = self._embeddings(group)[1]
             if len(vectors):
                 sample.append(vectors)
                 count += len(vectors)

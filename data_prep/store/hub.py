@@ -137,7 +137,10 @@ class HubDataset:
 
     def _request_range(self, key: str, start: int, length: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub.utils import (
+            build_hf_headers,  # pyright: ignore[reportPrivateImportUsage]
+            get_session,  # pyright: ignore[reportPrivateImportUsage]
+        )
 
         url = hf_hub_url(self.name, key, repo_type="dataset", revision=self.revision, endpoint=_endpoint())
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}"}
