@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """Failures in a row after which a process reads through boto3 alone: proxies or certificates may not fit."""
+_runtime_of = 0
+"""Process that has obstore's threads; 0 = none yet. A fork inherits this number, but no threads."""
 CREDENTIALS_SECONDS = 60
 """Seconds after which credentials are asked for again; botocore renews those that expire."""
 
@@ -86,6 +88,11 @@ class FastReads:
 
 def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
     """Return obstore's store of a bucket; None if it cannot be used here."""
+    global _runtime_of
+    # A read would wait forever for threads that only the parent has.
+    if _runtime_of not in (0, os.getpid()):
+        return None
+
     endpoint = client.meta.endpoint_url
     # Certificates that botocore alone reads.
     bundles = [name for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)]
@@ -112,6 +119,7 @@ def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
         ttl = timedelta(seconds=CREDENTIALS_SECONDS)
         options["credential_provider"] = Boto3CredentialProvider(session, ttl=ttl)
 
+    _runtime_of = os.getpid()
     try:
         return S3Store(bucket, **options)
     except Exception as error:

@@ -1,5 +1,7 @@
 """Small reads through obstore: the same bytes as through boto3, which is asked whenever anything is odd."""
 
+import multiprocessing
+
 import boto3
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -108,6 +110,29 @@ def test_certificates_that_only_botocore_reads_are_left_to_it(monkeypatch, tmp_p
     assert FastReads("bucket", client, session, "xxh64", 1.0)._store is not None
     monkeypatch.setenv(variable, str(tmp_path / "own.pem"))
     assert FastReads("bucket", client, session, "xxh64", 1.0)._store is None
+
+
+def _read_forked(store, answers):
+    answers.put((store.read("record"), store._backend._connected.fast._store is None))
+
+
+def test_a_fork_reads_through_boto3(store, asked):
+    """It has none of the threads of obstore, and would wait for them forever."""
+    store.put("record", b"data")
+    assert store.read("record") == b"data"
+    assert asked == []
+
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=_read_forked, args=(store, answers))
+    process.start()
+    try:
+        assert answers.get(timeout=60) == (b"data", True)
+    finally:
+        process.kill()
+        process.join()
+    assert store.read("record") == b"data"
+    assert asked == []
 
 
 def test_reads_after_a_pickle_are_those_of_the_new_process(store, asked):
