@@ -291,8 +291,7 @@ class Engine:
             self.load_base(weights)
         self.finish_load(0, {name: weights[name] for name in replicated if name not in new})
         if new and self.rank == 0:
-            more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-            log.warning("new branches keep their starting weights: %s%s", ", ".join(new[:3]), more)
+            log.warning("new branches keep their starting weights: %s", ", ".join(new))
         return new
 
     def _buffers(self) -> dict[str, Tensor]:
