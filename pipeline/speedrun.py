@@ -1,6 +1,6 @@
 """Measure how fast a network learns to follow prompts: a speedrun on exact scenes, with nothing to download.
 
-    python -m pipeline.speedrun run NAME --track cpu --change "what is new" [key=value ...]
+    python -m pipeline.speedrun run NAME [key=value ...] --track cpu --change "what is new"
     python -m pipeline.speedrun check benchmarks/results/speedrun/NAME.json [--replay]
     python -m pipeline.speedrun board
 

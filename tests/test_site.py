@@ -186,6 +186,10 @@ def leaves(node, path=""):
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for entry in value:
                 yield from leaves(entry, f"{inner}[]")
+        elif inner == "data.datasets":
+            # the names of datasets are free
+            for entry in value.values():
+                yield from leaves(entry, f"{inner}.NAME")
         elif isinstance(value, dict) and key not in ("captions", "caption_weights", "settings", "expect"):
             yield from leaves(value, inner)
         else:
