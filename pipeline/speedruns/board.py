@@ -16,7 +16,7 @@ def leaderboard(records: Sequence[Record]) -> str:
         "# Speedrun",
         "",
         f"Seconds of training steps from fresh weights to {TARGET:.0%} of the segments right on {PROMPTS} "
-        "held-out prompts, mean of the seeds; the rules are in [docs/speedrun.md](../../docs/speedrun.md).",
+        "held-out prompts, mean of the seeds; the rules are in `docs/speedrun.md`.",
     ]
     for name, track in TRACKS.items():
         lines += ["", f"## Track {name}: {track.hardware}", ""]
