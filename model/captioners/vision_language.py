@@ -1,5 +1,6 @@
 """Vision-language models of transformers: from images and prompts to texts, many at once."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,6 +70,8 @@ class VisionLanguageModel:
         self.processor: Any = load_pretrained(AutoProcessor, files)
         self.model: Any = load_model(AutoModelForImageTextToText, files, device, dtype)
         self.tokenizer: Any = self.processor.tokenizer
+        # A tokenizer in Rust fails with `Already borrowed` if two threads use it at once and one of them pads.
+        self._tokenizing = threading.Lock()
         self._sampling = sampling
         self._template = template
         if not template and getattr(self.processor, "chat_template", None) is None:
@@ -103,16 +106,18 @@ class VisionLanguageModel:
 
     def length(self, text: str) -> int:
         """Return the number of tokens of a prompt, without those of the image."""
-        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        with self._tokenizing:
+            return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def prepare(self, prompts: Sequence[Prompt]) -> Any:
         """Return the model's inputs; this runs on the CPU, and other threads may generate meanwhile."""
-        return self.processor(
-            text=[self.whole_prompt(prompt.text) for prompt in prompts],
-            images=[[prompt.image] for prompt in prompts],
-            padding=True,
-            return_tensors="pt",
-        )
+        with self._tokenizing:
+            return self.processor(
+                text=[self.whole_prompt(prompt.text) for prompt in prompts],
+                images=[[prompt.image] for prompt in prompts],
+                padding=True,
+                return_tensors="pt",
+            )
 
     @torch.inference_mode()
     def generate(self, inputs: Any, seeds: Sequence[int], max_tokens: int) -> list[Written]:
@@ -139,7 +144,8 @@ class VisionLanguageModel:
         ends = [place for place, token in enumerate(tokens) if token in self._ends]
         # Behind the end token there is padding, up to the longest answer of the batch.
         own = tokens[: ends[0] + 1] if ends else tokens
-        text = self.tokenizer.decode(own, skip_special_tokens=True)
+        with self._tokenizing:
+            text = self.tokenizer.decode(own, skip_special_tokens=True)
         return Written(text, bool(ends), prompt_tokens, len(own))
 
 
