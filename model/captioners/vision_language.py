@@ -70,7 +70,7 @@ class VisionLanguageModel:
         self.processor: Any = load_pretrained(AutoProcessor, files)
         self.model: Any = load_model(AutoModelForImageTextToText, files, device, dtype)
         self.tokenizer: Any = self.processor.tokenizer
-        # A tokenizer in Rust fails with `Already borrowed` if two threads use it at once and one of them pads.
+        # A fast tokenizer fails with `Already borrowed` if two threads use it at once and one of them pads.
         self._tokenizing = threading.Lock()
         self._sampling = sampling
         self._template = template
