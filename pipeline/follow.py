@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 
 from data_prep.clips.media import decode_clip
 from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, CaptionKind, ScenePrompt, scene_prompts
-from data_prep.scenes.moving import MAX_MOVING, MovingCaptionKind, MovingPrompt
+from data_prep.scenes.moving import MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
 from model.common.errors import UserError, command
 from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
@@ -35,7 +35,7 @@ from model.scorers.image_text import load_vqa
 from pipeline.evaluation.common import VQA
 from pipeline.following.binding import binding
 from pipeline.following.judged_images import save_judged_images
-from pipeline.following.moving_prompts import held_out_prompts, score_moving
+from pipeline.following.moving_scores import score_moving
 from pipeline.following.natural_prompts import MAX_SEGMENTS, NaturalPrompt, natural_prompts
 from pipeline.following.positional_bias import (
     PositionalBias,
@@ -80,9 +80,8 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     count, seed, segments = settings["count"], settings["seed"], settings["segments"]
     if settings["prompts"] == "moving":
         moving_kind = cast(MovingCaptionKind, settings["kind"])
-        return held_out_prompts(
-            count, moving_kind, segments, settings["aspect"], seed, settings.get("scale", 1.0)
-        )
+        scale = settings.get("scale", 1.0)
+        return moving_prompts(count, moving_kind, settings["aspect"], seed, scale, segments)
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
 

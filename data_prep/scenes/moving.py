@@ -5,6 +5,7 @@ or is still, evenly over the whole clip, whatever its number of frames; at least
 keep their distance, so no object ever covers another one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -272,8 +273,9 @@ def moving_prompts(
     aspect: float = 1.0,
     seed: int = HELD_OUT_SEED,
     scale: float = 1.0,
+    objects: int | None = None,
 ) -> list[MovingPrompt]:
-    """Return prompts 0 to count - 1 of a seed.
+    """Return the first `count` prompts of a seed.
 
     Args:
         count: number of prompts.
@@ -281,12 +283,16 @@ def moving_prompts(
         aspect: width / height of the clips.
         seed: seed of the set of scenes.
         scale: size of the objects, as `scenes.scale` of the dataset.
+        objects: of each scene; None = any number.
     """
-    prompts = []
-    for index in range(count):
+    prompts: list[MovingPrompt] = []
+    for index in itertools.count():
+        if len(prompts) == count:
+            break
         scene = sample_moving_scene(seed, index, aspect, scale)
-        chosen = kind or MOVING_CAPTION_KINDS[index % len(MOVING_CAPTION_KINDS)]
-        prompts.append(MovingPrompt(scene, caption_moving_scene(scene, chosen, seed, index)))
+        if objects in (None, len(scene.segments)):
+            chosen = kind or MOVING_CAPTION_KINDS[index % len(MOVING_CAPTION_KINDS)]
+            prompts.append(MovingPrompt(scene, caption_moving_scene(scene, chosen, seed, index)))
     return prompts
 
 

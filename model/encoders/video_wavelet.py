@@ -7,7 +7,6 @@ convolutions, which are padded before the first frame alone, nor the norms, each
 `pipeline.train_vae --kind video` trains it.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,8 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.common.errors import UserError
@@ -30,7 +28,7 @@ from model.encoders.latent_spaces import (
     read_config,
     register_latent_space,
 )
-from model.encoders.wavelet import LEVELS, Moments, haar, inverse_haar
+from model.encoders.wavelet import LEVELS, Moments, haar, inverse_haar, load_weights
 
 VIDEO_WAVELET = "VideoWaveletAutoencoder"
 GROUP = 4
@@ -214,12 +212,7 @@ class VideoWaveletSpace(LatentSpace):
                 f"{folder / CONFIG}: latents_mean and latents_std need {sizes.channels} numbers each"
             )
         module = VideoWaveletAutoencoder(sizes)
-        try:
-            module.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: the weights do not fit the config: {error}") from error
-
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        digest = load_weights(module, folder)
         return cls(module.eval().requires_grad_(False).to(device), digest)
 
     @property

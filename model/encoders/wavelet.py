@@ -147,6 +147,19 @@ def _convolutions(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequ
     )
 
 
+def load_weights(module: nn.Module, folder: Path) -> str:
+    """Load an autoencoder's weights from its folder, and return the sha256 of their file.
+
+    Raises:
+        UserError: if they cannot be read, or do not fit.
+    """
+    try:
+        module.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: the weights do not fit the config: {error}") from error
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
 @register_latent_space(WAVELET)
 class WaveletSpace(LatentSpace):
     """The latent space of a `WaveletAutoencoder`, which is its teacher's."""
@@ -184,12 +197,7 @@ class WaveletSpace(LatentSpace):
             raise UserError(f"{folder} holds no {WAVELET}: name the folder of one")
 
         module = WaveletAutoencoder(settings_from(WaveletConfig, config, str(folder / CONFIG)))
-        try:
-            module.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: the weights do not fit the config: {error}") from error
-
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        digest = load_weights(module, folder)
         return cls(module.eval().requires_grad_(False).to(device), digest)
 
     @property

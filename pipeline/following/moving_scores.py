@@ -1,47 +1,12 @@
-"""Held-out prompts of moving scenes, and the scores of clips that were generated from them."""
+"""Scores of clips that were generated from prompts of moving scenes."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep.scenes.captions import HELD_OUT_SEED
-from data_prep.scenes.moving import (
-    MovingCaptionKind,
-    MovingPrompt,
-    caption_moving_scene,
-    sample_moving_scene,
-)
+from data_prep.scenes.moving import MovingPrompt
 from pipeline.following.motion import motion_chance, read_moving_scene, score_clips
-
-
-def held_out_prompts(
-    count: int,
-    kind: MovingCaptionKind,
-    objects: int | None = None,
-    aspect: float = 1.0,
-    seed: int = HELD_OUT_SEED,
-    scale: float = 1.0,
-) -> list[MovingPrompt]:
-    """Return the first `count` scenes of a seed, with their captions.
-
-    Args:
-        count: number of prompts.
-        kind: of the captions.
-        objects: of each scene; None = any number.
-        aspect: width / height of the clips.
-        seed: of the scenes; the default is that of no training set.
-        scale: size of the scenes' objects.
-    """
-    prompts: list[MovingPrompt] = []
-    for index in itertools.count():
-        if len(prompts) == count:
-            break
-        scene = sample_moving_scene(seed, index, aspect, scale)
-        if objects in (None, len(scene.segments)):
-            prompts.append(MovingPrompt(scene, caption_moving_scene(scene, kind, seed, index)))
-    return prompts
 
 
 def score_moving(
