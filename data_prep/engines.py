@@ -214,11 +214,24 @@ def connected(share: Share | None) -> Iterator[None]:
             f"no Ray cluster at {address}: {first_line(error)}: start one, see docs/beyond_slurm.md"
         ) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_in_one_line)
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Replace the trace of a batch whose worker died by one line.
+
+    A handler that keeps records, as those of tests and error trackers do, would keep the trace's frames too, with
+    all actors of the pool and their cores.
+    """
+    if record.exc_info and record.exc_info[1]:
+        record.msg, record.args = f"some units failed, and are tried again: {first_line(record.exc_info[1])}", None
+        record.exc_info = None
+    return True
 
 
 @dataclass
@@ -378,8 +391,9 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         ),
         num_cpus=cpus,
         num_gpus=gpus,
-        # By default a unit that kills its worker is tried without end.
-        ray_remote_args_fn=lambda: {"max_task_retries": 1},
+        # By default a unit that kills its worker is tried without end, and one whose node died waits for that
+        # actor, for which there may never be room again. The second pass takes both.
+        ray_remote_args_fn=lambda: {"max_task_retries": 0},
     )
     rows_back = data.iter_rows()
     try:
