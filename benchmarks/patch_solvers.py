@@ -27,7 +27,8 @@ from pipeline.following.reading import read_scene
 from pipeline.following.scoring import prompt_following, score_objects
 from pipeline.inference.generate import generate_images
 from pipeline.inference.sampler import Sampler, SamplingParams
-from pipeline.stage.config import AdaptiveConfig, load_run
+from pipeline.stage.config import load_run
+from pipeline.stage.sampling import AdaptiveConfig
 
 EULER = "euler"
 SOLVERS = (EULER, "dual_loop", "look_ahead")

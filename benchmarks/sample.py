@@ -29,8 +29,8 @@ from model.encoders.text_encoder import TextEncoder, load_encoder
 from model.encoders.vae import VAE, small_vae
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.sampler import Sampler, SamplingParams
-from pipeline.stage.config import SampleConfig
 from pipeline.stage.objective import ObjectiveConfig
+from pipeline.stage.sampling import SampleConfig
 from pipeline.text.prompts import PromptReader
 from pipeline.text.texts import TextConstants
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
 from data_prep.scenes.captions import SceneCaption, caption_scene
-from data_prep.scenes.grammar import SIZES, TEXTURES, TONES, Ground, Scene, Segment, sample_scene
+from data_prep.scenes.grammar import SIZES, TEXTURES, TONES, Ground, Scene, SceneStyle, Segment, sample_scene
 from data_prep.scenes.rendering import render_scene
 from model.common.files import write_atomic
 from pipeline.fit_user import encode_images
@@ -83,7 +83,9 @@ def scene_of(
 ) -> tuple[Scene, SceneCaption]:
     """Return a scene that a user likes, and a caption that does not say why: colors and shapes alone."""
     random = np.random.default_rng([seed, index, 1])
-    sampled = sample_scene(seed, index, segments=int(random.integers(1, most_objects + 1)), scale=scale)
+    sampled = sample_scene(
+        seed, index, segments=int(random.integers(1, most_objects + 1)), style=SceneStyle(scale)
+    )
     tone = taste.tone or TONES[random.integers(len(TONES))]
     objects, segments = [], []
     for item in sampled.objects:

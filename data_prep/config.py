@@ -10,6 +10,7 @@ from data_prep.clips.media import CRF, ClipFormat
 from data_prep.clips.timing import Start
 from data_prep.model_settings import AnnotatorConfig, CaptionsConfig
 from data_prep.scenes.captions import CAPTION_KINDS
+from data_prep.scenes.grammar import SceneStyle
 from data_prep.scenes.moving import MOVING_CAPTION_KINDS
 from model.common.errors import UserError
 from model.common.settings import MAX_SEED, bounded, read_settings, within
@@ -40,6 +41,16 @@ class ScenesConfig:
     """Number of scenes per "file": a task scans whole files."""
     scale: float = bounded(1.0, 0.5, 3.0)
     """Size of the objects: 1 = 11 and 16 pixels of 64, and room for 8 objects; 1.6 leaves room for 4."""
+    plain: bool = False
+    """All objects large and without texture on white: only colors, shapes, places and motions, which a small
+    network learns soonest."""
+    objects: int | None = bounded(None, 1, 8)
+    """Maximum number of objects; None = as many as there is room for."""
+
+    @property
+    def style(self) -> SceneStyle:
+        """The style of all scenes of the set."""
+        return SceneStyle(self.scale, self.plain, self.objects)
 
 
 @dataclass

@@ -225,11 +225,14 @@ def connected(share: Share | None) -> Iterator[None]:
 def _in_one_line(record: logging.LogRecord) -> bool:
     """Replace the trace of a batch whose worker died by one line.
 
-    A handler that keeps records, as those of tests and error trackers do, would keep the trace's frames too, with
-    all actors of the pool and their cores.
+    A handler that keeps records, as those of tests and error trackers do, would keep the trace's frames too,
+    with all actors of the pool and their cores.
     """
     if record.exc_info and record.exc_info[1]:
-        record.msg, record.args = f"some units failed, and are tried again: {first_line(record.exc_info[1])}", None
+        record.msg, record.args = (
+            f"some units failed, and are tried again: {first_line(record.exc_info[1])}",
+            None,
+        )
         record.exc_info = None
     return True
 

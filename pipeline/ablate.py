@@ -88,7 +88,7 @@ def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[
     # scenes of the shape that the run samples, so that positions in the prompts keep their meaning
     aspect = stage.sample.width / stage.sample.height
     lengths = range(1, max_segments + 1)
-    return scene_prompts(count, "list", aspect, lengths, scale=stage.sample.scenes_scale)
+    return scene_prompts(count, "list", aspect, lengths, style=stage.sample.scenes_style)
 
 
 def score(job: Job, prompts: list[ScenePrompt]) -> Score:

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 
 from data_prep.clips.media import decode_clip
 from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, CaptionKind, ScenePrompt, scene_prompts
+from data_prep.scenes.grammar import SceneStyle
 from data_prep.scenes.moving import MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
 from model.common.errors import UserError, command
 from model.common.records import STRICT, Count, read_record
@@ -70,6 +71,10 @@ class PromptSettings(TypedDict):
     seed: Count
     scale: NotRequired[Annotated[float, Field(ge=0.5, le=3.0)]]
     """Size of the scenes' objects; 1 if it is left out, as older files do."""
+    plain: NotRequired[bool]
+    """Plain scenes."""
+    objects: NotRequired[Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]]
+    """Maximum number of the scenes' objects."""
 
 
 def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPrompt] | list[MovingPrompt]:
@@ -78,17 +83,17 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     They have 2 to 8 segments in turn, unless the settings name a number; moving scenes have any number.
     """
     count, seed, segments = settings["count"], settings["seed"], settings["segments"]
+    style = SceneStyle(settings.get("scale", 1.0), settings.get("plain", False), settings.get("objects"))
     if settings["prompts"] == "moving":
         moving_kind = cast(MovingCaptionKind, settings["kind"])
-        scale = settings.get("scale", 1.0)
-        return moving_prompts(count, moving_kind, settings["aspect"], seed, scale, segments)
+        return moving_prompts(count, moving_kind, settings["aspect"], seed, style, segments)
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
 
     # with a single segment, there are no positions to compare
     lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
-    kind, scale = cast(CaptionKind, settings["kind"]), settings.get("scale", 1.0)
-    return scene_prompts(count, kind, settings["aspect"], lengths, seed, scale)
+    kind = cast(CaptionKind, settings["kind"])
+    return scene_prompts(count, kind, settings["aspect"], lengths, seed, style)
 
 
 def score_scenes(
@@ -290,6 +295,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--aspect", type=float, default=1.0, help="width / height of the scenes' images")
     write.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     write.add_argument("--scale", type=float, default=1.0, help="size of the scenes' objects (default 1)")
+    write.add_argument("--plain", action="store_true", help="plain scenes, as `scenes.plain` of a dataset")
+    write.add_argument("--objects", type=int, help="maximum number of objects of a scene")
 
     score = commands.add_parser("score", help="score the images in FOLDER/pictures")
     score.add_argument("out", type=Path, metavar="FOLDER")
@@ -305,8 +312,9 @@ def main() -> None:
     arguments = parse()
     if arguments.command == "write":
         names = ["prompts", "count", "segments", "kind", "aspect", "seed"]
-        # Only where it is set: the settings of older folders have none, and stay the same.
+        # Only where they are set: the settings of older folders have none, and stay the same.
         names += ["scale"] if arguments.scale != 1.0 else []
+        names += [name for name in ("plain", "objects") if getattr(arguments, name)]
         settings = {name: getattr(arguments, name) for name in names}
         write_prompts(arguments.out, cast(PromptSettings, settings))
         prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES

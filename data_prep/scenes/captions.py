@@ -11,12 +11,14 @@ from typing import Literal, get_args
 import numpy as np
 
 from data_prep.scenes.grammar import (
+    ANY_STYLE,
     Color,
     Direction,
     Ground,
     Pattern,
     Relation,
     Scene,
+    SceneStyle,
     Segment,
     Shape,
     Size,
@@ -99,7 +101,7 @@ def scene_prompts(
     aspect: float = 1.0,
     segments: Sequence[int] = (),
     seed: int = HELD_OUT_SEED,
-    scale: float = 1.0,
+    style: SceneStyle = ANY_STYLE,
 ) -> list[ScenePrompt]:
     """Return prompts 0 to count - 1 of a seed.
 
@@ -109,12 +111,12 @@ def scene_prompts(
         aspect: width / height of the images.
         segments: numbers of single objects, used in turn; empty = random scenes.
         seed: seed of the set of scenes.
-        scale: size of the objects, as `scenes.scale` of the dataset.
+        style: that of the scenes of the dataset.
     """
     prompts = []
     for index in range(count):
         groups = segments[index % len(segments)] if segments else None
-        scene = sample_scene(seed, index, aspect, groups, scale=scale)
+        scene = sample_scene(seed, index, aspect, groups, style=style)
         caption = caption_scene(scene, kind or CAPTION_KINDS[index % len(CAPTION_KINDS)], seed, index)
         prompts.append(ScenePrompt(scene, caption))
     return prompts

@@ -9,6 +9,7 @@ wrong.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -76,11 +77,47 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
+class SceneStyle:
+    """Limits of the scenes of a set; the default is any scene."""
+
+    scale: float = 1.0
+    """Size of the objects, as a multiple of `EXTENTS`; larger ones leave room for fewer."""
+    plain: bool = False
+    """All objects large and without texture, all grounds white."""
+    objects: int | None = None
+    """Maximum number of objects; None = as many as there is room for."""
+
+    @property
+    def suffix(self) -> str:
+        """The style at the end of a scene's key, `-1.6-plain-3`; empty for the default."""
+        scale = "" if self.scale == 1.0 else f"-{self.scale}"
+        return scale + ("-plain" if self.plain else "") + (f"-{self.objects}" if self.objects else "")
+
+    @classmethod
+    def parse(cls, suffix: str) -> "SceneStyle":
+        """Read back a suffix.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        match = re.fullmatch(r"(?:-(\d+\.\d+))?(-plain)?(?:-(\d+))?", suffix)
+        if match is None:
+            raise ValueError(f"no style of scenes: {suffix!r}")
+        return cls(float(match[1] or 1), match[2] is not None, int(match[3]) if match[3] else None)
+
+
+ANY_STYLE = SceneStyle()
+
+
+@dataclass(frozen=True)
 class Ground:
     """The background. It is always gray, so that color separates objects from it."""
 
     tone: Tone
     pattern: Pattern
+
+
+PLAIN_GROUND = Ground("white", "plain")
 
 
 @dataclass(frozen=True)
@@ -157,7 +194,7 @@ def sample_scene(
     aspect: float = 1.0,
     segments: int | None = None,
     ground: Ground | None = None,
-    scale: float = 1.0,
+    style: SceneStyle = ANY_STYLE,
 ) -> Scene:
     """Return the scene of (seed, index): equal arguments give equal scenes, on any machine.
 
@@ -167,29 +204,30 @@ def sample_scene(
         aspect: width / height of the image.
         segments: number of groups, with one object each; None = random groups.
         ground: the background; None = random.
-        scale: size of the objects, as a multiple of `EXTENTS`.
+        style: what all scenes of the set have in common.
 
     Returns:
-        A scene with at most `MAX_OBJECTS` objects, fewer where aspect and scale leave less room.
+        A scene with at most `MAX_OBJECTS` objects, fewer where aspect and style leave less room.
     """
     # The order of the calls to `random` defines the scenes: another order would change every dataset.
     random = np.random.default_rng([seed, index])
-    columns, rows = capacity(aspect, scale)
-    max_objects = min(MAX_OBJECTS, columns * rows)
+    columns, rows = capacity(aspect, style.scale)
+    max_objects = min(style.objects or MAX_OBJECTS, MAX_OBJECTS, columns * rows)
     total = int(random.integers(1, max_objects + 1))
     counts = _sample_counts(random, total) if segments is None else [1] * min(segments, max_objects)
 
-    ground = ground or Ground(TONES[random.integers(len(TONES))], _sample_pattern(random))
-    scene_segments = _sample_segments(random, counts)
+    ground = ground or _sample_ground(random, style)
+    scene_segments = _sample_segments(random, counts, style)
     # A generator, so each center is sampled just before its object: part of the order that defines scenes.
-    centers = _sample_centers(random, sum(counts), aspect, scale)
+    centers = _sample_centers(random, sum(counts), aspect, style.scale)
 
     objects: list[SceneObject] = []
     for group, segment in enumerate(scene_segments):
-        size = segment.size or SIZES[random.integers(len(SIZES))]
+        size = segment.size or _sample_size(random, style)
         for _ in range(segment.count):
-            objects.append(_place_object(random, segment, size, next(centers), group, scale))
-    return Scene(aspect, ground, tuple(scene_segments), tuple(objects), int(random.integers(2**31)), scale)
+            objects.append(_place_object(random, segment, size, next(centers), group, style.scale))
+    pattern_seed = int(random.integers(2**31))
+    return Scene(aspect, ground, tuple(scene_segments), tuple(objects), pattern_seed, style.scale)
 
 
 def _place_object(
@@ -208,6 +246,17 @@ def _place_object(
     return SceneObject(segment.colour, segment.shape, size, texture, round(x, 4), round(y, 4), group)
 
 
+def _sample_ground(random: np.random.Generator, style: SceneStyle) -> Ground:
+    if style.plain:
+        return PLAIN_GROUND
+    return Ground(TONES[random.integers(len(TONES))], _sample_pattern(random))
+
+
+def _sample_size(random: np.random.Generator, style: SceneStyle) -> Size:
+    """Sample a size that is not stated."""
+    return "large" if style.plain else SIZES[random.integers(len(SIZES))]
+
+
 def _sample_pattern(random: np.random.Generator) -> Pattern:
     """Sample a ground pattern; half of them are plain."""
     return "plain" if random.random() < 0.5 else PATTERNS[random.integers(1, len(PATTERNS))]
@@ -222,8 +271,11 @@ def _sample_counts(random: np.random.Generator, total: int) -> list[int]:
     return counts
 
 
-def _sample_segments(random: np.random.Generator, counts: Sequence[int]) -> list[Segment]:
-    """Sample one segment per group. Color and shape are always stated, size and texture half of the time."""
+def _sample_segments(random: np.random.Generator, counts: Sequence[int], style: SceneStyle) -> list[Segment]:
+    """Sample one segment per group.
+
+    Color and shape are always stated, size and texture half of the time, of plain scenes never.
+    """
     # A set of segments can leave no room for another one. It is then sampled again from the start.
     while True:
         segments: list[Segment] = []
@@ -231,6 +283,8 @@ def _sample_segments(random: np.random.Generator, counts: Sequence[int]) -> list
             size = SIZES[random.integers(len(SIZES))] if random.random() < 0.5 else None
             texture = TEXTURES[random.integers(len(TEXTURES))] if random.random() < 0.5 else None
             color, shape = COLORS[random.integers(len(COLORS))], SHAPES[random.integers(len(SHAPES))]
+            if style.plain:
+                size = texture = None
             candidate = Segment(color, shape, size, texture, counts[len(segments)])
 
             if all(differences(candidate, other) >= 2 for other in segments):

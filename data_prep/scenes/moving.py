@@ -23,16 +23,19 @@ from data_prep.scenes.captions import (
     zh_name,
 )
 from data_prep.scenes.grammar import (
+    ANY_STYLE,
     COLORS,
     EXTENTS,
     MIN_GAP,
     PATTERNS,
+    PLAIN_GROUND,
     SHAPES,
     SIZES,
     TEXTURES,
     TONES,
     Color,
     Ground,
+    SceneStyle,
     Segment,
     Shape,
     Texture,
@@ -150,30 +153,33 @@ class MovingPrompt:
     caption: MovingCaption
 
 
-def sample_moving_scene(seed: int, index: int, aspect: float, scale: float = 1.0) -> MovingScene:
+def sample_moving_scene(seed: int, index: int, aspect: float, style: SceneStyle = ANY_STYLE) -> MovingScene:
     """Return scene `index` of a seed; equal arguments give equal scenes.
 
     Args:
         seed: seed of the set of scenes.
         index: number of the scene.
         aspect: width / height of the clip.
-        scale: size of the objects, as a multiple of `EXTENTS`; larger ones leave room for fewer.
+        style: what all scenes of the set have in common.
     """
     # The order of the calls to `random` defines the scenes: another order would change every dataset.
     random = np.random.default_rng([seed, index])
-    ground = Ground(TONES[random.integers(len(TONES))], PATTERNS[random.integers(len(PATTERNS))])
+    ground = PLAIN_GROUND
+    if not style.plain:
+        ground = Ground(TONES[random.integers(len(TONES))], PATTERNS[random.integers(len(PATTERNS))])
 
     while True:
-        segments = _sample_segments(random)
-        objects = _place(random, segments, aspect, scale)
+        segments = _sample_segments(random, style)
+        objects = _place(random, segments, aspect, style)
         # Long ways may leave no room for another one: all is then sampled again.
         if len(objects) == len(segments):
-            return MovingScene(aspect, ground, segments, tuple(objects), int(random.integers(2**31)), scale)
+            pattern_seed = int(random.integers(2**31))
+            return MovingScene(aspect, ground, segments, tuple(objects), pattern_seed, style.scale)
 
 
-def _sample_segments(random: np.random.Generator) -> tuple[MovingSegment, ...]:
-    """Sample what is stated: color, shape and motion always; size, texture and speed half of the time."""
-    count = int(random.integers(1, MAX_MOVING + 1))
+def _sample_segments(random: np.random.Generator, style: SceneStyle) -> tuple[MovingSegment, ...]:
+    """Sample what is stated: color, shape and motion always; the rest half of the time, or never if plain."""
+    count = int(random.integers(1, min(style.objects or MAX_MOVING, MAX_MOVING) + 1))
     colors, shapes = random.permutation(len(COLORS))[:count], random.permutation(len(SHAPES))[:count]
     motions = [MOTIONS[number] for number in random.integers(len(MOTIONS), size=count)]
     # A clip in which nothing moves says nothing about motion.
@@ -183,7 +189,7 @@ def _sample_segments(random: np.random.Generator) -> tuple[MovingSegment, ...]:
     segments = []
     for color, shape, motion in zip(colors.tolist(), shapes.tolist(), motions, strict=True):
         size, texture = SIZES[random.integers(len(SIZES))], TEXTURES[random.integers(len(TEXTURES))]
-        has_size, has_texture, has_speed = (random.random(3) < 0.5).tolist()
+        has_size, has_texture, has_speed = (random.random(3) < (0 if style.plain else 0.5)).tolist()
         segment = Segment(
             COLORS[color],
             SHAPES[shape],
@@ -197,7 +203,7 @@ def _sample_segments(random: np.random.Generator) -> tuple[MovingSegment, ...]:
 
 
 def _place(
-    random: np.random.Generator, segments: Sequence[MovingSegment], aspect: float, scale: float
+    random: np.random.Generator, segments: Sequence[MovingSegment], aspect: float, style: SceneStyle
 ) -> list[MovingObject]:
     """Return the objects of some segments, or of the first of them if there is no room for more."""
     width, height = plane_sides(aspect)
@@ -205,13 +211,14 @@ def _place(
     objects: list[MovingObject] = []
     for item in segments:
         speed = item.speed or SPEEDS[random.integers(len(SPEEDS))]
-        size = scale * EXTENTS[item.segment.size or SIZES[random.integers(len(SIZES))]]
-        if item.motion in RESIZING:
-            size = scale * MIDDLE_EXTENT
+        size = item.segment.size or SIZES[random.integers(len(SIZES))]
+        if style.plain:
+            speed, size = "fast", "large"
+        extent = style.scale * (MIDDLE_EXTENT if item.motion in RESIZING else EXTENTS[size])
 
         for _ in range(PLACE_TRIALS):
             x, y = random.uniform(0, width), random.uniform(0, height)
-            placed = _moving_object(item, speed, size, x, y)
+            placed = _moving_object(item, speed, extent, x, y)
             left, top, right, bottom = placed.box
             is_inside = left >= 0 and top >= 0 and right <= width and bottom <= height
             if is_inside and not any(_meet(placed, other) for other in objects):
@@ -272,7 +279,7 @@ def moving_prompts(
     kind: MovingCaptionKind | None = None,
     aspect: float = 1.0,
     seed: int = HELD_OUT_SEED,
-    scale: float = 1.0,
+    style: SceneStyle = ANY_STYLE,
     objects: int | None = None,
 ) -> list[MovingPrompt]:
     """Return the first `count` prompts of a seed.
@@ -282,14 +289,14 @@ def moving_prompts(
         kind: caption kind of all prompts; None = all kinds in turn.
         aspect: width / height of the clips.
         seed: seed of the set of scenes.
-        scale: size of the objects, as `scenes.scale` of the dataset.
+        style: that of the scenes of the dataset.
         objects: of each scene; None = any number.
     """
     prompts: list[MovingPrompt] = []
     for index in itertools.count():
         if len(prompts) == count:
             break
-        scene = sample_moving_scene(seed, index, aspect, scale)
+        scene = sample_moving_scene(seed, index, aspect, style)
         if objects in (None, len(scene.segments)):
             chosen = kind or MOVING_CAPTION_KINDS[index % len(MOVING_CAPTION_KINDS)]
             prompts.append(MovingPrompt(scene, caption_moving_scene(scene, chosen, seed, index)))

@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.clips.media import encode_clip
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
+from data_prep.scenes.grammar import ANY_STYLE, SceneStyle
 from data_prep.scenes.moving import (
     MOVING_CAPTION_KINDS,
     MovingCaption,
@@ -25,17 +26,16 @@ from data_prep.sources.scenes import ScenesSource
 class MovingSceneKey:
     """Name of one moving scene of one set at one size and length, `moving-7-123-64x64x17`.
 
-    A scale other than 1 is at the end, as in `moving-7-123-32x32x17-1.6`.
+    A style other than the default one is at the end, as in `moving-7-123-32x32x17-1.6`.
     """
 
     seed: int
     index: int
     bucket: Bucket
-    scale: float = 1.0
+    style: SceneStyle = ANY_STYLE
 
     def __str__(self) -> str:
-        scale = "" if self.scale == 1.0 else f"-{self.scale}"
-        return f"moving-{self.seed}-{self.index}-{self.bucket.name}{scale}"
+        return f"moving-{self.seed}-{self.index}-{self.bucket.name}{self.style.suffix}"
 
     @classmethod
     def parse(cls, key: str) -> "MovingSceneKey":
@@ -44,16 +44,16 @@ class MovingSceneKey:
         Raises:
             ValueError: if it is not the key of a moving scene.
         """
-        match = re.fullmatch(r"moving-(\d+)-(\d+)-(\d+x\d+x\d+)(?:-(\d+\.\d+))?", key)
+        match = re.fullmatch(r"moving-(\d+)-(\d+)-(\d+x\d+x\d+)(-.+)?", key)
         if match is None:
             raise ValueError(f"not the key of a moving scene: {key!r}")
-        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), float(match[4] or 1))
+        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), SceneStyle.parse(match[4] or ""))
 
     @property
     def scene(self) -> MovingScene:
         """The scene itself."""
         aspect = self.bucket.width / self.bucket.height
-        return sample_moving_scene(self.seed, self.index, aspect, self.scale)
+        return sample_moving_scene(self.seed, self.index, aspect, self.style)
 
     @property
     def captions(self) -> list[MovingCaption]:
@@ -91,7 +91,7 @@ class MovingScenesSource(ScenesSource):
         chosen = self.key(index)
 
         # The key is enough to render the clip again, so it is the clip's place as well.
-        key = MovingSceneKey(chosen.seed, index, chosen.bucket, chosen.scale)
+        key = MovingSceneKey(chosen.seed, index, chosen.bucket, chosen.style)
         record = {caption.kind: caption.text for caption in key.captions}
 
         scene = key.scene

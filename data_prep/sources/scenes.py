@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.scenes.captions import CAPTION_KINDS, SceneCaption, caption_scene
-from data_prep.scenes.grammar import Scene, sample_scene
+from data_prep.scenes.grammar import ANY_STYLE, Scene, SceneStyle, sample_scene
 from data_prep.scenes.rendering import encode_png, render_scene
 from data_prep.sources.sample import Inventory, Place, Sample
 from model.common.errors import UserError
@@ -19,17 +19,16 @@ from model.common.errors import UserError
 class SceneKey:
     """Name of one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it.
 
-    A scale other than 1 is at the end, as in `scene-7-123-32x32-1.6`.
+    A style other than the default one is at the end, as in `scene-7-123-32x32-1.6`.
     """
 
     seed: int
     index: int
     bucket: Bucket
-    scale: float = 1.0
+    style: SceneStyle = ANY_STYLE
 
     def __str__(self) -> str:
-        scale = "" if self.scale == 1.0 else f"-{self.scale}"
-        return f"scene-{self.seed}-{self.index}-{self.bucket.name}{scale}"
+        return f"scene-{self.seed}-{self.index}-{self.bucket.name}{self.style.suffix}"
 
     @classmethod
     def parse(cls, key: str) -> "SceneKey":
@@ -38,16 +37,16 @@ class SceneKey:
         Raises:
             ValueError: if it is not the key of a scene.
         """
-        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)(?:-(\d+\.\d+))?", key)
+        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)(-.+)?", key)
         if match is None:
             raise ValueError(f"not the key of a scene: {key!r}")
-        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), float(match[4] or 1.0))
+        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), SceneStyle.parse(match[4] or ""))
 
     @property
     def scene(self) -> Scene:
         """The scene itself."""
         aspect = self.bucket.width / self.bucket.height
-        return sample_scene(self.seed, self.index, aspect, scale=self.scale)
+        return sample_scene(self.seed, self.index, aspect, style=self.style)
 
     @property
     def captions(self) -> list[SceneCaption]:
@@ -101,7 +100,7 @@ class ScenesSource:
     def key(self, index: int) -> SceneKey:
         """Return the key of scene `index`, which includes its bucket."""
         chosen = np.random.default_rng([self._settings.seed, index, 0]).integers(len(self._buckets))
-        return SceneKey(self._settings.seed, index, self._buckets[chosen], self._settings.scale)
+        return SceneKey(self._settings.seed, index, self._buckets[chosen], self._settings.style)
 
     def _sample(self, index: int) -> Sample:
         # The key is enough to render the scene again, so it is the image's place as well.

@@ -24,22 +24,24 @@ class MovingEnding(ScenesEnding):
 
     def __init__(self, stage: StageConfig, dataset: DatasetConfig, images: int) -> None:
         super().__init__(stage, dataset, images)
-        self.scale = (dataset.sources[0].scenes or ScenesConfig()).scale
+        self.style = (dataset.sources[0].scenes or ScenesConfig()).style
 
     def sample_images(self) -> None:
         """Write the prompts, and generate a clip of each."""
         prompts = ["--prompts", "moving", "--count", str(self.count), "--segments", str(OBJECTS)]
-        run("pipeline.follow", "write", str(self.folder), *prompts, "--scale", str(self.scale))
+        prompts += ["--scale", str(self.style.scale), *(["--plain"] if self.style.plain else [])]
+        prompts += ["--objects", str(self.style.objects)] if self.style.objects else []
+        run("pipeline.follow", "write", str(self.folder), *prompts)
         source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
         run("pipeline.sample", *source, "--own-seeds", "--out", str(self.drawn))
 
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
-        prompts = moving_prompts(self.count, "list", scale=self.scale, objects=OBJECTS)
+        prompts = moving_prompts(self.count, "list", style=self.style, objects=OBJECTS)
         caption = prompts[number].caption
         clip = decode_clip(image.read_bytes(), self.stage.sample.frames)
         marks: list[str] = []
-        for claim in score_clips([read_moving_scene(clip, self.scale)], [caption]).claims:
+        for claim in score_clips([read_moving_scene(clip, self.style.scale)], [caption]).claims:
             attribute = "color" if claim.attribute == "colour" else claim.attribute
             marks.append(f"{'✓' if claim.correct else '✗'} {attribute}")
         return {"marks": marks}

@@ -22,8 +22,8 @@ from model.functional import fill_patches
 from pipeline.diffusion.difficulty import patch_log_variances
 from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.patch_times import make_levels
-from pipeline.stage.config import AdaptiveConfig
 from pipeline.stage.objective import ObjectiveConfig
+from pipeline.stage.sampling import AdaptiveConfig
 
 
 @dataclass

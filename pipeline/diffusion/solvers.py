@@ -21,8 +21,8 @@ from pipeline.diffusion.adaptive import ADAPTIVE, AdaptiveSolver
 from pipeline.diffusion.ddpm import DDPM_STEPS
 from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.objective import OBJECTIVES
-from pipeline.stage.config import AdaptiveConfig
 from pipeline.stage.objective import ObjectiveConfig
+from pipeline.stage.sampling import AdaptiveConfig
 
 OnStep = Callable[[int, Tensor], Tensor]
 """Number of the step just done, from 1, and the latents -> the latents to continue with."""

@@ -17,8 +17,8 @@ from pipeline.diffusion.adaptive import ADAPTIVE, AdaptiveSolver
 from pipeline.diffusion.guidance import Guided
 from pipeline.diffusion.solvers import Step, follow, initial_noise, make_scheduler, set_schedule, set_steps
 from pipeline.inference.images import to_images
-from pipeline.stage.config import AdaptiveConfig
 from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
+from pipeline.stage.sampling import AdaptiveConfig
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

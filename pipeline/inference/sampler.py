@@ -47,9 +47,10 @@ from pipeline.inference.clips import read_first_frame
 from pipeline.inference.elastic import ChosenParts, Parts, choose_parts, largest_patch, sizes_for_solver
 from pipeline.inference.users import UserFinder
 from pipeline.runtime.distributed import all_reduce_min
-from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig, StageConfig, load_run
+from pipeline.stage.config import EngineConfig, StageConfig, load_run
 from pipeline.stage.corpus import latents_family, resolve
 from pipeline.stage.objective import ObjectiveConfig
+from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
 from pipeline.text.families import open_texts, text_families
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants

@@ -27,7 +27,8 @@ from pipeline.inference.call import objective_of
 from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
 from pipeline.runtime.distributed import Distributed
-from pipeline.stage.config import AdaptiveConfig, EngineConfig, SampleConfig
+from pipeline.stage.config import EngineConfig
+from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import PartitionedNetwork

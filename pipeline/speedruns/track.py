@@ -22,6 +22,8 @@ FIXED = (
     "start_from",
     "sample.scenes",
     "sample.scenes_scale",
+    "sample.scenes_plain",
+    "sample.scenes_objects",
     "sample.height",
     "sample.width",
 )

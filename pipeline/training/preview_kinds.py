@@ -15,7 +15,7 @@ from pipeline.following.reading import read_scene
 from pipeline.following.scoring import SceneScores, chance_level, prompt_following, score_objects
 from pipeline.inference.clips import make_contact_sheet, make_moving_grid, to_clips
 from pipeline.inference.images import make_grid, to_images
-from pipeline.stage.config import SampleConfig
+from pipeline.stage.sampling import SampleConfig
 
 
 class PreviewKind(ABC):
@@ -60,7 +60,7 @@ class ImagePreviews(PreviewKind):
 
     def scenes(self, count: int, aspect: float) -> list[Any]:
         """Return the captions of `count` held-out scenes."""
-        prompts = scene_prompts(count, "list", aspect, scale=self.sample.scenes_scale)
+        prompts = scene_prompts(count, "list", aspect, style=self.sample.scenes_style)
         return [prompt.caption for prompt in prompts]
 
     def convert(self, pixels: Tensor) -> list[Image.Image]:
@@ -82,7 +82,7 @@ class ClipPreviews(PreviewKind):
 
     def scenes(self, count: int, aspect: float) -> list[Any]:
         """Return the captions of `count` held-out moving scenes."""
-        prompts = moving_prompts(count, "list", aspect, scale=self.sample.scenes_scale)
+        prompts = moving_prompts(count, "list", aspect, style=self.sample.scenes_style)
         return [prompt.caption for prompt in prompts]
 
     def convert(self, pixels: Tensor) -> list[np.ndarray]:

@@ -10,7 +10,8 @@ from model.config import DiTConfig, FusionConfig, TextConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE, small_vae
 from pipeline.inference.sampler import Sampler
-from pipeline.stage.config import ModelConfig, SampleConfig, StageConfig
+from pipeline.stage.config import ModelConfig, StageConfig
+from pipeline.stage.sampling import SampleConfig
 from pipeline.text.prompts import PromptReader
 from pipeline.text.texts import TextConstants
 

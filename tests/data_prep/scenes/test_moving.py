@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_prep.config import BucketConfig, ClipsConfig, DatasetConfig, ScenesConfig, SourceConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.pairs.pairs import read_clip
-from data_prep.scenes.grammar import MIN_GAP, plane_sides
+from data_prep.scenes.grammar import MIN_GAP, SceneStyle, plane_sides
 from data_prep.scenes.moving import (
     MOTIONS,
     MOVING_CAPTION_KINDS,
@@ -28,7 +28,7 @@ scenes = st.builds(
     st.integers(0, 99),
     st.integers(0, 9999),
     st.sampled_from([0.5, 0.75, 1.0, 1.6]),
-    st.sampled_from([1.0, 1.6]),
+    st.builds(SceneStyle, st.sampled_from([1.0, 1.6])),
 )
 
 
@@ -86,6 +86,17 @@ def test_captions_name_each_object_once_with_its_motion():
     scene = sample_moving_scene(0, 1, 1.0)
     for kind in MOVING_CAPTION_KINDS:
         assert caption_moving_scene(scene, kind, 0, 1) == caption_moving_scene(scene, kind, 0, 1)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_plain_scenes_state_color_shape_and_motion_alone(seed, index, objects):
+    scene = sample_moving_scene(seed, index, 1.0, SceneStyle(1.0, True, objects))
+    assert 1 <= len(scene.objects) <= objects
+    for segment in scene.segments:
+        assert (segment.segment.size, segment.segment.texture, segment.speed) == (None, None, None)
+    text = caption_moving_scene(scene, "list", seed, index).text
+    assert not re.search("plain|small|large|slowly|quickly|striped|dotted|checkered", text)
 
 
 def config_of_scenes(tmp_path, **changes):

@@ -13,7 +13,15 @@ from data_prep.dataset.schema import PAIRS, Bucket
 from data_prep.pairs.pairs import read_pairs, run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.scenes.captions import CAPTION_KINDS, adjectives_and_noun, caption_scene, scene_prompts
-from data_prep.scenes.grammar import EXTENTS, MAX_OBJECTS, MIN_GAP, Ground, differences, sample_scene
+from data_prep.scenes.grammar import (
+    EXTENTS,
+    MAX_OBJECTS,
+    MIN_GAP,
+    Ground,
+    SceneStyle,
+    differences,
+    sample_scene,
+)
 from data_prep.scenes.rendering import render_scene
 from data_prep.sources.scenes import SceneKey, ScenesSource
 from data_prep.store.store import open_store
@@ -23,14 +31,28 @@ from model.common.share import Share
 SEEDS = st.integers(0, 2**40)
 INDEXES = st.integers(0, 2**40)
 ASPECTS = st.floats(0.4, 2.5)
+STYLES = st.builds(
+    SceneStyle, st.sampled_from([0.5, 1.0, 1.6]), st.booleans(), st.none() | st.integers(1, MAX_OBJECTS)
+)
+
+
+@given(STYLES)
+def test_a_style_is_read_back_from_its_suffix(style):
+    assert SceneStyle.parse(style.suffix) == style
+    with pytest.raises(ValueError, match="no style"):
+        SceneStyle.parse(style.suffix + "-x")
 
 
 @settings(max_examples=150, deadline=None)
-@given(SEEDS, INDEXES, ASPECTS, st.sampled_from([0.5, 1.0, 1.6]))
-def test_a_scene_is_a_function_of_seed_and_index_and_keeps_its_promises(seed, index, aspect, scale):
-    scene = sample_scene(seed, index, aspect, scale=scale)
-    assert scene == sample_scene(seed, index, aspect, scale=scale)
-    assert 1 <= len(scene.objects) <= MAX_OBJECTS
+@given(SEEDS, INDEXES, ASPECTS, STYLES)
+def test_a_scene_is_a_function_of_seed_and_index_and_keeps_its_promises(seed, index, aspect, style):
+    scene, scale = sample_scene(seed, index, aspect, style=style), style.scale
+    assert scene == sample_scene(seed, index, aspect, style=style)
+    assert 1 <= len(scene.objects) <= (style.objects or MAX_OBJECTS)
+    if style.plain:
+        assert {(item.size, item.texture) for item in scene.objects} == {("large", "plain")}
+        assert all(set(segment.stated) == {"colour", "shape"} for segment in scene.segments)
+        assert scene.ground == Ground("white", "plain")
     assert Counter(item.group for item in scene.objects) == Counter(
         {number: segment.count for number, segment in enumerate(scene.segments)}
     )

@@ -17,8 +17,8 @@ from pipeline.diffusion.solvers import (
     sample_latents,
     set_steps,
 )
-from pipeline.stage.config import AdaptiveConfig
 from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
+from pipeline.stage.sampling import AdaptiveConfig
 from tests.helpers.networks import SMALL, random_inputs, random_network
 
 SHAPE = (SMALL.channels, 4, 6)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data_prep.scenes.grammar import SceneStyle
 from data_prep.scenes.moving import MOTIONS, moving_prompts, render_moving_scene
 from pipeline.following.motion import motion_chance, read_moving_scene, score_clips
 
 
 def drawn(count, seed, frames=9, side=64, scale=1.0):
-    prompts = moving_prompts(count, seed=seed, scale=scale)
+    prompts = moving_prompts(count, seed=seed, style=SceneStyle(scale))
     return prompts, [render_moving_scene(prompt.scene, frames, side, side) for prompt in prompts]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from data_prep.scenes.captions import CAPTION_KINDS, caption_scene, scene_prompts
-from data_prep.scenes.grammar import COLORS, SHAPES, SIZES, TEXTURES, sample_scene
+from data_prep.scenes.grammar import COLORS, SHAPES, SIZES, TEXTURES, SceneStyle, sample_scene
 from data_prep.scenes.rendering import render_scene
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, judge_caption, score_objects
@@ -43,7 +43,7 @@ def test_rendered_scenes_score_full(side, wear, least):
 
 
 def test_large_objects_score_full_in_tiny_images():
-    prompts = scene_prompts(60, "list", segments=[1, 2, 3, 4], scale=1.6)
+    prompts = scene_prompts(60, "list", segments=[1, 2, 3, 4], style=SceneStyle(1.6))
     objects = [read_scene(render_scene(prompt.scene, 32, 32), 1.6) for prompt in prompts]
     scores = score_objects(objects, [prompt.caption for prompt in prompts]).summary()
     assert min(scores[name] for name in ("colour", "shape", "size", "texture")) >= 0.995

@@ -24,8 +24,8 @@ from pipeline.inference.images import read_settings
 from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import choose_sampling_params, load_export
 from pipeline.sample import SampleImage, parse, write_images
-from pipeline.stage.config import AdaptiveConfig, SampleConfig
 from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
+from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
 from tests.helpers.tiny_sampler import WIDTHS, LetterLLM, make_sampler, sampler_with_families, with_head
 
 
