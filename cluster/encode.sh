@@ -10,7 +10,7 @@ usage() {
 usage: sbatch --array=0-63%16 --gpus-per-node=1 [sbatch options] cluster/encode.sh DATASET.yaml [key=value ...]
        cluster/encode.sh [sbatch options] DATASET.yaml [key=value ...]
 
-Each task runs `python -m data_prep latents` and `python -m data_prep text` for its share. The second form adds
+Each task runs `python -m data_prep latents`, `captions` if the dataset has any, and `text` for its share. The second form adds
 ENCODE_OPTIONS of cluster/env.sh, and also submits the snapshot, which runs when all tasks have ended. %16 = at most
 16 tasks at a time.
 
@@ -27,7 +27,7 @@ HELP
 open_script "$@"
 
 if by_hand; then
-  read_dataset cluster/encode.sh "run python -m data_prep latents, then text, then snapshot" "$@"
+  read_dataset cluster/encode.sh "run python -m data_prep latents, captions if it has any, then text, then snapshot" "$@"
   warn_without_limit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}"
   encode=$(submit "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" cluster/encode.sh "${ARGUMENTS[@]}")
   [ -n "$encode" ] || exit 2
@@ -39,4 +39,6 @@ if by_hand; then
 fi
 
 array_step latents "$@"
+# A task captions the parts whose text it encodes next.
+if has_key captions "$1"; then array_step captions "$@"; fi
 array_step text "$@"

@@ -91,6 +91,9 @@ array_step() {
   [ $rc -eq 0 ] || { echo "== $1 ended with code $rc; committed parts are kept, run the task again"; exit $rc; }
 }
 
+# has_key KEY DATASET.yaml: true if the dataset has this key.
+has_key() { grep -q "^$1:" "$2"; }
+
 requeue_task() { scontrol requeue "$SLURM_JOB_ID" && exit 0; }
 
 # -- stages that run one after the other ----------------------------------------------------------------------------------------------

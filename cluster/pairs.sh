@@ -7,14 +7,14 @@
 # Write a dataset's pairs, in an array of tasks.
 usage() {
   cat <<'HELP'
-usage: sbatch --array=0-63%16 [sbatch options] cluster/pairs.sh [--plan] DATASET.yaml [key=value ...]
+usage: sbatch --array=0-63%16 [sbatch options] cluster/pairs.sh [--plan|--annotate] DATASET.yaml [key=value ...]
        cluster/pairs.sh [sbatch options] DATASET.yaml [key=value ...]
 
 Each task runs `python -m data_prep plan` and then `python -m data_prep pairs` for its share; with --plan, only the
-first. A task that finishes its share of the plan before the other tasks queues itself again, to make room for them, and ends with an error that names
+first, with --annotate, `annotate` instead. A task that finishes its share of the plan before the other tasks queues itself again, to make room for them, and ends with an error that names
 those that are no longer queued.
-The second form submits the plan and, after it, the pairs, with SHARD_OPTIONS of cluster/env.sh. %16 = at most 16
-tasks at a time.
+The second form submits the plan and, after it, the pairs, with SHARD_OPTIONS of cluster/env.sh; between them, if the
+dataset has `annotations`, `annotate` with ENCODE_OPTIONS. %16 = at most 16 tasks at a time.
 
 Tasks may be killed and run again at any time: committed parts are kept. The snapshot (cluster/encode.sh) reports what
 is missing.
@@ -29,9 +29,17 @@ if by_hand; then
   read_dataset cluster/pairs.sh "run python -m data_prep plan, then python -m data_prep pairs" "$@"
   plan=$(submit --job-name=plan "${SHARD_OPTIONS[@]}" "${OPTIONS[@]}" cluster/pairs.sh --plan "${ARGUMENTS[@]}")
   [ -n "$plan" ] || exit 2
-  pairs=$(submit --job-name=pairs --dependency="afterok:$plan" --kill-on-invalid-dep=yes "${SHARD_OPTIONS[@]}" "${OPTIONS[@]}" \
+  before=$plan annotate=''
+  if has_key annotations "${ARGUMENTS[0]}"; then
+    annotate=$(submit --job-name=annotate --dependency="afterok:$plan" --kill-on-invalid-dep=yes "${ENCODE_OPTIONS[@]}" "${OPTIONS[@]}" \
+      cluster/pairs.sh --annotate "${ARGUMENTS[@]}")
+    [ -n "$annotate" ] || exit 2
+    before=$annotate
+  fi
+  pairs=$(submit --job-name=pairs --dependency="afterok:$before" --kill-on-invalid-dep=yes "${SHARD_OPTIONS[@]}" "${OPTIONS[@]}" \
     cluster/pairs.sh "${ARGUMENTS[@]}")
   echo "plan $plan"
+  [ -z "$annotate" ] || echo "annotate $annotate"
   echo "pairs $pairs"
   exit 0
 fi
@@ -47,6 +55,7 @@ lost_tasks() {
 }
 tasks_in_all() { echo "${LI_DIT_TASKS:-$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1))}"; }
 
+if [ "$1" = --annotate ]; then shift; array_step annotate "$@"; exit 0; fi
 ONLY_PLAN=''
 if [ "$1" = --plan ]; then ONLY_PLAN=1; shift; fi
 output=$(mktemp)

@@ -1,6 +1,7 @@
-"""What cluster/encode.sh says of arrays; no Slurm is needed."""
+"""What cluster/encode.sh and pairs.sh submit and run; no Slurm is needed."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,18 +11,18 @@ ROOT = Path(__file__).parent.parent.parent
 SBATCH = '#!/bin/bash\n[ "$1" = --test-only ] || echo 17\n'
 
 
-def typed(tmp_path, *words, options="(--array=0-15%8)"):
-    """Type cluster/encode.sh with a make-believe sbatch, and return what it printed."""
-    (tmp_path / "bin").mkdir()
+def typed(tmp_path, *words, options="(--array=0-15%8)", script="encode", keys=""):
+    """Type cluster/encode.sh, or another script, with a make-believe sbatch, and return what it printed."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
     (tmp_path / "bin/sbatch").write_text(SBATCH)
     (tmp_path / "bin/sbatch").chmod(0o755)
     (tmp_path / "env.sh").write_text(f"PYTHON=/bin/true\nENCODE_OPTIONS={options}\n")
-    (tmp_path / "ds.yaml").write_text("name: ds\n")
+    (tmp_path / "ds.yaml").write_text("name: ds\n" + keys)
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     more = {"PATH": path, "LI_DIT_ENV": str(tmp_path / "env.sh")}
     words = [word.replace("DATASET", str(tmp_path / "ds.yaml")) for word in words]
     return subprocess.run(
-        ["cluster/encode.sh", *words],
+        [f"cluster/{script}.sh", *words],
         cwd=ROOT,
         env={**os.environ, **more},
         capture_output=True,
@@ -63,3 +64,28 @@ def test_other_arrays_are_not(tmp_path, options, words):
 
 def test_the_help_says_how_many_tasks(tmp_path):
     assert "four tasks per GPU or more" in typed(tmp_path, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [("", ["latents", "text"]), ("captions: []\n", ["latents", "captions", "text"])],
+)
+def test_a_task_captions_its_parts_before_it_encodes_their_text(tmp_path, keys, steps):
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$3" >> {tmp_path}/steps\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "env.sh").write_text(f"PYTHON={tmp_path}/python\n")
+    (tmp_path / "ds.yaml").write_text("name: ds\n" + keys)
+    more = {"LI_DIT_ENV": str(tmp_path / "env.sh"), "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    environment = {**os.environ, **more}
+    # Slurm runs a copy of the script, which is how the script knows that it is a task.
+    script = shutil.copy(ROOT / "cluster/encode.sh", tmp_path)
+    words = [script, str(tmp_path / "ds.yaml")]
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=60)
+    assert (tmp_path / "steps").read_text().split() == steps
+
+
+def test_annotations_are_made_between_the_plan_and_the_pairs(tmp_path):
+    done = typed(tmp_path, "DATASET", script="pairs")
+    assert done.stdout.split() == ["plan", "17", "pairs", "17"]
+    done = typed(tmp_path, "DATASET", script="pairs", keys="annotations: []\n")
+    assert done.stdout.split() == ["plan", "17", "annotate", "17", "pairs", "17"]
