@@ -7,14 +7,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from data_prep.__main__ import main
-from data_prep.annotators.annotator import ClipAnnotator
+from data_prep.annotators.annotator import ClipAnnotator, LanguageAnnotator
 from data_prep.config import load_dataset
 from data_prep.dataset.parts import read_plan, read_plan_record
 from data_prep.images.images import decode_image
+from data_prep.model_settings import AnnotatorConfig
 from data_prep.plan.annotations import annotation_folder, annotation_key
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.rows import dropped_key
@@ -265,3 +267,19 @@ def test_the_head_is_its_layers_one_after_the_other(tmp_path):
         expected = torch.nn.Sequential(*layers)(vectors)[:, 0]
         head = EmbeddingHead(str(tmp_path / "head.safetensors"), activation, output, CPU)
         assert torch.allclose(head(vectors), expected, atol=1e-6)
+
+
+def test_the_language_of_the_first_caption_is_named():
+    """By the package itself, on sentences that are long enough to be sure of."""
+    annotator = LanguageAnnotator(AnnotatorConfig(name="language", kind="language"))
+    captions = [
+        ["A brown dog runs along the beach in the evening sun.", "Ein Hund"],
+        ["Ein brauner Hund läuft in der Abendsonne am Strand entlang."],
+        ["Un chien brun court le long de la plage au soleil du soir."],
+        ["一只棕色的狗在傍晚的阳光下沿着海滩奔跑。"],
+        [],
+    ]
+    found = annotator.annotate([Image.new("RGB", (1, 1))] * len(captions), captions)
+    assert found == {"language": ["en", "de", "fr", "zh", None]}
+    assert annotator.identity["name"] == "py3langid"
+    assert annotator.identity["revision"]
