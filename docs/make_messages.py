@@ -36,7 +36,10 @@ class Message(NamedTuple):
 
 def messages(path: Path) -> Iterator[Message]:
     """Yield the messages of a file of Python, in its order."""
-    tree = ast.parse(path.read_text())
+    text = path.read_text()
+    if NAME not in text:
+        return
+    tree = ast.parse(text)
     docstrings: dict[ast.AST, str] = {tree: ast.get_docstring(tree) or ""}
 
     # breadth first, so that a parent's text is there before its children ask for it

@@ -54,8 +54,9 @@ def test_no_comprehension_is_inside_another(package):
     nested = []
     for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            inner = [each for each in ast.walk(node) if isinstance(each, COMPREHENSIONS)]
-            if isinstance(node, COMPREHENSIONS) and len(inner) > 1:
+            if not isinstance(node, COMPREHENSIONS):
+                continue
+            if sum(isinstance(each, COMPREHENSIONS) for each in ast.walk(node)) > 1:
                 nested.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not nested
 

@@ -2,9 +2,9 @@
 a file may be."""
 
 import ast
+from functools import cache
 from pathlib import Path
-
-import pytest
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "data_prep", "pipeline")
@@ -114,27 +114,76 @@ FENCES = {
 """Third-party package -> the only files or folders that import it."""
 
 
-def imports(path, types=True):
-    """Dotted modules that a file imports, with or without those that only the type checker sees."""
-    tree = ast.parse(path.read_text())
-    blocks = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    ]
-    hidden = [] if types else [inner for block in blocks for inner in ast.walk(block)]
-    for node in ast.walk(tree):
-        if node in hidden:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (
-                module if (ROOT / module.replace(".", "/")).with_suffix(".py").exists() else node.module
-                for module in modules
-            )
+class Facts(NamedTuple):
+    """What the rules ask of a file, so that it is parsed once."""
+
+    imports: list[str]
+    """Dotted modules."""
+    imports_when_it_runs: list[str]
+    """Without those that only the type checker sees."""
+    lines: int
+    definitions: list[tuple[str, int, int, int]]
+    """Name, line, length and its limit of each class and function."""
+    dangers: list[str]
+    """Swallowed exceptions and unsafe loading, with their lines."""
+
+
+@cache
+def facts(path):
+    text = path.read_text()
+    nodes = list(ast.walk(ast.parse(text)))
+    blocks = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    hidden = {id(inner) for block in blocks for inner in ast.walk(block)}
+    lengths = [node for node in nodes if type(node) in LIMITS]
+    dangers = [f"{name(path)}:{node.lineno} {danger}" for node in nodes for danger in dangers_of(node)]
+    return Facts(
+        [module for node in nodes for module in imported(path, node)],
+        [module for node in nodes if id(node) not in hidden for module in imported(path, node)],
+        text.count("\n"),
+        [(node.name, node.lineno, node.end_lineno - node.lineno + 1, LIMITS[type(node)]) for node in lengths],
+        dangers,
+    )
+
+
+LIMITS = {ast.FunctionDef: 100, ast.AsyncFunctionDef: 100, ast.ClassDef: 300}
+
+
+def imported(path, node):
+    """Dotted modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    assert node.level == 0, f"{path}: relative import"
+    modules = [f"{node.module}.{alias.name}" for alias in node.names]
+    return [module if is_file(module) else node.module for module in modules]
+
+
+@cache
+def is_file(module):
+    return (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
+
+
+def dangers_of(node):
+    """Yield what is wrong with an expression or an exception's handler."""
+    if isinstance(node, ast.ExceptHandler):
+        silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
+        broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+        if silent and broad:
+            yield "swallows every exception"
+    if not isinstance(node, ast.Call):
+        return
+
+    called = ast.unparse(node.func)
+    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if called in ("eval", "exec", "pickle.load", "pickle.loads"):
+        yield f"calls {called}"
+    if options.get("trust_remote_code", "False") != "False":
+        yield "trusts remote code"
+    if options.get("strict") == "False" and called != "zip":
+        yield "loads with strict=False"
+    if called == "torch.load" and options.get("weights_only") != "True":
+        yield "unpickles"
 
 
 def name(path):
@@ -150,16 +199,23 @@ def layer(module):
     return inner if inner in LAYERS else parts[0]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_imports_point_one_way(path):
-    ours = layer(name(path)[:-3].replace("/", "."))
-    for module in imports(path):
-        if module.split(".")[0] in PACKAGES:
-            theirs = layer(module)
-            assert LAYERS.index(theirs) <= LAYERS.index(ours), (
-                f"{name(path)} imports {module}, which is above {ours}"
-            )
-        assert module.split(".")[0] not in ("benchmarks", "tests"), f"{name(path)} imports {module}"
+def all_imports():
+    """Yield each file of the packages with each module that it imports."""
+    for path in SOURCES:
+        for module in facts(path).imports:
+            yield path, module
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path, module in all_imports():
+        package = module.split(".")[0]
+        ours = layer(name(path)[:-3].replace("/", "."))
+        if package in PACKAGES and LAYERS.index(layer(module)) > LAYERS.index(ours):
+            wrong.append(f"{name(path)} imports {module}, which is above {ours}")
+        if package in ("benchmarks", "tests"):
+            wrong.append(f"{name(path)} imports {module}")
+    assert not wrong
 
 
 def test_every_folder_is_a_layer():
@@ -188,26 +244,28 @@ def test_commands_only_at_the_top_of_pipeline():
         )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_fenced_packages_stay_in_their_files(path):
-    for module in imports(path):
-        fence = FENCES.get(module.split(".")[0])
-        assert fence is None or name(path).startswith(fence), f"{name(path)} imports {module}"
+def test_fenced_packages_stay_in_their_files():
+    fences = [(path, module, FENCES.get(module.split(".")[0])) for path, module in all_imports()]
+    assert not [
+        f"{name(path)} imports {module}"
+        for path, module, fence in fences
+        if fence is not None and not name(path).startswith(fence)
+    ]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if name(path).startswith("pipeline/")], ids=name)
-def test_training_takes_only_the_stores_view_of_the_data(path):
-    for module in imports(path):
-        allowed = (
-            not module.startswith("data_prep")
-            or layer(module) in FROM_DATA_PREP
-            or name(path) in PREPARES_DATA
-        )
-        assert allowed, f"{name(path)} imports {module}"
+def test_training_takes_only_the_stores_view_of_the_data():
+    assert not [
+        f"{name(path)} imports {module}"
+        for path, module in all_imports()
+        if name(path).startswith("pipeline/")
+        and name(path) not in PREPARES_DATA
+        and module.startswith("data_prep")
+        and layer(module) not in FROM_DATA_PREP
+    ]
 
 
 def test_no_import_cycles():
-    ours = {name(path)[:-3].replace("/", "."): set(imports(path, types=False)) for path in SOURCES}
+    ours = {name(path)[:-3].replace("/", "."): set(facts(path).imports_when_it_runs) for path in SOURCES}
     done, open_ = set(), []
 
     def visit(module):
@@ -224,34 +282,41 @@ def test_no_import_cycles():
         visit(module)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *BENCHMARKS, *TESTS], ids=name)
-def test_files_classes_and_functions_are_short(path):
-    text = path.read_text()
-    assert text.count("\n") <= 500, f"{name(path)} has {text.count(chr(10))} lines"
-    limits = {ast.FunctionDef: 100, ast.AsyncFunctionDef: 100, ast.ClassDef: 300}
-    for node in ast.walk(ast.parse(text)):
-        if type(node) in limits:
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= limits[type(node)], f"{name(path)}:{node.lineno} {node.name} has {lines} lines"
+def test_files_classes_and_functions_are_short():
+    long = []
+    for path in [*SOURCES, *BENCHMARKS, *TESTS]:
+        found = facts(path)
+        long += [f"{name(path)} has {found.lines} lines"] if found.lines > 500 else []
+        long += [
+            f"{name(path)}:{line} {definition} has {lines} lines"
+            for definition, line, lines, limit in found.definitions
+            if lines > limit
+        ]
+    assert not long
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *BENCHMARKS], ids=name)
-def test_no_swallowed_exceptions_and_no_unsafe_loading(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ExceptHandler):
-            silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
-            broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
-            assert not (silent and broad), f"{name(path)}:{node.lineno} swallows every exception"
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), (
-                f"{name(path)}:{node.lineno} calls {called}"
-            )
-            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert options.get("trust_remote_code", "False") == "False", (
-                f"{name(path)}:{node.lineno} trusts remote code"
-            )
-            lenient = options.get("strict") == "False" and called != "zip"
-            assert not lenient, f"{name(path)}:{node.lineno} loads with strict=False"
-            if called == "torch.load":
-                assert options.get("weights_only") == "True", f"{name(path)}:{node.lineno} unpickles"
+def test_no_swallowed_exceptions_and_no_unsafe_loading():
+    assert not [danger for path in [*SOURCES, *BENCHMARKS] for danger in facts(path).dangers]
+
+
+def test_a_danger_is_found():
+    code = """
+try:
+    torch.load(path)
+except Exception:
+    pass
+model.load_state_dict(weights, strict=False)
+load(name, trust_remote_code=yes)
+pickle.loads(text)
+torch.load(path, weights_only=True), zip(a, b, strict=False)
+"""
+    found = [danger for node in ast.walk(ast.parse(code)) for danger in dangers_of(node)]
+    assert sorted(found) == sorted(
+        [
+            "swallows every exception",
+            "unpickles",
+            "loads with strict=False",
+            "trusts remote code",
+            "calls pickle.loads",
+        ]
+    )

@@ -237,11 +237,14 @@ def test_every_quoted_message_is_in_the_code():
 
 def test_the_page_of_all_messages_has_every_one():
     page = make_messages.page()
+    lines = set(page.splitlines())
     for room in ("model", "data_prep", "pipeline"):
         for path in (ROOT / room).rglob("*.py"):
             calls = len(re.findall(r"(?<![\w`.])UserError\(", path.read_text()))
+            if calls == 0:
+                continue
             found = list(make_messages.messages(path))
-            assert all(make_messages.row(*message) in page for message in found)
+            assert {make_messages.row(*message) for message in found} <= lines
             assert len(found) + len(list(unworded(path))) == calls, path
     assert all(f"`{text.replace('`', '')}`" in page for text in make_messages.script_messages())
     assert len(make_messages.script_messages()) >= 10
