@@ -132,7 +132,9 @@ class Facts(NamedTuple):
 def facts(path):
     text = path.read_text()
     nodes = list(ast.walk(ast.parse(text)))
-    blocks = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    blocks = [
+        node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     hidden = {id(inner) for block in blocks for inner in ast.walk(block)}
     lengths = [node for node in nodes if type(node) in LIMITS]
     dangers = [f"{name(path)}:{node.lineno} {danger}" for node in nodes for danger in dangers_of(node)]
