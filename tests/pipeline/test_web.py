@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -32,11 +33,11 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, tm
     assert ".[web]" in capsys.readouterr().err
 
 
-@pytest.fixture
-def address(tmp_path):
+@contextmanager
+def serve(folder):
     pytest.importorskip("gradio")
     page, address = web.serve(
-        InteractiveSampler({"tiny": make_sampler()}, tmp_path / "web", Limits(side=64, steps=10, images=4)),
+        InteractiveSampler({"tiny": make_sampler()}, folder, Limits(side=64, steps=10, images=4)),
         "127.0.0.1",
         None,
         prevent_thread_lock=True,
@@ -46,21 +47,41 @@ def address(tmp_path):
     page.close()
 
 
-@pytest.fixture
-def view(address):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folder of the images of the page that the tests share."""
+    return tmp_path_factory.mktemp("web") / "web"
+
+
+@pytest.fixture(scope="module")
+def address(images):
+    with serve(images) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(address):
+    """One window for all tests, which so loads the scripts of the page once."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        view = browser.new_page(viewport={"width": 1500, "height": 1100})
-        # tests share few processors
-        view.set_default_timeout(180_000)
-        view.hosts = set()
-        view.on("request", lambda request: view.hosts.add(urlparse(request.url).hostname))
-        view.goto(address)
-        yield view
+        yield browser.new_context(viewport={"width": 1500, "height": 1100})
         browser.close()
+
+
+@pytest.fixture
+def view(browser, address):
+    """The page in a tab of its own, so without what other tests have generated."""
+    view = browser.new_page()
+    # tests share few processors
+    view.set_default_timeout(180_000)
+    view.hosts = set()
+    view.on("request", lambda request: view.hosts.add(urlparse(request.url).hostname))
+    view.goto(address)
+    yield view
+    view.close()
 
 
 FIELDS = {
@@ -107,7 +128,8 @@ def wait_for_pictures(view, gallery, count):
     )
 
 
-def test_a_person_draws_and_compares(view, tmp_path):
+def test_a_person_draws_and_compares(view, images, tmp_path):
+    before = set(images.glob("*.png"))
     click_draw(view, prompt="a red cat", seed="7")
     wait_for_pictures(view, "pictures", 1)
     picture = view.locator("#pictures img").first
@@ -127,7 +149,7 @@ def test_a_person_draws_and_compares(view, tmp_path):
     assert view.locator("#prompt textarea").input_value() == "a red cat"
     assert view.locator("#seed input").input_value() == "7"
     assert view.locator("#attention input[type=number]").input_value() == "2"
-    assert len(list((tmp_path / "web").glob("*.png"))) == 3
+    assert len(set(images.glob("*.png")) - before) == 3
     view.screenshot(path=str(tmp_path / "page.png"), full_page=True)
     assert view.hosts == {"127.0.0.1"}
 
@@ -150,7 +172,7 @@ def test_markup_in_a_prompt_is_shown_as_text(view):
     assert view.locator("img[src='x']").count() == 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(address):
     return importlib.import_module("gradio_client").Client(address, verbose=False)
 
@@ -232,7 +254,14 @@ def test_no_route_goes_past_the_queue(address):
             assert answer.status_code == 404, (route, name)
 
 
-def test_the_queue_is_bounded(address, monkeypatch):
+@pytest.fixture
+def own_address(tmp_path):
+    with serve(tmp_path / "web") as address:
+        yield address
+
+
+def test_the_queue_is_bounded(own_address, monkeypatch):
+    address = own_address
     started, go_on = threading.Event(), threading.Event()
 
     def wait(studio, request):
@@ -257,10 +286,11 @@ def test_the_queue_is_bounded(address, monkeypatch):
     assert codes == [200] * (web.MAX_QUEUE + 1) + [503] * 3
 
 
-def test_no_file_of_the_folder_is_served_by_its_name(address, client, tmp_path):
+def test_no_file_of_the_folder_is_served_by_its_name(address, client, images):
+    before = set(images.iterdir()) if images.exists() else set()
     (file,) = client.predict("tea", api_name="/generate")
-    (tmp_path / "web" / ".hidden").write_text("secret")
-    stored = [path for path in (tmp_path / "web").iterdir() if path.is_file()]
+    (images / ".hidden").write_text("secret")
+    stored = [path for path in set(images.iterdir()) - before if path.is_file()]
     assert len(stored) == 2
     for path in stored:
         assert httpx.get(f"{address}gradio_api/file={path}").status_code == 403
