@@ -9,7 +9,8 @@ Near duplicates are found by blocks: two hashes within d bits agree on at least 
 choice of m blocks is one pass in which only rows with equal keys are compared; m grows with the number of
 rows so that keys stay selective. The rows of a pass are stored in temporary files, which are split by key
 into groups of at most `GROUP_ROWS` rows; one group is in memory at a time (0.5 GB). Where many images are
-alike, keys with many rows are cut again (`_Runs`).
+alike, keys with many rows are cut again (`_Runs`), and pairs that an earlier pass compares are left out where
+that is known without comparing them (`near_in_group`).
 
 XXH3's 64 bits give an expected 0.03 false duplicates among 1 billion rows.
 """
@@ -19,7 +20,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import imagehash
 import numpy as np
@@ -148,7 +149,7 @@ def near_in_pass(
     """
     mask = bit_mask(blocks)
     for group in _groups(spool, lambda rows: mixed(rows["hash"] & mask), group_rows):
-        yield near_in_group(group, mask, distance)[0]
+        yield near_in_group(group, blocks, distance)[0]
 
 
 def block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]]:
@@ -159,9 +160,12 @@ def block_choices(rows: int, distance: int) -> list[tuple[tuple[int, int], ...]]
     # With as many key values as rows, few unrelated rows share a key. Bits beyond 32 would only add passes.
     key_bits = min(32.0, math.log2(max(2, rows)))
     matching = next(m for m in range(1, 65) if 64 * m / (distance + m) >= key_bits)
-    count = distance + matching
-    edges = [round(64 * number / count) for number in range(count + 1)]
-    return list(itertools.combinations(itertools.pairwise(edges), matching))
+    return list(itertools.combinations(_all_blocks(distance + matching), matching))
+
+
+def _all_blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Return `count` blocks of all 64 bits, as (start, end)."""
+    return itertools.pairwise(round(64 * number / count) for number in range(count + 1))
 
 
 def bit_mask(blocks: Sequence[tuple[int, int]]) -> np.uint64:
@@ -169,20 +173,65 @@ def bit_mask(blocks: Sequence[tuple[int, int]]) -> np.uint64:
     return np.uint64(sum(((1 << (end - start)) - 1) << start for start, end in blocks))
 
 
-def near_in_group(rows: np.ndarray, mask: np.uint64, distance: int) -> tuple[np.ndarray, int]:
-    """Find rows near a row with a smaller id, among those that agree with it on the bits of `mask`.
+def near_in_group(
+    rows: np.ndarray, blocks: Sequence[tuple[int, int]], distance: int
+) -> tuple[np.ndarray, int]:
+    """Find rows near a row with a smaller id, among those that agree with it on `blocks`.
+
+    A pair that agrees on more blocks than a choice has is in several passes, and may be left out of all but
+    the first one of `block_choices`: there the blocks that are left out before the last one of the choice
+    differ, each in at least one bit.
 
     Args:
         rows: `ROW` [N].
-        mask: bits of the keys.
+        blocks: one of `block_choices`.
         distance: maximum Hamming distance.
 
     Returns:
         The ids of the rows found, int64 [M], and the number of comparisons.
     """
-    runs = _Runs(rows[np.argsort(rows["id"], kind="stable")], distance)
-    runs.find(np.arange(len(rows)), np.zeros(len(rows), np.int64), mask, ~mask)
+    rows = rows[np.argsort(rows["id"], kind="stable")]
+    mask = bit_mask(blocks)
+    runs = _Runs(rows)
+    places = runs.different(_with_equal_keys(rows["hash"] & mask))
+
+    # The distance of two hashes is even if and only if both have an odd number of ones, or both an even one.
+    # A pHash has 32 ones unless coefficients are equal, so two of them are never three bits apart.
+    odd = np.bitwise_count(rows["hash"][places]).astype(np.int64) & 1
+    same = distance - distance % 2
+    other = distance - (distance + 1) % 2
+    differing = _blocks_left_out(blocks, distance)
+    if differing <= same:
+        runs.find(places, odd, mask, ~mask, same)
+    if differing <= other:
+        runs.find(places, np.zeros(len(places), np.int64), mask, ~mask, other, odd)
     return runs.rows["id"][runs.duplicate], runs.comparisons
+
+
+def _with_equal_keys(keys: np.ndarray) -> np.ndarray:
+    """Return the places, int64 [M], of all keys that occur more than once."""
+    order = np.argsort(keys)
+    equal = keys[order[1:]] == keys[order[:-1]]
+    return order[np.append(equal, False) | np.append(False, equal)] if len(keys) else order
+
+
+def _blocks_left_out(blocks: Sequence[tuple[int, int]], distance: int) -> int:
+    """Return the number of blocks before the last of a choice that are not in it."""
+    ends = [end for _, end in _all_blocks(distance + len(blocks))]
+    return ends.index(blocks[-1][1]) + 1 - len(blocks)
+
+
+class _Pairs(NamedTuple):
+    """Pairs to compare: each row with some neighboring rows of the same order."""
+
+    places: np.ndarray
+    """Rows, int64 [n]."""
+    runs: np.ndarray
+    """Run of each row, ascending, int64 [n]; only rows of one run are compared."""
+    ends: np.ndarray
+    """Position behind the last row to compare each row with, int64 [n]."""
+    counts: np.ndarray
+    """Number of rows to compare each row with, int64 [n]."""
 
 
 class _Runs:
@@ -194,14 +243,29 @@ class _Runs:
     that at least halves the pairs to compare, so cutting never costs more than comparing all.
     """
 
-    def __init__(self, rows: np.ndarray, distance: int) -> None:
+    def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
         """`ROW` [N], sorted by id."""
         self.duplicate = np.zeros(len(rows), bool)
         self.comparisons = 0
-        self._distance = distance
 
-    def find(self, places: np.ndarray, runs: np.ndarray, key: np.uint64, free: np.uint64) -> None:
+    def different(self, places: np.ndarray) -> np.ndarray:
+        """Return the first row of each hash among some rows; mark the others, which need no comparison."""
+        order = places[np.lexsort((places, self.rows["hash"][places]))]
+        hashes = self.rows["hash"][order]
+        is_copy = np.append(np.zeros(min(1, len(order)), bool), hashes[1:] == hashes[:-1])
+        self.duplicate[order[is_copy]] = True
+        return order[~is_copy]
+
+    def find(
+        self,
+        places: np.ndarray,
+        runs: np.ndarray,
+        key: np.uint64,
+        free: np.uint64,
+        distance: int,
+        sides: np.ndarray | None = None,
+    ) -> None:
         """Mark the duplicates among some rows.
 
         Args:
@@ -209,80 +273,110 @@ class _Runs:
             runs: run of each row, int64 [n]; only rows of one run are compared.
             key: bits by which the runs are cut first.
             free: bits on which the rows of a run may still differ after that.
+            distance: maximum Hamming distance.
+            sides: 0 or 1 for each row, int64 [n], if only rows of different sides are compared.
         """
-        order, runs, before = self._sort(places, runs, key)
-        places = places[order]
-        self._compare(places, np.minimum(before, RUN_ROWS))
+        order, pairs = self._pairs(places, runs, key, sides)
+        self._compare(pairs._replace(counts=np.minimum(pairs.counts, RUN_ROWS)), distance, sides is None)
 
-        left = ~self.duplicate[places] & (before > RUN_ROWS)
-        is_long = np.bincount(runs[left], minlength=int(runs.max(initial=0)) + 1)[runs] > 0
+        left = pairs.counts > RUN_ROWS
+        if sides is None:
+            left &= ~self.duplicate[pairs.places]
+        is_long = np.bincount(pairs.runs[left], minlength=int(pairs.runs.max(initial=0)) + 1)[pairs.runs] > 0
         if is_long.any():
-            self._cut(places[is_long], runs[is_long], free)
+            sides = None if sides is None else sides[order][is_long]
+            self._cut(pairs.places[is_long], pairs.runs[is_long], free, distance, sides)
 
-    def _sort(
-        self, places: np.ndarray, runs: np.ndarray, key: np.uint64
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _pairs(
+        self, places: np.ndarray, runs: np.ndarray, key: np.uint64, sides: np.ndarray | None
+    ) -> tuple[np.ndarray, _Pairs]:
         """Cut runs by a key.
 
         Returns:
-            The order of the rows by new run and id; and in this order the number of the new run and of the
-            rows of it that come before, all int64 [n].
+            The order of the rows by new run, side and id, int64 [n]; and in this order the pairs to compare:
+            each row with all before it, or with all of the smaller side.
         """
         keys = self.rows["hash"][places] & key
-        order = np.lexsort((places, keys, runs))
+        order = np.lexsort((places, keys, runs) if sides is None else (places, sides, keys, runs))
         runs, keys = runs[order], keys[order]
         is_new = np.ones(len(places), bool)
         is_new[1:] = (runs[1:] != runs[:-1]) | (keys[1:] != keys[:-1])
         starts = np.flatnonzero(is_new)
         number = np.cumsum(is_new) - 1
-        return order, number, np.arange(len(places)) - starts[number]
+        positions = np.arange(len(places))
+        if sides is None:
+            return order, _Pairs(places[order], number, positions, positions - starts[number])
 
-    def _compare(self, places: np.ndarray, before: np.ndarray) -> None:
-        """Compare rows with those before them.
+        sides = sides[order]
+        ones = np.bincount(number, sides, len(starts)).astype(np.int64)
+        rows = np.diff(np.append(starts, len(places)))
+        smaller = (2 * ones < rows).astype(np.int64)
+        ends = (starts + np.where(smaller == 1, rows, rows - ones))[number]
+        counts = np.where(sides == smaller[number], 0, np.minimum(ones, rows - ones)[number])
+        return order, _Pairs(places[order], number, ends, counts)
 
-        A row is compared with the row `lag` places before it, for growing lags; each lag looks only at rows
-        whose run reaches that far back.
+    def _compare(self, pairs: _Pairs, distance: int, is_later: bool) -> None:
+        """Compare pairs, and mark the later row of those that are near.
+
+        A row is compared with the row at `lag` before the end of its pairs, for growing lags; each
+        lag looks only at rows that have so many.
 
         Args:
-            places: rows, int64 [n], sorted by run and then id.
-            before: number of rows before each to compare it with, int64 [n].
+            pairs: the pairs.
+            distance: maximum Hamming distance.
+            is_later: each row is the later one of all its pairs.
         """
+        places = pairs.places
         hashes = self.rows["hash"][places]
-        candidates = np.flatnonzero((before > 0) & ~self.duplicate[places])
+        rows = np.flatnonzero(pairs.counts > 0)
         lag = 1
-        while len(candidates):
+        while len(rows):
             # In chunks, because every comparison copies the hashes of both rows.
-            for start in range(0, len(candidates), PAIR_ROWS):
-                chunk = candidates[start : start + PAIR_ROWS]
-                difference = hashes[chunk] ^ hashes[chunk - lag]
-                self.duplicate[places[chunk[np.bitwise_count(difference) <= self._distance]]] = True
-            self.comparisons += len(candidates)
+            for start in range(0, len(rows), PAIR_ROWS):
+                chunk = rows[start : start + PAIR_ROWS]
+                others = pairs.ends[chunk] - lag
+                later = np.maximum(places[chunk], places[others])
+                # A row that is known to be a duplicate needs no further comparison.
+                left = ~self.duplicate[later]
+                difference = hashes[chunk[left]] ^ hashes[others[left]]
+                self.duplicate[later[left][np.bitwise_count(difference) <= distance]] = True
+                self.comparisons += int(left.sum())
             lag += 1
-            # A row that is known to be a duplicate needs no further comparison.
-            candidates = candidates[(before[candidates] >= lag) & ~self.duplicate[places[candidates]]]
+            rows = rows[pairs.counts[rows] >= lag]
+            if is_later:
+                rows = rows[~self.duplicate[places[rows]]]
 
-    def _cut(self, places: np.ndarray, runs: np.ndarray, free: np.uint64) -> None:
+    def _cut(
+        self,
+        places: np.ndarray,
+        runs: np.ndarray,
+        free: np.uint64,
+        distance: int,
+        sides: np.ndarray | None,
+    ) -> None:
         """Mark the duplicates among the rows of long runs."""
-        # Of equal hashes only the first row can be near a row that the others are not near.
-        order, _, copies = self._sort(places, runs, ~np.uint64(0))
-        self.duplicate[places[order[copies > 0]]] = True
-        places, runs = places[order[copies == 0]], runs[order[copies == 0]]
-
-        order, runs, before = self._sort(places, runs, np.uint64(0))
-        places = places[order]
+        order, pairs = self._pairs(places, runs, np.uint64(0), sides)
+        places, runs = pairs.places, pairs.runs
+        sides = None if sides is None else sides[order]
         bits = [bit for bit in range(64) if int(free) >> bit & 1]
-        choices = _choose_bits(bits, self._distance, int(before.max()) + 1)
-        pairs = np.zeros((1 + len(choices), int(runs[-1]) + 1))
-        pairs[0] = np.bincount(runs, before * ~self.duplicate[places])
+        choices = _choose_bits(bits, distance, int(pairs.counts.max()) + 1)
+        counts = np.zeros((1 + len(choices), int(runs[-1]) + 1))
+        counts[0] = np.bincount(runs, self._open(pairs, sides))
         for number, blocks in enumerate(choices, 1):
-            order, _, less = self._sort(places, runs, blocks)
-            pairs[number] = np.bincount(runs[order], less * ~self.duplicate[places[order]])
+            order, less = self._pairs(places, runs, blocks, sides)
+            counts[number] = np.bincount(runs[order], self._open(less, sides))
 
-        is_cut = ((2 * pairs[1:].sum(0) <= pairs[0]) & bool(choices))[runs]
-        self._compare(places[~is_cut], before[~is_cut])
+        is_cut = ((2 * counts[1:].sum(0) <= counts[0]) & bool(choices))[runs]
+        self._compare(pairs._replace(counts=np.where(is_cut, 0, pairs.counts)), distance, sides is None)
         if is_cut.any():
+            sides = None if sides is None else sides[is_cut]
             for blocks in choices:
-                self.find(places[is_cut], runs[is_cut], blocks, free & ~blocks)
+                self.find(places[is_cut], runs[is_cut], blocks, free & ~blocks, distance, sides)
+
+    def _open(self, pairs: _Pairs, sides: np.ndarray | None) -> np.ndarray:
+        """Return the number of rows to compare each row with, int64 [n]: none where it is known to be a
+        duplicate and the later row of its pairs."""
+        return pairs.counts if sides is not None else pairs.counts * ~self.duplicate[pairs.places]
 
 
 def _choose_bits(bits: Sequence[int], distance: int, longest: int) -> list[np.uint64]:

@@ -3,11 +3,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prepare_scale import alike_hashes
 from data_prep.plan import dedupe
 from data_prep.plan.dedupe import (
     ROW,
     Spool,
-    bit_mask,
     block_choices,
     first_of_each_hash,
     near_duplicates,
@@ -91,8 +91,46 @@ def test_comparisons_stay_linear_where_many_images_are_alike():
         rows["hash"] = (few & shared) | (noise & ~shared)
         rows["id"] = np.arange(rows_in_all)
         # The keys are those of a billion rows, of which these are the ones that are alike.
-        masks = [bit_mask(blocks) for blocks in block_choices(10**9, 3)]
-        counts = [near_in_group(rows, mask, 3)[1] for mask in masks]
+        counts = [near_in_group(rows, blocks, 3)[1] for blocks in block_choices(10**9, 3)]
         per_row[rows_in_all] = sum(counts) / rows_in_all
     assert per_row[24000] <= 5
     assert per_row[96000] <= 5
+
+
+@pytest.mark.parametrize("flips", [0.0, 0.02])
+def test_products_on_white_take_few_comparisons_and_none_is_missed(flips):
+    """pHashes have 32 ones, so most pairs are an even distance apart; a flipped bit makes others."""
+    rng = np.random.default_rng(1)
+    rows = np.empty(3000, ROW)
+    rows["hash"], rows["id"] = alike_hashes(len(rows), 1), rng.permutation(len(rows))
+    flipped = np.uint64(1) << rng.integers(0, 64, len(rows), np.uint64)
+    rows["hash"] ^= np.where(rng.random(len(rows)) < flips, flipped, np.uint64(0))
+
+    found, count = set(), 0
+    for blocks in block_choices(10**9, 3):
+        ids, comparisons = near_in_group(rows, blocks, 3)
+        found.update(ids.tolist())
+        count += comparisons
+    assert count <= 2 * len(rows)  # in 20 passes
+
+    hashes = rows["hash"][np.argsort(rows["id"])]
+    expected = []
+    for start in range(0, len(hashes), 1000):
+        distances = np.bitwise_count(hashes[start : start + 1000, None] ^ hashes[: start + 1000])
+        is_near = np.tril(distances <= 3, start - 1).any(axis=1)
+        expected += (start + np.flatnonzero(is_near)).tolist()
+    assert found == set(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 6), st.sampled_from([2, 10**5, 10**9]))
+def test_a_pair_is_found_in_the_first_pass_whose_blocks_agree(data, distance, rows_in_all):
+    choices = block_choices(rows_in_all, min(distance, 4))
+    bits = data.draw(st.sets(st.integers(0, 63), max_size=distance))
+    rows = np.empty(2, ROW)
+    rows["hash"], rows["id"] = [5, 5 ^ sum(1 << bit for bit in bits)], [7, 3]
+    for blocks in choices:
+        if not any(start <= bit < end for bit in bits for start, end in blocks):
+            break
+    expected = [7] if len(bits) <= min(distance, 4) else []
+    assert near_in_group(rows, blocks, min(distance, 4))[0].tolist() == expected
