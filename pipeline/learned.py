@@ -20,8 +20,7 @@ from pipeline.data.loader import TrainingData
 from pipeline.diffusion.objective import make_objective
 from pipeline.engine.network import build_network, network_sizes
 from pipeline.reporting.extra import Learned
-from pipeline.stage.config import load_run
-from pipeline.stage.corpus import resolve
+from pipeline.stage.corpus import resolve_run
 from pipeline.training.inputs import NetworkInputs
 from pipeline.training.validation import FIXED_TIMESTEPS, losses_at_fixed_timesteps
 
@@ -39,8 +38,7 @@ def measure(run: Path, pairs: int = PAIRS) -> Learned:
         UserError: if the folder is not a run's, or has no good checkpoint.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stage, corpus = resolve(load_run(run))
-    stage.runs, stage.name = str(run.absolute().parent), run.absolute().name  # the folder may have been moved
+    stage, corpus = resolve_run(run)
     # a dropped caption would be the null caption in all three measurements
     stage.data.caption_drop = 0.0
     dtype = DTYPES[stage.engine.precision]

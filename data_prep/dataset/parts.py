@@ -25,6 +25,7 @@ from data_prep.store.entry import Entry
 from data_prep.store.store import Store, StoredFile, StoreError, hash_file
 from model.common.errors import UserError
 from model.common.records import canonical_json, parse_record
+from model.common.share import Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,12 @@ def committed_parts(dataset: Store, kind: str) -> set[Part]:
         StoreError: if a file among the commits is not one.
     """
     return set(_list_commits(dataset, kind))
+
+
+def commits_of_share(dataset: Store, kind: str, share: Share) -> list[Commit]:
+    """Return the commits of a kind in a task's share, including those that another task made."""
+    done = committed_parts(dataset, kind)
+    return [read_commit(dataset, kind, part) for part in share.owns(read_plan(dataset).parts) if part in done]
 
 
 def _list_commits(dataset: Store, kind: str) -> dict[Part, Entry]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data_prep.dataset.parts import committed, committed_parts, read_commit, read_plan
+from data_prep.dataset.parts import commits_of_share, committed
 from data_prep.dataset.schema import CAPTIONS, Commit
 from data_prep.dataset.snapshot_reader import family_names, read_families
 from data_prep.store.store import Store
@@ -88,9 +88,7 @@ def print_captions_report(dataset: Store, name: str, share: Share) -> None:
     """Print the report of the parts in a task's share, including those that another task captioned."""
     if name not in family_names(dataset):
         return
-    done = committed_parts(dataset, name)
-    parts = [part for part in share.owns(read_plan(dataset).parts) if part in done]
-    print(summarize_captions(name, [read_commit(dataset, name, part) for part in parts]))
+    print(summarize_captions(name, commits_of_share(dataset, name, share)))
 
 
 def captions_reports(dataset: Store) -> list[CaptionsReport]:

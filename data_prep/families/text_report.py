@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data_prep.dataset.parts import committed, committed_parts, read_commit, read_plan
+from data_prep.dataset.parts import commits_of_share, committed
 from data_prep.dataset.schema import Commit
 from data_prep.dataset.snapshot_reader import read_families
 from data_prep.store.store import Store
@@ -120,9 +120,7 @@ def summarize(name: str, commits: Iterable[Commit]) -> TextReport:
 
 def print_text_report(dataset: Store, name: str, share: Share) -> None:
     """Print the report of the parts in a task's share, including those that another task encoded."""
-    done = committed_parts(dataset, name)
-    parts = [part for part in share.owns(read_plan(dataset).parts) if part in done]
-    print(summarize(name, [read_commit(dataset, name, part) for part in parts]))
+    print(summarize(name, commits_of_share(dataset, name, share)))
 
 
 def text_reports(dataset: Store) -> list[TextReport]:

@@ -1,15 +1,12 @@
 """Moving scenes as a source of clips: their content is known exactly, and follows from the key of a pair."""
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from data_prep.clips.media import encode_clip
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
-from data_prep.scenes.grammar import ANY_STYLE, SceneStyle
 from data_prep.scenes.moving import (
     MOVING_CAPTION_KINDS,
     MovingCaption,
@@ -19,41 +16,18 @@ from data_prep.scenes.moving import (
     sample_moving_scene,
 )
 from data_prep.sources.sample import Place, Sample
-from data_prep.sources.scenes import ScenesSource
+from data_prep.sources.scenes import Key, ScenesSource
 
 
-@dataclass(frozen=True)
-class MovingSceneKey:
-    """Name of one moving scene of one set at one size and length, `moving-7-123-64x64x17`.
+class MovingSceneKey(Key):
+    """Name of a moving scene, with its size and length, such as `moving-7-123-64x64x17`."""
 
-    A style other than the default one is at the end, as in `moving-7-123-32x32x17-1.6`.
-    """
-
-    seed: int
-    index: int
-    bucket: Bucket
-    style: SceneStyle = ANY_STYLE
-
-    def __str__(self) -> str:
-        return f"moving-{self.seed}-{self.index}-{self.bucket.name}{self.style.suffix}"
-
-    @classmethod
-    def parse(cls, key: str) -> "MovingSceneKey":
-        """Read back a key, as stored in the column `key` of the pairs.
-
-        Raises:
-            ValueError: if it is not the key of a moving scene.
-        """
-        match = re.fullmatch(r"moving-(\d+)-(\d+)-(\d+x\d+x\d+)(-.+)?", key)
-        if match is None:
-            raise ValueError(f"not the key of a moving scene: {key!r}")
-        return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), SceneStyle.parse(match[4] or ""))
+    kind, what, size = "moving", "a moving scene", r"\d+x\d+x\d+"
 
     @property
     def scene(self) -> MovingScene:
         """The scene itself."""
-        aspect = self.bucket.width / self.bucket.height
-        return sample_moving_scene(self.seed, self.index, aspect, self.style)
+        return sample_moving_scene(self.seed, self.index, self.aspect, self.style)
 
     @property
     def captions(self) -> list[MovingCaption]:

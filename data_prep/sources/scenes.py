@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -16,11 +17,16 @@ from model.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class SceneKey:
-    """Name of one scene of one set at one size, `scene-7-123-64x64`; the scene is a function of it.
+class Key:
+    """Name of one scene of one set at one size; the scene is a function of it.
 
     A style other than the default one is at the end, as in `scene-7-123-32x32-1.6`.
     """
+
+    kind: ClassVar[str]
+    what: ClassVar[str]
+    size: ClassVar[str]
+    """Pattern of the bucket's name."""
 
     seed: int
     index: int
@@ -28,25 +34,35 @@ class SceneKey:
     style: SceneStyle = ANY_STYLE
 
     def __str__(self) -> str:
-        return f"scene-{self.seed}-{self.index}-{self.bucket.name}{self.style.suffix}"
+        return f"{self.kind}-{self.seed}-{self.index}-{self.bucket.name}{self.style.suffix}"
 
     @classmethod
-    def parse(cls, key: str) -> "SceneKey":
+    def parse(cls, key: str) -> Self:
         """Read back a key, as stored in the column `key` of the pairs.
 
         Raises:
-            ValueError: if it is not the key of a scene.
+            ValueError: if it is not the key of such a scene.
         """
-        match = re.fullmatch(r"scene-(\d+)-(\d+)-(\d+x\d+)(-.+)?", key)
+        match = re.fullmatch(rf"{cls.kind}-(\d+)-(\d+)-({cls.size})(-.+)?", key)
         if match is None:
-            raise ValueError(f"not the key of a scene: {key!r}")
+            raise ValueError(f"not the key of {cls.what}: {key!r}")
         return cls(int(match[1]), int(match[2]), Bucket.parse(match[3]), SceneStyle.parse(match[4] or ""))
+
+    @property
+    def aspect(self) -> float:
+        """Width / height."""
+        return self.bucket.width / self.bucket.height
+
+
+class SceneKey(Key):
+    """Name of a scene, such as `scene-7-123-64x64`."""
+
+    kind, what, size = "scene", "a scene", r"\d+x\d+"
 
     @property
     def scene(self) -> Scene:
         """The scene itself."""
-        aspect = self.bucket.width / self.bucket.height
-        return sample_scene(self.seed, self.index, aspect, style=self.style)
+        return sample_scene(self.seed, self.index, self.aspect, style=self.style)
 
     @property
     def captions(self) -> list[SceneCaption]:

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.scenes.grammar import Shape
 from data_prep.scenes.moving import DIRECTIONS, RATIOS, SHIFTS, Motion, MovingCaption, Speed
 from pipeline.following.reading import Blob, DetectedObject, read_blobs, read_scene
-from pipeline.following.scoring import Claim, SceneScores, assign_objects
+from pipeline.following.scoring import Claim, SceneScores, assign_objects, score_all, score_others
 
 T = TypeVar("T")
 MIN_PRESENT = 0.5
@@ -116,10 +116,7 @@ def score_clips(
     Raises:
         ValueError: if the numbers of clips and captions differ.
     """
-    claims: list[Claim] = []
-    for clip, (objects, caption) in enumerate(zip(detected, captions, strict=True)):
-        claims += judge_clip(clip, objects, caption)
-    return SceneScores(tuple(claims))
+    return score_all(judge_clip, detected, captions)
 
 
 def judge_clip(clip: int, objects: Sequence[DetectedMotion], caption: MovingCaption) -> list[Claim]:
@@ -160,10 +157,4 @@ def motion_chance(
         captions: their captions.
         shifts: each caption is compared with the clips of this many captions that follow it.
     """
-
-    others: list[Sequence[DetectedMotion]] = []
-    repeated: list[MovingCaption] = []
-    for shift in range(1, min(shifts + 1, len(detected))):
-        others += [*detected[shift:], *detected[:shift]]
-        repeated += captions
-    return score_clips(others, repeated).summary()
+    return score_others(judge_clip, detected, captions, shifts)

@@ -11,6 +11,7 @@ assigned to it. Each claim of the caption is then judged:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -93,6 +94,12 @@ class SceneScores:
         return {**shares, "caption": float(np.mean([share == 1.0 for share, _ in by_image]))}
 
 
+D = TypeVar("D")
+C = TypeVar("C")
+Judge = Callable[[int, Sequence[D], C], list[Claim]]
+"""Function of a number for the claims, what was detected, and the caption."""
+
+
 def score_objects(
     detected: Sequence[Sequence[DetectedObject]], captions: Sequence[SceneCaption]
 ) -> SceneScores:
@@ -101,9 +108,14 @@ def score_objects(
     Raises:
         ValueError: if the numbers of images and captions differ.
     """
+    return score_all(judge_caption, detected, captions)
+
+
+def score_all(judge: Judge[D, C], detected: Sequence[Sequence[D]], captions: Sequence[C]) -> SceneScores:
+    """Judge each caption against what was detected for it."""
     claims: list[Claim] = []
-    for image, (objects, caption) in enumerate(zip(detected, captions, strict=True)):
-        claims += judge_caption(image, objects, caption)
+    for number, (objects, caption) in enumerate(zip(detected, captions, strict=True)):
+        claims += judge(number, objects, caption)
     return SceneScores(tuple(claims))
 
 
@@ -195,13 +207,20 @@ def chance_level(
         captions: their captions.
         shifts: each caption is compared with the images of this many captions that follow it.
     """
-    # Shift the images against the captions, so that no image meets its own caption.
-    other_objects: list[Sequence[DetectedObject]] = []
-    repeated_captions: list[SceneCaption] = []
+    return score_others(judge_caption, detected, captions, shifts)
+
+
+def score_others(
+    judge: Judge[D, C], detected: Sequence[Sequence[D]], captions: Sequence[C], shifts: int
+) -> dict[str, float]:
+    """Return the summary of each caption against what was detected for `shifts` captions that follow it."""
+    # Shift what was detected against the captions, so that nothing meets its own caption.
+    others: list[Sequence[D]] = []
+    repeated: list[C] = []
     for shift in range(1, min(shifts + 1, len(detected))):
-        other_objects += [*detected[shift:], *detected[:shift]]
-        repeated_captions += captions
-    return score_objects(other_objects, repeated_captions).summary()
+        others += [*detected[shift:], *detected[:shift]]
+        repeated += captions
+    return score_all(judge, others, repeated).summary()
 
 
 def prompt_following(summary: dict[str, float]) -> float:

@@ -47,8 +47,8 @@ from pipeline.inference.clips import read_first_frame
 from pipeline.inference.elastic import ChosenParts, Parts, choose_parts, largest_patch, sizes_for_solver
 from pipeline.inference.users import UserFinder
 from pipeline.runtime.distributed import all_reduce_min
-from pipeline.stage.config import EngineConfig, StageConfig, load_run
-from pipeline.stage.corpus import latents_family, resolve
+from pipeline.stage.config import EngineConfig, StageConfig
+from pipeline.stage.corpus import latents_family, resolve_run
 from pipeline.stage.objective import ObjectiveConfig
 from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
 from pipeline.text.families import open_texts, text_families
@@ -172,11 +172,7 @@ class Sampler:
             UserError: if there is no run or no checkpoint, or something that it was made with is missing or
             has changed.
         """
-        stage, corpus = resolve(load_run(run))
-        stage.runs, stage.name = (
-            str(run.absolute().parent),
-            run.absolute().name,
-        )  # the folder may have been moved
+        stage, corpus = resolve_run(run)
 
         # The weights are a lazy mapping: they are read one by one while the network is filled.
         build, loaded = partial(build_network, stage, corpus), load_weights(run, weights)

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data_prep.dataset.schema import Family, Snapshot
 from data_prep.dataset.snapshot_reader import check_payloads, read_snapshot
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
-from pipeline.stage.config import DatasetShare, StageConfig
+from pipeline.stage.config import DatasetShare, StageConfig, load_run
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,13 @@ def resolve(stage: StageConfig) -> tuple[StageConfig, Corpus]:
         datasets = {name: replace(mixed[name], snapshot=id) for name, id in zip(mixed, ids, strict=True)}
         return replace(stage, data=replace(stage.data, datasets=datasets)), corpus
     return replace(stage, data=replace(stage.data, snapshot=ids[0])), corpus
+
+
+def resolve_run(run: Path) -> tuple[StageConfig, Corpus]:
+    """`resolve` the stage of a run, whose folder may have been moved since."""
+    stage, corpus = resolve(load_run(run))
+    stage.runs, stage.name = str(run.absolute().parent), run.absolute().name
+    return stage, corpus
 
 
 def latents_family(stage: StageConfig, corpus: Corpus) -> Family:

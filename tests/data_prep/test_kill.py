@@ -18,16 +18,16 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.dataset.garbage import collect_garbage
-from data_prep.dataset.parts import committed, read_plan, read_plan_record
+from data_prep.dataset.parts import committed, read_plan
 from data_prep.dataset.schema import PAIRS
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.snapshot_reader import read_snapshot
 from data_prep.dataset.verify import verify
-from data_prep.plan.manifest import read_manifest
 from data_prep.store.store import open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
 from tests.helpers.fake_dataset import make_all
+from tests.helpers.plans import ids_in_pairs, planned_ids
 from tests.helpers.raw_material import png, sample_members, write_tar
 
 JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
@@ -193,20 +193,6 @@ def undisturbed(commands, tmp_path_factory):
     return read_snapshot(open_store(str(store)).sub("ds")), seconds
 
 
-def ids_of(dataset):
-    """Return the ids in pairs and in the tables of dropped rows, in the order of the parts."""
-    import io
-
-    import pyarrow.parquet as pq
-
-    ids = []
-    for commit in committed(dataset, PAIRS).values():
-        for file in commit.files:
-            if file.key.endswith(".parquet"):
-                ids += pq.read_table(io.BytesIO(dataset.read(file.key)))["id"].to_pylist()
-    return ids
-
-
 @pytest.mark.parametrize("command", ["plan", *JOBS])
 def test_a_full_disk_ends_each_command_with_the_path(commands, undisturbed, tmp_path, command):
     """With files limited to 2 kB, a command fails with one line that names the path; run again, it
@@ -233,10 +219,7 @@ def check_finished(dataset, expected):
         The number of orphans, which are removed.
     """
     assert read_snapshot(dataset).id == expected == take_snapshot(dataset).id
-    planned, hashes = [], read_plan_record(dataset)["manifest"]
-    for part in read_plan(dataset).parts:
-        planned += read_manifest(dataset, part, hashes)["id"].to_pylist()
-    assert sorted(ids_of(dataset)) == sorted(planned)
+    assert sorted(ids_in_pairs(dataset)) == sorted(planned_ids(dataset))
 
     named = set()
     for kind in JOBS.values():

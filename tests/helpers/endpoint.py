@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import socket
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.helpers.stub_server import Stub
 
 WORDS = ("red", "blue", "green", "small", "large", "round", "old", "house", "tree", "dog", "river", "boat")
 
@@ -24,7 +24,7 @@ def answer_to(question):
     return " ".join(WORDS[byte % len(WORDS)] for byte in digest[1:9]) + f" {digest[1:9].hex()}"
 
 
-class Endpoint:
+class Endpoint(Stub):
     """A running stub. `fault` returns, for the number of a request and its question, what goes wrong."""
 
     def __init__(self, fault=lambda number, question: "", delay=0.0):
@@ -33,32 +33,11 @@ class Endpoint:
         self.bodies, self.headers = [], []
         self.running = self.most = 0
         self._lock = threading.Lock()
-        stub = self
+        super().__init__()
+        self.url += "/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                stub.handle(self)
-
-            def log_message(self, *arguments):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, request, client_address):
-                pass  # a client that is closed meanwhile
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def handle(self, handler):
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+    def handle(self, handler, body):
+        body = json.loads(body)
         image, text = body["messages"][0]["content"]
         question = image["image_url"]["url"] + text["text"]
         with self._lock:
@@ -84,9 +63,7 @@ class Endpoint:
             case "slow":
                 time.sleep(1.5)
             case "cut":
-                handler.connection.shutdown(socket.SHUT_RDWR)
-                handler.close_connection = True
-                return
+                return self.cut(handler)
             case "drip":
                 handler.send_response(200)
                 handler.send_header("Content-Length", "1000")
@@ -120,11 +97,3 @@ class Endpoint:
         usage = {"prompt_tokens": 10, "completion_tokens": 5}
         reply = {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
         return self.send(handler, 200, json.dumps(reply).encode())
-
-    @staticmethod
-    def send(handler, status, data, headers=()):
-        handler.send_response(status)
-        for name, value in {**dict(headers), "Content-Length": str(len(data))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)

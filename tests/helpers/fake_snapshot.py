@@ -137,6 +137,9 @@ def make(uri, buckets, folder, families=FAMILIES, name="ds", users=0):
     return take_snapshot(dataset)
 
 
+TWO_BUCKETS = {"32x32": [20, 12], "32x64": [16]}
+
+
 def make_local(folder, buckets):
     """`make` in a folder; gives the store's path."""
     make(folder / "store", buckets, folder)

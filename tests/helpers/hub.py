@@ -2,54 +2,27 @@
 
 import json
 import re
-import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.stub_server import Stub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub:
+class Hub(Stub):
     """A running stub; `fault` returns, for the number of a request and its path, what goes wrong."""
 
     def __init__(self, name, files, fault=lambda number, path: ""):
         self.name, self.files, self.fault = name, files, fault
         self.requests, self.bytes = [], 0
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                hub.handle(self, b"")
-
-            def do_POST(self):
-                hub.handle(self, self.rfile.read(int(self.headers["Content-Length"])))
-
-            def log_message(self, *arguments):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, request, client_address):
-                pass  # a connection that the stub has cut
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
 
     def handle(self, handler, body):
         path = unquote(urlsplit(handler.path).path)
         self.requests.append(path)
         fault = self.fault(len(self.requests), path)
         if fault == "cut":
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            handler.close_connection = True
+            self.cut(handler)
             return
         if fault:
             self.send(handler, fault, b"{}", {"Retry-After": "0"})
@@ -83,11 +56,3 @@ class Hub:
 
     def send_json(self, handler, value):
         self.send(handler, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    @staticmethod
-    def send(handler, status, data, headers=()):
-        handler.send_response(status)
-        for name, value in {**dict(headers), "Content-Length": str(len(data))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from data_prep.dataset.schema import Family
+from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.dit import LIDiT
 from model.encoders.vae import VAE, small_vae
@@ -85,6 +86,19 @@ def make_sampler(
     network = make_network(stage.fusion)
     reader = PromptReader(families, constants, lambda family: LetterLLM(WIDTHS[family.name], longest))
     return Sampler(network, reader, make_vae, stage.objective, stage.sample, CPU, dtype)
+
+
+def sampler_with_users(count: int) -> Sampler:
+    """A sampler whose network knows `count` users, with adapters of random weights."""
+    sampler = make_sampler()
+    torch.manual_seed(3)
+    config = UsersConfig(count=count, tokens=2, width=8, heads=2, blocks=1, rank=4)
+    attach_adapters(sampler.network, config, LoRAConfig())
+    with torch.no_grad():
+        for parameter in sampler.network.adapters.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    sampler.network.requires_grad_(False)
+    return sampler
 
 
 def sampler_with_families(objective="flow", dtype=torch.float32):

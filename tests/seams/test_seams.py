@@ -31,9 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    fake_snapshot.make(folder / "store", {"32x32": [20, 12], "32x64": [16]}, folder)
-    return str(folder / "store")
+    return str(fake_snapshot.make_local(tmp_path_factory.mktemp("store"), fake_snapshot.TWO_BUCKETS))
 
 
 TOYS = {

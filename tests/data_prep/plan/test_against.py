@@ -29,7 +29,7 @@ from data_prep.sources.source import SourceFile
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from tests.data_prep.plan.test_plan import content, planned_ids
+from tests.helpers.plans import content, planned_ids, write_three_tars
 from tests.helpers.raw_material import (
     ALONE,
     config_of,
@@ -191,11 +191,7 @@ def test_comparison_with_the_sets_agrees_with_comparing_all(
 @pytest.fixture
 def contaminated(tmp_path):
     """Three tars with nine pairs each, of which an evaluation set has three and a list two."""
-    for file in range(3):
-        members = []
-        for n in range(9):
-            members += sample_members(f"{n}", png(9 * file + n), {"caption": f"{file} {n}"})
-        write_tar(tmp_path / "in", f"{file}.tar", members)
+    write_three_tars(tmp_path / "in")
     for name, numbers in (("a", (0, 13)), ("b", (26,))):
         rows = [{"image": png(number), "label": 3} for number in numbers]
         write_parquet(tmp_path / f"set/{name}.parquet", rows)

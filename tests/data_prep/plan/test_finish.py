@@ -18,8 +18,8 @@ from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, StoreError, open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from tests.data_prep.plan.test_plan import CAPTIONS, IMAGES, KINDS, content
 from tests.helpers.plan_in_one_pass import plan_in_one_pass
+from tests.helpers.plans import CAPTIONS, IMAGES, KINDS, content
 from tests.helpers.raw_material import (
     ALONE,
     config_of,

@@ -9,19 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import BucketConfig, DedupeConfig, FilterConfig
+from data_prep.config import DedupeConfig, FilterConfig
 from data_prep.dataset.accounts import account
-from data_prep.dataset.parts import committed, read_plan, read_plan_record
-from data_prep.dataset.schema import PAIRS, Manifest
+from data_prep.dataset.parts import read_plan_record
+from data_prep.dataset.schema import Manifest
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.listing import source_files
-from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import run_plan
 from data_prep.plan.rows import dropped_key
 from data_prep.plan.scan_tables import exact_hashes
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
+from tests.helpers.plans import CAPTIONS, IMAGES, KINDS, content, ids_in_pairs, planned_ids, write_three_tars
 from tests.helpers.raw_material import (
     ALONE,
     config_of,
@@ -32,12 +32,6 @@ from tests.helpers.raw_material import (
     write_parquet,
     write_tar,
 )
-
-LATE = bytearray(png(23))
-LATE[-30] ^= 0xFF  # damage that only a full decode finds
-IMAGES = [*map(png, range(8)), png(20, 40, 80), png(21, 80, 40), png(22, 8, 8), b"broken", b"", bytes(LATE)]
-CAPTIONS = ["a fox", "see http://a.org/", "", None, ["one", "two"], "IMG_1.jpg"]
-KINDS = BucketConfig(resolution=32, max_aspect=2.0, step=8)
 
 rows = st.tuples(st.integers(0, len(IMAGES) - 1), st.sampled_from(CAPTIONS), st.none() | st.floats(0, 10))
 filters = st.lists(
@@ -55,32 +49,25 @@ filters = st.lists(
 
 
 def write_sources(folder, files):
-    for number, content in enumerate(files):
+    for number, samples in enumerate(files):
         if number % 3 == 2:
             (folder / f"f/{number}").mkdir(parents=True)
             lines = []
-            for n, (image, text, score) in enumerate(content):
+            for n, (image, text, score) in enumerate(samples):
                 (folder / f"f/{number}/{n}.png").write_bytes(IMAGES[image])
                 lines.append(json.dumps({"file_name": f"{n}.png", "caption": text, "score": score}))
             (folder / f"f/{number}/metadata.jsonl").write_text("\n".join(lines))
         elif number % 3:
             records = [
                 {"image": IMAGES[image], "caption": json.dumps(text), "score": score}
-                for image, text, score in content
+                for image, text, score in samples
             ] or [{"image": IMAGES[0], "caption": "x", "score": 1.0}]
             write_parquet(folder / f"p/{number}.parquet", records)
         else:
             members = []
-            for n, (image, text, score) in enumerate(content):
+            for n, (image, text, score) in enumerate(samples):
                 members += sample_members(str(n), IMAGES[image], {"caption": text, "score": score})
             write_tar(folder / "t", f"{number}.tar", members)
-
-
-def planned_ids(dataset):
-    ids, hashes = [], read_plan_record(dataset)["manifest"]
-    for part in read_plan(dataset).parts:
-        ids += read_manifest(dataset, part, hashes)["id"].to_pylist()
-    return ids
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -130,12 +117,7 @@ def test_every_row_is_committed_or_dropped_with_a_reason(
         assert all(row["reason"] for row in table)
     run_pairs(config, dataset, Share(0, 2))
     run_pairs(config, dataset, Share(1, 2))
-    made = []
-    for commit in committed(dataset, PAIRS).values():
-        for file in commit.files:
-            if file.key.endswith(".parquet"):
-                made += pq.read_table(io.BytesIO(dataset.read(file.key)))["id"].to_pylist()
-    assert sorted(made) == sorted(ids)
+    assert sorted(ids_in_pairs(dataset)) == sorted(ids)
     for file in account(dataset):
         assert (file.read, file.pending) == (file.written + file.dropped_by_plan + file.dropped_in_parts, 0)
     for bucket, parts in manifest.buckets.items():
@@ -145,16 +127,8 @@ def test_every_row_is_committed_or_dropped_with_a_reason(
 
 @pytest.fixture
 def three_tars(tmp_path):
-    for file in range(3):
-        members = []
-        for n in range(9):
-            members += sample_members(f"{n}", png(9 * file + n), {"caption": f"{file} {n}"})
-        write_tar(tmp_path / "in", f"{file}.tar", members)
+    write_three_tars(tmp_path / "in")
     return config_of(tmp_path, ("webdataset", tmp_path / "in"))
-
-
-def content(dataset):
-    return {key: dataset.read(key) for key in dataset.list("") if not key.startswith("scan/")}
 
 
 def test_the_plan_is_the_same_for_any_number_of_tasks(three_tars, tmp_path):

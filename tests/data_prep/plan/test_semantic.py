@@ -22,8 +22,8 @@ from data_prep.plan.verdicts import SEMANTIC_REASON
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from model.common.share import Share
-from tests.data_prep.plan.test_plan import content
 from tests.helpers.engines import DeadPool
+from tests.helpers.plans import content
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
 
 FILES, ROWS, WIDTH = 4, 5, 8

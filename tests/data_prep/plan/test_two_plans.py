@@ -7,7 +7,7 @@ from data_prep.plan.plan import run_plan
 from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
-from tests.data_prep.plan.test_plan import content
+from tests.helpers.plans import content
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
 
 NOTHING = [FilterConfig("min_side", 4000)]

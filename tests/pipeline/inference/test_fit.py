@@ -7,28 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.common.errors import UserError
 from pipeline import fit_user as command
 from pipeline.diffusion.objective import make_objective
 from pipeline.inference.fit import FitSettings, fit_user
 from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.users import read_user
-from tests.helpers.tiny_sampler import make_sampler
+from tests.helpers.tiny_sampler import make_sampler, sampler_with_users
 
-CONFIG = UsersConfig(count=4, tokens=2, width=8, heads=2, blocks=1, rank=4)
 CAPTIONS = ["a red cat", "dogs", "a blue hat"]
-
-
-def sampler_with_users():
-    sampler = make_sampler()
-    torch.manual_seed(3)
-    attach_adapters(sampler.network, CONFIG, LoRAConfig())
-    with torch.no_grad():
-        for parameter in sampler.network.adapters.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
-    sampler.network.requires_grad_(False)
-    return sampler
 
 
 def images(count=3):
@@ -37,7 +24,7 @@ def images(count=3):
 
 @pytest.mark.parametrize("by", ["coefficients", "row"])
 def test_a_fit_lowers_the_loss_and_changes_no_weight(by):
-    sampler = sampler_with_users()
+    sampler = sampler_with_users(4)
     before = {name: value.clone() for name, value in sampler.network.state_dict().items()}
     fitted = fit_user(sampler, images(), CAPTIONS, FitSettings(by, steps=60, lr=0.05))
     after = sampler.network.state_dict()
@@ -52,7 +39,7 @@ def test_a_fit_lowers_the_loss_and_changes_no_weight(by):
 
 
 def test_the_tokens_are_the_mixture_of_the_coefficients_and_deleted_users_have_no_part():
-    sampler = sampler_with_users()
+    sampler = sampler_with_users(4)
     table = sampler.network.adapters["users"].table.weight
     with torch.no_grad():
         table[2] = 0.0
@@ -63,9 +50,9 @@ def test_the_tokens_are_the_mixture_of_the_coefficients_and_deleted_users_have_n
 
 
 def test_the_same_seed_gives_the_same_user():
-    fits = [fit_user(sampler_with_users(), images(), CAPTIONS, FitSettings(steps=4, seed=5)) for _ in "ab"]
+    fits = [fit_user(sampler_with_users(4), images(), CAPTIONS, FitSettings(steps=4, seed=5)) for _ in "ab"]
     assert torch.equal(fits[0].tokens, fits[1].tokens)
-    other = fit_user(sampler_with_users(), images(), CAPTIONS, FitSettings(steps=4, seed=6))
+    other = fit_user(sampler_with_users(4), images(), CAPTIONS, FitSettings(steps=4, seed=6))
     assert not torch.equal(other.tokens, fits[0].tokens)
 
 
@@ -73,15 +60,15 @@ def test_a_network_without_users_and_a_folder_without_images_are_named():
     with pytest.raises(UserError, match="no users"):
         fit_user(make_sampler(), images(), CAPTIONS, FitSettings())
     with pytest.raises(UserError, match="no images"):
-        fit_user(sampler_with_users(), images(0), [], FitSettings())
-    sampler = sampler_with_users()
+        fit_user(sampler_with_users(4), images(0), [], FitSettings())
+    sampler = sampler_with_users(4)
     sampler.network.adapters["users"].table.weight.zero_()
     with pytest.raises(UserError, match="--by row"):
         fit_user(sampler, images(), CAPTIONS, FitSettings())
 
 
 def test_the_command_writes_a_file_that_sampling_reads(tmp_path, monkeypatch, capsys):
-    sampler = sampler_with_users()
+    sampler = sampler_with_users(4)
     monkeypatch.setattr(command, "load_source", lambda *_: sampler)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -104,7 +91,7 @@ def test_the_command_writes_a_file_that_sampling_reads(tmp_path, monkeypatch, ca
 
 def test_the_loss_of_a_fit_is_the_objectives():
     """One step on one image at a fixed seed: the first loss is that of the start, computed here by hand."""
-    sampler = sampler_with_users()
+    sampler = sampler_with_users(4)
     latents = images(1)
     fitted = fit_user(sampler, latents, CAPTIONS[:1], FitSettings(steps=1, seed=1))
     generator = torch.Generator().manual_seed(1)

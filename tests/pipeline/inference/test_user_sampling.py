@@ -5,34 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.common.errors import UserError
 from pipeline.diffusion.guidance import Guided
 from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import choose_sampling_params
 from pipeline.inference.users import read_user, save_user
 from pipeline.sample import parse
-from tests.helpers.tiny_sampler import make_sampler
+from tests.helpers.tiny_sampler import make_sampler, sampler_with_users
 
-CONFIG = UsersConfig(count=3, tokens=2, width=8, heads=2, blocks=1, rank=4)
 PARAMS = SamplingParams(2, 3.0, 16, 24)
 PROMPTS, SEEDS = ["a red cat", "dogs"], [4, 9]
 
 
-def sampler_with_users():
-    sampler = make_sampler()
-    torch.manual_seed(3)
-    attach_adapters(sampler.network, CONFIG, LoRAConfig())
-    with torch.no_grad():
-        for parameter in sampler.network.adapters.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
-    sampler.network.requires_grad_(False)
-    return sampler
-
-
 @pytest.fixture(scope="module")
 def sampler():
-    return sampler_with_users()
+    return sampler_with_users(3)
 
 
 def latents(sampler, **settings):

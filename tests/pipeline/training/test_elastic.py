@@ -21,7 +21,7 @@ from pipeline.stage.config import load_stage
 from pipeline.stage.objective import ObjectiveConfig
 from pipeline.training.elastic import ElasticPasses, PartChoice
 from pipeline.training.state import TrainState
-from tests.helpers import elastic_tasks, fake_snapshot
+from tests.helpers import elastic_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.networks import SMALL
 from tests.seams import seam_tasks
@@ -34,10 +34,8 @@ NO_MEMORY = {"optim__betas": (0.0, 0.0), "optim__weight_decay": 0.0}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    fake_snapshot.make(folder / "store", {"32x32": [20, 12], "32x64": [16]}, folder)
-    return str(folder / "store")
+def store(small_store):
+    return small_store
 
 
 def losses_of(results):

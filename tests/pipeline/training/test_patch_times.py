@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from pipeline.checkpoint.checkpoints import load_weights
-from tests.helpers import fake_snapshot, trainer_tasks
+from tests.helpers import trainer_tasks
 from tests.helpers.distributed import on_ranks
 from tests.seams import seam_tasks
 
@@ -16,10 +17,8 @@ ON = {**LTG, "objective__difficulty": 0.01}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    fake_snapshot.make(folder / "store", {"32x32": [20, 12], "32x64": [16]}, folder)
-    return str(folder / "store")
+def store(small_store):
+    return small_store
 
 
 def losses_of(results):
@@ -33,9 +32,17 @@ def two_ranks(store, tmp_path_factory):
     return runs, losses_of(on_ranks(2, seam_tasks.train, store, str(runs), None, ON))
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
+@pytest.fixture(scope="module")
+def stopped(store, tmp_path_factory):
+    """A run on two ranks that was stopped after three steps."""
+    runs = tmp_path_factory.mktemp("stopped")
+    on_ranks(2, seam_tasks.train, store, str(runs), 3, ON)
+    return runs
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks, stopped):
     runs, losses = two_ranks
-    on_ranks(2, seam_tasks.train, store, str(tmp_path), 3, ON)
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     assert losses_of(on_ranks(2, seam_tasks.train, store, str(tmp_path), None, ON)) == losses
     one, other = (load_weights(folder / "small", "ema") for folder in (runs, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -51,8 +58,8 @@ def test_one_rank_in_micro_batches_compiled_and_checkpointed_is_the_same_to_roun
     assert losses == pytest.approx(two_ranks[1], rel=0.02)
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(store, tmp_path, two_ranks):
-    on_ranks(2, seam_tasks.train, store, str(tmp_path), 3, ON)
+def test_a_run_of_two_ranks_goes_on_with_one(store, tmp_path, two_ranks, stopped):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     resumed = losses_of(on_ranks(1, seam_tasks.train, store, str(tmp_path), None, ON))
     assert resumed[:3] == two_ranks[1][:3]
     assert resumed == pytest.approx(two_ranks[1], rel=0.02)
