@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 from data_prep.clips.media import decode_clip
 from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, CaptionKind, ScenePrompt, scene_prompts
 from data_prep.scenes.grammar import SceneStyle
-from data_prep.scenes.moving import MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
+from data_prep.scenes.moving import COMBINATIONS, MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
 from model.common.errors import UserError, command
 from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
@@ -75,6 +75,8 @@ class PromptSettings(TypedDict):
     """Plain scenes."""
     objects: NotRequired[Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]]
     """Maximum number of the scenes' objects."""
+    combination: NotRequired[Annotated[int, Field(ge=0, lt=COMBINATIONS)]]
+    """Combination of color, shape and motion of moving scenes; all if it is left out."""
 
 
 def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPrompt] | list[MovingPrompt]:
@@ -86,7 +88,8 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     style = SceneStyle(settings.get("scale", 1.0), settings.get("plain", False), settings.get("objects"))
     if settings["prompts"] == "moving":
         moving_kind = cast(MovingCaptionKind, settings["kind"])
-        return moving_prompts(count, moving_kind, settings["aspect"], seed, style, segments)
+        chosen = settings.get("combination")
+        return moving_prompts(count, moving_kind, settings["aspect"], seed, style, segments, chosen)
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
 
@@ -297,6 +300,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--scale", type=float, default=1.0, help="size of the scenes' objects (default 1)")
     write.add_argument("--plain", action="store_true", help="plain scenes, as `scenes.plain` of a dataset")
     write.add_argument("--objects", type=int, help="maximum number of objects of a scene")
+    write.add_argument(
+        "--combination", type=int, help="of moving scenes: combinations of color, shape and motion, 0 to 7"
+    )
 
     score = commands.add_parser("score", help="score the images in FOLDER/pictures")
     score.add_argument("out", type=Path, metavar="FOLDER")
@@ -314,7 +320,8 @@ def main() -> None:
         names = ["prompts", "count", "segments", "kind", "aspect", "seed"]
         # Only where they are set: the settings of older folders have none, and stay the same.
         names += ["scale"] if arguments.scale != 1.0 else []
-        names += [name for name in ("plain", "objects") if getattr(arguments, name)]
+        optional = ("plain", "objects", "combination")
+        names += [name for name in optional if getattr(arguments, name) not in (None, False)]
         settings = {name: getattr(arguments, name) for name in names}
         write_prompts(arguments.out, cast(PromptSettings, settings))
         prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES

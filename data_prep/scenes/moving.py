@@ -56,6 +56,10 @@ SHIFTS: dict[Speed, float] = {"slow": 0.12, "fast": 0.3}
 """Way of an object over the clip, in scene units: 8 and 19 pixels in 64 x 64."""
 RATIOS: dict[Speed, float] = {"slow": 1.3, "fast": 1.8}
 """Factor by which an object grows or shrinks over the clip."""
+COMBINATIONS = 8
+"""Groups of combinations of color, shape and motion, of which a dataset can leave out one."""
+PLAIN_SHIFT, PLAIN_RATIO = 0.5, 2.5
+"""Way and factor of plain scenes, whose speed is never stated: as far as a clip has room for."""
 MIDDLE_EXTENT = math.sqrt(EXTENTS["small"] * EXTENTS["large"])
 """Side of a growing or shrinking object in the middle of the clip; its size is not stated."""
 DIRECTIONS: dict[Motion, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -177,6 +181,21 @@ def sample_moving_scene(seed: int, index: int, aspect: float, style: SceneStyle 
             return MovingScene(aspect, ground, segments, tuple(objects), pattern_seed, style.scale)
 
 
+def combination_of(scene: MovingScene) -> int:
+    """Return the number, from 0 to 7, of the first object's combination of color, shape and motion.
+
+    A dataset without the combinations of one number still has every two of its colors, shapes and motions
+    together: prompts of that number are new only as a whole.
+    """
+    first = scene.segments[0]
+    numbers = (
+        COLORS.index(first.segment.colour),
+        SHAPES.index(first.segment.shape),
+        MOTIONS.index(first.motion),
+    )
+    return sum(numbers) % COMBINATIONS
+
+
 def _sample_segments(random: np.random.Generator, style: SceneStyle) -> tuple[MovingSegment, ...]:
     """Sample what is stated: color, shape and motion always; the rest half of the time, or never if plain."""
     count = int(random.integers(1, min(style.objects or MAX_MOVING, MAX_MOVING) + 1))
@@ -211,14 +230,15 @@ def _place(
     objects: list[MovingObject] = []
     for item in segments:
         speed = item.speed or SPEEDS[random.integers(len(SPEEDS))]
+        way, ratio = (PLAIN_SHIFT, PLAIN_RATIO) if style.plain else (SHIFTS[speed], RATIOS[speed])
         size = item.segment.size or SIZES[random.integers(len(SIZES))]
         if style.plain:
-            speed, size = "fast", "large"
+            size = "large"
         extent = style.scale * (MIDDLE_EXTENT if item.motion in RESIZING else EXTENTS[size])
 
         for _ in range(PLACE_TRIALS):
             x, y = random.uniform(0, width), random.uniform(0, height)
-            placed = _moving_object(item, speed, extent, x, y)
+            placed = _moving_object(item, way, ratio, extent, x, y)
             left, top, right, bottom = placed.box
             is_inside = left >= 0 and top >= 0 and right <= width and bottom <= height
             if is_inside and not any(_meet(placed, other) for other in objects):
@@ -229,15 +249,16 @@ def _place(
     return objects
 
 
-def _moving_object(item: MovingSegment, speed: Speed, size: float, x: float, y: float) -> MovingObject:
+def _moving_object(
+    item: MovingSegment, way: float, ratio: float, size: float, x: float, y: float
+) -> MovingObject:
     """Return the object of a segment that has its center at (x, y) in the middle of the clip."""
     right, down = DIRECTIONS.get(item.motion, (0, 0))
-    way = SHIFTS[speed] / 2
+    way /= 2
 
     first = last = size
     if item.motion in RESIZING:
-        ratio = math.sqrt(RATIOS[speed])
-        first, last = size / ratio, size * ratio
+        first, last = size / math.sqrt(ratio), size * math.sqrt(ratio)
         if item.motion == "shrinking":
             first, last = last, first
 
@@ -281,6 +302,7 @@ def moving_prompts(
     seed: int = HELD_OUT_SEED,
     style: SceneStyle = ANY_STYLE,
     objects: int | None = None,
+    combination: int | None = None,
 ) -> list[MovingPrompt]:
     """Return the first `count` prompts of a seed.
 
@@ -291,13 +313,15 @@ def moving_prompts(
         seed: seed of the set of scenes.
         style: that of the scenes of the dataset.
         objects: of each scene; None = any number.
+        combination: of each scene, see `combination_of`; None = any.
     """
     prompts: list[MovingPrompt] = []
     for index in itertools.count():
         if len(prompts) == count:
             break
         scene = sample_moving_scene(seed, index, aspect, style)
-        if objects in (None, len(scene.segments)):
+        wanted = objects in (None, len(scene.segments)) and combination in (None, combination_of(scene))
+        if wanted:
             chosen = kind or MOVING_CAPTION_KINDS[index % len(MOVING_CAPTION_KINDS)]
             prompts.append(MovingPrompt(scene, caption_moving_scene(scene, chosen, seed, index)))
     return prompts

@@ -12,6 +12,7 @@ from data_prep.scenes.moving import (
     MovingCaption,
     MovingScene,
     caption_moving_scene,
+    combination_of,
     render_moving_scene,
     sample_moving_scene,
 )
@@ -44,7 +45,8 @@ class MovingScenesSource(ScenesSource):
     """Moving scenes 0 to count - 1 of a seed, each in a random bucket of clips; a "file" is a range of them.
 
     Fields: a caption of each kind (`list`, `sentence`, `zh`); the number of `objects`; `ground`, the pattern
-    of the ground; `motions`, those of the objects in order, joined by `+`.
+    of the ground; `motions`, those of the objects in order, joined by `+`; `combination`, a number from 0 to
+    7, of which a filter can leave out one (`combination_of`).
     """
 
     def __init__(self, settings: ScenesConfig, buckets: Sequence[Bucket], fps: float) -> None:
@@ -73,6 +75,7 @@ class MovingScenesSource(ScenesSource):
             "objects": len(scene.objects),
             "ground": scene.ground.pattern,
             "motions": "+".join(segment.motion for segment in scene.segments),
+            "combination": combination_of(scene),
         }
         return Sample(str(key), self._encode(key), record, Place(path=str(key)))
 

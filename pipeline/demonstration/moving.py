@@ -13,6 +13,8 @@ from pipeline.stage.config import StageConfig
 
 OBJECTS = 1
 """Objects of a prompt, as of the training clips."""
+UNSEEN = 0
+"""The combination of color, shape and motion that the demo's dataset leaves out."""
 
 
 class MovingEnding(ScenesEnding):
@@ -31,13 +33,14 @@ class MovingEnding(ScenesEnding):
         prompts = ["--prompts", "moving", "--count", str(self.count), "--segments", str(OBJECTS)]
         prompts += ["--scale", str(self.style.scale), *(["--plain"] if self.style.plain else [])]
         prompts += ["--objects", str(self.style.objects)] if self.style.objects else []
+        prompts += ["--combination", str(UNSEEN)]
         run("pipeline.follow", "write", str(self.folder), *prompts)
         source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
         run("pipeline.sample", *source, "--own-seeds", "--out", str(self.drawn))
 
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
-        prompts = moving_prompts(self.count, "list", style=self.style, objects=OBJECTS)
+        prompts = moving_prompts(self.count, "list", style=self.style, objects=OBJECTS, combination=UNSEEN)
         caption = prompts[number].caption
         clip = decode_clip(image.read_bytes(), self.stage.sample.frames)
         marks: list[str] = []

@@ -1,4 +1,4 @@
-"""cluster/ray.sh on a real Slurm with a real Ray: one node of each, since two on one machine share their ports."""
+"""cluster/ray.sh on a real Slurm with a real Ray, on one node: two on one machine share their ports."""
 
 import sys
 

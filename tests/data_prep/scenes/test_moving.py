@@ -1,5 +1,6 @@
 """Moving scenes: the grammar, their clips and captions, and the source."""
 
+import itertools
 import re
 
 import numpy as np
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from data_prep.config import BucketConfig, ClipsConfig, DatasetConfig, ScenesConfig, SourceConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.pairs.pairs import read_clip
-from data_prep.scenes.grammar import MIN_GAP, SceneStyle, plane_sides
+from data_prep.scenes.grammar import COLORS, MIN_GAP, SHAPES, SceneStyle, plane_sides
 from data_prep.scenes.moving import (
+    COMBINATIONS,
     MOTIONS,
     MOVING_CAPTION_KINDS,
     caption_moving_scene,
+    combination_of,
     moving_prompts,
     render_moving_scene,
     sample_moving_scene,
@@ -97,6 +100,23 @@ def test_plain_scenes_state_color_shape_and_motion_alone(seed, index, objects):
         assert (segment.segment.size, segment.segment.texture, segment.speed) == (None, None, None)
     text = caption_moving_scene(scene, "list", seed, index).text
     assert not re.search("plain|small|large|slowly|quickly|striped|dotted|checkered", text)
+
+
+def test_without_one_combination_all_pairs_of_attributes_are_left():
+    style, pairs = SceneStyle(1.6, True, 1), [set() for _ in range(COMBINATIONS)]
+    for index in range(6000):
+        scene = sample_moving_scene(0, index, 1.0, style)
+        item = scene.segments[0]
+        values = (item.segment.colour, item.segment.shape, item.motion)
+        pairs[combination_of(scene)] |= set(itertools.combinations(values, 2))
+    # "still" is never the motion of a single object.
+    colors, shapes, motions = len(COLORS), len(SHAPES), len(MOTIONS) - 1
+    seen = [
+        len(set.union(*(found for number, found in enumerate(pairs) if number != left))) for left in (0, 5)
+    ]
+    assert seen == [colors * shapes + colors * motions + shapes * motions] * 2
+    prompts = moving_prompts(20, "list", style=style, combination=3)
+    assert {combination_of(prompt.scene) for prompt in prompts} == {3}
 
 
 def config_of_scenes(tmp_path, **changes):
