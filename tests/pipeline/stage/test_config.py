@@ -28,6 +28,7 @@ def test_the_documented_stages_are_shipped():
         "demo",
         "demo_scenes",
         "demo_video",
+        "demo_video_images",
         "hunyuan_text",
         "li_dit_10b_1024",
         "li_dit_10b_512",
