@@ -30,7 +30,7 @@ from model.encoders.vae import VAE, small_vae
 from pipeline.diffusion.solvers import make_scheduler
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.stage.objective import ObjectiveConfig
-from pipeline.stage.sampling import SampleConfig
+from pipeline.stage.sampling import SamplingConfig
 from pipeline.text.prompts import PromptReader
 from pipeline.text.texts import TextConstants
 
@@ -74,7 +74,7 @@ def build_ours(sizes: Sizes, llm: TextEncoder, vae: VAE) -> Sampler:
     reader = PromptReader({"llm": Family("llm", "text", llm.identity)}, {"llm": constants}, lambda _: llm)
     objective = ObjectiveConfig(name="ddpm")
 
-    return Sampler(network, reader, lambda: vae, objective, SampleConfig(), sizes.device, sizes.dtype)
+    return Sampler(network, reader, lambda: vae, objective, SamplingConfig(), sizes.device, sizes.dtype)
 
 
 def build_pixart(sizes: Sizes, llm: TextEncoder, vae: VAE, side: int) -> PixArtAlphaPipeline:

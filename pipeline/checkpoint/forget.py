@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from model.common.errors import UserError
-from model.common.files import write_atomic
+from model.common.files import atomic_path, write_atomic
 from model.common.records import seal
 from pipeline.checkpoint.files import rank_file, write_tensors
 from pipeline.checkpoint.manifest import MANIFEST, read_manifest
@@ -46,8 +46,7 @@ def forget_row(folder: Path, name: str, row: int) -> None:
                 if key.rpartition(".")[2] == str(extent.group) and tensor.numel():
                     tensor[extent.offset : extent.offset + extent.length] = 0.0
 
-        temporary = path.with_suffix(".new")
-        written = write_tensors(temporary, tensors)
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            written = write_tensors(temporary, tensors)
         manifest["files"][rank_file(rank)] = {"bytes": written.bytes, "xxh64": written.xxh64}
     write_atomic(folder / MANIFEST, seal(manifest, allow_nan=True), durable=True)

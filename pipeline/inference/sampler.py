@@ -50,7 +50,7 @@ from pipeline.runtime.distributed import all_reduce_min
 from pipeline.stage.config import EngineConfig, StageConfig
 from pipeline.stage.corpus import latents_family, resolve_run
 from pipeline.stage.objective import ObjectiveConfig
-from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
+from pipeline.stage.sampling import AdaptiveConfig, SamplingConfig
 from pipeline.text.families import open_texts, text_families
 from pipeline.text.prompts import PromptReader, load_llm
 from pipeline.text.texts import TextConstants
@@ -124,7 +124,7 @@ class Sampler:
         reader: PromptReader,
         load_vae: Callable[[], LatentSpace],
         objective: ObjectiveConfig,
-        defaults: SampleConfig,
+        defaults: SamplingConfig,
         device: torch.device,
         dtype: torch.dtype,
         partitioned: "PartitionedNetwork | None" = None,

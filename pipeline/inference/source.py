@@ -28,7 +28,7 @@ from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
 from pipeline.runtime.distributed import Distributed
 from pipeline.stage.config import EngineConfig
-from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
+from pipeline.stage.sampling import AdaptiveConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import PartitionedNetwork
@@ -84,7 +84,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         logging.enable_progress_bar()
 
     config = pipeline.config
-    defaults = SampleConfig(
+    defaults = SamplingConfig(
         **{name: config[name] for name in ("steps", "guidance", "height", "width")},
         scheduler=config["solver"],
         adaptive=settings_from(AdaptiveConfig, config["adaptive"], f"{folder}: adaptive"),
@@ -216,7 +216,7 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def choose_sampling_params(defaults: SampleConfig, arguments: argparse.Namespace) -> SamplingParams:
+def choose_sampling_params(defaults: SamplingConfig, arguments: argparse.Namespace) -> SamplingParams:
     """Return the run's own sampling settings, overridden by the command line.
 
     Raises:

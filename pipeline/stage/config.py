@@ -22,7 +22,7 @@ from model.elastic.config import ElasticConfig
 from model.presets import PRESETS
 from pipeline.stage.adapters import check_adapters
 from pipeline.stage.objective import ObjectiveConfig
-from pipeline.stage.sampling import SampleConfig
+from pipeline.stage.sampling import SamplingConfig
 
 STAGES = Path(__file__).parents[1] / "stages"
 
@@ -65,9 +65,9 @@ class DataConfig:
     caption_drop: float = bounded(0.1, 0.0, 1.0)
     """Share of samples whose caption is the null caption, for classifier-free guidance."""
     canonical_nodes: int = bounded(1, 1, 65_536)
-    """Lanes of the epoch plan: each node of a run reads whole lanes, so it downloads only its own parts."""
+    """Each node of a run reads for whole canonical nodes, so it downloads only its own parts."""
     shuffle_parts: int = bounded(8, 1, 1_000_000)
-    """Parts per lane whose rows are shuffled together."""
+    """Parts per canonical node whose rows are shuffled together."""
     tokens_per_batch: int | None = bounded(None, 1, 10**12)
     """Latent positions (height x width) of a global batch: a bucket of larger latents then gets fewer samples
     per step than `global_batch`, the largest number. None = `global_batch` samples of every bucket."""
@@ -241,7 +241,7 @@ class StageConfig:
     ema: list[float] = field(default_factory=lambda: [0.9999], metadata=within(0.0, 1.0))
     """Decays of the averages to keep; the first is the one that is sampled and exported by default."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -314,7 +314,7 @@ class StageConfig:
     def _check_data(self) -> None:
         """Check that the global batch fits the settings of the data."""
         batch, data = self.global_batch, self.data
-        # Each node's lane gives the same number of samples to every batch.
+        # Each canonical node gives the same number of samples to every batch.
         if batch % data.canonical_nodes:
             raise UserError(
                 f"global_batch={batch} is not a multiple of data.canonical_nodes={data.canonical_nodes}: "

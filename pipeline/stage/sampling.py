@@ -21,7 +21,7 @@ class AdaptiveConfig:
 
 
 @dataclass
-class SampleConfig:
+class SamplingConfig:
     """The grid of images or clips during training, and the defaults of sampling."""
 
     every_samples: int = bounded(0, 0, 10**12)

@@ -15,13 +15,13 @@ from pipeline.following.reading import read_scene
 from pipeline.following.scoring import SceneScores, chance_level, prompt_following, score_objects
 from pipeline.inference.clips import make_contact_sheet, make_moving_grid, to_clips
 from pipeline.inference.images import make_grid, to_images
-from pipeline.stage.sampling import SampleConfig
+from pipeline.stage.sampling import SamplingConfig
 
 
 class PreviewKind(ABC):
     """Makes samples of pixels, grids of samples, and scores of those of scenes."""
 
-    def __init__(self, sample: SampleConfig) -> None:
+    def __init__(self, sample: SamplingConfig) -> None:
         """Choose the held-out scenes that the stage asks for."""
         self.sample = sample
         self.captions: list[Any] = self.scenes(sample.scenes, sample.width / sample.height)
@@ -103,6 +103,6 @@ class ClipPreviews(PreviewKind):
         return score_clips(detected, self.captions), motion_chance(detected, self.captions)
 
 
-def preview_kind(sample: SampleConfig) -> PreviewKind:
+def preview_kind(sample: SamplingConfig) -> PreviewKind:
     """Return what the stage's previews show."""
     return ClipPreviews(sample) if sample.frames > 1 else ImagePreviews(sample)

@@ -12,7 +12,7 @@ from model.dit import LIDiT
 from model.encoders.vae import VAE, small_vae
 from pipeline.inference.sampler import Sampler
 from pipeline.stage.config import ModelConfig, StageConfig
-from pipeline.stage.sampling import SampleConfig
+from pipeline.stage.sampling import SamplingConfig
 from pipeline.text.prompts import PromptReader
 from pipeline.text.texts import TextConstants
 
@@ -71,7 +71,7 @@ def make_stage(objective: str = "flow") -> StageConfig:
         name="tiny",
         fusion=FusionConfig(families=list(WIDTHS), refiner_blocks=1, width=16, heads=2),
         model=ModelConfig(preset="tiny", depth=2, width=32, heads=4, patch=1),
-        sample=SampleConfig(steps=3, guidance=3.0, height=16, width=24, seed=5),
+        sample=SamplingConfig(steps=3, guidance=3.0, height=16, width=24, seed=5),
     )
     stage.objective.name = objective
     return stage

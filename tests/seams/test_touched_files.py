@@ -15,6 +15,8 @@ IMPLEMENTATIONS = {
     "objective": ("pipeline/diffusion/ddpm.py", ("DDPM",)),
     "encoder": ("model/encoders/encoder_kinds.py", ("T5Encoder",)),
     "optimizer": ("pipeline/engine/muon.py", ("MuonSettings", "Muon")),
+    "condition": ("model/conditions.py", ("GuidanceCondition",)),
+    "latent space": ("model/encoders/pixels.py", ("Pixels",)),
 }
 
 
@@ -30,12 +32,17 @@ def named_files() -> dict[str, tuple[str, list[str]]]:
 
 
 def files_that_name(module: str, names: tuple[str, ...]) -> set[str]:
-    """Return the files of the packages that define or import a module's names, or the module itself."""
+    """Return the files of the packages that define or import a module's names, or the module itself, also by
+    its name in a list of modules."""
     dotted = module.removesuffix(".py").replace("/", ".")
     package, _, last = dotted.rpartition(".")
     found = {module}
     for path in (file for folder in PACKAGES for file in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        if f'"{dotted}"' in text:
+            found.add(str(path.relative_to(ROOT)))
+        # Most files need not be parsed.
+        for node in ast.walk(ast.parse(text)) if last in text else ():
             if not isinstance(node, ast.ImportFrom):
                 continue
             imported = {alias.name for alias in node.names}

@@ -25,7 +25,7 @@ from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import choose_sampling_params, load_export
 from pipeline.sample import SampleImage, parse, write_images
 from pipeline.stage.objective import ObjectiveConfig, PatchTimesConfig
-from pipeline.stage.sampling import AdaptiveConfig, SampleConfig
+from pipeline.stage.sampling import AdaptiveConfig, SamplingConfig
 from tests.helpers.tiny_sampler import WIDTHS, LetterLLM, make_sampler, sampler_with_families, with_head
 
 
@@ -50,9 +50,9 @@ def test_solvers_of_patches_are_sampled_recorded_and_refused_without_a_head(tmp_
 def test_numbers_of_solvers_out_of_range_are_one_line():
     given = parse(["RUN", "--prompt", "a", "--scheduler", "look_ahead", "--ratio", "0.5"])
     with pytest.raises(UserError, match=r"--ratio 0.5: give a number from 1"):
-        choose_sampling_params(SampleConfig(), given)
+        choose_sampling_params(SamplingConfig(), given)
     given = parse(["RUN", "--prompt", "a", "--easy", "0.25"])
-    params = choose_sampling_params(SampleConfig(scheduler="look_ahead"), given)
+    params = choose_sampling_params(SamplingConfig(scheduler="look_ahead"), given)
     assert (params.scheduler, params.adaptive.easy, params.adaptive.ratio) == ("look_ahead", 0.25, 1.4)
 
 
