@@ -92,7 +92,7 @@ FIRST_WAVE = {
         "data_prep/scenes data_prep/scene_captions data_prep/scene_drawing pipeline/scene_reading "
         "pipeline/scene_scorer pipeline/positional_bias pipeline/natural_prompts pipeline/follow",
         "data_prep/scenes/grammar data_prep/scenes/captions data_prep/scenes/rendering "
-        "data_prep/scenes/style* pipeline/following/reading pipeline/following/scoring "
+        "pipeline/following/reading pipeline/following/scoring "
         "pipeline/following/positional_bias pipeline/following/natural_prompts pipeline/follow",
     ),
     "stage: settings and datasets": Area(
@@ -171,9 +171,9 @@ SINCE = {
         "pipeline/checkpoint/forget pipeline/inference/adapter_files pipeline/inference/fit "
         "pipeline/inference/pipeline_adapters pipeline/inference/users pipeline/training/users"
     ),
-    "elastic networks, ragged text and sparse attention": (
+    "elastic networks and sparse attention": (
         "model/elastic/* model/sub_network model/sparse_attention model/attention_config "
-        "model/ragged* pipeline/inference/elastic pipeline/training/elastic* "
+        "pipeline/inference/elastic pipeline/training/elastic* "
         "pipeline/operations/elastic_planning"
     ),
     "engines, captions, annotators, semantic and evaluation sets": (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import house_areas
 from benchmarks.house import PACKAGES, count_file, count_rooms, figures, imports_between
 
 ROOT = Path(__file__).parent.parent
@@ -152,3 +153,23 @@ def test_command_prints_a_column_per_checkout_and_json_last(checkout):
     ).stdout.splitlines()
     assert printed[0] == f"| | {checkout} | {checkout.parent} |"
     assert json.loads(printed[-1])["figures"][str(checkout)]["model: files / imports between them"] == "4 / 4"
+
+
+def test_features_before_and_after_name_files_that_exist():
+    patterns = [
+        *(area.after for area in house_areas.FIRST_WAVE.values()),
+        *house_areas.SINCE.values(),
+    ]
+    named = " ".join(patterns).split()
+    assert len(set(named)) == len(named)
+    missing = [pattern for pattern in named if not list(ROOT.glob(f"{pattern}.py"))]
+    assert not missing, f"benchmarks/house_areas.py: these moved: {missing}"
+
+
+def test_features_of_two_checkouts(checkout):
+    (checkout / "model/presets.py").write_text("ONE = 1\n")
+    *features, whole = house_areas.compare(checkout, checkout)
+    assert sum(row["lines after"] for row in features) == whole["lines before"] == 1
+    assert whole["change"] == "+0 %"
+    since = house_areas.built_since(checkout)
+    assert [row["files"] for row in since] == [0] * len(house_areas.SINCE) + [6]
