@@ -197,7 +197,7 @@ SINCE = {
         "pipeline/following/binding pipeline/following/judged_images"
     ),
 }
-"""What was filed after the first wave; paths of AFTER. More of it is inside the files of the first wave."""
+"""Systems that were filed after the first wave, by paths of AFTER; more of them is in files of the first wave."""
 
 
 def count(root: Path, patterns: str) -> tuple[set[Path], Counts]:
