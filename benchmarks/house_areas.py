@@ -197,7 +197,7 @@ SINCE = {
         "pipeline/following/binding pipeline/following/judged_images"
     ),
 }
-"""Systems that were filed after the first wave, by paths of AFTER; files of the first wave have more of them."""
+"""Systems that were filed after the first wave, by paths of AFTER."""
 
 
 def count(root: Path, patterns: str) -> tuple[set[Path], Counts]:
