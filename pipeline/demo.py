@@ -61,7 +61,7 @@ SCENES_PER_MINUTE = 400
 a tenth of the time."""
 CLIPS_PER_MINUTE = 200
 """Moving scenes likewise; they are rendered twice, frame by frame."""
-IMAGES_PER_MINUTE = 2000
+IMAGES_PER_MINUTE = 1500
 """Images that the network is trained on before it is trained on clips: about a fifth of the time."""
 LEARNED_PAIRS = 128
 """Training pairs on which losses are compared at the end."""
