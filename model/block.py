@@ -1,8 +1,8 @@
 """The interface of every type of block of the DiT, and the registry of types."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from model.common.registry import Registry
 from model.config import DiTConfig
 from model.costs import LayerCost
 from model.layers import CrossAttention
-from model.region import Region
+from model.ragged import Rows
+from model.region import Region, TextLengths, example_rows
 
 
 class Block(Region, ABC):
@@ -22,6 +23,8 @@ class Block(Region, ABC):
     """
 
     text_axes: ClassVar[dict[int, int]] = {1: 1, 2: 3}
+    reads_ragged: ClassVar[bool] = False
+    """True if `forward` takes text without padding (`model/ragged.py`)."""
 
     def __init__(self, sizes: DiTConfig) -> None:
         """Build the block for the sizes of the DiT."""
@@ -30,14 +33,20 @@ class Block(Region, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, text: Tensor, text_mask: Tensor | None, c: Tensor, places: Tensor | None = None
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_mask: Tensor | Rows | None,
+        c: Tensor,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Run the block.
 
         Args:
             x: patches [B, N, D].
             text: text tokens [B, S, D].
-            text_mask: the result of `key_mask` for the text, or None if nothing is padded.
+            text_mask: the result of `key_mask` for the text, or None if nothing is padded. A block with
+                `reads_ragged` also takes the rows of ragged text [1, S, D].
             c: condition, [B, D]; [B, N, D], one for each patch; or [B, K, D], one for each level.
             places: for levels, the level of each patch, one-hot [B, N, K]; `Modulation` takes both.
 
@@ -79,20 +88,36 @@ class Block(Region, ABC):
         return None
 
     def example_inputs(
-        self, samples: int, patches: int, text_tokens: int, padded: bool, prefix: int = 0
-    ) -> tuple[Tensor | None, ...]:
+        self,
+        samples: int,
+        patches: int,
+        text_tokens: int,
+        padded: bool,
+        prefix: int = 0,
+        ragged: bool = False,
+        others: int = 0,
+    ) -> tuple[Any, ...]:
         """Return arguments for `forward`; the prefixes are not among the text."""
         weight, width = next(self.parameters()), self.sizes.width
         # With gradients, as in training: torch.compile builds another graph for inputs without.
         x = weight.new_zeros(samples, patches, width, requires_grad=True)
         text = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
         # A missing mask is another graph, too, since attention then runs without one.
-        mask = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
+        mask: Any = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
+        if ragged:
+            text, mask = example_rows(weight, samples, text_tokens, width)
         levels = self.sizes.time_levels
         if levels == 1:
             return x, text, mask, weight.new_zeros(samples, width, requires_grad=True)
         c = weight.new_zeros(samples, levels, width, requires_grad=True)
         return x, text, mask, c, weight.new_zeros(samples, patches, levels)
+
+    @classmethod
+    def text_lengths(
+        cls, captions: Sequence[int], prefixes: Sequence[int], cuts: Sequence[int]
+    ) -> set[TextLengths]:
+        """Return the length of all captions together."""
+        return {TextLengths(sum(captions))}
 
 
 BLOCKS: Registry[type[Block]] = Registry("model.block")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ragged import Rows
 from model.sub_network import Part
 
 
@@ -23,6 +24,17 @@ class Text:
     """Tokens of system prompt and instruction before the caption."""
     padded: bool = True
     """False = the caller knows that no position is padding, so that attention may run without a mask."""
+
+    @property
+    def shown(self) -> Tensor:
+        """The mask."""
+        return self.mask
+
+    def without_padding(self, total: int) -> "RaggedText":
+        """Return the same tokens without padding; `total` is their number, which is not read from the
+        device."""
+        rows = Rows.of_lengths(self.mask.sum(dim=1), total, self.mask.shape[1])
+        return RaggedText(rows.unpad(self.states), rows, self.prefix)
 
     def rows(self, rows: slice | Tensor) -> "Text":
         """Return some of the batch's samples, by a range or by their numbers."""
@@ -68,6 +80,21 @@ class Text:
         # A batch without padding may be shorter than another, and so is padded here.
         padded = any(text.padded for text in texts) or any(missing)
         return Text(torch.cat(states), torch.cat(masks), texts[0].prefix, padded)
+
+
+@dataclass
+class RaggedText:
+    """One LLM's standardized hidden states of a batch of prompts, one prompt after another without padding:
+    for training alone."""
+
+    states: Tensor
+    """[1, N, W]: each sample begins with the prefix."""
+    shown: Rows
+    """Places of the samples' tokens."""
+    prefix: int
+    """Tokens of system prompt and instruction before the caption."""
+    padded: bool = False
+    """Nothing is."""
 
 
 @dataclass
@@ -132,7 +159,7 @@ class Condition:
     """fp32 [B] in [0, 1], 1 = pure noise; with `levels`, [B, K]; or [B, N], a time of its own for each of the
     N patches."""
     texts: Sequence[Text]
-    """One per LLM, in the order of `fusion.families`."""
+    """One per LLM, in the order of `fusion.families`; in training, the network also takes `RaggedText`."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Values [B, ...] of the network's further conditions (`model/conditions.py`), by name."""
     levels: Levels | None = None

@@ -20,6 +20,7 @@ from model.difficulty import DifficultyHead
 from model.functional import fill_patches, key_mask, modulate, patchify, unpatchify, velocity_to
 from model.fusion import TextFusion
 from model.layers import Linear, Modulation, TimestepEmbedding, ZeroLinear
+from model.ragged import Rows
 from model.rotary import rotation_table
 from model.sub_network import Part
 from model.video_position import make_position
@@ -205,14 +206,14 @@ class LIDiT(nn.Module):
             raise UserError(f"{part}: this network is not elastic: ask for no depth and no patch")
         return Route(self.sizes, self.patch_embedding, self.position, self.blocks, self.final.linear)
 
-    def recompute(self, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+    def recompute(self, block: nn.Module, *inputs: Tensor | Rows | int | None) -> Tensor:
         """Run a block whose activations are computed again in the backward pass."""
         # No layer has dropout, so recomputing needs no state of the random generators.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def embed(
         self, condition: Condition, time_shift: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | Rows | None, Tensor, Tensor | None]:
         """Turn the condition into what every block reads.
 
         Args:
@@ -220,7 +221,8 @@ class LIDiT(nn.Module):
             time_shift: as in `Route`.
 
         Returns:
-            Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; the condition vector
+            Text tokens [B, S, D]; their mask [B, 1, 1, S], or None if nothing is padded; or ragged tokens
+            [1, S, D] and their rows; the condition vector
             [B, D], [B, N, D] where each patch has a time of its own, or [B, K, D] with levels; and for levels
             the one of each patch, one-hot [B, N, K].
         """
@@ -235,8 +237,12 @@ class LIDiT(nn.Module):
         sample_time = time  # [B, D]
         if times.dim() > 1:
             sample_time = self.time_embedding(levels.sample_times if levels else times.mean(dim=1), shift)
-        text, mask, pooled = self.fusion(condition.texts, sample_time)  # [B, S, D], [B, S], [B, D]
-        text_mask = key_mask(mask) if any(text.padded for text in condition.texts) else None  # [B, 1, 1, S]
+        text, shown, pooled = self.fusion(condition.texts, sample_time)  # [B, S, D], [B, S], [B, D]
+        text_mask = None
+        if isinstance(shown, Rows):
+            text_mask = shown
+        elif any(text.padded for text in condition.texts):
+            text_mask = key_mask(shown)  # [B, 1, 1, S]
 
         for name, layer in self.conditions.items():
             pooled = pooled + layer(condition.extra[name])  # [B, D]

@@ -1,6 +1,7 @@
 """The paper's block: self-attention, cross-attention to the text, feed-forward layer (section 3.2)."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from model.config import DiTConfig
 from model.costs import LayerCost, feed_forward, gains, level_spread, linear
 from model.functional import modulate, residual
 from model.layers import MLP, CrossAttention, Modulation, SelfAttention
+from model.ragged import Rows
 from model.sparse_attention import SparseSelfAttention
 
 
@@ -16,6 +18,8 @@ from model.sparse_attention import SparseSelfAttention
 class DiTBlock(Block):
     """Self-attention, cross-attention to the text and feed-forward layer, each with its own shift, scale and
     gate."""
+
+    reads_ragged: ClassVar[bool] = True
 
     def __init__(self, sizes: DiTConfig) -> None:
         super().__init__(sizes)
@@ -32,7 +36,7 @@ class DiTBlock(Block):
         self,
         x: Tensor,
         text: Tensor,
-        text_mask: Tensor | None,
+        text_mask: Tensor | Rows | None,
         c: Tensor,
         places: Tensor | None = None,
         rows: int = 0,

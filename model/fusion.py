@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from model.collaborative_refiner import CollaborativeRefiner
 from model.common.errors import UserError
-from model.condition import Text
+from model.condition import RaggedText, Text
 from model.config import DiTConfig, FusionConfig
-from model.functional import masked_mean
 from model.layers import ConditionEmbedding, Linear, RMSNorm, ZeroLinear
+from model.ragged import Joint, Rows, Shown, cut_front, mean_of_samples
 from model.token_refiner import TokenRefiner
 
 T = TypeVar("T")
@@ -92,6 +92,11 @@ def prefixes_cut_late(config: FusionConfig, prefixes: Sequence[int]) -> list[int
     return sorted(set(prefixes)) if late else []
 
 
+def read_prefixes(config: FusionConfig, prefixes: Sequence[int]) -> list[int]:
+    """Return the length of each LLM's prefix as far as the refiners read it: 0 if it is cut before them."""
+    return [prefix if config.crop == "after" else 0 for prefix in attended(config, prefixes)]
+
+
 @dataclass(frozen=True)
 class Branch:
     """The layers that one LLM has for itself."""
@@ -107,15 +112,23 @@ class BranchState:
     """One LLM's tokens on their way through the fusion."""
 
     tokens: Tensor
-    """[B, T, R]"""
-    mask: Tensor
-    """bool [B, T]"""
+    """[B, T, R]; ragged, [1, N, R]"""
+    shown: Shown
+    """bool [B, T]; rows of ragged tokens"""
     prefix: int
     """Tokens at the front that are still to be cut off."""
 
     def cut(self) -> "BranchState":
         """Return the state without its prefix."""
-        return BranchState(self.tokens[:, self.prefix :], self.mask[:, self.prefix :], 0)
+        tokens, shown = cut_front(self.tokens, self.shown, self.prefix)
+        assert shown is not None
+        return BranchState(tokens, shown, 0)
+
+    def shown_captions(self) -> Shown:
+        """Return which of the caption's tokens there are."""
+        if isinstance(self.shown, Rows):
+            return self.shown.after(self.prefix)[1] if self.prefix else self.shown
+        return self.shown[:, self.prefix :]
 
 
 class TextFusion(nn.Module):
@@ -179,15 +192,18 @@ class TextFusion(nn.Module):
         layers = zip(self.projections, self.pools, refiners, self.norms, strict=True)
         return [Branch(*of_llm) for of_llm in layers]  # type: ignore[arg-type]
 
-    def forward(self, texts: Sequence[Text], time_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, texts: Sequence[Text | RaggedText], time_embedding: Tensor
+    ) -> tuple[Tensor, Shown, Tensor]:
         """Fuse the texts of a batch.
 
         Args:
-            texts: one per LLM.
+            texts: one per LLM; those that are attended to are all padded or all ragged.
             time_embedding: [B, D].
 
         Returns:
-            Tokens [B, S, D] without any prefix, their mask (bool [B, S]) and the pooled text [B, D].
+            Tokens [B, S, D] without any prefix, their mask (bool [B, S]) and the pooled text [B, D]. Of
+            ragged texts, tokens [1, S, D] and their rows.
 
         Raises:
             ValueError: if the number of texts is not that of the LLMs.
@@ -197,11 +213,12 @@ class TextFusion(nn.Module):
             raise ValueError(f"{len(texts)} texts for a network of {llms} LLMs")
         of_vectors, texts = texts[len(self.projections) :], attended(self.config, texts)
         branches = self.branches
-        padded = any(text.padded for text in texts)
+        # Ragged texts always say where their tokens are.
+        masked = any(text.padded or isinstance(text, RaggedText) for text in texts)
 
         # 1. bring every LLM to the refiners' width
         states = [
-            BranchState(branch.project(zero_padding(text)), text.mask, text.prefix)  # [B, T_i, R]
+            BranchState(branch.project(zero_padding(text)), text.shown, text.prefix)  # [B, T_i, R]
             for branch, text in zip(branches, texts, strict=True)
         ]
 
@@ -216,44 +233,46 @@ class TextFusion(nn.Module):
         if self.config.crop == "before":
             states = [state.cut() for state in states]
         for branch, state, c in zip(branches, states, conditions, strict=True):
-            self.refine(branch, state, c, padded)  # [B, T_i, R]
+            self.refine(branch, state, c, masked)  # [B, T_i, R]
 
         # 4. let the LLMs see one another
         if self.collaborative is not None:
-            tokens, masks = [state.tokens for state in states], [state.mask for state in states]
+            tokens, shown = [state.tokens for state in states], [state.shown for state in states]
             prefixes = [state.prefix for state in states]
             refined = self.collaborative(
-                tokens, masks if padded else None, conditions, prefixes
+                tokens, shown if masked else None, conditions, prefixes
             )  # [B, S_i, R]
             for state, own in zip(states, refined, strict=True):
                 state.tokens = own
 
         # 5. concatenate the captions of all LLMs
         normed = [branch.norm(state.tokens) for branch, state in zip(branches, states, strict=True)]
-        mask = torch.cat([state.mask[:, state.prefix :] for state in states], dim=1)  # [B, S]
-        tokens = self.tokens_out(torch.cat(normed, dim=1))  # [B, S, D]
+        joint = Joint.of([state.shown_captions() for state in states])
+        tokens = self.tokens_out(joint.tokens(normed))  # [B, S, D]
         vector = self.pooled_out(torch.stack(pooled).mean(dim=0))  # [B, D]
         for layer, text in zip(self.vectors, of_vectors, strict=True):
             vector = vector + layer(text)
-        return tokens, mask, vector
+        return tokens, joint.shown, vector
 
     def mean_token(self, state: BranchState) -> Tensor:
         """Return the mean [B, R] of a branch's caption tokens, or with `fusion.pool=all` of all its
         tokens."""
         first = state.prefix if self.config.pool == "caption" else 0
-        return masked_mean(state.tokens[:, first:], state.mask[:, first:])
+        return mean_of_samples(state.tokens, state.shown, first)
 
-    def refine(self, branch: Branch, state: BranchState, c: Tensor, padded: bool) -> None:
+    def refine(self, branch: Branch, state: BranchState, c: Tensor, masked: bool) -> None:
         """Run a branch's token refiner in place; the prefix is cut off unless the collaborative refiner reads
         it."""
         unread = 0 if self.collaborative is not None else state.prefix
-        if branch.refine is None:
-            state.tokens = state.tokens[:, unread:]
+        if branch.refine is not None:
+            state.tokens = branch.refine(state.tokens, state.shown if masked else None, c, unread)
         else:
-            state.tokens = branch.refine(state.tokens, state.mask if padded else None, c, unread)
+            state.tokens, _ = cut_front(state.tokens, state.shown, unread)
 
 
-def zero_padding(text: Text) -> Tensor:
+def zero_padding(text: Text | RaggedText) -> Tensor:
     """Return the states with zeros for padding, so that nothing depends on its values (a masked NaN is still
     a NaN)."""
+    if isinstance(text, RaggedText):
+        return text.states
     return text.states.masked_fill(~text.mask[..., None], 0) if text.padded else text.states

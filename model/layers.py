@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.functional import attention, attention_weights, product_dtype, spread, timestep_features
+from model.ragged import Rows, ragged_attention
 from model.rotary import rotate
 
 
@@ -73,16 +74,22 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Rows | None = None,
         causal: bool = False,
         first: int = 0,
         rotation: Tensor | None = None,
     ) -> Tensor:
-        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S] shows;
-        with the result of `rotation_table`, queries and keys turn with their positions."""
+        """Let each token of x [B, S, D] from `first` on attend to the tokens that `mask` [B, 1, 1, S] shows,
+        or each of ragged x [1, N, D] to those of its row; with the result of `rotation_table`, queries and
+        keys turn with their positions."""
         # One product of matrices for all three; on a GPU one large kernel is faster than three small ones.
         q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # 3 x [B, S, H, d]
         # Only queries are cut: tokens before `first` are still read as keys and values.
+        if isinstance(mask, Rows):
+            kept, queries = mask.after(first) if first else (None, mask)
+            q = q if kept is None else q.index_select(1, kept)
+            x = ragged_attention(self.query_norm(q), self.key_norm(k), v, queries, mask, causal)
+            return self.out(x)  # [1, N - first * B, D]
         q, k = self.query_norm(q[:, first:]), self.key_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
@@ -101,11 +108,21 @@ class CrossAttention(nn.Module):
         self.key_norm = RMSNorm(width // heads)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let each token of x [B, S, D] attend to the tokens of `context` [B, T, D] that `mask` [B, 1, 1, T]
-        shows."""
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | Rows | None = None, queries: Rows | None = None
+    ) -> Tensor:
+        """Let each token of x attend to tokens of `context`.
+
+        Args:
+            x: [B, S, D]; ragged, [1, M, D].
+            context: [B, T, D]; ragged, [1, N, D].
+            mask: the tokens of `context` that are shown, [B, 1, 1, T]; `Rows` if it is ragged.
+            queries: if x is ragged too, its rows.
+        """
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, H, d]
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # 2 x [B, T, H, d]
+        if isinstance(mask, Rows):
+            return self.out(ragged_attention(self.query_norm(q), self.key_norm(k), v, queries, mask))
         x = attention(self.query_norm(q), self.key_norm(k), v, mask)  # [B, S, D]
         return self.out(x)
 
@@ -141,16 +158,19 @@ class Modulation(nn.Module):
         self.count = count
         self.linear = ZeroLinear(width, count * width)
 
-    def forward(self, c: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Turn a condition into vectors of each patch.
+    def forward(self, c: Tensor, places: Tensor | Rows | None = None) -> tuple[Tensor, ...]:
+        """Turn a condition into vectors of each patch or token.
 
         Args:
             c: [B, D], one for all patches; [B, N, D], one per patch; or [B, K, D], one per level.
-            places: for levels, the level of each patch, one-hot [B, N, K].
+            places: for levels, the level of each patch, one-hot [B, N, K]; for ragged tokens, their rows.
 
         Returns:
-            `count` vectors, [B, 1, D] or [B, N, D].
+            `count` vectors, [B, 1, D] or [B, N, D]; [1, N, D] for ragged tokens.
         """
+        if isinstance(places, Rows):
+            # Samples are the levels of a single row of tokens.
+            c, places = c[None], places.one_hot(c.dtype)
         vectors = self.linear(F.silu(c))
         if vectors.dim() == 2:
             vectors = vectors.unsqueeze(1)  # one for all patches

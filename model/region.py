@@ -1,8 +1,23 @@
 """Regions: parts of the network that are gathered whole under ZeRO-3 and compiled as one graph each."""
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from model.ragged import Rows
+
+
+class TextLengths(NamedTuple):
+    """Lengths of the text that a region reads, padding included."""
+
+    tokens: int
+    """Of the text, or of the region's own."""
+    prefix: int = 0
+    """Tokens before them, which are cut off."""
+    others: int = 0
+    """Tokens of the other LLMs that the region reads too."""
 
 
 class Region(nn.Module):
@@ -21,7 +36,14 @@ class Region(nn.Module):
     """True if `forward` may cut off an LLM's prefix, whose length is then a constant of the graph."""
 
     def example_inputs(
-        self, samples: int, patches: int, text_tokens: int, padded: bool, prefix: int = 0
+        self,
+        samples: int,
+        patches: int,
+        text_tokens: int,
+        padded: bool,
+        prefix: int = 0,
+        ragged: bool = False,
+        others: int = 0,
     ) -> tuple[Any, ...]:
         """Return arguments for `forward`, all zeros, as training passes them: the region is compiled with
         them.
@@ -32,5 +54,38 @@ class Region(nn.Module):
             text_tokens: text tokens of each sample.
             padded: True for a batch whose text is padded, so that there is a mask.
             prefix: tokens of an LLM's prefix that are cut off.
+            ragged: True for text without padding.
+            others: text tokens of the other LLMs, for a region that reads them too; 0 = any number.
         """
         raise NotImplementedError
+
+    @classmethod
+    def text_lengths(
+        cls, captions: Sequence[int], prefixes: Sequence[int], cuts: Sequence[int]
+    ) -> set[TextLengths]:
+        """Return the lengths at which a forward pass runs regions of this class; a class that reads text
+        overrides it.
+
+        Args:
+            captions: tokens of each LLM's captions, padding included.
+            prefixes: tokens of each LLM's prefix, as far as the refiners read it.
+            cuts: as `prefixes_cut_late` returns them.
+        """
+        return set()
+
+
+def example_rows(like: Tensor, samples: int, tokens: int, width: int) -> tuple[Tensor, Rows]:
+    """Return ragged tokens, all zeros: `tokens` - 1 of each sample, so that no two sizes are equal.
+
+    Args:
+        like: has their device and type.
+        samples: number of samples.
+        tokens: more than one.
+        width: channels of a token.
+
+    Returns:
+        Tokens [1, samples * (tokens - 1), width] with a gradient, and their rows.
+    """
+    lengths = torch.full((samples,), tokens - 1, device=like.device)
+    total = samples * (tokens - 1)
+    return like.new_zeros(1, total, width, requires_grad=True), Rows.of_lengths(lengths, total, tokens)

@@ -1,12 +1,14 @@
 """Linguistic token refiner: lets every token of one LLM see the whole prompt (paper section 3.1)."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from model.functional import key_mask, residual
 from model.layers import MLP, Modulation, RMSNorm, SelfAttention
-from model.region import Region
+from model.ragged import Rows, Shown
+from model.region import Region, TextLengths, example_rows
 
 
 class TokenRefinerBlock(Region):
@@ -24,25 +26,62 @@ class TokenRefinerBlock(Region):
         self.mlp = MLP(width, hidden)
         self.gates = Modulation(width, 2) if gate else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor | None, first: int) -> Tensor:
-        """Refine tokens x [B, T, R] from `first` on; `mask` is the result of `key_mask`, and c [B, R] the
-        condition of the gates, or None without gates."""
-        gate_attention, gate_mlp = self.gates(c) if self.gates is not None else (None, None)
+    def forward(self, x: Tensor, mask: Tensor | Rows | None, c: Tensor | None, first: int) -> Tensor:
+        """Refine tokens from `first` on.
+
+        Args:
+            x: [B, T, R]; ragged, [1, N, R].
+            mask: the result of `key_mask`; rows of ragged tokens.
+            c: condition of the gates [B, R]; None without gates.
+            first: tokens at the front of each sample that are only read.
+        """
+        kept, rows = None, None
+        if isinstance(mask, Rows):
+            kept, rows = mask.after(first) if first else (None, mask)
+        gate_attention, gate_mlp = self.gates(c, rows) if self.gates is not None else (None, None)
+
         # Nothing is cut before the attention, because tokens before `first` are read as keys.
         change = self.attention(self.attention_norm(x), mask, self.causal, first)  # [B, T - first, R]
-        x = residual(x[:, first:], change, gate_attention)
+        if rows is None:
+            x = x[:, first:]
+        elif kept is not None:
+            x = x.index_select(1, kept)
+        x = residual(x, change, gate_attention)
         return residual(x, self.mlp(self.mlp_norm(x)), gate_mlp)
 
     def example_inputs(
-        self, samples: int, patches: int, text_tokens: int, padded: bool, prefix: int = 0
+        self,
+        samples: int,
+        patches: int,
+        text_tokens: int,
+        padded: bool,
+        prefix: int = 0,
+        ragged: bool = False,
+        others: int = 0,
     ) -> tuple[Any, ...]:
         """Return arguments for `forward`."""
         weight, width = self.mlp.up.weight, self.mlp.up.in_features
         x = weight.new_zeros(samples, prefix + text_tokens, width, requires_grad=True)
+        if ragged:
+            x, rows = example_rows(weight, samples, prefix + text_tokens, width)
+            c = weight.new_zeros(samples, width, requires_grad=True) if self.gates is not None else None
+            return x, rows, c, prefix
         c = weight.new_zeros(samples, width, requires_grad=True) if self.gates is not None else None
         masked = padded and not self.causal
         mask = weight.new_ones(samples, 1, 1, prefix + text_tokens).bool() if masked else None
         return x, mask, c, prefix
+
+    @classmethod
+    def text_lengths(
+        cls, captions: Sequence[int], prefixes: Sequence[int], cuts: Sequence[int]
+    ) -> set[TextLengths]:
+        """Return the length of each LLM's tokens, and those at which the last block cuts the prefix."""
+        found = set()
+        for caption, prefix in zip(captions, prefixes, strict=True):
+            found.add(TextLengths(prefix + caption))
+            if prefix in cuts:
+                found.add(TextLengths(caption, prefix=prefix))
+        return found
 
 
 class TokenRefiner(nn.Module):
@@ -59,23 +98,24 @@ class TokenRefiner(nn.Module):
             TokenRefinerBlock(width, heads, hidden, gate, causal) for _ in range(blocks)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None, c: Tensor, first: int = 0) -> Tensor:
+    def forward(self, x: Tensor, mask: Shown | None, c: Tensor, first: int = 0) -> Tensor:
         """Refine an LLM's tokens and cut off those before `first`, which no later layer reads.
 
         The last block computes only the tokens that stay: as a query, another changes no token but itself.
 
         Args:
-            x: tokens [B, T, R], padded on the right.
-            mask: bool [B, T], or None if nothing is padded.
+            x: tokens [B, T, R], padded on the right; ragged, [1, N, R].
+            mask: bool [B, T], or None if nothing is padded; rows of ragged tokens.
             c: condition [B, R].
             first: how many tokens to cut off at the front.
 
         Returns:
-            [B, T - first, R].
+            [B, T - first, R]; ragged, [1, N - first * B, R].
         """
-        keys = (
-            None if mask is None or self.causal else key_mask(mask)
-        )  # padding on the right is later than any token
+        keys = mask
+        if isinstance(mask, Tensor):
+            # Padding on the right is later than any token.
+            keys = None if self.causal else key_mask(mask)
         # An input that is not read would keep the block gathered: ZeRO-3 waits for its gradient.
         condition = c if self.gate else None
         last = self.blocks[-1]

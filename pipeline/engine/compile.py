@@ -22,7 +22,8 @@ from torch._functorch import config as functorch
 
 from model.block import Block
 from model.common.errors import UserError
-from model.region import Region
+from model.ragged import Rows
+from model.region import Region, TextLengths
 from model.rotary import rotation_table
 
 _MAX_GRAPHS = 256
@@ -71,17 +72,32 @@ def _compile(region: Any) -> None:
 
     def forward(*inputs: Any) -> Tensor:
         for argument, axis in region.text_axes.items():
-            value = inputs[argument]
-            if value is not None:
-                # On every call, because the mark belongs to the tensor. `maybe` lets a graph that needs a
-                # fixed length have it.
-                torch._dynamo.maybe_mark_dynamic(value, axis)
+            _mark_length(inputs[argument] if argument < len(inputs) else None, axis)
         return compiled(*inputs)
 
     region.forward = forward
 
 
-def make_graphs(region: Region, samples: int, grid: Sequence[int], prefixes: Sequence[int] = ()) -> None:
+def _mark_length(value: Any, axis: int) -> None:
+    """Let the length of a text stay symbolic: of a tensor along an axis, or of rows of tokens."""
+    marked: list[tuple[Tensor, int]] = []
+    if isinstance(value, Rows):
+        marked = [(value.owner, 0), (value.place, 0), (value.shown, 3)]
+    elif value is not None:
+        marked = [(value, axis)]
+    for tensor, own in marked:
+        # On every call, because the mark belongs to the tensor. `maybe` lets a graph that needs a fixed
+        # length have it.
+        torch._dynamo.maybe_mark_dynamic(tensor, own)
+
+
+def make_graphs(
+    region: Region,
+    samples: int,
+    grid: Sequence[int],
+    prefixes: Sequence[int] = (),
+    ragged: bool = False,
+) -> None:
     """Run a compiled region forward and backward on zeros, as training will; only the graphs remain.
 
     Checkpointing needs no others: recomputing runs the same ones.
@@ -91,15 +107,41 @@ def make_graphs(region: Region, samples: int, grid: Sequence[int], prefixes: Seq
         samples: samples of a micro-batch.
         grid: patches of each sample along each axis.
         prefixes: lengths of the LLMs' prefixes that a token refiner cuts off.
+        ragged: True if training reads text without padding.
     """
     cut = (0, *prefixes) if region.cuts_prefix else (0,)
-    # A batch without padding has no mask, which is another graph.
-    for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, (False, True), cut):
-        example = region.example_inputs(samples, math.prod(grid), tokens, padded, prefix)
+    # A batch without padding has no mask, which is another graph; ragged text has none at all.
+    kinds = (True,) if ragged else (False, True)
+    for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, kinds, cut):
+        more = {"ragged": True} if ragged else {}
+        example = region.example_inputs(samples, math.prod(grid), tokens, padded, prefix, **more)
         for inputs in _with_positions(region, example, grid):
-            trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-            # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
-            torch.autograd.grad(region.forward(*inputs).sum(), trained)
+            _run(region, inputs)
+
+
+def warm_lengths(
+    region: Region, samples: int, grid: Sequence[int], lengths: Iterable[TextLengths], ragged: bool = False
+) -> None:
+    """Run a compiled region at lengths of text, as `make_graphs` does: cuDNN plans its kernels for each, for
+    a third of a second. Text is padded; a micro-batch of captions that all are of one such length is rare.
+
+    Args:
+        region: with its parameters whole.
+        samples: samples of a micro-batch.
+        grid: patches of each sample along each axis.
+        lengths: of the text.
+        ragged: True if training reads text without padding.
+    """
+    for tokens, prefix, others in sorted(lengths):
+        example = region.example_inputs(samples, math.prod(grid), tokens, True, prefix, ragged, others)
+        for inputs in _with_positions(region, example, grid):
+            _run(region, inputs)
+
+
+def _run(region: Region, inputs: tuple[Any, ...]) -> None:
+    trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
+    torch.autograd.grad(region.forward(*inputs).sum(), trained)
 
 
 def _with_positions(region: Region, inputs: tuple[Any, ...], grid: Sequence[int]) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.region import Region
 from pipeline.engine.attention import choose_attention
-from pipeline.engine.compile import compile_regions, make_graphs
+from pipeline.engine.compile import compile_regions, make_graphs, warm_lengths
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.flat_step import FlatStep
 from pipeline.engine.lazy import LAZY, hold_absent_rows
@@ -29,6 +29,7 @@ from pipeline.engine.master_weights import MasterWeights, RankState, check_names
 from pipeline.engine.optim import optimizer_settings, parameter_groups
 from pipeline.engine.partitioned import build_partitioned
 from pipeline.engine.processes import join_process_group
+from pipeline.engine.reduction import ReduceOnce, accumulate_in_fp32
 from pipeline.engine.settings import cast_parameters, check_settings, deepspeed_config, take_fp32
 from pipeline.engine.streams import disable_ranges
 from pipeline.engine.world import replace_loops
@@ -91,6 +92,10 @@ class Engine:
         # DeepSpeed makes the masters from the cast parameters; `fill` below gives them their exact values.
         initial = take_fp32(self.module)
         cast_parameters(self.module, self.dtype)
+        # With a single backward pass there is nothing to add up.
+        reduces_once = stage.engine.reduce_once and self.backward_passes > 1
+        if reduces_once:
+            accumulate_in_fp32(self.module)
 
         self._regions = [part for part in self.module.modules() if isinstance(part, Region)]
         if stage.model.compile:
@@ -116,24 +121,35 @@ class Engine:
 
         self._micro_step = 0
         self._flat = FlatStep(self._optimizer, stage.optim.clip) if stage.engine.zero_stage == 3 else None
+        self._reduction = ReduceOnce(self._optimizer) if reduces_once else None
 
-    def warm_up(self, samples: int, grid: Sequence[int], prefixes: Sequence[int] = ()) -> None:
-        """Compile the network's regions for a batch; change nothing else.
+    def warm_up(
+        self,
+        samples: int,
+        grid: Sequence[int],
+        cuts: Sequence[int] = (),
+        texts: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
+    ) -> None:
+        """Compile the network's regions for a batch, and run them at lengths of text; change nothing else.
 
         Args:
             samples: samples of the batch on this rank.
             grid: patches of each sample along each axis.
-            prefixes: lengths of the LLMs' prefixes that the token refiners cut off.
+            cuts: lengths of the LLMs' prefixes that the token refiners cut off.
+            texts: tokens of each LLM's captions and of its prefix, for each case.
 
         Raises:
             ValueError: if `micro_batches` raises it.
         """
-        part = next(self.micro_batches(samples))
+        part, ragged = next(self.micro_batches(samples)), self.stage.engine.ragged_text
+        texts = list(texts)
         # All regions of a class share their graphs.
         for region in {type(region): region for region in self._regions}.values():
             # The graph reads whole weights, outside of a forward pass that would gather them.
             with deepspeed.zero.GatheredParameters(list(region.parameters())):
-                make_graphs(region, part.stop, grid, prefixes)
+                make_graphs(region, part.stop, grid, cuts, ragged)
+                lengths = [region.text_lengths(captions, prefixes, cuts) for captions, prefixes in texts]
+                warm_lengths(region, part.stop, grid, set().union(*lengths), ragged)
 
     # -- a training step --
 
@@ -161,10 +177,17 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's mean loss; a step uses their mean over its backward
         passes."""
+        last = self._micro_step + 1 == self.backward_passes
+        if self._reduction is not None:
+            self._reduction.before_backward(last)
+
         self._engine.backward(loss)
         self._micro_step += 1
-        if self._micro_step < self.backward_passes:
+
+        if not last:
             self._engine.step()  # only counts the micro-step
+        elif self._reduction is not None:
+            self._reduction.finish()
 
     def step(self, lr: float, limit: float = float("inf")) -> tuple[bool, float]:
         """Clip the gradients and update the weights, unless the gradients are not finite or above `limit`.
@@ -242,7 +265,7 @@ class Engine:
 
     def load_base(self, weights: Mapping[str, Tensor]) -> None:
         """Set the frozen parameters of a network with `freeze: base`, which checkpoints do not contain."""
-        for name, parameter in self._frozen().items():
+        for name, parameter in frozen_parameters(self.module).items():
             # One at a time; rank 0 reads and the others receive, unless each has all weights anyway.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 if self.rank == 0 or self.stage.engine.zero_stage < 3:
@@ -267,7 +290,7 @@ class Engine:
         wanted = self.master_weights.layout.shapes | {
             name: tuple(tensor.shape) for name, tensor in replicated.items()
         }
-        frozen: dict[str, Any] = {} if self.keeps_frozen else self._frozen()
+        frozen: dict[str, Any] = {} if self.keeps_frozen else frozen_parameters(self.module)
         wanted |= {name: tuple(getattr(base, "ds_shape", base.shape)) for name, base in frozen.items()}
         # Files know their shapes: to look at the tensors would read all of them.
         shapes = getattr(weights, "shapes", None) or {
@@ -294,37 +317,39 @@ class Engine:
             log.warning("new branches keep their starting weights: %s", ", ".join(new))
         return new
 
-    def _buffers(self) -> dict[str, Tensor]:
-        return {
-            f"{path}.{name}" if path else name: buffer
-            for path, module in self.module.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        }
-
-    def _frozen(self) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in self.module.named_parameters()
-            if not parameter.requires_grad
-        }
-
     def _replicated(self) -> dict[str, Tensor]:
-        values = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers().items()}
+        values = {
+            name: buffer.detach().to("cpu", copy=True) for name, buffer in stored_buffers(self.module).items()
+        }
         if not self.keeps_frozen:
             return values
-        for name, parameter in self._frozen().items():
+        for name, parameter in frozen_parameters(self.module).items():
             with deepspeed.zero.GatheredParameters([parameter]):
                 values[name] = parameter.detach().to("cpu", copy=True)
         return values
 
     @torch.no_grad()
     def _set_replicated(self, values: Mapping[str, Tensor]) -> None:
-        for name, buffer in self._buffers().items():
+        for name, buffer in stored_buffers(self.module).items():
             if name in values:
                 buffer.copy_(values[name])
-        for name, parameter in self._frozen().items():
+        for name, parameter in frozen_parameters(self.module).items():
             if name in values:
                 # Rank 0's value goes to all ranks, so they cannot disagree.
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(values[name])
+
+
+def stored_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return a network's persistent buffers by name."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a network's frozen parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}

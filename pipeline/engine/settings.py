@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.blocks import BLOCKS
 from model.common.errors import UserError
 from pipeline.engine.optim import optimizer_settings
 from pipeline.stage.config import StageConfig
@@ -77,9 +78,29 @@ def check_settings(stage: StageConfig) -> None:
             f"model.activation_memory_budget={stage.model.activation_memory_budget:g} needs "
             "model.compile=true: set one of them"
         )
+    if stage.engine.reduce_once and zero_stage != 3:
+        raise UserError(f"engine.reduce_once needs engine.zero_stage=3, not {zero_stage}: change one of them")
+    _check_ragged(stage)
     # Only ZeRO-3 computes the norm before it is decided that the step is applied: see `Engine.__init__`.
     if stage.optim.spike is not None and zero_stage != 3:
         raise UserError(f"optim.spike needs engine.zero_stage=3, not {zero_stage}: change one of them")
+
+
+def _check_ragged(stage: StageConfig) -> None:
+    """Check that all that reads text takes it without padding.
+
+    Raises:
+        UserError: if something does not.
+    """
+    if not stage.engine.ragged_text:
+        return
+    if not BLOCKS[stage.model.block].reads_ragged:
+        raise UserError(
+            f"engine.ragged_text: blocks of the type {stage.model.block} read padded text alone: set it to "
+            "false"
+        )
+    if stage.users.count:
+        raise UserError("engine.ragged_text: the adapter of users reads padded text alone: set it to false")
 
 
 def take_fp32(module: nn.Module) -> Callable[[str, int, int], Tensor]:

@@ -136,6 +136,10 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
         trained = count_trained(stage, dit, widths)
         parameters = {**parameters, "adapters": trained, "total": parameters["total"] + trained}
     memory = state_memory(stage, parameters["total"], setup.gpus, moments, trained)
+    if stage.engine.reduce_once:
+        # whole on each GPU until the last backward pass of a step, if there are several
+        several = local_batch > micro_batch or stage.elastic.sandwich
+        memory["gradients of a rank"] = 4.0 * trained * several
     memory["activations"] = micro_batch * activation_bytes(stage, dit, setup)
 
     # speed follows from an assumed MFU; reading and saving are assumed to overlap with the steps

@@ -21,6 +21,7 @@ from model.config import DiTConfig, FusionConfig, TextConfig
 from model.elastic.config import ElasticConfig
 from model.presets import PRESETS
 from pipeline.stage.adapters import check_adapters
+from pipeline.stage.engine import EngineConfig
 from pipeline.stage.objective import ObjectiveConfig
 from pipeline.stage.sampling import SamplingConfig
 
@@ -138,40 +139,6 @@ class OptimConfig:
     spike: float | None = bounded(None, 1.0, 1e30)
     """Skip a step whose gradient norm is above this multiple of its running mean; None = only non-finite
     steps."""
-
-
-@dataclass
-class EngineConfig:
-    """ZeRO settings; pipeline/engine/settings.py gives the reasons."""
-
-    zero_stage: Literal[1, 2, 3] = 3
-    """3 partitions weights, gradients and optimizer; 2 keeps whole weights; 1 whole gradients too. 0 has no
-    fp32 gradients in DeepSpeed."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type that the network computes in; master weights are fp32 in any case."""
-    micro_batch: int | None = bounded(None, 1, 10_000_000)
-    """Samples per rank and micro-step; None = the whole share of the global batch at once."""
-    reduce_bucket: int = bounded(200_000_000, 1, 10**12)
-    """Values of gradients that are reduced at a time; the buffer is allocated once, in fp32."""
-    prefetch_bucket: int = bounded(310_000_000, 0, 10**12)
-    """Values that ZeRO-3 gathers ahead; below one block, nothing is prefetched."""
-    max_live_parameters: int = bounded(1_200_000_000, 0, 10**12)
-    """Values that ZeRO-3 keeps gathered at a time."""
-    max_reuse_distance: int = bounded(600_000_000, 0, 10**12)
-    """ZeRO-3 keeps what is used again within so many values."""
-    persistence_threshold: int = bounded(100_000, 0, 10**12)
-    """Smaller parameters stay whole on every rank."""
-    sub_group_size: int = bounded(1_000_000_000, 1, 10**12)
-    """Values that the optimizer updates at a time."""
-    hpz: int = bounded(1, 1, 65_536)
-    """Ranks of a node that keep a second copy of the weights between them (ZeRO++); 1 = none."""
-    attention: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
-    """Attention kernels of a GPU: torch's choice by shape, or without cuDNN's or Flash's. Flash takes no
-    mask: with it or `efficient`, padded text is read by the memory-efficient kernel."""
-    overlap_comm: bool = True
-    """True if gradients are reduced while the backward pass runs."""
-    timeout_minutes: int = bounded(10, 1, 10_000)
-    """Minutes after which a collective that waits for a rank fails."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """From a batch to what the network reads: clean latents and the condition."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from model.condition import Condition, Levels, Users
 from model.conditions import CONDITIONS
 from model.encoders.latent_spaces import normalize_latents
+from model.fusion import attended
 from pipeline.data.batch import Batch
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
-from pipeline.text.texts import TextConstants, to_text
+from pipeline.text.texts import TextConstants, padded_length, to_text
 from pipeline.training.micro_batches import MicroBatch, by_length
 
 TOKENS_MULTIPLE = 64
@@ -34,15 +36,31 @@ class NetworkInputs:
             dtype: of the texts' hidden states.
         """
         self.latents = latents_family(stage, corpus)
-        self.families = stage.fusion.families
+        self.fusion, self.families = stage.fusion, stage.fusion.families
         self.conditions = {name: CONDITIONS[name] for name in stage.model.conditions}
         self.part = stage.elastic.by_default(stage.model)
         self.constants = constants
         self.dtype = dtype
+        self.ragged = len(attended(stage.fusion, self.families)) if stage.engine.ragged_text else 0
         self.disperses = stage.users.dispersion > 0
         self.multiple = 1
         if all(shared.mean.device.type == "cuda" for shared in constants.values()):
             self.multiple = TOKENS_MULTIPLE
+
+    def caption_lengths(self, longest: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the lengths to which the captions of a micro-batch may be padded, one per LLM that is
+        attended to; nothing where any length may come.
+
+        Args:
+            longest: most tokens of a caption of each LLM, in fusion order.
+        """
+        if self.multiple == 1:
+            return []
+        steps = [
+            range(self.multiple, padded_length(most, self.multiple) + 1, self.multiple)
+            for most in attended(self.fusion, longest)
+        ]
+        return list(itertools.product(*steps))
 
     def micro_batches(self, batch: Batch, parts: Sequence[slice]) -> Iterator[MicroBatch]:
         """Divide a batch into micro-batches; `parts` has the ranges of equal size."""
@@ -51,7 +69,7 @@ class NetworkInputs:
             packed, null = batch.texts[name], len(self.constants[name].null)
             counts = packed.lengths.tolist() if packed.counts is None else packed.counts
             tokens.append([count or null for count in counts])
-        return by_length(parts, tokens, self.multiple, batch.u.device)
+        return by_length(parts, tokens, self.multiple, batch.u.device, self.ragged)
 
     def clean_latents(self, batch: Batch) -> Tensor:
         """Sample latents from the batch's moments with its own noise, normalized: fp32 [B, C, ...]."""

@@ -34,9 +34,12 @@ class SampleFlops:
         self.sizes = sizes
         self.fusion, self.elastic = stage.fusion, stage.elastic
         self.latents = latents
+        texts = list(texts)
         infos = [family.info for family in texts]
         self.widths = [int(info["width"]) for info in infos]
         self.prefixes = [int(info["prefix_tokens"]) for info in infos]
+        self.longest = [int(family.identity.get("max_tokens", 0)) for family in texts]
+        """Most tokens of a caption of each LLM."""
         self.buckets = list(buckets)
 
     def mfu(self, counts: Mapping[str, float], values: Mapping[str, float], peak: float) -> dict[str, float]:

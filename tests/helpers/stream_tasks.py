@@ -6,12 +6,16 @@ from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.operations import Operations
 from pipeline.engine import partitioned
+from pipeline.engine.processes import join_process_group
+from pipeline.runtime.distributed import rank_and_world
+from pipeline.training.agreement import Agreement
 from tests.helpers.engine_tasks import LR, dit_step, make_engine, own_part, tiny_dit, train
 from tests.helpers.small_network import GLOBAL_BATCH, batch, stage
 
@@ -171,3 +175,28 @@ def step_with(own, settings):
     kept = engine.state().tensors
     kept = [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in kept[kind]]
     return counted.count, kept
+
+
+def reductions(settings):
+    """Return the reductions of gradients in a step, losses of four steps, and the norms of the masters."""
+    engine = make_engine(config=stage(**settings))
+    losses = [train(engine, step)[0] for step in range(3)]
+    calls, real = [], stage3.reduce_scatter_coalesced
+
+    def reduce(tensors, *arguments):
+        calls.append(len(tensors))
+        return real(tensors, *arguments)
+
+    with mock.patch.object(stage3, "reduce_scatter_coalesced", reduce):
+        losses.append(train(engine, 3)[0])
+    return len(calls), losses, [float(master.double().norm()) for master in engine.master_weights.tensors]
+
+
+def agreed(wishes, late):
+    """Return the answers to a wish per rank and call, and how often one was read from the device."""
+    rank, world = rank_and_world()
+    join_process_group(10)
+    agreement = Agreement(torch.device("cpu"), world, late)
+    with Reads() as reads:
+        answers = [agreement.ask(of_ranks[rank]) for of_ranks in wishes]
+    return answers, reads.count

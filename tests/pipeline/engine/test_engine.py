@@ -26,6 +26,7 @@ EXACT = {
         "sub_group_size": 20,
         "persistence_threshold": 10_000,
     },
+    "zero3 with one reduction": {"micro_batch": 2, "reduce_once": True, "sub_group_size": 20},
     "zero2": {"zero_stage": 2, "micro_batch": 3},
     "zero1": {"zero_stage": 1},
 }
@@ -87,6 +88,7 @@ not finite."""
 
 # The quick suite has every stage, precision and number of micro-steps; the slow one all their combinations.
 QUICK = {(3, "fp32", 6), (3, "bf16", 3), (3, "bf16", 2), (2, "bf16", 3), (1, "fp32", 2)}
+ONCE = {"zero_stage": 3, "precision": "bf16", "micro_batch": 3, "reduce_once": True}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +100,17 @@ QUICK = {(3, "fp32", 6), (3, "bf16", 3), (3, "bf16", 2), (2, "bf16", 3), (1, "fp
 )
 def test_a_block_that_a_step_does_not_use_has_no_gradient_in_it(zero_stage, precision, micro_batch):
     settings = {"zero_stage": zero_stage, "precision": precision, "micro_batch": micro_batch}
-    tolerance = 1e-4 if precision == "fp32" else 0.1
-    schedule = USED[micro_batch]
+    check_unused(settings)
+
+
+def test_a_block_that_only_the_first_micro_step_uses_is_in_the_one_reduction():
+    check_unused(ONCE)
+
+
+def check_unused(settings):
+    """Train by `USED`, and compare each step with plain torch."""
+    tolerance = 1e-4 if settings["precision"] == "fp32" else 0.1
+    schedule = USED[settings["micro_batch"]]
     results = on_ranks(2, rank_tasks.skip_a_block, settings, schedule)[0]
     for used, (change, difference, norm, plain_norm) in zip(schedule, results, strict=True):
         if used is None or not any(used):
@@ -214,8 +225,15 @@ def test_settings_that_cannot_be_met_are_refused():
     assert all("micro_batch" in message for message in on_ranks(1, rank_tasks.refusal, stage(micro_batch=5)))
     refused = on_ranks(1, rank_tasks.refusal, stage(optimizer="muon", zero_stage=2))
     assert all("optim.name=muon needs engine.zero_stage=3" in message for message in refused)
+    refused = on_ranks(1, rank_tasks.refusal, stage(reduce_once=True, zero_stage=2))
+    assert all("engine.reduce_once needs engine.zero_stage=3" in message for message in refused)
     kept = stage()
     kept.model.activation_memory_budget = 0.7
+    ragged = stage(ragged_text=True)
+    ragged.users.count = 2
+    assert all(
+        "adapter of users reads padded" in message for message in on_ranks(1, rank_tasks.refusal, ragged)
+    )
     assert all("needs model.compile=true" in message for message in on_ranks(1, rank_tasks.refusal, kept))
     spiking = stage(zero_stage=2)
     spiking.optim.spike = 5.0

@@ -11,8 +11,8 @@ LENGTHS = (70, 3, 40, 9, 64, 5, 31, 2)
 PARTS = [slice(start, start + 2) for start in range(0, 8, 2)]
 
 
-def divided(multiple=1, parts=PARTS):
-    return list(by_length(parts, [LENGTHS, LENGTHS], multiple, torch.device("cpu")))
+def divided(multiple=1, parts=PARTS, ragged=0):
+    return list(by_length(parts, [LENGTHS, LENGTHS], multiple, torch.device("cpu"), ragged))
 
 
 def test_every_sample_is_in_one_micro_batch_and_the_shortest_come_first():
@@ -42,3 +42,18 @@ def test_trimmed_and_sorted_samples_have_the_predictions_of_the_whole_batch(mult
     for part in divided(multiple):
         alone = network(latents[part.rows], part.condition(condition))
         assert torch.allclose(alone, whole[part.rows], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("parts", [PARTS, [slice(0, 8)]], ids=["four", "one"])
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_micro_batches_without_padding_have_the_predictions_of_the_whole_batch(multiple, parts):
+    network = random_network()
+    latents, timesteps, texts = random_inputs(lengths=LENGTHS, padding=58)
+    condition = Condition(timesteps, texts)
+    whole = network(latents, condition)
+    for part in divided(multiple, parts, ragged=2):
+        given = part.condition(condition)
+        tokens = sum(LENGTHS[row] + texts[0].prefix for row in torch.arange(8)[part.rows].tolist())
+        assert given.texts[0].states.shape[:2] == (1, tokens)
+        # Means of captions are sums in fp32.
+        assert torch.allclose(network(latents[part.rows], given), whole[part.rows], rtol=1e-5, atol=1e-6)
