@@ -5,7 +5,7 @@ as one file descriptor and to the device as one copy; only a few numbers are pic
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -73,6 +73,11 @@ class Batch:
         # The keys decide the numbers, so an objective that asks for more of them does not shift those of the
         # others, and a resumed run gets the same ones.
         return sample_noise(self.u.device, (len(self.keys), *shape), self.keys, stream)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors, those of the texts too."""
+        for holder in (self, *self.texts.values()):
+            yield from (value for value in vars(holder).values() if isinstance(value, Tensor))
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device."""

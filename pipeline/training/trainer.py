@@ -5,18 +5,18 @@ stopped and resumed repeats an uninterrupted one exactly.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.common.errors import UserError
-from model.fusion import prefixes_cut_late
+from model.fusion import prefixes_cut_late, read_prefixes
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.room import warn_of_little_room
+from pipeline.data.ahead import batches_ahead
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import latent_shape
 from pipeline.data.loader import TrainingData
@@ -32,6 +32,7 @@ from pipeline.runtime.watchdog import LEAVING, Heartbeat
 from pipeline.stage.config import StageConfig, dump_stage
 from pipeline.stage.corpus import latents_family, resolve
 from pipeline.text.families import prepare_texts, text_families
+from pipeline.training.agreement import Agreement
 from pipeline.training.callbacks import Callback
 from pipeline.training.elastic import ElasticPasses
 from pipeline.training.elastic_validation import ElasticValidation
@@ -114,6 +115,7 @@ class Trainer:
             self.callbacks.append(Previews(self.stage, self.corpus, self.data.constants, self.engine))
         self.callbacks += callbacks
 
+        self.stops = Agreement(self.engine.device, ranks.world)
         self.state = TrainState()
         self.samples_at_start = 0
         self.samples_of_step = 0
@@ -146,7 +148,7 @@ class Trainer:
 
         shows = self.ranks.rank == 0
         progress = TrainingProgress(self.stage.name, self.state.samples, self.stage.samples, shows=shows)
-        batches = self.data.batches(self.state.position)
+        batches = batches_ahead(self.data, self.state.position)
         try:
             while True:
                 # between steps: report, callbacks, and save, always at the end
@@ -156,7 +158,7 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.between_steps(self)
                 finished = self.state.samples >= self.stage.samples
-                stopping = not finished and self._agree_to_stop()
+                stopping = not finished and self.stops.ask(self.stop.requested())
                 if finished or stopping or self._saves_now():
                     self._save(wait=finished or stopping)
                 if finished or stopping:
@@ -170,10 +172,9 @@ class Trainer:
                 self.heartbeat.enter("data", self.state.step)
                 # This position is only saved after the step: a resumed run never repeats or skips a batch.
                 batch, self.state.position = next(batches)
-                waited = time.monotonic() - began
-                self._train_step(batch)
+                self._train_step(batch, batches.fetch)
                 seconds = time.monotonic() - began
-                self.state.interval.add("data_wait", waited)
+                self.state.interval.add("data_wait", batches.waited())
                 self.state.interval.add("step_seconds", seconds)
                 if part := self.passes.part(batch):
                     self.state.interval.add(f"step_seconds_{part}", seconds)
@@ -190,19 +191,26 @@ class Trainer:
         for bucket, size in self.data.schedule.batch_sizes.items():
             shapes |= {(size // self.ranks.world, grid) for grid in self.grids[bucket]}
 
-        began, prefixes = time.monotonic(), prefixes_cut_late(self.stage.fusion, self.flops.prefixes)
+        began, fusion, prefixes = time.monotonic(), self.stage.fusion, self.flops.prefixes
+        cuts, read = prefixes_cut_late(fusion, prefixes), read_prefixes(fusion, prefixes)
+        texts = [(captions, read) for captions in self.inputs.caption_lengths(self.flops.longest)]
         for samples, grid in sorted(shapes):
             self.heartbeat.enter("compile", self.state.step)
-            self.engine.warm_up(samples, grid, prefixes)
+            self.engine.warm_up(samples, grid, cuts, texts)
         self.log_event("compile", seconds=time.monotonic() - began)
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch, fetch_next: Callable[[], None] = lambda: None) -> None:
+        """Train on a batch; `fetch_next` fetches the next one."""
         self.heartbeat.enter("forward and backward", self.state.step)
         for callback in self.callbacks:
             callback.before_step(self, batch)
         self.sums.add("caption_tokens", torch.stack([text.lengths for text in batch.texts.values()]).sum(0))
 
         self.passes.run(batch, self._add_losses)
+        # Before the step, whose norm the host waits for: the device still has the passes to do.
+        if self.state.samples + len(batch.u) * self.ranks.world < self.stage.samples:
+            self.heartbeat.enter("data", self.state.step)
+            fetch_next()
 
         self.heartbeat.enter("step", self.state.step)
         rate = learning_rate(self.stage.optim, self.state.samples, self.stage.samples)
@@ -286,13 +294,6 @@ class Trainer:
         progress.report(state.step, state.samples, values)
 
     # -- stop, save, resume ----------------------------------------------------------------------------------
-
-    def _agree_to_stop(self) -> bool:
-        """Return True if any rank was asked to stop: all ranks get the same answer at the same step."""
-        wanted = torch.tensor([float(self.stop.requested())], device=self.engine.device)
-        if self.ranks.world > 1:
-            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
-        return bool(wanted.item())
 
     def _saves_now(self) -> bool:
         """Return True if a periodic save is due, and the last step was applied."""
