@@ -69,14 +69,21 @@ def work_of(probe: Probe, side: int, samples: int, micro: int) -> Work:
 # -- batches -------------------------------------------------------------------------------------------------
 
 
-def random_batch(work: Work, seed: int) -> Any:
-    """Return a batch as a loader process hands it over, a `PackedBatch` of random numbers."""
+def random_batch(work: Work, seed: int, counts: dict[str, list[int]] | None = None) -> Any:
+    """Return a batch as a loader process hands it over, a `PackedBatch` of random numbers.
+
+    Args:
+        work: sizes.
+        seed: of the lengths of captions.
+        counts: tokens of each caption by LLM, 0 = the null caption; None = drawn for each LLM by itself.
+    """
     from pipeline.data.batch import Layout, PackedBatch, allocate, tensors_in
 
     shape = (work.samples, work.sizes.channels, work.side, work.side)
-    counts = {}
-    for number, family in enumerate(FAMILIES):
-        counts[family] = caption_lengths(work.samples, work.longest, seed + number)
+    if counts is None:
+        counts = {}
+        for number, family in enumerate(FAMILIES):
+            counts[family] = caption_lengths(work.samples, work.longest, seed + number)
 
     layout: Layout = [(name, torch.int64, (work.samples,)) for name in ("ids", "sources", "passes")]
     layout += [("mean", torch.bfloat16, shape), ("std", torch.bfloat16, shape)]
@@ -102,16 +109,16 @@ def random_batch(work: Work, seed: int) -> Any:
     return packed.pin_memory() if torch.cuda.is_available() else packed
 
 
-def random_constants(probe: Probe, work: Work) -> dict[str, Any]:
+def random_constants(device: torch.device, work: Work) -> dict[str, Any]:
     """Return the `TextConstants` of both LLMs."""
     from pipeline.text.texts import TextConstants
 
     constants = {}
     for family in FAMILIES:
-        prefix = torch.randn(work.prefix, work.width, device=probe.device)
-        null = torch.randn(1, work.width, device=probe.device)
+        prefix = torch.randn(work.prefix, work.width, device=device)
+        null = torch.randn(1, work.width, device=device)
         zero, one = torch.zeros(work.width), torch.ones(work.width)
-        mean, std = zero.to(probe.device), one.to(probe.device)
+        mean, std = zero.to(device), one.to(device)
         constants[family] = TextConstants(prefix, null, mean, std, "int8", work.width)
     return constants
 
@@ -123,7 +130,7 @@ def feeding(probe: Probe) -> None:
     from pipeline.training.inputs import TOKENS_MULTIPLE
 
     work = work_of(probe, side=32, samples=256, micro=128)
-    packed, constants = random_batch(work, 0), random_constants(probe, work)
+    packed, constants = random_batch(work, 0), random_constants(probe.device, work)
     megabytes = {"megabytes": round(packed.memory.numel() / 1e6, 1), "samples": work.samples}
     unpack = partial(packed.unpack, probe.device)
     probe.result("unpack, noise included", probe.milliseconds(unpack), "ms", **megabytes)
@@ -170,7 +177,7 @@ class TrainingSteps:
         widths = [work.width] * len(FAMILIES)
         self.engine = Engine(lambda: LIDiT(work.sizes, FUSION, widths), stage, work.samples)
         self.objective = make_objective(ObjectiveConfig(), work.sizes.patch_shape)
-        self.constants = random_constants(probe, work)
+        self.constants = random_constants(probe.device, work)
         # Made before the steps: a loader has other processes for it.
         self.batches = [random_batch(work, seed) for seed in range(STEPS_AHEAD)]
         self.done = 0

@@ -1,10 +1,12 @@
 """Our training step against diffusers' PixArtTransformer2DModel under plain DeepSpeed ZeRO-3, in one run.
 
     python -m benchmarks.train_step [--processes 2] [--width 384 --depth 8 --heads 6]
-    python -m benchmarks.train_step --preset li_dit_1b --side 32 --batch 64                          # on a
-    GPU: 256 px
-    python -m benchmarks.train_step --preset li_dit_1b --side 128 --batch 8 --checkpoint-every 2     # 1,024
-    px
+    python -m benchmarks.train_step --trainer            # what the trainer runs: benchmarks/trainer_step.py
+
+On a GPU, at 256 and 1,024 px:
+
+    python -m benchmarks.train_step --preset li_dit_1b --side 32 --batch 64
+    python -m benchmarks.train_step --preset li_dit_1b --side 128 --batch 8 --checkpoint-every 2
 
 PixArt is the nearest published network: self-attention, cross-attention and a feed-forward layer, but one
 modulation for all blocks where LI-DiT has one per block, 16 width^2 parameters per block instead of 25. So it
@@ -18,6 +20,7 @@ import json
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks import trainer_step
 from benchmarks.reporting import GOAL_MFU, at_least, conditions, print_goals
 from model.common.dtypes import DTYPES
 from model.condition import Condition, Text
@@ -276,6 +280,10 @@ def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) ->
 
 def main() -> None:
     """Entry of `python -m benchmarks.train_step`."""
+    if "--trainer" in sys.argv:
+        trainer_step.main([argument for argument in sys.argv[1:] if argument != "--trainer"])
+        return
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
