@@ -68,7 +68,9 @@ class PaddedInputs(NetworkInputs):
 def caption_tokens(work: Work, seed: int) -> dict[str, list[int]]:
     """Return the tokens of each caption by LLM: long for both or short for both, some of them dropped."""
     lengths = caption_lengths(work.samples, work.longest, seed)
+
     generator = torch.Generator().manual_seed(seed)
+
     dropped = (torch.rand(work.samples, generator=generator) < DROPPED).tolist()
 
     counts = {}
@@ -101,6 +103,7 @@ def work_of(options: argparse.Namespace) -> Work:
 def stage_of(options: argparse.Namespace, work: Work) -> StageConfig:
     """Return a stage with the engine's settings of the 1B stage."""
     cuda = torch.cuda.is_available()
+
     batch = options.processes * work.samples
     stage = StageConfig(name="benchmark", global_batch=batch, samples=10**9, ema=[0.999], fusion=FUSION)
     stage.engine.micro_batch, stage.engine.precision = work.micro, options.precision
@@ -118,6 +121,7 @@ class Sides:
         """Build the network, and the inputs of each side."""
         self.work = work_of(options)
         stage = stage_of(options, self.work)
+
         widths = [self.work.width] * len(FAMILIES)
         self.engine = Engine(lambda: LIDiT(self.work.sizes, FUSION, widths), stage, self.work.samples)
 
@@ -146,6 +150,7 @@ class Sides:
         """Train on a batch; return the seconds, and the mean loss of this rank."""
         began = time.perf_counter()
         self.losses = 0.0
+
         batch = packed.unpack(self.engine.device)
         self.passes[side].run(batch, self._add_losses)
         self.engine.step(LR)
@@ -163,6 +168,7 @@ class Sides:
         """Return the FLOPs of matrix products and attention of a step per sample, those of padding too."""
         with FlopCounterMode(display=False) as counter:
             self.passes[side].run(packed.unpack(self.engine.device), self._add_losses)
+
         self.engine.step(LR)
         return counter.get_total_flops() / self.work.samples
 
@@ -210,6 +216,7 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Print the table and the line of JSON, and keep the table."""
     work = work_of(options)
     sides = found["sides"]
+
     samples = options.processes * work.samples
     speeds = {name: samples / statistics.median(figures["seconds"]) for name, figures in sides.items()}
     tokens = " and ".join(f"{mean:.0f}" for mean in found["tokens"])

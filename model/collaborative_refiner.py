@@ -81,6 +81,7 @@ class CollaborativeBranch(Region):
     ) -> set[TextLengths]:
         """Return the lengths of each LLM's tokens and of the others', with the prefix and without it."""
         total, found = sum(captions) + sum(prefixes), set()
+
         for caption, prefix in zip(captions, prefixes, strict=True):
             others = total - caption - prefix
             found |= {TextLengths(caption + prefix, others=others), TextLengths(caption, others=others)}
@@ -108,6 +109,7 @@ class CollaborativeBlock(nn.Module):
         refined = []
         for own, branch in enumerate(self.branches):
             x, rows = cut_front(tokens[own], shown[own], cuts[own])
+
             read, joint = _without(tokens, own), others[own]
             read = torch.cat(read, dim=1) if joint is None else joint.tokens(read)
             # Contiguous, since a compiled branch has a graph of its own for other strides.

@@ -40,6 +40,7 @@ class Rows(NamedTuple):
             longest: at least the largest of them.
         """
         device, starts = lengths.device, F.pad(lengths.cumsum(0), (1, 0))
+
         samples = torch.arange(len(lengths), device=device)
         owner = torch.repeat_interleave(samples, lengths, output_size=total)
         place = torch.arange(total, device=device) - starts[owner] + longest * owner
@@ -77,13 +78,14 @@ class Rows(NamedTuple):
         int64 [N'], and their places."""
         samples, longest = len(self.shown), self.shown.shape[-1]
         total = len(self.owner) - first * samples
+
         left = Rows.of_lengths(self.lengths - first, total, longest - first)
         kept = torch.arange(total, device=self.owner.device) + first * (left.owner + 1)
         return kept, left
 
 
 Shown = Tensor | Rows
-"""Which tokens there are: bool [B, T] for padded ones, `Rows` for ragged ones."""
+"""Tokens that there are: bool [B, T] for padded ones, `Rows` for ragged ones."""
 
 
 def cut_front(x: Tensor, shown: Shown | None, first: int) -> tuple[Tensor, Shown | None]:
@@ -92,6 +94,7 @@ def cut_front(x: Tensor, shown: Shown | None, first: int) -> tuple[Tensor, Shown
         return x[:, first:], None if shown is None else shown[:, first:]
     if not first:
         return x, shown
+
     kept, left = shown.after(first)
     return x.index_select(1, kept), left
 
@@ -110,7 +113,7 @@ class Joint(NamedTuple):
     """Several texts of the same samples as one, sample by sample."""
 
     shown: Shown
-    """Which tokens there are in it."""
+    """Tokens that there are in it."""
     places: Tensor | None = None
     """int64 [N]: place of each token of the texts one after another; None = each has its own."""
 
@@ -136,6 +139,7 @@ class Joint(NamedTuple):
         tokens = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         if self.places is None:
             return tokens
+
         return torch.empty_like(tokens).index_copy(1, self.places, tokens)
 
 
@@ -159,6 +163,7 @@ def ragged_attention(
     """
     if not causal and has_kernel(q):
         return _unpadded_attention(q, k, v, queries, keys)
+
     padded = q if queries is None else queries.pad(q)
     # Padding on the right is later than any token.
     mask = None if causal else keys.shown
@@ -183,6 +188,7 @@ def _unpadded_attention(q: Tensor, k: Tensor, v: Tensor, queries: Rows | None, k
         starts = torch.arange(samples + 1, device=q.device, dtype=torch.int32) * longest
     else:
         starts, longest = queries.starts, queries.shown.shape[-1]
+
     # The lengths are bounds and not read from the device: kernels are planned once for many batches.
     out = varlen_attn(
         q.flatten(0, 1),

@@ -13,7 +13,7 @@ class TextLengths(NamedTuple):
     """Lengths of the text that a region reads, padding included."""
 
     tokens: int
-    """Of the text, or of the region's own."""
+    """Tokens of the text, or of the region's own."""
     prefix: int = 0
     """Tokens before them, which are cut off."""
     others: int = 0

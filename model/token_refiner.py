@@ -77,6 +77,7 @@ class TokenRefinerBlock(Region):
     ) -> set[TextLengths]:
         """Return the length of each LLM's tokens, and those at which the last block cuts the prefix."""
         found = set()
+
         for caption, prefix in zip(captions, prefixes, strict=True):
             found.add(TextLengths(prefix + caption))
             if prefix in cuts:

@@ -40,6 +40,7 @@ class Ahead(Iterator[T], Generic[T]):
         """Make the next item, if that is not done yet; an error waits until it is asked for."""
         if self._fetched:
             return
+
         began = time.monotonic()
         try:
             # With no stream it is the current one.
@@ -53,6 +54,7 @@ class Ahead(Iterator[T], Generic[T]):
         """Return the next item, which the current stream then may read."""
         self.fetch()
         item = self._fetched.pop()
+
         if isinstance(item, Exception):
             raise item
         if self._stream is not None:

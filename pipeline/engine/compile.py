@@ -85,6 +85,7 @@ def _mark_length(value: Any, axis: int) -> None:
         marked = [(value.owner, 0), (value.place, 0), (value.shown, 3)]
     elif value is not None:
         marked = [(value, axis)]
+
     for tensor, own in marked:
         # On every call, because the mark belongs to the tensor. `maybe` lets a graph that needs a fixed
         # length have it.

@@ -48,6 +48,7 @@ class ReduceOnce:
         left = []
         for group in self._optimizer.fp16_groups:
             left += [each for each in group if each.requires_grad and each.grad is not None]
+
         for parameter in left:
             self._optimizer.reduce_ready_partitions_and_remove_grads(parameter)
         if left:

@@ -25,6 +25,7 @@ class Agreement:
         """Return True if any rank said yes: all get the same answer from the same call. Collective."""
         if self._world == 1:
             return yes
+
         before, self._asked = self._asked, self._ask(yes)
         if not self._late:
             return _read(self._asked)
@@ -37,6 +38,7 @@ class Agreement:
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         if self._device.type != "cuda":
             return wanted, None
+
         answer = torch.empty(1, pin_memory=True).copy_(wanted, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()

@@ -1,6 +1,5 @@
 """From a batch to what the network reads: clean latents and the condition."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,8 +12,8 @@ from model.fusion import attended
 from pipeline.data.batch import Batch
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, latents_family
-from pipeline.text.texts import TextConstants, padded_length, to_text
-from pipeline.training.micro_batches import MicroBatch, by_length
+from pipeline.text.texts import TextConstants, to_text
+from pipeline.training.micro_batches import MicroBatch, by_length, lengths_of_captions
 
 TOKENS_MULTIPLE = 64
 """On a GPU, captions are padded to a multiple of so many tokens: cuDNN builds a plan of 0.3 s for every new
@@ -56,11 +55,7 @@ class NetworkInputs:
         """
         if self.multiple == 1:
             return []
-        steps = [
-            range(self.multiple, padded_length(most, self.multiple) + 1, self.multiple)
-            for most in attended(self.fusion, longest)
-        ]
-        return list(itertools.product(*steps))
+        return lengths_of_captions(attended(self.fusion, longest), self.multiple)
 
     def micro_batches(self, batch: Batch, parts: Sequence[slice]) -> Iterator[MicroBatch]:
         """Divide a batch into micro-batches; `parts` has the ranges of equal size."""

@@ -1,6 +1,7 @@
 """Division of a rank's batch into micro-batches: samples with captions of similar length together, so that
 little is padding."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,8 +76,23 @@ def by_length(
             own = [counts[sample] for sample in chosen]
             length = padded_length(max(own), multiple)
             longest.append((length, min(own) < length))
-        totals = [sum(of_text[sample] for sample in chosen) for of_text in tokens[:ragged]] or None
-        yield MicroBatch(_on_device(chosen, device), longest, totals)
+        totals = []
+        for of_text in tokens[:ragged]:
+            totals.append(sum(of_text[sample] for sample in chosen))
+
+        yield MicroBatch(_on_device(chosen, device), longest, totals or None)
+
+
+def lengths_of_captions(longest: Sequence[int], multiple: int) -> list[tuple[int, ...]]:
+    """Return all lengths to which the captions of a micro-batch may be padded, one per LLM.
+
+    Args:
+        longest: most tokens of a caption of each LLM.
+        multiple: as in `by_length`.
+    """
+    steps = [range(multiple, padded_length(most, multiple) + 1, multiple) for most in longest]
+
+    return list(itertools.product(*steps))
 
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:

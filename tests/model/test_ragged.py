@@ -92,6 +92,32 @@ def test_attention_of_patches_to_rows_is_that_to_padded_keys():
     torch.testing.assert_close(ragged_attention(q, k, v, None, keys), expected)
 
 
+def attention_by_starts(q, k, v, of_queries, of_keys, longest_query, longest_key):
+    """What a GPU's kernel does, row by row: q [M, H, d], k and v [N, H, d], and where each sample begins."""
+    assert of_queries.dtype == of_keys.dtype == torch.int32
+    assert of_queries.diff().max() <= longest_query
+    assert of_keys.diff().max() <= longest_key
+    rows = []
+    for sample in range(len(of_queries) - 1):
+        own = slice(of_queries[sample], of_queries[sample + 1])
+        read = slice(of_keys[sample], of_keys[sample + 1])
+        out = attention(q[None, own], k[None, read], v[None, read])
+        rows.append(out.unflatten(-1, q.shape[1:])[0])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("llms", [1, 2, 3])
+def test_a_gpus_kernel_gets_the_tokens_of_each_sample(monkeypatch, llms):
+    network = random_network(llms=llms)
+    latents, times, _ = random_inputs(llms, lengths=(1, 1, 1))
+    texts = random_texts(llms, 3, seed=llms)
+    expected = network(latents, Condition(times, texts))
+    monkeypatch.setattr("model.ragged.has_kernel", lambda q: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention_by_starts)
+    prediction = network(latents, Condition(times, list(map(without_padding, texts))))
+    torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_predictions_and_gradients_are_those_of_padded_text(name):
     fusion, llms = SWITCHES[name]

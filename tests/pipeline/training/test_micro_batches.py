@@ -1,11 +1,15 @@
 """Micro-batches of captions of similar length: every sample once, little padding, the same losses."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.condition import Condition
-from pipeline.training.micro_batches import by_length
-from tests.helpers.networks import random_inputs, random_network
+from pipeline.training.micro_batches import by_length, lengths_of_captions
+from tests.helpers.networks import few, random_inputs, random_network
 
 LENGTHS = (70, 3, 40, 9, 64, 5, 31, 2)
 PARTS = [slice(start, start + 2) for start in range(0, 8, 2)]
@@ -26,6 +30,17 @@ def test_lengths_are_few_with_a_multiple():
     # Together 62 % of the tokens of one padded batch, and a third without the multiple.
     assert sum(2 * part.tokens[0][0] for part in divided(64)) == 640
     assert sum(2 * part.tokens[0][0] for part in divided()) == 244
+
+
+@few
+@given(st.data(), st.sampled_from([2, 5, 64]), st.integers(1, 3))
+def test_every_micro_batch_has_one_of_the_lengths_that_are_warmed_up(data, multiple, llms):
+    longest = data.draw(st.lists(st.integers(1, 150), min_size=llms, max_size=llms))
+    tokens = [data.draw(st.lists(st.integers(1, most), min_size=8, max_size=8)) for most in longest]
+    lengths = lengths_of_captions(longest, multiple)
+    for part in by_length(PARTS, tokens, multiple, torch.device("cpu")):
+        assert tuple(length for length, _ in part.tokens) in lengths
+    assert len(lengths) == len(set(lengths)) <= math.prod(-(-most // multiple) for most in longest)
 
 
 def test_a_batch_that_is_done_at_once_keeps_its_order():
