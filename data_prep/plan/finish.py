@@ -26,6 +26,7 @@ from data_prep.plan.annotations import FILTERS_KEY, annotated_scan, check_filter
 from data_prep.plan.counts import check_counts, merge_counts
 from data_prep.plan.duplicates import Duplicates
 from data_prep.plan.listing import FOLDER, removed, source_counts
+from data_prep.plan.pieces import remove_pieces
 from data_prep.plan.rows import DROPPED_FOLDER, JudgedRows
 from data_prep.plan.scan_tables import scan_key
 from data_prep.plan.scanned import ANNOTATED, Scanned
@@ -101,6 +102,7 @@ def finish_plan(
             raise removed(dataset, FINISH) from error
         manifest = read_plan(dataset)
     remove_units(dataset)
+    remove_pieces(config, dataset)
     return manifest
 
 

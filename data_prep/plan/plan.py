@@ -24,6 +24,7 @@ from data_prep.plan.drop_list import freeze_drop_list, look_for_other_ids
 from data_prep.plan.filters import Filters, split_filters
 from data_prep.plan.finish import SETTINGS_KEY, finish_plan, remove_scan, remove_units
 from data_prep.plan.listing import FILES_KEY, freeze_files, print_newer_files, removed
+from data_prep.plan.pieces import remove_pieces
 from data_prep.plan.scan_step import ScanStep
 from data_prep.sources.sample import printable
 from data_prep.store.store import Store, StoreError
@@ -61,7 +62,9 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     if dataset.exists(Manifest.KEY):
         freeze_files(config, dataset)
         if share.index == 0:
-            remove_units(dataset)  # of a task that was killed right after it finished the plan
+            # Of a task that was killed right after it finished the plan.
+            remove_units(dataset)
+            remove_pieces(config, dataset)
             print_newer_files(config, dataset)
             look_for_other_ids(config.dedupe.drop, dataset)
         return read_plan(dataset)
@@ -84,7 +87,7 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
     own = share.owns(scan.units)
     todo = [key for key in own if key in missing]
     if len(todo) < len(own):
-        print(f"plan: {len(own) - len(todo)} of {len(own)} source files were scanned before")
+        print(f"plan: {len(own) - len(todo)} of {len(own)} {scan.noun_of_units} were scanned before")
     run(scan, share)
     # Last, so that a file that was still being written while it was read is named too.
     scan.print_changed(todo)
@@ -101,10 +104,13 @@ def run_plan(config: DatasetConfig, dataset: Store, share: Share) -> Manifest | 
         places = [place for place, key in enumerate(scan.units) if key in missing]
         tasks = sorted({Share.owner(place, len(scan.units), share.count) for place in places})
         print(
-            f"plan: {len(missing)} of {len(scan.units)} source files are not scanned yet (tasks "
+            f"plan: {len(missing)} of {len(scan.units)} {scan.noun_of_units} are not scanned yet (tasks "
             f"{', '.join(map(str, tasks))}); the last task to scan finishes the plan"
         )
         return None
+    joining = scan.joining()
+    if joining.units:
+        run(joining, share)
     left = missing_annotations(config, dataset, files)
     if left:
         print(

@@ -22,7 +22,7 @@ from data_prep.plan.captions import gather_captions
 from data_prep.plan.dedupe import HASH_SIDE, clip_hash, perceptual_hash
 from data_prep.plan.filters import Filters, Row, split_filters
 from data_prep.sources.sample import NO_IMAGE, Sample, in_chunks, printable
-from data_prep.sources.source import Source, SourceFile
+from data_prep.sources.source import Divisible, Source, SourceFile
 from data_prep.workers import Workers
 
 CHUNK_ROWS = 32
@@ -150,26 +150,37 @@ class Scanner:
     def __exit__(self, *error: object) -> None:
         self._workers.__exit__(*error)
 
-    def scan(self, source: Source, file: SourceFile) -> Iterator[pa.RecordBatch]:
-        """Yield the file's scan table in batches, in the order of rows."""
+    def scan(
+        self, source: Source, file: SourceFile, span: tuple[int, int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the file's scan table in batches, in the order of rows.
+
+        Args:
+            source: the file's source.
+            file: the file.
+            span: first row, and row behind the last; None = all rows.
+        """
         settings = self._config.sources[file.source]
         columns = [*settings.captions.values(), *self._filters.columns]
-        samples = itertools.islice(source.read(file.name, columns), settings.limit)
-        row = 0
+        samples = _samples(source, file.name, columns, span, settings.limit)
+        row = span[0] if span else 0
         for chunk, facts in self._inspected(samples, lambda sample: None if sample.reason else sample.image):
             yield self._batch(file, row, chunk, facts, settings.captions)
             row += len(chunk)
 
-    def hash_images(self, source: Source, file: SourceFile, limit: int | None) -> Iterator[pa.RecordBatch]:
+    def hash_images(
+        self, source: Source, file: SourceFile, limit: int | None, span: tuple[int, int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Yield the table (`EVALUATION`) of a file of an evaluation set in batches, in the order of rows.
 
         Args:
             source: the evaluation set.
             file: its file.
             limit: number of rows to read; None = all.
+            span: first row, and row behind the last; None = all rows.
         """
-        samples = itertools.islice(source.read(file.name, []), limit)
-        row = 0
+        samples = _samples(source, file.name, [], span, limit)
+        row = span[0] if span else 0
         # An image counts whatever is wrong with its record: a pair may have it with another one.
         for chunk, facts in self._inspected(samples, lambda sample: sample.image):
             records = []
@@ -260,6 +271,16 @@ class Scanner:
             "length": sample.place.length,
             "path": sample.place.path,
         }
+
+
+def _samples(
+    source: Source, name: str, columns: Sequence[str], span: tuple[int, int] | None, limit: int | None
+) -> Iterator[Sample]:
+    """Return some or all rows of a file."""
+    if span is None:
+        return itertools.islice(source.read(name, columns), limit)
+    assert isinstance(source, Divisible), "only files of such sources are cut"
+    return source.read_rows(name, columns, *span)
 
 
 def _length(row: Row, image: ImageFacts) -> str:

@@ -30,7 +30,7 @@ def scan_key(number: int) -> str:
 
 
 def write_scan(
-    path: Path, schema: pa.Schema, file: SourceFile, batches: Iterator[pa.RecordBatch]
+    path: Path, schema: pa.Schema, file: SourceFile, batches: Iterator[pa.RecordBatch], start: int = 0
 ) -> Iterator[Counter[str]]:
     """Write a file's table, and check that its ids are complete and in order.
 
@@ -41,12 +41,13 @@ def write_scan(
         schema: its columns.
         file: the file whose rows they are.
         batches: the rows.
+        start: number of the first row in the file.
 
     Raises:
         UserError: if the disk is full.
         RuntimeError: if the ids are not those of the file's rows.
     """
-    rows = 0
+    rows = start
     with (
         naming_full_disk(path),
         pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
@@ -61,14 +62,17 @@ def write_scan(
 
 
 def _large_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Join batches to at least `BATCH_ROWS` rows; only the last may have fewer."""
+    """Join and cut batches to `BATCH_ROWS` rows; only the last may have fewer.
+
+    So a table depends on its rows only, and not on the batches in which they come.
+    """
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
+        while (missing := BATCH_ROWS - sum(map(len, waiting))) <= len(batch):
+            yield pa.concat_batches([*waiting, batch.slice(0, missing)])
+            waiting, batch = [], batch.slice(missing)
         waiting.append(batch)
-        if sum(map(len, waiting)) >= BATCH_ROWS:
-            yield pa.concat_batches(waiting)
-            waiting = []
-    if waiting:
+    if any(map(len, waiting)):
         yield pa.concat_batches(waiting)
 
 

@@ -7,15 +7,17 @@ rows too, after the others. So are other files that were meant to be samples: th
 
 import csv
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles
@@ -115,58 +117,87 @@ class FolderSource:
         Raises:
             FileNotFoundError: if the folder no longer exists.
         """
+        yield from self.read_rows(name, columns, 0, None)
+
+    def cuts(self, name: str, rows: int) -> list[int]:
+        """Return the ends of pieces of `rows` rows; none if the folder has no more.
+
+        Pieces are lines of its metadata, and then files.
+        """
+        unit = self._units[0].get(name, _Unit())
+        if unit.size <= rows and not any(self._files.size(path) > rows for path in unit.metadata):
+            return []  # even a line without anything is a byte
+        count = sum(1 for _ in self._rows(unit))
+        return [*range(rows, count, rows), count] if count > rows else []
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that is another one if `cuts` may be others."""
+        unit = self._units[0].get(name, _Unit())
+        digest = xxhash.xxh64(self.version(name).encode())
+        for path in itertools.chain(sorted(unit.images), [""], sorted(unit.others)):
+            digest.update(path.encode(errors="surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+    def read_rows(self, name: str, columns: Sequence[str], start: int, end: int | None) -> Iterator[Sample]:
+        """Yield rows `start` to `end` (None = all that come) of what `read` yields.
+
+        Raises:
+            FileNotFoundError: if the folder no longer exists.
+        """
         units, _ = self._units
         if name not in units:
             raise FileNotFoundError(name)
+        rows = itertools.islice(self._rows(units[name]), start, end)
+        yield from self._files.read_ahead(rows, lambda row: row.load())
 
-        unit = units[name]
+    def _rows(self, unit: "_Unit") -> Iterator["_Row"]:
+        """Yield all rows of a unit, without reading their images."""
         named: set[str] = set()
         for path in sorted(unit.metadata):
-            for sample in self._metadata_rows(path):
-                named.add(sample.place.path)
-                yield sample
+            for row in self._metadata_rows(path):
+                named.add(row.path)
+                yield row
 
         # After all metadata, since any row of it may name an image.
-        yield from self._files.read_ahead(
-            sorted(set(unit.images) - named),
-            lambda path: self._sample(path, lambda: self._fields(unit.texts_of(path))),
-        )
+        for path in sorted(set(unit.images) - named):
+            fields = partial(self._fields, unit.texts_of(path))
+            yield _Row(partial(self._sample, path, fields), path)
         for path in sorted(set(unit.others) - named):
-            yield Sample(path, reason=OTHER_SUFFIX, detail=posixpath.basename(path)[:200])
+            yield _Row.without(Sample(path, reason=OTHER_SUFFIX, detail=posixpath.basename(path)[:200]))
 
-    def _metadata_rows(self, path: str) -> Iterator[Sample]:
+    def _metadata_rows(self, path: str) -> Iterator["_Row"]:
         try:
             data = self._files.read(path, MAX_METADATA_BYTES)
             if data.startswith(UTF16):
-                yield Sample(path, reason=UNREADABLE, detail="UTF-16: save it as UTF-8")
+                yield _Row.without(Sample(path, reason=UNREADABLE, detail="UTF-16: save it as UTF-8"))
                 return
-            folder, rows = posixpath.dirname(path), READERS[posixpath.basename(path)](data)
-            yield from self._files.read_ahead(
-                enumerate(rows), lambda row: self._metadata_row(f"{path}:{row[0]}", folder, row[1])
-            )
+            folder = posixpath.dirname(path)
+            for number, row in enumerate(READERS[posixpath.basename(path)](data)):
+                yield self._metadata_row(f"{path}:{number}", folder, row)
         except RefusedError as error:
-            yield Sample(path, reason=error.reason, detail=error.detail)
+            yield _Row.without(Sample(path, reason=error.reason, detail=error.detail))
         except (csv.Error, pa.ArrowException, OSError, ValueError) as error:
             # A disk's or network's error has a number; a vanished file must not cost rows for good.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            yield Sample(path, reason=UNREADABLE, detail=str(error)[:200])
+            yield _Row.without(Sample(path, reason=UNREADABLE, detail=str(error)[:200]))
 
-    def _metadata_row(self, key: str, folder: str, row: Row) -> Sample:
+    def _metadata_row(self, key: str, folder: str, row: Row) -> "_Row":
         if row is None:
-            return Sample(key, reason=BAD_LINE)
+            return _Row.without(Sample(key, reason=BAD_LINE))
 
         column = self._name_column(row)
         file_name = row.get(column)
         if not isinstance(file_name, str) or not file_name:
             missing = "" if column in row else f" among the columns {', '.join(row)}"
-            return Sample(key, record=row, reason=NO_IMAGE, detail=f"no {column}{missing}"[:200])
+            detail = f"no {column}{missing}"[:200]
+            return _Row.without(Sample(key, record=row, reason=NO_IMAGE, detail=detail))
 
         # Tables written on Windows have backslashes, which no key has.
         name = self._files.resolve(posixpath.join(folder, file_name.replace("\\", "/")))
         if name is None:
-            return Sample(key, record=row, reason=OUTSIDE, detail=file_name[:200])
-        return self._sample(name, lambda: row)
+            return _Row.without(Sample(key, record=row, reason=OUTSIDE, detail=file_name[:200]))
+        return _Row(partial(self._sample, name, lambda: row), name)
 
     def _name_column(self, row: dict[str, Any]) -> str:
         """Return the column of paths: `file_name`, the setting `image`, or else the only `*_file_name`."""
@@ -207,6 +238,19 @@ class FolderSource:
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Yield images by their path."""
         yield from self._files.fetch(places, lambda place: self._files.read(place.path))
+
+
+class _Row(NamedTuple):
+    """A row whose image is not read yet."""
+
+    load: Callable[[], Sample]
+    path: str = ""
+    """File of the image, if it has one."""
+
+    @classmethod
+    def without(cls, sample: Sample) -> "_Row":
+        """Return the row of a sample that has no image to read."""
+        return cls(lambda: sample)
 
 
 @dataclass

@@ -66,12 +66,54 @@ class ParquetSource:
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[Sample]:
         """Yield all rows with the wanted columns; unreadable rows have that as their reason."""
-        done = total = 0
+        yield from self.read_rows(name, columns, 0, None)
+
+    def cuts(self, name: str, rows: int) -> list[int]:
+        """Return the ends of pieces of about `rows` rows; none if the file has no more, or is unreadable.
+
+        Pieces are row groups, since bytes inside of one can only be read from its start; only groups of paths
+        are cut, which are small.
+        """
         try:
             with self._files.open(name) as file, self._opened(file) as parquet:
-                total = parquet.metadata.num_rows
-                records = self._records(parquet, self._wanted(parquet.schema_arrow.names, columns))
-                numbered = ((name, number, *record) for number, record in enumerate(records))
+                groups = range(parquet.num_row_groups)
+                sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
+                if self._has_paths(parquet.schema_arrow):
+                    sizes = [min(rows, size - start) for size in sizes for start in range(0, size, rows)]
+        except RefusedError:
+            return []
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise_unless_content(error)
+            return []
+
+        ends = [0]
+        for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+            if end - ends[-1] > rows and start > ends[-1]:
+                ends.append(start)
+        ends.append(sum(sizes))
+        return ends[1:] if len(ends) > 2 else []
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that is another one if `cuts` may be others."""
+        return self._files.version(name)
+
+    def _has_paths(self, schema: pa.Schema) -> bool:
+        """True if the images are in files of their own, by the type of the column."""
+        if self._image not in schema.names:
+            return True
+        kind = schema.field(self._image).type
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    def read_rows(self, name: str, columns: Sequence[str], start: int, end: int | None) -> Iterator[Sample]:
+        """Yield rows `start` to `end` (None = all that come) of what `read` yields."""
+        done, total = start, 0
+        try:
+            with self._files.open(name) as file, self._opened(file) as parquet:
+                total = parquet.metadata.num_rows if end is None else end
+                records = self._records(
+                    parquet, self._wanted(parquet.schema_arrow.names, columns), start, end
+                )
+                numbered = ((name, *record) for record in records)
                 for sample in self._files.read_ahead(numbered, lambda row: self._sample(*row)):
                     yield sample
                     done += 1
@@ -86,14 +128,31 @@ class ParquetSource:
             for number in range(done, max(min(total, done + MAX_LOST_ROWS), done + 1)):
                 yield Sample(f"{name}:{number}", reason=UNREADABLE, detail=str(error)[:200])
 
-    def _records(self, parquet: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Yield the records of all rows, and their places."""
+    def _records(
+        self, parquet: pq.ParquetFile, columns: list[str], start: int, end: int | None
+    ) -> Iterator[tuple[int, dict[str, Any], Place]]:
+        """Yield number, record and place of some rows."""
+        first = 0
         for group in range(parquet.num_row_groups):
+            if end is not None and first >= end:
+                return
+            rows = parquet.metadata.row_group(group).num_rows
+            if 0 < rows <= start - first:
+                first += rows
+                continue
+
             row = 0
             for batch in parquet.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                if first + row + len(batch) <= start:
+                    row += len(batch)
+                    continue
                 for record in records_of(batch):
-                    yield record, Place(group, row)
+                    if start <= first + row and (end is None or first + row < end):
+                        yield first + row, record, Place(group, row)
                     row += 1
+                if end is not None and first + row >= end:
+                    return
+            first += row
 
     def _wanted(self, present: Sequence[str], columns: Sequence[str]) -> list[str]:
         """Return the columns of a file to read: the image, and those that the caller reads."""

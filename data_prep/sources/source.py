@@ -7,7 +7,7 @@ number in the file.
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from data_prep.config import DatasetConfig, SourceConfig
 from data_prep.images.buckets import make_buckets
@@ -58,6 +58,28 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Divisible(Source, Protocol):
+    """A source whose files can be read in pieces of rows."""
+
+    def cuts(self, name: str, rows: int) -> list[int]:
+        """Return the row behind each piece of about `rows` rows, ascending, so the last is the file's number
+        of rows; empty if the file is one piece.
+
+        Raises:
+            FileNotFoundError: if the file no longer exists.
+        """
+        ...
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that is another one if `cuts` may be others."""
+        ...
+
+    def read_rows(self, name: str, columns: Sequence[str], start: int, end: int | None) -> Iterator[Sample]:
+        """Yield rows `start` to `end` (None = all that come) of what `read` yields."""
+        ...
+
+
 def open_source(config: DatasetConfig, source: SourceConfig) -> Source:
     """Open the source that the settings describe.
 
@@ -89,6 +111,11 @@ def needs_sequential_reads(config: DatasetConfig) -> bool:
     """
     # By kind alone: only reading the files would show whether they contain paths instead.
     return any(source.kind == "parquet" for source in config.sources)
+
+
+def may_be_cut(source: SourceConfig) -> bool:
+    """True if a source may be `Divisible`, without opening it."""
+    return source.kind in ("parquet", "folder")
 
 
 @dataclass(frozen=True)
