@@ -76,9 +76,7 @@ class WebDatasetSource:
 
     def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
         """Yield images by ranged reads."""
-        yield from self._files.fetch(
-            places, lambda place: self._files.read_range(name, place.offset, place.length)
-        )
+        yield from self._files.fetch_ranges(name, places)
 
 
 def read_tar(

@@ -6,11 +6,18 @@ F source files, P parts, T tasks. Where a formula breaks, preparation of a billi
 from collections import Counter
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data_prep.dataset.parts import read_plan
+from data_prep.config import SourceConfig
+from data_prep.dataset.parts import read_plan, read_plan_record
 from data_prep.pairs.pairs import run_pairs
+from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import run_plan
+from data_prep.sources import files
+from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources, list_files
+from data_prep.sources.webdataset import WebDatasetSource
 from data_prep.store.store import open_store
 from model.common.share import Share
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
@@ -75,6 +82,52 @@ def test_files_of_a_bucket_are_listed_with_their_versions(config, dataset, proxy
     assert sources.changed(range(FILES)) == []
     dataset.put("tars/03.tar", b"another")
     assert sources.changed(range(FILES)) == ["0:03.tar"]
+
+
+places = st.lists(
+    st.builds(Place, st.integers(0, 120) | st.sampled_from([0, 60]), st.integers(0, 40)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(places, st.sampled_from([0, 5, 20]), st.sampled_from([1, 30, 200]))
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_near_images_of_a_tar_come_with_one_request(dataset, proxy, places, gap, joined):
+    data = bytes(range(100))
+    if not dataset.exists("tars/a.tar"):
+        dataset.put("tars/a.tar", data)
+    source = WebDatasetSource(SourceConfig("webdataset", f"{dataset.uri}/tars"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "MAX_GAP", gap)
+        patch.setattr(files, "MAX_JOINED", joined)
+        found = {}
+        requests = counted(proxy, lambda: found.update(source.fetch("a.tar", places)))
+    assert found == {n: data[at : at + length] for n, (at, length, _) in enumerate(places)}
+
+    runs = []
+    for start, length in sorted((at, length) for at, length, _ in places):
+        end = start + length
+        if not runs or start - runs[-1][1] > gap or max(end, runs[-1][1]) - runs[-1][0] > joined:
+            runs.append([start, end])
+        runs[-1][1] = max(runs[-1][1], end)
+    assert requests == Counter({"GET": n} if (n := sum(start < end for start, end in runs)) else {})
+
+
+def test_pairs_ask_once_for_the_images_of_a_chunk(config, dataset, proxy, tmp_path):
+    for path in (tmp_path / "in").iterdir():
+        dataset.put(f"tars/{path.name}", path.read_bytes())
+    config.sources[0].path = f"{dataset.uri}/tars"
+    run_plan(config, dataset, ALONE)
+    run_pairs(config, dataset, ALONE)
+    reads = [path for method, path, _ in proxy.requests if method == "GET" and path.endswith(".tar")]
+    # The scan reads each tar once, in one piece; pairs, each file of each part.
+    files = {(part, id >> 32) for part in read_plan(dataset).parts for id in ids_of(dataset, part)}
+    assert len(reads) <= FILES + len(files) < FILES + FILES * ROWS
+
+
+def ids_of(dataset, part):
+    return read_manifest(dataset, part, read_plan_record(dataset)["manifest"])["id"].to_pylist()
 
 
 def test_a_range_is_one_request(dataset, proxy):

@@ -61,17 +61,30 @@ def test_what_is_odd_is_asked_again(store, asked, proxy):
         store.read_range("nothing", 0, 4)
     assert len(asked) == 2
 
-    # without our hash, too large, and past the end
-    raw(proxy.url).put_object(Bucket=BUCKET, Key=f"{store._prefix}other", Body=b"others wrote this")
-    assert store.read("other") == b"others wrote this"
-    assert len(asked) == 3
+    # too large, and past the end
     store.put("large", b"x" * 100)
     with pytest.raises(TooLargeError):
         store.read("large", max_bytes=99)
-    assert len(asked) == 4
+    assert len(asked) == 3
     assert store.read_range("large", 90, 20) == b"x" * 10
     assert store.read_range("large", 100, 20) == b""
-    assert len(asked) == 4
+    assert len(asked) == 3
+
+
+def test_objects_of_other_programs_are_read_once_and_pages_of_proxies_again(store, asked, proxy):
+    client = raw(proxy.url)
+    for data in (b"others wrote this", b""):
+        client.put_object(Bucket=BUCKET, Key=f"{store._prefix}other", Body=data)
+        before = len(proxy.requests)
+        assert store.read("other") == data
+        assert len(proxy.requests) == before + 1
+    assert asked == []
+    client.put_object(Bucket=BUCKET, Key=f"{store._prefix}other", Body=b"others wrote this")
+    page = Fault("answer", method="GET", times=1, answer=(200, [("Content-Type", "text/html")], b"<p>log in"))
+    for fault in (page, Fault("reset", method="GET", times=1)):
+        proxy.faults = [fault]
+        assert store.read("other") == b"others wrote this"
+    assert asked == ["get", "get"]
 
 
 def test_a_byte_that_changed_on_the_way_is_noticed(store, asked, proxy):
