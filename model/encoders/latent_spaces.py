@@ -18,9 +18,8 @@ from torch import Tensor
 from model.common.errors import UserError
 from model.common.hub import download
 from model.common.registry import Registry
+from model.encoders.vae_files import CONFIG, WEIGHTS, find_in
 
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUTOENCODER_KL = "AutoencoderKL"
 """Name of the space of latents families that record none: it was the only one when they were written."""
 
@@ -333,9 +332,9 @@ def find_folder(source: str, revision: str | None) -> Path:
         files = [f"{folder}{name}" for folder in ("", "vae/") for name in (CONFIG, WEIGHTS)]
         root = download(f"VAE {source!r} is not a local folder", source, revision, files)
 
-    for folder in (root / "vae", root):
-        if (folder / CONFIG).is_file():
-            return folder
+    folder = find_in(root)
+    if folder is not None:
+        return folder
     raise UserError(
         f"{root}: no {CONFIG}: name the folder of a diffusers AutoencoderKL, "
         "or of a pipeline with a `vae` subfolder"

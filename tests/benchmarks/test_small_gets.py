@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from benchmarks import small_gets
 
 
+@pytest.mark.slow
 def test_a_tiny_run_measures_both_goals(monkeypatch, capsys):
     for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(name, "")  # restored after the run has set it

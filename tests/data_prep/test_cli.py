@@ -172,7 +172,8 @@ def test_commands_with_nothing_to_encode_or_to_plan_import_no_torch(settings, tm
     main(["pairs", settings])
     dataset = open_store(f"{tmp_path}/store").sub("ds")
     info = {"vae": "v", "revision": None}
-    family = register_family(dataset, Family("latents", "latents", {"m": "x"}, info), None)
+    identity = {"vae": "AutoencoderKL", "moments": "bf16"}
+    family = register_family(dataset, Family("latents", "latents", identity, info), None)
     encode_family(dataset, family, encoder(family), Share())
     latents = "latents=[{vae: v}]"
     program = "import sys; from data_prep.__main__ import main; main(sys.argv[1:])"
