@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data_prep.images.images import MAX_FILE_BYTES
+from data_prep.sources.ranges import near_runs, span_of
 from data_prep.sources.sample import (
     NO_ACCESS,
     NOT_REGULAR,
@@ -40,10 +41,6 @@ BUFFER = 8 << 20
 """Bytes of one ranged read: large enough to hide the latency of object storage."""
 READERS = 8
 """Concurrent reads from a bucket."""
-MAX_GAP = 1 << 20
-"""Bytes between two images that are read for nothing rather than with another request: 20 ms at 50 MB/s."""
-MAX_JOINED = 32 << 20
-"""Bytes of one request for several images."""
 READ_AHEAD = 32
 """Images that a scan reads from a bucket at once, each with a request of its own."""
 GLOB = re.compile(r"[*?\[]")
@@ -256,8 +253,8 @@ class SourceFiles:
             yield from self.fetch(places, lambda place: self.read_range(name, place.offset, place.length))
             return
 
-        runs = list(_near_runs(places))
-        spans = [_span(places, run) for run in runs]
+        runs = list(near_runs(places))
+        spans = [span_of(places, run) for run in runs]
         for number, data in self.fetch(spans, lambda span: self.read_range(name, span.offset, span.length)):
             for index in runs[number]:
                 start = places[index].offset - spans[number].offset
@@ -345,28 +342,6 @@ class SourceFiles:
         if local is not None and not self._is_inside(local):
             return None
         return name
-
-
-def _near_runs(places: Sequence[Place]) -> Iterator[list[int]]:
-    """Yield the indexes of places that are read together."""
-    run: list[int] = []
-    for index in sorted(range(len(places)), key=lambda index: places[index]):
-        if run:
-            whole = _span(places, [*run, index])
-            before = _span(places, run)
-            gap = places[index].offset - before.offset - before.length
-            if gap > MAX_GAP or whole.length > MAX_JOINED:
-                yield run
-                run = []
-        run.append(index)
-    if run:
-        yield run
-
-
-def _span(places: Sequence[Place], run: Sequence[int]) -> Place:
-    """Return the range from the first to the last byte of some places, the first of which begins first."""
-    start = places[run[0]].offset
-    return Place(start, max(places[index].offset + places[index].length for index in run) - start)
 
 
 class _RangedFile(io.RawIOBase):

@@ -14,7 +14,7 @@ from data_prep.dataset.parts import read_plan, read_plan_record
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.manifest import read_manifest
 from data_prep.plan.plan import run_plan
-from data_prep.sources import files
+from data_prep.sources import ranges
 from data_prep.sources.sample import Place
 from data_prep.sources.source import OpenSources, list_files
 from data_prep.sources.webdataset import WebDatasetSource
@@ -99,8 +99,8 @@ def test_near_images_of_a_tar_come_with_one_request(dataset, proxy, places, gap,
         dataset.put("tars/a.tar", data)
     source = WebDatasetSource(SourceConfig("webdataset", f"{dataset.uri}/tars"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "MAX_GAP", gap)
-        patch.setattr(files, "MAX_JOINED", joined)
+        patch.setattr(ranges, "MAX_GAP", gap)
+        patch.setattr(ranges, "MAX_JOINED", joined)
         found = {}
         requests = counted(proxy, lambda: found.update(source.fetch("a.tar", places)))
     assert found == {n: data[at : at + length] for n, (at, length, _) in enumerate(places)}
