@@ -53,11 +53,17 @@ def two_ranks(store, tmp_path_factory):
     return runs, train(2, store, runs, BOTH)
 
 
-def test_a_network_that_always_runs_whole_trains_as_a_plain_one_bit_for_bit(store, tmp_path):
-    runs = {"plain": {"model__depth": 4}, "elastic": {**DEPTHS, "elastic__full": 1.0}}
-    losses = [train(1, store, tmp_path / name, given) for name, given in runs.items()]
-    assert losses[0] == losses[1]
-    one, other = (load_weights(tmp_path / name / "small", "ema") for name in runs)
+@pytest.fixture(scope="module")
+def plain(store, tmp_path_factory):
+    """A run of a network without parts on one rank: its folder and losses."""
+    runs = tmp_path_factory.mktemp("plain")
+    return runs, train(1, store, runs, {"model__depth": 4})
+
+
+def test_a_network_that_always_runs_whole_trains_as_a_plain_one_bit_for_bit(store, tmp_path, plain):
+    runs, losses = plain
+    assert train(1, store, tmp_path, {**DEPTHS, "elastic__full": 1.0}) == losses
+    one, other = (load_weights(folder / "small", "ema") for folder in (runs, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -150,11 +156,10 @@ def test_segments_train_and_validate_each_size_in_its_times(store, tmp_path):
         assert one["loss"] == other["loss_depth4"] > 0 < other["loss_depth2"]
 
 
-def test_a_plain_stages_weights_start_an_elastic_one(store, tmp_path):
-    train(1, store, tmp_path / "plain", {"model__depth": 4})
-    start = {"start_from": str(tmp_path / "plain" / "small"), "start_weights": "raw", **BOTH}
-    on_ranks(2, seam_tasks.train, store, str(tmp_path / "next"), 0, start)
-    one, other = (load_weights(tmp_path / name / "small", "raw") for name in ("plain", "next"))
+def test_a_plain_stages_weights_start_an_elastic_one(store, tmp_path, plain):
+    start = {"start_from": str(plain[0] / "small"), "start_weights": "raw", **BOTH}
+    on_ranks(2, seam_tasks.train, store, str(tmp_path), 0, start)
+    one, other = (load_weights(folder / "small", "raw") for folder in (plain[0], tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
     wide = other["elastic.4.patch_embedding.weight"]
     assert wide.shape[1] == 4 * one["patch_embedding.weight"].shape[1]
