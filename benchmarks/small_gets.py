@@ -20,6 +20,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from unittest import mock
 
 import pyarrow as pa
@@ -103,7 +104,7 @@ def measure(bucket: S3Bucket, reads: int, threads: int) -> tuple[float, float]:
     return reads / seconds, 1e3 * cpu / reads
 
 
-def start(*arguments: object) -> multiprocessing.process.BaseProcess:
+def start(*arguments: object) -> BaseProcess:
     """Start an endpoint in a process of its own, and point the store's settings to it."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     server = multiprocessing.get_context("spawn").Process(

@@ -8,6 +8,7 @@ of them sees the other, whatever their clocks say, so no commit ever names a fil
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from data_prep.dataset.accounts import without_counts
@@ -122,12 +123,13 @@ def _live_groups(dataset: Store) -> set[str]:
     Indexes of older records of a snapshot count as named, because runs may still read them (see
     `take_snapshot`).
     """
-    files: list[StoredFile] = []
+    # Of each file only its group is kept, since a billion pairs have millions of files.
+    live: set[str] = set()
     for kind in dataset.folders("commits/"):
         for commit in committed(dataset, kind, without_counts).values():
-            files += commit.files
+            live.update(_groups_of(commit.files))
 
-    live = {family.constants_key for family in read_families(dataset).values()}
+    live.update(family.constants_key for family in read_families(dataset).values())
     snapshots = {f"snapshots/{id}" for id in snapshot_ids(dataset)}
     for key in dataset.list("snapshots/"):
         index = INDEX.fullmatch(key)
@@ -138,6 +140,10 @@ def _live_groups(dataset: Store) -> set[str]:
 
         table = read_index_file(dataset, key, index[2])
         names = [column.removesuffix(".key") for column in table.column_names if column.endswith(".key")]
-        files += index_files(table, names)
+        live.update(_groups_of(index_files(table, names)))
+    return live
 
-    return live | {file.key.rpartition("/")[0] for file in files}
+
+def _groups_of(files: Iterable[StoredFile]) -> Iterator[str]:
+    """Yield the groups of files that a commit or an index names."""
+    return (file.key.rpartition("/")[0] for file in files)
