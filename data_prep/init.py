@@ -159,6 +159,7 @@ def choose_buckets(sizes: Sequence[tuple[int, int]]) -> BucketConfig:
     tiny = BucketConfig(TINY, aspect, 16)
     while _reasons(tiny, sizes)[TOO_SMALL] > (1 - MOST) * len(sizes) and tiny.max_upscale < MAX_ENLARGED:
         tiny.max_upscale += 0.5
+
     return tiny
 
 
@@ -282,4 +283,5 @@ def _llm(llm: str, longest: int) -> tuple[dict[str, Any], str]:
     else:
         family |= {"prefix": "{instruction} ", "suffix": "\n"}
         note += " No markup of this LLM is known: put that of its chat template into prefix and suffix."
+
     return {**family, "max_tokens": tokens}, note

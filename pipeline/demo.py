@@ -124,6 +124,7 @@ def train(stage: StageConfig, arguments: list[str], stop_after: int | None) -> i
     code = wait_for(ranks, 0, EXIT_AGAIN, meanwhile=stop_half_way)
     if code not in (0, EXIT_AGAIN):
         raise SystemExit(code)
+
     return code
 
 
@@ -182,6 +183,7 @@ def measure_speed(stage: StageConfig, arguments: list[str]) -> tuple[float, floa
     seconds = time.monotonic() - began
     rate = read_reports(trial)[-1]["samples_per_second"]
     shutil.rmtree(trial)
+
     return seconds, rate
 
 
@@ -211,6 +213,7 @@ def plan_training(stage: StageConfig, arguments: list[str], minutes: float, phas
         phases("4 train, first steps for the plan", record_plan)
     plan = read_record(file, Plan, f"remove {stage.run} to start over")
     log_line(f"plan for {plan.minutes:g} minutes: {plan.samples:,} samples, {plan.images} images")
+
     return plan
 
 
@@ -277,6 +280,7 @@ def write_report(
     write_extra(stage.run, extra)
     for tile in tiles:
         log_line(f"{tile['value']} {tile['label']}")
+
     return build(stage.run)
 
 
@@ -315,6 +319,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Demo, float, list[str
             minutes = math.nan
         if not 0 < minutes < math.inf:
             raise UserError(f"{text}: give a number above 0, such as minutes={demo.minutes:g}")
+
     return demo, minutes, overrides
 
 

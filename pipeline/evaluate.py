@@ -94,6 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="genai_bench: template of the question; {} is replaced by the prompt",
     )
     add("--answer", default=genai_bench.ANSWER, help="genai_bench: the answer whose probability is the score")
+
     return parser.parse_intermixed_args(arguments)
 
 
@@ -270,6 +271,7 @@ def score_stage(bench: Bench, rules: Any, out: Path, complete: bool) -> dict[str
         "drawn": settings,
     }
     write_atomic(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
     return result
 
 

@@ -96,6 +96,7 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     # with a single segment, there are no positions to compare
     lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
     kind = cast(CaptionKind, settings["kind"])
+
     return scene_prompts(count, kind, settings["aspect"], lengths, seed, style)
 
 
@@ -163,6 +164,7 @@ def score_natural(
 
     # prompts differ in their number of segments, so this is not a mean of means
     mean = float(np.mean(list(chain.from_iterable(scores))))
+
     return {
         "summary": {"segment": mean},
         "vqa": {**vqa.identity, "template": QUESTION},
@@ -216,6 +218,7 @@ def find_images(folder: Path, prompts: int, suffix: str = ".png") -> tuple[list[
             f"{folder}: {len(files)} images for {prompts} prompts: "
             f"generate all of them with pipeline.sample --out {folder}"
         )
+
     return files, per_prompt
 
 
@@ -259,6 +262,7 @@ def score_folder(out: Path, vqa: VQA | None) -> dict[str, Any]:
     )
     result = {"settings": settings, "images": per_prompt, **result}
     (out / "scores.json").write_text(json.dumps(result, indent=1, default=PositionalBias.to_json))
+
     return result
 
 
@@ -277,6 +281,7 @@ def score_clips_of(out: Path, settings: PromptSettings) -> dict[str, Any]:
     scores = score_moving(clips, prompts, per_prompt, settings.get("scale", 1.0))
     result = {"settings": settings, "images": per_prompt, **scores}
     (out / "scores.json").write_text(json.dumps(result, indent=1))
+
     return result
 
 
@@ -309,6 +314,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument(
         "--vqa", help="for natural prompts: BLIP or another VQA model, a folder or OWNER/NAME@COMMIT"
     )
+
     return parser.parse_args(arguments)
 
 

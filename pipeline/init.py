@@ -111,6 +111,7 @@ def read_facts(config: DatasetConfig) -> Facts:
     prefixes = [
         int(families[text.name].info["prefix_tokens"]) for text in config.text if text.name in families
     ]
+
     return Facts(
         source=source,
         buckets=buckets,
@@ -204,6 +205,7 @@ class Chooser:
             ]
             if fitting and (every or fitting[-1] >= min(ENOUGH_AT_ONCE, local)):
                 return self._choice(preset, fitting[-1], every)
+
         return None
 
     def _batch(self, preset: str) -> int:
@@ -253,6 +255,7 @@ class Chooser:
             channels=facts.channels,
             downsampling=facts.downsampling,
         )
+
         return Choice(preset, stage, make_plan(stage, setup), self.world)
 
 
@@ -398,6 +401,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--preset", choices=TEMPLATES, default="", help="size of the network (default: the largest that fits)"
     )
     add("--out", type=Path, help="the YAML to write, which must not exist (default <name>_stage.yaml)")
+
     return parser.parse_intermixed_args(arguments)
 
 

@@ -117,6 +117,7 @@ def build_page(studio: InteractiveSampler) -> Any:
             paths = list(chain.from_iterable(shown))
             # newest first
             past_files = [*((path, request.prompt) for path in paths), *past_files][:MAX_HISTORY]
+
             return (
                 shown[0],
                 show_maps(columns[0]),
@@ -237,6 +238,7 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     for control in controls:
         # `InteractiveSampler` checks the values, in a sentence where gradio's own checks end in a traceback
         control.preprocess = lambda value: value
+
     return controls, generate
 
 
@@ -276,6 +278,7 @@ def serve(studio: InteractiveSampler, host: str, port: int | None, **options: An
         )
     except OSError as error:
         raise UserError(f"port {port} of {host}: {error}: choose another by --port") from error
+
     return page, address
 
 

@@ -111,6 +111,7 @@ class UserAdapter(Adapter):
             parts = chain([probed.condition, probed.text], probed.text_of_blocks)
             # The first token of an empty text has been cut off: see `_shifts`.
             users.answers = torch.cat([part.flatten(1) for part in parts if part is not None], dim=1)
+
         return shifts
 
     def _shifts(self, queries: Tensor, user: Tensor, has_user: Tensor) -> Shifts:
@@ -136,6 +137,7 @@ class UserAdapter(Adapter):
             return torch.where(has_user.view(-1, *[1] * (shift.dim() - 1)), shift, 0.0)
 
         low = None if self.narrow is None else self.narrow(inner)
+
         return Shifts(
             condition=None if self.pooled is None else masked(self.pooled, x[:, 0]),
             text=None if self.shared is None else masked(self.shared, inner),

@@ -140,6 +140,7 @@ class ElasticConfig:
                 f"patch {patch}: the network was trained with each size in its part of the times "
                 f"(elastic.segments={self.segments}): leave it out"
             )
+
         return PatchSchedule(depth, tuple(patches), tuple(self.segments))
 
 

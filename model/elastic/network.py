@@ -106,4 +106,5 @@ class ElasticLIDiT(LIDiT):
         own = self.elastic[str(part.patch)]
         assert isinstance(own, PatchLayers)
         sizes = replace(self.sizes, patch=part.patch)
+
         return Route(sizes, own.patch_embedding, own.position, blocks, own.linear, own.time_shift)

@@ -64,6 +64,7 @@ def plain_network(network: LIDiT, depth: int | None = None, patch: int | None = 
         sizes = replace(network.sizes, depth=part.depth, patch=part.patch)
         plain_one = LIDiT(sizes, network.fusion.config, network.text_widths)
     plain_one.load_state_dict(weights, assign=True)
+
     return plain_one.train(network.training).requires_grad_(False)
 
 
@@ -80,6 +81,7 @@ def _plain_name(name: str, kept: list[int], own: str, is_base: bool) -> str | No
     if not name.startswith("blocks."):
         return name
     _, number, rest = name.split(".", 2)
+
     return f"blocks.{kept.index(int(number))}.{rest}" if int(number) in kept else None
 
 
@@ -146,6 +148,7 @@ class GrownWeights(Mapping[str, Tensor]):
         if source.startswith("final.linear."):
             parts = rearrange(value, "(o p q c) ... -> o p q c ...", **axes)
             return repeat(parts, "o p q c ... -> (o p r q s c) ...", r=ratio, s=ratio)
+
         return value
 
     def __iter__(self) -> Iterator[str]:

@@ -74,6 +74,7 @@ class BlipVQA:
             )
             # The first token is the start token.
             answers.append(self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True).strip().lower())
+
         return answers
 
     @torch.no_grad()
@@ -116,6 +117,7 @@ class BlipVQA:
                 return_dict=True,
             )
             states.append(output[0])
+
         return states
 
     def _decode(self, tokens: Tensor, states: Tensor) -> Tensor:

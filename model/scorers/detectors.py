@@ -176,6 +176,7 @@ class OWL:
             detections.append(
                 Detection(names[int(labels[index])], float(scores[index]), (left, top, right, bottom))
             )
+
         return detections
 
 

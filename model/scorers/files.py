@@ -53,6 +53,7 @@ def find_scorer(source: str, option: str) -> ScorerFiles:
         _find_weights(folder, source, option)
 
     library = f"transformers {transformers.__version__}"
+
     return ScorerFiles(folder, {"name": name, "revision": revision, "library": library})
 
 
@@ -86,6 +87,7 @@ def load_model(
             f"{files.folder}: no {kind.__name__}: {len(missing)} weights are missing, "
             f"the first is {missing[0]}"
         )
+
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -119,4 +121,5 @@ def download_data(source: str, option: str) -> Path:
     # The path may be a file or a folder.
     files = None if path is None else (path, f"{path}/*")
     root = download(f"{option} {source}", pinned["name"], pinned["commit"], files, dataset=True)
+
     return root / (path or "")

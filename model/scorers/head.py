@@ -83,6 +83,7 @@ class EmbeddingHead:
                 values.relu() if number and self._relu else values, weight, bias
             )
         values = values[:, 0]
+
         return values.sigmoid() if self._sigmoid else values
 
 

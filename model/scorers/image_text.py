@@ -94,6 +94,7 @@ class ImageTextModel:
             answers.append(
                 self.tokenizer.decode(new[0], skip_special_tokens=True).strip().rstrip(".").lower()
             )
+
         return answers
 
     def _tokens(self, text: str) -> list[int]:
@@ -134,4 +135,5 @@ class ImageTextModel:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if "token_type_ids" in inputs:
             inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros_like(wanted)], 1)
+
         return self.model(**inputs).logits[0, length - 1 : length - 1 + len(answer)]

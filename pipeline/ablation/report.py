@@ -50,6 +50,7 @@ def make_line(
     losses = [record["loss"] for record in records.values() if record["loss"] is not None]
     # a loss is not a share, so it is not shown in percent
     cells.append(SeedMean.of(losses).text(1, 4) if losses else "-")
+
     return {
         "title": title,
         "paper": "" if paper is None else f"{paper:.2f}",
@@ -96,6 +97,7 @@ def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
                 "orderings": [_describe(ablation, pair) for pair in ordered[title]],
             }
         )
+
     return tables
 
 
@@ -131,6 +133,7 @@ def position_curve(biases: dict[str, PositionalBias]) -> dict[str, str]:
         "bands: 95 % over prompts."
     )
     axes = ("relative position in the prompt", "score")
+
     return curve("Positional bias", note, lines, axes, bottom=0.0, bands=bands)
 
 
@@ -155,6 +158,7 @@ def markdown(
         parts += [f"- {title}: {bias}" for title, bias in biases.items()]
         parts.append("")
     parts += [f"Left out: {reason}." for reason in left_out]
+
     return "\n".join([*parts, cost, ""])
 
 
@@ -168,6 +172,7 @@ def _images(ablation: Ablation, jobs: Sequence[Job], scores: Scores) -> list[dic
         if paths:
             images = [inline_image(path) for path in paths[:MAX_IMAGES]]
             rows.append({"title": ablation.rows[job.row].title, "images": images})
+
     return rows
 
 
@@ -215,4 +220,5 @@ def build(
         stage=dump_stage(stage),
     )
     write_atomic(folder / "report.html", text)
+
     return folder / "report.html"

@@ -69,6 +69,7 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
         if chosen_rows:
             tables[title] = chosen_rows
     ablation.tables = tables
+
     return ablation
 
 
@@ -185,6 +186,7 @@ def make_jobs(
             else:
                 jobs.append(Job(name, seed, config))
     left_out = [f"{ablation.rows[name].title}: no text family `{family}`" for name, family in missing.items()]
+
     return jobs, left_out
 
 
@@ -267,4 +269,5 @@ def orderings(ablation: Ablation, scores: dict[str, dict[int, float]]) -> dict[s
             if difference is not None:
                 pairs.append(Ordering(better, worse, difference))
         by_table[title] = pairs
+
     return by_table

@@ -78,6 +78,7 @@ class EmojiEnding(Ending):
                 f"chance {result.chance:.2%})"
             )
             tiles.append({"label": label, "value": f"{result.share:.1%}"})
+
         return tiles
 
     def details(self, number: int, image: Path) -> dict[str, Any]:

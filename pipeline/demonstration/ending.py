@@ -59,6 +59,7 @@ class Ending(ABC):
             details = self.details(number, file)
             record = {"caption": records[number]["prompt"], "drawn": self.relative(file), **details}
             shown.append(cast(ShownImage, record))
+
         return shown
 
     def relative(self, file: Path) -> str:

@@ -54,4 +54,5 @@ def make_plan(minutes: float, spent: float, trial: float, rate: float, stage: St
     seconds_per_image = passes / (3 * rate) * DRAWING_FACTOR
     # the command that draws and the measurement load as much as a start of the training
     images = int((end - 2 * start) / seconds_per_image)
+
     return Plan(minutes, steps * stage.global_batch, min(max(images, MIN_IMAGES), MAX_IMAGES))

@@ -179,6 +179,7 @@ def answer_missing(
             # a killed process loses only the image that it was asking about
             file.flush()
             progress.advance()
+
     return len(unanswered)
 
 

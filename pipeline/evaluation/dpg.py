@@ -72,6 +72,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
     for item, about in items.items():
         text = read_text(folder / f"{item}.txt").strip() if folder.is_dir() else about["text"]
         images.append(BenchImage(f"{item}.png", text, seeds, {"questions": about["questions"]}))
+
     return Plan(images)
 
 
@@ -155,6 +156,7 @@ def score_prompt(
             points = [(categories[question], value) for question, value in right.items()]
         else:
             points += [(categories[question], value) for question, value in gated.items()]
+
     return mean(scores), points
 
 
@@ -178,6 +180,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: DP
 
     if not prompts:
         raise UserError("no prompt is left to score: set drop_failed=false skip_first_row=false")
+
     return {
         "overall": 100 * mean(prompts),
         "categories": {name: 100 * mean(values) for name, values in sorted(coarse.items())},

@@ -37,6 +37,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
     for number in range(len(lines) * images_per_prompt):
         prompt = lines[number // images_per_prompt]
         images.append(BenchImage(f"{number:06d}.png", prompt, (seed + number,)))
+
     return Plan(images)
 
 
@@ -95,6 +96,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: FI
     if min(map(len, sets.values())) < 2:
         raise UserError("FID needs at least two generated and two reference images")
     generated, reference = np.stack(sets[False]), np.stack(sets[True])
+
     return {
         "overall": frechet_distance(generated, reference),
         "drawn": len(generated),

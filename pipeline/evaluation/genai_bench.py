@@ -54,6 +54,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
         raise UserError(
             f"--prompts {prompts}: not GenAI-Bench's {PROMPTS} and {SKILLS} ({type(error).__name__}: {error})"
         ) from error
+
     return Plan(images)
 
 
@@ -86,6 +87,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: Ge
     counted = [value for key, value in means.items() if skills[key] or rules.untagged]
     if not counted:
         raise UserError(f"no prompt of {SKILLS} is in {PROMPTS}: set untagged=true to score without skills")
+
     return {
         "overall": mean(counted),
         "skills": {skill: mean(of_prompts) for skill, of_prompts in by_skill.items()},

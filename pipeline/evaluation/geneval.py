@@ -76,6 +76,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
         files[f"{number:05d}/metadata.jsonl"] = json.dumps(about)
         for j in range(images_per_prompt):
             images.append(BenchImage(f"{number:05d}/samples/{j:05d}.png", prompt, (seed + j,), about))
+
     return Plan(images, files)
 
 
@@ -113,6 +114,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
             for record, color in zip(records, _colors(judges, name, group, image), strict=True):
                 record["color"] = color
         objects += records
+
     return {"objects": objects}
 
 
@@ -168,6 +170,7 @@ def is_correct(
         # for `counting`, GenEval excludes one object more than it includes
         if count >= clause["count"]:
             wrong.append(f"{clause['class']}: {count}, less than {clause['count']} wanted")
+
     return not wrong, wrong
 
 
@@ -197,6 +200,7 @@ def _problem(
             for other in others:
                 if relation not in positions(found["box"], other["box"], rules.position_threshold):
                     return f"{name}: not {relation}"
+
     return ""
 
 
@@ -216,6 +220,7 @@ def _select(objects: Sequence[Object], tag: str, rules: GenEvalRules) -> dict[st
             if rules.max_overlap == 1 or all(overlap < rules.max_overlap for overlap in overlaps):
                 selected.append(found)
         classes[name] = selected
+
     return classes
 
 
@@ -238,6 +243,7 @@ def positions(a: Sequence[float], b: Sequence[float], threshold: float) -> set[s
     # image coordinates: y grows downward, so a negative y is above
     x, y = (value / math.hypot(*offset) for value in revised)
     relations = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+
     return {relation for relation, holds in relations.items() if holds}
 
 
@@ -253,6 +259,7 @@ def score(images: Sequence[BenchImage], answers: Mapping[str, Answer], rules: Ge
         prompts[key] = prompts.get(key, False) or right
 
     by_tag = {tag: mean(results) for tag, results in tags.items()}
+
     return {
         "overall": mean(list(by_tag.values())),
         "tags": by_tag,

@@ -72,6 +72,7 @@ def read_plan(out: Path) -> tuple[list[BenchImage], dict[str, Any]]:
             check_inside(image.file)
     except ValueError as error:
         raise UserError(f"{out / PLAN}: damaged: its list of images: {error}: use another folder") from error
+
     return images, settings
 
 
@@ -129,6 +130,7 @@ def generate_missing(
             grid = _grid([next(cells) for _ in image.seeds])
             record = {"prompt": image.prompt, "seeds": image.seeds, **params.record(), **about}
             save_image(grid, out, image.file, record)
+
     return len(missing)
 
 
@@ -142,6 +144,7 @@ def _batches(images: Sequence[BenchImage], batch: int) -> list[list[BenchImage]]
             room = batch
         batches[-1].append(image)
         room -= len(image.seeds)
+
     return batches
 
 

@@ -90,6 +90,7 @@ def plan(prompts: Path, images_per_prompt: int, seed: int) -> Plan:
                 identifier = number * images_per_prompt + j
                 file = f"{category}/samples/{_check_name(line, path)}_{identifier:06d}.png"
                 images.append(BenchImage(file, line, (seed + j,), about | extra))
+
     return Plan(images)
 
 
@@ -155,6 +156,7 @@ def ask(judges: Judges, entry: BenchImage, image: Image.Image) -> Answer:
         answer["found"] = [
             {"class": found.label, "score": found.score, "box": list(found.box)} for found in detections
         ]
+
     return answer
 
 
@@ -200,6 +202,7 @@ def spatial(prompt: str, answer: Answer, rules: T2IRules) -> float:
         # `near_pixels` is in pixels of UniDet's input, so that published numbers can be compared
         scale = t2i_objects.detector_scale(*answer["size"])
         value += 0.5 * t2i_objects.score_position(relation, a.box, b.box, scale, rules.near_pixels)
+
     return value if value >= rules.spatial_floor else 0.0
 
 
@@ -229,6 +232,7 @@ def score_image(image: BenchImage, answer: Answer, rules: T2IRules) -> float:
         return numeracy(answer, rules)
     if category == "non_spatial":
         return answer["similarity"]
+
     return complex_score(image.prompt, image.about["parts"], answer, rules)
 
 

@@ -100,6 +100,7 @@ def nouns_around_preposition(parsed: Parsed) -> list[str]:
         behind = words[i + length :]
         nouns = [text for text, part in behind if part == "NOUN"][:1]
         objects += nouns or _last_of_first_name(behind)
+
     return objects if len(objects) == 2 else []
 
 
@@ -126,6 +127,7 @@ def read_names(path: Path) -> Names:
         raise UserError(
             f"{path}: give T2I-CompBench's new_objects.txt, with one `singular - plural` per line"
         )
+
     return [pair[:2] for pair in names]
 
 
@@ -155,6 +157,7 @@ def count_objects(parsed: Parsed, names: Names) -> tuple[list[str], list[int]]:
         elif next_word in plurals:
             objects.append(singulars[plurals.index(next_word)])
             numbers += [NUMBERS[word]] if word in NUMBERS else []
+
     return objects, numbers
 
 
@@ -189,6 +192,7 @@ def score_position(relation: str | None, a: Corners, b: Corners, scale: float, n
     if along <= 0 or along <= abs(across):
         return 0.0
     overlap = iou(a, b)
+
     return 1.0 if overlap < MAX_OVERLAP else MAX_OVERLAP / overlap
 
 
@@ -224,4 +228,5 @@ def score_counts(objects: Sequence[str], numbers: Sequence[int], boxes: Sequence
         if wanted in names:
             total += 0.5
             total += 0.5 * (index < len(numbers) and names.count(wanted) == numbers[index])
+
     return total / len(objects) if objects else 0.0

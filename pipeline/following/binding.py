@@ -60,6 +60,7 @@ def binding(
         own, theirs = _correct(objects, replace(caption, relations=())), _correct(objects, other)
         points += 1.0 if own > theirs else 0.5 if own == theirs else 0.0
         count += 1
+
     return (points / count if count else 0.0), count
 
 

@@ -41,6 +41,7 @@ def claim_lines(caption: SceneCaption, claims: Sequence[Claim]) -> list[list[tup
             segment = caption.segments[claim.position]
             stated = {**segment.stated, "count": f"{segment.count} objects"}
             lines[claim.position].append((stated[claim.attribute], claim.correct))
+
     return lines
 
 

@@ -62,6 +62,7 @@ def read_moving_scene(clip: np.ndarray, scale: float = 1.0) -> list[DetectedMoti
         if len(track) >= MIN_PRESENT * len(clip) and looks[color]:
             motion, speed = _motion_of(track, len(clip))
             detected.append(DetectedMotion(_majority(looks[color]), motion, speed))
+
     return detected
 
 
@@ -84,6 +85,7 @@ def _motion_of(track: dict[int, Blob], frames: int) -> tuple[Motion, Speed | Non
         return "growing" if growth > 0 else "shrinking", "fast" if abs(growth) > FAST_GROWTH else "slow"
 
     motion = max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * right + DIRECTIONS[name][1] * down)
+
     return motion, "fast" if shift > FAST_SHIFT else "slow"
 
 
@@ -144,6 +146,7 @@ def judge_clip(clip: int, objects: Sequence[DetectedMotion], caption: MovingCapt
             judged["speed"] = judged["motion"] and found is not None and found.speed == moving.speed
         for name, correct in judged.items():
             claims.append(Claim(clip, name, position, len(segments), correct))
+
     return claims
 
 

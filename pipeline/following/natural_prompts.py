@@ -52,4 +52,5 @@ def natural_prompts(count: int, seed: int = 0, segments: int | None = None) -> l
             with_article(f"{adjective} {noun}") for adjective, noun in zip(adjectives, nouns, strict=True)
         ]
         prompts.append(NaturalPrompt(capitalize(join_words(parts)) + ".", tuple(parts)))
+
     return prompts

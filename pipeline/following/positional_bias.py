@@ -91,6 +91,7 @@ def positional_bias(scores: Sequence[Sequence[float]], seed: int = 0) -> Positio
 
     # Curve, slope and gap are columns of one table, so all use the same resamples.
     means = _bootstrap(np.stack(rows), seed)
+
     return PositionalBias(positions.tolist(), means[:POSITIONS], means[-2], means[-1], len(rows))
 
 
@@ -123,6 +124,7 @@ def scene_segment_scores(scores: SceneScores, images: int = 1) -> list[list[floa
     shares: list[list[float]] = []
     for prompt in sorted(prompts):
         shares.append([float(np.mean(judgments)) for judgments in prompts[prompt]])
+
     return shares
 
 

@@ -127,6 +127,7 @@ def _read_regions(image: np.ndarray, scale: float) -> tuple[np.ndarray, float, l
 
     regions = _find_regions(foreground, hues, MIN_AREA * (scale * pixels_per_unit) ** 2)
     by_size = sorted(range(len(regions)), key=lambda number: -regions[number][0].sum())
+
     return pixels, pixels_per_unit, [regions[number] for number in sorted(by_size[:MAX_REGIONS])]
 
 
@@ -175,6 +176,7 @@ def _find_regions(
                 mask = pieces == piece
                 if mask.sum() >= min_pixels:
                     regions.append((mask, hue))
+
     return regions
 
 
@@ -231,6 +233,7 @@ def _template(shape: Shape, blur: float) -> _Template:
     bases = np.linalg.qr(parts)[0]
     # Plain has no dark part: for its column of zeros, QR returns an arbitrary vector.
     bases[0, :, :2], bases[0, :, 2] = np.linalg.qr(parts[0, :, :2])[0], 0.0
+
     return _Template(parts, np.ascontiguousarray(bases.swapaxes(1, 2)).reshape(-1, GRID * GRID))
 
 
@@ -282,6 +285,7 @@ def _recognize(
 
     # between the two sizes, on a log scale
     threshold = scale * np.sqrt(EXTENTS["small"] * EXTENTS["large"]) / 2
+
     return DetectedObject(
         color,
         best.shape if best.residual <= 1 - MIN_EXPLAINED else None,
@@ -346,6 +350,7 @@ def _fit(
                 center = x + shift_x * scaled, y + shift_y * scaled
                 best = _Fit(shape, residuals[number], scaled, *center, template, patches[number])
     assert best is not None, "there is at least one pose"
+
     return best
 
 
@@ -365,6 +370,7 @@ def _sample_patches(
         -1, width, 3
     )  # [shifts * GRID, shifts * GRID, 3]
     patches = patches.reshape(len(shifts), GRID, len(shifts), GRID, 3)
+
     return patches.swapaxes(1, 2).reshape(-1, GRID * GRID, 3)
 
 

@@ -151,6 +151,7 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
             objects[subject[0]], relation.direction, objects[other[0]]
         )
         claims.append(Claim(image, "relation", relation.subject, length, correct))
+
     return claims
 
 
@@ -174,6 +175,7 @@ def assign_objects(objects: Sequence[DetectedObject], segments: Sequence[Segment
     for row, column in zip(*linear_sum_assignment(shares, maximize=True), strict=True):
         if shares[row, column] > 0:
             assigned[owners[row]].append(int(column))
+
     return assigned
 
 

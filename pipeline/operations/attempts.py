@@ -96,6 +96,7 @@ def read_endings(run: Path) -> list[Ending]:
         except ValueError as error:
             # cut short by a full disk or a power cut: it must not keep the run from ever starting again
             log.warning("%s: line %d is damaged and passed over: %s", path, number, error)
+
     return endings
 
 
@@ -248,6 +249,7 @@ def begin(stage: StageConfig, attempt: Attempt, gpus: int, jobs: str = "") -> Pa
 
     with naming_full_disk(run):
         _record_attempt(run, attempt)
+
     return run
 
 
@@ -336,6 +338,7 @@ def judge(run: Path, rc: int, ended_by: str, why: str, bad_nodes: str) -> tuple[
             f"{reason}; that is {repeated} times at step {step}, so it is not started again",
             False,
         )
+
     return "crash", reason, True
 
 
@@ -391,6 +394,7 @@ def end(run: Path, rc: int, job: str, why: str, bad_nodes: str) -> int:
     # last: a full disk must not hide why the job ended; requeued from outside counts as requeued too, so that
     # the status shows it as going on
     _write_ending(run, attempt, kind, reason, step, requeued=requeue or kind == "outside")
+
     return EXIT_AGAIN if requeue else {"finished": 0, "cancelled": 0, "user_error": 2}.get(kind, 1)
 
 
@@ -421,6 +425,7 @@ def parse() -> argparse.Namespace:
     closing.add_argument("--job", default="", help="line of `scontrol show job -o`")
     closing.add_argument("--why", default="", help="what the batch script did to the ranks")
     closing.add_argument("--bad-nodes", default="", help="nodes that failed the preflight")
+
     return parser.parse_args()
 
 

@@ -46,6 +46,7 @@ def part_costs(
         sizes = replace(dit, depth=part.depth, patch=part.patch)
         parameters = count_parameters(sizes, stage.fusion, widths)["total"]
         costs.append(PartCost(str(part), parameters, flops(sizes), shares.get(part, 0.0)))
+
     return costs
 
 

@@ -49,6 +49,7 @@ def _errors(text: str) -> list[list[str]]:
         elif STARTS.match(lines[number]):
             blocks.append([lines[number]])
         number += 1
+
     return blocks
 
 
@@ -88,4 +89,5 @@ def find_first_error(logs: Path, sizes: dict[str, int]) -> str:
         return ""
     # tuples compare by kind first, and then by time
     first = min(failures)
+
     return f"{first.log.removesuffix('.txt')}: {first.text}"

@@ -79,6 +79,7 @@ def check_process(stage: StageConfig, ranks: Distributed, folder: Path) -> NodeR
             report.errors.append(("network", first_line(error)))
     report.seconds = time.monotonic() - started
     report.write(folder)
+
     return report
 
 
@@ -109,6 +110,7 @@ def versions() -> dict[str, str]:
         if driver.exists():
             line = driver.read_text().splitlines()[0]
             by_name["driver"] = line.split("Module")[-1].split()[0]
+
     return by_name
 
 
@@ -234,6 +236,7 @@ def _bandwidth(group: Any, world: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.monotonic() - started) / 3
+
     return 2 * (world - 1) / world * megabytes * 2**20 / 1e9 / seconds
 
 

@@ -145,6 +145,7 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
     # speed follows from an assumed MFU; reading and saving are assumed to overlap with the steps
     speed = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu / flops
     pair_bytes = bytes_per_pair(setup)
+
     return Plan(
         parameters=parameters,
         flops_per_sample=flops,
@@ -173,6 +174,7 @@ def count_moments(stage: StageConfig, dit: DiTConfig, widths: Sequence[int]) -> 
     values = 0
     for group in parameter_groups(network, stage.optim):
         values += len(moments[group["name"]]) * sum(parameter.numel() for parameter in group["params"])
+
     return values
 
 
@@ -220,6 +222,7 @@ def state_memory(
         memory["table of users"] = 2.0 * size * stage.users.table_values
     if engine.zero_stage == 3:
         memory["gathered"] = size * float(min(engine.max_live_parameters, parameters))
+
     return memory
 
 
@@ -247,6 +250,7 @@ def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
     across = stage.fusion.collaborative_blocks if collaborates(stage.fusion, llms) else 0
     refined = (setup.prefix_tokens + setup.max_caption_tokens) * llms
     refiners = _REFINER_VALUES * refiner_width * refined * (own + across)
+
     return size * float(blocks + _OUTER_VALUES * patches * dit.width + refiners)
 
 

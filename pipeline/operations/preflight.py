@@ -152,6 +152,7 @@ def decide(reports: list[NodeReport], nodes: list[str]) -> Verdict:
         f"all-reduce {min(bandwidths):.2f} GB/s" if bandwidths else "no all-reduce",
         f"{max((report.seconds for report in reports), default=0):.0f} s",
     ]
+
     return verdict
 
 
@@ -177,6 +178,7 @@ def _odd_versions(reports: list[NodeReport]) -> dict[str, str]:
         for node, version in versions.items():
             if version != usual:
                 odd[node] = f"{name} {version}, the other nodes have {usual}"
+
     return odd
 
 
@@ -222,6 +224,7 @@ def print_verdict(verdict: Verdict, folder: Path) -> int:
         print(f"== preflight: the nodes cannot reach each other: {verdict.network}", flush=True)
     # cluster/train.sh excludes these nodes when it queues the job again
     (folder / "bad_nodes").write_text(",".join(sorted(verdict.bad)))
+
     return 1 if verdict.bad or verdict.network else 0
 
 
@@ -252,6 +255,7 @@ def parse() -> argparse.Namespace:
         parser.error("name a stage")
     if (arguments.processes is None) != (arguments.gpu_memory is None):
         parser.error("give --processes and --gpu-memory together")
+
     return arguments
 
 

@@ -94,6 +94,7 @@ def curve(
     pyplot.close(figure)
     # without the XML header, so that HTML can contain it
     svg = text.getvalue()
+
     return {"title": title, "note": note, "svg": svg[svg.index("<svg") :]}
 
 
@@ -142,6 +143,7 @@ def gate_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
             for label, names in blocks.items():
                 mean[label] = sum(report[name] for name in names) / len(names)
             means.append(mean)
+
     return {label: series(means, label) for label in blocks}
 
 
@@ -186,6 +188,7 @@ def scene_lines(run: Path) -> dict[str, Line]:
                 scores[name] = value
         if scores:
             rows.append({**scores, "samples": line["samples"]})
+
     return {name: series(rows, name, smoothed=False) for name in names_in(rows) if name != "samples"}
 
 
@@ -204,6 +207,7 @@ def curves_of(run: Path) -> list[dict[str, str]]:
         if lines:
             axes = ("samples", plot.unit)
             curves.append(curve(plot.title, plot.note, lines, axes, restarts, plot.bottom))
+
     return curves
 
 

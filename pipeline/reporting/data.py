@@ -31,6 +31,7 @@ def describe_data(stage: StageConfig) -> dict[str, Any]:
     note = f"Reads {corpus}."
     if stage.fusion.encode == "families":
         note += " Text states are stored without padding, and the states of the instruction only once."
+
     return {"note": note, "families": families, "steps": steps}
 
 
@@ -55,6 +56,7 @@ def _families(corpus: Corpus, stage: StageConfig) -> list[dict[str, str]]:
                 "bytes": f"{size / pairs:,.0f}",
             }
         )
+
     return rows
 
 
@@ -81,4 +83,5 @@ def _steps(corpus: Corpus) -> list[dict[str, str]]:
             left -= count
             steps.append({"name": reason, "taken": f"-{count:,}", "left": f"{left:,}"})
     steps.append({"name": "pairs in the snapshot", "taken": "", "left": f"{left:,}"})
+
     return steps

@@ -70,6 +70,7 @@ def list_events(run: Path) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: row["time"])
     for row in rows:
         row["when"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+
     return rows
 
 
@@ -93,6 +94,7 @@ def make_tiles(run: Path, extra: Extra) -> list[Tile]:
         # the first start is no resume
         resumed = len(read_events(run, "start")) - 1
         tiles.append({"label": "times stopped and resumed", "value": str(resumed)})
+
     return tiles + extra.get("tiles", [])
 
 
@@ -150,4 +152,5 @@ def build(run: Path) -> Path:
     )
     out = run / "report.html"
     out.write_text(html)
+
     return out

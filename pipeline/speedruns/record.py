@@ -94,6 +94,7 @@ def read_log(run: Path, seed: int) -> SeedLog:
 
     starts = read_events(run, "start")
     snapshot = str(starts[0].get("snapshot", "")) if starts else ""
+
     return {
         "seed": seed,
         "snapshot": snapshot,
@@ -114,6 +115,7 @@ def seconds_to(log: SeedLog, samples: int) -> float:
     later = [report for report in log["reports"] if report["samples"] > samples]
     if not later:
         raise UserError(f"seed {log['seed']}: no report after {samples:,} samples: the log is cut")
+
     return seconds + (samples - covered) / later[0]["samples_per_second"]
 
 
@@ -169,4 +171,5 @@ def read_checked(path: Path) -> Record:
         raise UserError(f"{path}: not every seed has {TARGET:.0%} of the segments right: this is no record")
     if abs(seconds - record["seconds"]) > 0.1:
         raise UserError(f"{path}: its log says {seconds:.1f} seconds, not {record['seconds']:.1f}")
+
     return record
