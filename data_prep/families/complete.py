@@ -22,7 +22,7 @@ from model.encoders.vae_files import CONFIG, WEIGHTS, find_in
 
 
 class Expected(NamedTuple):
-    """What the record of a family must have to be that of the settings, in `identity` or `info`."""
+    """Values that the record of a family has, in `identity` or `info`, if it is that of the settings."""
 
     always: Mapping[str, Any]
     if_there: Mapping[str, Any]
