@@ -149,8 +149,8 @@ class CollaborativeRefiner(nn.Module):
         # Made once: every block reads all tokens as keys, and even the last one cuts only queries.
         others: list[Joint | None] = [None] * len(tokens)
         keys: list[Tensor | Rows | None] = [None] * len(tokens)
-        for own in range(len(tokens)) if shown is not None else ():
-            joint = Joint.of(_without(shown, own))
+        for own in range(len(shown or ())):
+            joint = Joint.of(_without(shown or (), own))
             if isinstance(joint.shown, Rows):
                 others[own], keys[own] = joint, joint.shown
             else:

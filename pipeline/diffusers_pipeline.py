@@ -24,6 +24,7 @@ from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
 from model.encoders.latent_spaces import LatentSpace
 from model.encoders.vae import VAE
+from model.ragged import Rows
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.diffusion.solvers import find_objective, scheduler_misfit
 from pipeline.inference.call import (
@@ -109,7 +110,7 @@ class LIDiTModel(LIDiT, StrictModel, ConfigMixin, PeftAdapterMixin):
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.checkpoint_every = int(enabled)
 
-    def recompute(self, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
+    def recompute(self, block: nn.Module, *inputs: Tensor | Rows | int | None) -> Tensor:
         """Run a block by the function that `enable_gradient_checkpointing` was given."""
         function: Any = self._gradient_checkpointing_func
         return function(block, *inputs)
