@@ -326,8 +326,8 @@ def main() -> None:
         names = ["prompts", "count", "segments", "kind", "aspect", "seed"]
         # Only where they are set: the settings of older folders have none, and stay the same.
         names += ["scale"] if arguments.scale != 1.0 else []
-        optional = ("plain", "objects", "combination")
-        names += [name for name in optional if getattr(arguments, name) not in (None, False)]
+        names += [name for name in ("plain", "objects") if getattr(arguments, name)]
+        names += ["combination"] if arguments.combination is not None else []
         settings = {name: getattr(arguments, name) for name in names}
         write_prompts(arguments.out, cast(PromptSettings, settings))
         prompts, images = arguments.out / "prompts.txt", arguments.out / IMAGES

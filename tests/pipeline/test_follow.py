@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.scenes.moving import combination_of
 from data_prep.scenes.rendering import render_scene
 from model.scorers.blip_vqa import BlipVQA
 from model.scorers.files import find_scorer
@@ -90,6 +91,16 @@ def test_the_truth_of_scenes_scores_everything(folder, capsys):
     assert Image.open(folder.out / "positional_bias.png").width > 100
     assert Image.open(folder.out / "judged.png").width > 1000
     assert "last minus first segment +0.0 [+0.0, +0.0] points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("combination", [0, 5])
+def test_prompts_of_one_combination_are_written(folder, combination):
+    words = ("--prompts", "moving", "--segments", 1, "--plain", "--objects", 1, "--scale", 1.6)
+    folder.type(follow, "write", folder.out, "--count", 8, *words, "--combination", combination)
+    prompts = folder.prompts()
+    assert {combination_of(prompt.scene) for prompt in prompts} == {combination}
+    texts = [prompt.caption.text for prompt in prompts]
+    assert (folder.out / "prompts.txt").read_text().splitlines() == texts
 
 
 def test_random_weights_score_at_chance_in_scenes(folder):
