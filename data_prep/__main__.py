@@ -54,6 +54,8 @@ def latents(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None
             print(f"{entry.name}: all parts of this task are encoded")
         else:
             _load("data_prep.families.latents", "run_latents")(config, entry, dataset, arguments.task)
+        if entry.moments == "mean":
+            _load("data_prep.families.latents_report", "print_missing_noise")(dataset, entry.name)
 
 
 def captions(config: DatasetConfig, dataset: Store, arguments: Arguments) -> None:

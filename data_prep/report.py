@@ -19,6 +19,7 @@ import pyarrow
 from PIL import Image
 
 from data_prep.clips.clips import first_frame, is_clip
+from data_prep.clips.large_file import Media
 from data_prep.config import DatasetConfig
 from data_prep.dataset.accounts import FileAccount, account
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
@@ -26,6 +27,7 @@ from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import VERIFY, read_families
 from data_prep.families.captions_report import captions_reports
+from data_prep.families.latents_report import missing_noise
 from data_prep.families.text_report import SAVINGS, payload_bytes, text_reports
 from data_prep.images.images import ImageError, decode_image
 from data_prep.pairs.pairs import DROPPED as DROPPED_IN_PARTS
@@ -122,6 +124,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         parts=len(manifest.parts),
         committed_parts=len(commits),
         kinds=_kinds(dataset, commits),
+        noise=missing_noise(dataset),
         texts=text_reports(dataset),
         savings=SAVINGS,
         generated=captions_reports(dataset),
@@ -360,13 +363,14 @@ def _contact_sheet(pair: Pair) -> str:
     return _data_uri(Image.fromarray(np.concatenate(rows)))
 
 
-def _thumbnail(data: bytes) -> str:
+def _thumbnail(data: Media) -> str:
     """Return an image, or the first frame of a video, as a small data URI; empty if it cannot be decoded."""
 
     try:
         if is_clip(data):
             image = first_frame(data, THUMBNAIL)
         else:
+            assert isinstance(data, bytes), "only videos are read in ranges"
             image = decode_image(data, at_least=(THUMBNAIL, THUMBNAIL))
     except (ImageError, UserError):
         return ""  # damaged, or PyAV is not installed here
@@ -422,7 +426,7 @@ def _choose_rows(
     return rows
 
 
-def _fetch_images(sources: OpenSources, file: int, rows: list[dict[str, Any]]) -> dict[int, bytes | None]:
+def _fetch_images(sources: OpenSources, file: int, rows: list[dict[str, Any]]) -> dict[int, Media | None]:
     """Fetch the images of dropped rows from their source file, by number of the row.
 
     Rows without a place have none.
@@ -438,5 +442,5 @@ def _fetch_images(sources: OpenSources, file: int, rows: list[dict[str, Any]]) -
     return {numbers[position]: data for position, data in source.fetch(name, places)}
 
 
-def _dropped_tile(row: dict[str, Any], image: bytes | None) -> Tile:
+def _dropped_tile(row: dict[str, Any], image: Media | None) -> Tile:
     return Tile(_thumbnail(image) if image else "", row["detail"] or row["key"], row["key"])

@@ -183,7 +183,7 @@ class AnnotationStep(Step):
                 if reason:
                     continue
                 image = sample.image if sample is not None else None
-                if image is None or xxhash.xxh3_64_intdigest(image) != hash:
+                if not isinstance(image, bytes) or xxhash.xxh3_64_intdigest(image) != hash:
                     image = b""
                 yield _Kept(id, hash, [caption["text"] for caption in captions]), image
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.clips.animation import is_animation, open_animation
+from data_prep.clips.large_file import LargeFile, Media
 from data_prep.clips.timing import Choice, Start, Timeline
 from data_prep.clips.video import is_video, open_video
 from data_prep.dataset.schema import Bucket
@@ -87,21 +88,23 @@ class FittedClip:
     """Largest difference of two neighboring frames, likewise."""
 
 
-def is_clip(data: bytes) -> bool:
+def is_clip(data: Media) -> bool:
     """True if a file is a video, or an animation with several frames."""
-    return is_video(data) or is_animation(data)
+    return isinstance(data, LargeFile) or is_video(data) or is_animation(data)
 
 
-def open_clip(data: bytes) -> AbstractContextManager[ClipFile]:
+def open_clip(data: Media) -> AbstractContextManager[ClipFile]:
     """Open a video or an animation.
 
     Raises:
         ImageError: if it is damaged, too large, or none that is read.
     """
-    return open_video(data) if is_video(data) else open_animation(data)
+    if isinstance(data, LargeFile) or is_video(data):
+        return open_video(data)
+    return open_animation(data)
 
 
-def probe_clip(data: bytes, settings: ClipSettings, key: Sequence[int], ends_side: int = 0) -> ClipFacts:
+def probe_clip(data: Media, settings: ClipSettings, key: Sequence[int], ends_side: int = 0) -> ClipFacts:
     """Return size and length of a video; only what says so is decoded.
 
     Args:
@@ -130,7 +133,7 @@ def probe_clip(data: bytes, settings: ClipSettings, key: Sequence[int], ends_sid
         return ClipFacts(clip.height, clip.width, usable, fps, tuple(ends))
 
 
-def fit_clip(data: bytes, bucket: Bucket, settings: ClipSettings, key: Sequence[int]) -> FittedClip:
+def fit_clip(data: Media, bucket: Bucket, settings: ClipSettings, key: Sequence[int]) -> FittedClip:
     """Choose, decode, resize and crop the clip of a file, and judge its motion.
 
     Args:
@@ -154,7 +157,7 @@ def fit_clip(data: bytes, bucket: Bucket, settings: ClipSettings, key: Sequence[
     return FittedClip(frames, crop, choice, motion, jump)
 
 
-def first_frame(data: bytes, side: int) -> Image.Image:
+def first_frame(data: Media, side: int) -> Image.Image:
     """Return the first frame of a video or animation, with a shorter side of at most `side` pixels.
 
     Raises:

@@ -1,8 +1,9 @@
 """Videos, through PyAV: the only file that imports it.
 
 Times of all frames are read from the packets without decoding, so the frames of a clip are known before any
-is decoded. Decoding starts at the keyframe before the first of them. Memory holds the file, the packets'
-times, one decoded frame and the clip at its final size, whatever the length of the video.
+is decoded. Decoding starts at the keyframe before the first of them. Memory holds the packets' times, one
+decoded frame and the clip at its final size, whatever the length of the video; and the file, unless it is
+large: those are read in ranges.
 """
 
 import io
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.clips.large_file import HEAD_BYTES, MAX_VIDEO_BYTES, LargeFile, Media
 from data_prep.clips.timing import Timeline
 from data_prep.dataset.schema import Bucket
 from data_prep.images.images import DAMAGED, MAX_FILE_BYTES, TOO_LARGE, Crop, ImageError
@@ -31,6 +33,7 @@ all colors are one level too dark."""
 
 NO_VIDEO = "clip: no video"
 UNKNOWN_CODEC = "clip: unknown codec"
+UNKNOWN_CONTAINER = "clip: unknown kind of file"
 NO_FRAMES = "clip: no frames"
 NO_KEYFRAME = "clip: no keyframe"
 NO_TIMES = "clip: frames without times"
@@ -160,7 +163,7 @@ def decode_mp4(data: bytes) -> np.ndarray:
 class Video:
     """An opened video, with the times of its frames."""
 
-    def __init__(self, data: bytes, container: Any, stream: Any) -> None:
+    def __init__(self, data: Media, container: Any, stream: Any) -> None:
         """Read the times of all frames from the packets.
 
         Args:
@@ -196,8 +199,9 @@ class Video:
         # mp4 announces the number of frames, Matroska the size of the file.
         if packets < stream.frames:
             raise ImageError(CUT_SHORT, f"{packets} of {stream.frames} frames")
-        if _matroska_end(data) > len(data):
-            raise ImageError(CUT_SHORT, f"{len(data)} of {_matroska_end(data)} bytes")
+        announced = _matroska_end(_head(data))
+        if announced > len(data):
+            raise ImageError(CUT_SHORT, f"{len(data)} of {announced} bytes")
 
         if not times:
             raise ImageError(NO_FRAMES)
@@ -272,7 +276,7 @@ class Video:
 
 
 @contextmanager
-def open_video(data: bytes) -> Iterator[Video]:
+def open_video(data: Media) -> Iterator[Video]:
     """Open a video.
 
     Raises:
@@ -284,18 +288,21 @@ def open_video(data: bytes) -> Iterator[Video]:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+def _opened(data: Media) -> Iterator[tuple[Any, Any]]:
     """Open a container and its first video stream."""
-    if len(data) > MAX_FILE_BYTES:
+    if len(data) > (MAX_FILE_BYTES if isinstance(data, bytes) else MAX_VIDEO_BYTES):
         raise ImageError(TOO_LARGE, f"{len(data)} bytes")
+    if not is_video(_head(data)):
+        raise ImageError(UNKNOWN_CONTAINER)
     av = pyav()
     # Named, so that no other demuxer is tried: a playlist, for one, would open what it names.
-    name = "mp4" if is_mp4(data) else "matroska"
+    name = "mp4" if is_mp4(_head(data)) else "matroska"
     # Opening decodes a frame only to learn what the container says already: a tenth of all the time.
     options = {"skip_frame": "all"}
     with (
         _faults(),
-        av.open(io.BytesIO(data), format=name, options=options, metadata_errors="replace") as container,
+        io.BytesIO(data) if isinstance(data, bytes) else data.open() as file,
+        av.open(file, format=name, options=options, metadata_errors="replace") as container,
     ):
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -358,6 +365,11 @@ def _decoded(container: Any, stream: Any, wanted: set[int]) -> Iterator[Any]:
         if context.name in SKIPPING:
             context.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         yield from packet.decode()
+
+
+def _head(data: Media) -> bytes:
+    """Return a file's first bytes."""
+    return data.head if isinstance(data, LargeFile) else data[:HEAD_BYTES]
 
 
 def _matroska_end(data: bytes) -> int:

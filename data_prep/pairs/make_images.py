@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
-import xxhash
-
 from data_prep.clips.clips import FittedClip, fit_clip
+from data_prep.clips.large_file import Media, media_hash
 from data_prep.clips.media import encode_clip
 from data_prep.config import ClipsConfig
 from data_prep.dataset.schema import Bucket, Part
-from data_prep.images.images import Crop, ImageError, encode_image, fit_bucket
+from data_prep.images.images import TOO_LARGE, Crop, ImageError, encode_image, fit_bucket
 from data_prep.sources.parquet import ParquetSource
 from data_prep.sources.sample import Place, in_chunks
 from data_prep.sources.source import OpenSources, Source
@@ -39,7 +38,7 @@ class ImageTask(NamedTuple):
     place: Place
     hash: int
     """Hash of the source's bytes when the plan was made."""
-    image: bytes | None = None
+    image: Media | None = None
     """The source's bytes, if the worker cannot fetch them itself."""
 
 
@@ -141,24 +140,26 @@ def encode_images(context: EncodingContext, chunk: Sequence[ImageTask]) -> list[
     return [encoded[number] for number in range(len(chunk))]
 
 
-def _encode_image(context: EncodingContext, task: ImageTask, data: bytes | None) -> EncodedImage:
+def _encode_image(context: EncodingContext, task: ImageTask, data: Media | None) -> EncodedImage:
     if data is None:
         return EncodedImage(task.part, task.row, reason=GONE)
     # The plan judged other bytes: its filters, bucket and search for duplicates say nothing about these.
-    if xxhash.xxh3_64_intdigest(data) != task.hash:
+    if media_hash(data) != task.hash:
         return EncodedImage(task.part, task.row, reason=CHANGED)
 
     bucket = Bucket.parse(task.part.bucket)
     try:
         if bucket.frames > 1:
             return _encode_clip(context, task, data, bucket)
+        if not isinstance(data, bytes):
+            raise ImageError(TOO_LARGE, f"{len(data)} bytes")
         image, crop = fit_bucket(data, bucket)
     except ImageError as error:
         return EncodedImage(task.part, task.row, reason=error.reason, detail=error.detail)
     return EncodedImage(task.part, task.row, encode_image(image, context.image_format, context.quality), crop)
 
 
-def _encode_clip(context: EncodingContext, task: ImageTask, data: bytes, bucket: Bucket) -> EncodedImage:
+def _encode_clip(context: EncodingContext, task: ImageTask, data: Media, bucket: Bucket) -> EncodedImage:
     """Encode the clip of a video.
 
     Raises:

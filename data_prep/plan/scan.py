@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import xxhash
 
 from data_prep.clips.clips import is_clip, probe_clip
+from data_prep.clips.large_file import Media, media_hash
 from data_prep.config import ClipsConfig, DatasetConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.images.buckets import TOO_SHORT, assign, make_buckets, with_frames
-from data_prep.images.images import ImageError, decode_image, image_size
+from data_prep.images.images import TOO_LARGE, ImageError, decode_image, image_size
 from data_prep.plan.captions import gather_captions
 from data_prep.plan.dedupe import HASH_SIDE, clip_hash, perceptual_hash
 from data_prep.plan.filters import Filters, Row, split_filters
@@ -95,18 +95,20 @@ class Inspection:
     seed: int
 
 
-def inspect_images(inspection: Inspection, images: Sequence[bytes | None]) -> list[ImageFacts]:
+def inspect_images(inspection: Inspection, images: Sequence[Media | None]) -> list[ImageFacts]:
     """Return size, hash and, if wanted, perceptual hash of each image or video."""
     # A row without an image keeps its place in the chunk, so that results match the samples.
     return [ImageFacts() if image is None else _inspect(image, inspection) for image in images]
 
 
-def _inspect(image: bytes, inspection: Inspection) -> ImageFacts:
+def _inspect(image: Media, inspection: Inspection) -> ImageFacts:
     # Before decoding, so that a damaged image has a hash as well.
-    hash = xxhash.xxh3_64_intdigest(image)
+    hash = media_hash(image)
     try:
         if inspection.clips is not None and is_clip(image):
             return _inspect_clip(image, hash, inspection.clips, inspection)
+        if not isinstance(image, bytes):
+            raise ImageError(TOO_LARGE, f"{len(image)} bytes")
         height, width = image_size(image)
         phash = None
         if inspection.near:
@@ -119,7 +121,7 @@ def _inspect(image: bytes, inspection: Inspection) -> ImageFacts:
         return ImageFacts(hash=hash, reason=error.reason, detail=error.detail)
 
 
-def _inspect_clip(data: bytes, hash: int, clips: ClipsConfig, inspection: Inspection) -> ImageFacts:
+def _inspect_clip(data: Media, hash: int, clips: ClipsConfig, inspection: Inspection) -> ImageFacts:
     """Return the facts of a video.
 
     Raises:
@@ -197,12 +199,12 @@ class Scanner:
             row += len(chunk)
 
     def _inspected(
-        self, samples: Iterator[Sample], image_of: Callable[[Sample], bytes | None]
+        self, samples: Iterator[Sample], image_of: Callable[[Sample], Media | None]
     ) -> Iterator[tuple[list[Sample], list[ImageFacts]]]:
         """Yield chunks of samples, without their images, and what the workers found."""
         waiting: deque[list[Sample]] = deque()
 
-        def images() -> Iterator[list[bytes | None]]:
+        def images() -> Iterator[list[Media | None]]:
             for chunk in in_chunks(samples, CHUNK_ROWS):
                 # The workers get the bytes; what waits for their results is only the rest of a sample.
                 waiting.append([replace(sample, image=None) for sample in chunk])

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.sources.ranges import near_runs, span_of
@@ -219,19 +219,19 @@ class SourceFiles:
             return file.read(length)
 
     def fetch(
-        self, places: Sequence[Place], read: Callable[[Place], bytes]
-    ) -> Iterator[tuple[int, bytes | None]]:
+        self, places: Sequence[Place], read: Callable[[Place], Loaded]
+    ) -> Iterator[tuple[int, Loaded | None]]:
         """Read images at `places`, several at once if they come over a network.
 
         Args:
             places: positions of the images.
-            read: returns the bytes at one place.
+            read: returns what is at one place: bytes, or a large video.
 
         Yields:
-            Index of the place, and its bytes; None if the file no longer exists, or is refused.
+            Index of the place, and what was read; None if the file no longer exists, or is refused.
         """
 
-        def get(place: Place) -> bytes | None:
+        def get(place: Place) -> Loaded | None:
             try:
                 return read(place)
             except (FileNotFoundError, IsADirectoryError, RefusedError):
@@ -290,8 +290,12 @@ class SourceFiles:
         if failure is not None:
             raise failure
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         """Open a file for sequential or random reading, without loading it into memory.
+
+        Args:
+            name: the file.
+            buffer: bytes that a bucket is asked for at once; 0 = as many as the caller wants.
 
         Raises:
             FileNotFoundError, IsADirectoryError: if there is no such file.
@@ -305,7 +309,8 @@ class SourceFiles:
             self._inside = name
             return _open_regular(path)
         # The buffer turns a reader's many small reads into a few large requests.
-        return io.BufferedReader(_RangedFile(self, name), BUFFER)
+        ranged: Any = _RangedFile(self, name)
+        return io.BufferedReader(ranged, buffer) if buffer else ranged
 
     def _checked(self, name: str) -> str:
         if name != self._inside and not self.usable(name):

@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_prep.clips.large_file import Media
 from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles
+from data_prep.sources.media import read_media
 from data_prep.sources.parquet import records_of
 from data_prep.sources.sample import (
     IMAGE_SUFFIXES,
@@ -226,7 +228,7 @@ class FolderSource:
         record: dict[str, Any] = {}
         try:
             record = read_fields()
-            return Sample(name, self._files.read(name), record, place)
+            return Sample(name, read_media(self._files, name), record, place)
         except RefusedError as error:
             return Sample(name, None, record, place, error.reason, error.detail)
         except ValueError as error:
@@ -235,9 +237,9 @@ class FolderSource:
         except (FileNotFoundError, IsADirectoryError):
             return Sample(name, None, record, place, NO_IMAGE)
 
-    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, Media | None]]:
         """Yield images by their path."""
-        yield from self._files.fetch(places, lambda place: self._files.read(place.path))
+        yield from self._files.fetch(places, lambda place: read_media(self._files, place.path))
 
 
 class _Row(NamedTuple):

@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.clips.large_file import Media
 from data_prep.config import SourceConfig
 from data_prep.sources.files import SourceFiles, raise_unless_content
+from data_prep.sources.media import read_media
 from data_prep.sources.sample import (
     NO_IMAGE,
     OUTSIDE,
@@ -186,17 +188,17 @@ class ParquetSource:
         if path is None:
             return Sample(key, record=record, reason=OUTSIDE, detail=_explained(value))
         try:
-            return Sample(key, self._files.read(path), record, Place(path=path))
+            return Sample(key, read_media(self._files, path), record, Place(path=path))
         except RefusedError as error:
             return Sample(key, None, record, Place(path=path), error.reason, error.detail)
         except (FileNotFoundError, IsADirectoryError):
             return Sample(key, None, record, Place(path=path), NO_IMAGE, _explained(value))
 
-    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, Media | None]]:
         """Yield images by path, or by streaming the row groups that hold them."""
         by_path = [position for position, place in enumerate(places) if place.path]
         paths = [places[position] for position in by_path]
-        for index, data in self._files.fetch(paths, lambda place: self._files.read(place.path)):
+        for index, data in self._files.fetch(paths, lambda place: read_media(self._files, place.path)):
             yield by_path[index], data
 
         in_rows = [position for position, place in enumerate(places) if not place.path]

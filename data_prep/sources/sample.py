@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from data_prep.clips.large_file import Media
+
 NO_IMAGE = "source: no image"
 UNREADABLE = "source: file unreadable"
 CUT_SHORT = "source: file cut short"
@@ -35,7 +37,7 @@ class Sample:
     """One row of a source file."""
 
     key: str
-    image: bytes | None = None
+    image: Media | None = None
     record: dict[str, Any] = field(default_factory=dict)
     """The row's fields: captions, and columns that filters read."""
     place: Place = field(default_factory=Place)
@@ -110,8 +112,8 @@ class HasImage(Protocol):
     """An object with the bytes of an image, or with none yet."""
 
     @property
-    def image(self) -> bytes | None:
-        """The encoded image."""
+    def image(self) -> Media | None:
+        """The encoded image or video."""
         ...
 
 
@@ -130,7 +132,8 @@ def in_chunks(rows: Iterable[T], max_rows: int) -> Iterator[list[T]]:
     size = 0
     for row in rows:
         chunk.append(row)
-        size += len(row.image or b"")
+        # A large file is not in memory, and much work.
+        size += min(len(row.image or b""), CHUNK_BYTES)
         if len(chunk) == max_rows or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from data_prep.clips.large_file import Media
 from data_prep.config import DatasetConfig, SourceConfig
 from data_prep.images.buckets import make_buckets
 from data_prep.sources.files import READERS
@@ -50,7 +51,7 @@ class Source(Protocol):
         """
         ...
 
-    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, Media | None]]:
         """Yield the images at `places` as (position in `places`, bytes), in any order.
 
         The bytes are None if the image no longer exists.

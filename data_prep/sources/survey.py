@@ -75,7 +75,7 @@ class Survey:
         """Add one row."""
         self.rows += 1
         reason = sample.reason
-        if not reason and sample.image is not None:
+        if not reason and isinstance(sample.image, bytes):
             try:
                 self.sizes.append(image_size(sample.image))
                 self.formats[_format(sample.image)] += 1
@@ -298,7 +298,7 @@ def _holds_images(source: SourceConfig, table: str) -> bool:
     """True if the first rows of a table have an image in the source's image column."""
     for sample in itertools.islice(open_source(DatasetConfig(), source).read(table, []), PROBED_ROWS):
         try:
-            if sample.image is not None and image_size(sample.image):
+            if isinstance(sample.image, bytes) and image_size(sample.image):
                 return True
         except ImageError:
             continue

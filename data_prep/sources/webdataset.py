@@ -5,22 +5,26 @@ such as `input.png`, the last part says what the member is. Nothing is ever extr
 and images are read by their offset.
 """
 
+import functools
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from data_prep.clips.large_file import MAX_VIDEO_BYTES, LargeFile, Media
 from data_prep.config import SourceConfig
 from data_prep.images.images import MAX_FILE_BYTES
 from data_prep.images.images import TOO_LARGE as IMAGE_TOO_LARGE
 from data_prep.sources.files import SourceFiles, raise_unless_content
+from data_prep.sources.media import open_large
 from data_prep.sources.sample import (
     CUT_SHORT,
     IMAGE_SUFFIXES,
     MAX_FIELD_BYTES,
     NO_IMAGE,
     UNREADABLE,
+    VIDEO_SUFFIXES,
     Inventory,
     Place,
     RefusedError,
@@ -70,17 +74,36 @@ class WebDatasetSource:
         """Yield all samples; the unreadable rest of a damaged or cut tar is one row with that reason."""
         try:
             with self._files.open(name) as file:
-                yield from read_tar(file, self._image, self._suffixes)
+                large = functools.partial(open_large, self._files, name)
+                yield from read_tar(file, self._image, self._suffixes, large)
         except RefusedError as error:
             yield Sample("", reason=error.reason, detail=error.detail)
 
-    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
-        """Yield images by ranged reads."""
-        yield from self._files.fetch_ranges(name, places)
+    def fetch(self, name: str, places: Sequence[Place]) -> Iterator[tuple[int, Media | None]]:
+        """Yield images by ranged reads, and large videos as what reads them so."""
+        large, whole = [], []
+        for position, place in enumerate(places):
+            (large if place.length > MAX_FILE_BYTES else whole).append(position)
+
+        for index, data in self._files.fetch_ranges(name, [places[position] for position in whole]):
+            yield whole[index], data
+
+        def open_video(place: Place) -> LargeFile:
+            return open_large(self._files, name, place.offset, place.length)
+
+        for index, video in self._files.fetch([places[position] for position in large], open_video):
+            yield large[index], video
+
+
+OpenRange = Callable[[int, int], LargeFile]
+"""Returns a range of a tar, from its first byte and length."""
 
 
 def read_tar(
-    file: BinaryIO, image: str = "image", suffixes: Sequence[str] = IMAGE_SUFFIXES
+    file: BinaryIO,
+    image: str = "image",
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    large: OpenRange | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of one tar, in order.
 
@@ -88,6 +111,7 @@ def read_tar(
         file: the tar.
         image: suffix of the members that are the images, if a key has several, such as `input.png`.
         suffixes: last parts of the suffixes that images, or images and videos, have.
+        large: opens videos that are too large for memory; None = they are left out.
     """
     try:
         # `r:` refuses compressed tars, in which images have no offsets.
@@ -101,7 +125,7 @@ def read_tar(
         yield Sample("", reason=UNREADABLE, detail=detail)
         return
 
-    samples = _Samples(file, image, suffixes)
+    samples = _Samples(file, image, suffixes, large)
     problem = ""
     last = -1
     while True:
@@ -149,13 +173,14 @@ class _HeaderReader(io.RawIOBase):
 class _Samples:
     """Joins consecutive members with one key to samples."""
 
-    def __init__(self, file: BinaryIO, image: str, suffixes: Sequence[str]) -> None:
+    def __init__(self, file: BinaryIO, image: str, suffixes: Sequence[str], large: OpenRange | None) -> None:
         self._file = file
+        self._large = large
         self._image = image
         self._suffixes = suffixes
         self._seen: set[str] = set()
         """Keys of the samples so far."""
-        self._group = _Group("", self._suffixes)
+        self._group = _Group("", self._suffixes, self._large)
         self._aside: _Group | None = None
         """Members behind the group's that are neither image nor text, with a key of their own."""
 
@@ -179,11 +204,11 @@ class _Samples:
             # A repeated suffix starts another sample, which is then a key that comes twice.
             yield from self._finish_group()
             yield from self._finish_aside()
-            self._group = _Group(key, self._suffixes)
+            self._group = _Group(key, self._suffixes, self._large)
         else:
             # Perhaps a note between the members of one sample: wait for the next member.
             yield from self._finish_aside()
-            self._aside = _Group(key, self._suffixes)
+            self._aside = _Group(key, self._suffixes, self._large)
             self._aside.add(member, suffix, self._file, self._image)
             return
         self._group.add(member, suffix, self._file, self._image)
@@ -198,7 +223,7 @@ class _Samples:
 
     def _finish_group(self) -> Iterator[Sample]:
         yield from self._group.finish(self._seen)
-        self._group = _Group("", self._suffixes)
+        self._group = _Group("", self._suffixes, self._large)
 
     def _finish_aside(self) -> Iterator[Sample]:
         if self._aside:
@@ -209,8 +234,9 @@ class _Samples:
 class _Group:
     """The members of one sample, collected one by one."""
 
-    def __init__(self, key: str, media: Sequence[str]) -> None:
+    def __init__(self, key: str, media: Sequence[str], large: OpenRange | None) -> None:
         self.key = key
+        self._large = large
         self.suffixes: set[str] = set()
         self._media = media
         self._sample = Sample(key)
@@ -253,10 +279,17 @@ class _Group:
             return
 
         # Checked before reading, because a header can announce any size.
-        if member.size > MAX_FILE_BYTES:
+
+        is_large = member.size > MAX_FILE_BYTES
+        reads = self._large if _kind(member.name.lower()) in VIDEO_SUFFIXES else None
+        if is_large and (reads is None or member.size > MAX_VIDEO_BYTES):
             self._sample.reason, self._sample.detail = IMAGE_TOO_LARGE, f"{member.size} bytes"
             return
-        self._sample.image = _content(file, member)
+        if is_large and reads is not None:
+            _check_end(file, member)
+            self._sample.image = reads(member.offset_data, member.size)
+        else:
+            self._sample.image = _content(file, member)
         self._sample.place = Place(member.offset_data, member.size)
 
     def finish(self, seen: set[str]) -> Iterator[Sample]:
@@ -365,6 +398,17 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     if len(data) < member.size:
         raise EOFError(f"cut inside {member.name!r}"[:200])
     return data
+
+
+def _check_end(file: BinaryIO, member: tarfile.TarInfo) -> None:
+    """Check that a tar has a member's last byte.
+
+    Raises:
+        EOFError: if not.
+    """
+    file.seek(member.offset_data + member.size - 1)
+    if not file.read(1):
+        raise EOFError(f"cut inside {member.name!r}"[:200])
 
 
 def _end_problem(file: BinaryIO, offset: int) -> str:

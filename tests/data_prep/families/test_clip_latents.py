@@ -8,9 +8,12 @@ import torch
 
 from data_prep.clips.media import encode_clip
 from data_prep.config import LatentsConfig
-from data_prep.dataset.schema import LATENT_COLUMNS, MEAN_COLUMNS, Family
+from data_prep.dataset.parts import commit_part, register_family
+from data_prep.dataset.schema import LATENT_COLUMNS, MEAN_ALONE, MEAN_COLUMNS, Family, Manifest, Part
 from data_prep.families.latents import decode_clips, encode_pairs, latents_family, means_alone
+from data_prep.families.latents_report import missing_noise, print_missing_noise
 from data_prep.pairs.pairs import Pair
+from data_prep.store.store import open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
 from model.encoders.vae import VAE, small_vae
@@ -65,6 +68,22 @@ def test_means_alone_are_half_the_bytes_and_say_what_is_missing(space):
     expected = stds.square().mean().sqrt() / means.std(correction=0)
     assert more["posterior_std"] == pytest.approx(expected.item())
     assert {**more, "posterior_std": 0} == {**counts, "posterior_std": 0}
+
+
+def test_the_noise_that_means_alone_lack_is_stated(tmp_path, capsys):
+    dataset, file = open_store(str(tmp_path), create=True).sub("set"), tmp_path / "file"
+    file.write_bytes(b"")
+    dataset.put_new(Manifest.KEY, Manifest("set", ["original"], {"16x16": [3, 1]}).to_json())
+    for name, identity in (("means", {"moments": MEAN_ALONE}), ("whole", {})):
+        family = register_family(dataset, Family(name, "latents", identity, {"channels": 4}), None)
+        for number, (rows, noise) in enumerate(((3, 0.1), (1, 0.3))):
+            ids = list(range(10 * number, 10 * number + rows))
+            counts = {"posterior_std": noise} if name == "means" else {}
+            commit_part(dataset, name, Part("16x16", number), {"a.mds": file}, ids, counts, family.hash)
+    assert missing_noise(dataset) == {"means": pytest.approx(((3 * 0.01 + 0.09) / 4) ** 0.5)}
+    for name in ("whole", "means"):
+        print_missing_noise(dataset, name)
+    assert capsys.readouterr().out.count("17.32% of the latents' std") == 1
 
 
 def test_the_family_says_how_it_was_made(space):

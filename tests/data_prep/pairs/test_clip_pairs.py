@@ -27,6 +27,7 @@ from tests.helpers.raw_material import (
     reasons_of,
     sample_members,
     smooth_image,
+    write_mds_folder,
     write_parquet,
     write_tar,
 )
@@ -49,7 +50,7 @@ def clips_of(tmp_path, *sources, **settings):
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """The same kinds of files in a folder, a tar and a parquet."""
+    """The same kinds of files in a folder, a tar, a parquet and shards of mosaicml-streaming."""
     root = tmp_path_factory.mktemp("raw")
     files = {
         "a.mp4": video(moving(0), bf="2"),
@@ -66,7 +67,9 @@ def raw(tmp_path_factory):
     for name, data in files.items():
         members += sample_members(f"t{name[0]}", data, {"caption": f"clip {name}"}, name[2:])
     write_tar(root / "tar", "a.tar", members)
-    write_parquet(root / "p/a.parquet", [{"image": d, "caption": f"clip {n}"} for n, d in files.items()], 2)
+    rows = [{"image": data, "caption": f"clip {name}"} for name, data in files.items()]
+    write_parquet(root / "p/a.parquet", rows, 2)
+    write_mds_folder(root / "m", rows, {"image": "bytes", "caption": "str"})
     return root
 
 
@@ -79,9 +82,9 @@ def payloads(config):
     }
 
 
-@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet", "mds"])
 def test_each_kind_of_source_gives_the_same_clips(tmp_path, raw, kind):
-    path = {"folder": raw / "folder", "webdataset": raw / "tar", "parquet": raw / "p"}[kind]
+    path = raw / {"folder": "folder", "webdataset": "tar", "parquet": "p", "mds": "m"}[kind]
     dataset = prepare(clips_of(tmp_path, (kind, path)))
     assert reasons_of(dataset) == {}
     pairs = {pair.captions[0][1]: pair for pair in all_pairs(dataset)}
