@@ -27,6 +27,9 @@ class FusionConfig:
 
     families: list[str] = field(default_factory=list)
     """Text families to fuse, in order; the order fixes the order of branches in the weights."""
+    clip_families: list[str] = field(default_factory=list)
+    """Families that batches of clips read, one in place of each of `families`: of the same LLM behind an
+    instruction about clips. Empty = clips read `families`, as images do."""
     mode: Literal["none", "concat", "collaborative"] = "collaborative"
     """`none`: one LLM alone; `concat`: branches side by side; `collaborative`: the paper's refiner across
     branches."""
@@ -67,6 +70,11 @@ class FusionConfig:
         Raises:
             UserError: if the settings contradict one another.
         """
+        if self.clip_families and len(self.clip_families) != len(self.families):
+            raise UserError(
+                f"fusion.clip_families has {len(self.clip_families)} families and fusion.families "
+                f"{len(self.families)}: name one for each"
+            )
         # `TextFusion` checks the branches that it is given; this check refuses the YAML before any data or
         # model is loaded.
         if self.mode == "none" and len(self.families) - self.pooled > 1:
@@ -88,6 +96,10 @@ class FusionConfig:
                 f"fusion.collaborative_blocks={self.collaborative_blocks}: set at least 1, or "
                 "fusion.mode=concat"
             )
+
+    def families_of(self, clips: bool) -> list[str]:
+        """Return the text families that batches of clips, or those of images, read, in order."""
+        return self.clip_families if clips and self.clip_families else self.families
 
 
 @dataclass

@@ -125,18 +125,23 @@ class LIDiTText(StrictModel, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, families: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, families: Sequence[Mapping[str, Any]], clip_families: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Make room for the constants.
 
         Args:
             families: in fusion order: `name`, `identity` and `info` of the family, and `tokens`: how many the
-            prefix and the null caption have.
+                prefix and the null caption have.
+            clip_families: likewise those that read prompts of clips, under the names of `families`; none =
+                the same.
         """
         super().__init__()
-        self.constants = nn.ModuleDict()
-        for family in families:
-            tokens, width = family["tokens"], family["info"]["width"]
-            self.constants[family["name"]] = SharedStates(tokens["prefix"], tokens["null"], width)
+        self.constants, self.clip_constants = nn.ModuleDict(), nn.ModuleDict()
+        for records, constants in ((families, self.constants), (clip_families, self.clip_constants)):
+            for family in records:
+                tokens, width = family["tokens"], family["info"]["width"]
+                constants[family["name"]] = SharedStates(tokens["prefix"], tokens["null"], width)
         # made at the first prompt, so that a pipeline can be loaded and saved without any LLM
         self._reader: PromptReader | None = None
 
@@ -149,27 +154,20 @@ class LIDiTText(StrictModel, ConfigMixin):
         )
 
     @classmethod
-    def from_parts(
-        cls, families: Mapping[str, Family], constants: Mapping[str, TextConstants]
-    ) -> "LIDiTText":
-        """Build the part from families and constants of a run."""
-        records = [
-            {
-                "name": name,
-                "identity": family.identity,
-                "info": family.info,
-                "tokens": {"prefix": len(constants[name].prefix), "null": len(constants[name].null)},
-            }
-            for name, family in families.items()
-        ]
-        text = cls(records)
-        text.load_state_dict(
-            {
-                f"constants.{name}.{key}": getattr(constants[name], field)
-                for name in families
-                for key, field in CONSTANTS.items()
-            }
-        )
+    def from_reader(cls, reader: PromptReader) -> "LIDiTText":
+        """Build the part from what reads a run's prompts."""
+        readers = {"constants": reader}
+        if reader.clips is not None:
+            readers["clip_constants"] = reader.clips
+
+        text = cls(*map(_records, readers.values()))
+        states: dict[str, Tensor] = {}
+        for part, own in readers.items():
+            for name, constants in own.constants.items():
+                for key, field in CONSTANTS.items():
+                    states[f"{part}.{name}.{key}"] = getattr(constants, field)
+
+        text.load_state_dict(states)
         return text
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LIDiTText":
@@ -181,19 +179,31 @@ class LIDiTText(StrictModel, ConfigMixin):
     @property
     def reader(self) -> PromptReader:
         """Reads prompts on the device where the constants are when they are read."""
-        constants, families = {}, {}
-        for record in self.config["families"]:
-            name, info = record["name"], record["info"]
-            tensors = self.constants.get_submodule(name)()
-            constants[name] = TextConstants(**tensors, quantization=info["quantisation"], width=info["width"])
-            families[name] = Family(name, "text", record["identity"], info)
-        device = _device_of(constants)
+        made = self._made_reader(self.config["families"], self.constants)
+        device = _device_of(made.constants)
         if self._reader is None or _device_of(self._reader.constants) != device:
-            self._reader = PromptReader(families, constants, lambda family: load_llm(family, device))
+            if records := self.config["clip_families"]:
+                made.clips = self._made_reader(records, self.clip_constants)
+            self._reader = made
         return self._reader
 
+    def _made_reader(self, records: Sequence[Mapping[str, Any]], states: nn.ModuleDict) -> PromptReader:
+        constants, families = {}, {}
+        for record in records:
+            name, info = record["name"], record["info"]
+            tensors = states.get_submodule(name)()
+            constants[name] = TextConstants(**tensors, quantization=info["quantisation"], width=info["width"])
+            families[name] = Family(name, "text", record["identity"], info)
+
+        device = _device_of(constants)
+        return PromptReader(families, constants, lambda family: load_llm(family, device))
+
     def forward(
-        self, *batches: Sequence[str], dtype: torch.dtype = torch.float32, keep_llms: bool = True
+        self,
+        *batches: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        keep_llms: bool = True,
+        frames: int = 1,
     ) -> list[list[Text]]:
         """Read batches of prompts as the network does.
 
@@ -201,14 +211,24 @@ class LIDiTText(StrictModel, ConfigMixin):
             batches: an empty prompt is the null caption.
             dtype: of the hidden states.
             keep_llms: False frees each LLM as soon as it has read its prompts.
+            frames: of what is generated.
 
         Returns:
             For each batch one `Text` per LLM.
         """
-        reader = self.reader
+        reader = self.reader.of(frames)
         # all at once, so that no LLM is loaded twice
         reader.read([prompt for batch in batches for prompt in batch], keep_llms)
         return [reader.texts(batch, dtype) if batch else [] for batch in batches]
+
+
+def _records(reader: PromptReader) -> list[dict[str, Any]]:
+    records = []
+    for name, family in reader.families.items():
+        constants = reader.constants[name]
+        tokens = {"prefix": len(constants.prefix), "null": len(constants.null)}
+        records.append({"name": name, "identity": family.identity, "info": family.info, "tokens": tokens})
+    return records
 
 
 def _device_of(constants: Mapping[str, TextConstants]) -> torch.device:

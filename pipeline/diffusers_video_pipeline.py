@@ -78,6 +78,8 @@ class LIDiTVideoPipeline(LIDiTPipeline):
             solver, adaptive,
         )  # fmt: skip
         self.register_to_config(frames=frames, fps=fps)
+        # `encode_prompt` may be called before the pipeline is.
+        self.num_frames = frames
 
     @property
     def space(self) -> LatentSpace:

@@ -58,7 +58,7 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     # Adapters have files of their own.
     base = {name: value for name, value in network.state_dict().items() if not is_adapter(name)}
     transformer.load_state_dict(base)
-    text = LIDiTText.from_parts(sampler.reader.families, sampler.reader.constants)
+    text = LIDiTText.from_reader(sampler.reader)
     # the objective decides the scheduler; another one would read the predictions wrongly
     defaults, objective = sampler.defaults, sampler.objective
     if objective.shift_positions is not None:
@@ -128,7 +128,12 @@ def make_card(run: Path, sampler: Sampler, weights: str, precision: str) -> dict
     reports = read_reports(run)
     parameters = sum(parameter.numel() for parameter in sampler.network.parameters())
     rows = sum(corpus.rows.values())
-    llms = [f"- `{name}`: {_llm(family.identity)}" for name, family in sampler.reader.families.items()]
+    readers = {"": sampler.reader, ", for clips": sampler.reader.clips}
+    llms = []
+
+    for what, reader in readers.items():
+        for name, family in (reader.families if reader else {}).items():
+            llms.append(f"- `{name}`{what}: {_llm(family.identity)}")
     samples, steps = manifest.get("samples", 0), manifest.get("step", 0)
     loss = reports[-1].get("loss") if reports else None
 

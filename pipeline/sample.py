@@ -221,7 +221,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     # all prompts are read first, so that the LLMs can be freed before the first image
-    sampler.reader.read([params.negative, *(image.prompt for image in images)], keep_llms=False)
+    sampler.reader.of(params.frames).read(
+        [params.negative, *(image.prompt for image in images)], keep_llms=False
+    )
     about = {"source": arguments.source.absolute().name, "weights": arguments.weights, "precision": precision}
     if params.frames > 1:
         about["fps"] = fps

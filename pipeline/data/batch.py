@@ -132,10 +132,8 @@ class PackedBatch:
         tensors = tensors_in(self.memory.to(device, non_blocking=True), self.layout)
 
         texts = {family: _packed_text(tensors, family, counts) for family, counts in self.counts.items()}
-        # With a single dataset `sources` stays None, and `to_text` skips the change of standardization.
-        if len(self.seeds) > 1:
-            for text in texts.values():
-                text.sources = tensors["sources"]
+        for text in texts.values():
+            text.sources = tensors["sources"]
 
         shape = tensors["mean"].shape
         # Two streams: the same numbers in both would make the noise depend on the clean latents.

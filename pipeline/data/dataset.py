@@ -3,7 +3,7 @@
 Bytes go from the files straight into the batch's block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.data.captions import Caption, CaptionChoice, WrittenCaptions
 from pipeline.data.epoch_plan import sample_rng
 from pipeline.data.mixture import EpochRows
 from pipeline.data.part_files import DatasetFiles, OpenShards, Place, disagree
+from pipeline.stage.corpus import is_clip
 
 Rows = dict[str, list[Row]]
 """Family -> row of each sample of a batch."""
@@ -59,7 +60,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         sources: Sequence[DatasetFiles],
         choices: Sequence[CaptionChoice],
         latents: Family,
-        texts: Sequence[Family],
+        texts: Mapping[bool, Sequence[Family]],
         reads_captions: bool,
         user_drop: float | None = None,
     ) -> None:
@@ -69,14 +70,14 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             sources: the datasets, by number.
             choices: how captions are picked in each of them.
             latents: the latents family.
-            texts: text families.
+            texts: text families of images (False) and of clips (True).
             reads_captions: put the captions of the pairs themselves into the batch, instead of text families.
             user_drop: share of training samples whose user is left out; None = batches without users.
         """
         self._user_drop = user_drop
-        self.shards = OpenShards(sources, [latents, *texts])
+        self.shards = OpenShards(sources, {clips: [latents, *of_kind] for clips, of_kind in texts.items()})
         self._choices = list(choices)
-        self._latents, self._texts = latents, list(texts)
+        self._latents, self._texts = latents, texts
         self._written = WrittenCaptions(sources) if reads_captions else None
 
     def __getitem__(self, request: BatchRequest) -> PackedBatch | Exception:
@@ -98,10 +99,12 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         chosen, captions = self._choose_captions(request, rows, ids, keys)
 
         # The captions decide how many tokens the batch has, so its block can only be allocated now.
-        spans = {family.name: list(map(_find_span, rows[family.name], chosen)) for family in self._texts}
+        spans = {}
+        for family in self._texts_of(request.rows.bucket):
+            spans[family.name] = list(map(_find_span, rows[family.name], chosen))
         layout, memory = self._allocate_block(request.rows, spans)
         tensors = tensors_in(memory, layout)
-        copies = self._plan_copies(rows, spans, tensors)
+        copies = self._plan_copies(request.rows.bucket, rows, spans, tensors)
         # All reads are announced before the first one starts: the system can order them and work on them at
         # once.
         _announce_reads(copies)
@@ -131,12 +134,15 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             captions=captions,
         )
 
+    def _texts_of(self, bucket: str) -> Sequence[Family]:
+        return self._texts[is_clip(bucket)]
+
     def _open_shards(self, batch: EpochRows) -> Rows:
         """Open the shards of a batch's parts and find its rows in them."""
         places = batch.places
         shards = self.shards.open(batch.bucket, set(places))
         rows: Rows = {}
-        for family in self.shards.families:
+        for family in self.shards.families(batch.bucket):
             samples = zip(places, batch.indices.tolist(), strict=True)
             rows[family] = [shards[place][family].row(index) for place, index in samples]
         return rows
@@ -158,7 +164,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             for captions in written:
                 kinds.append(bytes(kind for kind, _ in captions))
         else:
-            texts = {family.name: rows[family.name] for family in self._texts}
+            texts = {family.name: rows[family.name] for family in self._texts_of(request.rows.bucket)}
             # A caption is picked by its index, which must mean the same caption to every LLM.
             kinds = _same_in_all(texts, lambda row: row.read("kinds"), "captions")
 
@@ -195,7 +201,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         shape = (size, *latent_shape(self._latents, batch.bucket))
         layout += [(name, torch.bfloat16, shape) for name in ("mean", "std")]
 
-        for family in self._texts:
+        for family in self._texts_of(batch.bucket):
             # Only picked captions, without padding: the block has no bytes that the network does not read.
             tokens = sum(length for _, length in spans[family.name])
             quantization, width = str(family.info["quantisation"]), int(family.info["width"])
@@ -207,7 +213,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             ]
         return layout, allocate(layout)
 
-    def _plan_copies(self, rows: Rows, spans: Spans, tensors: dict[str, Tensor]) -> list[Copy]:
+    def _plan_copies(self, bucket: str, rows: Rows, spans: Spans, tensors: dict[str, Tensor]) -> list[Copy]:
         copies = []
         moments = [name for name in ("mean", "std") if name in self._latents.columns]
         if "std" not in moments:
@@ -215,7 +221,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         for name in moments:
             targets = zip(rows[self._latents.name], tensors[name], strict=True)
             copies += [_copy(row, name, 0, target) for row, target in targets]
-        for family in self._texts:
+        for family in self._texts_of(bucket):
             values, scales = tensors[f"{family.name}/values"], tensors[f"{family.name}/scales"]
             copies += _text_copies(rows[family.name], spans[family.name], values, scales)
         return copies

@@ -22,8 +22,8 @@ from pipeline.data.position import Position
 from pipeline.data.schedule import Schedule
 from pipeline.stage.adapters import check_users
 from pipeline.stage.config import StageConfig
-from pipeline.stage.corpus import Corpus
-from pipeline.text.texts import TextConstants
+from pipeline.stage.corpus import Corpus, is_clip
+from pipeline.text.families import load_constants
 
 if TYPE_CHECKING:
     from pipeline.text.online import OnlineTexts
@@ -55,18 +55,19 @@ class TrainingData:
                 f"data.caption_weights names {', '.join(sorted(unknown))}: the dataset has {kinds}"
             )
 
+        self.constants = load_constants(stage, corpus, device)
         self._online: OnlineTexts | None = None
-        texts: list[Family] = []
+        texts: dict[bool, list[Family]] = {False: [], True: []}
         if stage.fusion.encode == "online":
             # It imports transformers, which processes that only read batches do without.
             from pipeline.text import online
 
-            self._online = online.OnlineTexts(stage, device)
-            self.constants = self._online.constants
+            self._online = online.OnlineTexts(stage, self.constants, device)
         else:
-            # Two refiners may read the same family, which is read from the store only once.
-            texts = [corpus.families[name] for name in dict.fromkeys(stage.fusion.families)]
-            self.constants = {family.name: self._read_constants(family.name) for family in texts}
+            for clips, families in texts.items():
+                # Two refiners may read the same family, which is read from the store only once.
+                names = dict.fromkeys(stage.fusion.families_of(clips))
+                families += [corpus.families[name] for name in names]
 
         files = [DatasetFiles.open(source, data) for source in corpus.sources]
         choices = [
@@ -91,14 +92,6 @@ class TrainingData:
         # themselves.
         atexit.register(self.close)
 
-    def _read_constants(self, name: str) -> TextConstants:
-        """Read a text family's constants of all datasets."""
-        first, *others = (
-            TextConstants.load(source.dataset, source.snapshot.families[name], self.device)
-            for source in self.corpus.sources
-        )
-        return first.for_all(others)
-
     def batches(self, position: Position | None = None) -> Iterator[tuple[Batch, Position]]:
         """Yield this rank's batches from `position` on without an end, each with the position after it.
 
@@ -115,7 +108,7 @@ class TrainingData:
         """Put a batch on the device, and encode its captions if that is done here."""
         batch = item.unpack(self.device)
         if self._online is not None and batch.captions is not None:
-            batch.texts = self._online.encode(batch.captions)
+            batch.texts = self._online.encode(batch.captions, is_clip(batch.bucket))
         return batch
 
     def packed(self, position: Position | None = None) -> Iterator[PackedBatch]:

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from model.common.files import atomic_path, naming_full_disk, write_atomic
 from pipeline.data.shard_cache import WAIT_SECONDS, CachedShard, ShardCache
 from pipeline.data.threads import Threads
 from pipeline.stage.config import DataConfig, cache_root
-from pipeline.stage.corpus import Source
+from pipeline.stage.corpus import Source, is_clip
 
 log = logging.getLogger(__name__)
 
@@ -176,15 +176,18 @@ class DatasetFiles:
 class OpenShards:
     """The shards that a process has open; those used longest ago are closed first."""
 
-    def __init__(self, sources: Sequence[DatasetFiles], families: Sequence[Family]) -> None:
+    def __init__(self, sources: Sequence[DatasetFiles], families: Mapping[bool, Sequence[Family]]) -> None:
         """Open nothing yet.
 
         Args:
             sources: the datasets, by number.
-            families: the families whose shards a part consists of.
+            families: the families whose shards a part consists of: one of images (False), one of clips
+                (True).
         """
         self.sources = list(sources)
-        self.families = {family.name: family for family in families}
+        self._families: dict[bool, dict[str, Family]] = {}
+        for clips, of_kind in families.items():
+            self._families[clips] = {family.name: family for family in of_kind}
         self._open: OrderedDict[tuple[str, Place, str], CachedShard] = OrderedDict()
         self._threads: tuple[int, Threads] | None = None
         """Process that has started the threads which fetch ahead; and these."""
@@ -192,6 +195,10 @@ class OpenShards:
     def __getstate__(self) -> dict[str, Any]:
         # Threads and open files belong to one process; a loader process opens its own.
         return {**self.__dict__, "_threads": None, "_open": OrderedDict()}
+
+    def families(self, bucket: str) -> dict[str, Family]:
+        """Return the families of a bucket's parts by name."""
+        return self._families[is_clip(bucket)]
 
     def open(self, bucket: str, places: Collection[Place]) -> dict[Place, dict[str, Shard]]:
         """Open the shards of parts; those that are not open yet are fetched in parallel.
@@ -207,7 +214,7 @@ class OpenShards:
             StoreError: if a file cannot be fetched or is damaged; the message names it.
             UserError: if the disk is full.
         """
-        keys = [(bucket, place, family) for place in sorted(places) for family in self.families]
+        keys = [(bucket, place, family) for place in sorted(places) for family in self.families(bucket)]
         missing = [key for key in keys if key not in self._open]
         if missing:
             # Chunks of 1, so that a slow download does not hold up files that another thread could fetch.
@@ -230,7 +237,7 @@ class OpenShards:
 
     def _open_shard(self, key: tuple[str, Place, str]) -> CachedShard:
         bucket, (source, part), family = key
-        return self.sources[source].open_shard(bucket, part, self.families[family])
+        return self.sources[source].open_shard(bucket, part, self.families(bucket)[family])
 
     def fetch_ahead(self, bucket: str, places: Iterable[Place]) -> None:
         """Begin to fetch the shards of parts that will be needed soon; errors are only logged."""
@@ -241,7 +248,7 @@ class OpenShards:
             self._threads = os.getpid(), Threads(2)
             weakref.finalize(self, self._threads[1].terminate)
         for source, part in remote:
-            for family in self.families:
+            for family in self.families(bucket):
                 self._threads[1].apply_async(self._fetch_quietly, (source, bucket, part, family))
 
     def _fetch_quietly(self, source: int, bucket: str, part: int, family: str) -> None:

@@ -113,7 +113,9 @@ def generate_missing(
     # a file has its final name only once it is complete, so its existence is enough
     missing = [image for image in images if not (out / IMAGES / image.file).is_file()]
     # all prompts are read first, so that the LLMs can be freed before the first image
-    sampler.reader.read([params.negative, *(image.prompt for image in missing)], keep_llms=False)
+    sampler.reader.of(params.frames).read(
+        [params.negative, *(image.prompt for image in missing)], keep_llms=False
+    )
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
 
     chunks = _batches(missing, batch)

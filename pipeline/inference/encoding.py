@@ -11,6 +11,7 @@ class PromptEncoding:
     """The part of a diffusers pipeline that reads prompts."""
 
     text: Any
+    num_frames: int
 
     def encode_prompt(
         self,
@@ -62,4 +63,4 @@ class PromptEncoding:
         # where a part waits on another device to save memory, no LLM should stay on the device either
         # The pipeline's, of diffusers' base class.
         device = self._execution_device  # pyright: ignore[reportAttributeAccessIssue]
-        return self.text(*batches, keep_llms=self.text.device == device)
+        return self.text(*batches, keep_llms=self.text.device == device, frames=self.num_frames)

@@ -51,9 +51,8 @@ from pipeline.stage.config import EngineConfig, StageConfig
 from pipeline.stage.corpus import latents_family, resolve_run
 from pipeline.stage.objective import ObjectiveConfig
 from pipeline.stage.sampling import AdaptiveConfig, SamplingConfig
-from pipeline.text.families import open_texts, text_families
-from pipeline.text.prompts import PromptReader, load_llm
-from pipeline.text.texts import TextConstants
+from pipeline.text.families import open_reader
+from pipeline.text.prompts import PromptReader
 
 if TYPE_CHECKING:
     from pipeline.engine.inference import PartitionedNetwork
@@ -179,9 +178,7 @@ class Sampler:
         partitioned = partition(build, loaded, dtype, stage.engine) if zero3 else None
         network = partitioned.module if partitioned else _load(run, build(), loaded)
 
-        families, texts = text_families(stage, corpus), open_texts(stage, corpus)
-        constants = {name: TextConstants.load(texts, family, device) for name, family in families.items()}
-        reader = PromptReader(families, constants, partial(load_llm, device=device))
+        reader = open_reader(stage, corpus, device)
         # Deferred: a request that is refused, or latents that are never decoded, need no VAE.
         find_vae = partial(load_vae, stage, latents_family(stage, corpus), device)
         sampler = cls(network, reader, find_vae, stage.objective, stage.sample, device, dtype, partitioned)
@@ -336,12 +333,15 @@ class Sampler:
         _, time = set_steps(self.solver(params), params.steps, torch.device("cpu"))[step - 1]
         condition = self.condition(prompts[:1], params).at(time)
         shares = attention_to_tokens(self.network, before.to(self.dtype), condition)
-        spans = attended(self.network.fusion.config, self.reader.spans(prompts[0], params.without))
+        spans = attended(
+            self.network.fusion.config, self.reader.of(params.frames).spans(prompts[0], params.without)
+        )
         return latents, sum_over_words(prompts[0], spans, shares)
 
     def condition(self, prompts: Sequence[str], params: SamplingParams) -> Condition:
         """Return the prompts and further conditions as the network reads them; timesteps are zero."""
-        texts = self.reader.texts(prompts, self.dtype, params.quantised, params.without)
+        reader = self.reader.of(params.frames)
+        texts = reader.texts(prompts, self.dtype, params.quantised, params.without)
         if not params.instruction:
             # The prefix is cut off after the LLM has read it: the prompt's own states still depend on it.
             texts = [

@@ -270,7 +270,7 @@ class StageConfig:
         """Check the settings of a run that encodes its captions itself."""
         if self.fusion.encode != "online":
             return
-        if lacking := set(self.fusion.families) - {text.name for text in self.text}:
+        if lacking := {*self.fusion.families, *self.fusion.clip_families} - {text.name for text in self.text}:
             raise UserError(
                 f"fusion.encode=online: text has no encoder named {', '.join(sorted(lacking))}: describe it"
             )

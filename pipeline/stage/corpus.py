@@ -1,14 +1,18 @@
 """The datasets that a stage reads: one, or a mixture of several by weight."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.dataset.schema import Family, Snapshot
+from data_prep.dataset.schema import Bucket, Family, Snapshot
 from data_prep.dataset.snapshot_reader import check_payloads, read_snapshot
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 from pipeline.stage.config import DatasetShare, StageConfig, load_run
+
+ENCODER = ("weights", "encoder", "layer")
+"""Fields of a text family's identity that have to be the same for images and clips."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ class Corpus:
     @property
     def families(self) -> dict[str, Family]:
         """Family by name, the same in all datasets where the stage reads it."""
-        return self.sources[0].snapshot.families
+        families: dict[str, Family] = {}
+        for source in reversed(self.sources):
+            families |= source.snapshot.families
+        return families
 
     @property
     def rows(self) -> dict[str, int]:
@@ -111,9 +118,18 @@ def open_corpus(stage: StageConfig) -> Corpus:
         check_families(stage, sources[-1].snapshot)
 
     # One network reads all datasets, with the constants of the first: the others must have been made alike.
-    first, *others = sources
-    for other in others:
-        for name in read_families(stage):
+    for name in read_families(stage):
+        readers = [source for source in sources if name in families_read(stage, source.snapshot.buckets)]
+
+        if not readers:
+            kind = "clips" if name in stage.fusion.clip_families else "images"
+            raise UserError(
+                f"the data has no {kind}, for which the stage names the family `{name}`: leave "
+                "out fusion.clip_families, and name what is there as fusion.families"
+            )
+
+        first, *others = readers
+        for other in others:
             family, same = first.snapshot.families[name], other.snapshot.families[name]
             if (family.hash, _shared_info(family)) != (same.hash, _shared_info(same)):
                 raise UserError(
@@ -122,7 +138,30 @@ def open_corpus(stage: StageConfig) -> Corpus:
                     f"{other.snapshot.dataset} ({same.hash}): encode one of them again like the other, or "
                     "leave it out"
                 )
-    return Corpus(sources)
+
+    corpus = Corpus(sources)
+    _check_instructions(stage, corpus)
+    return corpus
+
+
+def _check_instructions(stage: StageConfig, corpus: Corpus) -> None:
+    """Check that the text families of clips differ from those of images by what is read with a caption.
+
+    Raises:
+        UserError: if they have another LLM or layer, which one network cannot read alike.
+    """
+    if stage.fusion.encode != "families":
+        return
+    for pair in zip(stage.fusion.families, stage.fusion.families_of(clips=True), strict=True):
+        image, clip = (corpus.families[name] for name in pair)
+
+        for key in ENCODER:
+            made = [family.identity.get(key) for family in (image, clip)]
+            if made[0] != made[1]:
+                raise UserError(
+                    f"family `{clip.name}` of clips was made with {key}={made[1]}, `{image.name}` of images "
+                    f"with {key}={made[0]}: only their instructions may differ"
+                )
 
 
 def _shared_info(family: Family) -> dict[str, object]:
@@ -134,9 +173,24 @@ def _shared_info(family: Family) -> dict[str, object]:
 
 
 def read_families(stage: StageConfig) -> list[str]:
-    """Return the families that the stage reads from the store: latents, and texts unless it encodes them
+    """Return the families that the stage reads from the stores: latents, and texts unless it encodes them
     itself."""
-    return [stage.data.latents, *(stage.fusion.families if stage.fusion.encode == "families" else [])]
+    texts = [*stage.fusion.families, *stage.fusion.clip_families]
+    return [stage.data.latents, *(dict.fromkeys(texts) if stage.fusion.encode == "families" else [])]
+
+
+def families_read(stage: StageConfig, buckets: Iterable[str]) -> list[str]:
+    """Return those of `read_families` that the stage reads in buckets of images or of clips."""
+    texts: list[str] = []
+    # A dataset without a row yet counts as one of images.
+    for clips in sorted({is_clip(bucket) for bucket in buckets} or {False}):
+        texts += stage.fusion.families_of(clips)
+    return [name for name in read_families(stage) if name == stage.data.latents or name in texts]
+
+
+def is_clip(bucket: str) -> bool:
+    """True if a bucket has clips, and not images."""
+    return Bucket.parse(bucket).frames > 1
 
 
 def check_files(stage: StageConfig, corpus: Corpus) -> None:
@@ -146,7 +200,7 @@ def check_files(stage: StageConfig, corpus: Corpus) -> None:
         StoreError: if one is missing.
     """
     for source in corpus.sources:
-        check_payloads(source.dataset, source.snapshot, read_families(stage))
+        check_payloads(source.dataset, source.snapshot, families_read(stage, source.snapshot.buckets))
 
 
 def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
@@ -157,7 +211,8 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
     """
     if not stage.fusion.families:
         raise UserError("fusion.families is empty: name at least one text family of the snapshot")
-    for name in read_families(stage):
+    names_read = families_read(stage, snapshot.buckets)
+    for name in names_read:
         # A family of the wrong kind would otherwise fail only in the loader, by its columns.
         kind = "latents" if name == stage.data.latents else "text"
         family = snapshot.families.get(name)
@@ -171,11 +226,13 @@ def check_families(stage: StageConfig, snapshot: Snapshot) -> None:
     # A family's name says little about its making: two datasets may use one name for different LLMs.
     for name, fields in stage.fusion.expect.items():
         family = snapshot.families.get(name)
-        if name not in stage.fusion.families or family is None:
+        if name not in {*stage.fusion.families, *stage.fusion.clip_families}:
             raise UserError(
                 f"fusion.expect names `{name}`, which is not one of fusion.families: "
                 f"{', '.join(stage.fusion.families)}"
             )
+        if family is None or name not in names_read:
+            continue  # a family of clips, in a dataset of images, or the other way round
         for key, value in fields.items():
             made = family.identity.get(key)
             # As text, because YAML may read `1` or `true` where the identity has a string.

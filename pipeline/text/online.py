@@ -9,7 +9,7 @@ network sees the numbers that it would read from a store.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,53 +41,65 @@ def register_encoders(stage: StageConfig, dataset: Store, device: torch.device) 
         UserError: if an encoder cannot be loaded, or the dataset has no captions yet.
     """
     store = open_store(str(stage.text_folder), create=True)
-    for text in _in_fusion_order(stage):
+    for text in _every_encoder(stage):
         if not store.exists(Family(text.name, "text", {}).key):
             encoder = load_encoder(text, device)
             register_family(store, text_family(text, encoder), measure_constants(dataset, encoder))
 
 
-def online_families(stage: StageConfig) -> dict[str, Family]:
-    """Return the families of the stage's encoders in fusion order.
+def online_families(stage: StageConfig, clips: bool = False) -> dict[str, Family]:
+    """Return the families of the stage's encoders of images, or of clips, in fusion order.
 
     They are read from the run's folder or, before its first start, made from the LLMs.
     """
-    texts = _in_fusion_order(stage)
+    texts = _in_fusion_order(stage, clips)
     if stage.text_folder.is_dir():
         store = open_store(str(stage.text_folder))
         return {text.name: read_family(store, text.name) for text in texts}
     return {text.name: text_family(text, load_encoder(text, torch.device("cpu"))) for text in texts}
 
 
-def _in_fusion_order(stage: StageConfig) -> list[TextConfig]:
+def _in_fusion_order(stage: StageConfig, clips: bool = False) -> list[TextConfig]:
     texts = {text.name: text for text in stage.text}
-    return [texts[name] for name in dict.fromkeys(stage.fusion.families)]
+    return [texts[name] for name in dict.fromkeys(stage.fusion.families_of(clips))]
+
+
+def _every_encoder(stage: StageConfig) -> list[TextConfig]:
+    texts = [*_in_fusion_order(stage), *_in_fusion_order(stage, clips=True)]
+    return list({text.name: text for text in texts}.values())
 
 
 class OnlineTexts:
     """The stage's encoders, which run next to the network."""
 
-    def __init__(self, stage: StageConfig, device: torch.device) -> None:
+    def __init__(
+        self, stage: StageConfig, constants: Mapping[str, TextConstants], device: torch.device
+    ) -> None:
         """Load the encoders.
+
+        Args:
+            stage: describes them.
+            constants: of each, as `load_constants` returns them.
+            device: of the encoders.
 
         Raises:
             UserError: if an encoder cannot be loaded, or has other outputs than at the run's first start.
         """
         store = open_store(str(stage.text_folder))
-        self.constants: dict[str, TextConstants] = {}
+        self.constants = constants
+        self._fusion = stage.fusion
         self._encoders: dict[str, TextEncoder] = {}
         self._warned: set[str] = set()
-        for text in _in_fusion_order(stage):
+        for text in _every_encoder(stage):
             encoder, family = load_encoder(text, device), read_family(store, text.name)
             # The network has learned these hidden states: with others it would go on training, only worse.
             check_identity(encoder, text.name, family.identity)
             # The identity names files and settings. The prefix's states also show another library version or
             # kernel.
             check_prefix(encoder, family, read_constants(store, family))
-            self.constants[text.name] = TextConstants.load(store, family, device)
             self._encoders[text.name] = encoder
 
-    def encode(self, captions: Sequence[str]) -> dict[str, PackedText]:
+    def encode(self, captions: Sequence[str], clips: bool = False) -> dict[str, PackedText]:
         """Return a batch's captions as each family would store them.
 
         The result depends only on the batch, since nothing is kept from one batch to the next: so a resumed
@@ -95,6 +107,7 @@ class OnlineTexts:
 
         Args:
             captions: one per sample; an empty one is the null caption.
+            clips: True if they are captions of clips.
 
         Returns:
             Family -> packed captions.
@@ -106,7 +119,8 @@ class OnlineTexts:
         # Each caption once: small datasets repeat them within a batch.
         distinct = [caption for caption in dict.fromkeys(stripped) if caption]
         packed = {}
-        for name, encoder in self._encoders.items():
+        for name in dict.fromkeys(self._fusion.families_of(clips)):
+            encoder = self._encoders[name]
             states = dict(zip(distinct, encoder.encode(encoder.tokenize(distinct)), strict=True))
             try:
                 # An empty caption is not in `states` and becomes None, the null caption.

@@ -38,6 +38,7 @@ class PromptReader:
         families: Mapping[str, Family],
         constants: Mapping[str, TextConstants],
         load: "Callable[[Family], TextEncoder]",
+        clips: "PromptReader | None" = None,
     ) -> None:
         """Load nothing yet.
 
@@ -45,13 +46,18 @@ class PromptReader:
             families: text families in fusion order.
             constants: of each family.
             load: returns a family's LLM; called when the first prompt comes.
+            clips: reads prompts of clips; None = they are read like those of images.
         """
         self.families = families
         self.constants = constants
         self.llms: dict[str, TextEncoder] = {}
-        self._load = load
+        self._load, self.clips = load, clips
         self.known: dict[str, dict[str, Tensor]] = {name: {} for name in families}
         """Family -> prompt -> its hidden states [T, W]."""
+
+    def of(self, frames: int) -> "PromptReader":
+        """Return the reader of prompts for images, or for clips of several frames."""
+        return self if frames == 1 or self.clips is None else self.clips
 
     def read(self, prompts: Sequence[str], keep_llms: bool = True) -> None:
         """Run each LLM on the prompts that it has not read yet.

@@ -66,14 +66,40 @@ class TextConstants:
         The hidden states of each dataset were standardized with its own mean and std; `to_text` will bring
         them to these.
         """
-        same_mean = all(torch.equal(self.mean, other.mean) for other in others)
-        same_std = all(torch.equal(self.std, other.std) for other in others)
-        if (same_mean and same_std) or self.quantization == "bf16":  # bf16 states are stored raw
+        return self.rescaled([self, *others])
+
+    def rescaled(self, stored: "Sequence[TextConstants | None]") -> "TextConstants":
+        """Return the constants for hidden states that were standardized in other ways than these.
+
+        Args:
+            stored: of each dataset, the constants by which its hidden states were standardized; None = it has
+                none.
+        """
+        known = [constants for constants in stored if constants is not None]
+        # bf16 states are stored raw
+        if self.quantization == "bf16" or all(constants._scaled_like(self) for constants in known):
             return self
         # x = raw state: (x - m0) / s0 = ((x - m) / s) (s / s0) + (m - m0) / s0. So a factor and a shift
         # suffice.
-        pairs = [torch.stack([c.std / self.std, (c.mean - self.mean) / self.std]) for c in (self, *others)]
+        pairs = [torch.stack(self._change_from(constants or self)) for constants in stored]
         return replace(self, rescale=torch.stack(pairs))
+
+    def standardized_like(self, other: "TextConstants") -> "TextConstants":
+        """Return the same hidden states, standardized with another family's mean and std."""
+        if self._scaled_like(other):
+            return self
+
+        factor, shift = other._change_from(self)
+        prefix, null = (torch.addcmul(shift, states, factor) for states in (self.prefix, self.null))
+        return replace(self, prefix=prefix, null=null, mean=other.mean, std=other.std, rescale=None)
+
+    def _scaled_like(self, other: "TextConstants") -> bool:
+        """True if both have the same mean and std."""
+        return torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std)
+
+    def _change_from(self, other: "TextConstants") -> tuple[Tensor, Tensor]:
+        """Return factor and shift [W] from another standardization to this one."""
+        return other.std / self.std, (other.mean - self.mean) / self.std
 
 
 @dataclass
@@ -89,7 +115,8 @@ class PackedText:
     counts: Sequence[int] | None = None
     """`lengths` on the host, so that no shape has to be fetched from the device; None = fetch them."""
     sources: Tensor | None = None
-    """int64 [B]: dataset of each caption in a mixture; None = there is only one dataset."""
+    """int64 [B]: dataset of each caption; None = the hidden states have the standardization of the
+    constants."""
 
 
 def padded_length(tokens: int, multiple: int) -> int:

@@ -8,10 +8,10 @@ from torch import Tensor
 from model.condition import Condition, Levels, Users
 from model.conditions import CONDITIONS
 from model.encoders.latent_spaces import normalize_latents
-from model.fusion import attended
+from model.fusion import attended, read_prefixes
 from pipeline.data.batch import Batch
 from pipeline.stage.config import StageConfig
-from pipeline.stage.corpus import Corpus, latents_family
+from pipeline.stage.corpus import Corpus, is_clip, latents_family
 from pipeline.text.texts import TextConstants, to_text
 from pipeline.training.micro_batches import MicroBatch, by_length, lengths_of_captions
 
@@ -35,36 +35,47 @@ class NetworkInputs:
             dtype: of the texts' hidden states.
         """
         self.latents = latents_family(stage, corpus)
-        self.fusion, self.families = stage.fusion, stage.fusion.families
+        self.fusion = stage.fusion
         self.conditions = {name: CONDITIONS[name] for name in stage.model.conditions}
         self.part = stage.elastic.by_default(stage.model)
         self.constants = constants
         self.dtype = dtype
-        self.ragged = len(attended(stage.fusion, self.families)) if stage.engine.ragged_text else 0
+        # As many for clips, which have one family in place of each of these.
+        self.ragged = len(attended(stage.fusion, stage.fusion.families)) if stage.engine.ragged_text else 0
         self.disperses = stage.users.dispersion > 0
         self.multiple = 1
         if all(shared.mean.device.type == "cuda" for shared in constants.values()):
             self.multiple = TOKENS_MULTIPLE
 
-    def caption_lengths(self, longest: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return the lengths to which the captions of a micro-batch may be padded, one per LLM that is
-        attended to; nothing where any length may come.
+    def text_lengths(
+        self, longest: Sequence[int], prefixes: Sequence[int]
+    ) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Return the lengths to which the captions of a micro-batch may be padded, each with those of the
+        prefixes that are read, one per LLM that is attended to; nothing where any length may come.
 
         Args:
             longest: most tokens of a caption of each LLM, in fusion order.
+            prefixes: tokens of its prefix.
         """
         if self.multiple == 1:
             return []
-        return lengths_of_captions(attended(self.fusion, longest), self.multiple)
+        read = read_prefixes(self.fusion, prefixes)
+        lengths = lengths_of_captions(attended(self.fusion, longest), self.multiple)
+
+        return [(captions, read) for captions in lengths]
 
     def micro_batches(self, batch: Batch, parts: Sequence[slice]) -> Iterator[MicroBatch]:
         """Divide a batch into micro-batches; `parts` has the ranges of equal size."""
         tokens = []
-        for name in self.families:
+        for name in self._families(batch):
             packed, null = batch.texts[name], len(self.constants[name].null)
             counts = packed.lengths.tolist() if packed.counts is None else packed.counts
             tokens.append([count or null for count in counts])
         return by_length(parts, tokens, self.multiple, batch.u.device, self.ragged)
+
+    def _families(self, batch: Batch) -> list[str]:
+        """Return the batch's text families, in fusion order."""
+        return self.fusion.families_of(is_clip(batch.bucket))
 
     def clean_latents(self, batch: Batch) -> Tensor:
         """Sample latents from the batch's moments with its own noise, normalized: fp32 [B, C, ...]."""
@@ -75,7 +86,7 @@ class NetworkInputs:
     def condition(self, batch: Batch, timesteps: Tensor, levels: Levels | None = None) -> Condition:
         """Return the batch's condition at times as `TrainingExample` has them; texts in fusion order."""
         texts = []
-        for name in self.families:
+        for name in self._families(batch):
             texts.append(to_text(batch.texts[name], self.constants[name], self.dtype, self.multiple))
         extra = {name: condition.from_batch(batch) for name, condition in self.conditions.items()}
         users = None

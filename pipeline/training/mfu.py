@@ -9,6 +9,7 @@ from model.flops import flops_per_sample
 from model.sub_network import SubNetwork
 from pipeline.data.dataset import latent_shape
 from pipeline.stage.config import StageConfig
+from pipeline.stage.corpus import is_clip
 
 
 class SampleFlops:
@@ -19,7 +20,7 @@ class SampleFlops:
         sizes: DiTConfig,
         stage: StageConfig,
         latents: Family,
-        texts: Iterable[Family],
+        texts: Mapping[bool, Iterable[Family]],
         buckets: Iterable[str],
     ) -> None:
         """Keep what the FLOPs depend on.
@@ -28,18 +29,19 @@ class SampleFlops:
             sizes: sizes of the DiT.
             stage: the stage.
             latents: the latents family.
-            texts: the text families in fusion order.
+            texts: the text families of images (False) and of clips (True), in fusion order.
             buckets: of the data.
         """
         self.sizes = sizes
         self.fusion, self.elastic = stage.fusion, stage.elastic
         self.latents = latents
-        texts = list(texts)
-        infos = [family.info for family in texts]
-        self.widths = [int(info["width"]) for info in infos]
-        self.prefixes = [int(info["prefix_tokens"]) for info in infos]
-        self.longest = [int(family.identity.get("max_tokens", 0)) for family in texts]
-        """Most tokens of a caption of each LLM."""
+        self.widths = [int(family.info["width"]) for family in texts[False]]
+        self.prefixes: dict[bool, list[int]] = {}
+        self.longest: dict[bool, list[int]] = {}
+        """Most tokens of a caption of each LLM, of images (False) and of clips (True), as the prefixes."""
+        for clips, families in texts.items():
+            self.prefixes[clips] = [int(family.info["prefix_tokens"]) for family in families]
+            self.longest[clips] = [int(family.identity.get("max_tokens", 0)) for family in families]
         self.buckets = list(buckets)
 
     def mfu(self, counts: Mapping[str, float], values: Mapping[str, float], peak: float) -> dict[str, float]:
@@ -96,6 +98,7 @@ class SampleFlops:
         sizes = replace(self.sizes, depth=part.depth, patch=part.patch) if part else self.sizes
         # Only the sum over the families is known here, so each gets an equal share; the prefix is always read
         # whole.
-        tokens = [prefix + int(caption_tokens / len(self.prefixes)) for prefix in self.prefixes]
+        prefixes = self.prefixes[is_clip(bucket)]
+        tokens = [prefix + int(caption_tokens / len(prefixes)) for prefix in prefixes]
         latents = latent_shape(self.latents, bucket)[1:]
-        return flops_per_sample(sizes, self.fusion, self.widths, latents, tokens, self.prefixes)
+        return flops_per_sample(sizes, self.fusion, self.widths, latents, tokens, prefixes)

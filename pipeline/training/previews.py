@@ -96,7 +96,9 @@ class Previews(Callback):
         self._solver(engine)  # refuses one that does not fit before the LLMs are loaded
 
         reader = PromptReader(
-            text_families(stage, corpus), constants, partial(load_llm, device=engine.device)
+            text_families(stage, corpus, sample.frames > 1),
+            constants,
+            partial(load_llm, device=engine.device),
         )
         # One rank reads for all, so that the other ranks need no memory for the LLMs.
         if engine.rank == 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.common.errors import UserError
-from model.fusion import prefixes_cut_late, read_prefixes
+from model.fusion import prefixes_cut_late
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.room import warn_of_little_room
 from pipeline.data.ahead import batches_ahead
@@ -30,7 +30,7 @@ from pipeline.runtime.run_log import elapsed_seconds, goodput, read_lines
 from pipeline.runtime.stopping import EXIT_AGAIN, Stop
 from pipeline.runtime.watchdog import LEAVING, Heartbeat
 from pipeline.stage.config import StageConfig, dump_stage
-from pipeline.stage.corpus import latents_family, resolve
+from pipeline.stage.corpus import is_clip, latents_family, resolve
 from pipeline.text.families import prepare_texts, text_families
 from pipeline.training.agreement import Agreement
 from pipeline.training.callbacks import Callback
@@ -101,7 +101,7 @@ class Trainer:
         stage.run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(stage.run / "checkpoints", stage.checkpoint)
         self.peak = peak_flops(stage.log)
-        texts = text_families(self.stage, self.corpus).values()
+        texts = {clips: text_families(self.stage, self.corpus, clips).values() for clips in (False, True)}
         self.flops = SampleFlops(self.sizes, stage, self.latents, texts, self.corpus.rows)
 
         self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
@@ -187,16 +187,16 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile the network for the batches of every bucket, so that no step waits for it."""
-        shapes: set[tuple[int, tuple[int, ...]]] = set()
+        shapes: set[tuple[int, tuple[int, ...], bool]] = set()
         for bucket, size in self.data.schedule.batch_sizes.items():
-            shapes |= {(size // self.ranks.world, grid) for grid in self.grids[bucket]}
+            shapes |= {(size // self.ranks.world, grid, is_clip(bucket)) for grid in self.grids[bucket]}
 
-        began, fusion, prefixes = time.monotonic(), self.stage.fusion, self.flops.prefixes
-        cuts, read = prefixes_cut_late(fusion, prefixes), read_prefixes(fusion, prefixes)
-        texts = [(captions, read) for captions in self.inputs.caption_lengths(self.flops.longest)]
-        for samples, grid in sorted(shapes):
+        began = time.monotonic()
+        for samples, grid, clips in sorted(shapes):
             self.heartbeat.enter("compile", self.state.step)
-            self.engine.warm_up(samples, grid, cuts, texts)
+            prefixes, longest = self.flops.prefixes[clips], self.flops.longest[clips]
+            cuts = prefixes_cut_late(self.stage.fusion, prefixes)
+            self.engine.warm_up(samples, grid, cuts, self.inputs.text_lengths(longest, prefixes))
         self.log_event("compile", seconds=time.monotonic() - began)
 
     def _train_step(self, batch: Batch, fetch_next: Callable[[], None] = lambda: None) -> None:

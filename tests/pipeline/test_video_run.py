@@ -16,6 +16,7 @@ from pipeline import follow, sample
 from pipeline.inference.clips import make_moving_grid, save_clip, to_clips
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.inference.studio import GenerationRequest, InteractiveSampler, Limits
+from pipeline.reporting.page import build, inline_image
 from pipeline.runtime.run_log import read_events, read_reports
 from tests.helpers import pixel_space
 from tests.helpers.distributed import on_ranks
@@ -50,6 +51,8 @@ def test_previews_move_and_are_scored(run):
         assert moving.n_frames == FRAMES
     (scores,) = read_events(run, "scenes")
     assert {"motion", "colour", "following", "chance"} <= scores.keys()
+    # The report shows the grid that moves.
+    assert inline_image(sheet.with_suffix(".webp")) in build(run).read_text()
 
 
 def test_clips_are_sampled_and_scored(run, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 
 from data_prep.dataset.schema import MEAN_ALONE
 from pipeline.data.dataset import latent_shape
+from pipeline.data.streaming import SnapshotLoader, StreamingSnapshot
 from pipeline.stage.objective import ObjectiveConfig
 from tests.helpers import fake_snapshot as fake
 from tests.pipeline.data.test_dataset import first_batches
@@ -28,6 +29,18 @@ def test_buckets_have_the_latents_of_their_frames(tmp_path):
             stored = fake.latents_row(id, batch.bucket)["mean"]
             assert batch.mean[row].contiguous().view(torch.uint8).numpy().tobytes() == stored
     assert shapes == {"32x32": (4, 2, 1, 4, 4), "32x32x9": (1, 2, 3, 4, 4)}
+
+
+def test_streaming_reads_clips_and_images_from_the_cache(tmp_path):
+    fake.make(tmp_path / "store", BUCKETS, tmp_path, families=[fake.CLIPS, *fake.TEXTS.values()])
+    dataset = StreamingSnapshot(fake.stage(tmp_path / "store", tmp_path / "cache", global_batch=4))
+    seen = set()
+    for rows in SnapshotLoader(dataset, num_workers=0, collate_fn=list):
+        (bucket,) = {sorted(BUCKETS)[row["id"] >> 32] for row in rows}
+        for row in rows:
+            assert row["latents/mean"] == fake.latents_row(row["id"], bucket)["mean"]
+        seen.add(bucket)
+    assert seen == set(BUCKETS)
 
 
 def test_a_family_of_means_is_read_without_noise(tmp_path):

@@ -12,6 +12,7 @@ from tests.helpers.distributed import on_ranks
 IMAGES = {"32x32": [20, 12]}
 BOTH = {**IMAGES, "32x32x5": [18]}
 PLAIN = {"log__validate_every_samples": 0, "data__validation_parts": 0, "samples": 8 * 6}
+FAMILIES = [fake.CLIPS, *fake.TEXTS.values()]
 NEW = ["position.frame_embedding.bias", "position.frame_embedding.weight", "position.temporal.weight"]
 
 
@@ -62,3 +63,25 @@ def test_an_image_network_goes_on_with_clips_from_the_same_loss(stores, image_ru
         assert code == 0
         losses.append(reports[0]["loss"])
     assert losses[0] == losses[1]
+
+
+def test_stages_go_from_images_to_short_and_then_to_long_clips_on_two_ranks(stores, image_run, tmp_path):
+    fake.make(tmp_path / "long", {**IMAGES, "32x32x9": [18]}, tmp_path, families=FAMILIES)
+    both = {"data__tokens_per_batch": 16 * 12, "data__batch_multiple": 4, "objective__shift_positions": 16}
+    last, losses = image_run, {}
+    for name, store in (("short", stores["both"]), ("long", str(tmp_path / "long"))):
+        settings = {**PLAIN, **both, "start_from": str(last), "start_weights": "raw", "name": name}
+        codes = on_ranks(2, trainer_tasks.start_next_stage, store, str(tmp_path), settings)
+        assert {code for code, _ in codes} == {EXIT_AGAIN}
+        before, now = load_weights(last, "raw"), load_weights(tmp_path / name, "raw")
+        assert all(torch.equal(now[weight], before[weight]) for weight in before)
+        assert sorted(set(now) - set(before)) == (NEW if name == "short" else [])
+
+        # The same run goes on, now to its end.
+        ranks = on_ranks(2, trainer_tasks.train, store, str(tmp_path), None, settings)
+        assert [code for code, _ in ranks] == [0, 0]
+        losses[name] = {key for report in ranks[0][1] for key in report if key.startswith("loss_32")}
+        last = tmp_path / name
+    assert losses == {"short": {"loss_32x32", "loss_32x32x5"}, "long": {"loss_32x32", "loss_32x32x9"}}
+    changed = load_weights(last, "raw")
+    assert all((changed[name] != now[name]).any() for name in NEW)
