@@ -388,7 +388,8 @@ def _pool(step: Step, cluster: Ray, units: Sequence[str], alone: bool) -> Iterat
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=actors,
-            max_tasks_in_flight_per_actor=overlap,
+            # One waits at the actor while Ray looks for the next, which takes a tenth of a second.
+            max_tasks_in_flight_per_actor=overlap if alone else overlap + 1,
             max_concurrent_calls_per_actor=overlap,
             enable_true_multi_threading=True,
         ),
