@@ -105,7 +105,8 @@ def random_batch(work: Work, seed: int, counts: dict[str, list[int]] | None = No
         tensors[f"{family}/scales"].fill_(0.02)
         tensors[f"{family}/lengths"].copy_(torch.tensor(lengths))
 
-    packed = PackedBatch("probe", 0, seed, False, memory, layout, (0,), counts)
+    bucket = f"{8 * shape[-2]}x{8 * shape[-1]}"
+    packed = PackedBatch(bucket, 0, seed, False, memory, layout, (0,), counts)
     return packed.pin_memory() if torch.cuda.is_available() else packed
 
 

@@ -123,7 +123,8 @@ class Oracle:
         stage = make_stage()
         self.numbers = {prompt: number for number, prompt in enumerate(prompts, start=1)}
         self.network, self.defaults = make_network(stage.fusion), stage.sample
-        self.reader, self.partitioned = SimpleNamespace(read=lambda prompts, keep_llms: None), None
+        reader = SimpleNamespace(read=lambda prompts, keep_llms: None)
+        self.reader, self.partitioned = SimpleNamespace(of=lambda frames: reader), None
 
     def check(self, drawing):
         pass
