@@ -10,6 +10,7 @@ from model.common.errors import UserError
 from pipeline import diffusers_pipeline, export, sample
 from pipeline.inference import sampler
 from pipeline.stage.config import load_run
+from pipeline.text import families as text_families
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.export_and_draw import make_vae
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
 def command(monkeypatch):
     """Runs a program as from the shell."""
     monkeypatch.setattr(sampler, "load_vae", make_vae)
-    for module in (sampler, diffusers_pipeline):
+    for module in (text_families, diffusers_pipeline):
         monkeypatch.setattr(module, "load_llm", lambda family, device: LetterLLM(family.info["width"]))
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)

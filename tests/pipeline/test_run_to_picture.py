@@ -16,6 +16,7 @@ from model.config import TEXT_IDENTITY, TextConfig
 from pipeline import diffusers_pipeline, export, sample, web
 from pipeline.diffusers_pipeline import LIDiTPipeline
 from pipeline.inference import sampler
+from pipeline.text import families as text_families
 from pipeline.text.prompts import load_llm
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
@@ -42,7 +43,7 @@ def trained(tmp_path_factory):
 def command(monkeypatch):
     """Runs a program as from the shell."""
     monkeypatch.setattr(sampler, "load_vae", make_vae)
-    for module in (sampler, diffusers_pipeline):
+    for module in (text_families, diffusers_pipeline):
         monkeypatch.setattr(module, "load_llm", lambda family, device: LetterLLM(family.info["width"]))
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -181,7 +182,7 @@ def test_an_export_that_cannot_be_drawn_with_is_one_line_in_each_program(
 
 def test_a_missing_llm_is_one_line_in_each_program(copies, command, capsys, monkeypatch):
     _, exported = copies
-    for module in (sampler, diffusers_pipeline):
+    for module in (text_families, diffusers_pipeline):
         monkeypatch.setattr(module, "load_llm", load_llm)
     config = exported / "text" / "config.json"
     families = json.loads(config.read_text())["families"]
