@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 import xxhash
 
+from data_prep.store.ranged_file import RangedFile
+
 MAX_VIDEO_BYTES = 1 << 36
 """64 GB: larger videos are left out before anything of them is read."""
 HEAD_BYTES = 1 << 12
@@ -67,38 +69,16 @@ def media_hash(media: Media) -> int:
     return xxhash.xxh3_64_intdigest(media) if isinstance(media, bytes) else media.hash()
 
 
-class _Window(io.RawIOBase):
+class _Window(RangedFile):
     """A range of a file as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self._file, self._offset, self._size = file, offset, size
-        self._position = 0
+        super().__init__(size)
+        self._file, self._offset = file, offset
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), max(0, self._size - self._position))
-        if not length:
-            return 0
-
-        self._file.seek(self._offset + self._position)
-        data = self._file.read(length)
-        buffer[: len(data)] = data
-
-        self._position += len(data)
-        return len(data)
+    def read_at(self, position: int, length: int) -> bytes:
+        self._file.seek(self._offset + position)
+        return self._file.read(length)
 
     def close(self) -> None:
         if not self.closed:

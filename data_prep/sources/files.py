@@ -31,6 +31,7 @@ from data_prep.sources.sample import (
     RefusedError,
 )
 from data_prep.store.faults import TooLargeError
+from data_prep.store.ranged_file import RangedFile
 from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 
@@ -309,7 +310,7 @@ class SourceFiles:
             self._inside = name
             return _open_regular(path)
         # The buffer turns a reader's many small reads into a few large requests.
-        ranged: Any = _RangedFile(self, name)
+        ranged: Any = _RangedSource(self, name)
         return io.BufferedReader(ranged, buffer) if buffer else ranged
 
     def _checked(self, name: str) -> str:
@@ -349,36 +350,16 @@ class SourceFiles:
         return name
 
 
-class _RangedFile(io.RawIOBase):
+class _RangedSource(RangedFile):
     """A seekable view of an object, one ranged read at a time."""
 
     def __init__(self, files: SourceFiles, name: str) -> None:
+        super().__init__(files.size(name))
         self._files = files
         self._name = name
-        self._size = files.size(name)
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        # S3 refuses a range that starts at the end, so none is requested there.
-        length = min(len(buffer), max(0, self._size - self._position))
-        data = self._files.read_range(self._name, self._position, length) if length else b""
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_at(self, position: int, length: int) -> bytes:
+        return self._files.read_range(self._name, position, length)
 
 
 def _real(path: Path) -> Path:
