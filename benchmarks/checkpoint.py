@@ -10,7 +10,6 @@ slows both alike.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.processes import join_group
 from benchmarks.reporting import at_most, conditions, print_goals
 from model.condition import Condition, Text
 from model.config import DiTConfig, FusionConfig
@@ -77,16 +77,7 @@ def stall(save: Callable[[], object]) -> float:
 
 def measure(rank: int, options: argparse.Namespace, port: int) -> None:
     """Run one process of the benchmark; rank 0 writes the results."""
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": options.processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-
-    os.environ.update({name: str(value) for name, value in values.items()})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    join_group(rank, options.processes, port)
     engine = make_engine(options, options.processes)
     folder = Path(options.folder)
     checkpoints = Checkpoints(folder / "ours", CheckpointConfig(keep_last=1))

@@ -17,7 +17,6 @@ Each network runs in processes of its own, in turns, so that a noisy machine slo
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import sys
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks import trainer_step
+from benchmarks.processes import join_group
 from benchmarks.reporting import GOAL_MFU, at_least, conditions, print_goals
 from model.common.dtypes import DTYPES
 from model.condition import Condition, Text
@@ -152,16 +152,7 @@ def their_step(options: argparse.Namespace, depth: int) -> tuple[Step, int]:
 
 def measure(rank: int, options: argparse.Namespace, name: str, port: int, result: str) -> None:
     """Run one process of the benchmark; rank 0 writes seconds per step, parameters and peak memory."""
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": options.processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-
-    os.environ.update({key: str(value) for key, value in values.items()})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    join_group(rank, options.processes, port)
     torch.manual_seed(0)
     depth = {SAME_DEPTH: sizes(options).depth, SAME_PARAMETERS: options.equal_depth}
     step, parameters = our_step(options) if name == OURS else their_step(options, depth[name])

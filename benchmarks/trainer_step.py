@@ -17,7 +17,6 @@ Times depend on the machine. FLOPs are counted by torch and do not.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_kernels import caption_lengths
 from benchmarks.gpu_training import FAMILIES, FUSION, LR, Work, random_batch, random_constants
+from benchmarks.processes import join_group
 from benchmarks.reporting import at_least, conditions, print_goals
 from data_prep.dataset.schema import Family, Snapshot
 from model.config import DiTConfig
@@ -175,15 +175,7 @@ class Sides:
 
 def run_process(rank: int, options: argparse.Namespace, port: int, result: str) -> None:
     """Run one process of the benchmark; rank 0 writes what `measure` returns."""
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": options.processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({key: str(value) for key, value in values.items()})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    join_group(rank, options.processes, port)
     found = measure(options, rank)
     if rank == 0:
         Path(result).write_text(json.dumps(found))
