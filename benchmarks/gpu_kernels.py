@@ -20,6 +20,7 @@ from model.dit import LIDiT
 from model.dit_block import DiTBlock
 from model.functional import attention, key_mask
 from model.presets import PRESETS
+from model.region import ExampleSizes, TextLengths
 
 TINY = DiTConfig(depth=1, width=32, heads=2, channels=4)
 HEADS = ((16, 72), (18, 64), (9, 128))
@@ -290,7 +291,8 @@ def one_block(probe: Probe) -> None:
             if budget is not None:
                 with without_code(probe.tiny):
                     compile_regions([block], budget)
-            time_block(probe, what, block, block.example_inputs(samples, patches, tokens, padded=True))
+            [inputs] = block.example_inputs(ExampleSizes(samples, (patches,), TextLengths(tokens)))
+            time_block(probe, what, block, inputs)
 
 
 def time_block(probe: Probe, what: str, block: DiTBlock, zeros: Sequence[Tensor | None]) -> None:

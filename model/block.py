@@ -11,7 +11,8 @@ from model.config import DiTConfig
 from model.costs import LayerCost
 from model.layers import CrossAttention
 from model.ragged import Rows
-from model.region import Region, TextLengths, example_rows
+from model.region import ExampleSizes, Region, TextLengths, example_rows
+from model.rotary import rotation_table
 
 
 class Block(Region, ABC):
@@ -87,30 +88,30 @@ class Block(Region, ABC):
         is none."""
         return None
 
-    def example_inputs(
-        self,
-        samples: int,
-        patches: int,
-        text_tokens: int,
-        padded: bool,
-        prefix: int = 0,
-        ragged: bool = False,
-        others: int = 0,
-    ) -> tuple[Any, ...]:
-        """Return arguments for `forward`; the prefixes are not among the text."""
-        weight, width = next(self.parameters()), self.sizes.width
+    def example_inputs(self, sizes: ExampleSizes) -> list[tuple[Any, ...]]:
+        """Return arguments for `forward`, with sparse attention for tiles with and without a shift; the
+        prefixes are not among the text."""
+        weight, width, levels = next(self.parameters()), self.sizes.width, self.sizes.time_levels
+        samples, tokens = sizes.samples, sizes.text.tokens
+
         # With gradients, as in training: torch.compile builds another graph for inputs without.
-        x = weight.new_zeros(samples, patches, width, requires_grad=True)
-        text = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
+        x = weight.new_zeros(samples, sizes.patches, width, requires_grad=True)
+        text = weight.new_zeros(samples, tokens, width, requires_grad=True)
         # A missing mask is another graph, too, since attention then runs without one.
-        mask: Any = weight.new_ones(samples, 1, 1, text_tokens).bool() if padded else None
-        if ragged:
-            text, mask = example_rows(weight, samples, text_tokens, width)
-        levels = self.sizes.time_levels
-        if levels == 1:
-            return x, text, mask, weight.new_zeros(samples, width, requires_grad=True)
-        c = weight.new_zeros(samples, levels, width, requires_grad=True)
-        return x, text, mask, c, weight.new_zeros(samples, patches, levels)
+        mask: Any = weight.new_ones(samples, 1, 1, tokens).bool() if sizes.padded else None
+        if sizes.ragged:
+            text, mask = example_rows(weight, samples, tokens, width)
+
+        by_level = levels > 1
+        c = weight.new_zeros(samples, levels, width) if by_level else weight.new_zeros(samples, width)
+        inputs = (x, text, mask, c.requires_grad_())
+        places = weight.new_zeros(samples, sizes.patches, levels) if by_level else None
+        if self.sizes.attention.sparse:
+            return [(*inputs, places, *sizes.grid, number) for number in (0, 1)]
+        if self.sizes.needs_grid:
+            rotation = rotation_table(sizes.grid, width // self.sizes.heads, weight.device)
+            return [(*inputs, places, 0, 0, 0, rotation)]
+        return [(*inputs, places) if by_level else inputs]
 
     @classmethod
     def text_lengths(

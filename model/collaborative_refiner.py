@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.functional import key_mask, modulate, residual
 from model.layers import MLP, CrossAttention, Modulation, RMSNorm
 from model.ragged import Joint, Rows, Shown, cut_front
-from model.region import Region, TextLengths, example_rows
+from model.region import ExampleSizes, Region, TextLengths, example_rows
 
 T = TypeVar("T")
 
@@ -52,28 +52,23 @@ class CollaborativeBranch(Region):
         shift, scale, gate = vectors[3:6]
         return residual(x, self.mlp(modulate(x, shift, scale)), gate)  # [B, T, R]
 
-    def example_inputs(
-        self,
-        samples: int,
-        patches: int,
-        text_tokens: int,
-        padded: bool,
-        prefix: int = 0,
-        ragged: bool = False,
-        others: int = 0,
-    ) -> tuple[Any, ...]:
+    def example_inputs(self, sizes: ExampleSizes) -> list[tuple[Any, ...]]:
         """Return arguments for `forward`."""
         weight, width = self.mlp.up.weight, self.mlp.up.in_features
+        samples, tokens = sizes.samples, sizes.text.tokens
         # Another length, since equal ones would be taken for one size.
-        shown = others or 2 * text_tokens
-        if ragged:
-            x, rows = example_rows(weight, samples, text_tokens, width)
-            read, shown_rows = example_rows(weight, samples, shown, width)
-            return x, read, shown_rows, weight.new_zeros(samples, width, requires_grad=True), rows
-        x = weight.new_zeros(samples, text_tokens, width, requires_grad=True)
-        read = weight.new_zeros(samples, shown, width, requires_grad=True)
-        mask = weight.new_ones(samples, 1, 1, shown).bool() if padded else None
-        return x, read, mask, weight.new_zeros(samples, width, requires_grad=True)
+        others = sizes.text.others or 2 * tokens
+
+        c = weight.new_zeros(samples, width, requires_grad=True)
+        if sizes.ragged:
+            x, rows = example_rows(weight, samples, tokens, width)
+            read, others_rows = example_rows(weight, samples, others, width)
+            return [(x, read, others_rows, c, rows)]
+
+        x = weight.new_zeros(samples, tokens, width, requires_grad=True)
+        read = weight.new_zeros(samples, others, width, requires_grad=True)
+        mask = weight.new_ones(samples, 1, 1, others).bool() if sizes.padded else None
+        return [(x, read, mask, c)]
 
     @classmethod
     def text_lengths(

@@ -1,5 +1,6 @@
 """Regions: parts of the network that are gathered whole under ZeRO-3 and compiled as one graph each."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,25 @@ class TextLengths(NamedTuple):
     prefix: int = 0
     """Tokens before them, which are cut off."""
     others: int = 0
-    """Tokens of the other LLMs that the region reads too."""
+    """Tokens of the other LLMs that the region reads too; 0 = any number."""
+
+
+class ExampleSizes(NamedTuple):
+    """Sizes of a micro-batch that a region is compiled with."""
+
+    samples: int
+    grid: tuple[int, ...]
+    """Patches of each sample along each axis: height and width, or frames, height and width."""
+    text: TextLengths
+    padded: bool = True
+    """True for a batch whose text is padded, so that there is a mask."""
+    ragged: bool = False
+    """True for text without padding."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of a sample."""
+        return math.prod(self.grid)
 
 
 class Region(nn.Module):
@@ -35,28 +54,9 @@ class Region(nn.Module):
     cuts_prefix: ClassVar[bool] = False
     """True if `forward` may cut off an LLM's prefix, whose length is then a constant of the graph."""
 
-    def example_inputs(
-        self,
-        samples: int,
-        patches: int,
-        text_tokens: int,
-        padded: bool,
-        prefix: int = 0,
-        ragged: bool = False,
-        others: int = 0,
-    ) -> tuple[Any, ...]:
+    def example_inputs(self, sizes: ExampleSizes) -> list[tuple[Any, ...]]:
         """Return arguments for `forward`, all zeros, as training passes them: the region is compiled with
-        them.
-
-        Args:
-            samples: samples of a micro-batch.
-            patches: patches of each sample.
-            text_tokens: text tokens of each sample.
-            padded: True for a batch whose text is padded, so that there is a mask.
-            prefix: tokens of an LLM's prefix that are cut off.
-            ragged: True for text without padding.
-            others: text tokens of the other LLMs, for a region that reads them too; 0 = any number.
-        """
+        each of the tuples."""
         raise NotImplementedError
 
     @classmethod

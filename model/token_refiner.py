@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.functional import key_mask, residual
 from model.layers import MLP, Modulation, RMSNorm, SelfAttention
 from model.ragged import Rows, Shown
-from model.region import Region, TextLengths, example_rows
+from model.region import ExampleSizes, Region, TextLengths, example_rows
 
 
 class TokenRefinerBlock(Region):
@@ -49,27 +49,21 @@ class TokenRefinerBlock(Region):
         x = residual(x, change, gate_attention)
         return residual(x, self.mlp(self.mlp_norm(x)), gate_mlp)
 
-    def example_inputs(
-        self,
-        samples: int,
-        patches: int,
-        text_tokens: int,
-        padded: bool,
-        prefix: int = 0,
-        ragged: bool = False,
-        others: int = 0,
-    ) -> tuple[Any, ...]:
+    def example_inputs(self, sizes: ExampleSizes) -> list[tuple[Any, ...]]:
         """Return arguments for `forward`."""
         weight, width = self.mlp.up.weight, self.mlp.up.in_features
-        x = weight.new_zeros(samples, prefix + text_tokens, width, requires_grad=True)
-        if ragged:
-            x, rows = example_rows(weight, samples, prefix + text_tokens, width)
-            c = weight.new_zeros(samples, width, requires_grad=True) if self.gates is not None else None
-            return x, rows, c, prefix
+        samples, prefix = sizes.samples, sizes.text.prefix
+        tokens = prefix + sizes.text.tokens
+
         c = weight.new_zeros(samples, width, requires_grad=True) if self.gates is not None else None
-        masked = padded and not self.causal
-        mask = weight.new_ones(samples, 1, 1, prefix + text_tokens).bool() if masked else None
-        return x, mask, c, prefix
+        if sizes.ragged:
+            x, rows = example_rows(weight, samples, tokens, width)
+            return [(x, rows, c, prefix)]
+
+        x = weight.new_zeros(samples, tokens, width, requires_grad=True)
+        masked = sizes.padded and not self.causal
+        mask = weight.new_ones(samples, 1, 1, tokens).bool() if masked else None
+        return [(x, mask, c, prefix)]
 
     @classmethod
     def text_lengths(

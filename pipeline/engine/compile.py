@@ -8,7 +8,6 @@ are made before the first step.
 """
 
 import itertools
-import math
 import os
 import shutil
 import sysconfig
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from model.block import Block
 from model.common.errors import UserError
 from model.ragged import Rows
-from model.region import Region, TextLengths
-from model.rotary import rotation_table
+from model.region import ExampleSizes, Region, TextLengths
 
 _MAX_GRAPHS = 256
 """Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
@@ -114,10 +111,7 @@ def make_graphs(
     # A batch without padding has no mask, which is another graph; ragged text has none at all.
     kinds = (True,) if ragged else (False, True)
     for tokens, padded, prefix in itertools.product(_TEXT_TOKENS, kinds, cut):
-        more = {"ragged": True} if ragged else {}
-        example = region.example_inputs(samples, math.prod(grid), tokens, padded, prefix, **more)
-        for inputs in _with_positions(region, example, grid):
-            _run(region, inputs)
+        _run(region, ExampleSizes(samples, tuple(grid), TextLengths(tokens, prefix), padded, ragged))
 
 
 def warm_lengths(
@@ -133,26 +127,12 @@ def warm_lengths(
         lengths: of the text.
         ragged: True if training reads text without padding.
     """
-    for tokens, prefix, others in sorted(lengths):
-        example = region.example_inputs(samples, math.prod(grid), tokens, True, prefix, ragged, others)
-        for inputs in _with_positions(region, example, grid):
-            _run(region, inputs)
+    for text in sorted(lengths):
+        _run(region, ExampleSizes(samples, tuple(grid), text, ragged=ragged))
 
 
-def _run(region: Region, inputs: tuple[Any, ...]) -> None:
-    trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
-    torch.autograd.grad(region.forward(*inputs).sum(), trained)
-
-
-def _with_positions(region: Region, inputs: tuple[Any, ...], grid: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Return the arguments with those of sparse attention, for tiles with and without a shift, or with those
-    of rotary positions."""
-    if not isinstance(region, Block) or not region.sizes.needs_grid:
-        return [inputs]
-    # A block without levels has no places.
-    before = (*inputs, None)[:5]
-    if not region.sizes.attention.sparse:
-        head = region.sizes.width // region.sizes.heads
-        return [(*before, 0, 0, 0, rotation_table(grid, head, inputs[0].device))]
-    return [(*before, *grid, number) for number in (0, 1)]
+def _run(region: Region, sizes: ExampleSizes) -> None:
+    for inputs in region.example_inputs(sizes):
+        trained = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        # Unlike `backward` this leaves no gradients in the parameters, and calls none of their hooks.
+        torch.autograd.grad(region.forward(*inputs).sum(), trained)

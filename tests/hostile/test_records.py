@@ -27,23 +27,26 @@ from data_prep.dataset.snapshot_reader import (
     read_snapshot,
 )
 from data_prep.pairs.pairs import read_pairs
+from data_prep.plan import pieces
 from data_prep.plan.against import AGAINST_FOLDER, evaluation_key
 from data_prep.plan.drop_list import DROP_KEY, recorded_hash
 from data_prep.plan.finish import SETTINGS_KEY
-from data_prep.plan.listing import FILES_KEY, SOURCES_KEY, source_counts, source_files
+from data_prep.plan.listing import FILES_KEY, FOLDER, SOURCES_KEY, source_counts, source_files
 from data_prep.plan.manifest import MANIFEST, read_manifest
+from data_prep.plan.pieces import freeze_pieces
 from data_prep.plan.plan import check_settings
 from data_prep.plan.rows import DROPPED, dropped_key
 from data_prep.plan.scan import EVALUATION, SCAN
-from data_prep.plan.scan_tables import read_scan
+from data_prep.plan.scan_tables import read_scan, scan_key
 from data_prep.report import _choose_rows as choose_rows
+from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store, open_store
 from model.common import records
 from model.common.errors import UserError
 from model.common.records import SEAL, parse_record, seal
 from tests.helpers.damage import damaged, edited
 from tests.helpers.fake_dataset import make_all
-from tests.helpers.raw_material import config_of, png, prepare, sample_members, write_tar
+from tests.helpers.raw_material import config_of, png, prepare, sample_members, write_parquet, write_tar
 
 PART = Part("64x64", 0)
 MANY = settings(
@@ -127,8 +130,13 @@ def records_of_a_plan(folder):
     pyarrow.parquet.write_table(pyarrow.table({"id": [99]}), folder / "ids.parquet")
     against = [SourceConfig("webdataset", str(folder / "set"))]
     dedupe = DedupeConfig(against=against, drop=str(folder / "ids.parquet"))
-    config = config_of(folder, ("webdataset", folder / "in"), dedupe=dedupe)
-    dataset = prepare(config)
+    rows = [{"image": f"{number}.png", "caption": f"number {number}"} for number in range(5)]
+    write_parquet(folder / "paths/rows.parquet", rows, 2)
+    config = config_of(folder, ("webdataset", folder / "in"), ("parquet", folder / "paths"), dedupe=dedupe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_ROWS", 2)
+        dataset = prepare(config)
+    opened = OpenSources(config, source_files(dataset))
     hashes = evaluation_key(0)
     readers = {
         "settings": (SETTINGS_KEY, lambda: check_settings(config, dataset)),
@@ -137,6 +145,7 @@ def records_of_a_plan(folder):
         "scan": ("scan/00000000.parquet", lambda: list(read_scan(dataset, "scan/00000000.parquet"))),
         "evaluation files": (f"{AGAINST_FOLDER}/files.json", lambda: source_files(dataset, AGAINST_FOLDER)),
         "evaluation": (hashes, lambda: list(read_scan(dataset, hashes, EVALUATION))),
+        "cuts": (f"{FOLDER}/cuts.json", lambda: freeze_pieces(opened, dataset, FOLDER, scan_key)),
         "drop list": (DROP_KEY, lambda: recorded_hash(dataset)),
         "dropped": (dropped_key(0), lambda: choose_rows(dataset, dropped_key(0), DROPPED, Counter())),
     }
@@ -151,7 +160,7 @@ def stored(tmp_path_factory):
         yield records_of_a_store(store) | records_of_a_plan(plan)
 
 
-SEALED = ["commit", "manifest", "plan", "family", "snapshot", "history", "files", "sources"]
+SEALED = ["commit", "manifest", "plan", "family", "snapshot", "history", "files", "sources", "cuts"]
 HASHED = ["constants", "index", "rows", "captions", "pairs"]
 TABLES = ["scan", "dropped"]
 """Tables of `plan` that no record names: their pages have checksums, their columns are checked."""

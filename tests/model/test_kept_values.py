@@ -12,6 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from model import functional, layers
 from model.config import DiTConfig
 from model.dit_block import DiTBlock
+from model.region import ExampleSizes, TextLengths
 
 VIEWS = (
     "view",
@@ -57,7 +58,7 @@ def kept(patches, tokens, budget):
         return make_boxed_func(graph.forward)
 
     block = DiTBlock(DiTConfig(depth=1, width=WIDTH, heads=4)).to(torch.bfloat16)
-    inputs = block.example_inputs(SAMPLES, patches, tokens, padded=True)
+    [inputs] = block.example_inputs(ExampleSizes(SAMPLES, (patches,), TextLengths(tokens)))
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=budget):
         backend = aot_autograd(

@@ -14,6 +14,7 @@ from model.dit import LIDiT
 from model.dit_block import DiTBlock
 from model.flops import count_parameters, flops_per_sample
 from model.functional import spread
+from model.region import ExampleSizes, TextLengths
 from pipeline.operations.planning import Setup, make_plan
 from pipeline.stage.config import load_stage
 from tests.helpers.networks import SMALL, WIDTHS, close, random_inputs, random_network
@@ -183,7 +184,7 @@ def test_activations_by_formula_are_what_autograd_keeps(monkeypatch):
     monkeypatch.setattr(functional, "CPU_HAS_BF16", True)  # products in bf16, as on a GPU
     sizes = DiTConfig(depth=1, width=64, heads=4, time_levels=8)
     block = DiTBlock(sizes).to(torch.bfloat16)
-    inputs = block.example_inputs(2, 128, 32, padded=False)
+    [inputs] = block.example_inputs(ExampleSizes(2, (8, 16), TextLengths(32), padded=False))
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept = {}
 

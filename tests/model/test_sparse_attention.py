@@ -15,6 +15,7 @@ from model.dit import LIDiT
 from model.flops import flops_per_sample
 from model.functional import attention
 from model.layers import SelfAttention
+from model.region import ExampleSizes, TextLengths
 from model.sparse_attention import (
     SparseSelfAttention,
     Tiles,
@@ -173,12 +174,12 @@ def test_a_network_with_it_runs_and_differs_in_attention_alone():
 def test_compiled_blocks_have_one_graph_for_each_shift():
     network = randomise(LIDiT(SPARSE, FusionConfig(), WIDTHS[:2])).float()
     block = network.blocks[0]
-    x, text, mask, c = block.example_inputs(1, 36 * 32, 8, False)
-    x, text, c = (value + torch.randn_like(value) for value in (x, text, c))
+    examples = block.example_inputs(ExampleSizes(1, (36, 32), TextLengths(8), padded=False))
     torch._dynamo.reset()
-    explained = [
-        torch._dynamo.explain(block.forward)(x, text, mask, c, None, 36, 32, number) for number in (0, 1)
-    ]
+    explained = []
+    for x, text, mask, c, *positions in examples:
+        x, text, c = (value + torch.randn_like(value) for value in (x, text, c))
+        explained.append(torch._dynamo.explain(block.forward)(x, text, mask, c, *positions))
     assert [(each.graph_count, each.graph_break_count) for each in explained] == [(1, 0)] * 2
 
 

@@ -6,6 +6,7 @@ import torch
 from model.attention_config import AttentionConfig
 from model.blocks import BLOCKS
 from model.config import DiTConfig
+from model.region import ExampleSizes, TextLengths
 from pipeline.engine.compile import compile_regions, make_graphs
 from tests.helpers.trainer_tasks import Compilations
 
@@ -29,6 +30,7 @@ def test_no_step_makes_a_new_graph(monkeypatch):
     for grid in GRIDS:
         for number, block in enumerate(blocks):
             for tokens, padded in ((70, True), (5, False)):
-                x, text, mask, c = block.example_inputs(2, grid[0] * grid[1], tokens, padded)
-                block.forward(x, text, mask, c, None, *grid, number).sum().backward()
+                sizes = ExampleSizes(2, grid, TextLengths(tokens), padded)
+                inputs = block.example_inputs(sizes)[number]
+                block.forward(*inputs).sum().backward()
     assert (compilations.forward, compilations.backward) == made
