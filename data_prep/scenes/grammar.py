@@ -33,9 +33,13 @@ PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 TONES: tuple[Tone, ...] = get_args(Tone)
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
 
+COMBINATIONS = 8
+"""Groups of combinations of attributes, of which a dataset can leave out one."""
 MAX_OBJECTS = 8
 MAX_GROUP = 4
 """Maximum number of equal objects in one group."""
+MAX_PLAIN_GROUPS = min(len(COLORS), len(SHAPES))
+"""Maximum number of groups of a plain scene: any two differ in both, color and shape."""
 EXTENTS: dict[Size, float] = {"small": 0.175, "large": 0.25}
 """Side of the square that a shape fills, times the scene's `scale`: 11 and 16 pixels of 64 at scale 1."""
 MIN_GAP = 0.035
@@ -166,6 +170,18 @@ class Scene:
         return relations
 
 
+def combination_of(scene: Scene) -> int:
+    """Return the lowest number, from 0 to 7, of the combinations of color and shape in a scene.
+
+    A dataset without combination 0 still has every color and every shape, but each color lacks at most one
+    shape in all of its scenes: prompts of combination 0 name an object that was never seen.
+    """
+    return min(
+        (COLORS.index(segment.colour) + SHAPES.index(segment.shape)) % COMBINATIONS
+        for segment in scene.segments
+    )
+
+
 def plane_sides(aspect: float) -> tuple[float, float]:
     """Return width and height of a plane of area 1 with this width / height."""
     return math.sqrt(aspect), 1 / math.sqrt(aspect)
@@ -215,6 +231,8 @@ def sample_scene(
     max_objects = min(style.objects or MAX_OBJECTS, MAX_OBJECTS, columns * rows)
     total = int(random.integers(1, max_objects + 1))
     counts = _sample_counts(random, total) if segments is None else [1] * min(segments, max_objects)
+    if style.plain:
+        counts = counts[:MAX_PLAIN_GROUPS]
 
     ground = ground or _sample_ground(random, style)
     scene_segments = _sample_segments(random, counts, style)

@@ -25,6 +25,7 @@ from data_prep.scenes.captions import (
 from data_prep.scenes.grammar import (
     ANY_STYLE,
     COLORS,
+    COMBINATIONS,
     EXTENTS,
     MIN_GAP,
     PATTERNS,
@@ -56,8 +57,6 @@ SHIFTS: dict[Speed, float] = {"slow": 0.12, "fast": 0.3}
 """Way of an object over the clip, in scene units: 8 and 19 pixels in 64 x 64."""
 RATIOS: dict[Speed, float] = {"slow": 1.3, "fast": 1.8}
 """Factor by which an object grows or shrinks over the clip."""
-COMBINATIONS = 8
-"""Groups of combinations of color, shape and motion, of which a dataset can leave out one."""
 PLAIN_SHIFT, PLAIN_RATIO = 0.5, 2.5
 """Way and factor of plain scenes, whose speed is never stated: as far as a clip has room for."""
 MIDDLE_EXTENT = math.sqrt(EXTENTS["small"] * EXTENTS["large"])

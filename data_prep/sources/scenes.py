@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.scenes.captions import CAPTION_KINDS, SceneCaption, caption_scene
-from data_prep.scenes.grammar import ANY_STYLE, Scene, SceneStyle, sample_scene
+from data_prep.scenes.grammar import ANY_STYLE, Scene, SceneStyle, combination_of, sample_scene
 from data_prep.scenes.rendering import encode_png, render_scene
 from data_prep.sources.sample import Inventory, Place, Sample
 from model.common.errors import UserError
@@ -78,7 +78,8 @@ class ScenesSource:
     """Scenes 0 to count - 1 of a seed, each in a random bucket of the dataset; a "file" is a range of them.
 
     Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); the numbers of `segments` and
-    `objects`; `ground`, the pattern of the ground.
+    `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of which a filter can
+    leave out one (`combination_of`).
     """
 
     def __init__(self, settings: ScenesConfig, buckets: Sequence[Bucket]) -> None:
@@ -127,6 +128,7 @@ class ScenesSource:
             "segments": len(scene.segments),
             "objects": len(scene.objects),
             "ground": scene.ground.pattern,
+            "combination": combination_of(scene),
         }
         return Sample(str(key), encode_png(key.render()), record, Place(path=str(key)))
 

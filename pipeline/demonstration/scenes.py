@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import TypedDict
 
-from data_prep.config import DatasetConfig
+from data_prep.config import DatasetConfig, ScenesConfig
 from data_prep.scenes.captions import scene_prompts
 from model.common.records import OPEN, read_record
 from pipeline.demonstration.commands import run
@@ -27,8 +27,8 @@ class Scores(TypedDict):
     chance: dict[str, float]
 
 
-SEGMENTS = 2
-"""Objects of a prompt. The training scenes have up to three."""
+UNSEEN = 0
+"""The combination of attributes that the demos' datasets leave out (`combination_of`)."""
 NAMES = {"colour": "colors", "segment": "whole objects", "caption": "whole prompts"}
 """Names of the scorer's tables in the report, where they differ; the others get a plural."""
 
@@ -37,18 +37,26 @@ class ScenesEnding(Ending):
     """Generates images of held-out scenes, and counts the right claims."""
 
     note: ClassVar[str] = (
-        "None of the prompts was trained on. Each claim is judged, with its object's number in the prompt."
+        "Each prompt names an object whose color and shape were never trained on together. Each claim is "
+        "judged, with its object's number in the prompt."
     )
+    kind: ClassVar[str] = "scenes"
+    segments: ClassVar[int] = 3
+    """Objects of a prompt; the training scenes have up to three."""
 
     def __init__(self, stage: StageConfig, dataset: DatasetConfig, images: int) -> None:
         super().__init__(stage)
         self.count, self.folder = images, stage.run / "follow"
         self.drawn = self.folder / "pictures"
+        self.style = (dataset.sources[0].scenes or ScenesConfig()).style
 
     def sample_images(self) -> None:
         """Write the prompts, and generate an image of each."""
-        prompts = ["--count", str(self.count), "--segments", str(SEGMENTS)]
-        run("pipeline.follow", "write", str(self.folder), *prompts)
+        words = ["--prompts", self.kind, "--count", str(self.count), "--segments", str(self.segments)]
+        words += ["--scale", str(self.style.scale), *(["--plain"] if self.style.plain else [])]
+        words += ["--objects", str(self.style.objects)] if self.style.objects else []
+        words += ["--combination", str(UNSEEN)]
+        run("pipeline.follow", "write", str(self.folder), *words)
         source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
         run("pipeline.sample", *source, "--own-seeds", "--out", str(self.drawn))
 
@@ -69,10 +77,12 @@ class ScenesEnding(Ending):
 
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
-        caption = scene_prompts(self.count, "list", 1.0, [SEGMENTS])[number].caption
-        objects = read_scene(np.asarray(Image.open(image).convert("RGB")))
+        prompts = scene_prompts(
+            self.count, "list", segments=[self.segments], style=self.style, combination=UNSEEN
+        )
+        objects = read_scene(np.asarray(Image.open(image).convert("RGB")), self.style.scale)
         marks: list[str] = []
-        for claim in judge_caption(0, objects, caption):
+        for claim in judge_caption(0, objects, prompts[number].caption):
             attribute = "color" if claim.attribute == "colour" else claim.attribute
             marks.append(f"{'✓' if claim.correct else '✗'} {attribute} {claim.position + 1}")
         return {"marks": marks}

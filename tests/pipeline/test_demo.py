@@ -143,8 +143,7 @@ def test_the_number_of_scenes_follows_from_the_minutes(name, per_minute, monkeyp
         assert config.sources[0].scenes.count == per_minute / 2
         assert config.sources[0].captions == {"list": "list"}
     # pixels need no VAE
-    trains = any(command[0] == "pipeline.train_vae" for command in fake.commands)
-    assert trains == (name == "scenes")
+    assert all(command[0] != "pipeline.train_vae" for command in fake.commands)
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "inf", "nan", "long"])
@@ -156,7 +155,7 @@ def test_minutes_have_to_be_a_number_above_zero(minutes):
 def test_the_command_line_names_the_demo_its_minutes_and_settings():
     assert demo.parse([])[1:] == (8, [])
     assert demo.parse(["scenes"])[0].name == "demo_scenes"
-    assert demo.parse(["scenes"])[1] == 60
+    assert demo.parse(["scenes"])[1] == 30
     assert demo.parse(["optim.lr=1", "minutes=2.5"])[1:] == (2.5, ["optim.lr=1"])
 
 

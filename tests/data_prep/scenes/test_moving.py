@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from data_prep.config import BucketConfig, ClipsConfig, DatasetConfig, ScenesConfig, SourceConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.pairs.pairs import read_clip
-from data_prep.scenes.grammar import COLORS, MIN_GAP, SHAPES, SceneStyle, plane_sides
+from data_prep.scenes.grammar import COLORS, COMBINATIONS, MIN_GAP, SHAPES, SceneStyle, plane_sides
 from data_prep.scenes.moving import (
-    COMBINATIONS,
     MOTIONS,
     MOVING_CAPTION_KINDS,
     caption_moving_scene,

@@ -14,11 +14,14 @@ from data_prep.pairs.pairs import read_pairs, run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.scenes.captions import CAPTION_KINDS, adjectives_and_noun, caption_scene, scene_prompts
 from data_prep.scenes.grammar import (
+    COLORS,
     EXTENTS,
     MAX_OBJECTS,
     MIN_GAP,
+    SHAPES,
     Ground,
     SceneStyle,
+    combination_of,
     differences,
     sample_scene,
 )
@@ -168,3 +171,28 @@ def test_keys_and_settings_without_a_scene_are_refused():
             sources=[SourceConfig(kind="folder", path="x", scenes=ScenesConfig(1))],
             caption_kinds=list(CAPTION_KINDS),
         )
+
+
+def test_without_one_combination_all_colors_and_shapes_are_left():
+    style, seen = SceneStyle(1.6, True, 3), set()
+    for index in range(2000):
+        scene = sample_scene(0, index, style=style)
+        if combination_of(scene) != 0:
+            seen |= {(segment.colour, segment.shape) for segment in scene.segments}
+    assert {color for color, _ in seen} == set(COLORS)
+    assert {shape for _, shape in seen} == set(SHAPES)
+    assert len(seen) == len(COLORS) * len(SHAPES) - len(SHAPES)
+
+    prompts = scene_prompts(20, "list", segments=[3], style=style, combination=0)
+    assert len(prompts) == 20
+    for prompt in prompts:
+        assert {(part.colour, part.shape) for part in prompt.scene.segments} - seen
+    with pytest.raises(UserError, match="combination 7: hardly any scene has it: take 0, or fewer segments"):
+        scene_prompts(2, "list", segments=[7], style=SceneStyle(0.5, True), combination=7)
+
+
+def test_plain_scenes_with_room_for_eight_objects_have_seven_groups_at_most():
+    style = SceneStyle(0.5, True)
+    groups = {len(sample_scene(0, index, segments=8, style=style).segments) for index in range(20)}
+    assert groups == {7}
+    assert max(len(sample_scene(0, index, style=style).segments) for index in range(400)) <= 7

@@ -1,6 +1,7 @@
 """The ends of the demos on known images: training images are recognized, rendered scenes are right."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +9,17 @@ import pytest
 import torch.nn.functional as F
 from PIL import Image
 
+from data_prep.config import load_dataset
 from data_prep.pairs.pairs import Pair
 from data_prep.scenes.captions import scene_prompts
+from data_prep.scenes.grammar import combination_of
 from data_prep.scenes.rendering import render_scene
+from pipeline.demo import DATASETS
 from pipeline.demonstration import emoji, scenes
 from pipeline.demonstration.emoji import EmojiEnding
 from pipeline.demonstration.ending import MAX_SHOWN
-from pipeline.demonstration.scenes import SEGMENTS, ScenesEnding
-from pipeline.follow import parse, score_folder, write_prompts
+from pipeline.demonstration.scenes import UNSEEN, ScenesEnding
+from pipeline.follow import main as follow
 from pipeline.stage.config import load_stage
 from tests.helpers.raw_material import png
 
@@ -106,21 +110,24 @@ def test_more_images_than_pairs_are_one_for_each(tmp_path, monkeypatch):
 
 
 def test_rendered_scenes_are_right_and_their_claims_are_marked(tmp_path, monkeypatch):
-    ending = ScenesEnding(stage_in(tmp_path, "demo_scenes"), DATASET, 6)
+    shipped = load_dataset(DATASETS / "demo_scenes.yaml", [])
+    ending = ScenesEnding(stage_in(tmp_path, "demo_scenes"), shipped, 6)
+    assert "combination != 0" in {rule.value for rule in shipped.filters}
 
     def do(command, *arguments):
         if command == "pipeline.sample":
             ending.drawn.mkdir()
-            prompts = scene_prompts(6, "list", 1.0, [SEGMENTS])
+            style = shipped.sources[0].scenes.style
+            prompts = scene_prompts(6, "list", segments=[3], style=style, combination=UNSEEN)
+            assert {combination_of(prompt.scene) for prompt in prompts} == {0}
             for number, prompt in enumerate(prompts):
                 image = Image.fromarray(render_scene(prompt.scene, 64, 64))
                 image.save(ending.drawn / f"{number:05d}_00.png")
             write_index(ending.drawn, [prompt.caption.text for prompt in prompts])
-        elif arguments[0] == "write":
-            settings = {"count": 6, "segments": 2, "prompts": "scenes", "kind": "list", "aspect": 1.0}
-            write_prompts(ending.folder, {**settings, "seed": parse(["write", "x"]).seed})
         else:
-            score_folder(ending.folder, None)
+            assert command == "pipeline.follow"
+            monkeypatch.setattr(sys, "argv", ["follow", *arguments])
+            follow()
 
     monkeypatch.setattr(scenes, "run", do)
     ending.sample_images()
