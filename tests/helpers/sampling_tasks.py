@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipeline import diffusers_pipeline, evaluate, sample
 from pipeline.inference import sampler, source
+from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams
 from tests.helpers.fake_snapshot import DOWN, WIDTHS
 from tests.helpers.tiny_sampler import WIDTHS as LETTERS
@@ -66,7 +67,7 @@ def draw_export(program, *arguments):
     return used[0].partitioned.bytes() if used[0].partitioned else None
 
 
-def latents_of_run(run, shards, prompts):
+def latents_of_run(run, shards, prompts, parts=None):
     """Latents that this rank draws with the newest checkpoint of a run on the fake snapshot."""
     loaded = Sampler.from_run(Path(run), "ema", torch.device("cpu"), torch.float32, shards)
     loaded._load_vae = lambda: SimpleNamespace(downsampling=DOWN)
@@ -75,7 +76,7 @@ def latents_of_run(run, shards, prompts):
         loaded.reader.known[name] = {
             prompt: torch.randn(len(prompt), width, generator=rng) for prompt in prompts
         }
-    drawing = SamplingParams(2, 3.0, 8 * DOWN, 4 * DOWN)
+    drawing = SamplingParams(2, 3.0, 8 * DOWN, 4 * DOWN, parts=parts or ChosenParts())
     latents = [loaded.latents([prompt], [len(prompt)], drawing) for prompt in prompts]
     loaded.keep_pace(drawing)
     return torch.cat(latents)

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.diffusion.solvers import initial_noise
 from pipeline.export import build_pipeline
+from pipeline.inference.elastic import ChosenParts
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers import sampling_tasks as drawing_tasks
 from tests.helpers.distributed import on_ranks
@@ -75,3 +76,19 @@ def test_a_runs_checkpoint_is_read_into_shards(tmp_path):
     (first, second) = on_ranks(2, drawing_tasks.latents_of_run, run, True, prompts)
     assert torch.equal(first, whole)
     assert torch.equal(second, whole)
+
+
+@pytest.mark.slow
+def test_a_part_of_an_elastic_run_is_sampled_with_shared_weights(tmp_path):
+    fake_snapshot.make(tmp_path / "store", {"32x32": [20]}, tmp_path)
+    settings = {"samples": 32, "data__validation_parts": 0, "log__validate_every_samples": 0}
+    settings |= {"model__depth": 4, "elastic__depths": [4, 2], "elastic__patches": [2, 4]}
+    codes = on_ranks(2, trainer_tasks.train, str(tmp_path / "store"), str(tmp_path), None, settings)
+    assert [code for code, _ in codes] == [0, 0]
+    run, prompts = str(tmp_path / "small"), ["a cat", "two", "three"]
+    whole = drawing_tasks.latents_of_run(run, False, prompts)
+    for parts in (ChosenParts(depth=2), ChosenParts(depth=2, patch=4), ChosenParts(null_depth=2)):
+        alone = drawing_tasks.latents_of_run(run, False, prompts, parts)
+        assert not torch.equal(alone, whole)
+        for shared in on_ranks(2, drawing_tasks.latents_of_run, run, True, prompts, parts):
+            assert torch.equal(shared, alone)

@@ -77,6 +77,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
 
 
 @pytest.mark.slow
+def test_muon_goes_on_bit_for_bit_after_a_stop(store, tmp_path):
+    settings = {**BOTH, "optim__name": "muon", "optim__lr": 1e-3}
+    whole = train(2, store, tmp_path / "whole", settings)
+    train(2, store, tmp_path / "stopped", settings, stop_at=3)
+    assert train(2, store, tmp_path / "stopped", settings) == whole
+    one, other = (load_weights(tmp_path / name / "small", "ema") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
