@@ -3,13 +3,16 @@ against the small VAE's, in one run.
 
     python -m benchmarks.elastic            # about ten minutes on two cores
     python -m benchmarks.elastic --tiny     # seconds: no figures, only that it runs
+    python -m benchmarks.elastic --trained runs/demo/vae runs/demo/wavelet    # with the quality of two VAEs
 
 The parts take turns, so that a noisy machine slows all alike; times are medians over the rounds. The share of
 the full network's time is beside the share of its FLOPs. Attention is that of one layer, without gradients,
-on grids of up to 16,384 patches. The encoders' weights are random, on which their time does not depend.
+on grids of up to 16,384 patches. The encoders' weights are random, on which their time does not depend; how
+close their images come is read from the folders of a trained teacher and its student (`pipeline.train_vae`).
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +32,7 @@ from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.flops import flops_per_sample
 from model.sparse_attention import SparseSelfAttention
 from model.sub_network import SubNetwork
+from pipeline.train_vae import SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
 CHANNELS, LLM_WIDTH, TOKENS = 16, 256, 64
@@ -38,6 +42,8 @@ SPEEDUP = 2.0
 """Dense / sparse seconds at the largest grid."""
 ENCODER_SPEEDUP = 4.0
 """Seconds of the teacher's encoder / of the wavelet encoder."""
+LOST_DB = 1.5
+"""Most that the wavelet autoencoder's PSNR may be below the teacher's."""
 
 
 def measure(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -112,11 +118,17 @@ def time_encoders(options: argparse.Namespace) -> dict[str, float]:
     return measure(ways, options.rounds)
 
 
+def read_quality(folders: Sequence[Path]) -> list[float]:
+    """Return the PSNR in dB of a trained teacher and of its student, on the same images."""
+    return [json.loads((folder / SETTINGS).read_text())["psnr"] for folder in folders]
+
+
 def report(
     options: argparse.Namespace,
     parts: Sequence[tuple[SubNetwork, float, float, float]],
     attention: Mapping[int, tuple[float, float]],
     encoders: Mapping[str, float],
+    quality: Sequence[float] = (),
 ) -> list[str]:
     """Print the tables and the line of JSON; return the tables."""
     lines = [
@@ -151,6 +163,10 @@ def report(
         f"dense / sparse at {max(attention):,} patches": at_least(dense / sparse, SPEEDUP),
         "encoding, small VAE / wavelet": at_least(faster, ENCODER_SPEEDUP),
     }
+    if quality:
+        teacher, student = quality
+        lines += ["", f"PSNR: small VAE {teacher:.2f} dB, wavelet {student:.2f} dB."]
+        goals["dB below the small VAE"] = at_most(teacher - student, LOST_DB)
     lines += ["", *(f"{what}: {goal}." for what, goal in goals.items())]
     print("\n".join(lines))
     print_goals(
@@ -172,6 +188,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grids", type=int, nargs="+", default=[32, 64, 128], help="sides in patches")
     parser.add_argument("--pixels", type=int, default=256, help="side of the image that is encoded")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--trained", type=Path, nargs=2, metavar=("TEACHER", "WAVELET"), help="folders of pipeline.train_vae"
+    )
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, which measure nothing")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -183,7 +202,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of `python -m benchmarks.elastic`."""
     options = parse(arguments)
-    lines = report(options, time_parts(options), time_attention(options), time_encoders(options))
+    quality = read_quality(options.trained or ())
+    lines = report(options, time_parts(options), time_attention(options), time_encoders(options), quality)
     if not options.tiny:
         (RESULTS / "elastic.md").write_text("\n".join(lines) + "\n")
 
