@@ -38,6 +38,7 @@ def latents_settings(latents: LatentsConfig) -> Expected | None:
         "moments": MEAN_ALONE if latents.moments == "mean" else "bf16",
         # Not in the identity of a VAE that is not asked for it.
         "tiling": True if latents.tiling else None,
+        "dtype": None if latents.dtype == "fp32" else latents.dtype,
     }
     if_there: dict[str, Any] = {}
     folder = find_in(Path(latents.vae)) if latents.vae and Path(latents.vae).is_dir() else None

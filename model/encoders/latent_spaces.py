@@ -229,6 +229,15 @@ class LatentSpace(ABC):
         """
         raise UserError(f"the latent space {self.name} has no tiles: leave latents.tiling out")
 
+    def encode_in_bf16(self) -> None:
+        """Compute in bf16 from now on, with channels last in memory, which a GPU's convolutions take two to
+        three times less time for: `identity` then says so.
+
+        Raises:
+            UserError: if the space has no network that would gain by it.
+        """
+        raise UserError(f"the latent space {self.name} computes in fp32: leave latents.dtype out")
+
 
 LATENT_SPACES: Registry[type[LatentSpace]] = Registry("latents.space")
 """Name -> latent space. One that reads diffusers folders is named as `_class_name` in their config.json."""

@@ -95,6 +95,15 @@ def load_module(kind: Any, folder: Path, device: torch.device) -> tuple[Any, str
     return module.eval().requires_grad_(False).to(device), digest
 
 
+def to_bf16(module: Any) -> None:
+    """Cast a module to bf16, the weights of its convolutions with channels last."""
+    module.to(torch.bfloat16)
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.ndim in orders:
+            parameter.data = parameter.data.to(memory_format=orders[parameter.ndim])
+
+
 @register_latent_space(AUTOENCODER_KL)
 class VAE(LatentSpace):
     """The latent space of an AutoencoderKL."""
@@ -142,6 +151,11 @@ class VAE(LatentSpace):
     def device(self) -> torch.device:
         """Device of its weights."""
         return self.module.device
+
+    def encode_in_bf16(self) -> None:
+        """Compute in bf16 from now on; the identity then says so."""
+        to_bf16(self.module)
+        self.identity = {**self.identity, "dtype": "bf16"}
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

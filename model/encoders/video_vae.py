@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.common.records import canonical_json
 from model.encoders.latent_spaces import LatentSpace, Statistics, find_folder, register_latent_space
-from model.encoders.vae import load_module
+from model.encoders.vae import load_module, to_bf16
 
 TILED_POSITIONS = 17 * 512 * 512
 """Frames x height x width above which clips are decoded in tiles, which takes less memory."""
@@ -78,6 +78,11 @@ class VideoVAE(LatentSpace):
     def tile_encoding(self) -> None:
         """Encode large clips in overlapping tiles from now on; the identity then says so."""
         self.identity = {**self.identity, "tiling": True}
+
+    def encode_in_bf16(self) -> None:
+        """Compute in bf16 from now on; the identity then says so."""
+        to_bf16(self.module)
+        self.identity = {**self.identity, "dtype": "bf16"}
 
     def _tile(self, on: bool) -> None:
         """Set whether the module works in tiles."""

@@ -64,7 +64,9 @@ def test_another_vae_under_the_same_path(dataset, latents, vae, file, data):
     assert not already_encoded(dataset, "latents", latents_settings(latents), ALONE)
 
 
-@pytest.mark.parametrize(("key", "value"), [("moments", "mean"), ("tiling", True), ("revision", "a")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("moments", "mean"), ("tiling", True), ("dtype", "bf16"), ("revision", "a")]
+)
 def test_other_settings_of_latents(dataset, latents, key, value):
     setattr(latents, key, value)
     assert not already_encoded(dataset, "latents", latents_settings(latents), ALONE)

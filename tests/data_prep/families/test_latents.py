@@ -2,6 +2,7 @@
 
 import io
 import json
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,15 +15,23 @@ from data_prep.clips.media import encode_clip
 from data_prep.config import LatentsConfig
 from data_prep.dataset.parts import register_family
 from data_prep.dataset.schema import LATENT_COLUMNS, Family
-from data_prep.families.latents import decode_images, encode_pairs, latents_family, to_pixels
+from data_prep.families import latents
+from data_prep.families.latents import (
+    decode_images,
+    encode_pairs,
+    latents_family,
+    open_latents,
+    to_pixels,
+)
 from data_prep.pairs.pairs import Pair
 from data_prep.store.store import open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
 from model.common.records import SEAL
-from model.encoders.latent_spaces import AUTOENCODER_KL, normalize_latents
+from model.encoders.latent_spaces import AUTOENCODER_KL, normalize_latents, same_latents
 from model.encoders.vae import VAE, small_vae
 from tests.helpers.pixel_space import MEAN, STD, PixelSpace
+from tests.helpers.raw_material import config_of
 
 WRITTEN_BEFORE = (
     b'{"constants_xxh64":"","format":1,"hash":"5ca7844b4fc39139","identity":{"act_fn":"silu",'
@@ -175,3 +184,43 @@ def test_clips_in_a_space_of_images_end_with_one_line(vae, clip_format):
     pair = Pair(0, "key", encode_clip(frames, 24, clip_format), [("original", "black")], 16, 32, 5, 24.0)
     with pytest.raises(UserError, match=r"bucket 16x32x5.*encodes images alone"):
         encode_pairs(vae, [pair], 2, decoders())
+
+
+def test_bf16_is_compared_with_fp32_once_and_is_another_family(vae, tmp_path, capsys, monkeypatch):
+    vae.module.save_pretrained(tmp_path / "vae", safe_serialization=True)
+    config, pairs = config_of(tmp_path, ("folder", tmp_path)), make_pairs(3)
+    dataset = open_store(str(tmp_path / "store"), create=True).sub("ds")
+
+    rows, families = {}, {}
+    for dtype in ("fp32", "bf16"):
+        chosen = LatentsConfig(dtype, str(tmp_path / "vae"), batch=2, dtype=dtype)
+        with open_latents(config, chosen, dataset) as (families[dtype], encode_part):
+            rows[dtype], _ = encode_part(pairs)
+            assert encode_part(pairs)[0] == rows[dtype]
+    assert families["bf16"].identity == {**families["fp32"].identity, "dtype": "bf16"}
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("latents family bf16: bf16 changes the means by ")
+
+    exact, rough = (torch.stack([unpack(row["mean"], (16, 2, 3)) for row in rows[name]]) for name in rows)
+    assert 0 < (rough - exact).square().mean().sqrt() < latents.MAX_BF16_ERROR * exact.std()
+    # "dtype" is no key of the VAE's own identity, so the VAE in fp32 is the one that decodes them.
+    own = json.loads(json.dumps(vae.identity)) | {"weights_sha256": ANY}
+    assert same_latents(own, families["bf16"].identity)
+
+    monkeypatch.setattr(latents, "MAX_BF16_ERROR", 1e-9)
+    with (
+        open_latents(config, chosen, dataset) as (_, encode_part),
+        pytest.raises(UserError, match=r"of their std, more than 0%: set latents.dtype=fp32"),
+    ):
+        encode_part(pairs)
+
+
+def test_pixels_have_no_bf16(tmp_path):
+    config = config_of(tmp_path, ("folder", tmp_path))
+    dataset = open_store(str(tmp_path / "store"), create=True).sub("ds")
+    chosen = LatentsConfig("pixels", space="pixels", dtype="bf16")
+    with (
+        pytest.raises(UserError, match=r"pixels computes in fp32: leave latents\.dtype out"),
+        open_latents(config, chosen, dataset),
+    ):
+        pass

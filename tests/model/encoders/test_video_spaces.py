@@ -147,6 +147,16 @@ def test_tiles_are_part_of_the_identity(spaces, tmp_path):
         spaces["VideoWaveletAutoencoder"].tile_encoding()
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLLTXVideo"])
+def test_bf16_is_part_of_the_identity_and_close(spaces, clip, tmp_path, kind):
+    space = make_space(kind, tmp_path)
+    space.encode_in_bf16()
+    assert space.identity == {**spaces[kind].identity, "dtype": "bf16"}
+    for own, exact in zip(space.encode(clip), spaces[kind].encode(clip), strict=True):
+        assert own.dtype == torch.float32
+        assert 0 < (own - exact).square().mean().sqrt() < 0.02 * spaces[kind].encode(clip)[0].std()
+
+
 def test_frames_divide_into_groups():
     assert [latent_frames((4, 8, 8), frames) for frames in (1, 5, 17)] == [1, 2, 5]
     with pytest.raises(UserError, match=r"16 frames: this latent space.*such as 13"):
