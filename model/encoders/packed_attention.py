@@ -3,7 +3,8 @@
 A single row of tokens contains the captions one after another, sorted by length. Each caption attends to the
 prefix, whose keys and values were computed once, and causally to itself. Captions of equal length form the
 rows of a batch. Short captions share a row under a block-diagonal mask, so that the prefix's keys are not
-copied once per caption.
+copied once per caption. A GPU in half precision has a kernel for rows of any length, which takes all captions
+at once.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.ragged import has_kernel
 
 ROW_TOKENS = 32
 """Tokens of an attention row that short captions share.
@@ -43,6 +46,44 @@ class Group:
     """Slot of every packed token, [tokens]; None if no length was rounded up."""
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Queries and keys of each caption, for one call of a kernel that takes rows of any length."""
+
+    starts: Tensor
+    """First packed token of each caption, and the number of all, int32 [captions + 1]."""
+    key_starts: Tensor
+    """The same among the keys, where each caption's follow the prefix's."""
+    keys: Tensor
+    """Position of each key among the prefix's tokens and the packed ones behind them, [keys]."""
+    longest: int
+    """Tokens of the longest caption."""
+    longest_keys: int
+
+    @classmethod
+    def of(cls, lengths: list[int], prefix: int, device: torch.device) -> "Spans":
+        """Lay out captions behind a prefix.
+
+        Args:
+            lengths: tokens of each caption, in packing order.
+            prefix: tokens of the prefix.
+            device: where the kernel runs.
+        """
+        sizes = torch.tensor(lengths)
+        starts = F.pad(sizes.cumsum(0), (1, 0))  # [captions + 1]
+        key_starts = starts + prefix * torch.arange(len(lengths) + 1)
+
+        # Of the caption's keys, the first ones are the prefix's.
+        caption = torch.arange(len(lengths)).repeat_interleave(sizes + prefix)  # [keys]
+        place = torch.arange(len(caption)) - key_starts[caption]
+        keys = torch.where(place < prefix, place, place + starts[caption])
+
+        # By one copy, since the host waits for each.
+        moved = torch.cat([starts, key_starts, keys]).to(device).split([len(starts)] * 2 + [len(keys)])
+        longest = max(lengths)
+        return cls(moved[0].int(), moved[1].int(), moved[2], longest, longest + prefix)
+
+
 @dataclass
 class Packing:
     """Layout of the packed tokens of one forward pass, which every attention layer gets as a keyword."""
@@ -54,6 +95,10 @@ class Packing:
     """If given, filled with this pass's keys and values; this is how `prefix` is computed."""
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """(captions, length, window) -> mask, shared by all layers."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each caption, for kernels that take rows of any length; empty = none is used."""
+    spans: dict[torch.device, Spans] = field(default_factory=dict)
+    """Filled when the first layer of a device uses such a kernel."""
 
 
 def plan_groups(
@@ -174,8 +219,11 @@ def packed_attention(
     if packing.recorded is not None:
         packing.recorded[layer] = (key, value)
 
-    # Captions of different lengths cannot share a batch, so there is one call of the kernel per group.
     prefix = packing.prefix.get(layer)
+    if packing.lengths and softcap is None and has_kernel(query):
+        return _attend_spans(query, key, value, prefix, packing, scaling, sliding_window), None
+
+    # Captions of different lengths cannot share a batch, so there is one call of the kernel per group.
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [N, H, d]
     for group in packing.groups:
         rows_q, rows_k, rows_v = (
@@ -195,6 +243,48 @@ def packed_attention(
         output[group.start : group.start + group.tokens] = tokens
 
     return output[None], None
+
+
+def _attend_spans(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    packing: Packing,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attend by one call for all captions; arguments as in `packed_attention`.
+
+    Returns:
+        [1, N, H, d].
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    shared = 0 if prefix is None else prefix[0].shape[2]
+    spans = packing.spans.get(query.device)
+    if spans is None:
+        spans = packing.spans[query.device] = Spans.of(packing.lengths, shared, query.device)
+
+    k, v = key, value
+    if prefix is not None:
+        k, v = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)  # [1, G, P + N, d]
+    # The causal mask is aligned with the last key: with more keys than queries, all see the prefix.
+    back = -1 if window is None or window >= spans.longest_keys else window - 1
+    out = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        k[0].index_select(1, spans.keys).transpose(0, 1).contiguous(),
+        v[0].index_select(1, spans.keys).transpose(0, 1).contiguous(),
+        spans.starts,
+        spans.key_starts,
+        spans.longest,
+        spans.longest_keys,
+        scale=scaling,
+        window_size=(back, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _rows(tensor: Tensor, group: Group) -> Tensor:

@@ -341,7 +341,7 @@ class TextEncoder:
         lengths = [len(ids) for ids in batch]
         step = CUDA_LENGTH_STEP if self.device.type == "cuda" else 1
         groups = plan_groups(lengths, step=step, device=self.device)
-        packing = Packing(groups, self._prefix_cache)
+        packing = Packing(groups, self._prefix_cache, lengths=lengths)
         start = len(self.prefix_ids)
         # Each caption follows the prefix directly, wherever it is in the packed row.
         positions = [position for length in lengths for position in range(start, start + length)]

@@ -1,14 +1,16 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.captions import dense_captions, short_captions
 from benchmarks.text_encoding import ENCODERS, load_plain
 from model.common.errors import UserError
-from model.encoders import text_encoder
+from model.encoders import packed_attention, text_encoder
 from model.encoders.language_model import parse_layer
 from model.encoders.packed_attention import block_mask, plan_groups
 from model.encoders.text_encoder import (
@@ -164,6 +166,49 @@ def test_rounded_lengths_change_nothing(tmp_path, monkeypatch, build):
         lambda lengths, step=1, device=None: plan_groups(lengths, step=8, device=device),
     )
     assert worst(encoder.encode(ids), exact) < 1e-5
+
+
+def attention_by_starts(
+    q, k, v, starts, key_starts, longest, longest_keys, *, scale, window_size, enable_gqa
+):
+    """What a GPU's kernel does, caption by caption: causal from the last key backwards, with a window."""
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert (starts.diff().max(), key_starts.diff().max()) == (longest, longest_keys)
+    assert all(tensor.is_contiguous() for tensor in (q, k, v))
+    back, ahead = window_size
+    assert ahead == 0
+
+    rows = []
+    for own, read in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True):
+        of_queries, of_keys = slice(*own), slice(*read)
+        length, keys = own[1] - own[0], read[1] - read[0]
+        distance = torch.arange(keys - length, keys)[:, None] - torch.arange(keys)
+        mask = (distance >= 0) & (distance <= (keys if back < 0 else back))
+        parts = [part.transpose(0, 1)[None] for part in (q[of_queries], k[of_keys], v[of_keys])]
+        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        rows.append(out[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("instruction", ["", "Say it: "])
+@pytest.mark.parametrize("build", DECODERS, ids=lambda build: build.__name__)
+def test_a_gpus_kernel_gets_all_captions_at_once(tmp_path, monkeypatch, build, instruction):
+    encoder = load_encoder(tiny_llm.make(tmp_path, build, instruction=instruction), CPU)
+    ids, calls = encoder.tokenize(CAPTIONS), []
+    expected = encoder.encode(ids)
+
+    def counted(*arguments, **options):
+        calls.append(options["window_size"])
+        return attention_by_starts(*arguments, **options)
+
+    monkeypatch.setattr(packed_attention, "has_kernel", lambda query: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
+    assert worst(encoder.encode(ids), expected) < 1e-4
+    # One call for each block that is run; Gemma 2 bounds its scores, which the kernel does not.
+    blocks = 0 if build is tiny_llm.gemma2 else len(encoder.llm.module.layers)
+    assert len(calls) == blocks
+    if build in (tiny_llm.mistral, tiny_llm.gemma3):
+        assert any(back > 0 for back, _ in calls)
 
 
 def test_states_do_not_depend_on_order_and_batch(tmp_path):
