@@ -4,13 +4,14 @@ A family stores the states of the prefix and of the null caption, and each chann
 it stores the states of the caption's own tokens, quantized. Equal captions are encoded once per task.
 """
 
+import itertools
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ from data_prep.store.store import Store
 from model.common.errors import UserError
 from model.common.share import Share
 from model.config import TextConfig
-from model.encoders.quantize import dequantize, quantize
+from model.encoders.quantize import NOT_FINITE, dequantize, quantize_on_device
 from model.encoders.text_encoder import TextEncoder, load_encoder, padding_tokens, relative_error
+from model.encoders.transfer import Fetch, send
 
 CALIBRATION_CAPTIONS = 2048
 """Number of captions over which the channels' mean and std are measured: 10,000 to 300,000 tokens."""
@@ -271,7 +273,7 @@ class _QuantizationError:
             scales: their scales, fp32 [N]; empty for bf16.
             held_out: mask of the tokens to measure, [N].
         """
-        rows = held_out.nonzero().flatten()[: MAX_ERROR_TOKENS - self.tokens].to(states.device)
+        rows = send(held_out.nonzero().flatten()[: MAX_ERROR_TOKENS - self.tokens], states.device)
         exact = (states[rows] - self._mean) / self._std
         # bf16 has no scales
         row_scales = scales[rows] if len(scales) else scales
@@ -292,6 +294,16 @@ class _QuantizationError:
             "error_mean": error.mean().item(),
             "error_worst": error.max().item(),
         }
+
+
+class _Launched(NamedTuple):
+    """A chunk of captions that is being encoded."""
+
+    texts: list[str]
+    lengths: list[int]
+    """Tokens of each."""
+    result: Fetch
+    """Of the fields of `Quantized`."""
 
 
 class CaptionEncoder:
@@ -404,23 +416,46 @@ class CaptionEncoder:
         """Encode new captions with the LLM, quantize and remember them, and measure the quantization
         error."""
         captions: dict[str, EncodedCaption] = {}
-        outliers = 0
         error = _QuantizationError(self._mean, self._std, self._quantisation)
-        for chunk, ids in self._chunks(texts):
-            states = self._encoder.encode(ids)
-            lengths = [len(caption_states) for caption_states in states]
-            flat = torch.cat(states).float()  # [N, W]
+        outliers, waiting = 0, None
 
-            values, scales, chunk_outliers = self._quantize(flat)
-            outliers += chunk_outliers
-            held_out = torch.tensor([is_held_out(text) for text in chunk])
-            # On held-out captions, because the mean and std were measured on some of the others.
-            error.add(flat, values, scales, held_out.repeat_interleave(torch.tensor(lengths)))
+        # A GPU works on a chunk while the host stores the one before.
+        for chunk in itertools.chain(self._chunks(texts), [None]):
+            launched = None if chunk is None else self._launch(*chunk, error)
+            if waiting is not None:
+                stored, chunk_outliers = self._store(waiting)
+                captions |= stored
+                outliers += chunk_outliers
+            waiting = launched
 
-            chunk_captions = _cut(chunk, lengths, values.cpu().numpy(), scales.cpu().numpy())
-            self.cache.add(chunk_captions)
-            captions |= chunk_captions
         return captions, {"outlier_tokens": outliers, **error.counts()}
+
+    def _launch(self, texts: list[str], ids: list[list[int]], error: _QuantizationError) -> _Launched:
+        """Encode and quantize a chunk, without waiting for a GPU, and add its part of the error."""
+        states = self._encoder.encode(ids)
+        lengths = [len(caption_states) for caption_states in states]
+        flat = torch.cat(states).float()  # [N, W]
+
+        result = quantize_on_device(flat, self._quantisation, self._mean, self._std)
+        held_out = torch.tensor([is_held_out(text) for text in texts])
+        # On held-out captions, because the mean and std were measured on some of the others.
+        error.add(flat, result.values, result.scales, held_out.repeat_interleave(torch.tensor(lengths)))
+        return _Launched(texts, lengths, Fetch(result))
+
+    def _store(self, launched: _Launched) -> tuple[dict[str, EncodedCaption], int]:
+        """Return the captions of a chunk and its number of outliers, and remember the captions.
+
+        Raises:
+            UserError: if states are not finite.
+        """
+        values, scales, outliers, finite = launched.result.wait()
+        if not finite:
+            raise UserError(
+                f"{self._encoder.config.llm}: {NOT_FINITE}: check the weights, or set text.dtype: fp32"
+            )
+        captions = _cut(launched.texts, launched.lengths, values.numpy(), scales.numpy())
+        self.cache.add(captions)
+        return captions, int(outliers)
 
     def _chunks(self, texts: list[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
         """Yield captions with their token ids, sorted by length, in chunks of several batches."""
@@ -440,14 +475,6 @@ class CaptionEncoder:
             size += len(tokens[number])
         if chunk:
             yield [texts[n] for n in chunk], [tokens[n] for n in chunk]
-
-    def _quantize(self, states: Tensor) -> tuple[Tensor, Tensor, int]:
-        try:
-            return quantize(states, self._quantisation, self._mean, self._std)
-        except ValueError as error:
-            raise UserError(
-                f"{self._encoder.config.llm}: {error}: check the weights, or set text.dtype: fp32"
-            ) from error
 
 
 def _cut(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.encoders.transfer import send
 from model.ragged import has_kernel
 
 ROW_TOKENS = 32
@@ -78,8 +79,8 @@ class Spans:
         place = torch.arange(len(caption)) - key_starts[caption]
         keys = torch.where(place < prefix, place, place + starts[caption])
 
-        # By one copy, since the host waits for each.
-        moved = torch.cat([starts, key_starts, keys]).to(device).split([len(starts)] * 2 + [len(keys)])
+        # By one copy, since each takes as long.
+        moved = send(torch.cat([starts, key_starts, keys]), device).split([len(starts)] * 2 + [len(keys)])
         longest = max(lengths)
         return cls(moved[0].int(), moved[1].int(), moved[2], longest, longest + prefix)
 
@@ -130,12 +131,11 @@ def plan_groups(
 
 
 def _on_device(groups: list[Group], device: torch.device | None) -> list[Group]:
-    """Move the indices of all groups to a device, by one copy: the host waits for each copy, and every layer
-    would need four of a group."""
+    """Move the indices of all groups to a device, by one copy: every layer would need four of a group."""
     indices = [each for group in groups for each in (group.index, group.inverse) if each is not None]
     if device is None or not indices:
         return groups
-    moved = iter(torch.cat(indices).to(device).split([len(each) for each in indices]))
+    moved = iter(send(torch.cat(indices), device).split([len(each) for each in indices]))
     return [
         group if group.index is None else replace(group, index=next(moved), inverse=next(moved))
         for group in groups

@@ -7,12 +7,14 @@ error is below 1 % in every channel.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.encoders.token_size import BITS
 
+NOT_FINITE = "states are not finite"
 RANGE = 8.0
 """Tokens with values beyond this many standard deviations are counted.
 
@@ -20,27 +22,48 @@ The largest value of most tokens is at 3 to 5.
 """
 
 
+class Quantized(NamedTuple):
+    """Quantized hidden states, on the device of the states."""
+
+    values: Tensor
+    """uint8 [N, bytes per token]."""
+    scales: Tensor
+    """fp32 [N]; empty for bf16."""
+    outliers: Tensor
+    """Number of tokens with values beyond `RANGE` standard deviations, []. They are not clipped (each token
+    has its own scale) but quantized more coarsely."""
+    finite: Tensor
+    """True if all states are finite, []; otherwise the values mean nothing."""
+
+
 def quantize(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Quantize hidden states.
+    """Quantize hidden states; arguments as in `quantize_on_device`.
+
+    Returns:
+        Values, scales and the number of outliers, as in `Quantized`.
+
+    Raises:
+        ValueError: if a state is not finite.
+    """
+    result = quantize_on_device(states, quantization, mean, std)
+    if not result.finite:
+        raise ValueError(NOT_FINITE)
+    return result.values, result.scales, int(result.outliers)
+
+
+def quantize_on_device(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> Quantized:
+    """Quantize hidden states without waiting for a GPU.
 
     Args:
         states: raw hidden states, fp32 [N, W].
         quantization: a key of `BITS`.
         mean: the family's channel means, fp32 [W].
         std: the family's channel standard deviations, fp32 [W].
-
-    Returns:
-        Values uint8 [N, bytes per token]; scales fp32 [N] (empty for bf16); and the number of tokens with
-        values beyond `RANGE` standard deviations. They are not clipped (each token has its own scale) but
-        quantized more coarsely.
-
-    Raises:
-        ValueError: if a state is not finite.
     """
-    if not torch.isfinite(states).all():
-        raise ValueError("states are not finite")
+    finite = torch.isfinite(states).all()
     if quantization == "bf16":
-        return states.to(torch.bfloat16).contiguous().view(torch.uint8), states.new_empty(0), 0
+        values = states.to(torch.bfloat16).contiguous().view(torch.uint8)
+        return Quantized(values, states.new_empty(0), finite.new_zeros((), dtype=torch.int64), finite)
 
     top = 2 ** (BITS[quantization] - 1) - 1
     standard = (states.float() - mean) / std  # [N, W]
@@ -53,7 +76,8 @@ def quantize(states: Tensor, quantization: str, mean: Tensor, std: Tensor) -> tu
     # Symmetric, so that zero is exact and dequantizing is one multiplication.
     scales = largest / top
     levels = (standard / scales[:, None]).round_().clamp_(-top, top)
-    return _pack(levels.to(torch.int8), BITS[quantization]), scales, int((largest > RANGE).sum())
+    values = _pack(levels.to(torch.int8), BITS[quantization])
+    return Quantized(values, scales, (largest > RANGE).sum(), finite)
 
 
 def dequantize(

@@ -23,6 +23,7 @@ from model.config import TEXT_IDENTITY, TextConfig
 from model.encoders.encoder_kinds import ENCODERS
 from model.encoders.language_model import LanguageModel, load_language_model
 from model.encoders.packed_attention import CUDA_LENGTH_STEP, Packing, plan_groups
+from model.encoders.transfer import send
 
 FORMAT = 1
 """Increase it when the same settings give other numbers."""
@@ -351,8 +352,8 @@ class TextEncoder:
     def _forward_packed(self, ids: list[int], positions: list[int], packing: Packing) -> Tensor:
         with self.llm.packed():
             return self.llm.states(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device),
+                input_ids=send(torch.tensor([ids]), self.device),
+                position_ids=send(torch.tensor([positions]), self.device),
                 use_cache=False,
                 packing=packing,
             )[0]  # [N, W]

@@ -1,9 +1,11 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.config import DatasetConfig
 from data_prep.dataset.mds import Shard
@@ -215,6 +217,50 @@ def test_captions_of_one_image_equal_ones_and_empty_ones(llm):
     again, counts = job.encode_part([pair(9, ("original", "a cat"))])
     assert again[0]["values"] == rows[1]["values"]
     assert counts["captions_encoded"] == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host would wait for a GPU for: values that it reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "bf16"])
+def test_a_chunk_is_stored_after_the_next_one_is_launched(llm, monkeypatch, quantisation):
+    job, _ = make_job(llm, tokens_per_batch=16, quantisation=quantisation)
+    captions = [pair(n, ("original", f"picture {n} " + "x" * (n % 7))) for n in range(60)]
+    expected, counts = make_job(llm, quantisation=quantisation)[0].encode_part(captions)
+    order, waits = [], Waits()
+
+    def watched(name):
+        real = getattr(job, name)
+
+        def call(*arguments):
+            order.append(name)
+            with waits if name == "_launch" else nullcontext():
+                return real(*arguments)
+
+        monkeypatch.setattr(job, name, call)
+
+    watched("_launch")
+    watched("_store")
+    rows, own = job.encode_part(captions)
+    launches = order.count("_launch")
+    assert launches >= 3
+    assert order == ["_launch", *["_launch", "_store"] * (launches - 1), "_store"]
+    assert waits.count == 0
+    # Other batches round otherwise.
+    kind, tolerance = (np.int8, 2) if quantisation == "int8" else (np.int16, 1 << 9)
+    for row, other in zip(rows, expected, strict=True):
+        assert row["tokens"] == other["tokens"]
+        values = [np.frombuffer(each["values"], kind).astype(int) for each in (row, other)]
+        assert np.median(abs(values[0] - values[1])) <= tolerance / 8
+        assert len(values[0]) == len(values[1]) > 0
+    assert own["error_mean"] == pytest.approx(counts["error_mean"], rel=0.1)
 
 
 def test_the_cache_has_a_limit(llm):
