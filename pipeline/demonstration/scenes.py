@@ -41,8 +41,8 @@ class ScenesEnding(Ending):
         "judged, with its object's number in the prompt."
     )
     kind: ClassVar[str] = "scenes"
-    segments: ClassVar[int] = 3
-    """Objects of a prompt; the training scenes have up to three."""
+    segments: ClassVar[int] = 2
+    """Objects of a prompt; the training scenes have one or two."""
 
     def __init__(self, stage: StageConfig, dataset: DatasetConfig, images: int) -> None:
         super().__init__(stage)
