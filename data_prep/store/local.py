@@ -137,30 +137,38 @@ class LocalFolder:
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects whose keys start with `prefix`, sorted; temporary files too."""
         entries: list[Entry] = []
-
-        def refuse(error: OSError) -> None:
-            # Left out, a folder that cannot be read would look like one without commits. One that another
-            # process has removed meanwhile, or that was never there, has none.
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise error
-
         # A prefix may end inside a name, as in a bucket, so the walk begins at its last whole folder.
-        start = self.root / prefix.rpartition("/")[0]
-        with _naming(start):
-            for folder, _, names in os.walk(start, onerror=refuse):
-                relative = os.path.relpath(folder, self.root)
-                for name in names:
-                    key = name if relative == "." else f"{relative}/{name}"
-                    if key.startswith(prefix):
-                        path = os.path.join(folder, name)
+        start = prefix.rpartition("/")[0]
+        with _naming(self.root / start):
+            # By hand, since `os.walk` asks for the status of each folder, and there is one for each payload.
+            folders = [start]
+            while folders:
+                relative = folders.pop()
+                for found in self._scan(relative):
+                    key = f"{relative}/{found.name}" if relative else found.name
+                    if found.is_dir(follow_symlinks=False):
+                        folders.append(key)
+                    elif key.startswith(prefix):
                         # Another process may delete a file between the listing and the stat. A link that
                         # leads nowhere, or to itself, a pipe or a device is no object either.
-                        if os.path.isfile(path):
-                            with suppress(FileNotFoundError):
-                                status = os.stat(path)
+                        with suppress(OSError):
+                            status = found.stat()
+                            if stat.S_ISREG(status.st_mode):
                                 entries.append(Entry(key, status.st_mtime, status.st_size, _version(status)))
         # A walk has no order, but callers rely on that of a bucket's listing.
         yield from sorted(entries)
+
+    def _scan(self, folder: str) -> list["os.DirEntry[str]"]:
+        """Return what a folder holds: nothing if another process has removed it, or it was never there.
+
+        Raises:
+            OSError: if it cannot be read: left out, it would look like one without commits.
+        """
+        try:
+            with os.scandir(self.root / folder) as found:
+                return list(found)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly below `prefix`, sorted."""
