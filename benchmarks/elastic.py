@@ -28,11 +28,11 @@ from model.config import DiTConfig, FusionConfig
 from model.elastic.config import ElasticConfig
 from model.elastic.network import ElasticLIDiT
 from model.encoders.vae import VAE, small_vae
-from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
+from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig, WaveletSpace
 from model.flops import flops_per_sample
 from model.sparse_attention import SparseSelfAttention
 from model.sub_network import SubNetwork
-from pipeline.train_vae import SETTINGS
+from pipeline.train_vae import SETTINGS, STUDENT
 
 RESULTS = Path(__file__).parent / "results"
 CHANNELS, LLM_WIDTH, TOKENS = 16, 256, 64
@@ -112,7 +112,8 @@ def time_attention(options: argparse.Namespace) -> dict[int, tuple[float, float]
 @torch.no_grad()
 def time_encoders(options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds of encoding an image with the small VAE and with the wavelet autoencoder."""
-    teacher, student = VAE(small_vae().eval(), ""), WaveletAutoencoder(WaveletConfig()).eval()
+    teacher = VAE(small_vae().eval(), "")
+    student = WaveletSpace(WaveletAutoencoder(WaveletConfig(**STUDENT)).eval(), "")
     pixels = torch.randn(1, 3, options.pixels, options.pixels)
     ways = {"small VAE": lambda: teacher.encode(pixels), "wavelet": lambda: student.encode(pixels)}
     # A tenth of a second a round: more rounds, since the first ones find the machine in another state.

@@ -61,7 +61,9 @@ class WaveletConfig:
     width: int = bounded(96, 8, 4_096)
     """Channels of the convolutions."""
     blocks: int = bounded(3, 1, 100)
-    """Residual blocks of the encoder, and of the decoder."""
+    """Residual blocks of the decoder."""
+    encoder_blocks: int = bounded(0, 0, 100)
+    """Residual blocks of the encoder; 0 = as many as the decoder has."""
     channels: int = bounded(16, 1, 65_536)
     """Latent channels."""
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +107,8 @@ class WaveletAutoencoder(nn.Module):
         self.config = config
 
         bands = 3 * 4**LEVELS
-        self.encoder = _convolutions(bands, config.width, config.blocks, 2 * config.channels)
+        encoder_blocks = config.encoder_blocks or config.blocks
+        self.encoder = _convolutions(bands, config.width, encoder_blocks, 2 * config.channels)
         self.decoder = _convolutions(config.channels, config.width, config.blocks, bands)
 
     def encode(self, pixels: Tensor, return_dict: bool = False) -> tuple[Moments]:
@@ -173,7 +176,8 @@ class WaveletSpace(LatentSpace):
         """
         config = module.config
 
-        self.module = module
+        # The order in memory that convolutions are fastest in.
+        self.module = module.to(memory_format=torch.channels_last)
         self.channels, self.downsampling = config.channels, 2**LEVELS
         self.statistics: Mapping[str, Any] = config.statistics
         self.identity = {
@@ -183,6 +187,8 @@ class WaveletSpace(LatentSpace):
             "blocks": config.blocks,
             "teacher": config.teacher,
         }
+        if config.encoder_blocks:
+            self.identity["encoder_blocks"] = config.encoder_blocks
 
     @classmethod
     def load(cls, source: str, revision: str | None, device: torch.device) -> "WaveletSpace":
