@@ -28,7 +28,7 @@ from model.config import DiTConfig, FusionConfig
 from model.elastic.config import ElasticConfig
 from model.elastic.network import ElasticLIDiT
 from model.encoders.vae import VAE, small_vae
-from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig, WaveletSpace
+from model.encoders.wavelet import WaveletAutoencoder, WaveletSpace
 from model.flops import flops_per_sample
 from model.sparse_attention import SparseSelfAttention
 from model.sub_network import SubNetwork
@@ -113,7 +113,7 @@ def time_attention(options: argparse.Namespace) -> dict[int, tuple[float, float]
 def time_encoders(options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds of encoding an image with the small VAE and with the wavelet autoencoder."""
     teacher = VAE(small_vae().eval(), "")
-    student = WaveletSpace(WaveletAutoencoder(WaveletConfig(**STUDENT)).eval(), "")
+    student = WaveletSpace(WaveletAutoencoder(STUDENT).eval(), "")
     pixels = torch.randn(1, 3, options.pixels, options.pixels)
     ways = {"small VAE": lambda: teacher.encode(pixels), "wavelet": lambda: student.encode(pixels)}
     # A tenth of a second a round: more rounds, since the first ones find the machine in another state.

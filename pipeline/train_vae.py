@@ -38,8 +38,8 @@ from pipeline.vae.clips import clip_batches, measure_latents, read_clips
 
 SETTINGS = "training.json"
 """File in the VAE's folder with the settings and pairs that it was trained with, and its PSNR."""
-STUDENT = {"blocks": 4, "encoder_blocks": 2}
-"""Blocks of a wavelet autoencoder: preparation waits for the encoder, and images depend on the decoder."""
+STUDENT = WaveletConfig(blocks=4, encoder_blocks=2)
+"""Sizes of a wavelet autoencoder: preparation waits for the encoder, and images depend on the decoder."""
 WARM_UP_STEPS = 50
 MAX_STATISTICS_IMAGES = 1024
 """Images over which the latent channels are standardized."""
@@ -220,8 +220,11 @@ def make_student(teacher: VAE) -> WaveletAutoencoder:
     Raises:
         UserError: if the teacher has another downsampling.
     """
-    student = WaveletConfig(
-        **STUDENT, channels=teacher.channels, statistics=dict(teacher.statistics), teacher=teacher.identity
+    student = replace(
+        STUDENT,
+        channels=teacher.channels,
+        statistics=dict(teacher.statistics),
+        teacher=teacher.identity,
     )
     if teacher.downsampling != 8:
         raise UserError(

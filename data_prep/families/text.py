@@ -303,7 +303,7 @@ class _Launched(NamedTuple):
     lengths: list[int]
     """Tokens of each."""
     result: Fetch
-    """Of the fields of `Quantized`."""
+    """Copies of the fields of `Quantized`."""
 
 
 class CaptionEncoder:

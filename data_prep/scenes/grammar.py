@@ -174,7 +174,7 @@ def combination_of(scene: Scene) -> int:
     """Return the lowest number, from 0 to 7, of the combinations of color and shape in a scene.
 
     A dataset without combination 0 still has every color and every shape, but each color lacks at most one
-    shape in all of its scenes: prompts of combination 0 name an object that was never seen.
+    shape in all of its scenes: a prompt of combination 0 asks for an object that was never seen.
     """
     return min(
         (COLORS.index(segment.colour) + SHAPES.index(segment.shape)) % COMBINATIONS
