@@ -189,7 +189,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.16)
     parser.add_argument("--grids", type=int, nargs="+", default=[32, 64, 128], help="sides in patches")
     parser.add_argument("--pixels", type=int, default=256, help="side of the image that is encoded")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--trained", type=Path, nargs=2, metavar=("TEACHER", "WAVELET"), help="folders of pipeline.train_vae"
     )

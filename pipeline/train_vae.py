@@ -38,7 +38,7 @@ from pipeline.vae.clips import clip_batches, measure_latents, read_clips
 
 SETTINGS = "training.json"
 """File in the VAE's folder with the settings and pairs that it was trained with, and its PSNR."""
-STUDENT = WaveletConfig(blocks=4, encoder_blocks=2)
+STUDENT = WaveletConfig(width=80, blocks=4, encoder_blocks=2)
 """Sizes of a wavelet autoencoder: preparation waits for the encoder, and images depend on the decoder."""
 WARM_UP_STEPS = 50
 MAX_STATISTICS_IMAGES = 1024
