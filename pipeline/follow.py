@@ -51,6 +51,8 @@ from pipeline.runtime.settings_record import record_settings
 IMAGES = "pictures"
 ALL_KINDS = tuple(dict.fromkeys((*CAPTION_KINDS, *get_args(MovingCaptionKind))))
 MAX_PROMPTS = 1_000_000
+MAX_ASPECT = 100.0
+"""Maximum width / height of a scene, or height / width: all places of its grid are listed."""
 MAX_JUDGED = 12
 """Maximum number of prompts in `judged.png`."""
 QUESTION = "{segment}?"
@@ -67,7 +69,7 @@ class PromptSettings(TypedDict):
     segments: Annotated[int, Field(ge=1, le=MAX_SEGMENTS)] | None
     """Segments in every prompt; None = 2 to 8 in turn."""
     kind: CaptionKind | MovingCaptionKind
-    aspect: Annotated[float, Field(gt=0)]
+    aspect: Annotated[float, Field(ge=1 / MAX_ASPECT, le=MAX_ASPECT)]
     seed: Count
     scale: NotRequired[Annotated[float, Field(ge=0.5, le=3.0)]]
     """Size of the scenes' objects; 1 if it is left out, as older files do."""
@@ -181,6 +183,8 @@ def write_prompts(out: Path, settings: PromptSettings) -> None:
     """
     if not 0.5 <= settings.get("scale", 1.0) <= 3.0:
         raise UserError(f"--scale {settings.get('scale')}: 0.5 to 3")
+    if not 1 / MAX_ASPECT <= settings["aspect"] <= MAX_ASPECT:
+        raise UserError(f"--aspect {settings['aspect']}: {1 / MAX_ASPECT:g} to {MAX_ASPECT:g}")
     moving = settings["prompts"] == "moving"
     least, most = (1, MAX_MOVING) if moving else (2, MAX_SEGMENTS)
     if not 1 <= settings["count"] <= MAX_PROMPTS or not least <= (settings["segments"] or most) <= most:

@@ -148,6 +148,15 @@ def test_edited_fields_without_a_seal_are_a_record_of_the_same_form_or_one_line(
     check()
 
 
+@pytest.mark.parametrize("aspect", [1e16, 1e-16, 101.0])
+def test_prompts_of_an_endless_strip_are_refused(tmp_path, aspect):
+    """Its grid would have more places than there is memory for."""
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({**RECORDS["prompts.json"][0], "aspect": aspect}))
+    with pytest.raises(UserError, match="aspect"):
+        prompts_of(path)
+
+
 @pytest.mark.parametrize("file", ["../../secret.png", "/etc/passwd", "", "a/../../b.png"])
 def test_a_planned_image_stays_inside_its_folder(tmp_path, file):
     path = tmp_path / "plan.json"

@@ -189,3 +189,11 @@ def test_wrong_input_is_one_line(folder, tmp_path, capsys):
     refused(capsys, "13 images for 14", folder.type, follow, "score", folder.out)
     refused(capsys, "seed differ", folder.type, follow, "write", folder.out, "--count", 14, "--seed", 1)
     refused(capsys, "no safetensors", folder.type, follow, "score", folder.out, "--vqa", tmp_path)
+
+
+@pytest.mark.parametrize("aspect", ["1e16", "0", "nan"])
+def test_an_endless_strip_is_refused(folder, aspect, capsys):
+    with pytest.raises(SystemExit) as ended:
+        folder.type(follow, "write", folder.out, "--aspect", aspect)
+    assert ended.value.code == 2
+    assert "0.01 to 100" in capsys.readouterr().err
