@@ -1,7 +1,7 @@
 """Parts of an elastic network against the full one, sparse against dense attention, and the wavelet encoder
 against the small VAE's, in one run.
 
-    python -m benchmarks.elastic            # about ten minutes on two cores
+    python -m benchmarks.elastic            # two minutes on two cores
     python -m benchmarks.elastic --tiny     # seconds: no figures, only that it runs
     python -m benchmarks.elastic --trained runs/demo/vae runs/demo/wavelet    # with the quality of two VAEs
 

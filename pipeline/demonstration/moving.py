@@ -1,5 +1,7 @@
 """The end of the demo on moving scenes: clips of prompts that were never trained on are scored exactly."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +21,14 @@ class MovingEnding(ScenesEnding):
     kind: ClassVar[str] = "moving"
     segments: ClassVar[int] = 1
 
+    @cached_property
+    def prompts(self) -> Sequence[Any]:
+        """The prompts, each with its `caption`, as `follow write` makes them of the same settings."""
+        return moving_prompts(self.count, "list", style=self.style, objects=self.segments, combination=UNSEEN)
+
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
-        prompts = moving_prompts(
-            self.count, "list", style=self.style, objects=self.segments, combination=UNSEEN
-        )
-        caption = prompts[number].caption
+        caption = self.prompts[number].caption
         clip = decode_clip(image.read_bytes(), self.stage.sample.frames)
         marks: list[str] = []
         for claim in score_clips([read_moving_scene(clip, self.style.scale)], [caption]).claims:

@@ -1,5 +1,7 @@
 """The end of the demo on scenes: images of prompts that were never trained on are scored exactly."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +52,13 @@ class ScenesEnding(Ending):
         self.drawn = self.folder / "pictures"
         self.style = (dataset.sources[0].scenes or ScenesConfig()).style
 
+    @cached_property
+    def prompts(self) -> Sequence[Any]:
+        """The prompts, each with its `caption`, as `follow write` makes them of the same settings."""
+        return scene_prompts(
+            self.count, "list", segments=[self.segments], style=self.style, combination=UNSEEN
+        )
+
     def sample_images(self) -> None:
         """Write the prompts, and generate an image of each."""
         words = ["--prompts", self.kind, "--count", str(self.count), "--segments", str(self.segments)]
@@ -77,12 +86,9 @@ class ScenesEnding(Ending):
 
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return the judgment of each claim of the prompt."""
-        prompts = scene_prompts(
-            self.count, "list", segments=[self.segments], style=self.style, combination=UNSEEN
-        )
         objects = read_scene(np.asarray(Image.open(image).convert("RGB")), self.style.scale)
         marks: list[str] = []
-        for claim in judge_caption(0, objects, prompts[number].caption):
+        for claim in judge_caption(0, objects, self.prompts[number].caption):
             attribute = "color" if claim.attribute == "colour" else claim.attribute
             marks.append(f"{'✓' if claim.correct else '✗'} {attribute} {claim.position + 1}")
         return {"marks": marks}
