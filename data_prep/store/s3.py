@@ -211,12 +211,24 @@ class S3Bucket:
             except self.client.exceptions.ClientError as error:
                 if status_of(error) != 412:
                     raise
+                if tries > 1 and self._is_damaged(key, xxhash.xxh64_hexdigest(data)):
+                    condition.clear()
+                    raise DamagedError("the body changed during an upload whose answer was lost") from error
                 return False
             return True
 
         created = self._retried(key, put)
         # After a try whose answer was lost, the object that exists may be our own.
         return created or (tries > 1 and self.read(key) == data)
+
+    def _is_damaged(self, key: str, hexdigest: str) -> bool:
+        """True if the object was sent with this hash, and its body has another one."""
+        response = own_object(self.client.get_object(Bucket=self.bucket, Key=key))
+        with response["Body"] as body:
+            return (
+                response["Metadata"].get(HASH_FIELD) == hexdigest
+                and xxhash.xxh64_hexdigest(body.read()) != hexdigest
+            )
 
     def _probe(self, key: str) -> bool:
         """True if the endpoint obeys `If-None-Match`: of two conditional puts only the first succeeds."""

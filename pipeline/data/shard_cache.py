@@ -301,12 +301,13 @@ class ShardCache:
             file.close()
 
     def _evict(self, needed: int, reservation: Path) -> None:
-        files = _files_under(self.root, ".mds")
-        used = sum(status.st_size for _, status in files)
         # Downloads in progress count in full, although a part of their bytes is on the disk already: better
-        # too much than a full disk.
+        # too much than a full disk. They are read before the files, so that one that ends between the two
+        # counts twice and not as nothing; none begins, since the caller holds the lock.
         others = (path for path, _ in _files_under(self.root, ".reserved") if path != reservation)
         coming = needed + sum(map(_reserved_bytes, others))
+        files = _files_under(self.root, ".mds")
+        used = sum(status.st_size for _, status in files)
 
         # Both the limit that was set and the disk must suffice.
         over_limit = 0 if self.limit is None else used + coming - self.limit

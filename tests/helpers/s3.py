@@ -47,11 +47,10 @@ class Fault:
 
     Args:
         do: a status (`503`, `500`, `409`, `403`), `reset` (disconnect in the middle of the body), `stall`
-        (half
-            the body, then silence), `short` (half the body with a Content-Length to match), `flip` (one
+            (half the body, then silence), `short` (half the body with a Content-Length to match), `flip` (one
             byte), `flip_upload` (one byte of the request's body), `lose_answer` (the request succeeds, the
-            connection breaks), `answer` (what `answer` is), `edit` (the body through `edit`),
-            `ignore_condition` (drop `If-None-Match`), `refuse_condition` (501, as
+            connection breaks), `flip_upload_lose_answer` (both), `answer` (what `answer` is), `edit` (the
+            body through `edit`), `ignore_condition` (drop `If-None-Match`), `refuse_condition` (501, as
             endpoints without that header do).
         method: HTTP method; empty = any.
         path: regular expression, searched in the path and query.
@@ -140,12 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "refuse_condition" and self.headers.get("If-None-Match"):
             self.answer(501, [], b"<Error><Code>NotImplemented</Code><Message>header</Message></Error>")
             return
-        if fault == "flip_upload" and body:
+        if fault.startswith("flip_upload") and body:
             body = flipped(body)
         status, headers, data = self.ask(
             body, drop={"if-none-match"} if fault == "ignore_condition" else set()
         )
-        if fault == "lose_answer":
+        if fault.endswith("lose_answer"):
             self.disconnect()
         elif fault in ("reset", "stall"):
             self.answer(status, headers, data[: len(data) // 2], length=len(data))

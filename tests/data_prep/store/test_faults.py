@@ -63,7 +63,9 @@ def test_a_broken_download_resumes_where_it_broke(store, proxy, tmp_path):
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
-@pytest.mark.parametrize("do", ["503", "500", "409", "lose_answer", "flip_upload", "stall"])
+@pytest.mark.parametrize(
+    "do", ["503", "500", "409", "lose_answer", "flip_upload", "flip_upload_lose_answer", "stall"]
+)
 def test_faults_of_uploads_are_survived(store, proxy, tmp_path, do, size):
     data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)

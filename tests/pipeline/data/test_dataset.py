@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,26 @@ def test_a_download_in_progress_keeps_its_bytes_and_a_finished_one_does_not(tmp_
         assert not remains()
     assert remains()
     assert not list(cache.folder.rglob("*.reserved"))
+
+
+def test_a_download_that_ends_during_an_eviction_counts(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path / "store"), create=True)
+    cache = ShardCache(store, tmp_path / "cache", "abc", limit=100)
+    first = cache.folder / "first.mds"
+    download = ExitStack()
+    download.enter_context(cache.reserve(first, 60))
+    files_under = shard_cache._files_under
+
+    def ends_after_the_first_listing(*arguments):
+        found = files_under(*arguments)
+        first.write_bytes(bytes(60))
+        download.close()
+        monkeypatch.setattr(shard_cache, "_files_under", files_under)
+        return found
+
+    monkeypatch.setattr(shard_cache, "_files_under", ends_after_the_first_listing)
+    with cache.reserve(cache.folder / "second.mds", 50):
+        assert not first.exists()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
