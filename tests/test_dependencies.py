@@ -73,7 +73,12 @@ def required(extra):
     return {name for name, _ in found}
 
 
-@pytest.mark.parametrize("extra", COMMANDS)
+ALWAYS = ("", "train")
+
+
+@pytest.mark.parametrize(
+    "extra", [extra if extra in ALWAYS else pytest.param(extra, marks=pytest.mark.slow) for extra in COMMANDS]
+)
 def test_an_extra_is_enough_for_its_commands(extra):
     allowed = required(extra) | {"li-dit"}
     hidden = []

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from benchmarks import versus
 
 
+@pytest.mark.slow
 def test_a_checkout_beside_itself(capsys):
     versus.main([str(versus.ROOT), "--turns", "1", "--images", "4", "--batches", "2"])
     goals = json.loads(capsys.readouterr().out.splitlines()[-1])["goals"]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.fake_ablate import fake_score
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(180)]
 
 ROWS = """
 rows:

@@ -30,6 +30,7 @@ def dataset(training):
     return path
 
 
+@pytest.mark.slow
 def test_by_hand_checks_first_and_then_submits_and_the_nodes_are_checked(slurm, training):
     printed = training.type("cluster/train.sh", "--nodes=2", str(training.stage), FAKE_STEP=0.01, PREFLIGHT=1)
     job = int(printed.split()[-1])
@@ -112,6 +113,7 @@ def test_tasks_that_wait_for_one_that_is_gone_name_it_and_end(slurm, training, d
     assert f"sbatch --array=5 cluster/pairs.sh {dataset}" in printed
 
 
+@pytest.mark.slow
 def test_memory_is_asked_for_in_the_way_that_the_site_wants(slurm, training):
     jobs = {}
     for option in ("--hold", "--mem-per-cpu=100"):
@@ -121,6 +123,7 @@ def test_memory_is_asked_for_in_the_way_that_the_site_wants(slurm, training):
     assert "MinMemoryCPU=100M" in jobs["--mem-per-cpu=100"]
 
 
+@pytest.mark.slow
 def test_what_is_submitted_from_an_interactive_step_runs(slurm, training):
     """The step's own way of asking for memory is in the environment of what is submitted from it."""
     step = ("srun", "--ntasks=1", "--mem-per-cpu=100")

@@ -135,6 +135,7 @@ def test_user_error_ends_the_job(slurm, training, stage, says):
     assert says in training.output(job)
 
 
+@pytest.mark.slow
 def test_two_jobs_at_one_run(slurm, training):
     job = training.submit("--nodes=1", FAKE_STEP=0.2)
     training.at_step(1)

@@ -241,7 +241,7 @@ def check_finished(dataset, expected):
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("local", 8), ("s3", 2), *(pytest.param(kind, 17, marks=pytest.mark.slow) for kind in ("local", "s3"))],
+    [("local", 6), ("s3", 1), *(pytest.param(kind, 17, marks=pytest.mark.slow) for kind in ("local", "s3"))],
 )
 def test_commands_killed_at_random_moments_and_run_again(
     request, tmp_path, commands, undisturbed, kind, kills

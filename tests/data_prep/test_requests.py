@@ -22,7 +22,7 @@ from data_prep.store.store import open_store
 from model.common.share import Share
 from tests.helpers.raw_material import ALONE, config_of, png, sample_members, write_tar
 
-FILES, ROWS = 30, 4
+FILES, ROWS = 15, 4
 
 
 @pytest.fixture

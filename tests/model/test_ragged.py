@@ -167,7 +167,7 @@ def test_products_of_matrices_do_not_grow_with_the_padding():
     assert products(50, ragged=False) > 1.5 * products(0, ragged=False)
 
 
-@pytest.mark.parametrize("llms", [1, 2])
+@pytest.mark.parametrize("llms", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_compiled_regions_have_a_graph_for_all_lengths(monkeypatch, llms):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()

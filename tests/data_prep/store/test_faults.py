@@ -21,6 +21,13 @@ from tests.helpers.s3 import Fault
 
 SMALL, LARGE = 10_000, 9_000_000
 GETS = ["503", "500", "reset", "stall", "short", "flip", "lose_answer"]
+PUTS = ["503", "500", "409", "lose_answer", "flip_upload", "flip_upload_lose_answer", "stall"]
+
+
+def combinations(*faults):
+    """Each fault with both sizes; a large object that stalls is slow."""
+    for do, size in itertools.product(faults, (SMALL, LARGE)):
+        yield pytest.param(do, size, marks=pytest.mark.slow if (do, size) == ("stall", LARGE) else ())
 
 
 @pytest.fixture
@@ -37,8 +44,7 @@ def put(store, key, size):
     return data, StoredFile(key, size, xxhash.xxh64_hexdigest(data))
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE])
-@pytest.mark.parametrize("do", GETS)
+@pytest.mark.parametrize(("do", "size"), combinations(*GETS))
 def test_faults_of_downloads_are_survived(store, proxy, tmp_path, do, size):
     data, file = put(store, "payload", size)
     for _ in range(2):
@@ -62,10 +68,7 @@ def test_a_broken_download_resumes_where_it_broke(store, proxy, tmp_path):
     assert [fault for _, _, fault in proxy.requests] == ["reset"] * 4 + [""]
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE])
-@pytest.mark.parametrize(
-    "do", ["503", "500", "409", "lose_answer", "flip_upload", "flip_upload_lose_answer", "stall"]
-)
+@pytest.mark.parametrize(("do", "size"), combinations(*PUTS))
 def test_faults_of_uploads_are_survived(store, proxy, tmp_path, do, size):
     data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)

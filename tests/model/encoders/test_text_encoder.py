@@ -55,7 +55,11 @@ def worst(states, reference):
     return max(relative_error(state, expected) for state, expected in zip(states, reference, strict=True))
 
 
-@pytest.fixture(scope="module", params=ENCODERS, ids=lambda config: config.name)
+@pytest.fixture(
+    scope="module",
+    params=[ENCODERS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ENCODERS[1:])],
+    ids=[config.name for config in ENCODERS],
+)
 def real(request):
     """A real LLM as an encoder, and whole for the plain way."""
     threads = torch.get_num_threads()

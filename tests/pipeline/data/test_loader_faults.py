@@ -368,7 +368,9 @@ def temporaries():
         yield one, other
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [1, 20])
 def test_killed_and_restarted_unattended(remote, proxy, expected, temporaries, tmp_path, kills):
     """SIGKILL at any moment leaves no process and nothing that stops the next start or another job on the
     cache."""

@@ -209,7 +209,7 @@ def kill_a_loader_process(store, cache):
     data.close()
 
 
-@pytest.mark.parametrize("letters", [75, 76])
+@pytest.mark.parametrize("letters", [pytest.param(75, marks=pytest.mark.slow), 76])
 def test_a_temporary_folder_too_long_for_sockets_is_named(store, cache, letters):
     with TemporaryDirectory() as short:
         folder = Path(short, "long" * 20).as_posix()[:letters]

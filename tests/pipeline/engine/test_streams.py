@@ -26,7 +26,9 @@ def test_gathers_wait_for_the_step_and_for_published_weights():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"precision": "bf16"}, {"precision": "fp32", "micro_batch": None}], ids=str
+    "settings",
+    [{"precision": "bf16"}, pytest.param({"precision": "fp32", "micro_batch": None}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_refiners_are_gathered_whole_with_the_same_losses(settings):
     """A refiner's block has ten layers, each of which would be gathered by itself."""

@@ -64,7 +64,7 @@ def numbers(reports):
     return [[report.get(name) for name in NUMBERS] for report in reports]
 
 
-@pytest.mark.parametrize("stop_at", [1, 6])
+@pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight, tmp_path, stop_at):
     codes = [code for code, _ in on_ranks(2, trainer_tasks.train, store, str(tmp_path), stop_at)]
     assert codes == [EXIT_AGAIN, EXIT_AGAIN]  # only the last rank was asked, both stopped

@@ -70,7 +70,7 @@ def in_fp32(store, base, tmp_path_factory):
     return settings, on_ranks(2, user_tasks.train, store, str(runs), settings)[0]
 
 
-@pytest.mark.parametrize("then", [1, 3])
+@pytest.mark.parametrize("then", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_saved_on_two_ranks_goes_on_on_another_number(store, in_fp32, tmp_path, then):
     settings, plain = dict(in_fp32[0]), in_fp32[1]
     stopped = on_ranks(2, user_tasks.train, store, str(tmp_path / "moved"), settings, 2)[0]
