@@ -43,12 +43,16 @@ class PreviewKind(ABC):
         return None
 
     @abstractmethod
-    def score(self, samples: Sequence[Any]) -> tuple[SceneScores, dict[str, float]]:
-        """Return the scores of the scenes' samples, and those of chance."""
+    def read(self, sample: Any) -> list[Any]:
+        """Return the objects that a sample of a scene shows."""
 
-    def scores(self, samples: Sequence[Any]) -> dict[str, float]:
-        """Return the scores of the scenes' samples by name; empty without scenes."""
-        judged, chance = self.score(samples)
+    @abstractmethod
+    def score(self, found: Sequence[list[Any]]) -> tuple[SceneScores, dict[str, float]]:
+        """Return the scores of the objects found in each scene's sample, and those of chance."""
+
+    def scores(self, found: Sequence[list[Any]]) -> dict[str, float]:
+        """Return the scores of the objects found in each scene's sample by name; empty without scenes."""
+        judged, chance = self.score(found)
         scores = judged.summary()
         if chance:
             scores |= {"following": prompt_following(scores), "chance": prompt_following(chance)}
@@ -71,10 +75,13 @@ class ImagePreviews(PreviewKind):
         """Lay out images."""
         return make_grid(samples, captions)
 
-    def score(self, samples: Sequence[Any]) -> tuple[SceneScores, dict[str, float]]:
+    def read(self, sample: Image.Image) -> list[Any]:
+        """Return the objects of an image."""
+        return read_scene(np.asarray(sample), self.sample.scenes_scale)
+
+    def score(self, found: Sequence[list[Any]]) -> tuple[SceneScores, dict[str, float]]:
         """Return the scores of images of scenes."""
-        objects = [read_scene(np.asarray(image), self.sample.scenes_scale) for image in samples]
-        return score_objects(objects, self.captions), chance_level(objects, self.captions)
+        return score_objects(found, self.captions), chance_level(found, self.captions)
 
 
 class ClipPreviews(PreviewKind):
@@ -97,10 +104,13 @@ class ClipPreviews(PreviewKind):
         """Return all clips side by side as an animated WebP."""
         return make_moving_grid(samples, captions, self.sample.fps)
 
-    def score(self, samples: Sequence[Any]) -> tuple[SceneScores, dict[str, float]]:
+    def read(self, sample: np.ndarray) -> list[Any]:
+        """Return the objects of a clip."""
+        return read_moving_scene(sample, self.sample.scenes_scale)
+
+    def score(self, found: Sequence[list[Any]]) -> tuple[SceneScores, dict[str, float]]:
         """Return the scores of clips of moving scenes."""
-        detected = [read_moving_scene(clip, self.sample.scenes_scale) for clip in samples]
-        return score_clips(detected, self.captions), motion_chance(detected, self.captions)
+        return score_clips(found, self.captions), motion_chance(found, self.captions)
 
 
 def preview_kind(sample: SamplingConfig) -> PreviewKind:

@@ -144,17 +144,22 @@ class Previews(Callback):
         for start in range(0, share, engine.micro_batch):
             sampled += self._sample(engine, indices[start : start + engine.micro_batch], part)
 
-        shown = [image for image, index in zip(sampled, indices, strict=True) if index < len(self.prompts)]
-        images = list(itertools.chain.from_iterable(gather(shown)))
+        # The stage's prompts come before the scenes, as in `self.prompts`.
+        scenes = range(len(self.stage.sample.prompts), len(self.prompts))
+        own = [image for image, index in zip(sampled, indices, strict=True) if index < len(self.prompts)]
+        # Each rank reads the scenes that it sampled: for the first one all would be as long a work as sampling.
+        own_found = [
+            self.kind.read(image) for image, index in zip(sampled, indices, strict=True) if index in scenes
+        ]
+        images = list(itertools.chain.from_iterable(gather(own)))
+        found = list(itertools.chain.from_iterable(gather(own_found)))
         if engine.rank > 0:
             return None
 
-        # The stage's prompts come before the scenes, as in `self.prompts`.
-        first = len(self.stage.sample.prompts) + SCENES_SHOWN
+        first = scenes.start + SCENES_SHOWN
         shown, prompts = images[:first], self.prompts[:first]
-        scenes = images[len(self.prompts) - len(self.kind.captions) :]
         grids = self.kind.make_grid(shown, prompts), self.kind.make_moving_grid(shown, prompts)
-        return PreviewImages(grids[0], self.kind.scores(scenes), grids[1])
+        return PreviewImages(grids[0], self.kind.scores(found), grids[1])
 
     def _sample(self, engine: Engine, indices: range, part: Part | None) -> list[Any]:
         sample = self.stage.sample

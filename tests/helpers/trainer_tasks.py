@@ -45,7 +45,7 @@ def stage(store, runs, **settings):
     config.engine.persistence_threshold, config.engine.overlap_comm = 100, False
     config.checkpoint.every_samples = 8 * 4
     config.ema, config.log.every_steps, config.log.tensorboard = [0.9, 0.5], 1, False
-    config.log.validate_every_samples, config.data.validation_parts = 8 * 6, 1
+    config.log.validate_every_samples, config.data.validation_parts = 8 * 9, 1
     for name, value in settings.items():
         target, *path = config, *name.split("__")
         for part in path[:-1]:

@@ -78,7 +78,9 @@ def kept(patches, tokens, budget):
     return sum(values.values()) / SAMPLES + patches * WIDTH, products
 
 
-@pytest.mark.parametrize("budget", [1.0, pytest.param(0.9, marks=pytest.mark.slow), 0.7, pytest.param(0.6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "budget", [1.0, pytest.param(0.9, marks=pytest.mark.slow), 0.7, pytest.param(0.6, marks=pytest.mark.slow)]
+)
 def test_a_compiled_block_keeps_what_the_estimate_says_and_recomputes_no_product(budget, monkeypatch):
     monkeypatch.setattr(layers, "attention", attention)
     monkeypatch.setattr(functional, "CPU_HAS_BF16", True)
