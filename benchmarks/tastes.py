@@ -1,16 +1,16 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m pipeline.ablate scenes_ablation
-    python -m benchmarks.tastes RUN DATASET.yaml --out runs/tastes [--samples 8000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 160000] [--samples 60000] [--results FILE]
 
-RUN is a network trained on scenes, DATASET.yaml the dataset that it was trained on. Each of 32 users likes
-something that captions do not say: a tone of the ground, a texture, a size, or two or three of them. The
-users' images are scenes with these and captions without. A stage learns the users beside the frozen network.
+First a network is trained on scenes whose tones of the ground, textures and sizes vary, while captions say
+colors and shapes alone: the base, whose images have any of them. Each of 32 users likes two or three of them.
+The users' images are scenes with these, under captions of the same kind. A stage learns the users beside the
+frozen base.
 
 Then each user's images of held-out prompts are read by the exact scorer: `preference` is the share of images
 with all that the user likes (objects: all of them), `following` prompt following. Rows: all parts, no
 dispersion, only the shared shift, only those of blocks. New users have tastes that nobody was trained on, and
-are fitted to 8 images.
+are fitted to 8 images. What a run has finished is not done again.
 """
 
 import argparse
@@ -31,21 +31,32 @@ from PIL import Image
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
 from data_prep.scenes.captions import SceneCaption, caption_scene
-from data_prep.scenes.grammar import SIZES, TEXTURES, TONES, Ground, Scene, SceneStyle, Segment, sample_scene
+from data_prep.scenes.grammar import SIZES, TONES, Ground, Scene, SceneStyle, Segment, Texture, sample_scene
 from data_prep.scenes.rendering import render_scene
 from model.common.files import write_atomic
+from model.functional import CPU_HAS_BF16
 from pipeline.fit_user import encode_images
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import prompt_following, score_objects
 from pipeline.inference.fit import FitSettings, fit_user
 from pipeline.inference.generate import generate_images
+from pipeline.inference.images import make_grid
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.inference.source import load_source
 from pipeline.inference.users import save_user
-from pipeline.stage.config import dump_stage, load_run
+from pipeline.runtime.finished import is_finished
+from pipeline.runtime.launch import start_ranks, wait_for
+from pipeline.stage.config import StageConfig, dump_stage, load_run, load_stage
+from pipeline.stage.sampling import SamplingConfig
 
 USERS, NEW_USERS = 32, 4
-TRAIN_SEED, TEST_SEED = 23_000, 24_000
+BASE_SEED, TRAIN_SEED, TEST_SEED = 22_000, 23_000, 24_000
+BASE_STAGE = "demo_scenes"
+BASE_DATASET = Path(__file__).parents[1] / "data_prep" / "datasets" / "demo_scenes.yaml"
+"""Stage and dataset whose network, text and latents the base has."""
+TEXTURES: tuple[Texture, ...] = ("plain", "striped", "checkered")
+"""Those of which users like one: dots are read least surely in images of 32 pixels."""
+PROCESSES = 2
 WHITE, DARK, BLACK = TONES
 TONE_LEVELS = {BLACK: 24.0, DARK: 80.0}
 """Levels of gray up to which a ground has a tone; above the last it is white."""
@@ -122,58 +133,95 @@ def tone_of(image: np.ndarray) -> str:
     return next((tone for tone, most in TONE_LEVELS.items() if level <= most), WHITE)
 
 
-def write_images(folder: Path, chosen: Sequence[Taste], images: int, side: int, scale: float = 1.0) -> None:
-    """Write each user's images as a folder with metadata: `file_name`, `caption`, `user`."""
+def write_images(
+    folder: Path, chosen: Sequence[Taste], images: int, side: int, scale: float, seed: int, named: bool
+) -> None:
+    """Write images of each taste as a folder with metadata: `file_name`, `caption`, and `user` if `named`."""
     folder.mkdir(parents=True)
     lines = []
     for user, taste in enumerate(chosen):
         for number in range(images):
-            scene, caption = scene_of(taste, TRAIN_SEED + user, number, scale)
-            name = f"{user:02d}_{number:03d}.png"
+            scene, caption = scene_of(taste, seed + user, number, scale)
+            name = f"{user:02d}_{number:05d}.png"
             Image.fromarray(render_scene(scene, side, side)).save(folder / name)
-            lines.append(json.dumps({"file_name": name, "caption": caption.text, "user": f"user {user:02d}"}))
+            line = {"file_name": name, "caption": caption.text}
+            lines.append(json.dumps(line | ({"user": f"user {user:02d}"} if named else {})))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_dataset(path: Path, trained_on: Path, folder: Path, side: int) -> None:
-    """Write the dataset of the users' images, encoded as the network's own."""
-    given = yaml.safe_load(trained_on.read_text())
+def write_dataset(path: Path, folder: Path, side: int, named: bool) -> None:
+    """Write the dataset of a folder of images, encoded as those of `BASE_DATASET`."""
+    given = yaml.safe_load(BASE_DATASET.read_text())
     record = {
-        "name": "tastes",
+        "name": path.stem,
         "store": str(path.parent / "store"),
         "sources": [{"kind": "folder", "path": str(folder)}],
         "dedupe": {"exact": False},
         "buckets": {"resolution": side, "max_aspect": 1.0, "step": side},
         "part_rows": 128,
         "image_format": "png",
-        "users": {"column": "user"},
+        **({"users": {"column": "user"}} if named else {}),
         "latents": given["latents"],
         "text": given["text"],
     }
     path.write_text(yaml.safe_dump(record, sort_keys=False))
 
 
-def write_stage(path: Path, run: Path, row: str, samples: int, count: int) -> None:
-    """Write the stage that learns the users beside the network of a run."""
-    stage = load_run(run)
-    stage.name, stage.runs, stage.start_from = path.stem, str(path.parent / "runs"), str(run)
+def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingConfig, seed: int) -> None:
+    """Render, write and prepare a dataset, unless it has a snapshot."""
+    named = seed == TRAIN_SEED
+    if any((path.parent / "store" / path.stem / "snapshots").glob("*")):
+        return
+    folder = path.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    write_images(folder, chosen, images, sample.height, sample.scenes_scale, seed, named)
+    write_dataset(path, folder, sample.height, named)
+    for step in ("plan", "pairs", *(["users"] if named else []), "latents", "text", "snapshot"):
+        command("data_prep", step, str(path))
+
+
+def base_stage(out: Path, samples: int) -> StageConfig:
+    """Return the stage of the base."""
+    words = [f"runs={out / 'runs'}", f"data.store={out / 'store'}", "data.dataset=base", f"samples={samples}"]
+    words += ["name=base", "sample.scenes_scale=1.6", f"checkpoint.every_samples={samples}"]
+    return load_stage(BASE_STAGE, words)
+
+
+def train(stage: StageConfig, path: Path) -> None:
+    """Write a stage and train it on `PROCESSES` ranks.
+
+    Raises:
+        SystemExit: with the trainer's exit code; the trainer has printed the reason.
+    """
+    if is_finished(stage.run, stage.samples):
+        return
+    path.write_text(dump_stage(stage))
+    if code := wait_for(start_ranks(PROCESSES, str(path)), 0):
+        sys.exit(code)
+
+
+def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> StageConfig:
+    """Return the stage that learns the users beside the network of a run."""
+    stage = load_run(base)
+    stage.name, stage.runs, stage.start_from = row.replace(" ", "_"), str(out / "runs"), str(base)
     stage.freeze, stage.samples, stage.ema = "base", samples, [0.99]
+    stage.global_batch = 32
     stage.users = replace(
         stage.users, count=count, tokens=8, width=128, heads=4, blocks=2, rank=64, **ROWS[row]
     )
     stage.data = replace(
         stage.data,
-        store=str(path.parent / "store"),
-        dataset="tastes",
+        store=str(out / "store"),
+        dataset="users",
         snapshot="latest",
         datasets={},
         validation_parts=0,
         caption_weights={},
     )
-    stage.optim = replace(stage.optim, lr=1e-3, warmup_samples=samples // 20)
+    stage.optim = replace(stage.optim, lr=3e-3, warmup_samples=samples // 20)
     stage.log, stage.sample.every_samples = replace(stage.log, validate_every_samples=0), 0
     stage.checkpoint.every_samples = samples
-    path.write_text(dump_stage(stage))
+    return stage
 
 
 def command(*words: str) -> None:
@@ -225,35 +273,44 @@ def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> No
     save_user(out, fitted.tokens, by=by)
 
 
+def draw_eight(sampler: Sampler, chosen: Sequence[Taste], out: Path) -> None:
+    """Write images of the same prompts for eight users, each with the user's taste below."""
+    defaults, grid, captions = sampler.defaults, [], []
+    texts = [scene_of(Taste(), TEST_SEED, number, defaults.scenes_scale)[1].text for number in range(2)]
+    # Every fourth, so that the kinds of tastes are mixed.
+    for text in texts:
+        for user in range(0, USERS, USERS // 8):
+            params = SamplingParams(
+                defaults.steps, defaults.guidance, defaults.height, defaults.width, user=str(user)
+            )
+            grid.append(Image.fromarray(generate(sampler, [text], params)[0]))
+            liked = ", ".join(value for value in vars(chosen[user]).values() if value)
+            captions.append(f"{text} ({liked})")
+    make_grid(grid, captions, columns=8).save(out)
+
+
 def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Prepare, train and measure; returns the table by row."""
-    out, run = arguments.out, arguments.run
-    sample, known = load_run(run).sample, tastes()
-    side = sample.height
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    known = tastes()
     chosen, others = known[:USERS], known[USERS : USERS + NEW_USERS]
-    if not (out / "store").exists():
-        shutil.rmtree(out / "raw", ignore_errors=True)
-        write_images(out / "raw", chosen, arguments.images, side, sample.scenes_scale)
-        write_dataset(out / "tastes.yaml", arguments.dataset, out / "raw", side)
-        for step in ("plan", "pairs", "users", "latents", "text", "snapshot"):
-            command("data_prep", step, str(out / "tastes.yaml"))
+    base = base_stage(out, arguments.base_samples)
+    prepare(out / "base.yaml", [Taste()], arguments.base_images, base.sample, BASE_SEED)
+    train(base, out / "base_stage.yaml")
+    prepare(out / "users.yaml", chosen, arguments.images, base.sample, TRAIN_SEED)
 
-    device, dtype = torch.device("cpu"), torch.float32
-    table = {
-        "base": measure(
-            load_source(run, "ema", device, dtype),
-            {f"-{number}": taste for number, taste in enumerate(chosen)},
-            arguments.prompts,
-        )
-    }
+    device, dtype = torch.device("cpu"), torch.bfloat16 if CPU_HAS_BF16 else torch.float32
+    nobody = {f"-{number}": taste for number, taste in enumerate(chosen)}
+    table = {"base": measure(load_source(base.run, "ema", device, dtype), nobody, arguments.prompts)}
     for row in arguments.rows:
-        stage = out / f"{row.replace(' ', '_')}.yaml"
-        write_stage(stage, run, row, arguments.samples, USERS)
-        command("pipeline.train", str(stage))
-        sampler = load_source(out / "runs" / stage.stem, "ema", device, dtype)
+        stage = users_stage(out, base.run, row, arguments.samples, USERS)
+        train(stage, out / f"{stage.name}_stage.yaml")
+        sampler = load_source(stage.run, "ema", device, dtype)
         users = {str(number): taste for number, taste in enumerate(chosen)}
         table[row] = measure(sampler, users, arguments.prompts)
         if row == "all":
+            draw_eight(sampler, chosen, out / "eight_users.png")
             for by in ("coefficients", "row"):
                 files = {}
                 for number, taste in enumerate(others):
@@ -278,12 +335,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("dataset", type=Path, metavar="DATASET.yaml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=40, help="of each user")
     parser.add_argument("--prompts", type=int, default=8, help="of each user, held out")
-    parser.add_argument("--samples", type=int, default=8000, help="of each stage")
+    parser.add_argument("--base-images", type=int, default=8000)
+    parser.add_argument("--base-samples", type=int, default=160_000)
+    parser.add_argument("--samples", type=int, default=60_000, help="of each row's stage")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--results", type=Path, help="markdown file for the table")
     return parser.parse_args(arguments)

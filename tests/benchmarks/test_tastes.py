@@ -4,26 +4,26 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 
 from benchmarks import tastes
 from benchmarks.tastes import (
     NEW_USERS,
     USERS,
     Taste,
+    base_stage,
     likes,
     scene_of,
     show,
+    users_stage,
     write_dataset,
     write_images,
-    write_stage,
 )
 from data_prep.config import load_dataset
 from data_prep.scenes.grammar import TONES, Ground
 from data_prep.scenes.rendering import render_scene
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import prompt_following, score_objects
-from pipeline.stage.config import StageConfig, dump_stage, load_stage
+from pipeline.stage.config import dump_stage, load_stage
 
 
 def test_tastes_are_different_and_there_are_enough():
@@ -69,27 +69,27 @@ def test_the_ground_is_read(tone):
 
 def test_what_is_written_is_a_dataset_and_a_stage_of_this_project(tmp_path):
     known = tastes.tastes()[:2]
-    write_images(tmp_path / "raw", known, 3, 64)
-    rows = [json.loads(line) for line in (tmp_path / "raw/metadata.jsonl").read_text().splitlines()]
-    assert [row["user"] for row in rows] == ["user 00"] * 3 + ["user 01"] * 3
-    assert all((tmp_path / "raw" / row["file_name"]).exists() for row in rows)
+    for name, named in (("base", False), ("users", True)):
+        write_images(tmp_path / name, known, 3, 32, 1.6, 5, named)
+        rows = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
+        names = ["user 00"] * 3 + ["user 01"] * 3
+        assert [row.get("user") for row in rows] == (names if named else [None] * 6)
+        assert all((tmp_path / name / row["file_name"]).exists() for row in rows)
 
-    own = {"latents": [{"name": "latents", "vae": "vae"}], "text": [{"name": "tiny", "llm": "llm"}]}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", "store": "store", **own}))
-    write_dataset(tmp_path / "tastes.yaml", tmp_path / "own.yaml", tmp_path / "raw", 64)
-    dataset = load_dataset(tmp_path / "tastes.yaml", [])
-    assert dataset.users.column == "user"
-    assert [entry.name for entry in dataset.text] == ["tiny"]
+        write_dataset(tmp_path / f"{name}.yaml", tmp_path / name, 32, named)
+        dataset = load_dataset(tmp_path / f"{name}.yaml", [])
+        assert (dataset.name, dataset.users.column) == (name, "user" if named else "")
+        assert [entry.name for entry in dataset.text] == ["smollm2"]
 
-    run = tmp_path / "run"
-    run.mkdir()
-    stage = StageConfig(name="run")
-    stage.fusion.families = ["tiny"]
-    (run / "stage.yaml").write_text(dump_stage(stage))
+    base = base_stage(tmp_path, 640)
+    assert (base.run, base.samples, base.data.dataset) == (tmp_path / "runs" / "base", 640, "base")
+    base.run.mkdir(parents=True)
+    (base.run / "stage.yaml").write_text(dump_stage(base))
     for row in tastes.ROWS:
-        write_stage(tmp_path / "row.yaml", run, row, 2000, USERS)
+        (tmp_path / "row.yaml").write_text(dump_stage(users_stage(tmp_path, base.run, row, 2000, USERS)))
         made = load_stage(str(tmp_path / "row.yaml"))
-        assert (made.freeze, made.start_from, made.users.count) == ("base", str(run), USERS)
+        assert (made.freeze, made.start_from, made.users.count) == ("base", str(base.run), USERS)
+        assert (made.data.dataset, made.run.parent) == ("users", base.run.parent)
         assert {key: getattr(made.users, key) for key in tastes.ROWS[row]} == tastes.ROWS[row]
 
 
