@@ -147,7 +147,7 @@ class Previews(Callback):
         # The stage's prompts come before the scenes, as in `self.prompts`.
         scenes = range(len(self.stage.sample.prompts), len(self.prompts))
         own = [image for image, index in zip(sampled, indices, strict=True) if index < len(self.prompts)]
-        # Each rank reads the scenes that it sampled: for the first one all would be as long a work as sampling.
+        # Each rank reads its own scenes: reading all of them would take the first one as long as sampling.
         own_found = [
             self.kind.read(image) for image, index in zip(sampled, indices, strict=True) if index in scenes
         ]

@@ -57,10 +57,10 @@ def test_bad_node_is_named_and_excluded(slurm, training):
     ("arguments", "says"),
     [
         (["demoo"], "did you mean `demo`"),
-        (["{stage}", "data.store={stage}/none"], "none"),
-        (["{stage}", "model.preset=li_dit_10b"], "needs GPUs"),
         (["--nodes=9", "{stage}"], "configuration is not available"),
-        (["{stage}", "start_from=runs/none"], "no such run"),
+        pytest.param(["{stage}", "data.store={stage}/none"], "none", marks=pytest.mark.slow),
+        pytest.param(["{stage}", "model.preset=li_dit_10b"], "needs GPUs", marks=pytest.mark.slow),
+        pytest.param(["{stage}", "start_from=runs/none"], "no such run", marks=pytest.mark.slow),
         (["{stage}", "--nodes=2"], "--nodes=2: write sbatch options before the rest"),
         (
             ["--array=0-2000", "{stage}"],

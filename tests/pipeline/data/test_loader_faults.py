@@ -227,7 +227,6 @@ BY_DEFAULT = {
     ("loader", "damaged cache", 0, 1),
     ("streaming", "503 twice", 2, 1),
     ("streaming", "damaged object", 0, 2),
-    ("streaming", "missing object", 1, 1),
 }
 """(reader, row, workers, ranks) of the quick suite; `pytest -m slow` runs all the others."""
 COMBINATIONS = [

@@ -131,6 +131,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(store, tmp_path, worlds
         torch.testing.assert_close(losses[other], losses[1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_goodput_is_the_time_in_steps_over_all_since_the_first_start(store, tmp_path):
     """Steps that were lost, with the checkpoint after them, count once."""
     on_ranks(2, trainer_tasks.train, store, str(tmp_path), 7)
