@@ -21,6 +21,7 @@ from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.region import Region
 from pipeline.engine.attention import choose_attention
+from pipeline.engine.buckets import Buckets
 from pipeline.engine.compile import compile_regions, make_graphs, warm_lengths
 from pipeline.engine.ema import ShardedEMA
 from pipeline.engine.flat_step import FlatStep
@@ -109,6 +110,8 @@ class Engine:
         hold_absent_rows(inner)
         self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=inner, config=config)
         self._optimizer: Any = self._engine.optimizer
+        if stage.engine.zero_stage == 3:
+            Buckets(self._optimizer)
 
         self.master_weights = MasterWeights(
             self._optimizer, self.module, settings, stage.engine.zero_stage, self.rank, self.world

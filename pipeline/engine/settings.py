@@ -43,9 +43,9 @@ def deepspeed_config(stage: StageConfig, micro_batch: int, micro_steps: int) -> 
         "zero_optimization": {
             "stage": engine.zero_stage,
             "overlap_comm": engine.overlap_comm,
-            # Gradients are copied into one buffer as they come, which avoids fragmented memory in the
-            # backward pass.
-            "contiguous_gradients": True,
+            # ZeRO-1 and 2 copy gradients into one buffer as they come, which avoids fragmented memory in the
+            # backward pass. `Buckets` puts those of ZeRO-3 together when their bucket is full.
+            "contiguous_gradients": engine.zero_stage != 3,
             "memory_efficient_linear": False,
             "reduce_bucket_size": engine.reduce_bucket,
             "sub_group_size": engine.sub_group_size,

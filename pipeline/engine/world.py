@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
-from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from torch import Tensor
 
@@ -21,8 +20,7 @@ _loop_over_ranks = AllGatherCoalescedHandle.wait
 
 
 def replace_loops() -> None:
-    """Let ZeRO-3 use the functions below."""
-    stage3.reduce_scatter_coalesced = reduce_scatter
+    """Let ZeRO-3 wait for its gathers by the function below; `Buckets` has the reductions."""
     handles: Any = AllGatherCoalescedHandle
     handles.wait = wait_for_gather
 
@@ -60,13 +58,20 @@ def parameters_from_pieces(buffer: Tensor, pieces: Sequence[int], sizes: Sequenc
 
 
 @torch.no_grad()
-def reduce_scatter(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+def reduce_scatter(
+    tensors: Sequence[Tensor], group: Any = None, dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Average each tensor over the ranks and return this rank's pieces, by one collective.
 
-    A drop-in for DeepSpeed's `reduce_scatter_coalesced`, which ZeRO-3 calls for each bucket of gradients.
+    Args:
+        tensors: the same shapes on every rank.
+        group: the ranks; None = all.
+        dtype: of the sums; None = the tensors' own.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     buffer = pieces_by_rank(tensors, world)
+    # All at once, and not tensor by tensor.
+    buffer = buffer if dtype is None else buffer.to(dtype)
     # Before the sum, as DeepSpeed does it: the same bits.
     buffer.div_(world)
     length = len(buffer) // world

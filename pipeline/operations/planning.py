@@ -215,7 +215,8 @@ def state_memory(
         "moments": 4.0 * moments / gpus,
         "EMA": 4.0 * trained_share * len(stage.ema),
         "step": 0.0 if engine.zero_stage == 3 else 4.0 * min(trained_share, engine.sub_group_size),
-        "reduce bucket": 4.0 * min(engine.reduce_bucket, trained),
+        # ZeRO-3's: the gradients of a bucket, and all of them together in fp32
+        "reduce bucket": (8.0 if engine.zero_stage == 3 else 4.0) * min(engine.reduce_bucket, trained),
     }
     if stage.users.count:
         # whole on each GPU while it is read, and so is its gradient before it is reduced

@@ -6,13 +6,13 @@ from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.host import use_deepspeeds_buckets
 from benchmarks.operations import Operations
-from pipeline.engine import partitioned
+from pipeline.engine import buckets, partitioned
 from pipeline.engine.processes import join_process_group
 from pipeline.runtime.distributed import rank_and_world
 from pipeline.training.agreement import Agreement
@@ -177,17 +177,44 @@ def step_with(own, settings):
     return counted.count, kept
 
 
+def backward_with(own, settings):
+    """Return the operations of a step's backward passes, and the masters and moments after four steps.
+
+    Args:
+        own: True for the engine's buckets, False for DeepSpeed's with their buffers.
+        settings: of the engine.
+    """
+    engine = make_engine(config=stage(**settings))
+    zero = engine._optimizer
+    if not own:
+        use_deepspeeds_buckets(zero)
+    for step in range(3):
+        train(engine, step)
+
+    counted, real = Operations(), engine.backward
+
+    def counting_backward(loss):
+        with counted:
+            real(loss)
+
+    with mock.patch.object(engine, "backward", counting_backward):
+        train(engine, 3)
+    kept = engine.state().tensors
+    kept = [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in kept[kind]]
+    return counted.count, kept
+
+
 def reductions(settings):
     """Return the reductions of gradients in a step, losses of four steps, and the norms of the masters."""
     engine = make_engine(config=stage(**settings))
     losses = [train(engine, step)[0] for step in range(3)]
-    calls, real = [], stage3.reduce_scatter_coalesced
+    calls, real = [], buckets.reduce_scatter
 
     def reduce(tensors, *arguments):
         calls.append(len(tensors))
         return real(tensors, *arguments)
 
-    with mock.patch.object(stage3, "reduce_scatter_coalesced", reduce):
+    with mock.patch.object(buckets, "reduce_scatter", reduce):
         losses.append(train(engine, 3)[0])
     return len(calls), losses, [float(master.double().norm()) for master in engine.master_weights.tensors]
 

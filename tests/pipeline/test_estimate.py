@@ -224,7 +224,7 @@ def test_preflight_refuses_what_does_not_fit_in_one_line(capsys, monkeypatch):
         preflight.main()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "li_dit_10b_1024 needs 155 GB on each of 64 GPUs, which have 80 GB" in line
+    assert "li_dit_10b_1024 needs 156 GB on each of 64 GPUs, which have 80 GB" in line
     assert "engine.micro_batch below 64" in line
 
 
