@@ -6,6 +6,7 @@ them runs the others.
 
 import argparse
 import gc
+import math
 import statistics
 import time
 import warnings
@@ -126,7 +127,8 @@ def random_constants(device: torch.device, work: Work) -> dict[str, Any]:
 
 def feeding(probe: Probe) -> None:
     """Measure what a step does before the network: unpack, noise, and hidden states of the text."""
-    from pipeline.data.batch import sample_keys, sample_noise
+    from pipeline.data.batch import sample_keys
+    from pipeline.data.noise import normal_numbers, sample_noise, seeds_of
     from pipeline.text.texts import to_text
     from pipeline.training.inputs import TOKENS_MULTIPLE
 
@@ -143,6 +145,10 @@ def feeding(probe: Probe) -> None:
     shape = (work.samples, work.sizes.channels, work.side, work.side)
     noise = partial(sample_noise, probe.device, shape, keys, "noise")
     probe.result("one stream of noise", probe.milliseconds(noise), "ms")
+    if probe.device.type == "cuda":
+        on_cpu = normal_numbers(seeds_of(keys, "noise"), math.prod(shape[1:])).view(shape)
+        difference = float((noise().cpu() - on_cpu).abs().max())
+        probe.result("noise, largest difference from the CPU", difference, "", at_most=1e-5)
 
     batch = unpack()
     for family in FAMILIES:

@@ -266,7 +266,7 @@ def write_report(
     saved = (learned["shuffled_mean"] - learned["right_mean"]) / learned["shuffled_mean"]
     tiles: list[Tile] = [
         *ending.tiles(results["images"]),
-        {"label": "loss compared with the untrained network's", "value": f"{ratio:.2f}x"},
+        {"label": "loss compared with the untrained network's", "value": f"{ratio:.2g}x"},
         {"label": "lower loss with right than with shuffled captions", "value": f"{saved:.1%}"},
         {"label": "seconds in all", "value": f"{sum(phases.seconds.values()):.0f}"},
     ]

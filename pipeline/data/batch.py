@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from pipeline.data.epoch_plan import sample_rng, sample_seed
+from pipeline.data.noise import SampleKey, sample_noise
 from pipeline.text.texts import PackedText
 
 _ALIGN = 64
@@ -22,9 +21,6 @@ _ALIGN = 64
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor of a block, in order."""
-
-SampleKey = tuple[int, int, int]
-"""(seed, pass, sample id): all that a sample's random numbers depend on."""
 
 
 @dataclass
@@ -171,37 +167,6 @@ def sample_keys(
         ids: its id.
     """
     return [(seeds[source], number, id) for source, number, id in zip(sources, passes, ids, strict=True)]
-
-
-def sample_noise(
-    device: torch.device, shape: Sequence[int], keys: Sequence[SampleKey], stream: str
-) -> Tensor:
-    """Return normal numbers fp32 [B, ...], each sample's from a generator of its own.
-
-    So they do not depend on the batch that a sample is in.
-
-    Both the CPU and a GPU use Philox, but with different numbers. The trainer samples them, not a loader
-    process: that would take four times as long as reading the sample (latents of 512 pixels), and the noise
-    has more bytes than the latents.
-
-    Args:
-        device: where the numbers are made.
-        shape: of the result; one key for each of its first dimension.
-        keys: of the samples.
-        stream: name of the numbers' purpose.
-    """
-    numbers = torch.empty(tuple(shape), device=device)
-    if device.type == "cpu":
-        for row, key in zip(numbers.numpy(), keys, strict=True):
-            # Written in place through numpy, which shares the tensor's memory on the CPU.
-            sample_rng(*key, stream).standard_normal(dtype=np.float32, out=row)
-        return numbers
-
-    # One generator is seeded again for each sample: to create one costs more than to seed it.
-    generator = torch.Generator(device)
-    for row, key in zip(numbers, keys, strict=True):
-        row.normal_(generator=generator.manual_seed(sample_seed(*key, stream)))
-    return numbers
 
 
 def _packed_text(tensors: dict[str, Tensor], family: str, counts: list[int]) -> PackedText:

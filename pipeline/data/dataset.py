@@ -18,10 +18,11 @@ from data_prep.store.store import StoreError
 from model.common.errors import UserError
 from model.encoders.latent_spaces import encodes_clips, latent_sizes
 from model.encoders.token_size import bytes_per_token
-from pipeline.data.batch import Layout, PackedBatch, SampleKey, allocate, sample_keys, tensors_in
+from pipeline.data.batch import Layout, PackedBatch, allocate, sample_keys, tensors_in
 from pipeline.data.captions import Caption, CaptionChoice, WrittenCaptions
 from pipeline.data.epoch_plan import sample_rng
 from pipeline.data.mixture import EpochRows
+from pipeline.data.noise import SampleKey
 from pipeline.data.part_files import DatasetFiles, OpenShards, Place, disagree
 from pipeline.stage.corpus import is_clip
 

@@ -16,7 +16,6 @@ from data_prep.dataset.schema import PAIRS
 from data_prep.pairs.pairs import Pair, read_pairs
 from data_prep.store.store import open_store
 from model.encoders.latent_spaces import load_latent_space
-from pipeline.demonstration.commands import run
 from pipeline.demonstration.ending import Ending, to_tensor
 from pipeline.evaluation.recognition import Recognition, recognition
 from pipeline.reporting.extra import Tile
@@ -44,7 +43,7 @@ class EmojiEnding(Ending):
         """Generate an image of each chosen caption."""
         prompts = self.stage.run / "prompts.txt"
         prompts.write_text("".join(self.captions[index] + "\n" for index in self.chosen))
-        run("pipeline.sample", str(self.stage.run), "--prompts", str(prompts), "--out", str(self.drawn))
+        self.sample(prompts)
 
     def measure(self) -> dict[str, Any]:
         """Return the recognition in pixels and in the VAE's latents."""

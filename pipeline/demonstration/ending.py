@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.functional import CPU_HAS_BF16
+from pipeline.demonstration.commands import run
 from pipeline.reporting.extra import ShownImage, Tile
 from pipeline.stage.config import StageConfig
 
@@ -44,6 +46,13 @@ class Ending(ABC):
     @abstractmethod
     def details(self, number: int, image: Path) -> dict[str, Any]:
         """Return what the report shows with an image: `real` (its training image) or `marks` (its claims)."""
+
+    def sample(self, prompts: Path, *words: str) -> None:
+        """Run `pipeline.sample` on a file of prompts."""
+        # As the network was trained. A CPU without instructions for bf16 is faster in fp32.
+        precision = "bf16" if CPU_HAS_BF16 or torch.cuda.is_available() else "fp32"
+        words = ("--precision", precision, "--out", str(self.drawn), *words)
+        run("pipeline.sample", str(self.stage.run), "--prompts", str(prompts), *words)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the images, in the order of the prompts."""

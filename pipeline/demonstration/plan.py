@@ -14,7 +14,9 @@ SPEED_STEPS = 20
 """Steps that show the speed of training. The second half of them counts, since the first steps are slower."""
 MIN_IMAGES, MAX_IMAGES = 8, 256
 """Number of images: as many as fit into the time, since the measured share then has a smaller error."""
-DRAWING_FACTOR = 6.0
+RESERVE_SECONDS = 15.0
+"""Start of the demo itself, and its report."""
+DRAWING_FACTOR = 8.0
 """Time of a forward pass of one image in one process, compared with its time in a training batch of all
 processes (`benchmarks/results/first_minutes.md`)."""
 
@@ -45,7 +47,7 @@ def make_plan(minutes: float, spent: float, trial: float, rate: float, stage: St
     start = max(0.0, trial - SPEED_STEPS * stage.global_batch / rate)
     end = END_SHARE * 60 * minutes
     # the training starts twice, since it is stopped half-way
-    left = 60 * minutes - spent - 2 * start - end
+    left = 60 * minutes - RESERVE_SECONDS - spent - 2 * start - end
     # two steps at least, so that there is a place to stop at
     steps = max(2, int(left * rate) // stage.global_batch)
 

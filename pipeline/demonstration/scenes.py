@@ -66,8 +66,7 @@ class ScenesEnding(Ending):
         words += ["--objects", str(self.style.objects)] if self.style.objects else []
         words += ["--combination", str(UNSEEN)]
         run("pipeline.follow", "write", str(self.folder), *words)
-        source = [str(self.stage.run), "--prompts", str(self.folder / "prompts.txt")]
-        run("pipeline.sample", *source, "--own-seeds", "--out", str(self.drawn))
+        self.sample(self.folder / "prompts.txt", "--own-seeds")
 
     def measure(self) -> dict[str, Any]:
         """Return the shares of right claims, and those of images against other prompts."""

@@ -21,7 +21,6 @@ from data_prep.dataset.mds import Shard, write_mds
 from data_prep.store.store import open_store
 from model.common.errors import UserError
 from pipeline.data import shard_cache
-from pipeline.data.batch import sample_noise
 from pipeline.data.captions import CaptionChoice
 from pipeline.data.shard_cache import ShardCache, locked
 from tests.helpers import fake_snapshot as fake
@@ -299,23 +298,3 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     store = open_store(str(tmp_path / "store"), create=True)
     with pytest.raises(UserError, match=r"data\.cache="):
         ShardCache(store, Path(tmp_path / "file" / "below"), "abc", None)
-
-
-def test_noise_is_the_samples_own():
-    def noise(ids, seed=1, epoch=2, stream="noise"):
-        noise_of = sample_noise(CPU, [len(ids), 2, 8, 8], [(seed, epoch, id) for id in ids], stream)
-        return dict(zip(ids, noise_of, strict=True))
-
-    one, other = noise([3, 4, 5]), noise([5, 3])
-    assert all(torch.equal(one[id], other[id]) for id in other)
-    variants = [
-        one[3],
-        one[4],
-        noise([3], seed=2)[3],
-        noise([3], epoch=3)[3],
-        noise([3], stream="posterior_noise")[3],
-    ]
-    assert len({values.sum().item() for values in variants}) == len(variants)
-    numbers = torch.stack(list(noise(list(range(100))).values()))
-    assert abs(numbers.mean()) < 0.05
-    assert abs(numbers.std() - 1) < 0.05

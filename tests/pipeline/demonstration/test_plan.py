@@ -11,6 +11,7 @@ from pipeline.demonstration.plan import (
     END_SHARE,
     MAX_IMAGES,
     MIN_IMAGES,
+    RESERVE_SECONDS,
     SPEED_STEPS,
     make_plan,
 )
@@ -47,7 +48,7 @@ def test_the_phases_fit_into_the_time(minutes, rate, start, before):
 def test_the_time_left_is_spent_on_training():
     plan = make_plan(8, 100.0, trial_seconds(100, 10), 100.0, STAGE)
     # all but what is spent, two starts, and the end; less than one batch is left over
-    seconds = 480 - 100 - 2 * 10 - END_SHARE * 480
+    seconds = 480 - RESERVE_SECONDS - 100 - 2 * 10 - END_SHARE * 480
     assert 0 <= seconds * 100 - plan.samples < BATCH
 
 

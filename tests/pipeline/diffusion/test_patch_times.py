@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.common.errors import UserError
 from pipeline.ablation.rows import PAPER_ROWS, read_ablation
-from pipeline.data.batch import sample_noise
+from pipeline.data.noise import sample_noise
 from pipeline.diffusion.objective import make_objective
 from pipeline.diffusion.patch_times import quantiles, share_below, times_of_levels
 from pipeline.stage.config import load_stage
