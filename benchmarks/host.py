@@ -44,7 +44,7 @@ PHASES = ("forward", "backward", "step")
 WARM_UP = 3
 GOAL = 1 / 3
 MAX_OPERATIONS = 2_500
-"""Of a whole step outside of regions: goal."""
+"""Operations in a whole step outside of regions: goal."""
 
 
 class Node(torch.autograd.Function):

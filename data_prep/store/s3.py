@@ -183,7 +183,9 @@ class S3Bucket:
         """
         if self._conditional is None:
             # A hidden name: listings skip it, and `gc` removes it if this process is killed.
-            self._conditional = self._probe(f"{key.rpartition('/')[0]}/.probe-{secrets.token_hex(8)}")
+            self._conditional = _obeys_conditions(
+                self, f"{key.rpartition('/')[0]}/.probe-{secrets.token_hex(8)}"
+            )
         if self._conditional:
             return self._put_if_none_match(key, data)
 
@@ -211,7 +213,7 @@ class S3Bucket:
             except self.client.exceptions.ClientError as error:
                 if status_of(error) != 412:
                     raise
-                if tries > 1 and self._is_damaged(key, xxhash.xxh64_hexdigest(data)):
+                if tries > 1 and _is_damaged(self, key, xxhash.xxh64_hexdigest(data)):
                     condition.clear()
                     raise DamagedError("the body changed during an upload whose answer was lost") from error
                 return False
@@ -220,29 +222,6 @@ class S3Bucket:
         created = self._retried(key, put)
         # After a try whose answer was lost, the object that exists may be our own.
         return created or (tries > 1 and self.read(key) == data)
-
-    def _is_damaged(self, key: str, hexdigest: str) -> bool:
-        """True if the object was sent with this hash, and its body has another one."""
-        response = own_object(self.client.get_object(Bucket=self.bucket, Key=key))
-        with response["Body"] as body:
-            return (
-                response["Metadata"].get(HASH_FIELD) == hexdigest
-                and xxhash.xxh64_hexdigest(body.read()) != hexdigest
-            )
-
-    def _probe(self, key: str) -> bool:
-        """True if the endpoint obeys `If-None-Match`: of two conditional puts only the first succeeds."""
-        try:
-            # Other bytes the second time: equal ones would count as our own after an answer was lost.
-            obeyed = self._put_if_none_match(key, b"1") and not self._put_if_none_match(key, b"2")
-        except StoreError as error:
-            if "NotImplemented" not in str(error) and "InvalidArgument" not in str(error):
-                raise
-            obeyed = False
-        self.delete(key)
-        if not obeyed:
-            log.warning(_UNCONDITIONAL, self.uri, FALLBACK_SETTLE_SECONDS)
-        return obeyed
 
     def _put(self, key: str, data: bytes | Path, **condition: str) -> None:
         if isinstance(data, Path):
@@ -371,6 +350,29 @@ class S3Bucket:
                 return call()
 
         return retrying(uri)(call_once)
+
+
+def _obeys_conditions(bucket: S3Bucket, key: str) -> bool:
+    """True if the endpoint obeys `If-None-Match`: of two conditional puts only the first succeeds."""
+    try:
+        # Other bytes the second time: equal ones would count as our own after an answer was lost.
+        obeyed = bucket._put_if_none_match(key, b"1") and not bucket._put_if_none_match(key, b"2")
+    except StoreError as error:
+        if "NotImplemented" not in str(error) and "InvalidArgument" not in str(error):
+            raise
+        obeyed = False
+    bucket.delete(key)
+    if not obeyed:
+        log.warning(_UNCONDITIONAL, bucket.uri, FALLBACK_SETTLE_SECONDS)
+    return obeyed
+
+
+def _is_damaged(bucket: S3Bucket, key: str, hexdigest: str) -> bool:
+    """True if an object was sent with this hash, and its body has another one."""
+    response = own_object(bucket.client.get_object(Bucket=bucket.bucket, Key=key))
+    with response["Body"] as body:
+        found = xxhash.xxh64_hexdigest(body.read())
+    return response["Metadata"].get(HASH_FIELD) == hexdigest != found
 
 
 def _delete_page(bucket: S3Bucket, keys: Sequence[str]) -> None:

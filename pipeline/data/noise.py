@@ -1,8 +1,8 @@
 """Normal numbers of samples: each sample's own, whatever batch it is in.
 
-On a CPU each sample has a numpy generator. On a GPU that would be two kernels for each sample, five hundred a
-step; there the numbers of all samples come from one function of a key and a counter, which is compiled to one
-kernel. That function gives the same numbers on a CPU, where it takes several times as long.
+On a CPU each sample has a numpy generator. On a GPU that would be two kernels for each sample. There the
+numbers of all samples come from one function of a key and a counter, which is compiled to one kernel. That
+function gives the same numbers on a CPU, where it takes several times as long.
 """
 
 import math

@@ -84,11 +84,8 @@ class Engine:
         choose_attention(stage.engine.attention)
         config = deepspeed_config(stage, self.micro_batch, self.backward_passes)
 
-        self.module: Any
-        if stage.engine.zero_stage == 3:
-            self.module = build_partitioned(build, config)
-        else:
-            self.module = build().to(self.device)
+        is_sharded = stage.engine.zero_stage == 3
+        self.module: Any = build_partitioned(build, config) if is_sharded else build().to(self.device)
 
         # DeepSpeed makes the masters from the cast parameters; `fill` below gives them their exact values.
         initial = take_fp32(self.module)
@@ -110,7 +107,7 @@ class Engine:
         hold_absent_rows(inner)
         self._engine, _, _, _ = deepspeed.initialize(model=self.module, optimizer=inner, config=config)
         self._optimizer: Any = self._engine.optimizer
-        if stage.engine.zero_stage == 3:
+        if is_sharded:
             Buckets(self._optimizer)
 
         self.master_weights = MasterWeights(
@@ -123,7 +120,7 @@ class Engine:
         self.averages = [ShardedEMA(decay, self.master_weights.tensors) for decay in stage.ema]
 
         self._micro_step = 0
-        self._flat = FlatStep(self._optimizer, stage.optim.clip) if stage.engine.zero_stage == 3 else None
+        self._flat = FlatStep(self._optimizer, stage.optim.clip) if is_sharded else None
         self._reduction = ReduceOnce(self._optimizer) if reduces_once else None
 
     def warm_up(

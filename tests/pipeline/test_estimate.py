@@ -233,7 +233,7 @@ def test_a_job_refuses_a_stage_that_its_gpus_cannot_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: small)
     ranks = Distributed(rank=0, world=64, local_rank=0)
-    with pytest.raises(UserError, match="needs 44 GB on each of 64 GPUs, which have 40 GB"):
+    with pytest.raises(UserError, match="needs 45 GB on each of 64 GPUs, which have 40 GB"):
         node_check._check_memory(load_stage("li_dit_10b_1024", []), ranks)
     # On every node alike, so that other nodes are not tried, even by a job of one node.
     report = preflight.NodeReport("n1", 0, 0, errors=[("memory", "needs 45 GB")])

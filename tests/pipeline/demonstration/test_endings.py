@@ -68,7 +68,7 @@ def emoji_demo(tmp_path, monkeypatch):
 
     monkeypatch.setattr(emoji, "read_all_pairs", lambda stage: PAIRS)
     monkeypatch.setattr(emoji, "load_latent_space", lambda *_: PooledPixels())
-    monkeypatch.setattr(emoji, "run", sample)
+    monkeypatch.setattr("pipeline.demonstration.ending.run", sample)
     stage = stage_in(tmp_path, "demo")
     stage.run.mkdir(parents=True)
     ending = EmojiEnding(stage, DATASET, 30)
@@ -130,6 +130,7 @@ def test_rendered_scenes_are_right_and_their_claims_are_marked(tmp_path, monkeyp
             follow()
 
     monkeypatch.setattr(scenes, "run", do)
+    monkeypatch.setattr("pipeline.demonstration.ending.run", do)
     ending.sample_images()
     measured = ending.measure()
     assert measured["right"]["colour"] > 0.9

@@ -61,8 +61,8 @@ def test_more_minutes_give_more_training_and_more_images():
 def test_sampling_without_guidance_gives_twice_the_images():
     sample = replace(STAGE.sample, guidance=1.0, steps=100)
     trial = trial_seconds(50, 0)
-    single = make_plan(8, trial, trial, 50.0, replace(STAGE, sample=sample))
-    double = make_plan(8, trial, trial, 50.0, replace(STAGE, sample=replace(sample, guidance=2.0)))
+    single = make_plan(32, trial, trial, 50.0, replace(STAGE, sample=sample))
+    double = make_plan(32, trial, trial, 50.0, replace(STAGE, sample=replace(sample, guidance=2.0)))
     assert single.images == pytest.approx(2 * double.images, abs=1)
 
 
