@@ -10,6 +10,10 @@ from collections.abc import Callable
 class UserError(Exception):
     """Something the user can put right: the message names the thing and the way out, on one line."""
 
+    def __str__(self) -> str:
+        # Names in the message may come from damaged files.
+        return one_line(super().__str__())
+
 
 def one_line(text: str) -> str:
     """Return a text on one line, with control characters escaped, which a terminal would obey."""
@@ -21,7 +25,7 @@ def one_line(text: str) -> str:
 
 def print_error(error: UserError) -> None:
     """Print a `UserError` as the user sees it: one line on stderr."""
-    print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:
