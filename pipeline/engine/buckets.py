@@ -70,6 +70,7 @@ class Buckets:
                 parameter.grad.record_stream(accelerator.current_stream())
             parameter.grad = None
 
-        if own:
-            first = self._optimizer.micro_step_id == 0
-            (torch._foreach_copy_ if first else torch._foreach_add_)(kept, own)
+        if own and self._optimizer.micro_step_id == 0:
+            torch._foreach_copy_(kept, own)  # pyright: ignore[reportPrivateImportUsage]
+        elif own:
+            torch._foreach_add_(kept, own)  # pyright: ignore[reportPrivateImportUsage]
