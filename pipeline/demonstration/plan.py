@@ -14,6 +14,9 @@ SPEED_STEPS = 20
 """Steps that show the speed of training. The second half of them counts, since the first steps are slower."""
 MIN_IMAGES, MAX_IMAGES = 8, 256
 """Number of images: as many as fit into the time, since the measured share then has a smaller error."""
+END_STARTS = 3.5
+"""Time that generating and measuring take whatever the number of images, in starts of the training: they load
+the network, its LLMs and the training images."""
 RESERVE_SECONDS = 15.0
 """Start of the demo itself, and its report."""
 DRAWING_FACTOR = 8.0
@@ -54,7 +57,6 @@ def make_plan(minutes: float, spent: float, trial: float, rate: float, stage: St
     # a sample in training takes about as long as three forward passes
     passes = stage.sample.steps * (1 if stage.sample.guidance == 1 else 2)
     seconds_per_image = passes / (3 * rate) * DRAWING_FACTOR
-    # the command that draws and the measurement load as much as a start of the training
-    images = int((end - 2 * start) / seconds_per_image)
+    images = int((end - END_STARTS * start) / seconds_per_image)
 
     return Plan(minutes, steps * stage.global_batch, min(max(images, MIN_IMAGES), MAX_IMAGES))

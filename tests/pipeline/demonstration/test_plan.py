@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.demonstration.plan import (
     DRAWING_FACTOR,
     END_SHARE,
+    END_STARTS,
     MAX_IMAGES,
     MIN_IMAGES,
     RESERVE_SECONDS,
@@ -41,7 +42,7 @@ def test_the_phases_fit_into_the_time(minutes, rate, start, before):
     training = 2 * start + plan.samples / rate
     assert plan.samples == 2 * BATCH or before + trial + training <= (1 - END_SHARE) * 60 * minutes + 1e-6
     per_image = 2 * STAGE.sample.steps / (3 * rate) * DRAWING_FACTOR
-    drawing = 2 * start + plan.images * per_image
+    drawing = END_STARTS * start + plan.images * per_image
     assert plan.images == MIN_IMAGES or drawing <= END_SHARE * 60 * minutes + 1e-6
 
 
