@@ -265,7 +265,8 @@ class ShardCache:
     def _mark_whole(self, path: Path, name: str) -> None:
         marker = self._marker_path(name)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(marker, _state(path))
+        with suppress(FileNotFoundError):  # another process has evicted it already: it is fetched again
+            write_atomic(marker, _state(path))
 
     @contextmanager
     def reserve(self, path: Path, needed: int) -> Iterator[None]:

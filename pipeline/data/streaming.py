@@ -370,7 +370,8 @@ def _without_traceback(error: UserError) -> UserError:
     iterator that failed.
     """
     error.__traceback__ = None
-    text = str(error).rstrip()
+    # As it was given: `str` has it on one line.
+    text = str(error.args[0]).rstrip() if error.args else ""
     if not text.startswith("Caught "):
         return error
     return type(error)(

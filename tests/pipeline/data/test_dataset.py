@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.dataset.mds import Shard, write_mds
-from data_prep.store.store import open_store
+from data_prep.store.store import StoredFile, open_store
 from model.common.errors import UserError
 from pipeline.data import shard_cache
 from pipeline.data.captions import CaptionChoice
@@ -298,3 +299,29 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     store = open_store(str(tmp_path / "store"), create=True)
     with pytest.raises(UserError, match=r"data\.cache="):
         ShardCache(store, Path(tmp_path / "file" / "below"), "abc", None)
+
+
+def test_a_file_that_is_evicted_as_soon_as_it_is_fetched_is_fetched_again(tmp_path, monkeypatch, remote_file):
+    cache, file = remote_file
+    download, gone = cache._download, [True, False]
+
+    def evicted(path, *arguments):
+        write = shard_cache.write_atomic
+        if gone.pop(0):
+            monkeypatch.setattr(shard_cache, "write_atomic", lambda *_: path.unlink() or path.stat())
+        download(path, *arguments)
+        monkeypatch.setattr(shard_cache, "write_atomic", write)
+
+    monkeypatch.setattr(cache, "_download", evicted)
+    path = cache.get(file, "small/64x64/00000", 1.0)
+    assert not path.exists()
+    assert cache.get(file, "small/64x64/00000", 1.0).read_bytes() == b"payload"
+
+
+@pytest.fixture
+def remote_file(s3, tmp_path):
+    store = open_store(s3)
+    store.put("payload", b"payload")
+    file = StoredFile("payload", 7, xxhash.xxh64_hexdigest(b"payload"))
+    yield ShardCache(store, tmp_path / "cache", "abc", None), file
+    store.close()
