@@ -184,6 +184,7 @@ def backward_with(own, settings):
         own: True for the engine's buckets, False for DeepSpeed's with their buffers.
         settings: of the engine.
     """
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an engine before
     engine = make_engine(config=stage(**settings))
     zero = engine._optimizer
     if not own:
