@@ -16,7 +16,6 @@ are fitted to 8 images. What a run has finished is not done again.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from data_prep.scenes.captions import SceneCaption, caption_scene
 from data_prep.scenes.grammar import SIZES, TONES, Ground, Scene, SceneStyle, Segment, Texture, sample_scene
 from data_prep.scenes.rendering import render_scene
 from model.common.files import write_atomic
-from model.functional import CPU_HAS_BF16
+from model.functional import has_bf16
+from pipeline.demonstration.commands import run as run_command
 from pipeline.fit_user import encode_images
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import prompt_following, score_objects
@@ -167,17 +167,17 @@ def write_dataset(path: Path, folder: Path, side: int, named: bool) -> None:
     path.write_text(yaml.safe_dump(record, sort_keys=False))
 
 
-def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingConfig, seed: int) -> None:
-    """Render, write and prepare a dataset, unless it has a snapshot."""
-    named = seed == TRAIN_SEED
+def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingConfig, named: bool) -> None:
+    """Render and prepare the dataset of the users, if `named`, or of the base, unless it has a snapshot."""
     if any((path.parent / "store" / path.stem / "snapshots").glob("*")):
         return
     folder = path.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
+    seed = TRAIN_SEED if named else BASE_SEED
     write_images(folder, chosen, images, sample.height, sample.scenes_scale, seed, named)
     write_dataset(path, folder, sample.height, named)
     for step in ("plan", "pairs", *(["users"] if named else []), "latents", "text", "snapshot"):
-        command("data_prep", step, str(path))
+        run_command("data_prep", step, str(path))
 
 
 def base_stage(out: Path, samples: int) -> StageConfig:
@@ -222,11 +222,6 @@ def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> St
     stage.log, stage.sample.every_samples = replace(stage.log, validate_every_samples=0), 0
     stage.checkpoint.every_samples = samples
     return stage
-
-
-def command(*words: str) -> None:
-    """Run a command of this project."""
-    subprocess.run([sys.executable, "-m", *words], check=True)
 
 
 def generate(sampler: Sampler, captions: Iterable[str], params: SamplingParams) -> list[np.ndarray]:
@@ -277,8 +272,8 @@ def draw_eight(sampler: Sampler, chosen: Sequence[Taste], out: Path) -> None:
     """Write images of the same prompts for eight users, each with the user's taste below."""
     defaults, grid, captions = sampler.defaults, [], []
     texts = [scene_of(Taste(), TEST_SEED, number, defaults.scenes_scale)[1].text for number in range(2)]
-    # Every fourth, so that the kinds of tastes are mixed.
     for text in texts:
+        # Every fourth, so that the kinds of tastes are mixed.
         for user in range(0, USERS, USERS // 8):
             params = SamplingParams(
                 defaults.steps, defaults.guidance, defaults.height, defaults.width, user=str(user)
@@ -296,11 +291,12 @@ def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     known = tastes()
     chosen, others = known[:USERS], known[USERS : USERS + NEW_USERS]
     base = base_stage(out, arguments.base_samples)
-    prepare(out / "base.yaml", [Taste()], arguments.base_images, base.sample, BASE_SEED)
+    prepare(out / "base.yaml", [Taste()], arguments.base_images, base.sample, named=False)
     train(base, out / "base_stage.yaml")
-    prepare(out / "users.yaml", chosen, arguments.images, base.sample, TRAIN_SEED)
+    prepare(out / "users.yaml", chosen, arguments.images, base.sample, named=True)
 
-    device, dtype = torch.device("cpu"), torch.bfloat16 if CPU_HAS_BF16 else torch.float32
+    device = torch.device("cpu")
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     nobody = {f"-{number}": taste for number, taste in enumerate(chosen)}
     table = {"base": measure(load_source(base.run, "ema", device, dtype), nobody, arguments.prompts)}
     for row in arguments.rows:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.functional import CPU_HAS_BF16
+from model.functional import has_bf16
 from pipeline.demonstration.commands import run
 from pipeline.reporting.extra import ShownImage, Tile
 from pipeline.stage.config import StageConfig
@@ -49,8 +49,9 @@ class Ending(ABC):
 
     def sample(self, prompts: Path, *words: str) -> None:
         """Run `pipeline.sample` on a file of prompts."""
-        # As the network was trained. A CPU without instructions for bf16 is faster in fp32.
-        precision = "bf16" if CPU_HAS_BF16 or torch.cuda.is_available() else "fp32"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # As the network was trained, where that is not slower.
+        precision = "bf16" if has_bf16(device) else "fp32"
         words = ("--precision", precision, "--out", str(self.drawn), *words)
         run("pipeline.sample", str(self.stage.run), "--prompts", str(prompts), *words)
 

@@ -148,6 +148,11 @@ def leaves_and_losses(leaves, settings):
     return len(fetched), losses, [float(master.double().sum()) for master in engine.master_weights.tensors]
 
 
+def masters_and_moments(engine):
+    tensors = engine.state().tensors
+    return [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in tensors[kind]]
+
+
 def step_with(own, settings):
     """Return the operations of a step, and the masters and moments after four.
 
@@ -172,9 +177,7 @@ def step_with(own, settings):
 
     with mock.patch.object(engine._engine, "step", counting_step):
         dit_step(engine, 3)
-    kept = engine.state().tensors
-    kept = [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in kept[kind]]
-    return counted.count, kept
+    return counted.count, masters_and_moments(engine)
 
 
 def backward_with(own, settings):
@@ -200,9 +203,7 @@ def backward_with(own, settings):
 
     with mock.patch.object(engine, "backward", counting_backward):
         train(engine, 3)
-    kept = engine.state().tensors
-    kept = [tensor.clone() for kind in ("master", "exp_avg", "exp_avg_sq") for tensor in kept[kind]]
-    return counted.count, kept
+    return counted.count, masters_and_moments(engine)
 
 
 def reductions(settings):
