@@ -79,7 +79,7 @@ def kept(patches, tokens, budget):
 
 
 @pytest.mark.parametrize(
-    "budget", [1.0, pytest.param(0.9, marks=pytest.mark.slow), 0.7, pytest.param(0.6, marks=pytest.mark.slow)]
+    "budget", [1.0, *(pytest.param(budget, marks=pytest.mark.slow) for budget in (0.9, 0.7, 0.6))]
 )
 def test_a_compiled_block_keeps_what_the_estimate_says_and_recomputes_no_product(budget, monkeypatch):
     monkeypatch.setattr(layers, "attention", attention)

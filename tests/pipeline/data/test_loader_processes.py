@@ -170,6 +170,7 @@ def in_a_process_of_its_own(body, store, cache):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_job_do_not_reach_loader_processes(store, cache):
     in_a_process_of_its_own(signal_all_children, store, cache)
 

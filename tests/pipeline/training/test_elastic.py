@@ -131,6 +131,7 @@ def test_what_a_step_leaves_out_does_not_move(store, tmp_path, zero_stage):
         assert report[f"mfu_{part}"] == pytest.approx(report["mfu"])
 
 
+@pytest.mark.slow
 def test_a_sandwich_trains_the_whole_and_a_part(store, tmp_path):
     settings = {
         **seam_tasks.PLAIN,

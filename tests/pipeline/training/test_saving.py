@@ -19,6 +19,7 @@ def store(tmp_path_factory):
     return str(folder / "store")
 
 
+@pytest.mark.slow
 def test_periodic_saves_wait_for_a_step_that_is_applied(store, tmp_path):
     """Checkpoints of skipped steps would push out those from before the fault."""
     settings = {"optim__max_skipped_steps": 5, "checkpoint__every_samples": 16}

@@ -206,6 +206,7 @@ class Command:
             self.pool.kill()
 
 
+@pytest.mark.slow
 def test_spoiled_steps_in_a_row_end_the_run_which_says_why_and_leaves_good_checkpoints(store, tmp_path):
     config = trainer_tasks.stage(store, tmp_path, optim__max_skipped_steps=2, checkpoint__every_samples=16)
     codes, logs = Command(tmp_path, config, math.nan, range(7, 12)).end()
