@@ -1,5 +1,6 @@
 """Arithmetic on an elastic network: size and FLOPs of each of its parts, and their mean in training."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,11 @@ class PartCost:
 
 
 def part_costs(
-    stage: StageConfig, dit: DiTConfig, widths: Sequence[int], flops: Callable[[DiTConfig], float]
+    stage: StageConfig,
+    dit: DiTConfig,
+    widths: Sequence[int],
+    latents: Sequence[int],
+    flops: Callable[[DiTConfig], float],
 ) -> list[PartCost]:
     """Return the costs of all parts, the full network first.
 
@@ -35,10 +40,11 @@ def part_costs(
         stage: the stage.
         dit: sizes of the full network.
         widths: width of each LLM's hidden states.
+        latents: positions of a sample's latents along each axis.
         flops: FLOPs of a sample, of a network of given sizes.
     """
     choice = PartChoice(stage.elastic, dit, make_objective(stage.objective), stage.data.seed)
-    shares = choice.shares()
+    shares = choice.shares(math.prod(latents))
 
     costs = []
 

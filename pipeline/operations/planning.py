@@ -122,7 +122,7 @@ def make_plan(stage: StageConfig, setup: Setup) -> Plan:
 
     flops, parts = cost(dit), []
     if stage.elastic.elastic:
-        parts = part_costs(stage, dit, widths, cost)
+        parts = part_costs(stage, dit, widths, setup.latents, cost)
         # a step trains some of the parts
         flops = sum(part.share * part.flops_per_sample for part in parts)
         added = further_parameters(stage, dit)

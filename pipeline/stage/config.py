@@ -247,6 +247,16 @@ class StageConfig:
             raise UserError(
                 "objective.patch_times has times of patches of one size: leave it out, or elastic.patches"
             )
+        if len(self.elastic.patches) > 1 and self.objective.first_frame:
+            raise UserError(
+                "objective.first_frame gives patches of one size a time: leave it out, or elastic.patches"
+            )
+        # The head is compared with the errors of the same patches at all times.
+        if self.elastic.segments and self.objective.difficulty:
+            raise UserError(
+                "objective.difficulty is measured on patches of one size at all times: leave it out, or "
+                "elastic.segments"
+            )
 
     def _check_prediction(self) -> None:
         """Check that a velocity follows from clean latents, if those are what the network predicts."""

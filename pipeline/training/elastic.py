@@ -1,5 +1,6 @@
 """Training of an elastic network: the part of it that each step trains, and the passes of that step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -55,16 +56,28 @@ class PartChoice:
             seed: of the run.
         """
         self.config, self.sizes, self.seed = config, sizes, seed
+        self.objective = objective
         self.depths = config.depths or [sizes.depth]
         self.whole, *self.others = config.parts(sizes)
+        self._bounds: dict[int, list[float]] = {}
+        """By the positions of the latents."""
 
-        self.bounds: list[float] = []
-        """With segments: uniform numbers at which each size's segment begins, and 1."""
-        if config.segments:
-            inner = [uniform_bound(objective, time) for time in config.segments]
-            self.bounds = [0.0, *inner, 1.0]
+    def bounds(self, positions: int) -> list[float]:
+        """Return the uniform numbers at which each size's segment begins, and 1; empty without segments.
 
-    def parts(self, epoch: int, index: int) -> list[SubNetwork]:
+        Args:
+            positions: of the latents, on which the density of times may depend.
+        """
+        if not self.config.segments:
+            return []
+        if positions not in self._bounds:
+            objective = self.objective
+            own = make_objective(objective.config.at_size(positions), objective.patch)
+            inner = [uniform_bound(own, time) for time in self.config.segments]
+            self._bounds[positions] = [0.0, *inner, 1.0]
+        return self._bounds[positions]
+
+    def parts(self, epoch: int, index: int, positions: int) -> list[SubNetwork]:
         """Return what a step trains: a part, or with `elastic.sandwich` the full network and then a part.
 
         With segments, the size of patches is chosen as often as times are in its segment, which leaves the
@@ -73,11 +86,12 @@ class PartChoice:
         Args:
             epoch: of the batch.
             index: its number in the epoch.
+            positions: of its latents.
         """
         first, second, third = batch_numbers(self.seed, epoch, "elastic", index // self.config.hold, 3)
         whole, others = self.whole, self.others
-        if self.bounds:
-            patch = self.config.patches[sum(bound <= third for bound in self.bounds[1:-1])]
+        if bounds := self.bounds(positions):
+            patch = self.config.patches[sum(bound <= third for bound in bounds[1:-1])]
             whole = SubNetwork(self.sizes.depth, patch)
             others = [SubNetwork(depth, patch) for depth in self.depths[1:]]
 
@@ -87,12 +101,13 @@ class PartChoice:
 
         return [whole if first < self.config.full else part]
 
-    def shares(self) -> dict[SubNetwork, float]:
-        """Return how many passes of each part a step has on average; with a sandwich they sum up to 2."""
+    def shares(self, positions: int) -> dict[SubNetwork, float]:
+        """Return how many passes of each part a step has on average, with latents of so many positions; with
+        a sandwich they sum up to 2."""
         groups = [(1.0, self.whole, self.others)]
-        if self.bounds:
+        if bounds := self.bounds(positions):
             groups = []
-            for (low, high), patch in zip(pairwise(self.bounds), self.config.patches, strict=True):
+            for (low, high), patch in zip(pairwise(bounds), self.config.patches, strict=True):
                 others = [SubNetwork(depth, patch) for depth in self.depths[1:]]
                 groups.append((high - low, SubNetwork(self.sizes.depth, patch), others))
 
@@ -106,12 +121,14 @@ class PartChoice:
                 shares[part] = mass * of_others / len(others)
         return shares
 
-    def uniform(self, u: Tensor, patch: int) -> Tensor:
-        """Move uniform numbers [B] into the segment of a size of patches; without segments, keep them."""
-        if not self.bounds:
+    def uniform(self, u: Tensor, patch: int, positions: int) -> Tensor:
+        """Move uniform numbers [B] into the segment of a size of patches, for latents of so many positions;
+        without segments, keep them."""
+        bounds = self.bounds(positions)
+        if not bounds:
             return u
         number = self.config.patches.index(patch)
-        low, high = list(pairwise(self.bounds))[number]
+        low, high = bounds[number], bounds[number + 1]
 
         # In double precision, and never 1, at which the normal density's inverse is infinite.
         moved = (low + u.double() * (high - low)).float()
@@ -145,16 +162,21 @@ class ElasticPasses(Passes):
 
     def part(self, batch: Batch) -> str:
         """Return the name of the part that a batch trains, in a sandwich of the second one."""
-        return str(self.choice.parts(batch.epoch, batch.index)[-1])
+        return str(self.parts(batch)[-1])
+
+    def parts(self, batch: Batch) -> list[SubNetwork]:
+        """Return the parts that a batch trains, in order."""
+        return self.choice.parts(batch.epoch, batch.index, _positions(batch))
 
     def run(self, batch: Batch, add_losses: AddLosses) -> None:
         """Leave the gradients of a batch in the engine."""
-        parts = self.choice.parts(batch.epoch, batch.index)
+        parts = self.parts(batch)
         clean = self.inputs.clean_latents(batch)
-        u = self.choice.uniform(batch.u, parts[0].patch)
+        u = self.choice.uniform(batch.u, parts[0].patch, _positions(batch))
         example = self.objective.training_example(clean, batch.noise, u, batch.normal)
         condition = self.inputs.condition(batch, example.timesteps, example.levels)
         condition = replace(condition, with_difficulty=self.stage.objective.difficulty > 0)
+        times = self.times(example)
 
         # The full network comes first: a part may learn from its prediction.
         for micro in self.inputs.micro_batches(batch, list(self.engine.micro_batches(len(clean)))):
@@ -170,7 +192,7 @@ class ElasticPasses(Passes):
                     learned = self._distilled(learned, losses, prediction, whole)
 
                 self.engine.backward(learned.mean())
-                add_losses(batch, losses.detach(), example.timesteps[micro.rows], str(part))
+                add_losses(batch, losses.detach(), times[micro.rows], str(part))
                 whole = prediction.detach()[:, : target.shape[1]]
 
     def _distilled(self, learned: Tensor, losses: Tensor, prediction: Tensor, whole: Tensor) -> Tensor:
@@ -179,3 +201,8 @@ class ElasticPasses(Passes):
         from_whole = self.objective.loss(prediction[:, : whole.shape[1]], whole)
         # `learned` may hold the loss of the difficulty head besides, which stays as it is.
         return learned + share * (from_whole - losses)
+
+
+def _positions(batch: Batch) -> int:
+    """Return the positions of a sample's latents."""
+    return math.prod(batch.mean.shape[2:])

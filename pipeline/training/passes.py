@@ -10,7 +10,7 @@ from torch import Tensor
 from model.condition import Condition
 from model.config import DiTConfig
 from pipeline.data.batch import Batch
-from pipeline.diffusion.objective import make_objective
+from pipeline.diffusion.objective import TrainingExample, make_objective
 from pipeline.stage.config import StageConfig
 from pipeline.training.inputs import NetworkInputs
 
@@ -62,6 +62,13 @@ class Passes:
         grids = [sizes.patch_grid(positions) for sizes in self.all_sizes()]
         return grids if self.sizes.needs_grid else [(math.prod(grid),) for grid in grids]
 
+    def times(self, example: TrainingExample) -> Tensor:
+        """Return the times by which losses are sorted, fp32 [B] or [B, K]."""
+        if self.stage.objective.first_frame and example.levels is not None:
+            # The time of a given frame is no measure of the sample's noise.
+            return example.levels.sample_times
+        return example.timesteps
+
     def part(self, batch: Batch) -> str:
         """Return the name of what a batch trains, by which metrics are sorted; empty = the whole network."""
         return ""
@@ -73,11 +80,7 @@ class Passes:
         condition = self.inputs.condition(batch, example.timesteps, example.levels)
         condition = replace(condition, with_difficulty=self.stage.objective.difficulty > 0)
 
-        times = example.timesteps
-        if self.stage.objective.first_frame and example.levels is not None:
-            # The time of a given frame is no measure of the sample's noise.
-            times = example.levels.sample_times
-
+        times = self.times(example)
         parts = list(self.engine.micro_batches(len(clean)))
         for part in self.inputs.micro_batches(batch, parts):
             noisy = example.noisy[part.rows].to(self.engine.dtype)

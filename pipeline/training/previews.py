@@ -22,8 +22,10 @@ from torch import Tensor
 from model.common.files import atomic_path, write_atomic
 from model.condition import Condition
 from model.sub_network import Part
+from pipeline.diffusion.adaptive import ADAPTIVE
 from pipeline.diffusion.solvers import make_scheduler, sample_latents
 from pipeline.engine.engine import Engine
+from pipeline.inference.elastic import Parts, sizes_for_solver
 from pipeline.inference.sampler import (
     SamplingParams,
     decode_each,
@@ -169,7 +171,7 @@ class Previews(Callback):
         seeds = [sample.seed + index for index in indices]
         latents = sample_latents(
             engine,
-            self._solver(engine),
+            self._solver(engine, part),
             replace(self._condition(engine, prompts), part=part),
             replace(self._condition(engine, [""] * len(prompts)), part=part),
             self.shape,
@@ -180,11 +182,12 @@ class Previews(Callback):
         )
         return self.kind.convert(decode_each(self.vae, latents))
 
-    def _solver(self, engine: Engine) -> Any:
+    def _solver(self, engine: Engine, part: Part | None = None) -> Any:
         sample, objective = self.stage.sample, self.stage.objective
+        sizes = sizes_for_solver(engine.module, Parts(part, part), sample.scheduler in ADAPTIVE)
         if objective.shift_positions is not None:
             objective = objective.at_size(math.prod(self.shape[1:]))
-        return make_scheduler(objective, sample.scheduler, sample.adaptive, engine.module.sizes)
+        return make_scheduler(objective, sample.scheduler, sample.adaptive, sizes)
 
     def _condition(self, engine: Engine, prompts: list[str]) -> Condition:
         params = SamplingParams(height=self.stage.sample.height, width=self.stage.sample.width)

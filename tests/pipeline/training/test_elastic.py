@@ -29,6 +29,8 @@ from tests.seams import seam_tasks
 DEPTHS = {"model__depth": 4, "elastic__depths": [4, 2]}
 BOTH = {**DEPTHS, "elastic__patches": [2, 4]}
 SIZES = replace(SMALL, depth=6, patch=2)
+POSITIONS = 16
+"""Positions of the latents, where it does not matter."""
 NO_MEMORY = {"optim__betas": (0.0, 0.0), "optim__weight_decay": 0.0}
 """With these a parameter without a gradient does not move."""
 
@@ -187,8 +189,8 @@ def choice(objective=None, **settings):
 @given(full=st.floats(0, 1), hold=st.integers(1, 9), epoch=st.integers(0, 5))
 def test_parts_are_chosen_by_their_shares_and_held(full, hold, epoch):
     chosen = choice(full=full, hold=hold)
-    parts = [chosen.parts(epoch, index)[0] for index in range(300 * hold)]
-    assert parts == [chosen.parts(epoch, index)[0] for index in range(300 * hold)]
+    parts = [chosen.parts(epoch, index, POSITIONS)[0] for index in range(300 * hold)]
+    assert parts == [chosen.parts(epoch, index, POSITIONS)[0] for index in range(300 * hold)]
     assert all(len(set(parts[start : start + hold])) == 1 for start in range(0, len(parts), hold))
     counts = Counter(parts[::hold])
     assert counts[SubNetwork(6, 2)] / 300 == pytest.approx(full, abs=0.1)
@@ -198,7 +200,7 @@ def test_parts_are_chosen_by_their_shares_and_held(full, hold, epoch):
 
 def test_epochs_and_seeds_have_other_parts():
     parts = {
-        (seed, epoch): tuple(replace_seed(seed).parts(epoch, index)[0] for index in range(50))
+        (seed, epoch): tuple(replace_seed(seed).parts(epoch, index, POSITIONS)[0] for index in range(50))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -209,6 +211,13 @@ def replace_seed(seed):
     return PartChoice(ElasticConfig(depths=[6, 4, 2]), SIZES, make_objective(ObjectiveConfig()), seed)
 
 
+def draw_times(objective, positions, u):
+    """Times of training of latents of so many positions."""
+    latents, normal = torch.zeros(len(u), 1, 2, positions // 2), None
+    return make_objective(objective).training_example(latents, latents, u, normal).timesteps
+
+
+@pytest.mark.parametrize("positions", [16, 256])
 @pytest.mark.parametrize(
     "objective",
     [
@@ -216,21 +225,26 @@ def replace_seed(seed):
         ObjectiveConfig(shift=3.0, logit_mean=0.4),
         ObjectiveConfig(timesteps="uniform"),
         ObjectiveConfig(name="ddpm"),
+        ObjectiveConfig(shift=1.5, shift_positions=64),
     ],
 )
-def test_segments_leave_the_density_of_times_as_it_is(objective):
+def test_segments_leave_the_density_of_times_as_it_is(objective, positions):
     chosen = choice(objective, segments=[0.6])
-    made, uniform = make_objective(objective), torch.rand(4000, 8, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(4000, 8, generator=torch.Generator().manual_seed(0))
     shares, times = Counter(), []
     for index, u in enumerate(uniform):
-        patch = chosen.parts(0, index)[0].patch
-        moved = made.sample_timesteps(chosen.uniform(u, patch))
+        patch = chosen.parts(0, index, positions)[0].patch
+        moved = draw_times(objective, positions, chosen.uniform(u, patch, positions))
         assert bool((moved >= 0.6 - 1e-6).all()) == (patch == 4)
         assert bool((moved < 0.6 + 1e-6).all()) == (patch == 2)
         shares[patch] += 1 / len(uniform)
         times.append(moved[:1])
-    plain = made.sample_timesteps(uniform.flatten())
+    plain = draw_times(objective, positions, uniform.flatten())
     assert shares[4] == pytest.approx(float((plain >= 0.6).float().mean()), abs=0.03)
+    of_patches = {4: 0.0, 2: 0.0}
+    for part, share in chosen.shares(positions).items():
+        of_patches[part.patch] += share
+    assert of_patches[4] == pytest.approx(float((plain >= 0.6).float().mean()), abs=0.01)
     noise = 1e-4 * torch.rand(2, 32000, generator=torch.Generator().manual_seed(1))  # ddpm's times repeat
     mixture = torch.cat(times)
     assert kstest((mixture + noise[0, : len(mixture)]).numpy(), (plain + noise[1]).numpy()).pvalue > 1e-3
@@ -238,10 +252,10 @@ def test_segments_leave_the_density_of_times_as_it_is(objective):
 
 def test_a_sandwich_has_the_patches_of_its_segment():
     for index in range(50):
-        whole, part = choice(segments=[0.6], sandwich=True).parts(0, index)
+        whole, part = choice(segments=[0.6], sandwich=True).parts(0, index, POSITIONS)
         assert whole.depth == 6 > part.depth
         assert whole.patch == part.patch
-        whole, part = choice(sandwich=True).parts(0, index)
+        whole, part = choice(sandwich=True).parts(0, index, POSITIONS)
         assert whole == SubNetwork(6, 2) != part
 
 
@@ -275,6 +289,11 @@ def test_each_part_has_its_own_usual_norm():
     [
         (["elastic.depths=[9]"], "model.depth"),
         (["elastic.patches=[2,4]", "objective.patch_times.kind=ltg"], "objective.patch_times"),
+        (["elastic.patches=[2,4]", "objective.first_frame=0.3"], "objective.first_frame"),
+        (
+            ["elastic.patches=[2,4]", "elastic.segments=[0.5]", "objective.difficulty=0.01"],
+            "objective.difficulty",
+        ),
         (["elastic.depth=[4,2]"], "depths"),
         (["elastic.full=1.5"], "elastic.full"),
     ],
