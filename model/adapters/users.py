@@ -21,6 +21,8 @@ from model.layers import CrossAttention, Linear, RMSNorm, ZeroLinear
 
 START = 0.1
 """Rows of the table start uniform in [-START, START]."""
+QUERY_STD = 0.5
+"""Standard deviation of the values that the empty query starts with."""
 
 
 class UserTable(nn.Module):
@@ -40,6 +42,17 @@ class UserTable(nn.Module):
         """Return the tokens [n, L, W] of the users `ids` int64 [n]; of -1, those of user 0."""
         # The adapter puts zeros in place of what follows from no user.
         return F.embedding(ids.clamp(min=0), self.weight).unflatten(-1, (self.tokens, -1))
+
+
+class _Query(Linear):
+    """From text tokens to queries; its bias is the query of the empty text token."""
+
+    def reset_parameters(self) -> None:
+        """Set the starting values."""
+        super().reset_parameters()
+        # Not zero as other biases: there the gradient of an RMS norm is 1 / sqrt(eps) = 1,000 times as large,
+        # and the empty query passes two of them.
+        nn.init.normal_(self.bias, std=QUERY_STD)
 
 
 class _Block(nn.Module):
@@ -83,7 +96,7 @@ class UserAdapter(Adapter):
         self.config = config
         width = config.width
         self.table = UserTable(config.count, config.tokens, width)
-        self.query = Linear(sizes.width, width)
+        self.query = _Query(sizes.width, width)
         self.blocks = nn.ModuleList(_Block(width, config.heads) for _ in range(config.blocks))
         self.norm = RMSNorm(width)
 

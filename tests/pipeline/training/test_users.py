@@ -62,6 +62,12 @@ def test_only_the_adapter_is_trained_and_checkpoints_hold_it_alone(base, straigh
     assert reports[-1]["user_shift"] > reports[0]["user_shift"] == 0
 
 
+def test_the_first_gradients_of_the_adapter_are_as_large_as_the_next_ones(straight):
+    """The second step is the first whose gradients pass the norms below the layers that start at zero."""
+    norms = [report["grad_norm"] for report in straight[1][1]]
+    assert 0 < norms[1] < 10 * norms[2]
+
+
 @pytest.fixture(scope="module")
 def in_fp32(store, base, tmp_path_factory):
     """Settings and reports of a run in fp32 on two ranks, whose batches divide among three."""
