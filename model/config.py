@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from model.attention_config import AttentionConfig
@@ -129,6 +129,9 @@ class DiTConfig:
     position: Literal["convolution", "rope"] = "convolution"
     """Source of a patch's place: convolutions over neighbors (the paper's), or rotary positions in
     self-attention over frames, rows and columns, a choice for new networks."""
+    position_scale: int = bounded(1, 1, 1_024)
+    """With `rope`: rotary positions that a patch takes along rows and columns; its own is their mean.
+    An exported part of an elastic network has its patch / `model.patch` here."""
     conditions: list[str] = field(default_factory=list)
     """Conditions beside timestep and text, names of `model.conditions.CONDITIONS`."""
     predicts: Literal["target", "clean"] = "target"
@@ -173,6 +176,12 @@ class DiTConfig:
         # Frames come first, as in latents [C, T, h, w]; images have none, so `patch_frames` is not read for
         # them.
         return (self.patch, self.patch) if self.axes == 2 else (self.patch_frames, self.patch, self.patch)
+
+    def with_patch(self, patch: int) -> "DiTConfig":
+        """Return the sizes with larger patches, a multiple of these, around the same blocks."""
+        # The blocks know distances in units of these patches.
+        scale = self.position_scale * (patch // self.patch) if self.position == "rope" else 1
+        return replace(self, patch=patch, position_scale=scale)
 
     @property
     def patch_values(self) -> int:

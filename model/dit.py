@@ -165,7 +165,7 @@ class LIDiT(nn.Module):
         for shift in shifts:
             c = shift.shifted_condition(c)
 
-        rotation = self.rotation(grid, x.device)  # [2, N, head / 2]
+        rotation = self.rotation(grid, x.device, route.sizes.position_scale)  # [2, N, head / 2]
         for number, block in enumerate(route.blocks):
             own_text = text
             for shift in shifts:
@@ -190,11 +190,12 @@ class LIDiT(nn.Module):
             return prediction
         return torch.cat([prediction, fill_patches(log_variance, patch, positions)], dim=1)  # [B, C + 1, ...]
 
-    def rotation(self, grid: Sequence[int], device: torch.device) -> Tensor | None:
-        """Return the rotary positions of a grid of patches; None for a network with a position block."""
+    def rotation(self, grid: Sequence[int], device: torch.device, scale: int) -> Tensor | None:
+        """Return the rotary positions of a grid of patches, of which each takes `scale` along a side; None
+        for a network with a position block."""
         if self.sizes.position != "rope":
             return None
-        return rotation_table(grid, self.sizes.width // self.sizes.heads, device)
+        return rotation_table(grid, self.sizes.width // self.sizes.heads, device, scale)
 
     def route(self, part: Part | None) -> Route:
         """Return the layers of a forward pass; only an elastic network has parts.

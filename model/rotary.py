@@ -18,13 +18,16 @@ def axis_widths(head: int) -> tuple[int, int, int]:
     return head - 2 * side, side, side
 
 
-def rotation_table(grid: Sequence[int], head: int, device: torch.device | None = None) -> Tensor:
+def rotation_table(
+    grid: Sequence[int], head: int, device: torch.device | None = None, scale: int = 1
+) -> Tensor:
     """Return cosines and sines of the angles of each patch.
 
     Args:
         grid: patches along each axis: (rows, columns), or (frames, rows, columns).
         head: channels of a head.
         device: of the result.
+        scale: positions that a patch takes along rows and columns; its own is their mean.
 
     Returns:
         fp32 [2, N, head / 2]; an image has the angles of a clip's first frame.
@@ -33,7 +36,10 @@ def rotation_table(grid: Sequence[int], head: int, device: torch.device | None =
     angles = []
     for axis, (size, width) in enumerate(zip(sizes, axis_widths(head), strict=True)):
         exponents = torch.arange(0, width, 2, device=device).float() / max(width, 1)
-        own = torch.arange(size, device=device).float()[:, None] * THETA**-exponents  # [size, width / 2]
+        places = torch.arange(size, device=device).float()
+        if axis > 0:
+            places = places * scale + (scale - 1) / 2
+        own = places[:, None] * THETA**-exponents  # [size, width / 2]
         shape = [1, 1, 1, -1]
         shape[axis] = size
         angles.append(own.view(shape).expand(*sizes, -1))

@@ -51,7 +51,11 @@ def build_pipeline(sampler: Sampler) -> LIDiTPipeline:
     network = sampler.network
     # the config has only what JSON can hold, so that `from_pretrained` can build the network from it
     widths = [constants.width for constants in sampler.reader.constants.values()]
-    transformer: Any = LIDiTModel(asdict(network.sizes), asdict(network.fusion.config), widths)
+    sizes = asdict(network.sizes)
+    if sizes["position_scale"] == 1:
+        # Folders of networks that do not need it are as they were before there was one.
+        del sizes["position_scale"]
+    transformer: Any = LIDiTModel(sizes, asdict(network.fusion.config), widths)
     nn.Module.to(
         transformer, sampler.dtype
     )  # diffusers' own `to` warns of modules to keep in fp32, of which there are none

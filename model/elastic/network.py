@@ -6,7 +6,6 @@ The full network is a plain one: same names of parameters, same starting weights
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class ElasticLIDiT(LIDiT):
         # After all others, which therefore start as those of a plain network.
         self.elastic = nn.ModuleDict()
         for patch in elastic.patches[1:]:
-            self.elastic[str(patch)] = PatchLayers(replace(config, patch=patch))
+            self.elastic[str(patch)] = PatchLayers(config.with_patch(patch))
 
     def route(self, part: Part | None) -> Route:
         """Return the layers of a part's forward pass; of None, those of the full network.
@@ -105,6 +104,6 @@ class ElasticLIDiT(LIDiT):
 
         own = self.elastic[str(part.patch)]
         assert isinstance(own, PatchLayers)
-        sizes = replace(self.sizes, patch=part.patch)
+        sizes = self.sizes.with_patch(part.patch)
 
         return Route(sizes, own.patch_embedding, own.position, blocks, own.linear, own.time_shift)

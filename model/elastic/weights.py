@@ -61,7 +61,7 @@ def plain_network(network: LIDiT, depth: int | None = None, patch: int | None = 
         weights[_TIME_BIAS] = weights[_TIME_BIAS] + network.state_dict()[f"{own}time_shift.vector"]
 
     with torch.device("meta"):
-        sizes = replace(network.sizes, depth=part.depth, patch=part.patch)
+        sizes = replace(network.sizes.with_patch(part.patch), depth=part.depth)
         plain_one = LIDiT(sizes, network.fusion.config, network.text_widths)
     plain_one.load_state_dict(weights, assign=True)
 

@@ -148,9 +148,7 @@ class ElasticPasses(Passes):
 
     def all_sizes(self) -> list[DiTConfig]:
         """Return the sizes of the network, once for each size of patches."""
-        return [
-            replace(self.sizes, patch=patch) for patch in self.stage.elastic.patches or [self.sizes.patch]
-        ]
+        return [self.sizes.with_patch(patch) for patch in self.stage.elastic.patches or [self.sizes.patch]]
 
     def quantities(self, buckets: Sequence[str]) -> list[str]:
         """Return the names of the losses of all parts, and of theirs in each bucket."""

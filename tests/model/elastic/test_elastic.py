@@ -16,12 +16,16 @@ from model.elastic.config import ElasticConfig, kept_blocks
 from model.elastic.network import ElasticLIDiT
 from model.elastic.weights import GrownWeights, plain_network
 from model.functional import patchify
+from model.rotary import rotation_table
 from model.sub_network import PatchSchedule, SubNetwork
 from tests.helpers.networks import SMALL, WIDTHS, normal, random_inputs, randomise
 
 SIZES = replace(SMALL, depth=5)
 ELASTIC = ElasticConfig(depths=[5, 3, 2], patches=[SIZES.patch, 2 * SIZES.patch])
 PARTS = ELASTIC.parts(SIZES)
+
+
+ROPE = replace(SIZES, position="rope")
 
 
 def elastic_network(sizes=SIZES, elastic=ELASTIC, every=0):
@@ -48,16 +52,17 @@ def test_depths_are_nested_and_keep_the_ends(depths):
         before = set(blocks)
 
 
-def test_the_full_network_starts_and_computes_as_the_plain_one():
+@pytest.mark.parametrize("sizes", [SIZES, ROPE], ids=["convolution", "rope"])
+def test_the_full_network_starts_and_computes_as_the_plain_one(sizes):
     torch.manual_seed(3)
-    plain = LIDiT(SIZES, FusionConfig(), WIDTHS[:2])
+    plain = LIDiT(sizes, FusionConfig(), WIDTHS[:2])
     torch.manual_seed(3)
-    elastic = ElasticLIDiT(SIZES, FusionConfig(), WIDTHS[:2], ELASTIC)
+    elastic = ElasticLIDiT(sizes, FusionConfig(), WIDTHS[:2], ELASTIC)
     own = elastic.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items())
     assert all(name.startswith("elastic.") for name in set(own) - set(plain.state_dict()))
 
-    elastic = elastic_network()
+    elastic = elastic_network(sizes)
     plain = plain.double().eval()
     plain.load_state_dict({name: elastic.state_dict()[name] for name in plain.state_dict()})
     latents, condition = inputs()
@@ -72,10 +77,11 @@ def test_the_full_network_starts_and_computes_as_the_plain_one():
         assert all((one is None and other is None) or torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, ROPE], ids=["convolution", "rope"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", PARTS, ids=str)
-def test_a_part_is_a_plain_network_bit_for_bit(part, dtype):
-    elastic = elastic_network().to(dtype)
+def test_a_part_is_a_plain_network_bit_for_bit(part, dtype, sizes):
+    elastic = elastic_network(sizes).to(dtype)
     plain = plain_network(elastic, part.depth, part.patch)
     assert type(plain) is LIDiT
     assert (plain.sizes.depth, plain.sizes.patch, len(plain.blocks)) == (part.depth, part.patch, part.depth)
@@ -83,6 +89,26 @@ def test_a_part_is_a_plain_network_bit_for_bit(part, dtype):
     latents = latents.to(dtype)
     condition.texts = [text.to("cpu", dtype) for text in condition.texts]
     assert torch.equal(plain(latents, condition), elastic(latents, replace(condition, part=part)))
+    scaled = sizes.position == "rope" and part.patch > sizes.patch
+    assert plain.sizes.position_scale == (part.patch // sizes.patch if scaled else 1)
+
+
+def test_a_larger_patch_has_the_mean_position_of_those_that_it_covers():
+    rows, columns, ratio = 3, 2, 2
+    coarse = rotation_table((rows, columns), 16, scale=ratio)
+    fine = rotation_table((rows * ratio, columns * ratio), 16)
+    # the mean of a circle's points that are even about an angle has this angle
+    cells = fine.view(2, rows, ratio, columns, ratio, -1).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(coarse, cells / cells.norm(dim=0))
+    assert not torch.allclose(coarse, rotation_table((rows, columns), 16))
+    assert ROPE.with_patch(4).with_patch(8) == ROPE.with_patch(8)
+    # the blocks of a part read them
+    network = elastic_network(ROPE)
+    seen = []
+    network.blocks[0].register_forward_hook(lambda block, given, out: seen.append(given[-1]))
+    latents, condition = inputs()
+    network(latents, replace(condition, part=SubNetwork(5, 2 * SIZES.patch)))
+    assert torch.equal(seen[0], rotation_table((2, 2), 16, scale=2))
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

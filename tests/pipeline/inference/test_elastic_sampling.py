@@ -25,10 +25,10 @@ PARAMS = SamplingParams(3, 3.0, 16, 32)
 PROMPTS, SEEDS = ["a cat", "two red dogs"], [1, 2]
 
 
-def elastic_sampler(dtype=torch.float32, **settings):
+def elastic_sampler(dtype=torch.float32, position="convolution", **settings):
     sampler = sampler_with_families(dtype=dtype)
     plain = sampler.network
-    sizes = replace(plain.sizes, depth=3)
+    sizes = replace(plain.sizes, depth=3, position=position)
     elastic = ElasticConfig(**{"depths": [3, 2], "patches": [1, 2], **settings})
     torch.manual_seed(0)
     network = ElasticLIDiT(sizes, plain.fusion.config, list(WIDTHS.values()), elastic)
@@ -43,16 +43,22 @@ def at(sampler, **parts):
     return sampler.latents(PROMPTS, SEEDS, replace(PARAMS, parts=ChosenParts(**parts)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "position"),
+    [(torch.float32, "convolution"), (torch.bfloat16, "convolution"), (torch.float32, "rope")],
+)
 @pytest.mark.parametrize(("depth", "patch"), [(3, 1), (2, 1), (2, 2)])
-def test_an_exported_part_samples_the_same_images_bit_for_bit(tmp_path, depth, patch, dtype):
-    sampler = elastic_sampler(dtype)
+def test_an_exported_part_samples_the_same_images_bit_for_bit(tmp_path, depth, patch, dtype, position):
+    sampler = elastic_sampler(dtype, position)
     expected = at(sampler, depth=depth, patch=patch)
     sampler.network = plain_network(sampler.network, depth, patch)
     build_pipeline(sampler).save_pretrained(tmp_path)
     files = {path.name: path.read_text() for path in tmp_path.rglob("*.json")}
     assert not any("elastic" in text for text in files.values())
-    assert json.loads((tmp_path / "transformer" / "config.json").read_text())["dit_config"]["depth"] == depth
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())["dit_config"]
+    assert config["depth"] == depth
+    # only where it is needed: other folders are as they always were
+    assert config.get("position_scale") == (2 if position == "rope" and patch == 2 else None)
     pipeline = LIDiTPipeline.from_pretrained(
         tmp_path, torch_dtype={"transformer": dtype, "default": torch.float32}
     )
