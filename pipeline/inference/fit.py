@@ -1,7 +1,7 @@
 """Fit an embedding to a new user's images, on a frozen network whose adapter of users is trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.adapters.users import START, UserAdapter, mixed_tokens
 from model.common.errors import UserError
-from model.condition import Condition, Users
+from model.condition import Users
 from pipeline.diffusion.objective import make_objective
 from pipeline.inference.sampler import Sampler, SamplingParams
 from pipeline.inference.users import user_adapter
@@ -22,7 +22,9 @@ class FitSettings:
     by: Literal["coefficients", "row"] = "coefficients"
     """A mixture of the trained users, or an embedding of its own."""
     steps: int = 300
-    lr: float = 0.01
+    lr: float = 0.3
+    """Learning rate of the first step, as a multiple of the largest starting value; it falls to 0 as a
+    cosine."""
     batch: int = 4
     """Images of a step."""
     seed: int = 0
@@ -66,27 +68,35 @@ def fit_user(
     generator = torch.Generator().manual_seed(settings.seed)
     values, tokens_of = _start(adapter, settings, generator)
     objective = make_objective(sampler.objective, sampler.network.sizes.patch_shape)
-    optimizer = torch.optim.AdamW([values], lr=settings.lr, weight_decay=0.0)
+    # A step moves each value by about the rate, whatever its size: coefficients start at 1 / count.
+    rate = settings.lr * float(values.detach().abs().max())
+    optimizer = torch.optim.AdamW([values], lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     # Once for all steps: the LLMs have read the captions then.
     condition = sampler.condition(captions, SamplingParams())
+
+    def normal(purpose: str, shape: Sequence[int]) -> Tensor:
+        return torch.randn(len(rows), *shape, generator=generator).to(sampler.device)
 
     losses: list[float] = []
     for _ in range(settings.steps):
         rows = torch.randint(len(latents), (min(settings.batch, len(latents)),), generator=generator)
         noise = torch.randn(len(rows), *latents.shape[1:], generator=generator).to(sampler.device)
-        times = objective.sample_timesteps(torch.rand(len(rows), generator=generator)).to(sampler.device)
-        noisy, target = objective.add_noise(latents[rows].to(sampler.device), noise, times)
+        u = torch.rand(len(rows), generator=generator).to(sampler.device)
+        example = objective.training_example(latents[rows].to(sampler.device), noise, u, normal)
 
         users = Users(
             torch.zeros(len(rows), dtype=torch.int64, device=sampler.device),
             tokens_of(values).expand(len(rows), -1, -1),
         )
         given = condition.rows(rows.to(sampler.device))
-        given = Condition(times, given.texts, given.extra, users=users)
-        loss = objective.loss(sampler.network(noisy.to(sampler.dtype), given), target).mean()
+        given = replace(given, timesteps=example.timesteps, levels=example.levels, users=users)
+        prediction = sampler.network(example.noisy.to(sampler.dtype), given)
+        loss = objective.loss(prediction, example.target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
 
         losses.append(float(loss.detach()))
         if on_step is not None:
