@@ -20,7 +20,7 @@ class AttentionConfig:
     """`dense`: each patch attends to all; `block_sparse`: tiles of patches attend to their own tile and to
     the few others that fit best, which needs images of at least 1,024 patches."""
     block: int = bounded(8, 2, 64)
-    """Side of a tile, in patches; powers of two are fast on a GPU."""
+    """Side of a tile, in patches; on a GPU 4, 8, 16, 32 or 64."""
     keep: float = bounded(0.16, 0.0, 1.0)
     """Share of the tiles that a tile attends to, its own always among them."""
     shift: bool = True
@@ -41,6 +41,20 @@ class AttentionConfig:
             return patches
         tiles = math.ceil(patches / self.block**2)
         return min(patches, self.kept(tiles) * self.block**2)
+
+    def check_device(self, kind: str) -> None:
+        """Check that a kind of device, such as `cuda`, has a kernel for the tiles.
+
+        Raises:
+            UserError: if it has none.
+        """
+        # FlexAttention's kernels divide a tile's patches into blocks of a power of two, of at least 16.
+        side = self.block
+        if self.sparse and kind == "cuda" and (side < 4 or side & (side - 1)):
+            raise UserError(
+                f"model.attention.block={side}: on a GPU a tile has a power of two of patches, at least 16: "
+                "set 4, 8, 16, 32 or 64"
+            )
 
     def check(self, grid: Sequence[int]) -> None:
         """Check that a grid of patches is large enough, and one of images.

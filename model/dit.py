@@ -144,12 +144,13 @@ class LIDiT(nn.Module):
             [B, C, ...] in the dtype of the weights; [B, C + 1, ...] if the condition asks for the difficulty.
 
         Raises:
-            UserError: if the latents do not divide into patches, or a difficulty is asked for and there is no
-                head.
+            UserError: if the latents do not divide into patches, the device has no kernel for the attention,
+                or a difficulty is asked for and there is no head.
         """
         route = self.route(condition.part)
         positions, patch = latents.shape[2:], route.sizes.patch_shape
         grid = route.sizes.patch_grid(positions)
+        self.sizes.attention.check_device(latents.device.type)
         x = patchify(latents.to(self.patch_embedding.weight.dtype), patch)  # [B, N, values of a patch]
         x = route.position(route.patch_embedding(x), grid)  # [B, N, D]
 

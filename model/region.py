@@ -9,6 +9,16 @@ from torch import Tensor, nn
 
 from model.ragged import Rows
 
+MAX_GRAPHS = 256
+"""Graphs of one function; beyond it torch would silently run the function uncompiled. The default, 8, is fewer
+than the usual buckets."""
+
+
+def allow_graphs() -> None:
+    """Let torch keep a graph of a function for each shape of its inputs."""
+    limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    torch._dynamo.config.recompile_limit = limit
+
 
 class TextLengths(NamedTuple):
     """Lengths of the text that a region reads, padding included."""

@@ -5,6 +5,8 @@ whose mean keys fit the tile's mean query best, which each head chooses for itse
 patches times the kept ones. The choice has no gradient. After ElasticDiT (arXiv 2605.15684), whose selection
 rule is not public; ours is that of published block-sparse attention.
 
+On CUDA torch's FlexAttention reads the tiles in place; that path was never run on a GPU.
+
 A shift by half a tile is a roll of the grid: tiles at the border then hold patches from opposite sides.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from model.attention_config import AttentionConfig
 from model.layers import SelfAttention
+from model.region import allow_graphs
 
 TILES_AT_ONCE = 8
 """Tiles whose keys and values are copied together where no gradient is needed: 16 MB at 2,624 keys of 96, the
@@ -109,9 +112,10 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, filled: Ten
     queries, keys, values = (x.flatten(0, 2) for x in (q, k, v))  # 3 x [B H T, P, d]
     mask = None if filled is None else filled[chosen].flatten(3).flatten(0, 2)[:, None]  # [B H T, 1, count P]
 
-    # Some tiles at a time, whose copies fit into a cache. With gradients all copies are kept in any case.
+    # Some tiles at a time, whose copies fit into a cache. With gradients all copies are kept in any case, and
+    # a compiled graph would have a copy of the loop's body for each turn.
     kept = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    step = len(flat) if kept else TILES_AT_ONCE
+    step = len(flat) if kept or torch.compiler.is_compiling() else TILES_AT_ONCE
     parts = []
     for start in range(0, len(flat), step):
         own = slice(start, start + step)
@@ -179,6 +183,8 @@ def attend_flex(
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Without `model.compile` nothing else has raised torch's limit.
+    allow_graphs()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -21,11 +21,8 @@ from torch._functorch import config as functorch
 
 from model.common.errors import UserError
 from model.ragged import Rows
-from model.region import ExampleSizes, Region, TextLengths
+from model.region import ExampleSizes, Region, TextLengths, allow_graphs
 
-_MAX_GRAPHS = 256
-"""Graphs of one block; beyond it torch would silently run the block uncompiled. The default, 8, is fewer than
-the usual buckets."""
 _TEXT_TOKENS = (64, 77)
 """Lengths of text to compile with: attention's kernels pad a mask whose length is not a multiple of 16, which
 makes a different graph."""
@@ -44,7 +41,7 @@ def compile_regions(regions: Iterable[Region], budget: float = 1.0) -> None:
     if not torch.cuda.is_available():
         _check_compiler()
     functorch.activation_memory_budget = budget
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    allow_graphs()
     for region in regions:
         _compile(region)
 

@@ -33,7 +33,11 @@ class Passes:
             sizes: of the network.
             engine: runs the network.
             inputs: turns batches into what the network reads.
+
+        Raises:
+            UserError: if the engine's device has no kernel for the network's attention.
         """
+        sizes.attention.check_device(engine.device.type)
         self.stage, self.sizes = stage, sizes
         self.engine, self.inputs = engine, inputs
         self.objective = make_objective(stage.objective, sizes.patch_shape)

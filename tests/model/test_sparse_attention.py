@@ -183,6 +183,54 @@ def test_compiled_blocks_have_one_graph_for_each_shift():
     assert [(each.graph_count, each.graph_break_count) for each in explained] == [(1, 0)] * 2
 
 
+def test_the_loop_over_tiles_is_in_no_graph():
+    q, k, v = normal(3, 1, 2, 24, 4, 8).unbind()  # more tiles than are copied at once
+    chosen = choose_tiles(q, k, torch.ones(24, 4, dtype=torch.bool), 3)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        explained = torch._dynamo.explain(attend_gathered)(q, k, v, chosen, None)
+        (graph,) = explained.graphs
+        products = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+        assert len(products) == 1
+        compiled = torch.compile(attend_gathered, backend="eager")(q, k, v, chosen, None)
+        assert torch.allclose(compiled, attend_gathered(q, k, v, chosen, None), atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [2, 3, 6, 12])
+def test_tiles_that_a_gpu_has_no_kernel_for_are_refused_there(block):
+    config = AttentionConfig("block_sparse", block)
+    with pytest.raises(UserError, match="on a GPU a tile has a power of two of patches"):
+        config.check_device("cuda")
+    config.check_device("cpu")
+    replace(config, kind="dense").check_device("cuda")
+    for good in (4, 8, 16, 32, 64):
+        replace(config, block=good).check_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("block", [4, 8, 16])
+@pytest.mark.parametrize("ragged", [0, 3])
+def test_compiled_flex_attention_is_the_gathered_one_on_a_gpu(block, ragged):
+    tiles = Tiles(6 * block - ragged, 5 * block, block, block // 2)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, tiles.rows * tiles.columns, 4, 64, generator=generator).bfloat16().cuda()
+    results = []
+    for attend, kind in ((attend_flex, torch.bfloat16), (attend_gathered, torch.float32)):
+        leaf = x.to(kind, copy=True).requires_grad_()
+        q, k, v = (tiles.cut(part) for part in leaf.unbind())
+        filled = tiles.patches(x.device)
+        # both choose by the same numbers
+        chosen = choose_tiles(*(part.bfloat16() for part in (q, k)), filled, 7)
+        out = tiles.join(attend(q, k, v, chosen, None if tiles.is_filled else filled))
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
+        (gradient,) = torch.autograd.grad((out.float() * weights).sum(), leaf)
+        results.append((out.float(), gradient.float()))
+    for flex, gathered in zip(*results, strict=True):
+        assert (flex - gathered).norm() < 0.02 * gathered.norm()
+        torch.testing.assert_close(flex, gathered, rtol=0.05, atol=0.05)
+
+
 def test_its_flops_and_settings_are_counted():
     latents = (64 * SMALL.patch, 64 * SMALL.patch)
     flops = [
