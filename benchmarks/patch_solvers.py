@@ -22,7 +22,7 @@ from benchmarks.reporting import conditions, print_goals
 from data_prep.scenes.captions import ScenePrompt
 from model.common.files import write_atomic
 from pipeline.ablate import held_out_prompts
-from pipeline.ablation.rows import SeedMean, paired_difference
+from pipeline.ablation.rows import SeedMean
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import prompt_following, score_objects
 from pipeline.inference.generate import generate_images
@@ -100,7 +100,7 @@ def table(scores: Scores) -> str:
             for count in EVALUATIONS:
                 seeds = by_name.get(f"{solver} {count}", {})
                 cell = str(SeedMean.of(seeds.values())) if seeds else ""
-                gain = paired_difference(seeds, by_name[f"{EULER} {count}"]) if solver != EULER else None
+                gain = SeedMean.between(seeds, by_name[f"{EULER} {count}"]) if solver != EULER else None
                 cells.append(f"{cell} ({gain.mean:+.1%} ± {gain.half:.1%})" if gain else cell)
             if any(cells):
                 lines.append(f"| {row} | {solver} | {' | '.join(cells)} |")
@@ -112,7 +112,7 @@ def against(scores: Scores, row: str, other: str) -> list[str]:
     lines = []
     for count in EVALUATIONS:
         name = f"{EULER} {count}"
-        difference = paired_difference(scores[row][name], scores[other][name])
+        difference = SeedMean.between(scores[row][name], scores[other][name])
         if difference is not None:
             verdict = "undecided" if abs(difference.mean) <= difference.half else "beyond noise"
             lines.append(f"- {row} - {other}, {count} evaluations: {difference}, {verdict}")

@@ -1,11 +1,11 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m benchmarks.tastes --out runs/tastes [--base-samples 160000] [--samples 60000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 200000] [--samples 60000] [--results FILE]
 
-First a network is trained on scenes whose tones of the ground, textures and sizes vary, while captions say
-colors and shapes alone: the base, whose images have any of them. Each of 32 users likes two or three of them.
-The users' images are scenes with these, under captions of the same kind. A stage learns the users beside the
-frozen base.
+First a network is trained on scenes whose tones of the ground, textures and sizes vary, and whose captions
+state each of these half of the time: the base, which can draw what it is asked for. Each of 32 users likes
+one, two or three of them. The users' images are scenes with these, under captions that say colors and shapes
+alone, so only the user's embedding can say the rest. A stage learns the users beside the frozen base.
 
 Then each user's images of held-out prompts are read by the exact scorer: `preference` is the share of images
 with all that the user likes (objects: all of them), `following` prompt following. Rows: all parts, no
@@ -79,24 +79,35 @@ class Taste:
 
 
 def tastes() -> list[Taste]:
-    """Return different tastes: of every two kinds, then of all three; the first are the users', the next the
-    new users'."""
+    """Return different tastes: of each kind, of every two, then of all three; the first are the users', the
+    next the new users'."""
+    one = [Taste(tone=tone) for tone in TONES]
+    one += [Taste(texture=texture) for texture in TEXTURES] + [Taste(size=size) for size in SIZES]
     two = [Taste(tone, texture, None) for tone, texture in product(TONES, TEXTURES)]
     two += [Taste(tone, None, size) for tone, size in product(TONES, SIZES)]
     two += [Taste(None, texture, size) for texture, size in product(TEXTURES, SIZES)]
     three = [Taste(*values) for values in product(TONES, TEXTURES, SIZES)]
     order = np.random.default_rng(0).permutation(len(three))
-    return [*two, *(three[number] for number in order)]
+    return [*one, *two, *(three[number] for number in order)]
 
 
 def scene_of(
-    taste: Taste, seed: int, index: int, scale: float = 1.0, most_objects: int = 2
+    taste: Taste, seed: int, index: int, scale: float = 1.0, stated: bool = False
 ) -> tuple[Scene, SceneCaption]:
-    """Return a scene that a user likes, and a caption that does not say why: colors and shapes alone."""
+    """Return a scene of one or two objects that a user likes, and a caption of its colors and shapes.
+
+    Args:
+        taste: of the user.
+        seed: of the set of scenes.
+        index: of the scene within the set.
+        scale: size of the objects.
+        stated: True if the caption also states textures, sizes and the ground, each half of the time.
+    """
     random = np.random.default_rng([seed, index, 1])
-    sampled = sample_scene(
-        seed, index, segments=int(random.integers(1, most_objects + 1)), style=SceneStyle(scale)
-    )
+    # Objects of plain scenes differ in color and shape, by which a caption distinguishes them.
+    style = SceneStyle(scale, plain=True)
+    sampled = sample_scene(seed, index, segments=int(random.integers(1, 3)), style=style)
+    with_texture, with_size, with_ground = random.random(3) < (0.5 if stated else 0.0)
     tone = taste.tone or TONES[random.integers(len(TONES))]
     objects, segments = [], []
     for item in sampled.objects:
@@ -105,10 +116,11 @@ def scene_of(
             "size": taste.size or SIZES[random.integers(len(SIZES))],
         }
         objects.append(replace(item, **liked))
-        segments.append(Segment(item.colour, item.shape))
+        said = {"texture": with_texture, "size": with_size}
+        segments.append(Segment(item.colour, item.shape, **{key: liked[key] for key in said if said[key]}))
     ground: Any = Ground(tone, "plain")  # type: ignore[arg-type]
     scene = replace(sampled, ground=ground, segments=tuple(segments), objects=tuple(objects))
-    return scene, caption_scene(scene, "list", seed, index)
+    return scene, caption_scene(scene, "sentence" if with_ground else "list", seed, index)
 
 
 def likes(taste: Taste, image: np.ndarray, scale: float = 1.0) -> bool:
@@ -136,12 +148,13 @@ def tone_of(image: np.ndarray) -> str:
 def write_images(
     folder: Path, chosen: Sequence[Taste], images: int, side: int, scale: float, seed: int, named: bool
 ) -> None:
-    """Write images of each taste as a folder with metadata: `file_name`, `caption`, and `user` if `named`."""
+    """Write images of each taste as a folder with metadata: `file_name`, `caption`, and `user` if `named`;
+    captions of images without a user state more than colors and shapes."""
     folder.mkdir(parents=True)
     lines = []
     for user, taste in enumerate(chosen):
         for number in range(images):
-            scene, caption = scene_of(taste, seed + user, number, scale)
+            scene, caption = scene_of(taste, seed + user, number, scale, stated=not named)
             name = f"{user:02d}_{number:05d}.png"
             Image.fromarray(render_scene(scene, side, side)).save(folder / name)
             line = {"file_name": name, "caption": caption.text}
@@ -334,8 +347,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=40, help="of each user")
     parser.add_argument("--prompts", type=int, default=8, help="of each user, held out")
-    parser.add_argument("--base-images", type=int, default=8000)
-    parser.add_argument("--base-samples", type=int, default=160_000)
+    parser.add_argument("--base-images", type=int, default=12_000)
+    parser.add_argument("--base-samples", type=int, default=200_000)
     parser.add_argument("--samples", type=int, default=60_000, help="of each row's stage")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--results", type=Path, help="markdown file for the table")

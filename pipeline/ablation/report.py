@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from model.common.files import write_atomic
+from pipeline.ablation.paired import Difference, Segments
 from pipeline.ablation.rows import Ablation, Job, Ordering, Score, SeedMean, orderings
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
@@ -20,6 +21,8 @@ from pipeline.stage.config import StageConfig, dump_stage
 TEMPLATE = Path(__file__).with_name("report.html")
 POSITION_ROWS = ("a", "a_causal", "a_refiner", "ab_collaborative")
 """Rows of the curve over positions, if any of them has scores; else the first four."""
+PLANNED_HALF = 0.01
+"""Half width of an interval for which the report says how many seeds it takes."""
 MAX_IMAGES = 8
 """Maximum number of images per row."""
 ATTRIBUTES = ("colour", "shape", "size", "texture", "relation", "segment")
@@ -80,10 +83,10 @@ def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
             "loss": None,
         }
 
-    values: dict[str, dict[int, float]] = {}
+    segments: dict[str, dict[int, Segments]] = {}
     for row, by_seed in scores.items():
-        values[row] = {seed: record["score"] for seed, record in by_seed.items()}
-    ordered = orderings(ablation, values)
+        segments[row] = {seed: record["segments"] for seed, record in by_seed.items()}
+    ordered = orderings(ablation, segments)
 
     tables: list[dict[str, Any]] = []
     for title, names in ablation.tables.items():
@@ -105,8 +108,18 @@ def _describe(ablation: Ablation, pair: Ordering) -> dict[str, str]:
     return {
         "text": f"{ablation.rows[pair.better].title} above {ablation.rows[pair.worse].title}",
         "difference": f"{pair.difference} points",
+        "plan": plan_text(pair.difference),
         "verdict": pair.verdict,
     }
+
+
+def plan_text(difference: Difference) -> str:
+    """Return what it would take to decide a difference; empty if it is decided, or for one seed."""
+    if difference.decided or difference.spread is None:
+        return ""
+    seeds = difference.spread.seeds_for(PLANNED_HALF, difference.prompts)
+    needed = f"{seeds} seeds" if seeds else "more prompts"
+    return f"± {100 * PLANNED_HALF:.0f} point takes {needed}"
 
 
 def positional_biases(ablation: Ablation, scores: Scores) -> dict[str, PositionalBias]:
@@ -150,7 +163,8 @@ def markdown(
             parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
         for pair in table["orderings"]:
-            parts.append(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**")
+            plan = f" ({pair['plan']})" if pair["plan"] else ""
+            parts.append(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**{plan}")
         parts.append("")
 
     if biases:

@@ -1,7 +1,7 @@
 """Rows of an ablation: the settings of each, its results over the seeds, and which orderings hold."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
@@ -15,6 +15,7 @@ from data_prep.dataset.schema import Snapshot
 from model.common.errors import UserError
 from model.common.records import OPEN, read_record
 from model.common.settings import read_settings
+from pipeline.ablation.paired import Difference, Segments, paired_difference
 from pipeline.stage.config import StageConfig, load_run, load_stage
 
 PAPER_ROWS = Path(__file__).with_name("paper.yaml")
@@ -40,6 +41,9 @@ class Ablation:
     rows: dict[str, Row] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
     """Title -> names of the rows."""
+    pairs: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Title -> pairs of rows, the one that is expected to be above first; those that the paper orders are
+    compared without being named here."""
 
 
 def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Ablation:
@@ -56,7 +60,10 @@ def read_ablation(path: Path, overrides: list[str], only: Sequence[str]) -> Abla
     """
     ablation: Ablation = read_settings(Ablation, path, overrides)
     ablation.tables = ablation.tables or {path.stem: list(ablation.rows)}
-    for name in chain(only, *ablation.tables.values()):
+    for title, pairs in ablation.pairs.items():
+        if title not in ablation.tables or any(len(pair) != 2 for pair in pairs):
+            raise UserError(f"pairs of `{title}` in {path}: give pairs of two rows of one of the tables")
+    for name in chain(only, *ablation.tables.values(), *chain.from_iterable(ablation.pairs.values())):
         if name not in ablation.rows:
             raise UserError(f"row `{name}` does not exist in {path}: it has {', '.join(ablation.rows)}")
 
@@ -209,6 +216,15 @@ class SeedMean:
         half = float(student.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
         return cls(mean(values), half, count)
 
+    @classmethod
+    def between(cls, better: Mapping[int, float], worse: Mapping[int, float]) -> "SeedMean | None":
+        """Return the mean difference of one value per seed over the seeds that both have; None without any.
+
+        Differences are taken seed by seed: with equal data and seeds, two rows share part of their noise.
+        """
+        seeds = sorted(better.keys() & worse.keys())
+        return cls.of(better[seed] - worse[seed] for seed in seeds) if seeds else None
+
     def text(self, scale: float, decimals: int) -> str:
         """Return mean ± half width, times `scale`."""
         half = "" if math.isinf(self.half) else f" ± {scale * self.half:.{decimals}f}"
@@ -219,55 +235,47 @@ class SeedMean:
         return self.text(100, 1)
 
 
-def paired_difference(better: dict[int, float], worse: dict[int, float]) -> SeedMean | None:
-    """Return the mean difference of two rows over the seeds that both have; None without any.
-
-    Differences are taken seed by seed: with equal data and seeds, two rows share part of their noise.
-    """
-    seeds = sorted(better.keys() & worse.keys())
-    return SeedMean.of(better[seed] - worse[seed] for seed in seeds) if seeds else None
-
-
 @dataclass(frozen=True)
 class Ordering:
-    """Two rows that the paper orders, `better` above `worse`, and their difference here."""
+    """Two rows of which somebody says that `better` is above `worse`, and their difference here."""
 
     better: str
     worse: str
-    difference: SeedMean
+    difference: Difference
 
     @property
     def verdict(self) -> str:
         """`holds` or `reversed` if the interval of the difference does not contain zero, else `undecided`."""
-        # a single seed has an infinite half width, so it decides nothing
-        if abs(self.difference.mean) <= self.difference.half:
+        if not self.difference.decided:
             return "undecided"
         return "holds" if self.difference.mean > 0 else "reversed"
 
 
-def orderings(ablation: Ablation, scores: dict[str, dict[int, float]]) -> dict[str, list[Ordering]]:
-    """Compare all pairs of rows that the paper orders.
+def orderings(ablation: Ablation, scores: dict[str, dict[int, Segments]]) -> dict[str, list[Ordering]]:
+    """Compare all pairs of rows that the paper orders, and those of `pairs`.
 
     Args:
         ablation: rows and tables.
-        scores: row -> seed -> score, as far as measured.
+        scores: row -> seed -> scores of the segments of each prompt, as far as measured.
 
     Returns:
         Table -> pairs of its rows that have scores.
     """
     by_table: dict[str, list[Ordering]] = {}
     for title, names in ablation.tables.items():
-        pairs: list[Ordering] = []
-        for first, second in combinations(names, 2):
-            # rows without a number in the paper are not ordered by it
-            papers = ablation.rows[first].paper, ablation.rows[second].paper
-            if papers[0] is None or papers[1] is None or first not in scores or second not in scores:
-                continue
-            # in the paper's order, so that a positive difference agrees with the paper
-            better, worse = (first, second) if papers[0] > papers[1] else (second, first)
-            difference = paired_difference(scores[better], scores[worse])
+        pairs = [*_ordered_by_paper(ablation, names), *ablation.pairs.get(title, [])]
+        by_table[title] = []
+        for better, worse in pairs:
+            difference = paired_difference(scores.get(better, {}), scores.get(worse, {}))
             if difference is not None:
-                pairs.append(Ordering(better, worse, difference))
-        by_table[title] = pairs
+                by_table[title].append(Ordering(better, worse, difference))
 
     return by_table
+
+
+def _ordered_by_paper(ablation: Ablation, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of rows that have numbers in the paper, the better one first."""
+    numbers = {name: ablation.rows[name].paper for name in names}
+    for first, second in combinations([name for name in names if numbers[name] is not None], 2):
+        # In the paper's order, so that a positive difference agrees with the paper.
+        yield (first, second) if numbers[first] > numbers[second] else (second, first)  # type: ignore[operator]

@@ -29,7 +29,7 @@ from pipeline.stage.config import dump_stage, load_stage
 def test_tastes_are_different_and_there_are_enough():
     known = tastes.tastes()
     assert len(known) == len(set(known)) >= USERS + NEW_USERS
-    assert all(sum(value is not None for value in vars(taste).values()) >= 2 for taste in known)
+    assert Taste() not in known
 
 
 @pytest.mark.parametrize(("side", "scale"), [(32, 1.6), (64, 1.0), (128, 1.0)])
@@ -53,7 +53,7 @@ def test_images_of_nobody_are_liked_by_chance_and_noise_never():
     known = tastes.tastes()[:USERS]
     images = [render_scene(scene_of(Taste(), 6, number)[0], 64, 64) for number in range(12)]
     rate = np.mean([likes(taste, image) for taste in known for image in images])
-    assert 0.02 < rate < 0.25
+    assert 0.05 < rate < 0.35
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     flat = np.full((64, 64, 3), 128, np.uint8)
     assert not any(likes(taste, image) for taste in known for image in (noise, flat))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.dataset.schema import Family, Snapshot
@@ -95,17 +95,34 @@ def test_the_interval_is_students():
     assert str(SeedMean.of([0.5])) == "50.0"
 
 
-@given(st.lists(st.floats(0, 1), min_size=3, max_size=5), st.floats(0.01, 0.5))
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=3, max_size=5), st.floats(0.01, 0.5)
+)
 def test_a_constant_lead_holds_whatever_the_noise_that_both_share(noise, lead):
     ablation = Ablation(
-        rows={"low": Row("low", paper=1.0), "high": Row("high", paper=2.0)}, tables={"t": ["low", "high"]}
+        rows={"low": Row("low", paper=1.0), "high": Row("high", paper=2.0), "own": Row("own")},
+        tables={"t": ["low", "high", "own"]},
+        pairs={"t": [["own", "low"]]},
     )
-    low = dict(enumerate(noise))
-    high = {seed: value + lead for seed, value in low.items()}
+    low = {seed: [[value] for value in values] for seed, values in enumerate(noise)}
+    high = {seed: [[value + lead for value in prompt] for prompt in row] for seed, row in low.items()}
     (held,) = orderings(ablation, {"low": low, "high": high})["t"]
     assert (held.better, held.verdict) == ("high", "holds")
     (lost,) = orderings(ablation, {"low": high, "high": low})["t"]
     assert lost.verdict == "reversed"
-    (alone,) = orderings(ablation, {"low": {0: 0.1}, "high": {0: 0.9}})["t"]
+    (alone,) = orderings(ablation, {"low": {0: low[0]}, "high": {0: high[0]}})["t"]
     assert alone.verdict == "undecided"
     assert orderings(ablation, {"low": low})["t"] == []
+    (own,) = orderings(ablation, {"low": low, "own": high})["t"]
+    assert (own.better, own.worse, own.verdict) == ("own", "low", "holds")
+
+
+@pytest.mark.parametrize("pairs", ["{t: [[a, b]]}", "{rows: [[a]]}", "{rows: [[a, c]]}"])
+def test_pairs_are_two_rows_of_a_table(tmp_path, pairs):
+    path = tmp_path / "rows.yaml"
+    path.write_text(f"rows: {{a: {{}}, b: {{}}}}\npairs: {pairs}\n")
+    with pytest.raises(UserError, match=r"pairs of|does not exist"):
+        read_ablation(path, [], [])
+    path.write_text("rows: {a: {}, b: {}}\npairs: {rows: [[b, a]]}\n")
+    assert read_ablation(path, [], []).pairs == {"rows": [["b", "a"]]}
