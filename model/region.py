@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from model.ragged import Rows
 
 MAX_GRAPHS = 256
-"""Graphs of one function; beyond it torch would silently run the function uncompiled. The default, 8, is fewer
-than the usual buckets."""
+"""Graphs of one function; beyond it torch would silently run it uncompiled. The default, 8, is fewer than the
+usual buckets."""
 
 
 def allow_graphs() -> None:

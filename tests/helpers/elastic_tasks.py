@@ -28,6 +28,37 @@ class Moved(Callback):
         self.moved.append({name for name in after if not torch.equal(after[name], self.before[name])})
 
 
+class Ran(Callback):
+    """Notes the parts that the network has run in each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_start(self, trainer):
+        module, route = trainer.engine.module, trainer.engine.module.route
+
+        def noting(part):
+            self.steps[-1].append(str(part))
+            return route(part)
+
+        module.route = noting
+
+    def before_step(self, trainer, batch):
+        self.steps.append([])
+
+
+def train_and_note(store, runs, stop_at, settings):
+    """Parts that this rank's network has run in each step of this start, and the losses of all reports."""
+    logging.disable(logging.INFO)
+    ranks, ran = Distributed.from_environment(), Ran()
+    config = trainer_tasks.stage(store, runs, **settings)
+    stop = Stop() if stop_at is None else trainer_tasks.StopAt(stop_at, rank=ranks.world - 1)
+    Trainer(config, ranks, stop, callbacks=[ran]).run()
+    return [list(dict.fromkeys(step)) for step in ran.steps], [
+        report["loss"] for report in read_reports(config.run)
+    ]
+
+
 def train_and_watch(store, runs, settings):
     """Parts of the steps, names of the parameters that moved in each, and the reports."""
     logging.disable(logging.INFO)

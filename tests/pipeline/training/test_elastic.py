@@ -3,6 +3,7 @@ out does not move."""
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -76,6 +77,53 @@ def test_a_stopped_run_goes_on_bit_for_bit(store, tmp_path, two_ranks):
     one, other = (load_weights(folder / "small", "ema") for folder in (runs, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["elastic.4.time_shift.vector"].any()
+
+
+NOTED = {**seam_tasks.PLAIN, **BOTH, "engine__precision": "fp32", "samples": 8 * 8}
+
+
+def note(ranks, store, runs, stop_at=None, **settings):
+    """Parts of each step, which are the same on all ranks, and losses."""
+    noted = on_ranks(ranks, elastic_tasks.train_and_note, store, str(runs), stop_at, {**NOTED, **settings})
+    parts, losses = noted[0]
+    assert all(other == parts for other, _ in noted)
+    assert all(len(step) == 1 for step in parts)
+    return parts, torch.tensor(losses)
+
+
+@pytest.fixture(scope="module")
+def noted(store, tmp_path_factory):
+    """Parts and losses of an uninterrupted run on two ranks."""
+    parts, losses = note(2, store, tmp_path_factory.mktemp("noted"))
+    assert len(parts) == 8
+    assert len({*map(tuple, parts)}) >= 3
+    assert losses.unique().numel() == 8
+    return parts, losses
+
+
+@pytest.mark.parametrize("micro_batch", [2, None])
+def test_parts_do_not_depend_on_ranks_and_micro_batches(store, tmp_path, noted, micro_batch):
+    parts, losses = note(1, store, tmp_path, engine__micro_batch=micro_batch)
+    assert parts == noted[0]
+    torch.testing.assert_close(losses, noted[1], rtol=1e-4, atol=0)
+
+
+@pytest.fixture(scope="module")
+def stopped(store, tmp_path_factory):
+    """Folder and parts of a run on two ranks that was stopped after three steps."""
+    runs = tmp_path_factory.mktemp("stopped")
+    return runs, note(2, store, runs, stop_at=3, engine__zero_stage=3)[0]
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 3), (2, 2), (2, 3)])
+def test_a_stopped_run_goes_on_with_its_parts_on_other_ranks(
+    store, tmp_path, noted, stopped, ranks, zero_stage
+):
+    shutil.copytree(stopped[0], tmp_path / "moved")
+    parts, losses = note(ranks, store, tmp_path / "moved", engine__zero_stage=zero_stage)
+    assert len(stopped[1]) == 3
+    assert stopped[1] + parts == noted[0]
+    torch.testing.assert_close(losses, noted[1], rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
