@@ -8,7 +8,8 @@ files that no commit names, which `gc` removes. Nothing is ever overwritten.
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ PLAN_KEY = "manifest/plan.json"
 PLAN_AGAIN = "bring it back from a copy, or plan again under another dataset name"
 THREADS = 32
 """Objects read or deleted at once."""
+READ_AT_ONCE = 16
+"""Commits that a thread reads one after another."""
 
 
 def array_list(numbers: Iterable[int]) -> str:
@@ -126,12 +129,12 @@ def _list_commits(dataset: Store, kind: str) -> dict[Part, Entry]:
     entries = {}
     for entry in dataset.listing(prefix):
         bucket, _, name = entry.key.removeprefix(prefix).partition("/")
-        number = name.removesuffix(".json")
-        part = Part(bucket, int(number) if re.fullmatch(r"\d{1,18}", number, re.ASCII) else -1)
+        digits = name.removesuffix(".json")
+        number = int(digits) if digits != name and re.fullmatch(r"\d{1,18}", digits, re.ASCII) else -1
         # Another spelling of the same number would be a second record of one part.
-        if part.number < 0 or part.commit_key(kind) != entry.key:
+        if digits != f"{number:05d}":
             raise StoreError(f"{dataset.uri}/{entry.key}: not a commit: remove it")
-        entries[part] = entry
+        entries[Part(sys.intern(bucket), number)] = entry
     return entries
 
 
@@ -149,16 +152,28 @@ def committed(
     commits = {commit.part: shrink(commit) for commit in read_rollups(dataset, kind, listed)}
     left = sorted(part for part in listed if part not in commits)
     records: list[Record] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda part: _read_record(dataset, kind, part), left)
-        for part, (data, commit) in zip(left, found, strict=True):
-            records.append(Record(part, listed[part].version, data))
-            commits[part] = shrink(commit)
-            if len(records) == MAX_ROWS:
-                write_rollups(dataset, kind, records)
-                records = []
+    for part, (data, commit) in zip(left, _read_records(dataset, kind, left), strict=True):
+        records.append(Record(part, listed[part].version, data))
+        commits[part] = shrink(commit)
+        if len(records) == MAX_ROWS:
+            write_rollups(dataset, kind, records)
+            records = []
     write_rollups(dataset, kind, records)
-    return dict(sorted(commits.items()))
+    return {part: commits[part] for part in sorted(commits)}
+
+
+def _read_records(dataset: Store, kind: str, parts: Sequence[Part]) -> Iterator[tuple[bytes, Commit]]:
+    """Yield bytes and commit of each part, read by threads ahead of their use."""
+
+    # By some at a time: to pass a result from thread to thread takes as long as to parse a record.
+    size = max(1, min(READ_AT_ONCE, len(parts) // THREADS))
+
+    def read(start: int) -> list[tuple[bytes, Commit]]:
+        return [_read_record(dataset, kind, part) for part in parts[start : start + size]]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for records in pool.map(read, range(0, len(parts), size)):
+            yield from records
 
 
 def commit_part(

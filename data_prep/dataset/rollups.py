@@ -60,21 +60,20 @@ class Record(NamedTuple):
 
 def write_rollups(dataset: Store, kind: str, records: Iterable[Record]) -> None:
     """Write some commits as roll-ups, unless they are few. A store that takes no more objects is no error."""
-    rows = [
-        {
-            "bucket": record.part.bucket,
-            "number": record.part.number,
-            "version": record.version,
-            "md5": hashlib.md5(record.data, usedforsecurity=False).hexdigest(),
-            "record": record.data,
-        }
-        for record in records
-    ]
-    if len(rows) < MIN_ROWS:
+    every = list(records)
+    if len(every) < MIN_ROWS:
         return
-    for start in range(0, len(rows), MAX_ROWS):
+    for start in range(0, len(every), MAX_ROWS):
+        some = every[start : start + MAX_ROWS]
+        columns = {
+            "bucket": [record.part.bucket for record in some],
+            "number": [record.part.number for record in some],
+            "version": [record.version for record in some],
+            "md5": [hashlib.md5(record.data, usedforsecurity=False).hexdigest() for record in some],
+            "record": [record.data for record in some],
+        }
         sink = io.BytesIO()
-        table = pyarrow.Table.from_pylist(rows[start : start + MAX_ROWS], SCHEMA)
+        table = pyarrow.Table.from_pydict(columns, SCHEMA)
         pyarrow.parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
         data = sink.getvalue()
         try:

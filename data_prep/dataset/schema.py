@@ -17,9 +17,10 @@
 """
 
 import hashlib
+import itertools
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
@@ -59,8 +60,7 @@ COLUMNS = {"latents": LATENT_COLUMNS, "text": TEXT_COLUMNS, "captions": CAPTION_
 FamilyKind = Literal["latents", "text", "captions"]
 
 
-@dataclass(frozen=True, order=True)
-class Part:
+class Part(NamedTuple):
     """The unit of work: a fixed number of rows of one bucket."""
 
     bucket: str
@@ -86,7 +86,7 @@ class Part:
         return f"{root}/{self}/{attempt}/{name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """The record of one part of one kind; the part exists if and only if the record is in the store."""
 
@@ -157,12 +157,13 @@ class Manifest:
         They follow the source, if each bucket's rows are distributed evenly over it: neighbors in this
         list, of any bucket, were cut from the same stretch of the source.
         """
-        parts = []
+        parts: list[Part] = []
         for bucket in sorted(self.buckets):
-            parts += [Part(bucket, number) for number in range(len(self.buckets[bucket]))]
+            parts += map(Part, itertools.repeat(bucket), range(len(self.buckets[bucket])))
 
         # The middle of part k of n is at (2 k + 1) / 2 n of the source.
-        return sorted(parts, key=lambda part: (2 * part.number + 1) / len(self.buckets[part.bucket]))
+        counts = {bucket: len(rows) for bucket, rows in self.buckets.items()}
+        return sorted(parts, key=lambda part: (2 * part.number + 1) / counts[part.bucket])
 
     def to_json(self) -> bytes:
         """Canonical JSON bytes, sealed."""

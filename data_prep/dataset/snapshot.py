@@ -119,19 +119,21 @@ def _check_alignment(dataset: Store, plan: Manifest, commits: Commits, families:
     """Raise `UserError` if a part is not in the plan, or a family's part does not belong to the pairs."""
     planned = set(plan.parts)
     for kind, parts in commits.items():
+        family_hash = "" if kind == PAIRS else families[kind].hash
         for part, commit in parts.items():
-            key = f"{dataset.uri}/{part.commit_key(kind)}"
-            if part not in planned:
-                raise UserError(f"{key}: the plan has no such part: use another dataset name for a new plan")
-            if kind == PAIRS:
-                continue
-
+            wrong = ""
             pairs = commits[PAIRS].get(part)
-            if pairs is None or (pairs.rows, pairs.ids_xxh64) != (commit.rows, commit.ids_xxh64):
-                raise UserError(f"{key}: holds other samples than the pairs of this part: {REPAIR}")
+            if part not in planned:
+                wrong = "the plan has no such part: use another dataset name for a new plan"
+            elif kind == PAIRS:
+                continue
+            elif pairs is None or (pairs.rows, pairs.ids_xxh64) != (commit.rows, commit.ids_xxh64):
+                wrong = f"holds other samples than the pairs of this part: {REPAIR}"
             # A part without rows has no file, any other exactly one.
-            if commit.family_hash != families[kind].hash or len(commit.files) != (commit.rows > 0):
-                raise UserError(f"{key}: was not made by family `{kind}` as registered: {REPAIR}")
+            elif commit.family_hash != family_hash or len(commit.files) != (commit.rows > 0):
+                wrong = f"was not made by family `{kind}` as registered: {REPAIR}"
+            if wrong:
+                raise UserError(f"{dataset.uri}/{part.commit_key(kind)}: {wrong}")
 
 
 def _check_payloads(dataset: Store, commits: Commits, families: Iterable[str], parts: Sequence[Part]) -> None:

@@ -26,7 +26,7 @@ __all__ = ["Store", "StoreError", "hash_file", "open_store"]
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A payload file as its commit records it."""
 
@@ -145,7 +145,7 @@ class Store:
         for entry in self._backend.entries(self._prefix + prefix):
             # Temporary files and probes have hidden names, and no other object has (`_visible`).
             if hidden or not entry.key.rpartition("/")[2].startswith("."):
-                yield entry._replace(key=entry.key.removeprefix(self._prefix))
+                yield Entry(entry.key.removeprefix(self._prefix), entry.modified, entry.bytes, entry.version)
 
     def entries(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Yield (key, modification time in seconds since 1970), with temporary files of killed writers."""

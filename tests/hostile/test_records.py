@@ -290,6 +290,25 @@ def test_size_and_depth_are_bounded(tmp_path, monkeypatch):
         records.read_record(path, Manifest, "make it again")
 
 
+def test_a_seal_is_checked_whatever_the_form_of_the_record(stored):
+    commit = stored["commit"].read()
+    record = json.loads(commit.to_json())
+    for form in (record, {SEAL: record[SEAL]} | record, dict(reversed(record.items()))):
+        for text in (json.dumps(form), json.dumps(form, indent=2), json.dumps(form, separators=(",", ":"))):
+            assert Commit.from_json(text.encode()) == commit
+            for old, new in ((commit.attempt, "0" * 16), ("64x64", "64x65"), ("pairs.tar", "pairs.tax")):
+                with pytest.raises(ValueError, match="does not match its hash"):
+                    Commit.from_json(text.replace(old, new).encode())
+    # what is sealed still has to fit the schema
+    for wrong in ({"rows": -1}, {"rows": "3"}, {"more": 1}, {"attempt": "x"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Commit.from_json(seal({name: value for name, value in record.items() if name != SEAL} | wrong))
+    for content in (b"[1,2]", b"7", b'"a"'):
+        tail = f',"{SEAL}":"{xxhash.xxh64_hexdigest(content)}"}}'.encode()
+        with pytest.raises(ValueError, match="JSON"):
+            Commit.from_json(content[:-1] + tail)
+
+
 class OnceForeign:
     """A store whose next answers are those of a proxy in front of it."""
 

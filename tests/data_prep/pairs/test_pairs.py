@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -204,7 +205,7 @@ def test_counts_that_do_not_add_up_fail(ten, monkeypatch):
     dataset = prepare(ten)
     part, commit = next(iter(committed(dataset, PAIRS).items()))
     counts = {**commit.counts, "file 0 written": commit.counts["file 0 written"] - 1}
-    dataset.put(part.commit_key(PAIRS), type(commit)(**{**commit.__dict__, "counts": counts}).to_json())
+    dataset.put(part.commit_key(PAIRS), replace(commit, counts=counts).to_json())
     with pytest.raises(UserError, match="do not add up"):
         run_pairs(ten, dataset, ALONE)
 
