@@ -199,9 +199,10 @@ def run_pairs(config: DatasetConfig, dataset: Store, share: Share) -> None:
     check_settings(config, dataset)
     manifest = read_plan(dataset)
     dataset.put_new(CARD_KEY, CARD)
-    changed = run(PairsStep(config, dataset, manifest), share).notes
+    step = PairsStep(config, dataset, manifest)
+    changed = run(step, share).notes
     print_changed("pairs", sorted(set(changed)))
-    check_parts(dataset, manifest, share.owns(manifest.parts))
+    check_parts(dataset, manifest, share.owns(manifest.parts), step.made)
 
 
 class PairsStep(Step):
@@ -225,6 +226,8 @@ class PairsStep(Step):
         self._config = config
         self._dataset = dataset
         self._manifest = manifest
+        self.made: list[Commit] = []
+        """Commits of the parts that were made in this process, which need not be read for their check."""
 
     def missing(self) -> set[str]:
         """Return the parts that are not committed."""
@@ -242,16 +245,17 @@ class PairsStep(Step):
     @contextmanager
     def setup(self) -> Iterator[Do]:
         """Start the processes that encode images."""
-        with _PairMaker(self._config, self._dataset) as maker:
+        with _PairMaker(self._config, self._dataset, self.made) as maker:
             yield lambda units: maker.make([Part.parse(unit) for unit in units])
 
 
 class _PairMaker:
     """Makes parts, with processes that encode the images."""
 
-    def __init__(self, config: DatasetConfig, dataset: Store) -> None:
+    def __init__(self, config: DatasetConfig, dataset: Store, made: list[Commit]) -> None:
         self._config = config
         self._dataset = dataset
+        self._made = made
         # Rank of each source file in the order in which the plan shuffled them.
         files = source_files(dataset)
         self._ranks = [0] * len(files)
@@ -279,7 +283,7 @@ class _PairMaker:
         read_by_place: set[int] = set()
         """Numbers of the source files with many images, which are read by their place in the file."""
         open_parts: dict[Part, _OpenPart] = {}
-        commits: deque[Future[Counter[str]]] = deque()
+        commits: deque[Future[_Made]] = deque()
         with (
             tempfile.TemporaryDirectory(prefix="li-dit-") as folder,
             ThreadPoolExecutor(1) as committer,
@@ -304,17 +308,29 @@ class _PairMaker:
                         commits.append(committer.submit(part.commit, self._config, self._dataset))
                     # Waiting here bounds the disk: a slow upload delays the parts that come next.
                     while len(commits) > MAX_WAITING_COMMITS:
-                        yield Outcome(commits.popleft().result())
+                        yield self._outcome(commits.popleft().result())
 
             while commits:
-                yield Outcome(commits.popleft().result())
+                yield self._outcome(commits.popleft().result())
         if open_parts:
             raise RuntimeError(f"pairs {next(iter(open_parts))}: planned, but not all of its rows were made")
         yield Outcome(notes=self._sources.changed(read_by_place))
 
+    def _outcome(self, part: "_Made") -> Outcome:
+        self._made.append(part.commit)
+        return Outcome(part.rows)
+
 
 def _crashed(task: ImageTask) -> EncodedImage:
     return EncodedImage(task.part, task.row, reason=CRASHED)
+
+
+class _Made(NamedTuple):
+    """A part that is committed."""
+
+    commit: Commit
+    rows: Counter[str]
+    """Number of rows per outcome: `written`, or the reason why a row was dropped."""
 
 
 class _StoredImage(NamedTuple):
@@ -367,11 +383,8 @@ class _OpenPart:
         )
         self._size += len(image.image)
 
-    def commit(self, config: DatasetConfig, dataset: Store) -> Counter[str]:
+    def commit(self, config: DatasetConfig, dataset: Store) -> _Made:
         """Write and commit the part.
-
-        Returns:
-            Number of rows per outcome: `written`, or the reason why a row was dropped.
 
         Raises:
             UserError: if the disk is full, or another task committed other samples.
@@ -393,9 +406,10 @@ class _OpenPart:
         for reason, count in reasons.items():
             counts[f"dropped {reason}"] = count
 
-        commit_part(dataset, PAIRS, self._part, files, [stored.row["id"] for stored in written], counts)
+        ids = [stored.row["id"] for stored in written]
+        commit = commit_part(dataset, PAIRS, self._part, files, ids, counts)
         shutil.rmtree(self._folder)
-        return Counter({"written": len(written), **reasons})
+        return _Made(commit, Counter({"written": len(written), **reasons}))
 
     def _write_pairs(self, config: DatasetConfig, written: list[_StoredImage]) -> dict[str, Path]:
         """Write the table and the tar; neither if no row is left."""

@@ -58,18 +58,29 @@ def test_a_task_of_plan_lists_scan_tables_instead_of_asking_for_each(config, dat
     assert sum(again.values()) <= FILES / 1000 + 10
 
 
-def test_the_tasks_of_pairs_make_ten_requests_per_part_together(config, dataset, proxy):
-    run_plan(config, dataset, ALONE)
-    parts, tasks = len(read_plan(dataset).parts), 8
-    assert parts == FILES * ROWS / 5
-    total = Counter()
-    for index in range(tasks):
-        total += counted(proxy, run_pairs, config, dataset, Share(index, tasks))
-    fixed = 8  # settings, plan, counts, list of files, card, and the probe of conditional puts
-    assert total["LIST"] <= tasks * (1 + parts / 1000)
-    assert sum(total.values()) <= 10 * parts + tasks * (1 + fixed)
-    again = counted(proxy, run_pairs, config, dataset, Share(0, tasks))
-    assert sum(again.values()) <= parts / tasks + fixed
+SETUP = 8
+"""Requests of a task besides its list: settings, plan, counts, files, card, probe of conditional puts."""
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_the_tasks_of_pairs_make_ten_requests_per_part_together(config, dataset, proxy, tasks):
+    requests = {}
+    for name, part_rows in (("few", 5), ("many", 1)):
+        config.name, config.part_rows = name, part_rows
+        dataset = open_store(config.store).sub(name)
+        run_plan(config, dataset, ALONE)
+        parts = len(read_plan(dataset).parts)
+        total = Counter()
+        for index in range(tasks):
+            total += counted(proxy, run_pairs, config, dataset, Share(index, tasks))
+        assert total["LIST"] <= tasks * (1 + parts / 1000)
+        requests[parts] = sum(total.values())
+        assert requests[parts] <= 10 * parts + tasks + SETUP * tasks
+        again = counted(proxy, run_pairs, config, dataset, Share(0, tasks))
+        assert sum(again.values()) <= parts / tasks + 1 + SETUP
+    assert list(requests) == [FILES * ROWS / 5, FILES * ROWS]
+    few, many = requests.values()
+    assert many - few <= 10 * (FILES * ROWS - FILES * ROWS / 5)
 
 
 def test_files_of_a_bucket_are_listed_with_their_versions(config, dataset, proxy, tmp_path):
