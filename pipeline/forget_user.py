@@ -1,8 +1,12 @@
 """Delete a user's embedding from a run: `python -m pipeline.forget_user RUN NUMBER`.
 
-The row becomes zero in every checkpoint of the run: weights, moments and averages. The name and the list of
-the user's images are in the dataset: `python -m data_prep users DATASET.yaml --forget NAME` deletes them and
-prints the number. Copies elsewhere (uploads, exports, files of single users) are not touched.
+The row becomes zero in every checkpoint of the run: weights, moments and averages. `forgotten.json` in the
+run keeps the number, so that the run, and stages that start from it, do not learn the row again from a
+snapshot that still has the user.
+
+The name and the list of the user's images are in the dataset: `python -m data_prep users DATASET.yaml
+--forget NAME` deletes them and prints the number. Copies elsewhere (uploads, exports, files of single users)
+are not touched.
 """
 
 import argparse
@@ -13,21 +17,27 @@ from model.common.errors import UserError, command
 from pipeline.checkpoint.forget import forget_row
 from pipeline.runtime.run_lock import lock_run
 from pipeline.stage.config import load_run
+from pipeline.stage.forgotten import add_forgotten
 
 TABLE = f"{ADAPTERS_PREFIX}users.table.weight"
 
 
 def forget_user(run: Path, number: int) -> list[str]:
-    """Delete the row of user `number` from all checkpoints of a run, and return their names.
+    """Delete the row of user `number` from all checkpoints of a run, for good, and return their names.
 
     Raises:
         UserError: if the run has no checkpoints, no users, or no such user.
     """
-    if not load_run(run).users.count:
+    count = load_run(run).users.count
+    if not count:
         raise UserError(f"{run} has no users: name the folder of a run that trained some")
+    if not 0 <= number < count:
+        raise UserError(f"{run}: no user {number}, it has 0 to {count - 1}: correct the number")
     folders = sorted((run / "checkpoints").glob("step_*"))
     if not folders:
         raise UserError(f"{run} has no checkpoints: name another run")
+    # First, so that a kill leaves no row that is zero and would be learned again.
+    add_forgotten(run, [number])
     for folder in folders:
         forget_row(folder, TABLE, number)
     return [folder.name for folder in folders]

@@ -3,7 +3,7 @@
 Bytes go from the files straight into the batch's block.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
         texts: Mapping[bool, Sequence[Family]],
         reads_captions: bool,
         user_drop: float | None = None,
+        forgotten: Collection[int] = (),
     ) -> None:
         """Read these families.
 
@@ -74,8 +75,9 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             texts: text families of images (False) and of clips (True).
             reads_captions: put the captions of the pairs themselves into the batch, instead of text families.
             user_drop: share of training samples whose user is left out; None = batches without users.
+            forgotten: users whose samples are nobody's.
         """
-        self._user_drop = user_drop
+        self._user_drop, self._forgotten = user_drop, frozenset(forgotten)
         self.shards = OpenShards(sources, {clips: [latents, *of_kind] for clips, of_kind in texts.items()})
         self._choices = list(choices)
         self._latents, self._texts = latents, texts
@@ -189,7 +191,7 @@ class SnapshotDataset(Dataset[PackedBatch | Exception]):
             # Numbers of different datasets mean different users: those of the first one count.
             user = index.user(rows.bucket, part, row) if source == 0 else -1
             dropped = request.drop_captions and sample_rng(*key, "user").random() < self._user_drop
-            users.append(-1 if dropped else user)
+            users.append(-1 if dropped or user in self._forgotten else user)
         return users
 
     def _allocate_block(self, batch: EpochRows, spans: Spans) -> tuple[Layout, Tensor]:

@@ -23,6 +23,7 @@ from pipeline.data.schedule import Schedule
 from pipeline.stage.adapters import check_users
 from pipeline.stage.config import StageConfig
 from pipeline.stage.corpus import Corpus, is_clip
+from pipeline.stage.forgotten import forgotten_users
 from pipeline.text.families import load_constants
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class TrainingData:
             texts,
             reads_captions=self._online is not None,
             user_drop=stage.users.drop if stage.users.count else None,
+            forgotten=forgotten_users(stage.run, stage.start_from) if stage.users.count else (),
         )
         if stage.users.count:
             check_users(stage.users, files[0].index.highest_user, corpus.sources[0].snapshot.id)

@@ -11,13 +11,14 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.network import starting_weights
 from pipeline.runtime.distributed import all_reduce_min
 from pipeline.stage.config import StageConfig
+from pipeline.stage.forgotten import add_forgotten, forgotten_at_start
 
 
 def start_network(stage: StageConfig, sizes: DiTConfig, engine: Engine) -> None:
     """Start the network from the weights of another stage. Collective.
 
     With `freeze: base` the run gets a copy of the weights that stay as they are; adapters that the other
-    stage has too go on from there.
+    stage has too go on from there, and users that were deleted there stay so.
 
     Raises:
         UserError: if there are no weights, or they do not fit.
@@ -31,6 +32,8 @@ def start_network(stage: StageConfig, sizes: DiTConfig, engine: Engine) -> None:
     if engine.rank == 0:
         names = [name for name in weights if not is_adapter(name)]
         save_base(stage.run, weights, names)
+        if stage.users.count:
+            add_forgotten(stage.run, forgotten_at_start(stage.start_from))
     all_reduce_min(1)  # no rank trains before the copy is complete
 
 

@@ -10,8 +10,10 @@ from model.adapters import LoRAConfig, UsersConfig
 from model.common.errors import UserError
 from pipeline.checkpoint.base import open_base
 from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.forget_user import forget_user
 from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.stage.config import StageConfig
+from pipeline.stage.forgotten import add_forgotten, read_forgotten
 from pipeline.training.users import dispersion
 from tests.helpers import fake_snapshot, trainer_tasks, user_tasks
 from tests.helpers.distributed import on_ranks
@@ -137,6 +139,41 @@ def test_lora_trains_beside_the_users_and_alone(store, base, tmp_path, users):
     assert any("lora_A" in name for name in trained)
     ended = load_weights(tmp_path / "small", "raw")
     assert all(ended[name].any() for name in trained if "lora_B" in name)
+
+
+def test_a_deleted_user_is_not_learned_again(store, base, tmp_path):
+    """Neither when the run goes on, nor by a stage that starts from it; their snapshot still has the user."""
+    settings = {"start_from": str(base), "samples": 8 * 12}
+    on_ranks(1, user_tasks.train, store, str(tmp_path), settings, 3)
+    run = tmp_path / "small"
+    before = load_weights(run, "raw")[TABLE]
+    with pytest.raises(UserError, match=r"no user 7, it has 0 to 6"):
+        forget_user(run, 7)
+    assert read_forgotten(run) == set()
+    assert forget_user(run, 2)
+    on_ranks(1, user_tasks.train, store, str(tmp_path), settings)
+    for kind in ("raw", "ema", "0.5"):
+        table = load_weights(run, kind)[TABLE]
+        assert table[:USERS].any(dim=1).tolist() == [True, True, False, True, True, True]
+    assert not torch.equal(load_weights(run, "raw")[TABLE][3], before[3])
+
+    # By its newest checkpoint as well as by its folder.
+    newest = max((run / "checkpoints").glob("step_*"))
+    settings = {"start_from": str(newest), "start_weights": "raw"}
+    on_ranks(2, user_tasks.train, store, str(tmp_path / "next"), settings)
+    table = load_weights(tmp_path / "next" / "small", "raw")[TABLE]
+    assert not table[2].any()
+    assert read_forgotten(tmp_path / "next" / "small") == {2}
+
+
+def test_a_damaged_record_of_deleted_users_is_named(tmp_path):
+    add_forgotten(tmp_path, [4])
+    add_forgotten(tmp_path, [2, 4])
+    assert read_forgotten(tmp_path) == {2, 4}
+    record = tmp_path / "forgotten.json"
+    record.write_text(record.read_text().replace("4", "3"))
+    with pytest.raises(UserError, match=r"forgotten\.json: damaged"):
+        read_forgotten(tmp_path)
 
 
 def test_a_damaged_base_is_named(straight, tmp_path):
