@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.training.callbacks import Callback
-from pipeline.training.validation import held_out_losses
+from pipeline.training.validation import Validation, held_out_losses
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import Trainer
 
 
-class ElasticValidation(Callback):
-    """Logs `elastic/loss_<part>` of the averaged weights on held-out batches every
-    `log.validate_every_samples`, such as `elastic/loss_depth14_patch2`."""
+class ElasticValidation(Validation):
+    """Logs besides `elastic/loss_<part>` of the averaged weights on the same batches, such as
+    `elastic/loss_depth14_patch2`."""
 
-    def between_steps(self, trainer: "Trainer") -> None:
-        """Validate all parts if it is due."""
-        if not trainer.due(trainer.stage.log.validate_every_samples):
-            return
-        trainer.heartbeat.enter("validate", trainer.state.step)
+    def validate(self, trainer: "Trainer") -> float:
+        """Measure the losses of all parts, and return the mean loss of the default one, which is that of
+        `Validation`."""
+        loss = super().validate(trainer)
+        default, *others = trainer.stage.elastic.choices(trainer.sizes)
 
-        values = {}
+        values = {f"loss_{default}": loss}
         with trainer.engine.averaged():
-            for part in trainer.stage.elastic.choices(trainer.sizes):
+            for part in others:
                 values[f"loss_{part}"] = float(held_out_losses(trainer, part).mean())
         trainer.log.scores("elastic", trainer.state.step, trainer.state.samples, values)
+        return loss

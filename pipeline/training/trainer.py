@@ -104,11 +104,10 @@ class Trainer:
         texts = {clips: text_families(self.stage, self.corpus, clips).values() for clips in (False, True)}
         self.flops = SampleFlops(self.sizes, stage, self.latents, texts, self.corpus.rows)
 
-        self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), Validation()]
+        validation = ElasticValidation() if stage.elastic.elastic else Validation()
+        self.callbacks: list[Callback] = [GateStats(self.engine.module, stage.fusion.families), validation]
         if stage.objective.patch_times.kind != "shared" or stage.objective.difficulty:
             self.callbacks.append(PatchValidation())
-        if stage.elastic.elastic:
-            self.callbacks.append(ElasticValidation())
         if stage.users.count and stage.users.dispersion:
             self.callbacks.append(UserDispersion(stage.users.dispersion))
         if stage.sample.every_samples:

@@ -99,12 +99,14 @@ class Validation(Callback):
             trainer.heartbeat.enter("validate", trainer.state.step)
             self.validate(trainer)
 
-    def validate(self, trainer: "Trainer") -> None:
-        """Measure the losses on all ranks and log their mean."""
+    def validate(self, trainer: "Trainer") -> float:
+        """Measure the losses on all ranks, log their mean, and return it."""
         # The averaged weights, because these are the ones that are sampled and exported.
         with trainer.engine.averaged():
             losses = held_out_losses(trainer, trainer.inputs.part)
 
         by_timestep = zip(FIXED_TIMESTEPS, losses, strict=True)
         values = {f"validation_t{fixed:.4f}": float(loss) for fixed, loss in by_timestep}
-        trainer.log_event("validation", loss=float(losses.mean()), **values)
+        loss = float(losses.mean())
+        trainer.log_event("validation", loss=loss, **values)
+        return loss

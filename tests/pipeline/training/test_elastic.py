@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusion.objective import make_objective
 from pipeline.stage.config import load_stage
 from pipeline.stage.objective import ObjectiveConfig
+from pipeline.training import elastic_validation, validation
 from pipeline.training.elastic import ElasticPasses, PartChoice
+from pipeline.training.elastic_validation import ElasticValidation
 from pipeline.training.state import TrainState
 from tests.helpers import elastic_tasks
 from tests.helpers.distributed import on_ranks
@@ -215,6 +219,32 @@ def test_segments_train_and_validate_each_size_in_its_times(store, tmp_path):
     assert len(plain) == len(parts) == len(losses) * 8 // 16
     for one, other in zip(plain, parts, strict=True):
         assert one["loss"] == other["loss_depth4"] > 0 < other["loss_depth2"]
+
+
+@pytest.mark.parametrize("segments", [[], [0.5]])
+def test_each_part_is_validated_once(monkeypatch, segments):
+    elastic, measured, logged = ElasticConfig([6, 2], [2, 4], segments=segments), [], {}
+
+    def measure(trainer, part):
+        measured.append(part)
+        return torch.full((8,), float(len(measured)))
+
+    for module in (validation, elastic_validation):
+        monkeypatch.setattr(module, "held_out_losses", measure)
+    trainer = SimpleNamespace(
+        stage=SimpleNamespace(elastic=elastic),
+        sizes=SIZES,
+        inputs=SimpleNamespace(part=elastic.by_default(SIZES)),
+        engine=SimpleNamespace(averaged=nullcontext),
+        state=SimpleNamespace(step=1, samples=8),
+        log=SimpleNamespace(scores=lambda name, step, samples, values: logged.update(values)),
+        log_event=lambda name, loss, **values: logged.update(validation=loss),
+    )
+    ElasticValidation().validate(trainer)
+    choices = elastic.choices(SIZES)
+    assert measured == [elastic.by_default(SIZES), *choices[1:]]
+    assert list(logged.values()) == [1.0, *range(1, len(choices) + 1)]
+    assert list(logged) == ["validation", *(f"loss_{part}" for part in choices)]
 
 
 def test_a_plain_stages_weights_start_an_elastic_one(store, tmp_path, plain):
