@@ -27,19 +27,16 @@ from data_prep.store.store import Store, open_store
 from model.common.errors import UserError, command
 from model.common.files import atomic_path
 from model.common.progress import Progress
-from model.encoders.latent_spaces import LatentSpace, load_latent_space
 from model.encoders.vae import VAE, small_vae
 from model.encoders.video_wavelet import GROUP, VideoWaveletAutoencoder, VideoWaveletConfig
-from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.functional import has_bf16
 from pipeline.checkpoint.weights import apply_umask
 from pipeline.engine.muon import orthogonalize
 from pipeline.vae.clips import clip_batches, measure_latents, read_clips
+from pipeline.vae.distillation import distillation_loss, make_student, read_teacher
 
 SETTINGS = "training.json"
 """File in the VAE's folder with the settings and pairs that it was trained with, and its PSNR."""
-STUDENT = WaveletConfig(width=80, blocks=4, encoder_blocks=2)
-"""Sizes of a wavelet autoencoder: preparation waits for the encoder, and images depend on the decoder."""
 WARM_UP_STEPS = 50
 MAX_STATISTICS_IMAGES = 1024
 """Images over which the latent channels are standardized."""
@@ -186,66 +183,6 @@ class VAEOptimizer:
         self.adamw.zero_grad()
 
 
-def distillation_loss(student: Any, teacher: VAE, pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Return the loss of an autoencoder with a teacher's latents: squared error of the latents, in units of
-    their std; of the logarithms of their variances; and the error of images decoded from the teacher's
-    latents and from its own.
-
-    Args:
-        student: a `WaveletAutoencoder`.
-        teacher: whose latents it learns.
-        pixels: [B, 3, H, W] in [-1, 1].
-        rng: generator of the posterior's noise, on the CPU.
-    """
-    mean, std = teacher.encode(pixels)
-    noise = torch.randn(mean.shape, generator=rng).to(mean.device)
-
-    factor = float(teacher.statistics["scaling_factor"])
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_bf16(pixels.device)):
-        moments = student.encode(pixels)[0]
-        # no gradient through its own latents: they are to be the teacher's, not easy ones
-        decoded = student.decode(torch.cat([mean + std * noise, moments.mean.detach().float()]))[0]
-
-    of_latents = (factor * (moments.mean.float() - mean)).square().mean()
-    of_variances = (moments.logvar.float() - 2.0 * std.clamp(min=1e-12).log()).square().mean()
-
-    error = decoded.float() - torch.cat([pixels, pixels])
-    color = F.avg_pool2d(error, 4).square().mean()
-    return of_latents + 0.01 * of_variances + error.abs().mean() + error.square().mean() + 4.0 * color
-
-
-def make_student(teacher: VAE) -> WaveletAutoencoder:
-    """Return a new autoencoder for a teacher's latents.
-
-    Raises:
-        UserError: if the teacher has another downsampling.
-    """
-    student = replace(
-        STUDENT,
-        channels=teacher.channels,
-        statistics=dict(teacher.statistics),
-        teacher=teacher.identity,
-    )
-    if teacher.downsampling != 8:
-        raise UserError(
-            f"--teacher: it has {teacher.downsampling} pixels per position, and three levels of wavelets 8: "
-            "name another teacher"
-        )
-    return WaveletAutoencoder(student)
-
-
-def read_teacher(folder: str, device: torch.device) -> VAE:
-    """Load the teacher.
-
-    Raises:
-        UserError: if the folder holds no AutoencoderKL.
-    """
-    space: LatentSpace = load_latent_space(folder, None, device)
-    if not isinstance(space, VAE):
-        raise UserError(f"--teacher {folder}: it holds a {space.name}: name the folder of an AutoencoderKL")
-    return space
-
-
 def make_vae(training: Training, teacher: VAE | None) -> nn.Module:
     """Build the autoencoder that is trained: one of clips, one with a teacher's latents, or an AutoencoderKL.
 
@@ -349,15 +286,26 @@ def standardize(vae: Any, images: list[Tensor], training: Training, device: torc
 
 
 @torch.no_grad()
-def psnr(vae: Any, images: list[Tensor], training: Training, device: torch.device) -> float:
-    """Return the mean peak signal-to-noise ratio, in dB, of reconstructing up to `MAX_PSNR_IMAGES` images."""
+def psnr(
+    vae: Any, images: list[Tensor], training: Training, device: torch.device, decoder: Any = None
+) -> float:
+    """Return the mean peak signal-to-noise ratio, in dB, of reconstructing up to `MAX_PSNR_IMAGES` images.
+
+    Args:
+        vae: that encodes.
+        images: to reconstruct.
+        training: settings, for the crops.
+        device: of the weights.
+        decoder: another VAE that decodes; None = the same.
+    """
+    decoder = vae if decoder is None else decoder
     source = batches(images, training, torch.Generator().manual_seed(training.seed))
     values: list[Tensor] = []
     for _ in range(max(1, min(len(images), MAX_PSNR_IMAGES) // training.batch)):
         pixels = next(source).to(device)
         # the mean, without the posterior's noise, so that the value measures the VAE alone
         latents = vae.encode(pixels, return_dict=False)[0].mean
-        decoded = vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
+        decoded = decoder.decode(latents, return_dict=False)[0].clamp(-1, 1)
 
         error = ((decoded - pixels) / 2.0).square().flatten(1).mean(1)  # [B], of pixels in [0, 1]
         values.append(-10.0 * (error + 1e-10).log10())
@@ -416,17 +364,20 @@ def train_into(
     vae = train(images, training, device, teacher)
     if teacher is None:
         standardize(vae, images, training, device)
-    quality = psnr(vae, images, training, device)
+    quality = {"psnr": psnr(vae, images, training, device)}
+    if teacher is not None:
+        # encoder and decoder can each take the place of the teacher's
+        quality["psnr_own_encoder"] = psnr(vae, images, training, device, teacher.module)
+        quality["psnr_own_decoder"] = psnr(teacher.module, images, training, device, vae)
 
     with atomic_path(out) as unfinished:
         vae.save_pretrained(unfinished, safe_serialization=True)
         # safetensors 0.8 makes files that only their owner can read, and other users run the jobs
         apply_umask(unfinished)
-        text = json.dumps({"settings": settings, "psnr": quality}, indent=2)
+        text = json.dumps({"settings": settings, **quality}, indent=2)
         (unfinished / SETTINGS).write_text(text + "\n")
-    print(
-        f"{out}: {len(images):,} images, {training.steps:,} steps, reconstructions at {quality:.1f} dB PSNR"
-    )
+    reached = f"reconstructions at {quality['psnr']:.1f} dB PSNR"
+    print(f"{out}: {len(images):,} images, {training.steps:,} steps, {reached}")
 
 
 def check_frames(training: Training, video: bool) -> Training:

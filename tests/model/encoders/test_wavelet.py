@@ -12,9 +12,11 @@ from model.common.errors import UserError
 from model.encoders.latent_spaces import load_latent_space, same_latents
 from model.encoders.vae import VAE, small_vae
 from model.encoders.wavelet import WAVELET, WaveletAutoencoder, WaveletConfig, haar, inverse_haar
+from pipeline import train_vae
 from pipeline.inference.sampler import load_vae
 from pipeline.stage.config import StageConfig
-from pipeline.train_vae import Training, distillation_loss, psnr, read_teacher, train
+from pipeline.train_vae import Training, psnr, train, train_into
+from pipeline.vae.distillation import distillation_loss, read_teacher
 from tests.helpers.networks import normal
 from tests.pipeline.test_train_vae import box_images
 
@@ -100,6 +102,27 @@ def test_families_of_either_are_decoded_by_both(folders):
         assert not same_latents(identity, stranger.identity)
     other = {**student.identity, "teacher": stranger.identity}
     assert not same_latents(other, student.identity)
+
+
+def test_the_quality_of_encoder_and_decoder_one_by_one_is_recorded(folders, tmp_path, monkeypatch):
+    images, out = box_images(8, (16, 16)), tmp_path / "wavelet"
+    monkeypatch.setattr(train_vae, "committed", lambda *_: {})
+    monkeypatch.setattr(train_vae, "read_images", lambda *_: images)
+    train_into(None, out, TINY, teacher_folder=str(folders / "teacher"))
+    teacher, student = (load_latent_space(str(path), None, CPU) for path in (folders / "teacher", out))
+    pixels, expected = torch.stack(images).float() / 127.5 - 1, {}
+    for name, encoder, decoder in (
+        ("psnr", student, student),
+        ("psnr_own_encoder", student, teacher),
+        ("psnr_own_decoder", teacher, student),
+    ):
+        decoded = decoder.decode_raw(encoder.encode(pixels)[0])
+        errors = ((decoded - pixels) / 2).square().mean((1, 2, 3))
+        expected[name] = pytest.approx(-10 * errors.log10().mean().item(), abs=1e-3)
+    record = json.loads((out / "training.json").read_text())
+    del record["settings"]
+    assert record == expected
+    assert len({round(value, 3) for value in record.values()}) == 3
 
 
 def test_a_teacher_is_an_autoencoder_kl(folders):
