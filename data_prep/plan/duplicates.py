@@ -248,10 +248,7 @@ class Duplicates:
             spool = Spool(Path(folder), "phashes")
             for section in scanned.sections("kept", len(scanned.groups), 0, 2):
                 rows = np.frombuffer(section, ROW)
-                if self._slices > 1:
-                    # By the low bits of the mixed key: the groups within a slice are made by the high ones.
-                    low = mixed(rows["hash"] & mask) & np.uint64(0xFFFFFFFF)
-                    rows = rows[(low * np.uint64(self._slices)) >> np.uint64(32) == part]
+                rows = rows_of_slice(rows, mask, part, self._slices)
                 spool.add(rows["hash"], rows["id"])
             for ids in near_in_pass(spool, blocks, self._dedupe.near):
                 found.append(ids)
@@ -288,6 +285,15 @@ def _rows_of(hashes: np.ndarray, ids: np.ndarray, chosen: np.ndarray) -> np.ndar
     rows = np.empty(int(chosen.sum()), ROW)
     rows["hash"], rows["id"] = hashes[chosen], ids[chosen]
     return rows
+
+
+def rows_of_slice(rows: np.ndarray, mask: np.uint64, part: int, slices: int) -> np.ndarray:
+    """Return the rows (`ROW`) of slice `part` of the keys, which are the bits of `mask`."""
+    if slices == 1:
+        return rows
+    # By the low bits of the mixed key: the groups within a slice are made by the high ones.
+    low = mixed(rows["hash"] & mask) & np.uint64(0xFFFFFFFF)
+    return rows[(low * np.uint64(slices)) >> np.uint64(32) == part]
 
 
 class _Places:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.prepare_scale import alike_hashes
+from benchmarks.prepare_data import alike_hashes
 from data_prep.plan import dedupe
 from data_prep.plan.dedupe import (
     ROW,
