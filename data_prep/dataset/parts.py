@@ -164,7 +164,6 @@ def committed(
 
 def _read_records(dataset: Store, kind: str, parts: Sequence[Part]) -> Iterator[tuple[bytes, Commit]]:
     """Yield bytes and commit of each part, read by threads ahead of their use."""
-
     # By some at a time: to pass a result from thread to thread takes as long as to parse a record.
     size = max(1, min(READ_AT_ONCE, len(parts) // THREADS))
 

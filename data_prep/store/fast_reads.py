@@ -2,21 +2,29 @@
 
 Only what went well counts: a complete object, whose hash matches if it is ours, or all bytes of a range.
 Everything else (a missing object, a refusal, a broken connection, a page of a proxy) is None, and the caller
-asks again through boto3, which retries and explains. So no fault has a second treatment here.
+asks again through boto3, which retries and explains. So no fault has a second treatment here. While reads
+fail, boto3 is asked at once; `LI_DIT_S3_CLIENT=boto3` leaves all reads to it.
 """
 
 import logging
 import os
 import threading
 from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import xxhash
 
+from model.common.errors import UserError
+
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
-"""Failures in a row after which a process reads through boto3 alone: proxies or certificates may not fit."""
+"""Failures in a row after which a process reads through boto3 alone for a while: proxies or certificates may
+not fit, or the endpoint asks for less."""
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 5.0, 600.0
+"""Seconds of the first such pause, and the most: each is twice as long as the one before, until a read
+succeeds."""
 _PAST_THE_END = "status code: 416 "
 _runtime_of = 0
 """Process that has obstore's threads; 0 = none yet. A fork inherits this number, but no threads."""
@@ -42,11 +50,17 @@ class FastReads:
         self._bucket, self._hash_field = bucket, hash_field
         self._lock = threading.Lock()
         self._failures = 0
+        self._pause, self._paused_until = PAUSE_SECONDS, 0.0
         self._store = _open(bucket, client, session, timeout)
+
+    @property
+    def active(self) -> bool:
+        """True if reads go through obstore at this moment."""
+        return self._store is not None and monotonic() >= self._paused_until
 
     def read(self, key: str, max_bytes: int | None) -> bytes | None:
         """Return an object's bytes; None if they are not all, or not those of the hash that it has."""
-        if self._store is None:
+        if not self.active:
             return None
         try:
             answer = self._store.get(key)
@@ -60,14 +74,14 @@ class FastReads:
             # Of whatever class: the ordinary way finds out what it means.
             return self._failed(error)
 
-        self._failures = 0
+        self._succeeded()
         # Objects that other programs wrote have no hash.
         is_whole = xxhash.xxh64_hexdigest(data) == expected if expected else len(data) == size
         return data if is_whole else None
 
     def read_range(self, key: str, start: int, length: int) -> bytes | None:
         """Return `length` bytes from `start` on, fewer only at its end; None if that is not certain."""
-        if self._store is None:
+        if not self.active:
             return None
         try:
             answer = self._store.get(key, options={"range": (start, start + length)})
@@ -77,8 +91,11 @@ class FastReads:
             # The object ends before `start`.
             return b"" if _PAST_THE_END in str(error) else self._failed(error)
 
-        self._failures = 0
+        self._succeeded()
         return data if answer.range[0] == start and len(data) == expected else None
+
+    def _succeeded(self) -> None:
+        self._failures, self._pause = 0, PAUSE_SECONDS
 
     def _failed(self, error: Exception) -> None:
         from obstore import exceptions
@@ -88,15 +105,34 @@ class FastReads:
             return
 
         with self._lock:
+            # Reads of other threads that began before the pause say no more.
+            if monotonic() < self._paused_until:
+                return
             self._failures += 1
-            if self._failures == MAX_FAILURES:
-                log.info("s3://%s: reads go through boto3 alone: %s", self._bucket, type(error).__name__)
-                self._store = None
+            if self._failures >= MAX_FAILURES:
+                log.info(
+                    "s3://%s: reads go through boto3 alone for %.0f s: %s",
+                    self._bucket,
+                    self._pause,
+                    type(error).__name__,
+                )
+                # `_failures` stays, so that one more failure after the pause begins the next one.
+                self._paused_until = monotonic() + self._pause
+                self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
 
 
 def _open(bucket: str, client: Any, session: Any | None, timeout: float) -> Any:
-    """Return obstore's store of a bucket; None if it cannot be used here."""
+    """Return obstore's store of a bucket; None if it cannot be used here.
+
+    Raises:
+        UserError: if `LI_DIT_S3_CLIENT` names no client.
+    """
     global _runtime_of
+    chosen = os.environ.get("LI_DIT_S3_CLIENT", "")
+    if chosen not in ("", "boto3"):
+        raise UserError("LI_DIT_S3_CLIENT: not a client: write boto3, or unset it")
+    if chosen:
+        return None
     # A read would wait forever for threads that only the parent has.
     if _runtime_of not in (0, os.getpid()):
         return None

@@ -1,15 +1,18 @@
 """Small reads through obstore: the same bytes as through boto3, which is asked whenever anything is odd."""
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep.store import fast_reads
 from data_prep.store.fast_reads import MAX_FAILURES, FastReads
 from data_prep.store.faults import TooLargeError
 from data_prep.store.store import open_store
+from model.common.errors import UserError
 from tests.helpers.s3 import BUCKET, CREDENTIALS, Fault
 
 
@@ -94,15 +97,68 @@ def test_a_byte_that_changed_on_the_way_is_noticed(store, asked, proxy):
     assert asked == ["get"]
 
 
-def test_after_some_failures_in_a_row_boto3_reads_alone(store, asked, proxy):
+@pytest.fixture
+def clock(monkeypatch):
+    seconds = [1000.0]
+    monkeypatch.setattr(fast_reads, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_after_some_failures_in_a_row_boto3_reads_alone_for_a_growing_while(store, asked, proxy, clock):
     store.put("record", b"data")
-    for _ in range(MAX_FAILURES):
-        proxy.faults = [Fault("reset", method="GET", times=1)]
+
+    def read(fault):
+        """Read once, and return the number of requests of obstore and of boto3."""
+        proxy.faults = [Fault("reset", method="GET", times=1)] if fault else []
+        before, asked_before = len(proxy.requests), len(asked)
         assert store.read("record") == b"data"
-    before, proxy.faults = len(proxy.requests), []
-    assert store.read("record") == b"data"
-    assert len(proxy.requests) == before + 1
-    assert len(asked) == MAX_FAILURES + 1
+        by_boto3 = len(asked) - asked_before
+        return len(proxy.requests) - before - by_boto3, by_boto3
+
+    for _ in range(MAX_FAILURES):
+        assert read(fault=True) == (1, 1)
+    pauses = [5, 10, 20, 40, 80, 160, 320, 600, 600]
+    for pause in pauses:
+        clock[0] += pause - 0.1
+        assert read(fault=False) == (0, 1)
+        clock[0] += 0.2
+        # the first failure after a pause begins the next one
+        assert read(fault=True) == (1, 1)
+        assert read(fault=False) == (0, 1)
+
+    # a success ends it, and the next pause is short again
+    clock[0] += 600
+    assert read(fault=False) == (1, 0)
+    for _ in range(MAX_FAILURES):
+        assert read(fault=True) == (1, 1)
+    clock[0] += 5.1
+    assert read(fault=False) == (1, 0)
+
+
+def test_a_burst_of_refusals_pauses_many_threads_once(store, asked, proxy, clock):
+    for number in range(64):
+        store.put(f"records/{number}", b"%d" % number)
+    proxy.faults = [Fault("503", method="GET", times=40)]
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda number: store.read(f"records/{number}"), range(64)))
+    assert found == [b"%d" % number for number in range(64)]
+    clock[0] += 5.1
+    assert store._backend._connected.fast.active
+    proxy.faults, before = [], len(asked)
+    assert store.read("records/7") == b"7"
+    assert len(asked) == before
+
+
+def test_boto3_alone_is_a_setting(s3, proxy, monkeypatch):
+    monkeypatch.setenv("LI_DIT_S3_CLIENT", "boto3")
+    store = open_store(s3)
+    store.put("record", b"data")
+    assert (store.read("record"), store.read_range("record", 1, 2)) == (b"data", b"at")
+    assert not store._backend._connected.fast.active
+    store.close()
+    monkeypatch.setenv("LI_DIT_S3_CLIENT", "boto")
+    with pytest.raises(UserError, match="LI_DIT_S3_CLIENT: not a client: write boto3"):
+        open_store(s3)
 
 
 def test_a_success_forgives_earlier_failures(store, asked, proxy):
