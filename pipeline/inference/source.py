@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.dataset.schema import Bucket
+from model.adapters.lora import attach_lora_as_in
 from model.common.dtypes import DTYPES
 from model.common.errors import UserError
 from model.common.extras import require
 from model.common.settings import allowed_range, settings_from
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
+from pipeline.checkpoint.base import WithBase
 from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.checkpoint.weights import ExportedWeights
 from pipeline.diffusers_pipeline import LIDiTModel, LIDiTPipeline
 from pipeline.diffusers_video_pipeline import LIDiTVideoPipeline
-from pipeline.inference.adapter_files import ADAPTER, USERS, load_user_adapter
+from pipeline.inference.adapter_files import ADAPTER, LORA, USERS, load_user_adapter, read_lora
 from pipeline.inference.call import objective_of
 from pipeline.inference.elastic import ChosenParts
 from pipeline.inference.sampler import Sampler, SamplingParams, partition
@@ -77,7 +80,8 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
         types = {"transformer": dtype, "default": torch.float32}
         kind = _pipeline_class(folder)
         pipeline = kind.from_pretrained(folder, torch_dtype=types, low_cpu_mem_usage=False, **parts)
-        partitioned = _partition_export(folder / "transformer", dtype) if zero3 else None
+        lora = read_lora(folder / LORA)
+        partitioned = _partition_export(folder / "transformer", lora, dtype) if zero3 else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: damaged or not complete: {error}") from error
     finally:
@@ -94,7 +98,7 @@ def load_export(folder: Path, device: torch.device, dtype: torch.dtype, zero3: b
     # An export contains its own LLM and VAE, so it needs no run and no store.
     pipeline.vae.to(device)
     reader, vae = pipeline.text.to(device).reader, pipeline.space
-    network = partitioned.module if partitioned else _plain_network(pipeline.transformer)
+    network = partitioned.module if partitioned else _with_lora(_plain_network(pipeline.transformer), lora)
     objective = objective_of(config, pipeline.scheduler)
     sampler = Sampler(network, reader, lambda: vae, objective, defaults, device, dtype, partitioned)
     _attach_users(sampler, folder / USERS)
@@ -123,9 +127,21 @@ def _attach_users(sampler: Sampler, folder: Path) -> None:
         sampler.users.folder = folder
 
 
-def _partition_export(folder: Path, dtype: torch.dtype) -> "PartitionedNetwork":
-    build = _build_from(LIDiTModel.load_config(folder))
-    return partition(build, load_weights(folder, "ema"), dtype, EngineConfig())
+def _with_lora(network: LIDiT, lora: Mapping[str, Tensor]) -> LIDiT:
+    """Return the network with an export's LoRA attached, which is part of what its run computes."""
+    try:
+        attach_lora_as_in(network, lora).load_state_dict({**network.state_dict(), **lora})
+    except RuntimeError as error:
+        raise UserError(
+            f"LoRA of another network than the export's: {error}: export the run again"
+        ) from error
+    return network
+
+
+def _partition_export(folder: Path, lora: Mapping[str, Tensor], dtype: torch.dtype) -> "PartitionedNetwork":
+    build, weights = _build_from(LIDiTModel.load_config(folder)), load_weights(folder, "ema")
+    assert isinstance(weights, ExportedWeights)
+    return partition(lambda: attach_lora_as_in(build(), lora), WithBase(lora, weights), dtype, EngineConfig())
 
 
 def _plain_network(model: LIDiTModel) -> LIDiT:
