@@ -21,7 +21,7 @@ from PIL import Image
 from data_prep.clips.clips import first_frame, is_clip
 from data_prep.clips.large_file import Media
 from data_prep.config import DatasetConfig
-from data_prep.dataset.accounts import FileAccount, account
+from data_prep.dataset.accounts import FileAccount, Totals, account, without_counts
 from data_prep.dataset.parts import committed, read_plan, read_plan_record
 from data_prep.dataset.records import hashed, parse_table, read_object
 from data_prep.dataset.schema import PAIRS, TABLE, Bucket, Commit, Manifest, Part, PlanRecord
@@ -103,8 +103,10 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
     """
     manifest = read_plan(dataset)
     # Raises if the counts do not add up: a page with wrong counts would look right.
-    commits = committed(dataset, PAIRS)
-    accounts = account(dataset, commits)
+    # Of a million parts, the counts by source file take gigabytes, and only their sums are shown.
+    totals = Totals()
+    commits = committed(dataset, PAIRS, totals.take)
+    accounts = account(dataset, commits, totals)
     record = read_plan_record(dataset)
     tables = _sample_tables(dataset, commits)
 
@@ -117,7 +119,7 @@ def write_report(config: DatasetConfig, dataset: Store, path: Path) -> None:
         store=dataset.uri,
         totals=_totals(accounts),
         captions=record["captions"],
-        steps=_steps(accounts, record, commits),
+        steps=_steps(accounts, record, totals),
         buckets=_buckets(manifest, commits),
         histograms=_histograms(config, tables),
         tables=len(tables),
@@ -152,19 +154,17 @@ def _totals(accounts: list[FileAccount]) -> dict[str, int]:
     return totals
 
 
-def _steps(
-    accounts: list[FileAccount], record: PlanRecord, commits: dict[Part, Commit]
-) -> list[dict[str, Any]]:
+def _steps(accounts: list[FileAccount], record: PlanRecord, totals: Totals) -> list[dict[str, Any]]:
     """Return the steps from rows read to rows committed: the rows that each reason dropped, and those
     left."""
     in_plan: Counter[str] = Counter()
     for file in record["files"]:
         in_plan.update(file["dropped"])
-    in_parts: Counter[str] = Counter()
-    for commit in commits.values():
-        for name, count in commit.counts.items():
-            if name.startswith("dropped "):
-                in_parts[name.removeprefix("dropped ")] += int(count)
+    in_parts: dict[str, int] = {}
+    # In the order of their names, since reasons that drop as many rows are shown in this order.
+    for name, count in sorted(totals.counts.items()):
+        if name.startswith("dropped "):
+            in_parts[name.removeprefix("dropped ")] = count
 
     # Reasons follow in the order in which rows meet them, so `left` counts down to the committed rows.
     left = total = sum(account.read for account in accounts)
@@ -227,7 +227,7 @@ def _kinds(dataset: Store, commits: dict[Part, Commit]) -> list[dict[str, Any]]:
     """Return a row of the table for the pairs and one per family."""
     table = []
     for kind in [PAIRS, *read_families(dataset)]:
-        own = list((commits if kind == PAIRS else committed(dataset, kind)).values())
+        own = list((commits if kind == PAIRS else committed(dataset, kind, without_counts)).values())
         rows = sum(commit.rows for commit in own)
         size = payload_bytes(own)
         table.append(

@@ -80,15 +80,16 @@ def check_parts(
 
 
 class Totals:
-    """Rows of all parts by source file, added up while commits are read."""
+    """Rows of all parts by source file and by reason, added up while commits are read."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        """By the names that they have in commits."""
 
     def take(self, commit: Commit) -> Commit:
         """Add the counts of a commit, and return it without them."""
         for name, count in commit.counts.items():
-            if name.startswith("file "):
+            if name.startswith(("file ", "dropped ")):
                 self.counts[name] += int(count)
         return without_counts(commit)
 

@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import pyarrow as pa
@@ -5,6 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import DedupeConfig, FilterConfig, SourceConfig
+from data_prep.dataset.parts import committed
+from data_prep.images.images import ImageError
+from data_prep.pairs import make_images
 from data_prep.pairs.pairs import run_pairs
 from data_prep.plan.plan import run_plan
 from data_prep.report import write_report
@@ -67,6 +71,38 @@ def test_the_page_names_evaluation_sets_and_listed_rows_in_the_order_of_their_st
     assert places == sorted(places)
     assert f"evaluation set {source.path} are left out: it has 1 images, 0 of them unreadable" in words
     assert "dedupe.drop has 2 ids, and 1 of them match no row" in words
+
+
+def test_the_page_is_the_same_whether_or_not_commits_keep_their_counts(config, tmp_path, monkeypatch):
+    calls, real = itertools.count(), make_images.fit_bucket
+
+    def fail_some(data, bucket):
+        if next(calls) % 3 == 0:
+            raise ImageError("image: damaged", "late")
+        return real(data, bucket)
+
+    monkeypatch.setattr(make_images, "fit_bucket", fail_some)
+    dataset = open_store(config.store, create=True).sub("ds")
+    run_plan(config, dataset, ALONE)
+    run_pairs(config, dataset, ALONE)
+    read = []
+
+    def watched(dataset, kind, shrink):
+        read.extend(commits := committed(dataset, kind, shrink))
+        assert not any(commit.counts for commit in commits.values())
+        return commits
+
+    def keeping(dataset, kind, shrink):
+        return committed(dataset, kind, lambda commit: (shrink(commit), commit)[1])
+
+    pages = []
+    for number, reader in enumerate((watched, keeping)):
+        monkeypatch.setattr("data_prep.report.committed", reader)
+        write_report(config, dataset, tmp_path / f"{number}.html")
+        pages.append((tmp_path / f"{number}.html").read_text())
+    assert read
+    assert pages[0] == pages[1]
+    assert "(at full decode)" in pages[0]
 
 
 def test_the_page_of_an_unfinished_job(config, tmp_path):
