@@ -38,6 +38,20 @@ if by_hand; then
   exit 0
 fi
 
+# warn_of_all_at_once: in the array's first task, warn if nothing limits the number of its tasks that run at once.
+warn_of_all_at_once() {
+  [ "${SLURM_ARRAY_TASK_COUNT:-1}" -gt 1 ] && [ "${SLURM_ARRAY_TASK_ID:-}" = "${SLURM_ARRAY_TASK_MIN:-}" ] || return 0
+  command -v scontrol > /dev/null || return 0
+  local job
+  job=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null) || return 0
+  case $job in
+    *ArrayTaskThrottle=[1-9]*) ;;
+    *ArrayTaskId=*) echo "warning: this array has no %: if all of its tasks run at once, they all wait for the slowest GPU; as" \
+      "many as there are GPUs: scontrol update JobId=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} ArrayTaskThrottle=16" >&2 ;;
+  esac
+}
+
+warn_of_all_at_once
 array_step latents "$@"
 # A task captions the parts whose text it encodes next.
 if has_key captions "$1"; then array_step captions "$@"; fi

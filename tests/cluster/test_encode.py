@@ -66,22 +66,62 @@ def test_the_help_says_how_many_tasks(tmp_path):
     assert "four tasks per GPU or more" in typed(tmp_path, "--help").stdout
 
 
+def run_task(tmp_path, keys="", scontrol=None, **slurm):
+    """Run a task of encode.sh with a make-believe Python, and return what it printed."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$3" >> {tmp_path}/steps\n')
+    (tmp_path / "python").chmod(0o755)
+    if scontrol is not None:
+        (tmp_path / "bin/scontrol").write_text(f"#!/bin/bash\n{scontrol}\n")
+        (tmp_path / "bin/scontrol").chmod(0o755)
+    (tmp_path / "env.sh").write_text(f"PYTHON={tmp_path}/python\n")
+    (tmp_path / "ds.yaml").write_text("name: ds\n" + keys)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    more = {
+        "PATH": path,
+        "LI_DIT_ENV": str(tmp_path / "env.sh"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "0",
+    }
+    # Slurm runs a copy of the script, which is how the script knows that it is a task.
+    script = shutil.copy(ROOT / "cluster/encode.sh", tmp_path)
+    words = [script, str(tmp_path / "ds.yaml")]
+    environment = {**os.environ, **more, **slurm}
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, check=True, timeout=60, capture_output=True, text=True
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "steps"),
     [("", ["latents", "text"]), ("captions: []\n", ["latents", "captions", "text"])],
 )
 def test_a_task_captions_its_parts_before_it_encodes_their_text(tmp_path, keys, steps):
-    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$3" >> {tmp_path}/steps\n')
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / "env.sh").write_text(f"PYTHON={tmp_path}/python\n")
-    (tmp_path / "ds.yaml").write_text("name: ds\n" + keys)
-    more = {"LI_DIT_ENV": str(tmp_path / "env.sh"), "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
-    environment = {**os.environ, **more}
-    # Slurm runs a copy of the script, which is how the script knows that it is a task.
-    script = shutil.copy(ROOT / "cluster/encode.sh", tmp_path)
-    words = [script, str(tmp_path / "ds.yaml")]
-    subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=60)
+    run_task(tmp_path, keys)
     assert (tmp_path / "steps").read_text().split() == steps
+
+
+ARRAY = {"SLURM_ARRAY_TASK_COUNT": "64", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_JOB_ID": "5"}
+FREE, LIMITED = "echo ArrayTaskId=0", "echo ArrayTaskId=0 ArrayTaskThrottle=16"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "changes", "warns"),
+    [
+        (FREE, {}, True),
+        ("echo ArrayTaskId=0 ArrayTaskThrottle=0", {}, True),
+        (LIMITED, {}, False),
+        (FREE, {"SLURM_ARRAY_TASK_ID": "3"}, False),
+        (FREE, {"SLURM_ARRAY_TASK_COUNT": "1"}, False),
+        ("exit 1", {}, False),
+        ("echo slurm_load_jobs error", {}, False),
+    ],
+)
+def test_the_first_task_of_an_array_warns_if_nothing_limits_it(tmp_path, scontrol, changes, warns):
+    done = run_task(tmp_path, scontrol=scontrol, **{**ARRAY, **changes})
+    assert ("scontrol update JobId=5 ArrayTaskThrottle=16" in done.stderr) == warns
+    assert ("warning" in done.stderr) == warns
+    assert (tmp_path / "steps").read_text().split() == ["latents", "text"]
 
 
 def test_annotations_are_made_between_the_plan_and_the_pairs(tmp_path):
