@@ -1,14 +1,14 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m benchmarks.tastes --out runs/tastes [--base-samples 200000] [--samples 60000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 300000] [--samples 40000] [--results FILE]
 
-First a network is trained on scenes whose tones of the ground, textures and sizes vary, and whose captions
-state each of these half of the time: the base, which can draw what it is asked for. Each of 32 users likes
-one, two or three of them. The users' images are scenes with these, under captions that say colors and shapes
-alone, so only the user's embedding can say the rest. A stage learns the users beside the frozen base.
+First a network is trained on scenes of one or two objects on a ground, whose captions state color, shape,
+size and ground each half of the time: the base. Each of 32 users likes a ground, an outline, a palette or a
+size. The users' images are scenes with it, under captions that never state what the user likes, so only the
+user's embedding can say it. A stage learns the users beside the frozen base.
 
 Then each user's images of held-out prompts are read by the exact scorer: `preference` is the share of images
-with all that the user likes (objects: all of them), `following` prompt following. Rows: all parts, no
+with what the user likes, on all of their objects, `following` the share of right claims. Rows: all parts, no
 dispersion, only the shared shift, only those of blocks. New users have tastes that nobody was trained on, and
 are fitted to 8 images. What a run has finished is not done again.
 """
@@ -19,7 +19,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,29 @@ import yaml
 from PIL import Image
 
 from benchmarks.reporting import at_least, at_most, conditions, print_goals
-from data_prep.scenes.captions import SceneCaption, caption_scene
-from data_prep.scenes.grammar import SIZES, TONES, Ground, Scene, SceneStyle, Segment, Texture, sample_scene
+from data_prep.scenes.captions import SceneCaption, capitalize, with_article
+from data_prep.scenes.grammar import (
+    COLORS,
+    SHAPES,
+    SIZES,
+    TONES,
+    Color,
+    Ground,
+    Scene,
+    SceneStyle,
+    Segment,
+    Shape,
+    Size,
+    Tone,
+    sample_scene,
+)
 from data_prep.scenes.rendering import render_scene
 from model.common.files import write_atomic
 from model.functional import has_bf16
 from pipeline.demonstration.commands import run as run_command
 from pipeline.fit_user import encode_images
-from pipeline.following.reading import read_scene
-from pipeline.following.scoring import prompt_following, score_objects
+from pipeline.following.reading import DetectedObject, read_scene
+from pipeline.following.scoring import score_objects
 from pipeline.inference.fit import FitSettings, fit_user
 from pipeline.inference.generate import generate_images
 from pipeline.inference.images import make_grid
@@ -54,9 +67,20 @@ BASE_SEED, TRAIN_SEED, TEST_SEED = 22_000, 23_000, 24_000
 BASE_STAGE = "demo_scenes"
 BASE_DATASET = Path(__file__).parents[1] / "data_prep" / "datasets" / "demo_scenes.yaml"
 """Stage and dataset whose network, text and latents the base has."""
-TEXTURES: tuple[Texture, ...] = ("plain", "striped", "checkered")
-"""Those of which users like one: dots are read least surely in images of 32 pixels."""
+SCALE = 1.8
+"""Size of the objects: 10 and 14 of 32 pixels."""
+PALETTES: tuple[tuple[Color, ...], ...] = (
+    ("red", "orange"), ("green", "cyan"), ("blue", "purple"), ("pink", "yellow"),
+    ("red", "pink"), ("cyan", "blue"), ("orange", "yellow"), ("green", "yellow"),
+)  # fmt: skip
+OUTLINES: tuple[tuple[Shape, ...], ...] = (
+    ("circle", "heart"), ("square", "diamond"), ("triangle", "star"), ("cross", "star"),
+    ("circle", "square"), ("heart", "triangle"), ("diamond", "cross"), ("circle", "diamond"),
+)  # fmt: skip
+NEW_PALETTE, NEW_OUTLINE = ("purple", "pink"), ("square", "triangle")
 PROCESSES = 2
+EIGHT_PROMPTS = ("An object.", "An object and an object.", "A star and a circle.")
+"""Prompts of the grid of images, which say little: the rest is what the user likes."""
 WHITE, DARK, BLACK = TONES
 TONE_LEVELS = {BLACK: 24.0, DARK: 80.0}
 """Levels of gray up to which a ground has a tone; above the last it is white."""
@@ -71,70 +95,104 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Taste:
-    """Preferences of a user; None = anything."""
+    """Preference of a user; what is empty may be anything."""
 
-    tone: str | None = None
-    texture: str | None = None
-    size: str | None = None
+    ground: Tone | None = None
+    outline: tuple[Shape, ...] = ()
+    palette: tuple[Color, ...] = ()
+    size: Size | None = None
+
+    def __str__(self) -> str:
+        return self.ground or "/".join(self.outline) or "/".join(self.palette) or self.size or "anything"
+
+    @property
+    def fixes(self) -> str:
+        """The attribute that captions of the user's images do not state; empty = none."""
+        kinds = {"ground": self.ground, "shape": self.outline, "colour": self.palette, "size": self.size}
+        return next((name for name, value in kinds.items() if value), "")
 
 
 def tastes() -> list[Taste]:
-    """Return different tastes: of each kind, of every two, then of all three; the first are the users', the
-    next the new users'."""
-    one = [Taste(tone=tone) for tone in TONES]
-    one += [Taste(texture=texture) for texture in TEXTURES] + [Taste(size=size) for size in SIZES]
-    two = [Taste(tone, texture, None) for tone, texture in product(TONES, TEXTURES)]
-    two += [Taste(tone, None, size) for tone, size in product(TONES, SIZES)]
-    two += [Taste(None, texture, size) for texture, size in product(TEXTURES, SIZES)]
-    three = [Taste(*values) for values in product(TONES, TEXTURES, SIZES)]
-    order = np.random.default_rng(0).permutation(len(three))
-    return [*one, *two, *(three[number] for number in order)]
+    """Return the tastes of the users, eight of each kind in turn, then those of the new users.
 
-
-def scene_of(
-    taste: Taste, seed: int, index: int, scale: float = 1.0, stated: bool = False
-) -> tuple[Scene, SceneCaption]:
-    """Return a scene of one or two objects that a user likes, and a caption of its colors and shapes.
-
-    Args:
-        taste: of the user.
-        seed: of the set of scenes.
-        index: of the scene within the set.
-        scale: size of the objects.
-        stated: True if the caption also states textures, sizes and the ground, each half of the time.
+    There are three grounds and two sizes, so some users have one taste.
     """
+    known: list[Taste] = []
+    for number in range(USERS // 4):
+        known += [
+            Taste(ground=TONES[number % len(TONES)]),
+            Taste(outline=OUTLINES[number]),
+            Taste(palette=PALETTES[number]),
+            Taste(size=SIZES[number % len(SIZES)]),
+        ]
+    new = [Taste(ground=DARK), Taste(outline=NEW_OUTLINE), Taste(palette=NEW_PALETTE), Taste(size="small")]
+    return [*known, *new]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A scene, and a caption that states a part of it."""
+
+    scene: Scene
+    text: str
+    claims: tuple[Segment, ...]
+    """Stated attributes of each object; objects without any are left out."""
+
+
+def picture_of(taste: Taste, seed: int, index: int) -> Picture:
+    """Return a scene that a user likes; its caption states each attribute half of the time, the liked one
+    never."""
     random = np.random.default_rng([seed, index, 1])
     # Objects of plain scenes differ in color and shape, by which a caption distinguishes them.
-    style = SceneStyle(scale, plain=True)
-    sampled = sample_scene(seed, index, segments=int(random.integers(1, 3)), style=style)
-    with_texture, with_size, with_ground = random.random(3) < (0.5 if stated else 0.0)
-    tone = taste.tone or TONES[random.integers(len(TONES))]
-    objects, segments = [], []
-    for item in sampled.objects:
-        liked: Any = {
-            "texture": taste.texture or TEXTURES[random.integers(len(TEXTURES))],
-            "size": taste.size or SIZES[random.integers(len(SIZES))],
-        }
-        objects.append(replace(item, **liked))
-        said = {"texture": with_texture, "size": with_size}
-        segments.append(Segment(item.colour, item.shape, **{key: liked[key] for key in said if said[key]}))
-    ground: Any = Ground(tone, "plain")  # type: ignore[arg-type]
-    scene = replace(sampled, ground=ground, segments=tuple(segments), objects=tuple(objects))
-    return scene, caption_scene(scene, "sentence" if with_ground else "list", seed, index)
+    sampled = sample_scene(
+        seed, index, segments=int(random.integers(1, 3)), style=SceneStyle(SCALE, plain=True)
+    )
+    colors = random.permutation(np.array(taste.palette or COLORS)).tolist()
+    shapes = random.permutation(np.array(taste.outline or SHAPES)).tolist()
+    objects = []
+    for number, item in enumerate(sampled.objects):
+        size = taste.size or SIZES[random.integers(len(SIZES))]
+        objects.append(replace(item, colour=colors[number], shape=shapes[number], size=size))
+    tone: Tone = taste.ground or TONES[random.integers(len(TONES))]
+
+    said = dict(zip(("colour", "shape", "size", "ground"), random.random(4) < 0.5, strict=True))
+    said |= {taste.fixes: False}
+    stated = [
+        {name: getattr(item, name) for name in ("colour", "shape", "size") if said[name]} for item in objects
+    ]
+    words = [" ".join(each.get(name, "") for name in ("size", "colour")) for each in stated]
+    nouns = [each.get("shape", "object") for each in stated]
+    named = [with_article(f"{word} {noun}".strip()) for word, noun in zip(words, nouns, strict=True)]
+    text = " and ".join(" ".join(phrase.split()) for phrase in named)
+    text = f"{capitalize(text)}{f' on a {tone} ground' if said['ground'] else ''}."
+
+    nothing: dict[str, Any] = {"colour": None, "shape": None}
+    scene = replace(
+        sampled, ground=Ground(tone, "plain"), objects=tuple(objects),
+        segments=tuple(Segment(item.colour, item.shape, item.size) for item in objects),
+    )  # fmt: skip
+    return Picture(scene, text, tuple(Segment(**{**nothing, **each}) for each in stated if each))
 
 
-def likes(taste: Taste, image: np.ndarray, scale: float = 1.0) -> bool:
-    """Return True if an image uint8 [H, W, 3] has all that a user likes, as the exact reader sees it."""
-    objects = read_scene(image, scale)
+def likes(taste: Taste, image: np.ndarray) -> bool:
+    """Return True if an image uint8 [H, W, 3] has what a user likes, as the exact reader sees it."""
+    objects = read_scene(image, SCALE)
     if not objects:
         return False
-    if taste.tone is not None and tone_of(image) != taste.tone:
-        return False
-    return all(_is_liked(taste, item) for item in objects)
+    return taste.ground in (None, tone_of(image)) and all(_is_liked(taste, item) for item in objects)
 
 
-def _is_liked(taste: Taste, item: Any) -> bool:
-    return taste.texture in (None, item.texture) and taste.size in (None, item.size)
+def _is_liked(taste: Taste, item: DetectedObject) -> bool:
+    outline = not taste.outline or item.shape in taste.outline
+    return outline and (not taste.palette or item.colour in taste.palette) and taste.size in (None, item.size)
+
+
+def follows(pictures: Sequence[Picture], images: Sequence[np.ndarray]) -> float:
+    """Return the share of right claims about colors, shapes and sizes."""
+    chosen = [(picture, image) for picture, image in zip(pictures, images, strict=True) if picture.claims]
+    captions = [SceneCaption("list", picture.text, picture.claims) for picture, _ in chosen]
+    scores = score_objects([read_scene(image, SCALE) for _, image in chosen], captions)
+    return float(np.mean([claim.correct for claim in scores.claims]))
 
 
 def tone_of(image: np.ndarray) -> str:
@@ -146,18 +204,17 @@ def tone_of(image: np.ndarray) -> str:
 
 
 def write_images(
-    folder: Path, chosen: Sequence[Taste], images: int, side: int, scale: float, seed: int, named: bool
+    folder: Path, chosen: Sequence[Taste], images: int, side: int, seed: int, named: bool
 ) -> None:
-    """Write images of each taste as a folder with metadata: `file_name`, `caption`, and `user` if `named`;
-    captions of images without a user state more than colors and shapes."""
+    """Write images of each taste as a folder with metadata: `file_name`, `caption`, and `user` if `named`."""
     folder.mkdir(parents=True)
     lines = []
     for user, taste in enumerate(chosen):
         for number in range(images):
-            scene, caption = scene_of(taste, seed + user, number, scale, stated=not named)
+            picture = picture_of(taste, seed + user, number)
             name = f"{user:02d}_{number:05d}.png"
-            Image.fromarray(render_scene(scene, side, side)).save(folder / name)
-            line = {"file_name": name, "caption": caption.text}
+            Image.fromarray(render_scene(picture.scene, side, side)).save(folder / name)
+            line = {"file_name": name, "caption": picture.text}
             lines.append(json.dumps(line | ({"user": f"user {user:02d}"} if named else {})))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -187,7 +244,7 @@ def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingCo
     folder = path.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     seed = TRAIN_SEED if named else BASE_SEED
-    write_images(folder, chosen, images, sample.height, sample.scenes_scale, seed, named)
+    write_images(folder, chosen, images, sample.height, seed, named)
     write_dataset(path, folder, sample.height, named)
     for step in ("plan", "pairs", *(["users"] if named else []), "latents", "text", "snapshot"):
         run_command("data_prep", step, str(path))
@@ -196,7 +253,7 @@ def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingCo
 def base_stage(out: Path, samples: int) -> StageConfig:
     """Return the stage of the base."""
     words = [f"runs={out / 'runs'}", f"data.store={out / 'store'}", "data.dataset=base", f"samples={samples}"]
-    words += ["name=base", "sample.scenes_scale=1.6", f"checkpoint.every_samples={samples}"]
+    words += ["name=base", f"sample.scenes_scale={SCALE}", f"checkpoint.every_samples={samples}"]
     return load_stage(BASE_STAGE, words)
 
 
@@ -231,7 +288,7 @@ def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> St
         validation_parts=0,
         caption_weights={},
     )
-    stage.optim = replace(stage.optim, lr=3e-3, warmup_samples=samples // 20)
+    stage.optim = replace(stage.optim, lr=1e-3, warmup_samples=samples // 20)
     stage.log, stage.sample.every_samples = replace(stage.log, validate_every_samples=0), 0
     stage.checkpoint.every_samples = samples
     return stage
@@ -245,55 +302,47 @@ def generate(sampler: Sampler, captions: Iterable[str], params: SamplingParams) 
 
 
 def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str, float]:
-    """Return preference and following, %, over the users' images of held-out prompts.
+    """Return preference and following, %, over the users' images of held-out prompts, which state nothing
+    that the user likes.
 
     Args:
         sampler: of the trained users, or of the frozen network.
         users: what sampling calls a user -> the taste; a name that begins with `-` = nobody.
-        prompts: of each user, the same for all.
+        prompts: of each user.
     """
-    defaults = sampler.defaults
-    scale = defaults.scenes_scale
-    liked, objects, captions = [], [], []
-    texts = [scene_of(Taste(), TEST_SEED, number, scale)[1] for number in range(prompts)]
-    for user, taste in users.items():
+    liked, followed = [], []
+    for number, (user, taste) in enumerate(users.items()):
         asked = "" if user.startswith("-") else user
-        params = SamplingParams(
-            defaults.steps, defaults.guidance, defaults.height, defaults.width, user=asked
-        )
-        images = generate(sampler, [text.text for text in texts], params)
-        for image, caption in zip(images, texts, strict=True):
-            liked.append(likes(taste, image, scale))
-            objects.append(read_scene(image, scale))
-            captions.append(caption)
-    following = prompt_following(score_objects(objects, captions).summary())
-    return {"preference": 100 * float(np.mean(liked)), "following": 100 * following}
+        pictures = [picture_of(taste, TEST_SEED + number, index) for index in range(prompts)]
+        images = generate(sampler, [picture.text for picture in pictures], params_of(sampler, asked))
+        liked.append(np.mean([likes(taste, image) for image in images]))
+        followed.append(follows(pictures, images))
+    return {"preference": 100 * float(np.mean(liked)), "following": 100 * float(np.mean(followed))}
+
+
+def params_of(sampler: Sampler, user: str) -> SamplingParams:
+    """Return the stage's sampling parameters with a user."""
+    defaults = sampler.defaults
+    return SamplingParams(defaults.steps, defaults.guidance, defaults.height, defaults.width, user=user)
 
 
 def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> None:
     """Fit a new user to 8 images, and write the file."""
     side = sampler.defaults.height
-    scale = sampler.defaults.scenes_scale
-    pairs = [scene_of(taste, TRAIN_SEED + seed, number, scale) for number in range(8)]
-    images = [Image.fromarray(render_scene(scene, side, side)) for scene, _ in pairs]
+    pictures = [picture_of(taste, TRAIN_SEED + seed, number) for number in range(8)]
+    images = [Image.fromarray(render_scene(picture.scene, side, side)) for picture in pictures]
     latents = encode_images(sampler, images)
-    fitted = fit_user(sampler, latents, [caption.text for _, caption in pairs], FitSettings(by))
+    fitted = fit_user(sampler, latents, [picture.text for picture in pictures], FitSettings(by))
     save_user(out, fitted.tokens, by=by)
 
 
 def draw_eight(sampler: Sampler, chosen: Sequence[Taste], out: Path) -> None:
-    """Write images of the same prompts for eight users, each with the user's taste below."""
-    defaults, grid, captions = sampler.defaults, [], []
-    texts = [scene_of(Taste(), TEST_SEED, number, defaults.scenes_scale)[1].text for number in range(2)]
-    for text in texts:
-        # Every fourth, so that the kinds of tastes are mixed.
-        for user in range(0, USERS, USERS // 8):
-            params = SamplingParams(
-                defaults.steps, defaults.guidance, defaults.height, defaults.width, user=str(user)
-            )
-            grid.append(Image.fromarray(generate(sampler, [text], params)[0]))
-            liked = ", ".join(value for value in vars(chosen[user]).values() if value)
-            captions.append(f"{text} ({liked})")
+    """Write images of the same prompts for eight users, two of each kind, with their tastes below."""
+    grid, captions = [], []
+    for text in EIGHT_PROMPTS:
+        for user in range(8):
+            grid.append(Image.fromarray(generate(sampler, [text], params_of(sampler, str(user)))[0]))
+            captions.append(f"{text} ({chosen[user]})")
     make_grid(grid, captions, columns=8).save(out)
 
 
@@ -346,10 +395,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=40, help="of each user")
-    parser.add_argument("--prompts", type=int, default=8, help="of each user, held out")
-    parser.add_argument("--base-images", type=int, default=12_000)
-    parser.add_argument("--base-samples", type=int, default=200_000)
-    parser.add_argument("--samples", type=int, default=60_000, help="of each row's stage")
+    parser.add_argument("--prompts", type=int, default=16, help="of each user, held out")
+    parser.add_argument("--base-images", type=int, default=16_000)
+    parser.add_argument("--base-samples", type=int, default=300_000)
+    parser.add_argument("--samples", type=int, default=40_000, help="of each row's stage")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--results", type=Path, help="markdown file for the table")
     return parser.parse_args(arguments)

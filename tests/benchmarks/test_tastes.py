@@ -11,66 +11,72 @@ from benchmarks.tastes import (
     USERS,
     Taste,
     base_stage,
+    follows,
     likes,
-    scene_of,
+    picture_of,
     show,
     users_stage,
     write_dataset,
     write_images,
 )
 from data_prep.config import load_dataset
-from data_prep.scenes.grammar import TONES, Ground
+from data_prep.scenes.grammar import COLORS, SHAPES, SIZES, TONES, Ground
 from data_prep.scenes.rendering import render_scene
-from pipeline.following.reading import read_scene
-from pipeline.following.scoring import prompt_following, score_objects
 from pipeline.stage.config import dump_stage, load_stage
 
 
-def test_tastes_are_different_and_there_are_enough():
+def test_tastes_are_of_four_kinds_and_those_of_new_users_of_each():
     known = tastes.tastes()
-    assert len(known) == len(set(known)) >= USERS + NEW_USERS
-    assert Taste() not in known
+    kinds = [taste.fixes for taste in known]
+    assert len(known) == USERS + NEW_USERS
+    assert {kind: kinds[:USERS].count(kind) for kind in kinds} == dict.fromkeys(kinds, USERS // 4)
+    assert sorted(kinds[USERS:]) == sorted(set(kinds))
+    for taste in known[USERS:]:
+        assert taste.fixes in ("ground", "size") or taste not in known[:USERS]
 
 
-@pytest.mark.parametrize(("side", "scale"), [(32, 1.6), (64, 1.0), (128, 1.0)])
-def test_a_users_images_are_liked_and_follow_their_captions(side, scale):
-    liked, objects, captions = [], [], []
-    for number, taste in enumerate(tastes.tastes()[:USERS:3]):
-        scene, caption = scene_of(taste, 5, number, scale)
-        image = render_scene(scene, side, side)
-        liked.append(likes(taste, image, scale))
-        objects.append(read_scene(image, scale))
-        captions.append(caption)
-        words = caption.text
-        assert not any(
-            word in words for word in ("striped", "dotted", "checkered", "small", "large", "white")
-        )
-    assert np.mean(liked) > 0.9
-    assert prompt_following(score_objects(objects, captions).summary()) > 0.9
+def test_a_users_images_are_liked_follow_their_captions_and_do_not_state_what_is_liked():
+    for number, taste in enumerate(tastes.tastes()):
+        pictures = [picture_of(taste, 5 + number, index) for index in range(6)]
+        images = [render_scene(picture.scene, 32, 32) for picture in pictures]
+        assert all(likes(taste, image) for image in images)
+        assert follows(pictures, images) == 1.0
+        for picture in pictures:
+            words = set(picture.text.lower().replace(".", "").split())
+            stated = {"ground": {"ground"}, "shape": {*SHAPES}, "colour": {*COLORS}, "size": {*SIZES}}
+            assert not words & stated[taste.fixes]
+
+
+def test_captions_state_each_attribute_half_of_the_time():
+    texts = [picture_of(Taste(), 6, number).text.lower() for number in range(200)]
+    for words in (COLORS, SHAPES, SIZES, ("ground",)):
+        share = np.mean([any(word in text.replace(".", "").split() for word in words) for text in texts])
+        assert 0.35 < share < 0.65
 
 
 def test_images_of_nobody_are_liked_by_chance_and_noise_never():
     known = tastes.tastes()[:USERS]
-    images = [render_scene(scene_of(Taste(), 6, number)[0], 64, 64) for number in range(12)]
+    images = [render_scene(picture_of(Taste(), 6, number).scene, 32, 32) for number in range(24)]
     rate = np.mean([likes(taste, image) for taste in known for image in images])
-    assert 0.05 < rate < 0.35
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    flat = np.full((64, 64, 3), 128, np.uint8)
-    assert not any(likes(taste, image) for taste in known for image in (noise, flat))
+    assert 0.15 < rate < 0.35
+    flat = np.full((32, 32, 3), 128, np.uint8)
+    assert not any(likes(taste, flat) for taste in known)
+    others = [picture_of(Taste(), 7, number) for number in range(24)]
+    assert follows(others, images) < 0.5
 
 
 @pytest.mark.parametrize("tone", TONES)
 def test_the_ground_is_read(tone):
     for number in range(4):
-        scene, _ = scene_of(Taste(tone), 7, number)
-        assert scene.ground == Ground(tone, "plain")
-        assert tastes.tone_of(render_scene(scene, 64, 64)) == tone
+        picture = picture_of(Taste(ground=tone), 7, number)
+        assert picture.scene.ground == Ground(tone, "plain")
+        assert tastes.tone_of(render_scene(picture.scene, 32, 32)) == tone
 
 
 def test_what_is_written_is_a_dataset_and_a_stage_of_this_project(tmp_path):
     known = tastes.tastes()[:2]
     for name, named in (("base", False), ("users", True)):
-        write_images(tmp_path / name, known, 3, 32, 1.6, 5, named)
+        write_images(tmp_path / name, known, 3, 32, 5, named)
         rows = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
         names = ["user 00"] * 3 + ["user 01"] * 3
         assert [row.get("user") for row in rows] == (names if named else [None] * 6)
