@@ -26,6 +26,8 @@ LEARNED = {
 GATE = re.compile(r"gate_(refiner|collaborative)_(.+)_(\d+)")
 CORRELATION = re.compile(r"rank_correlation_t([\d.]+)")
 BUCKET = re.compile(r"loss_(\d+x\d+)")
+PART = re.compile(r"depth\d+(_patch\d+)?")
+"""Name of a part of an elastic network."""
 SCENES = "scene"
 """Prefix of events and metrics about scored scene prompts."""
 NO_SCORES = ("time", "step", "samples", "seconds")
@@ -176,12 +178,29 @@ def bucket_lines(reports: Sequence[dict[str, Any]]) -> dict[str, Line]:
     return {bucket: line for bucket, line in lines.items() if bucket in frequent}
 
 
+def part_lines(rows: Sequence[dict[str, Any]], smoothed: bool = True) -> dict[str, Line]:
+    """Return one line for the loss of each part of an elastic network."""
+    lines: dict[str, Line] = {}
+    for name in names_in(rows):
+        if PART.fullmatch(part := name.removeprefix("loss_")):
+            lines[part] = series(rows, name, smoothed)
+    return lines
+
+
 def scene_lines(run: Path) -> dict[str, Line]:
-    """Return the scores of scene prompts: numbers with the prefix, and numbers of events with the prefix."""
+    """Return the scores of scene prompts: numbers with the prefix, and numbers of events with the prefix; of
+    the further parts of an elastic network, how well they follow alone."""
     rows: list[dict[str, Any]] = []
     for line in read_lines(run):
-        is_scene_event = line.get("event", "").startswith(SCENES)
+        event = line.get("event", "")
+        is_scene_event = event.startswith(SCENES)
         scores: dict[str, float] = {}
+        if is_scene_event and PART.fullmatch(part := event.partition("_")[2]):
+            # Of the same samples and names as the scores of the default part.
+            if "following" in line:
+                rows.append({f"following {part}": line["following"], "samples": line["samples"]})
+            continue
+
         for name, value in line.items():
             is_score = isinstance(value, int | float) and name not in NO_SCORES
             if is_score and (is_scene_event or name.startswith(SCENES)):
@@ -237,6 +256,13 @@ def _plots(run: Path, reports: Sequence[dict[str, Any]]) -> list[Plot]:
             "Validation loss",
             "Held-out pairs, averaged weights, 8 fixed timesteps.",
             {"": validation},
+            "loss",
+        ),
+        Plot("Loss by part", "Of an elastic network.", part_lines(reports), "loss"),
+        Plot(
+            "Validation loss by part",
+            "Held-out pairs, averaged weights, 8 fixed timesteps.",
+            part_lines(read_events(run, "elastic"), smoothed=False),
             "loss",
         ),
         Plot(

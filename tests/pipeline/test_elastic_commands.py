@@ -9,6 +9,8 @@ from PIL import Image
 from model.common.errors import UserError
 from pipeline import diffusers_pipeline, export, sample
 from pipeline.inference import sampler
+from pipeline.reporting.page import build
+from pipeline.runtime.run_log import read_events
 from pipeline.stage.config import load_run
 from pipeline.text import families as text_families
 from tests.helpers import fake_snapshot, trainer_tasks
@@ -26,7 +28,7 @@ def run(tmp_path_factory):
     fake_snapshot.make(folder / "store", {"32x32": [20]}, folder)
     settings = {"samples": 16, "data__validation_parts": 0, "log__validate_every_samples": 0}
     settings |= {"sample__height": 32, "sample__width": 64, "sample__steps": 2, "ema": [0.5]}
-    settings |= {"sample__every_samples": 16, "sample__prompts": ["a cat"]}
+    settings |= {"sample__every_samples": 16, "sample__prompts": ["a cat"], "sample__scenes": 4}
     settings |= {"model__depth": 4, "elastic__depths": [4, 2], "elastic__patches": [2, 4]}
     results = on_ranks(2, trainer_tasks.train_and_draw, str(folder / "store"), str(folder), settings)
     assert results[0][0] == 0
@@ -87,6 +89,18 @@ def test_previews_are_made_with_every_part(run):
         [path.name for path in folder.glob("*.png")] == ["samples_000000000016.png"] for folder in folders
     )
     assert load_run(run).elastic.depths == [4, 2]
+
+
+def test_scenes_are_scored_with_every_part(run):
+    names = ["scenes", *(f"scenes_{part}" for part in PARTS[1:])]
+    scores = {name: read_events(run, name) for name in names}
+    for events in scores.values():
+        (event,) = events
+        assert event["samples"] == 16
+        assert all(0 <= event[name] <= 1 for name in ("segment", "colour", "following", "chance"))
+    page = build(run).read_text()
+    assert "Loss by part" in page
+    assert all(f"following {part}" in page for part in PARTS[1:])
 
 
 def test_a_run_with_segments_is_not_exported(run, tmp_path):

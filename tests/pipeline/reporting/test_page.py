@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.dataset.parts import PLAN_KEY
 from data_prep.store.store import open_store
-from pipeline.reporting.curves import MAX_LINES, gate_lines, scene_lines
+from pipeline.reporting.curves import MAX_LINES, gate_lines, part_lines, scene_lines
 from pipeline.reporting.page import build
 from pipeline.stage.config import dump_stage
 from pipeline.training.metrics import TIMESTEP_BINS
@@ -30,11 +30,14 @@ EVERYTHING = {
     "skipped": 3.0,
     "loss_32x32": 1.0,
     "loss_32x64": 2.0,
+    "loss_depth4": 1.0,
+    "loss_depth2": 2.0,
     "gate_refiner_a_b_0": 0.1,
     "gate_collaborative_a_b_0": 0.2,
 }
 OPTIONAL = [
-    "Loss by bucket", "Validation loss", "Validation loss of patches", "Difficulty of patches",
+    "Loss by bucket", "Validation loss", "Loss by part", "Validation loss by part",
+    "Validation loss of patches", "Difficulty of patches",
     "Scenes score", "Gates", "MFU", "Goodput",
 ]  # fmt: skip
 
@@ -73,6 +76,7 @@ def test_a_curve_is_there_if_and_only_if_the_metrics_hold_it(tmp_path):
     events = [
         event("validation", 2, loss=1.5),
         event("scenes", 3, colour=0.4, seconds=7.0),
+        event("elastic", 2, loss_depth4=1.4, loss_depth2=1.6),
         event("patches", 2, loss=1.4, loss_t0=1.2, **{"rank_correlation_t0.0625": 0.4}),
     ]
     page = build(write_run(tmp_path / "full", [*reports(3, **EVERYTHING), *events])).read_text()
@@ -93,6 +97,23 @@ def test_gates_are_a_line_a_block_or_where_they_are_many_their_mean():
     many = reports(2, **{f"gate_refiner_{llm}_{block}": block for llm in "xy" for block in range(MAX_LINES)})
     mean = (MAX_LINES - 1) / 2
     assert gate_lines(many) == {f"refiner {llm}, mean of blocks": ([8, 16], [mean, mean]) for llm in "xy"}
+
+
+def test_parts_of_an_elastic_network_have_lines_of_their_own(tmp_path):
+    lines = [
+        event("scenes", 4, colour=0.1, following=0.2),
+        event("scenes_depth2_patch4", 4, colour=0.3, following=0.4),
+        event("scenes_depth2", 8, colour=0.5, following=0.6),
+        *reports(1, loss_depth4_patch2=1.0, loss_32x32_depth4_patch2=1.0, loss_depth2_patch4=2.0),
+    ]
+    assert scene_lines(write_run(tmp_path / "run", lines)) == {
+        "colour": ([32], [0.1]),
+        "following": ([32], [0.2]),
+        "following depth2_patch4": ([32], [0.4]),
+        "following depth2": ([64], [0.6]),
+    }
+    rows = [line for line in lines if "event" not in line]
+    assert part_lines(rows) == {"depth4_patch2": ([8], [1.0]), "depth2_patch4": ([8], [2.0])}
 
 
 def test_scores_of_scenes_are_found_in_reports_and_in_events_and_count_as_last_drawn(tmp_path):
