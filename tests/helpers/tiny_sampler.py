@@ -9,6 +9,8 @@ from data_prep.dataset.schema import Family
 from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.config import DiTConfig, FusionConfig, TextConfig
 from model.dit import LIDiT
+from model.elastic.config import ElasticConfig
+from model.elastic.network import ElasticLIDiT
 from model.encoders.vae import VAE, small_vae
 from pipeline.inference.sampler import Sampler
 from pipeline.stage.config import ModelConfig, StageConfig
@@ -118,3 +120,18 @@ def with_head(network: LIDiT) -> LIDiT:
     made.load_state_dict(network.state_dict(), strict=False)
     torch.nn.init.normal_(made.final.difficulty.linear.weight)
     return made.eval().requires_grad_(False)
+
+
+def elastic_sampler(dtype=torch.float32, position="convolution", **settings):
+    """A sampler of a network of several depths and sizes of patches, with random weights."""
+    sampler = sampler_with_families(dtype=dtype)
+    plain = sampler.network
+    sizes = replace(plain.sizes, depth=3, position=position)
+    elastic = ElasticConfig(**{"depths": [3, 2], "patches": [1, 2], **settings})
+    torch.manual_seed(0)
+    network = ElasticLIDiT(sizes, plain.fusion.config, list(WIDTHS.values()), elastic)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    sampler.network = network.to(dtype).eval().requires_grad_(False)
+    return sampler

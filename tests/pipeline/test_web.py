@@ -6,6 +6,7 @@ import shutil
 import threading
 import uuid
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -19,7 +20,7 @@ from model.common.errors import UserError
 from pipeline import web
 from pipeline.inference.images import read_settings
 from pipeline.inference.studio import NO_INSTRUCTION, NOTHING, InteractiveSampler, Limits
-from tests.helpers.tiny_sampler import make_sampler
+from tests.helpers.tiny_sampler import elastic_sampler, make_sampler
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,6 +46,24 @@ def serve(folder):
     )
     yield address
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (elastic_sampler, ["depth3_patch1", "depth2_patch1", "depth3_patch2", "depth2_patch2"]),
+        (partial(elastic_sampler, segments=[0.6]), ["depth3", "depth2"]),
+        (make_sampler, [""]),
+    ],
+)
+def test_the_page_has_a_choice_of_the_parts_of_an_elastic_network(tmp_path, make, parts):
+    pytest.importorskip("gradio")
+    studio = InteractiveSampler({"tiny": make()}, tmp_path, Limits(side=64, steps=10, images=4))
+    page = web.build_page(studio)
+    (choice,) = [block for block in page.blocks.values() if block.elem_id == "part"]
+    assert [value for _, value in choice.choices] == parts
+    assert choice.value == parts[0]
+    assert choice.visible == (len(parts) > 1)
 
 
 @pytest.fixture(scope="module")

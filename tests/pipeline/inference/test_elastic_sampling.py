@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from model.common.errors import UserError
-from model.elastic.config import ElasticConfig
-from model.elastic.network import ElasticLIDiT
 from model.elastic.weights import plain_network
 from model.sub_network import SubNetwork
 from pipeline.diffusers_pipeline import LIDiTPipeline
@@ -19,24 +17,10 @@ from pipeline.inference.sampler import SamplingParams
 from pipeline.inference.source import choose_sampling_params, load_export
 from pipeline.inference.studio import GenerationRequest, InteractiveSampler, Limits
 from pipeline.sample import parse
-from tests.helpers.tiny_sampler import CPU, WIDTHS, sampler_with_families
+from tests.helpers.tiny_sampler import CPU, elastic_sampler
 
 PARAMS = SamplingParams(3, 3.0, 16, 32)
 PROMPTS, SEEDS = ["a cat", "two red dogs"], [1, 2]
-
-
-def elastic_sampler(dtype=torch.float32, position="convolution", **settings):
-    sampler = sampler_with_families(dtype=dtype)
-    plain = sampler.network
-    sizes = replace(plain.sizes, depth=3, position=position)
-    elastic = ElasticConfig(**{"depths": [3, 2], "patches": [1, 2], **settings})
-    torch.manual_seed(0)
-    network = ElasticLIDiT(sizes, plain.fusion.config, list(WIDTHS.values()), elastic)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
-    sampler.network = network.to(dtype).eval().requires_grad_(False)
-    return sampler
 
 
 def at(sampler, **parts):
