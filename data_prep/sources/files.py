@@ -101,6 +101,11 @@ class SourceFiles:
         names, inventory = self._listed
         return names, Inventory(inventory.found, {}, inventory.ignored.copy())
 
+    def names_below(self, folder: str) -> list[str]:
+        """Return those of the names of `inventory` that are below a folder, sorted; others are not listed."""
+        names, _ = self._list(f"{folder}/")
+        return names
+
     def one_by_one(self) -> Inventory:
         """Return the account of a source in which each file is a unit.
 
@@ -137,9 +142,13 @@ class SourceFiles:
     @functools.cached_property
     def _listed(self) -> tuple[list[str], Inventory]:
         """All files in the path's reach. Listed once: a listing takes minutes if there are millions."""
+        return self._list("")
+
+    def _list(self, prefix: str) -> tuple[list[str], Inventory]:
+        """List the files whose names start with `prefix`, which is empty or ends with a slash."""
         names: list[str] = []
         inventory = Inventory()
-        for name, problem in self._walk():
+        for name, problem in self._walk(prefix):
             # Unlike a shell's, this `*` also matches `/`, so a pattern reaches into folders below.
             if self._pattern and not fnmatch.fnmatchcase(name, self._pattern):
                 continue
@@ -154,12 +163,12 @@ class SourceFiles:
                 names.append(name)
         return sorted(names), inventory
 
-    def _walk(self) -> Iterator[tuple[str, str]]:
-        """Yield the name of each file below the root, and why it cannot be read (mostly empty)."""
+    def _walk(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the name of each file that starts with `prefix`, and why it cannot be read (mostly empty)."""
         if self._is_local:
-            yield from _walk_folder(Path(self._store.uri))
+            yield from _walk_folder(Path(self._store.uri), prefix)
             return
-        for entry in self._store.listing("", hidden=True):
+        for entry in self._store.listing(prefix, hidden=True):
             # An object whose key ends with a slash is how some programs write a folder.
             if not entry.key.endswith("/"):
                 # Of units only: a folder of images may have millions of files.
@@ -367,10 +376,16 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _walk_folder(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name of each file below a folder, and why it cannot be read (mostly empty)."""
+def _walk_folder(root: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name of each file below a folder, and why it cannot be read (mostly empty).
+
+    Args:
+        root: the folder.
+        prefix: a folder in it, with a slash at its end, if only the files below that are wanted.
+    """
     real_root = _real(root)
-    waiting = [""]
+    # A folder that has become a link since it was listed is not followed either.
+    waiting = [prefix] if _real(root / prefix) == real_root / prefix else []
     while waiting:
         folder = waiting.pop()
         try:

@@ -62,6 +62,8 @@ class FolderSource:
         self._endings = tuple(f".{suffix}" for suffix in media_suffixes(videos))
         self._files = SourceFiles(source.path)
         self._image = source.image
+        self._listed_alone: dict[str, _Unit] = {}
+        """Units whose own files alone were listed."""
 
     def inventory(self) -> Inventory:
         """Return the folders that are units of their own (`.` is the root), and what they leave out.
@@ -76,12 +78,7 @@ class FolderSource:
     def _units(self) -> tuple[dict[str, "_Unit"], Inventory]:
         """The files of each unit, from one listing of the whole source."""
         names, inventory = self._files.inventory()
-        described = {_folder_of(name) for name in names if posixpath.basename(name) in READERS}
-        units: dict[str, _Unit] = {}
-        for name in names:
-            unit = units.setdefault(self._unit_name(_folder_of(name), described), _Unit())
-            unit.add(name, self._endings)
-
+        units = self._units_of(names)
         for name, unit in units.items():
             # Someone may take `metadata.tsv` for the captions' file, so it is shown by its name.
             inventory.ignore(unit.set_aside(), stem=METADATA)
@@ -91,6 +88,31 @@ class FolderSource:
         if not inventory.units:
             raise self._files.nothing_there(" or ".join(self._endings), inventory)
         return units, inventory
+
+    def _units_of(self, names: Sequence[str]) -> dict[str, "_Unit"]:
+        """Return the unit of each of some files by its name."""
+        described = {_folder_of(name) for name in names if posixpath.basename(name) in READERS}
+        units: dict[str, _Unit] = {}
+        for name in names:
+            unit = units.setdefault(self._unit_name(_folder_of(name), described), _Unit())
+            unit.add(name, self._endings)
+        return units
+
+    def _unit(self, name: str) -> "_Unit | None":
+        """Return a unit of the frozen list; None if it has no files any more.
+
+        A task reads a share of the units, so only the unit's folder is listed, unless all were listed before.
+        No folder above it had metadata when the list was made, or the unit would not be in it.
+        """
+        if "_units" in self.__dict__ or name == "." or not self._files.usable(name):
+            return self._units[0].get(name)
+        if name not in self._listed_alone:
+            unit = self._units_of(self._files.names_below(name)).get(name)
+            if unit is None:
+                return None
+            unit.set_aside()
+            self._listed_alone[name] = unit
+        return self._listed_alone[name]
 
     def _unit_name(self, folder: str, described: set[str]) -> str:
         """Return the unit that a folder's files belong to."""
@@ -108,7 +130,7 @@ class FolderSource:
 
     def version(self, name: str) -> str:
         """Return a text that is another one after files came to a folder, or its metadata has changed."""
-        unit = self._units[0].get(name, _Unit())
+        unit = self._unit(name) or _Unit()
         metadata = [self._files.version(path) for path in sorted(unit.metadata)]
         # Not of each image: looking at millions of them would take hours, and `pairs` checks their hashes.
         return "; ".join([f"{unit.size} files", *metadata])
@@ -126,6 +148,7 @@ class FolderSource:
 
         Pieces are lines of its metadata, and then files.
         """
+        # One task cuts all units, for which one listing of the whole source is less.
         unit = self._units[0].get(name, _Unit())
         if unit.size <= rows and not any(self._files.size(path) > rows for path in unit.metadata):
             return []  # even a line without anything is a byte
@@ -134,7 +157,7 @@ class FolderSource:
 
     def fingerprint(self, name: str) -> str:
         """Return a text that is another one if `cuts` may be others."""
-        unit = self._units[0].get(name, _Unit())
+        unit = self._unit(name) or _Unit()
         digest = xxhash.xxh64(self.version(name).encode())
         for path in itertools.chain(sorted(unit.images), [""], sorted(unit.others)):
             digest.update(path.encode(errors="surrogateescape") + b"\n")
@@ -146,10 +169,10 @@ class FolderSource:
         Raises:
             FileNotFoundError: if the folder no longer exists.
         """
-        units, _ = self._units
-        if name not in units:
+        unit = self._unit(name)
+        if unit is None:
             raise FileNotFoundError(name)
-        rows = itertools.islice(self._rows(units[name]), start, end)
+        rows = itertools.islice(self._rows(unit), start, end)
         yield from self._files.read_ahead(rows, lambda row: row.load())
 
     def _rows(self, unit: "_Unit") -> Iterator["_Row"]:

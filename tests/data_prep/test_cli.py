@@ -14,6 +14,7 @@ from data_prep.plan.filters import Filters
 from data_prep.store.store import open_store
 from model.common.progress import Progress
 from model.common.share import Share
+from model.config import TextConfig
 from tests.helpers import tiny_llm
 from tests.helpers.fake_dataset import encoder
 from tests.helpers.raw_material import png, sample_members, write_tar
@@ -175,10 +176,14 @@ def test_commands_with_nothing_to_encode_or_to_plan_import_no_torch(settings, tm
     identity = {"vae": "AutoencoderKL", "moments": "bf16"}
     family = register_family(dataset, Family("latents", "latents", identity, info), None)
     encode_family(dataset, family, encoder(family), Share())
-    latents = "latents=[{vae: v}]"
+    entry = TextConfig(name="llm", llm="m")
+    info = {"width": 2, "prefix_tokens": 0, "quantisation": entry.quantisation}
+    family = register_family(dataset, Family("llm", "text", entry.identity, info), None)
+    encode_family(dataset, family, encoder(family), Share())
+    latents, text = "latents=[{vae: v}]", "text=[{name: llm, llm: m}]"
     program = "import sys; from data_prep.__main__ import main; main(sys.argv[1:])"
     program += "; assert 'torch' not in sys.modules"
-    for words in (["plan", settings], ["latents", settings, latents]):
+    for words in (["plan", settings], ["latents", settings, latents], ["text", settings, text]):
         run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-2000:]
-    assert "all parts of this task are encoded" in run.stdout
+        assert ("all parts of this task are encoded" in run.stdout) == (words[0] != "plan")
