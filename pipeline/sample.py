@@ -201,7 +201,7 @@ def main() -> None:
     device = join_ranks(ranks, arguments.zero3)
     precision = choose_precision(arguments.precision, device)
     sampler = load_source(arguments.source, arguments.weights, device, DTYPES[precision], arguments.zero3)
-    params = choose_sampling_params(sampler.defaults, arguments)
+    params = sampler.resolve(choose_sampling_params(sampler.defaults, arguments))
     # wrong settings are found before the LLMs are loaded, which can take minutes
     sampler.check(params)
     if arguments.difficulty:

@@ -163,10 +163,13 @@ def _add_endpoint(gr: Any, studio: InteractiveSampler) -> None:
         images: int = 1,
         scheduler: str = names[0],
         part: str = "",
+        user: str = "",
+        user_guidance: float | None = None,
     ) -> list[dict[str, Any]]:
         """Generate images of a prompt; the j-th image has seed + j. Returns PNG files."""
+        sizes = height, width, steps, guidance, seed, images
         request = GenerationRequest(
-            prompt, negative, height, width, steps, guidance, seed, images, scheduler, part=part
+            prompt, negative, *sizes, scheduler, part=part, user=user, user_guidance=user_guidance
         )
         try:
             (column,) = studio.generate(request)
@@ -212,7 +215,9 @@ def _build_controls(gr: Any, studio: InteractiveSampler) -> tuple[list[Any], Any
     users = studio.users
     with gr.Row(visible=bool(users)):
         user = gr.Dropdown(["", *users], value="", label="User (empty: nobody)", elem_id="user")
-        user_guidance = slider(0, 30, 0, step=0.1, label="Guidance of the user (0: that of the text)")
+        user_guidance = gr.Number(
+            None, minimum=0, maximum=30, label="Guidance of the user (empty: that of the text; 0: nobody)"
+        )
     label = "Attention per word, at step (0: none)"
     attention = slider(0, default_steps, 0, step=1, label=label, elem_id="attention")
     has_head = sampler.network.sizes.difficulty != "none"

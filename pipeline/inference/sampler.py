@@ -212,6 +212,14 @@ class Sampler:
         # On the CPU, because only the validity of the settings matters.
         set_steps(self.solver(params), params.steps, torch.device("cpu"))
 
+    def resolve(self, params: SamplingParams) -> SamplingParams:
+        """Return the settings with the number of a user in place of the name, which no record is to have.
+
+        Raises:
+            UserError: if the name is unknown.
+        """
+        return replace(params, user=self.users.without_name(params.user))
+
     def solver(self, params: SamplingParams) -> Any:
         """Build the scheduler that the settings name.
 

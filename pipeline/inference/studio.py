@@ -60,8 +60,8 @@ class GenerationRequest:
     """Part of an elastic network, a name of `parts`; empty = as trained for."""
     user: str = ""
     """A name or number of `users`; empty = nobody."""
-    user_guidance: float = 0.0
-    """Scale of the user by itself; 0 = that of the text."""
+    user_guidance: float | None = None
+    """Scale of the user by itself; None = that of the text, 0 = nobody."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ class InteractiveSampler:
             frames=sampler.defaults.frames,
         )
         if request.user:
-            params = replace(params, user=request.user, user_guidance=request.user_guidance or None)
+            params = replace(params, user=request.user, user_guidance=request.user_guidance)
+            # Images outlive the list of names, from which a user can be deleted.
+            params = sampler.resolve(params)
         if request.part:
             params = replace(params, parts=part_choices(sampler.network)[request.part])
 
@@ -153,6 +155,8 @@ class InteractiveSampler:
         # Scripts send any JSON, and the page's own fields can be sent with any value too.
         for field in fields(request):
             value, kind = getattr(request, field.name), field.type
+            if kind == float | None:
+                kind, value = float, 0.0 if value is None else value
             accepted = (int, float) if kind is float else kind
             # A bool is an int in Python.
             wrong_bool = isinstance(value, bool) and kind is not bool
@@ -182,7 +186,7 @@ class InteractiveSampler:
         if request.part and request.part not in self.parts:
             known = ", ".join(self.parts) or "none"
             raise UserError(f"part={reprlib.repr(request.part)}: the network has {known}: choose one of them")
-        if not 0 <= request.user_guidance <= 30:
+        if request.user_guidance is not None and not 0 <= request.user_guidance <= 30:
             raise UserError(f"user_guidance={request.user_guidance}: choose 0 to 30")
         # Checked against the list, since a path in its place would be read as a user's file.
         if request.user and request.user not in self.users:

@@ -75,6 +75,16 @@ class UserFinder:
         known = [name for name in names[: adapter.config.count] if name is not None]
         return (known or [str(number) for number in range(adapter.config.count)])[:MAX_CHOICES]
 
+    def without_name(self, user: str) -> str:
+        """Return a user as records have it: the number of a name; a number, a file and "" as they are.
+
+        Raises:
+            UserError: if the name is unknown.
+        """
+        if not user or user.endswith(".safetensors") or user_adapter(self.network) is None:
+            return user
+        return str(self._number(user))
+
     def find(self, user: str, images: int, device: torch.device) -> Users | None:
         """Return a user for each of the images; None for "".
 

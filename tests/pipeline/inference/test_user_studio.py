@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.common.errors import UserError
@@ -37,7 +39,9 @@ def test_the_list_has_the_names_of_the_tables_users(studio):
 def test_a_chosen_user_is_in_the_images_record(studio):
     (column,) = studio.generate(replace(REQUEST, user="anna", user_guidance=2.0))
     record = read_settings(column.files[0])
-    assert (record["user"], record["user_guidance"], record["evaluations"]) == ("anna", 2.0, 6)
+    # The number, since the record outlives the list of names.
+    assert (record["user"], record["user_guidance"], record["evaluations"]) == ("0", 2.0, 6)
+    assert b"anna" not in column.files[0].read_bytes()
     (plain,) = studio.generate(REQUEST)
     assert "user" not in read_settings(plain.files[0])
 
@@ -48,3 +52,17 @@ def test_anybody_else_is_refused(studio, user):
         studio.generate(replace(REQUEST, user=user))
     with pytest.raises(UserError, match="user_guidance=31"):
         studio.generate(replace(REQUEST, user="anna", user_guidance=31.0))
+    with pytest.raises(UserError, match="user_guidance='2': give a number"):
+        studio.generate(replace(REQUEST, user="anna", user_guidance="2"))
+
+
+def test_user_guidance_0_is_nobody_and_none_that_of_the_text_as_in_the_command(studio):
+    images = []
+    for user, scale in (("", None), ("anna", 0.0), ("anna", None), ("anna", 3.0)):
+        (column,) = studio.generate(replace(REQUEST, user=user, user_guidance=scale))
+        images.append(np.asarray(Image.open(column.files[0])).astype(int))
+    nobody, zero, text, three = images
+    # To rounding, since a batch of three branches has other shapes than one of two.
+    assert np.abs(zero - nobody).max() <= 1
+    assert np.array_equal(text, three)
+    assert np.abs(text - nobody).max() > 1
