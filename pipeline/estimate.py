@@ -17,7 +17,7 @@ from rich.table import Table
 from model.common.errors import command
 from model.encoders.latent_spaces import encodes_clips
 from pipeline.operations.elastic_planning import PartCost
-from pipeline.operations.planning import Setup, activation_bytes, make_plan
+from pipeline.operations.planning import Setup, activation_bytes, make_plan, most_users
 from pipeline.stage.config import StageConfig, load_stage
 
 
@@ -40,7 +40,7 @@ def show(stage: StageConfig, setups: Sequence[Setup], console: Console) -> None:
         grid = stage.dit(setup.channels, axes=3).patch_grid(setup.latents)
         sizes, patches = (" x ".join(map(str, numbers)) for numbers in (setup.latents, grid))
         console.print(f"{math.prod(grid):,} patches, {patches}, of latents of {sizes}", highlight=False)
-    for line in adapter_lines(stage, first.parameters):
+    for line in adapter_lines(stage, first.parameters, setups):
         console.print(line, highlight=False)
     if first.parts:
         show_parts(first.parts, console)
@@ -84,8 +84,8 @@ def show_parts(parts: Sequence[PartCost], console: Console) -> None:
     console.print(table)
 
 
-def adapter_lines(stage: StageConfig, parameters: dict[str, int]) -> Iterator[str]:
-    """Yield what a stage with adapters trains, and what its table of users takes."""
+def adapter_lines(stage: StageConfig, parameters: dict[str, int], setups: Sequence[Setup]) -> Iterator[str]:
+    """Yield what a stage with adapters trains, what its table of users takes, and how many users fit."""
     if "adapters" in parameters:
         yield f"frozen but for {parameters['adapters'] / 1e6:.1f}M parameters of adapters"
     if stage.users.count:
@@ -96,6 +96,9 @@ def adapter_lines(stage: StageConfig, parameters: dict[str, int]) -> Iterator[st
             f"{row * stage.users.count / 1e9:.2f} GB whole on each GPU while it is read, and as much again "
             "for its gradient"
         )
+        for setup in setups:
+            most = most_users(stage, setup, setup.gpu_memory)
+            yield f"{setup.gpus} GPUs of {setup.gpu_memory / 1e9:g} GB hold at most {most:,} users"
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -115,6 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--gpus", type=_numbers, default=(8, 64, 512), help="one or more numbers of GPUs, such as 8,64,512"
     )
     parser.add_argument("--gpus-per-node", type=int, default=Setup.gpus_per_node)
+    parser.add_argument("--gpu-memory", type=float, default=Setup.gpu_memory / 1e9, help="of a GPU, in GB")
     parser.add_argument("--mfu", type=float, default=Setup.mfu, help="share of the peak that is reached")
     parser.add_argument("--peak-tflops", type=float, default=Setup.peak_tflops)
     parser.add_argument(
@@ -163,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         Setup(
             gpus=gpus,
             gpus_per_node=options.gpus_per_node,
+            gpu_memory=1e9 * options.gpu_memory,
             mfu=options.mfu,
             peak_tflops=options.peak_tflops,
             height=options.resolution or stage.sample.height,

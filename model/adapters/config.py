@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from model.common.settings import bounded
 
+MAX_USERS = 10_000_000
+
 
 @dataclass
 class UsersConfig:
@@ -12,7 +14,7 @@ class UsersConfig:
     Needs `freeze: base`, `start_from`, and a dataset with users.
     """
 
-    count: int = bounded(0, 0, 10_000_000)
+    count: int = bounded(0, 0, MAX_USERS)
     """Rows of the table of users: at least the users of the data, more to leave room; 0 = no users."""
     tokens: int = bounded(30, 1, 100_000)
     """Tokens of a user's embedding."""
@@ -33,7 +35,8 @@ class UsersConfig:
     dispersion: float = bounded(0.1, 0.0, 1_000.0)
     """Weight of the loss that keeps users apart; 0 = none."""
     drop: float = bounded(0.1, 0.0, 1.0)
-    """Share of training samples whose user is left out."""
+    """Share of training samples whose user is left out. Nobody is exactly the frozen network, so such a
+    sample costs a pass and has no gradient; with LoRA in the same run it trains that alone."""
     table_lr: float = bounded(10.0, 0.0, 1e6)
     """Learning rate of the table as a multiple of `optim.lr`."""
 

@@ -22,36 +22,63 @@ def is_table(name: str) -> bool:
 
 
 def hold_absent_rows(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer leave elements of lazy groups as they are where their gradient is exactly zero."""
-    held: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Make the optimizer leave elements of lazy groups as they are where their gradient is exactly zero.
+
+    A step sees the other elements alone, which are few: copies of all that stay would take as much memory as
+    the table and its moments.
+    """
+    narrowed: list[_Narrowed] = []
 
     def before(_: Any, args: Any, kwargs: Any) -> None:
-        held.clear()
+        narrowed.clear()
         for group in optimizer.param_groups:
-            if not group.get(LAZY):
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-
-                absent = parameter.grad == 0
-                for values in _moving(optimizer, parameter):
-                    held.append((values, absent, values[absent]))
+            if group.get(LAZY):
+                parameters = (each for each in group["params"] if each.grad is not None)
+                narrowed.extend(_Narrowed(parameter, optimizer.state[parameter]) for parameter in parameters)
 
     def after(_: Any, args: Any, kwargs: Any) -> None:
-        for values, absent, kept in held:
-            values[absent] = kept
-        held.clear()
+        for parameter in narrowed:
+            parameter.restore()
+        narrowed.clear()
 
-    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_pre_hook(torch.no_grad()(before))
     optimizer.register_step_post_hook(torch.no_grad()(after))
 
 
-def _moving(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-    """Return what a step changes of a parameter: its values, and moments of its shape."""
-    moments = [
-        value
-        for value in optimizer.state.get(parameter, {}).values()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    ]
-    return [parameter.detach(), *moments]
+class _Narrowed:
+    """A parameter that for one step consists of its elements with a gradient, as do its moments."""
+
+    def __init__(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Narrow the parameter, its gradient, and the state of its shape."""
+        assert parameter.grad is not None
+        self._parameter, self._state = parameter, state
+        self._values, self._gradient = parameter.data, parameter.grad
+        self._present = self._gradient.flatten().nonzero().flatten()
+        self._moments = {
+            name: value
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
+        }
+
+        parameter.grad = None
+        parameter.data = self._values.flatten()[self._present]
+        parameter.grad = self._gradient.flatten()[self._present]
+        for name, value in self._moments.items():
+            state[name] = value.flatten()[self._present]
+
+    def restore(self) -> None:
+        """Put what the step has made of the elements in their places."""
+        parameter, moved = self._parameter, self._parameter.data
+        parameter.grad = None
+        parameter.data = self._values
+        parameter.grad = self._gradient
+        self._put(self._values, moved)
+        for name, value in self._state.items():
+            # Moments that the first step has made get their whole shape.
+            if isinstance(value, Tensor) and value.dim() and value.shape == moved.shape:
+                whole = self._moments.get(name)
+                self._state[name] = torch.zeros_like(self._values) if whole is None else whole
+                self._put(self._state[name], value)
+
+    def _put(self, whole: Tensor, part: Tensor) -> None:
+        whole.view(-1)[self._present] = part

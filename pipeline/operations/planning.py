@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from model.adapters.config import MAX_USERS
 from model.blocks import BLOCKS
 from model.common.errors import UserError
 from model.config import DiTConfig
@@ -17,7 +18,7 @@ from model.encoders.latent_spaces import latent_sizes
 from model.flops import count_parameters, flops_per_sample
 from model.fusion import attended, collaborates, refiner_size
 from pipeline.engine.network import make_network
-from pipeline.engine.optim import optimizer_settings, parameter_groups
+from pipeline.engine.optim import NO_DECAY, optimizer_settings, parameter_groups
 from pipeline.operations.elastic_planning import PartCost, further_parameters, part_costs
 from pipeline.stage.config import StageConfig
 
@@ -59,6 +60,8 @@ class Setup:
     """Frames of a clip; with downsampling in height and width alone, of its latents. None = images."""
     means_alone: bool = False
     """True if the latents are stored without their std (`latents.moments: mean`)."""
+    gpu_memory: float = 80e9
+    """Bytes of a GPU."""
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -221,10 +224,55 @@ def state_memory(
     if stage.users.count:
         # whole on each GPU while it is read, and so is its gradient before it is reduced
         memory["table of users"] = 2.0 * size * stage.users.table_values
+        memory["rows of a step"] = _rows_of_a_step(stage, gpus)
     if engine.zero_stage == 3:
         memory["gathered"] = size * float(min(engine.max_live_parameters, parameters))
 
     return memory
+
+
+def _rows_of_a_step(stage: StageConfig, gpus: int) -> float:
+    """Return the bytes with which a rank's step finds the rows of the batch's users and sets them apart."""
+    # a byte per value that says whether it moves; of those that do, the place, the value, its gradient and
+    # two moments
+    users = stage.users
+    moving = min(stage.global_batch, users.count) * users.tokens * users.width
+    return (users.table_values + (8.0 + 4.0 * 4) * moving) / gpus
+
+
+def most_users(stage: StageConfig, setup: Setup, memory: float) -> int:
+    """Return the largest `users.count` with which a stage fits its GPUs; 0 = it does not fit with one user.
+
+    Args:
+        stage: a stage with users.
+        setup: facts that the stage does not state.
+        memory: bytes of one GPU.
+    """
+    one = replace(stage, users=replace(stage.users, count=1))
+    plan = make_plan(one, setup)
+    trained, moments = plan.parameters["adapters"], round(plan.memory["moments"] * setup.gpus / 4)
+    per_value = len(optimizer_settings(stage.optim).moments[NO_DECAY])
+
+    def fits(count: int) -> bool:
+        # as `make_plan`, without counting the parameters of a network each time: only rows are added
+        with_count = replace(one, users=replace(one.users, count=count))
+        more = with_count.users.table_values - one.users.table_values
+        changed = state_memory(
+            with_count,
+            plan.parameters["total"] + more,
+            setup.gpus,
+            moments + per_value * more,
+            trained + more,
+        )
+        if "gradients of a rank" in plan.memory:
+            changed["gradients of a rank"] = plan.memory["gradients of a rank"] * (trained + more) / trained
+        return sum({**plan.memory, **changed}.values()) <= memory
+
+    low, high = 0, MAX_USERS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def activation_bytes(stage: StageConfig, dit: DiTConfig, setup: Setup) -> float:
@@ -279,9 +327,18 @@ def check_memory(stage: StageConfig, gpus: int, memory: float) -> None:
     if stage.sample.frames > 1:
         setup = replace(setup, downsampling=CLIP_DOWNSAMPLING, frames=stage.sample.frames)
     plan = make_plan(stage, setup)
+    needs = (
+        f"{stage.name} needs {plan.total_memory / 1e9:.0f} GB on each of {gpus} GPUs, which have "
+        f"{memory / 1e9:.0f} GB"
+    )
+    if plan.total_memory > memory and plan.memory.get("table of users") == max(plan.memory.values()):
+        most = most_users(stage, setup, memory)
+        raise UserError(
+            f"{needs}, most of it for the table of users: set users.count={most} at most, or lower "
+            "users.tokens or users.width; see `python -m pipeline.estimate`"
+        )
     if plan.total_memory > memory:
         raise UserError(
-            f"{stage.name} needs {plan.total_memory / 1e9:.0f} GB on each of {gpus} GPUs, which have "
-            f"{memory / 1e9:.0f} GB: set engine.micro_batch below {plan.micro_batch}, or "
+            f"{needs}: set engine.micro_batch below {plan.micro_batch}, or "
             "model.checkpoint_every=1, or use more GPUs; see `python -m pipeline.estimate`"
         )
