@@ -12,9 +12,12 @@ from model.common.files import naming_full_disk, write_atomic
 from pipeline.runtime.finished import FINISHED
 from pipeline.stage.config import StageConfig, dump_stage
 
-FIXED = ("objective.", "model.", "fusion.", "elastic.")
+FIXED = ("objective.", "model.", "fusion.", "elastic.", "users.", "lora.")
 """Settings that define what the network computes and learns."""
-FREE = ("model.preset", "model.checkpoint_every", "model.compile", "fusion.expect", "fusion.encode")
+FREE = (
+    *("model.preset", "model.checkpoint_every", "model.compile", "fusion.expect", "fusion.encode"),
+    *("users.drop", "users.dispersion", "users.table_lr"),
+)
 """Settings among them that change only how it is computed, or that are checked elsewhere."""
 
 
