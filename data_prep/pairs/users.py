@@ -11,6 +11,7 @@ from data_prep.config import DatasetConfig
 from data_prep.dataset.parts import THREADS, committed
 from data_prep.dataset.schema import PAIRS
 from data_prep.dataset.users import UserIndex, ids_of_pairs, read_names, write_names
+from data_prep.plan.captions import field_of
 from data_prep.plan.listing import source_files
 from data_prep.sources.source import OpenSources
 from data_prep.store.store import Store
@@ -85,7 +86,7 @@ def _read_users(config: DatasetConfig, dataset: Store) -> Iterator[tuple[int, st
         source, name = sources.open(file.number)
         rows = itertools.islice(source.read(name, [column]), config.sources[file.source].limit)
         for row, sample in enumerate(rows):
-            user = sample.record.get(column)
+            user = field_of(sample.record, column)
             # Numbers are names too; what is empty or a list is none.
             if isinstance(user, str | int) and not isinstance(user, bool) and str(user).strip():
                 yield file.number << 32 | row, str(user).strip()

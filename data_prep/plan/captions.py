@@ -40,7 +40,7 @@ def gather_captions(record: Mapping[str, Any], fields: Mapping[str, str]) -> tup
     captions: dict[Caption, None] = {}
     refused: list[str] = []
     for kind, field in fields.items():
-        value = _field(record, field)
+        value = field_of(record, field)
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_CAPTIONS:
             refused.append(TOO_MANY)
@@ -59,7 +59,7 @@ def gather_captions(record: Mapping[str, Any], fields: Mapping[str, str]) -> tup
     return list(captions), refused
 
 
-def _field(record: Mapping[str, Any], name: str) -> Any:
+def field_of(record: Mapping[str, Any], name: str) -> Any:
     """Return a field of a record; None if there is none. A name with dots leads into nested records."""
     # A field of that very name first: columns of foreign tables may have dots in their names.
     if name in record:

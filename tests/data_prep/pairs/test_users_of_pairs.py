@@ -17,34 +17,50 @@ from data_prep.dataset.users import UserIndex, forget_user, ids_of_pairs, read_n
 from data_prep.pairs.users import run_users
 from model.common.errors import UserError
 from tests.helpers import fake_snapshot
-from tests.helpers.raw_material import config_of, png, prepare, sample_members, write_parquet, write_tar
+from tests.helpers.raw_material import (
+    config_of,
+    png,
+    prepare,
+    sample_members,
+    write_mds_folder,
+    write_parquet,
+    write_tar,
+)
 
 OWNERS = ["berta", "anna", "anna", "", None, "berta", "anna", "carla"]
 
 
+def facts(owner):
+    """A row's caption, and its owner twice: in a field, and inside another."""
+    return {"caption": "x y", "owner": owner, "meta": {"owner": owner, "year": 1999}}
+
+
 def dataset_of(tmp_path, **users):
-    """A folder, a table and tars, each with the same owners, and one image that cannot be read."""
-    images = [png(number) for number in range(3 * len(OWNERS))]
+    """A folder, a table, tars and MDS, each with the same owners, and one image that cannot be read."""
+    images = [png(number) for number in range(4 * len(OWNERS))]
     folder = tmp_path / "f"
     folder.mkdir()
     lines = []
     for number, owner in enumerate(OWNERS):
         (folder / f"{number}.png").write_bytes(images[number])
-        lines.append(json.dumps({"file_name": f"{number}.png", "caption": "x y", "owner": owner}))
+        lines.append(json.dumps({"file_name": f"{number}.png", **facts(owner)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    rows = [
-        {"image": image, "caption": "x y", "owner": owner}
-        for image, owner in zip(images[8:16], OWNERS, strict=True)
-    ]
+    rows = [{"image": image, **facts(owner)} for image, owner in zip(images[8:16], OWNERS, strict=True)]
     rows[1]["image"] = b"no image"
     write_parquet(tmp_path / "p/a.parquet", rows, 3)
     members = []
     for number, owner in enumerate(OWNERS):
-        members += sample_members(str(number), images[16 + number], {"caption": "x y", "owner": owner})
+        members += sample_members(str(number), images[16 + number], facts(owner))
     write_tar(tmp_path / "t", "a.tar", members)
-    others = ("parquet", tmp_path / "p"), ("webdataset", tmp_path / "t")
+    rows = [
+        {"image": image, **facts(owner), "owner": owner or ""}
+        for image, owner in zip(images[24:], OWNERS, strict=True)
+    ]
+    encodings = {"image": "bytes", "caption": "str", "owner": "str", "meta": "json"}
+    write_mds_folder(tmp_path / "m", rows, encodings)
+    others = ("parquet", tmp_path / "p"), ("webdataset", tmp_path / "t"), ("mds", tmp_path / "m")
     config = config_of(tmp_path, ("folder", folder), *others)
-    config.users = UserColumnConfig(column="owner", **users)
+    config.users = UserColumnConfig(**{"column": "owner", **users})
     return config, prepare(config)
 
 
@@ -64,26 +80,28 @@ def with_latents(dataset, path):
     return take_snapshot(dataset)
 
 
-def test_every_source_gives_its_users_and_they_keep_their_numbers(tmp_path):
-    config, dataset = dataset_of(tmp_path)
-    assert run_users(config, dataset) == {0: 8, 1: 6, 2: 3}  # one of anna's images is damaged
+@pytest.mark.parametrize("column", ["owner", "meta.owner"])
+def test_every_source_gives_its_users_and_they_keep_their_numbers(tmp_path, column):
+    config, dataset = dataset_of(tmp_path, column=column)
+    assert run_users(config, dataset) == {0: 11, 1: 8, 2: 4}  # one of anna's images is damaged
     names = read_names(dataset)
     assert names == ["anna", "berta", "carla"]
     owners = owners_by_id(dataset)
     users = UserIndex.read(dataset).users_of(np.array(list(owners)))
     assert [names[user] if user >= 0 else None for user in users] == list(owners.values())
 
+    # The sources still have anna, who gets a new number: she is to be deleted there too.
     forget_user(dataset, "anna")
     run_users(config, dataset)
     assert read_names(dataset) == [None, "berta", "carla", "anna"]
 
 
 def test_limits_of_images_per_user(tmp_path):
-    config, dataset = dataset_of(tmp_path, min_images=4, max_images=7)
-    assert run_users(config, dataset) == {0: 7, 1: 6}
+    config, dataset = dataset_of(tmp_path, min_images=5, max_images=7)
+    assert run_users(config, dataset) == {0: 7, 1: 7}
     assert read_names(dataset) == ["anna", "berta"]
-    with pytest.raises(UserError, match=r"min_images=9"):
-        run_users(replace(config, users=UserColumnConfig("owner", 9)), dataset)
+    with pytest.raises(UserError, match=r"min_images=12"):
+        run_users(replace(config, users=UserColumnConfig("owner", 12)), dataset)
 
 
 def test_a_snapshot_has_the_number_of_each_row_and_another_id_than_without(tmp_path):
@@ -115,7 +133,7 @@ def test_the_command_numbers_and_forgets(tmp_path, capsys):
         "step: 16}\npart_rows: 4\nshuffle_window: 8\nworkers: 0\nimage_format: png\nusers: {column: owner}\n"
     )
     main(["users", str(path)])
-    assert "3 users of 17 pairs, 3 to 8 each" in capsys.readouterr().out
+    assert "3 users of 23 pairs, 4 to 11 each" in capsys.readouterr().out
     main(["users", str(path), "--forget", "berta"])
     assert "user 1: the name and the index entries are deleted" in capsys.readouterr().out
     with pytest.raises(SystemExit):
