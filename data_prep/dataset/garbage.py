@@ -24,6 +24,7 @@ ATTEMPT = re.compile(
     r"(?:pairs|families/(?P<family>[^/]+))/(?P<bucket>[^/]+)/(?P<number>\d{5,})/[0-9a-f]{16}"
 )
 CONSTANTS = re.compile(r"families/[^/]+/constants-[0-9a-f]{16}\.safetensors")
+ROLLUP = re.compile(r"rollups/[^/]+/[0-9a-f]{16}\.parquet")
 INDEX = re.compile(r"(snapshots/[0-9a-f]{16})/[^/]+-([0-9a-f]{16})\.parquet")
 
 GROUPS_AT_ONCE = 512
@@ -33,11 +34,12 @@ GROUPS_AT_ONCE = 512
 def collect_garbage(dataset: Store, older_than_hours: float = 24, delete: bool = False) -> list[str]:
     """Find objects that killed or losing writers left behind, and remove them if asked.
 
-    Garbage is: payloads, constants and indexes that no commit, family or snapshot names, and temporary files;
-    and only if the whole attempt is older than the limit, by the store's own clock. Candidates are listed
-    before the commits are read, so whatever is committed meanwhile is safe. The limit protects writers that
-    have not committed yet, so it should exceed the time that a task takes from its first upload to its commit
-    (seconds, or the retry time if the store fails): a writer that is overtaken has to do its part again.
+    Garbage is: payloads, constants and indexes that no commit, family or snapshot names, temporary files, and
+    roll-ups whose commits have changed or are in larger ones; and only if the whole attempt is older than the
+    limit, by the store's own clock. Candidates are listed before the commits are read, so whatever is
+    committed meanwhile is safe. The limit protects writers that have not committed yet, so it should exceed
+    the time that a task takes from its first upload to its commit (seconds, or the retry time if the store
+    fails): a writer that is overtaken has to do its part again.
 
     Args:
         dataset: the dataset's store.
@@ -114,11 +116,11 @@ def _garbage_group(key: str) -> str | None:
         return key
     if ATTEMPT.fullmatch(folder):
         return folder
-    return key if CONSTANTS.fullmatch(key) or INDEX.fullmatch(key) else None
+    return key if any(pattern.fullmatch(key) for pattern in (CONSTANTS, INDEX, ROLLUP)) else None
 
 
 def _live_groups(dataset: Store) -> set[str]:
-    """Return the groups that a commit, a family or a snapshot names.
+    """Return the groups that a commit, a family or a snapshot names, and the roll-ups that are of use.
 
     Indexes of older records of a snapshot count as named, because runs may still read them (see
     `take_snapshot`).
@@ -126,7 +128,7 @@ def _live_groups(dataset: Store) -> set[str]:
     # Of each file only its group is kept, since a billion pairs have millions of files.
     live: set[str] = set()
     for kind in dataset.folders("commits/"):
-        for commit in committed(dataset, kind, without_counts).values():
+        for commit in committed(dataset, kind, without_counts, rollups_used=live).values():
             live.update(_groups_of(commit.files))
 
     live.update(family.constants_key for family in read_families(dataset).values())

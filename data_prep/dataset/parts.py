@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from data_prep.dataset.records import read_object
-from data_prep.dataset.rollups import MAX_ROWS, Record, read_rollups, write_rollups
+from data_prep.dataset.rollups import Rollups
 from data_prep.dataset.schema import CLAIM, PAIRS, Commit, Family, Manifest, Part, PlanRecord
 from data_prep.dataset.snapshot_reader import read_family
 from data_prep.store.entry import Entry
@@ -139,7 +139,10 @@ def _list_commits(dataset: Store, kind: str) -> dict[Part, Entry]:
 
 
 def committed(
-    dataset: Store, kind: str, shrink: Callable[[Commit], Commit] = lambda commit: commit
+    dataset: Store,
+    kind: str,
+    shrink: Callable[[Commit], Commit] = lambda commit: commit,
+    rollups_used: set[str] | None = None,
 ) -> dict[Part, Commit]:
     """Return the commits of a kind, sorted by part: from roll-ups, and those that none has by themselves.
 
@@ -147,18 +150,18 @@ def committed(
         dataset: the dataset's store.
         kind: `pairs`, or the family's name.
         shrink: returns the part of a commit to keep in memory, since there may be a million.
+        rollups_used: a set to which the keys of the roll-ups are added that the commits came from.
     """
     listed = _list_commits(dataset, kind)
-    commits = {commit.part: shrink(commit) for commit in read_rollups(dataset, kind, listed)}
+    rollups = Rollups(dataset, kind, listed)
+    commits = {commit.part: shrink(commit) for commit in rollups.read()}
     left = sorted(part for part in listed if part not in commits)
-    records: list[Record] = []
     for part, (data, commit) in zip(left, _read_records(dataset, kind, left), strict=True):
-        records.append(Record(part, listed[part].version, data))
+        rollups.add(part, data)
         commits[part] = shrink(commit)
-        if len(records) == MAX_ROWS:
-            write_rollups(dataset, kind, records)
-            records = []
-    write_rollups(dataset, kind, records)
+    rollups.write()
+    if rollups_used is not None:
+        rollups_used |= rollups.used
     return {part: commits[part] for part in sorted(commits)}
 
 

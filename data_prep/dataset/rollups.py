@@ -3,7 +3,8 @@
 They are derived, and the commits stay the one truth. A row counts only for a commit that the listing shows
 with the same content (its ETag, or size and time of change), so a commit that was deleted or made again is
 noticed, and a roll-up that is lost, stale or damaged costs time and nothing else. Tasks write one over what
-they committed; a reader that had to read many commits by themselves writes one over these.
+they committed; a reader that had to read many commits by themselves, or many small roll-ups, writes one over
+these.
 
 `rollups/<kind>/<xxh64 of the file>.parquet`
 """
@@ -12,8 +13,9 @@ import hashlib
 import io
 import logging
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow
@@ -34,8 +36,10 @@ MIN_ROWS = 64
 """Commits below which a roll-up saves too little."""
 MAX_ROWS = 1 << 16
 MAX_BYTES = 1 << 30
+MERGE_FILES = 16
+"""Small roll-ups of use from which on one is written in their place: each is a request of each reader."""
 READERS = 4
-"""Roll-ups in memory at once."""
+"""Roll-ups that are read ahead of their use."""
 
 SCHEMA = pyarrow.schema(
     [
@@ -98,28 +102,88 @@ def write_committed(dataset: Store, kind: str, commits: Iterable[Commit]) -> Non
     write_rollups(dataset, kind, records)
 
 
-def read_rollups(dataset: Store, kind: str, listed: Mapping[Part, Entry]) -> Iterator[Commit]:
-    """Yield the commits that roll-ups have with the content that the listing shows; none twice.
+class Rollups:
+    """The roll-ups of a kind, as a reader of all commits uses and writes them.
 
-    Args:
-        dataset: the dataset's store.
-        kind: `pairs`, or the family's name.
-        listed: the objects of all commits.
+    The largest are read first, and none any more once all commits are found. If many small ones were of use,
+    one takes their place; `gc` removes those that are of no use.
     """
-    found: set[Part] = set()
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = pool.map(lambda key: _read(dataset, key), dataset.list(f"{FOLDER}/{kind}/"))
-        for table in tables:
-            for batch in table.to_batches(max_chunksize=1024):
-                for row in batch.to_pylist():
-                    part = Part(str(row["bucket"]), row["number"] or 0)
-                    entry = listed.get(part)
-                    if part in found or entry is None or not _is_same(entry, row["version"], row["md5"]):
-                        continue
-                    commit = _parse(row["record"])
-                    if commit is not None and (commit.kind, commit.part) == (kind, part):
-                        found.add(part)
-                        yield commit
+
+    def __init__(self, dataset: Store, kind: str, listed: Mapping[Part, Entry]) -> None:
+        """Read nothing yet.
+
+        Args:
+            dataset: the dataset's store.
+            kind: `pairs`, or the family's name.
+            listed: the objects of all commits.
+        """
+        self.used: set[str] = set()
+        """Keys of the roll-ups that had commits which no larger one has."""
+        self._dataset = dataset
+        self._kind = kind
+        self._listed = listed
+        self._small: list[Record] = []
+        self._small_files = 0
+        self._records: list[Record] = []
+
+    def read(self) -> Iterator[Commit]:
+        """Yield the commits that roll-ups have with the content that the listing shows; none twice."""
+        found: set[Part] = set()
+        for key, table in self._tables():
+            is_small = len(table) < MAX_ROWS // 4
+            before = len(found)
+            for record, commit in self._current(table, found):
+                found.add(record.part)
+                if is_small:
+                    self._small.append(record)
+                yield commit
+            if len(found) > before:
+                self.used.add(key)
+                self._small_files += is_small
+            if len(self._small) >= MAX_ROWS:
+                write_rollups(self._dataset, self._kind, self._small)
+                self._small, self._small_files = [], 0
+            if len(found) == len(self._listed):
+                return
+
+    def add(self, part: Part, data: bytes) -> None:
+        """Take a commit that none has, to be written."""
+        self._records.append(Record(part, self._listed[part].version, data))
+        if len(self._records) >= MAX_ROWS:
+            write_rollups(self._dataset, self._kind, self._records)
+            self._records = []
+
+    def write(self) -> None:
+        """Write what was added, and one in place of the small ones if they are many."""
+        if self._small_files >= MERGE_FILES:
+            self._records += self._small
+        write_rollups(self._dataset, self._kind, self._records)
+
+    def _tables(self) -> Iterator[tuple[str, pyarrow.Table]]:
+        """Yield key and table of each roll-up, the largest first."""
+        entries = list(self._dataset.listing(f"{FOLDER}/{self._kind}/"))
+        keys = [entry.key for entry in sorted(entries, key=lambda entry: (-entry.bytes, entry.key))]
+        waiting: deque[tuple[str, Future[pyarrow.Table]]] = deque()
+        with ThreadPoolExecutor(READERS) as pool:
+            for key in keys:
+                waiting.append((key, pool.submit(_read, self._dataset, key)))
+                if len(waiting) > READERS:
+                    first, table = waiting.popleft()
+                    yield first, table.result()
+            for key, table in waiting:
+                yield key, table.result()
+
+    def _current(self, table: pyarrow.Table, found: set[Part]) -> Iterator[tuple[Record, Commit]]:
+        """Yield the rows of a roll-up that are as the listing shows, but those that were found."""
+        for batch in table.to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                part = Part(str(row["bucket"]), row["number"] or 0)
+                entry = self._listed.get(part)
+                if part in found or entry is None or not _is_same(entry, row["version"], row["md5"]):
+                    continue
+                commit = _parse(row["record"])
+                if commit is not None and (commit.kind, commit.part) == (self._kind, part):
+                    yield Record(part, entry.version, row["record"]), commit
 
 
 def _is_same(entry: Entry, version: str, md5: str) -> bool:

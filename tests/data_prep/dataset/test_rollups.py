@@ -6,7 +6,8 @@ import pytest
 
 from data_prep.dataset import rollups
 from data_prep.dataset.garbage import collect_garbage
-from data_prep.dataset.parts import committed, read_commit
+from data_prep.dataset.parts import commits_of_share, committed, read_commit
+from data_prep.dataset.rollups import write_committed
 from data_prep.dataset.schema import PAIRS, Part
 from data_prep.dataset.snapshot import take_snapshot
 from data_prep.dataset.verify import verify
@@ -16,7 +17,7 @@ from data_prep.store.store import Store, open_store
 from model.common.errors import UserError
 from model.common.share import Share
 from tests.data_prep.test_requests import counted
-from tests.helpers.fake_dataset import FAMILIES, commit_pairs, make_all, sample_ids
+from tests.helpers.fake_dataset import FAMILIES, commit_pairs, make_all, make_pairs, plan, sample_ids
 
 BUCKETS = {"64x64": [2] * 7 + [1], "32x96": [3, 2]}
 KINDS = [PAIRS, *(family.name for family in FAMILIES)]
@@ -25,7 +26,7 @@ KINDS = [PAIRS, *(family.name for family in FAMILIES)]
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     monkeypatch.setattr(rollups, "MIN_ROWS", 1)
-    monkeypatch.setattr("data_prep.dataset.parts.MAX_ROWS", 3)
+    monkeypatch.setattr(rollups, "MAX_ROWS", 3)
 
 
 @pytest.fixture
@@ -83,6 +84,47 @@ def test_snapshots_and_gc_are_the_same_without_roll_ups(dataset):
     assert not list(dataset.list(f"pairs/64x64/00000/{'a' * 16}/"))
 
 
+@pytest.mark.parametrize("rows", [3, 64])
+def test_many_small_ones_become_one_and_gc_removes_those_of_no_use(store, proxy, monkeypatch, rows):
+    monkeypatch.setattr(rollups, "MAX_ROWS", rows)
+    monkeypatch.setattr(rollups, "MERGE_FILES", 4)
+    dataset = store.sub("ds")
+    plan(dataset, BUCKETS)
+    for index in range(10):
+        make_pairs(dataset, Share(index, 10))
+        write_committed(dataset, PAIRS, commits_of_share(dataset, PAIRS, Share(index, 10)))
+    folder = f"rollups/{PAIRS}/"
+    small = set(dataset.list(folder))
+    assert len(small) == 10
+
+    expected = truth(dataset)
+    assert collect_garbage(dataset, -1) == []
+    merged = set(dataset.list(folder)) - small
+    if rows == 64:
+        # one object has all, and the others are not read any more
+        assert len(merged) == 1
+        reads = counted(proxy, committed, dataset, PAIRS)
+        assert not reads or reads == {"LIST": 2, "GET": 1 + rollups.READERS}
+        assert set(collect_garbage(dataset, -1)) == small
+    assert collect_garbage(dataset, 24) == []
+    chance = random.Random(rows)
+    for _ in range(4):
+        garbage = collect_garbage(dataset, -1, delete=True)
+        assert all(key.startswith(folder) for key in garbage)
+        for key in list(dataset.list(folder))[:1]:
+            chance.choice([dataset.delete, lambda key: dataset.put(key, b"damaged")])(key)
+        assert seen(dataset) == expected
+
+    # those of commits that were made again are of no use, and go
+    for part in committed(dataset, PAIRS):
+        dataset.delete(part.commit_key(PAIRS))
+        commit_pairs(dataset, part, sample_ids(dataset, part))
+    stale = set(dataset.list(folder))
+    assert stale <= set(collect_garbage(dataset, -1, delete=True))
+    assert seen(dataset) == truth(dataset)
+    assert not stale & set(dataset.list(folder))
+
+
 def test_a_damaged_commit_is_named_although_a_roll_up_has_it(dataset):
     committed(dataset, PAIRS)
     key = Part("64x64", 3).commit_key(PAIRS)
@@ -99,8 +141,9 @@ def test_many_commits_are_a_listing_and_a_few_requests(s3, proxy):
     files = len(list(dataset.list(f"rollups/{PAIRS}/")))
     assert counted(proxy, committed, dataset, PAIRS) == {"LIST": 2, "GET": files}
     # Tasks that encode write theirs without a request to find out what they committed.
-    assert len(list(dataset.list("rollups/latents/"))) == 1
-    assert counted(proxy, committed, dataset, "latents") == {"LIST": 2, "GET": 1}
+    written = len(list(dataset.list("rollups/latents/")))
+    assert written == -(-sum(map(len, BUCKETS.values())) // rollups.MAX_ROWS)
+    assert counted(proxy, committed, dataset, "latents") == {"LIST": 2, "GET": written}
 
 
 class ReadOnly(LocalFolder):
