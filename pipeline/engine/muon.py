@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.adapter import is_adapter
 from model.functional import product_dtype
 from pipeline.engine.adamw import AdamWSettings
 from pipeline.engine.layout import Layout
@@ -40,8 +41,9 @@ class MuonSettings(AdamWSettings):
     def group(self, name: str, shape: Sequence[int]) -> str:
         """Return the group of a parameter: Muon trains the matrices of blocks, but not the outer layers."""
         # The outer layers map to and from latents and texts: Muon is meant for matrices between hidden
-        # layers.
-        if len(shape) == 2 and decays(name, shape) and "blocks" in name.split("."):
+        # layers. Adapters are small additions, and LoRA's matrices are factors of one, not maps.
+        is_hidden = "blocks" in name.split(".") and not is_adapter(name)
+        if is_hidden and len(shape) == 2 and decays(name, shape):
             return MUON
         return super().group(name, shape)
 

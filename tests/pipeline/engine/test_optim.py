@@ -5,10 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from model.adapter import is_adapter
+from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from pipeline.engine.optim import learning_rate, parameter_groups
+from pipeline.engine.muon import MUON
+from pipeline.engine.optim import learning_rate, optimizer_settings, parameter_groups
 from pipeline.stage.config import OptimConfig
 
 SCHEDULES = st.builds(
@@ -64,3 +67,12 @@ def test_learning_rate_warms_up_stays_in_bounds_and_ends_where_it_should(config,
     final = 1.0 if config.schedule == "constant" else config.final_lr
     assert learning_rate(config, total, total) == pytest.approx(config.lr * final, abs=1e-12)
     assert learning_rate(config, total + 1000, total) == pytest.approx(config.lr * final, abs=1e-12)
+
+
+def test_muon_leaves_the_matrices_of_adapters_to_adamw():
+    model = attach_adapters(network(), UsersConfig(2, 3, 8, 2, 2, 4), LoRAConfig(2))
+    settings = optimizer_settings(OptimConfig(name="muon"))
+    groups = {name: settings.group(name, value.shape) for name, value in model.named_parameters()}
+    assert groups["blocks.0.mlp.up.weight"] == MUON
+    assert not [name for name, group in groups.items() if group == MUON and is_adapter(name)]
+    assert {"blocks.0.mlp.up.lora_A.weight", "adapters.users.blocks.0.up.weight"} < groups.keys()
