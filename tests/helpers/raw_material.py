@@ -84,11 +84,11 @@ def write_parquet(path, rows, row_group=3):
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group)
 
 
-def write_mds_folder(folder, rows, encodings):
+def write_mds_folder(folder, rows, encodings, shard_bytes=2000):
     """Write an MDS folder with mosaicml-streaming's own writer."""
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(folder), columns=encodings, size_limit=2000) as writer:
+    with MDSWriter(out=str(folder), columns=encodings, size_limit=shard_bytes) as writer:
         for row in rows:
             writer.write(row)
 

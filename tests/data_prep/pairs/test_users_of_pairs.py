@@ -57,7 +57,8 @@ def dataset_of(tmp_path, **users):
         for image, owner in zip(images[24:], OWNERS, strict=True)
     ]
     encodings = {"image": "bytes", "caption": "str", "owner": "str", "meta": "json"}
-    write_mds_folder(tmp_path / "m", rows, encodings)
+    # In one shard, so that ids have the number of the row, as those of the other sources.
+    write_mds_folder(tmp_path / "m", rows, encodings, shard_bytes=1 << 20)
     others = ("parquet", tmp_path / "p"), ("webdataset", tmp_path / "t"), ("mds", tmp_path / "m")
     config = config_of(tmp_path, ("folder", folder), *others)
     config.users = UserColumnConfig(**{"column": "owner", **users})

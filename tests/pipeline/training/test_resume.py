@@ -53,6 +53,13 @@ def test_every_setting_that_differs_is_told_or_refused(key):
         assert told.endswith('(was "another")')
 
 
+@pytest.mark.parametrize("key", ["lora.alpha", "users.tokens"])
+def test_what_an_adapter_computes_is_fixed(key):
+    with pytest.raises(UserError, match=key):
+        changed_settings(Path("step_1"), changed(key, 7), STAGE)
+    assert changed_settings(Path("step_1"), changed("users.drop", 0.5), STAGE).startswith("users.drop=")
+
+
 def test_records_of_other_versions_are_compared_as_far_as_they_go():
     record = changed("model.depth", None)  # a size of a preset, in early versions
     del record["objective"], record["optim"]["spike"]

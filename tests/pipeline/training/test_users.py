@@ -113,6 +113,14 @@ def test_rows_that_a_batch_does_not_hold_do_not_move(store, base, tmp_path, worl
     assert any(len(set(users) - {-1}) < USERS for users, _ in found[2:])
 
 
+def test_the_table_has_a_learning_rate_of_its_own(store, base, tmp_path):
+    settings = {"start_from": str(base), "users__table_lr": 0.0}
+    found = on_ranks(1, user_tasks.table_after_each_step, store, str(tmp_path), settings, 3)[0]
+    assert not any(changed["master"] for _, changed in found)
+    # Its moments move, and so it has gradients.
+    assert found[-1][1]["exp_avg"]
+
+
 def test_without_users_the_losses_are_those_of_the_base(store, base, tmp_path):
     """Drop 1 leaves only nobody: the loss is the frozen network's, step by step, and nothing moves."""
     settings = {"start_from": str(base), "users__drop": 1.0, "users__dispersion": 0.0, "samples": 8 * 2}
