@@ -18,6 +18,8 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,14 @@ from PIL import Image
 
 from data_prep.dataset.parts import array_list
 from data_prep.dataset.snapshot_reader import read_snapshot
-from data_prep.scenes.captions import ScenePrompt, scene_prompts
+from data_prep.scenes.captions import SceneCaption, ScenePrompt, scene_prompts
 from model.common.errors import UserError, command
 from model.common.files import write_atomic
 from model.common.records import seal
 from model.common.share import Share
 from pipeline.ablation import report as ablation_report
 from pipeline.ablation.rows import PAPER_ROWS, Job, Score, make_jobs, read_ablation
+from pipeline.following.contrast import CONTRASTS, Contrast, contrast_captions, contrast_scores
 from pipeline.following.positional_bias import scene_segment_scores
 from pipeline.following.reading import read_scene
 from pipeline.following.scoring import chance_level, prompt_following, score_objects
@@ -91,13 +94,46 @@ def held_out_prompts(stage: StageConfig, count: int, max_segments: int) -> list[
     return scene_prompts(count, "list", aspect, lengths, style=stage.sample.scenes_style)
 
 
-def score(job: Job, prompts: list[ScenePrompt]) -> Score:
+@dataclass(frozen=True)
+class Judge:
+    """Held-out prompts of an ablation: lists, and those of each kind of contrast."""
+
+    lists: list[SceneCaption]
+    contrast: dict[Contrast, list[SceneCaption]]
+
+    @classmethod
+    def of(cls, stage: StageConfig, count: int, max_segments: int, contrast: int) -> "Judge":
+        """Return the prompts for a stage.
+
+        Args:
+            stage: all rows sample as it does.
+            count: number of lists.
+            max_segments: of a list.
+            contrast: number of prompts of each kind of contrast.
+        """
+        lists = [prompt.caption for prompt in held_out_prompts(stage, count, max_segments)]
+        aspect, style = stage.sample.width / stage.sample.height, stage.sample.scenes_style
+        kinds = CONTRASTS if contrast else ()
+        return cls(lists, {kind: contrast_captions(kind, contrast, aspect, style) for kind in kinds})
+
+    @property
+    def captions(self) -> list[SceneCaption]:
+        """All captions, in the order of the images."""
+        return [*self.lists, *chain.from_iterable(self.contrast.values())]
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts of all captions."""
+        return [caption.text for caption in self.captions]
+
+
+def score(job: Job, judge: Judge) -> Score:
     """Generate and score the scenes of a run.
 
     Returns:
         Scores and their chance level, all in [0, 1], and the last validation loss.
     """
-    folder = generate(job, [prompt.caption.text for prompt in prompts])
+    folder = generate(job, judge.texts)
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     scale = job.stage.sample.scenes_scale
     objects = [
@@ -105,19 +141,25 @@ def score(job: Job, prompts: list[ScenePrompt]) -> Score:
         for record in records
     ]
 
-    captions = [prompt.caption for prompt in prompts]
-    scores = score_objects(objects, captions)
+    detected = iter(objects)
+    listed = list(islice(detected, len(judge.lists)))
+    scores = score_objects(listed, judge.lists)
+    contrast: dict[str, list[float]] = {}
+    for kind, captions in judge.contrast.items():
+        contrast[kind] = contrast_scores(kind, list(islice(detected, len(captions))), captions)
+
     validations = read_events(job.run, "validation")
     return {
         "score": prompt_following(scores.summary()),
         "attributes": scores.summary(),
-        "chance": chance_level(objects, captions),
+        "chance": chance_level(listed, judge.lists),
         "segments": scene_segment_scores(scores),
+        "contrast": contrast,
         "loss": validations[-1]["loss"] if validations else None,
     }
 
 
-def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
+def run_job(job: Job, processes: int, judge: Judge) -> None:
     """Train, generate and score, as far as it is not done yet."""
     # `score.json` is written last, so a run that has it is done
     if job.score() is not None:
@@ -126,7 +168,7 @@ def run_job(job: Job, processes: int, prompts: list[ScenePrompt]) -> None:
     started = time.monotonic()
     log_line(f"{job.row}, seed {job.seed} ...")
     train(job, processes)
-    record = score(job, prompts)
+    record = score(job, judge)
     record["seconds"] = round(time.monotonic() - started, 1)
     # atomic, since another task may read it for its report at any time
     write_atomic(job.run / "score.json", seal(dict(record)))
@@ -157,6 +199,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="runs per row (default 3)")
     add("--scored", type=int, default=256, help="held-out scenes generated and scored per run (default 256)")
     add("--segments", type=int, default=8, help="maximum number of segments of a scene prompt (default 8)")
+    add(
+        "--contrast",
+        type=int,
+        default=0,
+        help="prompts of each kind of the contrast set: exchanged pairs, negations, distant colors, "
+        "relations (default 0; even)",
+    )
     add("--processes", type=int, default=0, help="ranks per run; default: one per GPU, or one on the CPU")
     add("--task", help="share I/N of the runs; default: the share of this Slurm array task")
     only = parser.add_mutually_exclusive_group()
@@ -217,17 +266,18 @@ def main() -> None:
         return
 
     share = Share.parse(arguments.task) if arguments.task else Share.from_environment()
-    prompts = held_out_prompts(base, arguments.scored, arguments.segments)
-    texts = [prompt.caption.text for prompt in prompts]
+    if arguments.contrast % 2:
+        raise UserError(f"--contrast {arguments.contrast}: exchanged prompts are pairs: give an even number")
+    judge = Judge.of(base, arguments.scored, arguments.segments, arguments.contrast)
     # before any run is trained: a difference would be found hours later otherwise
     for job in jobs:
-        job.check(texts)
+        job.check(judge.texts)
 
     if not arguments.report:
         processes = arguments.processes or torch.cuda.device_count() or 1
         # from all jobs, also those that are done, so that each task's jobs never change
         for job in jobs[share.index :: share.count]:
-            run_job(job, processes, prompts)
+            run_job(job, processes, judge)
     # every task writes the report, so the one that ends last writes the complete report
     folder = Path(base.runs) / f"{base.name}_ablation"
     log_line(f"report: {ablation_report.build(folder, base, ablation, jobs, left_out)}")

@@ -91,6 +91,8 @@ class SceneCaption:
     """In the order in which they are mentioned."""
     relations: tuple[Relation, ...] = ()
     """Their indices refer to `segments`."""
+    absent: tuple[Segment, ...] = ()
+    """Objects that the caption says are not there."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,14 @@ def _sample_relations(random: np.random.Generator, relations: list[Relation], li
 
 def adjectives_and_noun(segment: Segment) -> str:
     """Return `small green striped triangle`, or the same in the plural."""
-    noun = segment.shape if segment.count == 1 else _IRREGULAR_PLURALS.get(segment.shape, f"{segment.shape}s")
-    return " ".join(word for word in (segment.size, segment.colour, segment.texture, noun) if word)
+    words = (segment.size, segment.colour, segment.texture, noun_of(segment))
+    return " ".join(word for word in words if word)
+
+
+def noun_of(segment: Segment) -> str:
+    """Return `triangle`, or the plural."""
+    shape = segment.shape
+    return shape if segment.count == 1 else _IRREGULAR_PLURALS.get(shape, f"{shape}s")
 
 
 def with_article(words: str) -> str:
@@ -198,9 +206,19 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _indefinite(segment: Segment) -> str:
-    words = adjectives_and_noun(segment)
-    return with_article(words) if segment.count == 1 else f"{_NUMBERS[segment.count]} {words}"
+def indefinite(segment: Segment) -> str:
+    """Return `a small green triangle`, or `two small green triangles`."""
+    return counted(segment.count, adjectives_and_noun(segment))
+
+
+def counted(count: int, words: str) -> str:
+    """Return the words after an article or a number."""
+    return with_article(words) if count == 1 else f"{_NUMBERS[count]} {words}"
+
+
+def list_text(segments: Sequence[Segment]) -> str:
+    """Return `A red circle and two blue squares.`"""
+    return capitalize(join_words([indefinite(segment) for segment in segments])) + "."
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -217,7 +235,7 @@ def capitalize(text: str) -> str:
 
 # All writers have one signature, though a list needs the segments alone.
 def _list(segments: Sequence[Segment], relations: object, ground: object, random: object) -> str:
-    return capitalize(join_words([_indefinite(segment) for segment in segments])) + "."
+    return list_text(segments)
 
 
 def _relation(relation: Relation, segments: Sequence[Segment]) -> str:
@@ -233,7 +251,7 @@ def _sentence(
     if start == "There is " and segments[0].count > 1:
         start = "There are "
 
-    objects = join_words([_indefinite(segment) for segment in segments])
+    objects = join_words([indefinite(segment) for segment in segments])
     text = f"{start}{objects} on a {ground.pattern} {ground.tone} ground"
     for relation in relations:
         text += f", where {_relation(relation, segments)}"
@@ -254,7 +272,7 @@ def _paragraph(
         starts = [f"There {verb} ", "The picture shows ", "We see ", "It also holds "]
         # "also" needs an earlier sentence
         start = starts[random.integers(4 if number else 3)]
-        lines.append(f"{start}{_indefinite(first)}.")
+        lines.append(f"{start}{indefinite(first)}.")
 
         adjectives = [word for word in (segment.size, segment.texture) if word]
         if split and adjectives:

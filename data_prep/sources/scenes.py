@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.config import ScenesConfig
 from data_prep.dataset.schema import Bucket
 from data_prep.scenes.captions import CAPTION_KINDS, SceneCaption, caption_scene
+from data_prep.scenes.contrast import CONTRAST_KINDS, caption_contrast
 from data_prep.scenes.grammar import ANY_STYLE, Scene, SceneStyle, combination_of, sample_scene
 from data_prep.scenes.rendering import encode_png, render_scene
 from data_prep.sources.sample import Inventory, Place, Sample
@@ -65,9 +66,12 @@ class SceneKey(Key):
         return sample_scene(self.seed, self.index, self.aspect, style=self.style)
 
     @property
-    def captions(self) -> list[SceneCaption]:
+    def captions(self) -> dict[str, SceneCaption]:
         """One caption of each kind, with the facts that it states."""
-        return [caption_scene(self.scene, kind, self.seed, self.index) for kind in CAPTION_KINDS]
+        scene = self.scene
+        captions = {kind: caption_scene(scene, kind, self.seed, self.index) for kind in CAPTION_KINDS}
+        contrast = {kind: caption_contrast(scene, kind, self.seed, self.index) for kind in CONTRAST_KINDS}
+        return {**captions, **contrast}
 
     def render(self) -> np.ndarray:
         """Return the image, uint8 [H, W, 3]."""
@@ -77,7 +81,8 @@ class SceneKey(Key):
 class ScenesSource:
     """Scenes 0 to count - 1 of a seed, each in a random bucket of the dataset; a "file" is a range of them.
 
-    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`); the numbers of `segments` and
+    Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`, and `negation` and `distant`, which
+    a dataset has to ask for by `captions`); the numbers of `segments` and
     `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of which a filter can
     leave out one (`combination_of`).
     """
@@ -122,7 +127,7 @@ class ScenesSource:
     def _sample(self, index: int) -> Sample:
         # The key is enough to render the scene again, so it is the image's place as well.
         key = self.key(index)
-        record = {caption.kind: caption.text for caption in key.captions}
+        record = {kind: caption.text for kind, caption in key.captions.items()}
         scene = key.scene
         record |= {
             "segments": len(scene.segments),

@@ -10,8 +10,9 @@ import jinja2
 import numpy as np
 
 from model.common.files import write_atomic
-from pipeline.ablation.paired import Difference, Segments
+from pipeline.ablation.paired import Difference
 from pipeline.ablation.rows import Ablation, Job, Ordering, Score, SeedMean, orderings
+from pipeline.following.contrast import CONTRASTS
 from pipeline.following.positional_bias import PositionalBias, positional_bias
 from pipeline.following.scoring import prompt_following
 from pipeline.reporting.curves import curve
@@ -42,12 +43,19 @@ def gather(jobs: Sequence[Job]) -> Scores:
 
 
 def make_line(
-    title: str, paper: float | None, records: dict[int, Score], attributes: Sequence[str]
+    title: str,
+    paper: float | None,
+    records: dict[int, Score],
+    attributes: Sequence[str],
+    contrasts: Sequence[str],
 ) -> dict[str, Any]:
     """Return one row of a table as text, with `-` for what has not been measured."""
     shares = [[record["score"] for record in records.values()]]
     for name in attributes:
         shares.append([record["attributes"][name] for record in records.values()])
+    for kind in contrasts:
+        measured = [record["contrast"][kind] for record in records.values() if "contrast" in record]
+        shares.append([float(np.mean(values)) for values in measured if values])
     cells = [str(SeedMean.of(values)) if values else "-" for values in shares]
 
     losses = [record["loss"] for record in records.values() if record["loss"] is not None]
@@ -68,7 +76,9 @@ def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
     # scenes of one segment have no relations, for example
     measured = set(chain.from_iterable(record["attributes"] for record in records))
     attributes = [name for name in ATTRIBUTES if name in measured]
-    columns = ["prompt following", *attributes, "validation loss"]
+    kinds = set(chain.from_iterable(record.get("contrast", {}) for record in records))
+    contrasts = [kind for kind in CONTRASTS if kind in kinds]
+    columns = ["prompt following", *attributes, *contrasts, "validation loss"]
 
     means: dict[str, float] = {}
     for name in attributes:
@@ -83,20 +93,17 @@ def make_tables(ablation: Ablation, scores: Scores) -> list[dict[str, Any]]:
             "loss": None,
         }
 
-    segments: dict[str, dict[int, Segments]] = {}
-    for row, by_seed in scores.items():
-        segments[row] = {seed: record["segments"] for seed, record in by_seed.items()}
-    ordered = orderings(ablation, segments)
+    ordered = orderings(ablation, scores)
 
     tables: list[dict[str, Any]] = []
     for title, names in ablation.tables.items():
         rows = [(ablation.rows[name], scores.get(name, {})) for name in names]
-        lines = [make_line(row.title, row.paper, by_seed, attributes) for row, by_seed in rows]
+        lines = [make_line(row.title, row.paper, by_seed, attributes, contrasts) for row, by_seed in rows]
         tables.append(
             {
                 "title": title,
                 "columns": columns,
-                "lines": [*lines, make_line("chance", None, chance, attributes)],
+                "lines": [*lines, make_line("chance", None, chance, attributes, contrasts)],
                 "orderings": [_describe(ablation, pair) for pair in ordered[title]],
             }
         )
@@ -108,6 +115,7 @@ def _describe(ablation: Ablation, pair: Ordering) -> dict[str, str]:
     return {
         "text": f"{ablation.rows[pair.better].title} above {ablation.rows[pair.worse].title}",
         "difference": f"{pair.difference} points",
+        "contrast": ", ".join(f"{kind} {each}" for kind, each in pair.contrast.items()),
         "plan": plan_text(pair.difference),
         "verdict": pair.verdict,
     }
@@ -165,6 +173,8 @@ def markdown(
         for pair in table["orderings"]:
             plan = f" ({pair['plan']})" if pair["plan"] else ""
             parts.append(f"- {pair['text']}: {pair['difference']}, **{pair['verdict']}**{plan}")
+            if pair["contrast"]:
+                parts.append(f"  - contrast set: {pair['contrast']}")
         parts.append("")
 
     if biases:

@@ -93,6 +93,8 @@ class Score(TypedDict):
     """The same of images against other prompts."""
     segments: list[list[float]]
     """Scores of each prompt's segments."""
+    contrast: NotRequired[dict[str, list[float]]]
+    """Kind of contrast -> score of each of its prompts, or pairs of prompts."""
     loss: float | None
     """Last validation loss."""
     seconds: NotRequired[float]
@@ -141,7 +143,7 @@ class Job:
         # images of other prompts would be scored with the wrong captions
         if self.prompts.exists() and self.prompts.read_text(encoding="utf-8").splitlines() != list(prompts):
             raise UserError(
-                f"{self.run} has images of other prompts: give --scored and --segments as then, "
+                f"{self.run} has images of other prompts: give --scored, --segments and --contrast as then, "
                 "or remove that folder"
             )
 
@@ -242,6 +244,8 @@ class Ordering:
     better: str
     worse: str
     difference: Difference
+    contrast: dict[str, Difference] = field(default_factory=dict)
+    """Kind of contrast -> difference of its scores."""
 
     @property
     def verdict(self) -> str:
@@ -251,12 +255,12 @@ class Ordering:
         return "holds" if self.difference.mean > 0 else "reversed"
 
 
-def orderings(ablation: Ablation, scores: dict[str, dict[int, Segments]]) -> dict[str, list[Ordering]]:
+def orderings(ablation: Ablation, scores: dict[str, dict[int, Score]]) -> dict[str, list[Ordering]]:
     """Compare all pairs of rows that the paper orders, and those of `pairs`.
 
     Args:
         ablation: rows and tables.
-        scores: row -> seed -> scores of the segments of each prompt, as far as measured.
+        scores: row -> seed -> results, as far as measured.
 
     Returns:
         Table -> pairs of its rows that have scores.
@@ -266,11 +270,33 @@ def orderings(ablation: Ablation, scores: dict[str, dict[int, Segments]]) -> dic
         pairs = [*_ordered_by_paper(ablation, names), *ablation.pairs.get(title, [])]
         by_table[title] = []
         for better, worse in pairs:
-            difference = paired_difference(scores.get(better, {}), scores.get(worse, {}))
+            rows = scores.get(better, {}), scores.get(worse, {})
+            difference = paired_difference(*(_segments(row) for row in rows))
             if difference is not None:
-                by_table[title].append(Ordering(better, worse, difference))
+                by_table[title].append(Ordering(better, worse, difference, _contrast(*rows)))
 
     return by_table
+
+
+def _segments(row: dict[int, Score]) -> dict[int, Segments]:
+    return {seed: record["segments"] for seed, record in row.items()}
+
+
+def _contrast(better: dict[int, Score], worse: dict[int, Score]) -> dict[str, Difference]:
+    """Return the difference for each kind of contrast that all runs have."""
+    runs = [*better.values(), *worse.values()]
+    kinds = [
+        kind for kind in runs[0].get("contrast", {}) if all(kind in run.get("contrast", {}) for run in runs)
+    ]
+    differences: dict[str, Difference] = {}
+    for kind in kinds:
+        # A prompt has one score, as one of a single segment has.
+        one, other = ({seed: [[value] for value in run["contrast"][kind]] for seed, run in row.items()}
+                      for row in (better, worse))  # fmt: skip
+        difference = paired_difference(one, other)
+        if difference is not None:
+            differences[kind] = difference
+    return differences
 
 
 def _ordered_by_paper(ablation: Ablation, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ def exchanged(caption: SceneCaption) -> SceneCaption | None:
     swapped = _swap(first, second)
     if set(swapped) & {first, second, *others}:
         return None
-    return replace(caption, segments=(*swapped, *others), relations=())
+    return replace(caption, segments=(*swapped, *others), relations=(), absent=())
 
 
 def _swap(first: Segment, second: Segment) -> tuple[Segment, Segment]:
@@ -57,11 +57,19 @@ def binding(
         if other is None:
             continue
 
-        own, theirs = _correct(objects, replace(caption, relations=())), _correct(objects, other)
-        points += 1.0 if own > theirs else 0.5 if own == theirs else 0.0
+        points += fits_better(objects, replace(caption, relations=(), absent=()), other)
         count += 1
 
     return (points / count if count else 0.0), count
+
+
+def fits_better(objects: Sequence[DetectedObject], caption: SceneCaption, other: SceneCaption) -> float:
+    """Return 1 if an image fits a caption better than another one, 0.5 if both alike, else 0.
+
+    Only claims on the first two segments count: those that are exchanged.
+    """
+    own, theirs = _correct(objects, caption), _correct(objects, other)
+    return 1.0 if own > theirs else 0.5 if own == theirs else 0.0
 
 
 def _correct(objects: Sequence[DetectedObject], caption: SceneCaption) -> int:

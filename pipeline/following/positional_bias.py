@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 
 from model.common.errors import UserError
-from pipeline.following.scoring import SceneScores
+from pipeline.following.scoring import OF_NO_SEGMENT, SceneScores
 
 # Before pyplot is imported: the default backend may need a display.
 matplotlib.use("Agg")
@@ -108,7 +108,7 @@ def _bootstrap(table: np.ndarray, seed: int) -> list[BootstrapMean]:
 def scene_segment_scores(scores: SceneScores, images: int = 1) -> list[list[float]]:
     """Return the share of correct claims of each segment, one list per prompt.
 
-    Relations are left out, since they belong to no single segment.
+    Relations and what is absent are left out, since they belong to no single segment.
 
     Args:
         scores: scores of `images` images of each prompt, one after another.
@@ -118,7 +118,7 @@ def scene_segment_scores(scores: SceneScores, images: int = 1) -> list[list[floa
     prompts: dict[int, list[list[bool]]] = {}
     for claim in scores.claims:
         segments = prompts.setdefault(claim.image // images, [[] for _ in range(claim.length)])
-        if claim.attribute != "relation":
+        if claim.attribute not in OF_NO_SEGMENT:
             segments[claim.position].append(claim.correct)
 
     shares: list[list[float]] = []

@@ -7,6 +7,7 @@ assigned to it. Each claim of the caption is then judged:
 - An attribute is correct if all objects of the segment have it.
 - A count is correct if the segment has that many objects, and no others look the same.
 - A relation is correct if the two centers are in that direction from one another.
+- What is said to be absent is, if no object has all of its attributes.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from pipeline.following.reading import DetectedObject
 
 MIN_OFFSET = 0.03
 """Minimum distance of centers along a relation's axis, in scene units."""
+OF_NO_SEGMENT = ("relation", "absent")
+"""Attributes of claims that belong to no single segment."""
 MIN_SHARE = 0.5
 """Minimum share of a segment's attributes that an assigned object has."""
 
@@ -32,9 +35,9 @@ class Claim:
 
     image: int
     attribute: str
-    """`colour`, `shape`, `size`, `texture`, `count` or `relation`."""
+    """`colour`, `shape`, `size`, `texture`, `count`, `relation` or `absent`."""
     position: int
-    """Index of the segment in the caption; for a relation, that of its subject."""
+    """Index of the segment in the caption; for a relation, that of its subject; for what is absent, 0."""
     length: int
     """Number of segments in the caption."""
     correct: bool
@@ -60,10 +63,10 @@ class SceneScores:
 
     def segments(self) -> "SceneScores":
         """Return one claim per segment, `segment`: correct if all of its own claims are."""
-        # A relation belongs to two segments.
+        # A relation belongs to two segments, and what is absent to none.
         judgments: dict[tuple[int, int, int], bool] = {}
         for claim in self.claims:
-            if claim.attribute != "relation":
+            if claim.attribute not in OF_NO_SEGMENT:
                 key = claim.image, claim.position, claim.length
                 judgments[key] = judgments.get(key, True) and claim.correct
 
@@ -151,6 +154,10 @@ def judge_caption(image: int, objects: Sequence[DetectedObject], caption: SceneC
             objects[subject[0]], relation.direction, objects[other[0]]
         )
         claims.append(Claim(image, "relation", relation.subject, length, correct))
+
+    for segment in caption.absent:
+        correct = all(_matching_share(item, segment) < 1.0 for item in objects)
+        claims.append(Claim(image, "absent", 0, length, correct))
 
     return claims
 

@@ -13,6 +13,7 @@ from data_prep.dataset.snapshot_reader import read_snapshot
 from pipeline import ablate
 from pipeline.ablation.rows import PAPER_ROWS, make_jobs, read_ablation
 from pipeline.checkpoint.checkpoints import load_weights
+from pipeline.following.contrast import CONTRASTS
 from pipeline.runtime.distributed import Distributed
 from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import Stop
@@ -78,16 +79,20 @@ def refused(run, capfd, says, *arguments):
 
 
 def test_from_scenes_to_a_report(world, run, capfd):
-    arguments = ["--rows", str(world / "rows.yaml"), "--seeds", "1"]
+    arguments = ["--rows", str(world / "rows.yaml"), "--seeds", "1", "--contrast", "2"]
     run(*arguments)
     folder = world / "runs" / "small_ablation"
     score = json.loads((folder / "full/seed_0/score.json").read_text())
     assert 0 <= score["score"] <= 1
     assert [len(segments) for segments in score["segments"]] == [1, 2, 1, 2]
-    assert len(list((folder / "full/seed_0/scenes").glob("0*.png"))) == 4
+    assert len(list((folder / "full/seed_0/scenes").glob("0*.png"))) == 4 + 2 * len(CONTRASTS)
+    # Two exchanged prompts are one pair.
+    lengths = {kind: len(values) for kind, values in score["contrast"].items()}
+    assert lengths == {**dict.fromkeys(CONTRASTS, 2), "exchanged": 1}
     table = (folder / "table.md").read_text()
     assert "| Full refiner | 2.00 |" in table
     assert "| chance | - |" in table
+    assert f"| {' | '.join(CONTRASTS)} | validation loss |" in table
     assert "- Full refiner: last minus first segment " in table
     assert "Left out: Another LLM: no text family `absent`." in table
     page = (folder / "report.html").read_text()
@@ -99,6 +104,7 @@ def test_from_scenes_to_a_report(world, run, capfd):
     run(*arguments)
     assert (folder / "full/seed_0/metrics.jsonl").read_text() == before
     refused(run, capfd, "has images of other prompts", *arguments, "--scored", "5")
+    refused(run, capfd, "exchanged prompts are pairs: give an even number", *arguments, "--contrast", "3")
     refused(
         run,
         capfd,

@@ -95,6 +95,11 @@ def test_the_interval_is_students():
     assert str(SeedMean.of([0.5])) == "50.0"
 
 
+def scores_of(values):
+    contrast = {"distant": values, **({"negation": [0.5]} if values[0] > 0.5 else {})}
+    return {"segments": [[value] for value in values], "contrast": contrast}
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=3, max_size=5), st.floats(0.01, 0.5)
@@ -105,8 +110,8 @@ def test_a_constant_lead_holds_whatever_the_noise_that_both_share(noise, lead):
         tables={"t": ["low", "high", "own"]},
         pairs={"t": [["own", "low"]]},
     )
-    low = {seed: [[value] for value in values] for seed, values in enumerate(noise)}
-    high = {seed: [[value + lead for value in prompt] for prompt in row] for seed, row in low.items()}
+    low = {seed: scores_of(values) for seed, values in enumerate(noise)}
+    high = {seed: scores_of([value + lead for value in values]) for seed, values in enumerate(noise)}
     (held,) = orderings(ablation, {"low": low, "high": high})["t"]
     assert (held.better, held.verdict) == ("high", "holds")
     (lost,) = orderings(ablation, {"low": high, "high": low})["t"]
@@ -114,6 +119,9 @@ def test_a_constant_lead_holds_whatever_the_noise_that_both_share(noise, lead):
     (alone,) = orderings(ablation, {"low": {0: low[0]}, "high": {0: high[0]}})["t"]
     assert alone.verdict == "undecided"
     assert orderings(ablation, {"low": low})["t"] == []
+    # What only some runs were asked for is not compared.
+    assert held.contrast["distant"].mean == pytest.approx(lead)
+    assert held.contrast.keys() <= {"distant", "negation"}
     (own,) = orderings(ablation, {"low": low, "own": high})["t"]
     assert (own.better, own.worse, own.verdict) == ("own", "low", "holds")
 
