@@ -288,17 +288,25 @@ def test_losses_by_bucket_and_the_refiners_gates_are_in_the_log(straight):
     assert all(reports[0][name] == 0 < reports[-1][name] for name in gates)
 
 
+ELASTIC = {"model__depth": 4, "elastic__depths": [4, 2], "elastic__patches": [2, 4]}
+
+
 # Slow: dozens of graphs. The quick suite compiles a block of each kind in `test_engine.py`.
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("world", "settings"),
+    ("world", "settings", "graphs"),
     [
-        (1, {"model__checkpoint_every": 2}),
-        (2, {"engine__micro_batch": 2, "engine__precision": "fp32"}),
+        # For each kind of block: two sizes of batches, with and without padding.
+        (1, {"model__checkpoint_every": 2}, 12),
+        (2, {"engine__micro_batch": 2, "engine__precision": "fp32"}, 12),
+        # Those of the network besides: two more numbers of patches, for all depths.
+        (1, ELASTIC, 16),
     ],
 )
-def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(store, tmp_path, world, settings):
+def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(
+    store, tmp_path, world, settings, graphs
+):
     """Buckets of two shapes in batches of two sizes, with and without padding, captions of all lengths."""
     settings = {"data__tokens_per_batch": 128, "data__batch_multiple": 4, "samples": 48, **settings}
     runs = {}
@@ -315,8 +323,7 @@ def test_blocks_are_compiled_before_the_first_step_and_nothing_else_changes(stor
         runs[warms] = ranks[0][0]
         for _, after_warm_up, at_the_end, breaks in ranks:
             assert breaks == 0
-            # For each kind of block: two sizes of batches, with and without padding.
-            assert after_warm_up == ((12, 12) if warms else (0, 0))
+            assert after_warm_up == ((graphs, graphs) if warms else (0, 0))
             assert (after_warm_up == at_the_end) == warms
     assert numbers(runs[True]) == numbers(runs[False])
     assert all(
