@@ -51,9 +51,9 @@ class FusionConfig:
     """Attention heads of the refiners; None = the DiT's."""
     crop: Literal["after", "before"] = "after"
     """Cut off the prefix after both refiners (the paper) or before them."""
-    pool: Literal["caption", "all"] = "caption"
+    pool: Literal["caption", "all", "none"] = "caption"
     """Tokens averaged into the pooled text: the caption's alone, or the prefix's too (the paper does not
-    say)."""
+    say); `none`: neither the refiners nor the DiT are conditioned on the text, as a counter-test."""
     pooled: int = bounded(0, 0, 100)
     """Number of families, the last ones, that give one vector each, the state of their last token, such as
     CLIP's pooled text in HunyuanVideo: it is added to the condition, and their tokens are not attended to."""

@@ -116,8 +116,9 @@ def _refiners(
         # projection and pooled text, with the norms before and after the refiners
         yield gains(states, width)
         yield linear(states, width, total)
-        yield linear(width, width, 1)
-        yield linear(width, width, 1)
+        if fusion.pool != "none":
+            yield linear(width, width, 1)
+            yield linear(width, width, 1)
         # token refiner: keys and values of all tokens, the rest for the queries alone
         for queries in queries_of_blocks:
             yield gains(width, width, width // heads, width // heads)
@@ -139,7 +140,8 @@ def _refiners(
     # `TextFusion` has these layers only if the widths differ.
     if width != config.width:
         yield linear(width, config.width, sum(captions))
-        yield linear(width, config.width, 1)
+        if fusion.pool != "none":
+            yield linear(width, config.width, 1)
         if reads_time(fusion, len(text_widths)):
             yield linear(config.width, width, 1)
 

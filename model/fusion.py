@@ -102,7 +102,7 @@ class Branch:
     """The layers that one LLM has for itself."""
 
     project: TextProjection
-    pool: ConditionEmbedding
+    pool: ConditionEmbedding | None
     refine: TokenRefiner | None
     norm: RMSNorm
 
@@ -167,7 +167,8 @@ class TextFusion(nn.Module):
         # order
         # fixes the starting weights.
         self.projections = nn.ModuleList(TextProjection(states, width) for states in widths)
-        self.pools = nn.ModuleList(ConditionEmbedding(width, width) for _ in widths)
+        pools = config.pool != "none"
+        self.pools = nn.ModuleList(ConditionEmbedding(width, width) for _ in widths) if pools else None
         self.time = None
         if reads_time(config, len(widths)):
             self.time = Linear(dit.width, width) if width != dit.width else nn.Identity()
@@ -182,14 +183,16 @@ class TextFusion(nn.Module):
             )
         self.norms = nn.ModuleList(RMSNorm(width) for _ in widths)
         self.tokens_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
-        self.pooled_out = Linear(width, dit.width) if width != dit.width else nn.Identity()
+        self.pooled_out = Linear(width, dit.width) if pools and width != dit.width else nn.Identity()
         self.vectors = nn.ModuleList(PooledText(states, dit.width) for states in pooled)
 
     @property
     def branches(self) -> list[Branch]:
         """The layers of each LLM, in order."""
-        refiners = self.refiners if self.refiners is not None else [None] * len(self.projections)
-        layers = zip(self.projections, self.pools, refiners, self.norms, strict=True)
+        absent = [None] * len(self.projections)
+        pools = self.pools if self.pools is not None else absent
+        refiners = self.refiners if self.refiners is not None else absent
+        layers = zip(self.projections, pools, refiners, self.norms, strict=True)
         return [Branch(*of_llm) for of_llm in layers]  # type: ignore[arg-type]
 
     def forward(
@@ -223,8 +226,10 @@ class TextFusion(nn.Module):
         ]
 
         # 2. pool the captions; with the time, they condition the refiners
+        nothing = states[0].tokens.new_zeros(len(time_embedding), states[0].tokens.shape[-1])
         pooled = [
-            branch.pool(self.mean_token(state)) for branch, state in zip(branches, states, strict=True)
+            nothing if branch.pool is None else branch.pool(self.mean_token(state))
+            for branch, state in zip(branches, states, strict=True)
         ]  # [B, R]
         time = self.time(time_embedding) if self.time is not None else 0
         conditions = [time + vector for vector in pooled]  # [B, R]
@@ -249,7 +254,10 @@ class TextFusion(nn.Module):
         normed = [branch.norm(state.tokens) for branch, state in zip(branches, states, strict=True)]
         joint = Joint.of([state.shown_captions() for state in states])
         tokens = self.tokens_out(joint.tokens(normed))  # [B, S, D]
-        vector = self.pooled_out(torch.stack(pooled).mean(dim=0))  # [B, D]
+        if self.pools is None:
+            vector = tokens.new_zeros(len(time_embedding), tokens.shape[-1])  # [B, D]
+        else:
+            vector = self.pooled_out(torch.stack(pooled).mean(dim=0))  # [B, D]
         for layer, text in zip(self.vectors, of_vectors, strict=True):
             vector = vector + layer(text)
         return tokens, joint.shown, vector

@@ -34,6 +34,8 @@ SWITCHES = {
     "collaborative_alone": (FusionConfig(refiner="none"), 2),
     "crop_before": (FusionConfig(crop="before"), 2),
     "pool_all": (FusionConfig(pool="all"), 2),
+    "without_pooled_text": (FusionConfig(pool="none"), 2),
+    "without_pooled_text_narrow": (FusionConfig(pool="none", width=16, heads=4), 1),
     "without_time": (FusionConfig(time=False), 2),
     "narrow": (FusionConfig(width=16, heads=4), 2),
 }

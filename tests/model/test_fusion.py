@@ -42,8 +42,8 @@ def test_prefix_tokens_influence_the_output_and_are_absent_from_it(config, llms)
     refined = config.crop == "after" and (
         config.refiner != "none" or (llms > 1 and config.mode == "collaborative")
     )
-    assert close(changed, tokens) == (not refined and config.pool == "caption")
-    assert close(changed_pooled, pooled) == (config.pool == "caption")
+    assert close(changed, tokens) == (not refined and config.pool != "all")
+    assert close(changed_pooled, pooled) == (config.pool != "all")
 
 
 @every_switch
@@ -92,6 +92,16 @@ def test_time_enters_where_it_is_asked_for(time):
     fuse = fusion(FusionConfig(time=time), 2)
     _, _, texts = random_inputs()
     assert close(fuse(texts, normal(2, 32))[0], fuse(texts, normal(2, 32, seed=1))[0]) == (not time)
+
+
+def test_without_pooled_text_the_condition_has_nothing_of_the_caption():
+    fuse = fusion(FusionConfig(pool="none", width=16, heads=4), 2)
+    _, _, texts = random_inputs()
+    tokens, _, pooled = fuse(texts, normal(2, 32))
+    assert pooled.shape == (2, 32)
+    assert not pooled.any()
+    assert tokens.abs().sum() > 0
+    assert not any("pool" in name for name, _ in fuse.named_parameters())
 
 
 def test_one_llm_has_no_collaborative_refiner():
