@@ -69,6 +69,8 @@ BASE_DATASET = Path(__file__).parents[1] / "data_prep" / "datasets" / "demo_scen
 """Stage and dataset whose network, text and latents the base has."""
 SCALE = 1.8
 """Size of the objects: 10 and 14 of 32 pixels."""
+QUARTERS = ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
+"""Centers of objects: those of the quarters of an image, which a small network learns soonest."""
 PALETTES: tuple[tuple[Color, ...], ...] = (
     ("red", "orange"), ("green", "cyan"), ("blue", "purple"), ("pink", "yellow"),
     ("red", "pink"), ("cyan", "blue"), ("orange", "yellow"), ("green", "yellow"),
@@ -150,9 +152,11 @@ def picture_of(taste: Taste, seed: int, index: int) -> Picture:
     colors = random.permutation(np.array(taste.palette or COLORS)).tolist()
     shapes = random.permutation(np.array(taste.outline or SHAPES)).tolist()
     objects = []
+    quarters = random.permutation(np.array(QUARTERS)).tolist()
     for number, item in enumerate(sampled.objects):
         size = taste.size or SIZES[random.integers(len(SIZES))]
-        objects.append(replace(item, colour=colors[number], shape=shapes[number], size=size))
+        x, y = quarters[number]
+        objects.append(replace(item, colour=colors[number], shape=shapes[number], size=size, x=x, y=y))
     tone: Tone = taste.ground or TONES[random.integers(len(TONES))]
 
     said = dict(zip(("colour", "shape", "size", "ground"), random.random(4) < 0.5, strict=True))
@@ -253,6 +257,7 @@ def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingCo
 def base_stage(out: Path, samples: int) -> StageConfig:
     """Return the stage of the base."""
     words = [f"runs={out / 'runs'}", f"data.store={out / 'store'}", "data.dataset=base", f"samples={samples}"]
+    words += ["objective.logit_mean=0.7", "objective.logit_std=1.5"]
     words += ["name=base", f"sample.scenes_scale={SCALE}", f"checkpoint.every_samples={samples}"]
     return load_stage(BASE_STAGE, words)
 

@@ -284,19 +284,21 @@ def _segments(row: dict[int, Score]) -> dict[int, Segments]:
 
 def _contrast(better: dict[int, Score], worse: dict[int, Score]) -> dict[str, Difference]:
     """Return the difference for each kind of contrast that all runs have."""
-    runs = [*better.values(), *worse.values()]
-    kinds = [
-        kind for kind in runs[0].get("contrast", {}) if all(kind in run.get("contrast", {}) for run in runs)
-    ]
+    measured = [run.get("contrast", {}) for run in (*better.values(), *worse.values())]
     differences: dict[str, Difference] = {}
-    for kind in kinds:
-        # A prompt has one score, as one of a single segment has.
-        one, other = ({seed: [[value] for value in run["contrast"][kind]] for seed, run in row.items()}
-                      for row in (better, worse))  # fmt: skip
-        difference = paired_difference(one, other)
+    for kind in set(measured[0]).intersection(*measured[1:]):
+        difference = paired_difference(_contrast_segments(better, kind), _contrast_segments(worse, kind))
         if difference is not None:
             differences[kind] = difference
-    return differences
+    return dict(sorted(differences.items()))
+
+
+def _contrast_segments(row: dict[int, Score], kind: str) -> dict[int, Segments]:
+    """Return the scores of a row as those of prompts with a single segment."""
+    segments: dict[int, Segments] = {}
+    for seed, run in row.items():
+        segments[seed] = [[value] for value in run.get("contrast", {})[kind]]
+    return segments
 
 
 def _ordered_by_paper(ablation: Ablation, names: Sequence[str]) -> Iterator[tuple[str, str]]:
