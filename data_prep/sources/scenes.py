@@ -16,6 +16,9 @@ from data_prep.scenes.rendering import encode_png, render_scene
 from data_prep.sources.sample import Inventory, Place, Sample
 from model.common.errors import UserError
 
+MIXED = ("list", "negation", "distant", "sentence")
+"""Kinds of the captions of `mixed`."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -82,8 +85,8 @@ class ScenesSource:
     """Scenes 0 to count - 1 of a seed, each in a random bucket of the dataset; a "file" is a range of them.
 
     Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`, and `negation` and `distant`, which
-    a dataset has to ask for by `captions`); the numbers of `segments` and
-    `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of which a filter can
+    a dataset has to ask for by `captions`); `mixed`, the caption of one of `MIXED` in turn; the numbers of
+    `segments` and `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of which a filter can
     leave out one (`combination_of`).
     """
 
@@ -128,6 +131,7 @@ class ScenesSource:
         # The key is enough to render the scene again, so it is the image's place as well.
         key = self.key(index)
         record = {kind: caption.text for kind, caption in key.captions.items()}
+        record["mixed"] = record[MIXED[index % len(MIXED)]]
         scene = key.scene
         record |= {
             "segments": len(scene.segments),

@@ -1,15 +1,21 @@
 """Rows, units and verdicts of an ablation."""
 
 import math
+from itertools import chain
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data_prep
+from data_prep.config import load_dataset
 from data_prep.dataset.schema import Family, Snapshot
 from model.common.errors import UserError
+from model.config import DiTConfig
+from model.fusion import TextFusion
 from pipeline.ablation.rows import PAPER_ROWS, Ablation, Row, SeedMean, make_jobs, orderings, read_ablation
-from pipeline.stage.config import dump_stage
+from pipeline.stage.config import dump_stage, load_stage
 
 ROLES = [f"families.{role}={role}" for role in ("a", "a_plain", "b", "b_plain", "t5", "clip")]
 PAPER = {  # T2I-avg of tables 2, 3, 5 and 6
@@ -134,3 +140,31 @@ def test_pairs_are_two_rows_of_a_table(tmp_path, pairs):
         read_ablation(path, [], [])
     path.write_text("rows: {a: {}, b: {}}\npairs: {rows: [[b, a]]}\n")
     assert read_ablation(path, [], []).pairs == {"rows": [["b", "a"]]}
+
+
+def test_one_llm_has_the_parameters_of_two_in_the_rows_that_say_so():
+    ablation = read_ablation(PAPER_ROWS.with_name("binding.yaml"), [], [])
+
+    def parameters(row, widths):
+        stage = load_stage("binding", ablation.rows[row].settings)
+        sizes = DiTConfig(depth=4, width=192, heads=4, patch=8, channels=3)
+        return sum(parameter.numel() for parameter in TextFusion(stage.fusion, widths, sizes).parameters())
+
+    two = parameters("ab", [576, 640])
+    assert two == 1_816_128
+    assert parameters("a_deep", [576]) / two == pytest.approx(0.991, abs=0.001)
+    assert parameters("a_wide", [576]) / two == pytest.approx(1.014, abs=0.001)
+
+
+def test_rows_of_the_binding_ablation_load_and_have_the_families_of_its_dataset():
+    ablation = read_ablation(PAPER_ROWS.with_name("binding.yaml"), [], [])
+    dataset = load_dataset(Path(data_prep.__file__).parent / "datasets" / "binding.yaml", [])
+    families = [text.name for text in dataset.text]
+    assert set(chain.from_iterable(ablation.tables.values())) == set(ablation.rows)
+    for row in ablation.rows.values():
+        stage = load_stage("binding", row.settings)
+        assert set(stage.fusion.families) <= set(families)
+        assert stage.data.dataset == dataset.name
+    pairs = [pair for table in ablation.pairs.values() for pair in table]
+    assert ["ab", "a_deep"] in pairs
+    assert all(len(set(pair)) == 2 for pair in pairs)
