@@ -86,8 +86,8 @@ class ScenesSource:
 
     Fields: a caption of each kind (`list`, `sentence`, `paragraph`, `zh`, and `negation` and `distant`, which
     a dataset has to ask for by `captions`); `mixed`, the caption of one of `MIXED` in turn; the numbers of
-    `segments` and `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of which a filter can
-    leave out one (`combination_of`).
+    `segments` and `objects`; `ground`, the pattern of the ground; `combination`, a number from 0 to 7, of
+    which a filter can leave out one (`combination_of`).
     """
 
     def __init__(self, settings: ScenesConfig, buckets: Sequence[Bucket]) -> None:
