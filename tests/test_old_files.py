@@ -1,16 +1,28 @@
 """A run and an export written before the code moved into sub-packages still resume, load and generate.
 
 `tests/fixtures/before_the_house` was written by commit b394b20: a store, a run that was stopped at step 4 of
-8, an export, and the numbers that b394b20 itself continued with.
+8, an export, and the numbers that b394b20 itself continued with. `half_prepared.tar.xz` has sources and three
+stores that it left half done, and what it made of them in one go.
 """
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_prep.config import load_dataset
+from data_prep.dataset.parts import PLAN_KEY, committed
+from data_prep.dataset.records import parse_table
+from data_prep.dataset.schema import PAIRS, TABLE
+from data_prep.dataset.verify import verify
+from data_prep.pairs.pairs import run_pairs
+from data_prep.plan.plan import run_plan
+from data_prep.store.store import open_store
+from model.common.errors import UserError
+from model.common.share import Share
 from model.functional import CPU_HAS_BF16
 from pipeline import diffusers_pipeline
 from pipeline.checkpoint.checkpoints import load_weights
@@ -20,6 +32,7 @@ from pipeline.stage.config import load_run
 from tests.helpers import tiny_sampler
 
 BEFORE = Path(__file__).parent / "fixtures" / "before_the_house"
+HALF_PREPARED = BEFORE.parent / "half_prepared.tar.xz"
 EXPECTED = json.loads((BEFORE / "expected.json").read_text())
 CPU = torch.device("cpu")
 
@@ -73,3 +86,50 @@ def test_an_export_generates_the_image_that_it_generated(monkeypatch):
     params = SamplingParams(3, 3.0, 16, 24)
     again = load_export(BEFORE / "export", CPU, torch.float32).latents(["a red cat"], [5], params)
     torch.testing.assert_close(again, latents)
+
+
+def half_prepared(folder):
+    """Unpack what b394b20 left half done; its settings name the folder of sources relative to this one."""
+    with tarfile.open(HALF_PREPARED) as archive:
+        archive.extractall(folder, filter="data")
+    return json.loads((folder / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("left", ["scan_half", "finish_half", "pairs_half"])
+def test_a_store_that_is_half_prepared_is_completed(tmp_path, monkeypatch, left):
+    """Of `scan_half`, one of two tasks has scanned its files; of `finish_half`, a task was killed before it
+    wrote `plan.json`; of `pairs_half`, one of two tasks has made its pairs."""
+    expected = half_prepared(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = load_dataset(Path("dataset.yaml"), [f"store={left}"])
+    dataset = open_store(left).sub("ds")
+    before = {key: dataset.read(key) for key in dataset.list("")}
+    run_plan(config, dataset, Share())
+    run_pairs(config, dataset, Share())
+
+    ids = {}
+    for part, commit in committed(dataset, PAIRS).items():
+        table = next(file.key for file in commit.files if file.key.endswith(TABLE))
+        ids[f"{part.bucket}/{part.number:05d}"] = parse_table(dataset.read(table))["id"].to_pylist()
+    assert ids == expected["ids"]
+    dropped = {}
+    for key in dataset.list("dropped/"):
+        for row in parse_table(dataset.read(key)).to_pylist():
+            dropped[str(row["id"])] = row["reason"]
+    assert dropped == expected["dropped"]
+    assert verify(dataset, deep=True).problems == []
+    if left != "finish_half":  # whose manifest files are written again
+        assert {key for key, data in before.items() if dataset.read(key) != data} == set()
+
+
+def test_manifest_files_that_a_plan_of_an_earlier_version_names_are_not_replaced(tmp_path, monkeypatch):
+    half_prepared(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = load_dataset(Path("dataset.yaml"), ["store=finish_half"])
+    dataset = open_store("finish_half").sub("ds")
+    dataset.put(PLAN_KEY, (tmp_path / "pairs_half/ds/manifest/plan.json").read_bytes())
+    with pytest.raises(UserError, match=r"left by an older version .*: delete the folder manifest and run"):
+        run_plan(config, dataset, Share())
+    for key in list(dataset.list("manifest/")):
+        dataset.delete(key)
+    assert run_plan(config, dataset, Share()) is not None

@@ -78,7 +78,7 @@ def write_manifest(dataset: Store, bucket: str, number: int, parts: Sequence[pa.
         The xxh64 of the file by its key.
 
     Raises:
-        UserError: if the file exists with other content.
+        UserError: if the file exists with other content, and so do the counts of the plan that it is of.
     """
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, MANIFEST, compression="zstd") as writer:
@@ -88,10 +88,13 @@ def write_manifest(dataset: Store, bucket: str, number: int, parts: Sequence[pa.
 
     key = _manifest_key(bucket, number)
     data = sink.getvalue()
-    # A task that was killed, or one that makes the same unit at this moment, has written the same bytes.
+    # A task that was killed, or one that makes the same unit at this moment, has written the same bytes; an
+    # older version of this program perhaps not.
     if not dataset.put_new(key, data) and dataset.read(key) != data:
-        raise UserError(
-            f"{dataset.uri}/{key}: left by an older version of this program: "
-            "delete the folder manifest and run again"
-        )
+        if dataset.exists(PLAN_KEY):  # with the hashes of what is there
+            raise UserError(
+                f"{dataset.uri}/{key}: left by an older version of this program: "
+                "delete the folder manifest and run again"
+            )
+        dataset.put(key, data)
     return {key: xxhash.xxh64_hexdigest(data)}
