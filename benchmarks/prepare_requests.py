@@ -44,8 +44,8 @@ BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 FORMULAS = {
     "plan": ("4 F + P / 16 + 16 T + 50", lambda f, p, t: 4 * f + p // 16 + 16 * t + 50),
-    "pairs": ("10 P + T (LIST + 8)", lambda f, p, t: 10 * p + t * (1 + p // 1000 + 8)),
-    "family": ("10 P + T (LIST + 8)", lambda f, p, t: 10 * p + t * (1 + p // 1000 + 8)),
+    "pairs": ("9 P + T (LIST + 8)", lambda f, p, t: 9 * p + t * (1 + p // 1000 + 8)),
+    "family": ("9 P + T (LIST + 8)", lambda f, p, t: 9 * p + t * (1 + p // 1000 + 8)),
 }
 """Step -> its formula. Of `plan`: with one group of source files; a scan table is written once and read
 twice, and a table of dropped rows is written once."""

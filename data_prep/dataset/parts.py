@@ -206,23 +206,17 @@ def commit_part(
         StoreError: if the payload did not arrive.
     """
     ids_hash = hash_ids(ids)
-    key = part.commit_key(kind)
+    attempt = secrets.token_hex(8)
+    # Tasks make the parts that a listing lacks, so to ask for the commit first would hardly ever save an upload.
+    stored = _put_payload(dataset, kind, part, attempt, files)
+    commit = Commit(kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts)
+    if dataset.put_new(part.commit_key(kind), commit.to_json()):
+        _withdraw_if_collected(dataset, commit)
+        return commit
 
-    # Only to save an upload: the conditional put decides who is first.
-    if not dataset.exists(key):
-        attempt = secrets.token_hex(8)
-        stored = _put_payload(dataset, kind, part, attempt, files)
-        commit = Commit(
-            kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts
-        )
-        if dataset.put_new(key, commit.to_json()):
-            _withdraw_if_collected(dataset, commit)
-            return commit
-
-        # Another task was first, so no commit names our payload.
-        for file in stored:
-            dataset.delete(file.key)
-
+    # Another task was first, so no commit names our payload.
+    for file in stored:
+        dataset.delete(file.key)
     # The other task's part replaces ours only if it has the same samples, encoded in the same way.
     winner = read_commit(dataset, kind, part)
     if (winner.ids_xxh64, winner.family_hash) != (ids_hash, family_hash):

@@ -117,7 +117,7 @@ def test_every_goal_is_in_the_tables():
     for name, goal in goals.items():
         assert f"| {name} | {goal} |" in text
     assert "requests of a local folder" in text
-    assert "| pairs | 3 | 20 | 4 | 10 P + T (LIST + 8) | 236 | 204 | 14 | 9.50 |" in text
+    assert "| pairs | 3 | 20 | 4 | 9 P + T (LIST + 8) | 216 | 204 | 14 | 9.50 |" in text
 
 
 def test_rows_of_other_slices_cost_little(tmp_path):
