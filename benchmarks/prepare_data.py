@@ -240,9 +240,15 @@ def alike_hashes(count: int, seed: int) -> np.ndarray:
     return np.concatenate(hashes)
 
 
-def different_hashes(count: int, seed: int) -> np.ndarray:
-    """Return hashes, uint64 [count], that agree on half of their bits with many others, and are near few."""
+def different_hashes(count: int, seed: int, backgrounds: int = 40) -> np.ndarray:
+    """Return hashes, uint64 [count], that are near few others and agree on half of their bits with many.
+
+    Args:
+        count: number of hashes.
+        seed: of the random numbers.
+        backgrounds: number of values that this half has.
+    """
     rng = np.random.default_rng(seed)
     shared = np.uint64(0x00FF00FF00FF00FF)
-    few = rng.integers(0, 1 << 63, 40, np.uint64)[rng.integers(0, 40, count)]
-    return (few & shared) | (rng.integers(0, 1 << 63, count, np.uint64) & ~shared)
+    values = rng.integers(0, 1 << 63, backgrounds, np.uint64)[rng.integers(0, backgrounds, count)]
+    return (values & shared) | (rng.integers(0, 1 << 63, count, np.uint64) & ~shared)

@@ -9,8 +9,12 @@ Near duplicates are found by blocks: two hashes within d bits agree on at least 
 choice of m blocks is one pass in which only rows with equal keys are compared; m grows with the number of
 rows so that keys stay selective. The rows of a pass are stored in temporary files, which are split by key
 into groups of at most `GROUP_ROWS` rows; one group is in memory at a time (0.5 GB). Where many images are
-alike, keys with many rows are cut again (`_Runs`), and pairs that an earlier pass compares are left out where
-that is known without comparing them (`near_in_group`).
+alike, keys with many rows are cut again (`runs`), and so are those with few rows if there are so many of
+them that a row would take more than `runs.ROW_COMPARISONS`. Pairs that an earlier pass compares are left
+out where that is known without comparing them (`near_in_group`).
+
+No bound on the comparisons holds for all hashes: 2^14 hashes that differ in 20 bits only can be four bits
+apart from one another, and then most pairs agree on the blocks of some pass, however these are chosen.
 
 XXH3's 64 bits give an expected 0.03 false duplicates among 1 billion rows.
 """
@@ -20,22 +24,20 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import imagehash
 import numpy as np
 from PIL import Image
 
+from data_prep.plan import runs
+from data_prep.plan.runs import Cut, Runs, mixed
 from model.common.files import naming_full_disk
 
 EXACT = "dedupe: same file"
 NEAR = "dedupe: looks the same"
 
 GROUP_ROWS = 1 << 22
-RUN_ROWS = 16
-"""Rows with equal keys above which a run is cut again."""
-PAIR_ROWS = 1 << 20
-"""Maximum number of pairs compared at once."""
 ROW = np.dtype([("hash", "<u8"), ("id", "<i8")])
 HASH_SIDE = 64
 """Side to which an image is reduced before its perceptual hash; pHash itself reduces it further, to 32."""
@@ -192,8 +194,8 @@ def near_in_group(
     """
     rows = rows[np.argsort(rows["id"], kind="stable")]
     mask = bit_mask(blocks)
-    runs = _Runs(rows)
-    places = runs.different(_with_equal_keys(rows["hash"] & mask))
+    search = Runs(rows)
+    places = np.sort(search.different(_with_equal_keys(rows["hash"] & mask)))
 
     # The distance of two hashes is even if and only if both have an odd number of ones, or both an even one.
     # A pHash has 32 ones unless coefficients are equal, so two of them are never three bits apart.
@@ -201,11 +203,13 @@ def near_in_group(
     same = distance - distance % 2
     other = distance - (distance + 1) % 2
     differing = _blocks_left_out(blocks, distance)
+    budget = len(rows) * runs.ROW_COMPARISONS / math.comb(distance + len(blocks), distance)
     if differing <= same:
-        runs.find(places, odd, mask, ~mask, same)
+        search.find(Cut(places, odd, mask, ~mask, budget), same)
     if differing <= other:
-        runs.find(places, np.zeros(len(places), np.int64), mask, ~mask, other, odd)
-    return runs.rows["id"][runs.duplicate], runs.comparisons
+        left = max(0.0, budget - search.comparisons)
+        search.find(Cut(places, np.zeros(len(places), np.int64), mask, ~mask, left, odd), other)
+    return search.rows["id"][search.duplicate], search.comparisons
 
 
 def _with_equal_keys(keys: np.ndarray) -> np.ndarray:
@@ -219,198 +223,6 @@ def _blocks_left_out(blocks: Sequence[tuple[int, int]], distance: int) -> int:
     """Return the number of blocks before the last of a choice that are not in it."""
     ends = [end for _, end in _all_blocks(distance + len(blocks))]
     return ends.index(blocks[-1][1]) + 1 - len(blocks)
-
-
-class _Pairs(NamedTuple):
-    """Pairs to compare: each row with some neighboring rows of the same order."""
-
-    places: np.ndarray
-    """Rows, int64 [n]."""
-    runs: np.ndarray
-    """Run of each row, ascending, int64 [n]; only rows of one run are compared."""
-    ends: np.ndarray
-    """Position behind the last row to compare each row with, int64 [n]."""
-    counts: np.ndarray
-    """Number of rows to compare each row with, int64 [n]."""
-
-
-class _Runs:
-    """Comparison of all rows with equal keys, which form a run.
-
-    Images that are alike, such as products on white, agree on most bits, so some keys have very many rows.
-    The rows of a long run that are not near one of the `RUN_ROWS` rows before them are cut again, by the bits
-    outside of the key: what holds for all 64 bits holds for these, so no pair is missed. A run is cut only if
-    that at least halves the pairs to compare, so cutting never costs more than comparing all.
-    """
-
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
-        """`ROW` [N], sorted by id."""
-        self.duplicate = np.zeros(len(rows), bool)
-        self.comparisons = 0
-
-    def different(self, places: np.ndarray) -> np.ndarray:
-        """Return the first row of each hash among some rows; mark the others, which need no comparison."""
-        order = places[np.lexsort((places, self.rows["hash"][places]))]
-        hashes = self.rows["hash"][order]
-        is_copy = np.append(np.zeros(min(1, len(order)), bool), hashes[1:] == hashes[:-1])
-        self.duplicate[order[is_copy]] = True
-        return order[~is_copy]
-
-    def find(
-        self,
-        places: np.ndarray,
-        runs: np.ndarray,
-        key: np.uint64,
-        free: np.uint64,
-        distance: int,
-        sides: np.ndarray | None = None,
-    ) -> None:
-        """Mark the duplicates among some rows.
-
-        Args:
-            places: rows, int64 [n].
-            runs: run of each row, int64 [n]; only rows of one run are compared.
-            key: bits by which the runs are cut first.
-            free: bits on which the rows of a run may still differ after that.
-            distance: maximum Hamming distance.
-            sides: 0 or 1 for each row, int64 [n], if only rows of different sides are compared.
-        """
-        order, pairs = self._pairs(places, runs, key, sides)
-        self._compare(pairs._replace(counts=np.minimum(pairs.counts, RUN_ROWS)), distance, sides is None)
-
-        left = pairs.counts > RUN_ROWS
-        if sides is None:
-            left &= ~self.duplicate[pairs.places]
-        is_long = np.bincount(pairs.runs[left], minlength=int(pairs.runs.max(initial=0)) + 1)[pairs.runs] > 0
-        if is_long.any():
-            sides = None if sides is None else sides[order][is_long]
-            self._cut(pairs.places[is_long], pairs.runs[is_long], free, distance, sides)
-
-    def _pairs(
-        self, places: np.ndarray, runs: np.ndarray, key: np.uint64, sides: np.ndarray | None
-    ) -> tuple[np.ndarray, _Pairs]:
-        """Cut runs by a key.
-
-        Returns:
-            The order of the rows by new run, side and id, int64 [n]; and in this order the pairs to compare:
-            each row with all before it, or with all of the smaller side.
-        """
-        keys = self.rows["hash"][places] & key
-        order = np.lexsort((places, keys, runs) if sides is None else (places, sides, keys, runs))
-        runs, keys = runs[order], keys[order]
-        is_new = np.ones(len(places), bool)
-        is_new[1:] = (runs[1:] != runs[:-1]) | (keys[1:] != keys[:-1])
-        starts = np.flatnonzero(is_new)
-        number = np.cumsum(is_new) - 1
-        positions = np.arange(len(places))
-        if sides is None:
-            return order, _Pairs(places[order], number, positions, positions - starts[number])
-
-        sides = sides[order]
-        ones = np.bincount(number, sides, len(starts)).astype(np.int64)
-        rows = np.diff(np.append(starts, len(places)))
-        smaller = (2 * ones < rows).astype(np.int64)
-        ends = (starts + np.where(smaller == 1, rows, rows - ones))[number]
-        counts = np.where(sides == smaller[number], 0, np.minimum(ones, rows - ones)[number])
-        return order, _Pairs(places[order], number, ends, counts)
-
-    def _compare(self, pairs: _Pairs, distance: int, is_later: bool) -> None:
-        """Compare pairs, and mark the later row of those that are near.
-
-        A row is compared with the row at `lag` before the end of its pairs, for growing lags; each
-        lag looks only at rows that have so many.
-
-        Args:
-            pairs: the pairs.
-            distance: maximum Hamming distance.
-            is_later: each row is the later one of all its pairs.
-        """
-        places = pairs.places
-        hashes = self.rows["hash"][places]
-        rows = np.flatnonzero(pairs.counts > 0)
-        lag = 1
-        while len(rows):
-            # In chunks, because every comparison copies the hashes of both rows.
-            for start in range(0, len(rows), PAIR_ROWS):
-                chunk = rows[start : start + PAIR_ROWS]
-                others = pairs.ends[chunk] - lag
-                later = np.maximum(places[chunk], places[others])
-                # A row that is known to be a duplicate needs no further comparison.
-                left = ~self.duplicate[later]
-                difference = hashes[chunk[left]] ^ hashes[others[left]]
-                self.duplicate[later[left][np.bitwise_count(difference) <= distance]] = True
-                self.comparisons += int(left.sum())
-            lag += 1
-            rows = rows[pairs.counts[rows] >= lag]
-            if is_later:
-                rows = rows[~self.duplicate[places[rows]]]
-
-    def _cut(
-        self,
-        places: np.ndarray,
-        runs: np.ndarray,
-        free: np.uint64,
-        distance: int,
-        sides: np.ndarray | None,
-    ) -> None:
-        """Mark the duplicates among the rows of long runs."""
-        order, pairs = self._pairs(places, runs, np.uint64(0), sides)
-        places, runs = pairs.places, pairs.runs
-        sides = None if sides is None else sides[order]
-        bits = [bit for bit in range(64) if int(free) >> bit & 1]
-        choices = _choose_bits(bits, distance, int(pairs.counts.max()) + 1)
-        counts = np.zeros((1 + len(choices), int(runs[-1]) + 1))
-        counts[0] = np.bincount(runs, self._open(pairs, sides))
-        for number, blocks in enumerate(choices, 1):
-            order, less = self._pairs(places, runs, blocks, sides)
-            counts[number] = np.bincount(runs[order], self._open(less, sides))
-
-        is_cut = ((2 * counts[1:].sum(0) <= counts[0]) & bool(choices))[runs]
-        self._compare(pairs._replace(counts=np.where(is_cut, 0, pairs.counts)), distance, sides is None)
-        if is_cut.any():
-            sides = None if sides is None else sides[is_cut]
-            for blocks in choices:
-                self.find(places[is_cut], runs[is_cut], blocks, free & ~blocks, distance, sides)
-
-    def _open(self, pairs: _Pairs, sides: np.ndarray | None) -> np.ndarray:
-        """Return the number of rows to compare each row with, int64 [n]: none where it is known to be a
-        duplicate and the later row of its pairs."""
-        return pairs.counts if sides is not None else pairs.counts * ~self.duplicate[pairs.places]
-
-
-def _choose_bits(bits: Sequence[int], distance: int, longest: int) -> list[np.uint64]:
-    """Return masks of some of `bits`, of which two hashes within `distance` agree on at least one.
-
-    Args:
-        bits: the bits; there is no such mask if they are not more than `distance`.
-        distance: maximum Hamming distance.
-        longest: rows of the longest run to be cut by them.
-    """
-    if len(bits) <= distance:
-        return []
-    wanted = math.log2(max(1, longest / RUN_ROWS))
-    matching = 1
-    # More blocks make longer keys, but also more passes.
-    while matching < 3 and distance + matching < len(bits):
-        if len(bits) * matching / (distance + matching) >= wanted:
-            break
-        matching += 1
-
-    count = distance + matching
-    edges = [round(len(bits) * number / count) for number in range(count + 1)]
-    blocks = []
-    for start, end in itertools.pairwise(edges):
-        blocks.append(sum(1 << bit for bit in bits[start:end]))
-    return [np.uint64(sum(choice)) for choice in itertools.combinations(blocks, matching)]
-
-
-def mixed(keys: np.ndarray) -> np.ndarray:
-    """Distribute keys over all 64 bits, so that groups split by the top bits have similar sizes."""
-    # Fibonacci hashing: multiplication by 2^64 / golden ratio moves differences of all bits to the top bits.
-    with np.errstate(over="ignore"):
-        mixed = keys * np.uint64(0x9E3779B97F4A7C15)
-        return mixed ^ (mixed >> np.uint64(29))
 
 
 def _groups(

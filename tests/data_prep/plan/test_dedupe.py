@@ -1,10 +1,13 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.prepare_data import alike_hashes
-from data_prep.plan import dedupe
+from benchmarks.prepare_data import alike_hashes, different_hashes
+from benchmarks.prepare_scale import comparisons
+from data_prep.plan import runs
 from data_prep.plan.dedupe import (
     ROW,
     Spool,
@@ -47,11 +50,13 @@ def test_equal_hashes_are_found_with_their_first_row(hashes):
     st.integers(0, 6),
     st.sampled_from([4, 1 << 20]),
     st.sampled_from([1, 3, 1000]),
+    st.sampled_from([0.0, 0.5, 5.0]),
 )
 def test_near_duplicates_agree_with_comparing_all(
-    tmp_path_factory, monkeypatch, changes, distance, group_rows, run_rows
+    tmp_path_factory, monkeypatch, changes, distance, group_rows, run_rows, per_row
 ):
-    monkeypatch.setattr(dedupe, "RUN_ROWS", run_rows)  # longer runs are cut again
+    monkeypatch.setattr(runs, "RUN_ROWS", run_rows)  # longer runs are cut again
+    monkeypatch.setattr(runs, "ROW_COMPARISONS", per_row)  # and shorter ones where a row takes more
     bases = [0x0123456789ABCDEF, 0xFEDCBA9876543210, 0, 0xFFFF0000FFFF0000]
     hashes = [bases[base] ^ sum(1 << bit for bit in bits) for base, bits in changes]
     spool = spool_of(tmp_path_factory.mktemp("d"), hashes)
@@ -79,22 +84,33 @@ def test_a_resized_image_looks_the_same_and_another_does_not(side):
     assert (original ^ perceptual_hash(smooth_image(2, 64, 64))).bit_count() > 12
 
 
-def test_comparisons_stay_linear_where_many_images_are_alike():
-    """Hashes that agree on half of their bits, as those of objects on white do, and on few of the others."""
-    rng = np.random.default_rng(0)
-    shared = np.uint64(0x00FF00FF00FF00FF)
-    per_row = {}
-    for rows_in_all in (6000, 24000, 96000):
-        rows = np.empty(rows_in_all, ROW)
-        noise = rng.integers(0, 2**64, rows_in_all, np.uint64)
-        few = rng.integers(0, 2**64, 40, np.uint64)[rng.integers(0, 40, rows_in_all)]
-        rows["hash"] = (few & shared) | (noise & ~shared)
-        rows["id"] = np.arange(rows_in_all)
-        # The keys are those of a billion rows, of which these are the ones that are alike.
-        counts = [near_in_group(rows, blocks, 3)[1] for blocks in block_choices(10**9, 3)]
-        per_row[rows_in_all] = sum(counts) / rows_in_all
-    assert per_row[24000] <= 5
-    assert per_row[96000] <= 5
+@pytest.mark.parametrize(
+    ("hashes_of", "growth"),
+    [
+        pytest.param(alike_hashes, 1.3, marks=pytest.mark.slow),
+        (different_hashes, 3.0),
+        (partial(different_hashes, backgrounds=1), 1.5),
+    ],
+    ids=["products", "alike", "one background"],
+)
+def test_comparisons_per_row_are_bounded_where_many_images_are_alike(hashes_of, growth):
+    """With the keys of a billion rows, of which these are the ones that are alike.
+
+    Of `alike`, most passes of 24,000 rows are within the budget, and are compared without further cuts: so
+    they may grow until they are not. Of `one background`, none is.
+    """
+    few, many = (comparisons(hashes_of(count, 0))[0] for count in (24_000, 96_000))
+    assert max(few, many) <= runs.ROW_COMPARISONS
+    assert many <= growth * few
+
+
+def test_short_runs_are_cut_where_they_take_more_than_the_budget(monkeypatch):
+    hashes = different_hashes(24_000, 0, backgrounds=1)
+    bounded = comparisons(hashes)
+    monkeypatch.setattr(runs, "ROW_COMPARISONS", 1e9)
+    unbounded = comparisons(hashes)
+    assert bounded[1] == unbounded[1] > 0
+    assert 4 * bounded[0] < unbounded[0]
 
 
 @pytest.mark.parametrize("flips", [0.0, 0.02])
