@@ -27,7 +27,7 @@ from data_prep.store.store import open_store
 from data_prep.workers import Workers
 from model.common.errors import UserError
 from tests.helpers.fake_dataset import make_all
-from tests.helpers.plans import ids_in_pairs, planned_ids
+from tests.helpers.plans import content, ids_in_pairs, planned_ids
 from tests.helpers.raw_material import png, sample_members, write_tar
 
 JOBS = {"pairs": PAIRS, "latents": "latents", "text": "tiny"}
@@ -277,6 +277,40 @@ def test_commands_killed_at_random_moments_and_run_again(
     assert orphans > 0 or kind == "s3", (
         "no kill fell between a payload and its commit: the test does not test"
     )
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("local", 6), ("s3", 2), *(pytest.param(kind, 17, marks=pytest.mark.slow) for kind in ("local", "s3"))],
+)
+def test_plans_killed_at_random_moments_have_the_bytes_of_one_that_is_not(
+    request, tmp_path, commands, kind, kills
+):
+    """Two tasks plan at once, each is killed at its own moment, until one of them completes."""
+    root = str(tmp_path / "killed") if kind == "local" else request.getfixturevalue("s3")
+    _, seconds = commands("plan", tmp_path / "whole", 300)
+    seconds *= 1.5 if kind == "local" else 3
+    expected = content(open_store(str(tmp_path / "whole")).sub("ds"))
+    assert "manifest.json" in expected
+    chance, killed = random.Random(5), 0
+    for attempt in range(100):
+        uri = f"{root}/run{attempt}"
+        while True:
+            longest = 300 if killed >= kills else seconds
+            codes, _ = commands("plan", uri, chance.uniform(0, longest), chance.uniform(0, longest))
+            killed += codes.count(-signal.SIGKILL)
+            if 0 in codes:
+                break
+        dataset = open_store(uri).sub("ds")
+        assert content(dataset) == expected
+        # What a task left that was killed after the other one had finished the plan is removed.
+        commands("plan", uri, 300)
+        assert not list(dataset.list("scan/finish/"))
+        assert content(dataset) == expected
+        if killed >= kills:
+            break
+    assert killed >= kills
 
 
 def test_a_snapshot_is_not_visible_before_it_is_whole(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from data_prep.store.local import LocalFolder
 from data_prep.store.store import Store, StoreError, open_store
 from model.common.errors import UserError
 from model.common.share import Share
+from tests.data_prep.store.test_faults import RandomFaults
 from tests.helpers.plan_in_one_pass import plan_in_one_pass
 from tests.helpers.plans import CAPTIONS, IMAGES, KINDS, content
 from tests.helpers.raw_material import (
@@ -41,20 +42,34 @@ class KilledError(BaseException):
 
 
 class Killed(LocalFolder):
-    """A folder whose user is killed before or after one of its writes."""
+    """A folder whose user is killed before or after one of its writes or deletions."""
 
     def __init__(self, root, writes, after):
         super().__init__(root)
         self.left, self.after = writes, after
 
-    def put_new(self, key, data):
+    def counted(self, change, *arguments):
         self.left -= 1
         if self.left == 0 and not self.after:
             raise KilledError
-        created = super().put_new(key, data)
+        result = change(*arguments)
         if self.left == 0:
             raise KilledError
-        return created
+        return result
+
+    def put(self, key, data):
+        self.counted(super().put, key, data)
+
+    def put_new(self, key, data):
+        return self.counted(super().put_new, key, data)
+
+    def delete(self, key):
+        self.counted(super().delete, key)
+
+    def delete_many(self, keys):
+        # A request removes up to 1,000 objects, and a kill may come after any of them.
+        for key in keys:
+            self.counted(super().delete, key)
 
 
 @pytest.fixture
@@ -66,6 +81,8 @@ def small_units(monkeypatch):
     monkeypatch.setattr(windows, "UNIT_ROWS", 1)
 
 
+writes = st.integers(1, 40) | st.integers(1, 200)
+"""Writes and deletions before a kill; the removal of the units comes last."""
 rows = st.tuples(st.integers(0, len(ALL) - 1), st.sampled_from(CAPTIONS))
 
 
@@ -80,7 +97,7 @@ def plans(draw):
         "dedupe": DedupeConfig(draw(st.booleans()), draw(st.sampled_from([None, 4]))),
         "settings": {"part_rows": part_rows, "shuffle_window": part_rows * draw(st.integers(1, 20))},
         "tasks": draw(st.integers(1, 4)),
-        "kills": draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.booleans()), max_size=6)),
+        "kills": draw(st.lists(st.tuples(st.integers(0, 3), writes, st.booleans()), max_size=6)),
     }
 
 
@@ -138,16 +155,19 @@ def test_tasks_killed_anywhere_write_the_bytes_of_one_loop(tmp_path_factory, sma
     assert not list(dataset.list(f"{FINISH}/"))
 
 
-def test_units_of_every_step_are_made(tmp_path, small_units):
-    """The property above is about many units only if these settings give many."""
-    plan = {
+def plan_of_many_units():
+    return {
         "files": [[(n, "a fox"), (n + 1, "two"), (12, "x"), (14 + n, "y")] for n in range(4)],
         "evaluation": [3],
         "listed": [(0, 1)],
         "dedupe": DedupeConfig(True, 4),
         "settings": {"part_rows": 1, "shuffle_window": 1},
     }
-    config = config_for(tmp_path, plan)
+
+
+def test_units_of_every_step_are_made(tmp_path, small_units):
+    """The property above is about many units only if these settings give many."""
+    config = config_for(tmp_path, plan_of_many_units())
     made = []
 
     class Watched(LocalFolder):
@@ -224,3 +244,21 @@ def test_a_damaged_unit_is_named_and_can_be_deleted(tmp_path, small_units):
         except StoreError as again:
             error.value.args = again.args
     assert content(dataset) == content(whole)
+
+
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("seed", [1, pytest.param(7, marks=pytest.mark.slow)])
+def test_faults_of_the_network_change_no_byte(tmp_path, s3, proxy, small_units, monkeypatch, seed):
+    monkeypatch.setenv("LI_DIT_RETRY_SECONDS", "60")
+    config = config_for(tmp_path, plan_of_many_units())
+    local = open_store(config.store, create=True).sub("ds")
+    run_plan(config, local, ALONE)
+    config.store = s3
+    dataset = open_store(s3).sub("ds")
+    proxy.faults = [RandomFaults(seed, 0.10)]
+    for task in (1, 0, 2):
+        run_plan(config, dataset, Share(task, 3))
+    hits = proxy.faults[0].hits
+    proxy.faults = []
+    assert hits > 20
+    assert content(dataset) == content(local)
