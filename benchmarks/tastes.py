@@ -3,8 +3,8 @@
     python -m benchmarks.tastes --out runs/tastes [--base-samples 200000] [--samples 40000] [--results FILE]
 
 First a network is trained on scenes of one or two objects on a ground, whose captions state color, shape,
-size and ground each three times in four: the base. Each of 32 users likes a ground, an outline, a palette or a
-size. The users' images are scenes with it, under captions that never state what the user likes, so only the
+size and ground each three times in four: the base. Each of 32 users likes a ground, an outline, a palette or
+a size. The users' images are scenes with it, under captions that never state what the user likes, so only the
 user's embedding can say it. A stage learns the users beside the frozen base.
 
 Then each user's images of held-out prompts are read by the exact scorer: `preference` is the share of images
