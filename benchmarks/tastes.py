@@ -259,9 +259,8 @@ def prepare(path: Path, chosen: Sequence[Taste], images: int, sample: SamplingCo
 def base_stage(out: Path, samples: int) -> StageConfig:
     """Return the stage of the base."""
     words = [f"runs={out / 'runs'}", f"data.store={out / 'store'}", "data.dataset=base", f"samples={samples}"]
-    words += ["objective.logit_mean=0.5", "objective.logit_std=1.5"]
     # What the ground is like is decided at times above 0.99, which a logit of std 1 hardly ever gives.
-    words += ["objective.logit_mean=0.7", "objective.logit_std=1.5"]
+    words += ["objective.logit_mean=0.5", "objective.logit_std=1.5"]
     words += ["name=base", f"sample.scenes_scale={SCALE}", f"checkpoint.every_samples={samples}"]
     return load_stage(BASE_STAGE, words)
 
