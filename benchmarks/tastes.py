@@ -79,7 +79,8 @@ OUTLINES: tuple[tuple[Shape, ...], ...] = (
     ("circle", "heart"), ("square", "diamond"), ("triangle", "star"), ("cross", "star"),
     ("circle", "square"), ("heart", "triangle"), ("diamond", "cross"), ("circle", "diamond"),
 )  # fmt: skip
-NEW_PALETTE, NEW_OUTLINE = ("purple", "pink"), ("square", "triangle")
+NEW_PALETTE: tuple[Color, ...] = ("purple", "pink")
+NEW_OUTLINE: tuple[Shape, ...] = ("square", "triangle")
 PROCESSES = 2
 STATED = 0.75
 """Share of the captions that state an attribute; with half, the base reads captions much worse."""

@@ -207,7 +207,7 @@ def commit_part(
     """
     ids_hash = hash_ids(ids)
     attempt = secrets.token_hex(8)
-    # Tasks make the parts that a listing lacks, so to ask for the commit first would hardly ever save an upload.
+    # Tasks make the parts that a listing lacks: to ask for the commit first would hardly ever save an upload.
     stored = _put_payload(dataset, kind, part, attempt, files)
     commit = Commit(kind, part.bucket, part.number, len(ids), attempt, ids_hash, stored, family_hash, counts)
     if dataset.put_new(part.commit_key(kind), commit.to_json()):

@@ -55,11 +55,13 @@ def caption_contrast(scene: Scene, kind: ContrastKind, seed: int, index: int) ->
 def _absent(segments: tuple[Segment, ...], random: np.random.Generator) -> Segment:
     """Return an object that is not there: if there is one, the color of a group with the shape of another."""
     there = {(segment.colour, segment.shape) for segment in segments}
-    named = [(a.colour, b.shape) for a in segments for b in segments if (a.colour, b.shape) not in there]
-    others = [(color, segments[0].shape) for color in COLORS if (color, segments[0].shape) not in there]
+    named = [
+        Segment(a.colour, b.shape) for a in segments for b in segments if (a.colour, b.shape) not in there
+    ]
+    shape = segments[0].shape
+    others = [Segment(color, shape) for color in COLORS if (color, shape) not in there]
     choices = named or others
-    color, shape = choices[random.integers(len(choices))]
-    return Segment(color, shape)
+    return choices[int(random.integers(len(choices)))]
 
 
 def _distant(segments: tuple[Segment, ...], random: np.random.Generator) -> str:
