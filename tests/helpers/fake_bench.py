@@ -129,6 +129,9 @@ class Oracle:
     def check(self, drawing):
         pass
 
+    def resolve(self, drawing):
+        return drawing
+
     def keep_pace(self, drawing):
         pass
 

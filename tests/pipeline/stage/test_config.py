@@ -25,6 +25,7 @@ def keys(schema=StageConfig, path=""):
 def test_the_documented_stages_are_shipped():
     assert SHIPPED == [
         "ablation_256",
+        "binding",
         "demo",
         "demo_scenes",
         "demo_video",
