@@ -7,16 +7,13 @@ import pytest
 from PIL import Image
 
 from model.common.errors import UserError
-from pipeline import diffusers_pipeline, export, sample
-from pipeline.inference import sampler
+from pipeline import export, sample
 from pipeline.reporting.page import build
 from pipeline.runtime.run_log import read_events
 from pipeline.stage.config import load_run
-from pipeline.text import families as text_families
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
-from tests.helpers.export_and_draw import make_vae
-from tests.helpers.tiny_sampler import LetterLLM
+from tests.helpers.tiny_commands import commands
 
 PARTS = ["depth4_patch2", "depth2_patch2", "depth4_patch4", "depth2_patch4"]
 
@@ -38,17 +35,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch):
     """Runs a program as from the shell."""
-    monkeypatch.setattr(sampler, "load_vae", make_vae)
-    for module in (text_families, diffusers_pipeline):
-        monkeypatch.setattr(module, "load_llm", lambda family, device: LetterLLM(family.info["width"]))
-    for name in ("RANK", "SLURM_STEP_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(program, *arguments):
-        monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
-        program.main()
-
-    return call
+    return commands(monkeypatch)
 
 
 def pixels(folder):

@@ -21,7 +21,7 @@ from pipeline.text.prompts import load_llm
 from tests.helpers import fake_snapshot, trainer_tasks
 from tests.helpers.distributed import on_ranks
 from tests.helpers.export_and_draw import make_vae
-from tests.helpers.tiny_sampler import LetterLLM
+from tests.helpers.tiny_commands import commands
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch):
     """Runs a program as from the shell."""
-    monkeypatch.setattr(sampler, "load_vae", make_vae)
-    for module in (text_families, diffusers_pipeline):
-        monkeypatch.setattr(module, "load_llm", lambda family, device: LetterLLM(family.info["width"]))
-    for name in ("RANK", "SLURM_STEP_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(program, *arguments):
-        monkeypatch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
-        program.main()
-
-    return run
+    return commands(monkeypatch)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Users from a trained run to images by the commands: by name, fitted, exported, deleted."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -10,16 +8,13 @@ from PIL import Image
 from data_prep.dataset import users
 from data_prep.store.store import open_store
 from model.common.errors import UserError
-from pipeline import diffusers_pipeline, export, fit_user, forget_user, sample
+from pipeline import export, fit_user, forget_user, sample
 from pipeline.checkpoint.checkpoints import load_weights
 from pipeline.diffusers_pipeline import LIDiTPipeline
-from pipeline.inference import sampler
 from pipeline.inference.images import read_settings
-from pipeline.text import families as text_families
 from tests.helpers import fake_snapshot, trainer_tasks, user_tasks
 from tests.helpers.distributed import on_ranks
-from tests.helpers.export_and_draw import make_vae
-from tests.helpers.tiny_sampler import LetterLLM
+from tests.helpers.tiny_commands import commands
 
 SIZES = {"sample__height": 32, "sample__width": 32, "sample__steps": 2, "data__validation_parts": 0}
 
@@ -27,17 +22,7 @@ SIZES = {"sample__height": 32, "sample__width": 32, "sample__steps": 2, "data__v
 @pytest.fixture
 def command(monkeypatch):
     """Runs a program as from the shell."""
-    monkeypatch.setattr(sampler, "load_vae", make_vae)
-    for module in (text_families, diffusers_pipeline):
-        monkeypatch.setattr(module, "load_llm", lambda family, device: LetterLLM(family.info["width"]))
-    for name in ("RANK", "SLURM_STEP_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(program, *arguments):
-        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
-        program.main()
-
-    return run
+    return commands(monkeypatch)
 
 
 def test_a_user_is_learned_sampled_fitted_exported_and_deleted(tmp_path, command, capsys):
