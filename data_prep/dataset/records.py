@@ -103,7 +103,9 @@ def parse_table(
     with _as_damage():
         file = _open_table(data, schema)
         names = None if columns is None else list(columns)
-        return file.read(names) if group is None else file.read_row_group(group, names)
+        if group is None:
+            return file.read(names, use_threads=False)
+        return file.read_row_group(group, names, use_threads=False)
 
 
 def count_groups(data: bytes, schema: pyarrow.Schema | None) -> int:
@@ -117,7 +119,9 @@ def count_groups(data: bytes, schema: pyarrow.Schema | None) -> int:
 
 
 def _open_table(data: bytes, schema: pyarrow.Schema | None) -> pyarrow.parquet.ParquetFile:
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    # Neither here nor in a read may pyarrow start a thread: one that lets go of `data` last, while the
+    # interpreter exits, ends the process with `terminate called without an active exception`.
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(data), page_checksum_verification=True, pre_buffer=False)
     if schema is not None and not file.schema_arrow.equals(schema):
         raise ValueError("it has other columns than this version writes")
     return file
