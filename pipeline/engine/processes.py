@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from model.common.errors import UserError, first_line
 from pipeline.runtime.distributed import Distributed
+from pipeline.runtime.heap import keep_freed_memory
 
 
 def join_process_group(timeout_minutes: int) -> Distributed:
@@ -34,6 +35,8 @@ def join_process_group(timeout_minutes: int) -> Distributed:
         os.environ["LOCAL_RANK"] = str(device)
         # Before the process group: NCCL otherwise binds every rank of a node to device 0.
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
 
     # An all-reduce for inference on the CPU, which nothing here calls; compiling it takes a minute and a C++
     # compiler.

@@ -72,11 +72,13 @@ def reduce_scatter(
     buffer = pieces_by_rank(tensors, world)
     # All at once, and not tensor by tensor.
     buffer = buffer if dtype is None else buffer.to(dtype)
-    # Before the sum, as DeepSpeed does it: the same bits.
-    buffer.div_(world)
     length = len(buffer) // world
     own = buffer[rank * length : (rank + 1) * length]
-    _torch_reduce_scatter_fn(buffer, own, group=group)
+    # One rank has its own mean already; gloo would copy it to and fro, a tenth of the step of a small network.
+    if world > 1:
+        # Before the sum, as DeepSpeed does it: the same bits.
+        buffer.div_(world)
+        _torch_reduce_scatter_fn(buffer, own, group=group)
 
     results, offset = [], 0
     for tensor in tensors:

@@ -13,7 +13,7 @@ from model.encoders.vae import VAE
 from model.encoders.wavelet import WaveletAutoencoder, WaveletConfig
 from model.functional import has_bf16
 
-STUDENT = WaveletConfig(width=80, blocks=4, encoder_blocks=2)
+STUDENT = WaveletConfig(width=80, blocks=4, encoder_blocks=1)
 """Sizes of a wavelet autoencoder: preparation waits for the encoder, and images depend on the decoder."""
 
 
