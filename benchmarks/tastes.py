@@ -1,8 +1,8 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m benchmarks.tastes --out runs/tastes [--base-samples 200000] [--samples 40000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 300000] [--samples 150000] [--results FILE]
 
-First a network is trained on scenes of one or two objects on a ground, whose captions state color, shape,
+First a network is trained on scenes of one object, or of two, on a ground, whose captions state color, shape,
 size and ground each three times in four: the base. Each of 32 users likes a ground, an outline, a palette or
 a size. The users' images are scenes with it, under captions that never state what the user likes, so only the
 user's embedding can say it. A stage learns the users beside the frozen base.
@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +82,8 @@ OUTLINES: tuple[tuple[Shape, ...], ...] = (
 )  # fmt: skip
 NEW_PALETTE: tuple[Color, ...] = ("purple", "pink")
 NEW_OUTLINE: tuple[Shape, ...] = ("square", "triangle")
-PROCESSES = 2
+TWO = 0.25
+"""Share of the images with two objects. With half, which object is meant was what the base read worst."""
 STATED = 0.75
 """Share of the captions that state an attribute; with half, the base reads captions much worse."""
 EIGHT_PROMPTS = ("An object.", "An object and an object.", "A star and a circle.")
@@ -150,7 +152,7 @@ def picture_of(taste: Taste, seed: int, index: int) -> Picture:
     random = np.random.default_rng([seed, index, 1])
     # Objects of plain scenes differ in color and shape, by which a caption distinguishes them.
     sampled = sample_scene(
-        seed, index, segments=int(random.integers(1, 3)), style=SceneStyle(SCALE, plain=True)
+        seed, index, segments=1 + int(random.random() < TWO), style=SceneStyle(SCALE, plain=True)
     )
     colors = random.permutation(np.array(taste.palette or COLORS)).tolist()
     shapes = random.permutation(np.array(taste.outline or SHAPES)).tolist()
@@ -266,8 +268,8 @@ def base_stage(out: Path, samples: int) -> StageConfig:
     return load_stage(BASE_STAGE, words)
 
 
-def train(stage: StageConfig, path: Path) -> None:
-    """Write a stage and train it on `PROCESSES` ranks.
+def train(stage: StageConfig, path: Path, processes: int) -> None:
+    """Write a stage and train it on some ranks, unless that is done.
 
     Raises:
         SystemExit: with the trainer's exit code; the trainer has printed the reason.
@@ -275,7 +277,7 @@ def train(stage: StageConfig, path: Path) -> None:
     if is_finished(stage.run, stage.samples):
         return
     path.write_text(dump_stage(stage))
-    if code := wait_for(start_ranks(PROCESSES, str(path)), 0):
+    if code := wait_for(start_ranks(processes, str(path)), 0):
         sys.exit(code)
 
 
@@ -335,14 +337,17 @@ def params_of(sampler: Sampler, user: str) -> SamplingParams:
     return SamplingParams(defaults.steps, defaults.guidance, defaults.height, defaults.width, user=user)
 
 
-def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> None:
-    """Fit a new user to 8 images, and write the file."""
+def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> float:
+    """Fit a new user to 8 images, and write the file; returns the seconds of the fit."""
     side = sampler.defaults.height
     pictures = [picture_of(taste, TRAIN_SEED + seed, number) for number in range(8)]
     images = [Image.fromarray(render_scene(picture.scene, side, side)) for picture in pictures]
     latents = encode_images(sampler, images)
+    start = time.perf_counter()
     fitted = fit_user(sampler, latents, [picture.text for picture in pictures], FitSettings(by))
+    seconds = time.perf_counter() - start
     save_user(out, fitted.tokens, by=by)
+    return seconds
 
 
 def draw_eight(sampler: Sampler, chosen: Sequence[Taste], out: Path) -> None:
@@ -363,7 +368,7 @@ def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     chosen, others = known[:USERS], known[USERS : USERS + NEW_USERS]
     base = base_stage(out, arguments.base_samples)
     prepare(out / "base.yaml", [Taste()], arguments.base_images, base.sample, named=False)
-    train(base, out / "base_stage.yaml")
+    train(base, out / "base_stage.yaml", arguments.processes)
     prepare(out / "users.yaml", chosen, arguments.images, base.sample, named=True)
 
     device = torch.device("cpu")
@@ -372,17 +377,19 @@ def run_rows(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     table = {"base": measure(load_source(base.run, "ema", device, dtype), nobody, arguments.prompts)}
     for row in arguments.rows:
         stage = users_stage(out, base.run, row, arguments.samples, USERS)
-        train(stage, out / f"{stage.name}_stage.yaml")
+        train(stage, out / f"{stage.name}_stage.yaml", arguments.processes)
         sampler = load_source(stage.run, "ema", device, dtype)
         users = {str(number): taste for number, taste in enumerate(chosen)}
         table[row] = measure(sampler, users, arguments.prompts)
         if row == "all":
             draw_eight(sampler, chosen, out / "eight_users.png")
             for by in ("coefficients", "row"):
-                files = {}
+                files, seconds = {}, []
                 for number, taste in enumerate(others):
-                    files[f"{out}/{by}_{number}.safetensors"] = taste
-                    fit_new(sampler, taste, USERS + number, by, out / f"{by}_{number}.safetensors")
+                    file = out / f"{by}_{number}.safetensors"
+                    files[str(file)] = taste
+                    seconds.append(fit_new(sampler, taste, USERS + number, by, file))
+                print(f"a user is fitted by {by} in {np.mean(seconds):.0f} s", flush=True)
                 table[f"new users, 8 images, by {by}"] = measure(sampler, files, arguments.prompts)
     return table
 
@@ -406,8 +413,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=40, help="of each user")
     parser.add_argument("--prompts", type=int, default=16, help="of each user, held out")
     parser.add_argument("--base-images", type=int, default=16_000)
-    parser.add_argument("--base-samples", type=int, default=200_000)
-    parser.add_argument("--samples", type=int, default=40_000, help="of each row's stage")
+    parser.add_argument("--base-samples", type=int, default=300_000)
+    parser.add_argument("--samples", type=int, default=150_000, help="of each row's stage")
+    parser.add_argument("--processes", type=int, default=2, help="ranks of each training (default 2)")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--results", type=Path, help="markdown file for the table")
     return parser.parse_args(arguments)

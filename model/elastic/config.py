@@ -29,6 +29,9 @@ class ElasticConfig:
     distil: float = bounded(0.0, 0.0, 1.0)
     """With `sandwich`: share of the part's loss that compares it with the full network's prediction instead
     of the objective's target."""
+    part_weight: float = bounded(1.0, 0.0, 100.0)
+    """With `sandwich`: weight of the part's loss beside the full network's. Below 1 the full network loses
+    less quality to its parts, which learn less."""
     segments: list[float] = field(default_factory=list, metadata=within(0.0, 1.0))
     """Times, rising, at which the next larger patches begin, one fewer than `patches`: each size is trained
     and sampled in its part of the times alone. Empty = all sizes at all times."""
@@ -77,6 +80,10 @@ class ElasticConfig:
             raise UserError("elastic.sandwich trains a part after the whole: name elastic.depths or patches")
         if self.distil and not self.sandwich:
             raise UserError("elastic.distil needs the full network's prediction: set elastic.sandwich=true")
+        if self.part_weight != 1.0 and not self.sandwich:
+            raise UserError(
+                "elastic.part_weight weighs the part that follows the full network: set elastic.sandwich=true"
+            )
         if not self.segments:
             return
 

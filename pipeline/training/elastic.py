@@ -189,7 +189,8 @@ class ElasticPasses(Passes):
                 if whole is not None and self.stage.elastic.distil:
                     learned = self._distilled(learned, losses, prediction, whole)
 
-                self.engine.backward(learned.mean())
+                weight = 1.0 if whole is None else self.stage.elastic.part_weight
+                self.engine.backward(weight * learned.mean())
                 add_losses(batch, losses.detach(), times[micro.rows], str(part))
                 whole = prediction.detach()[:, : target.shape[1]]
 

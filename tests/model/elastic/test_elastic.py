@@ -212,6 +212,7 @@ def test_a_schedule_has_coarse_patches_from_its_times_on(time):
         ({"patches": [SIZES.patch, SIZES.patch]}, "rising multiples"),
         ({"sandwich": True}, "elastic.sandwich"),
         ({"depths": [5, 3], "distil": 0.5}, "elastic.sandwich=true"),
+        ({"depths": [5, 3], "part_weight": 0.5}, "elastic.sandwich=true"),
         ({"depths": [5, 3], "segments": [0.5]}, "one fewer"),
         ({"patches": [SIZES.patch, 2 * SIZES.patch], "segments": [1.0]}, "rising times"),
         ({"patches": [SIZES.patch, 2 * SIZES.patch], "segments": [0.5], "sandwich": True}, "another depth"),
