@@ -74,7 +74,7 @@ def reduce_scatter(
     buffer = buffer if dtype is None else buffer.to(dtype)
     length = len(buffer) // world
     own = buffer[rank * length : (rank + 1) * length]
-    # One rank has its own mean already; gloo would copy it to and fro, a tenth of the step of a small network.
+    # One rank has its own mean already, which gloo would only copy to and fro.
     if world > 1:
         # Before the sum, as DeepSpeed does it: the same bits.
         buffer.div_(world)

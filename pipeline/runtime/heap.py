@@ -10,8 +10,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation, and return none to the system.
 
     By default the memory of a large tensor goes back to the system with the tensor, so that every step
-    touches new pages, each by a page fault: a twelfth of the step of a small network. The process then stays
-    as large as it ever was. Other C libraries are left alone.
+    touches new pages, each by a page fault. The process then stays as large as it ever was. Other C
+    libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

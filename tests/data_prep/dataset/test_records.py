@@ -19,7 +19,7 @@ def count():
     return len(os.listdir("/proc/self/task"))
 
 sink = io.BytesIO()
-pq.write_table(pa.table({"file_name": ["a", "b"], "text": ["one", "two"], "n": [1, 2]}), sink, row_group_size=1)
+pq.write_table(pa.table({"file_name": ["a", "b"], "text": ["one", "two"]}), sink, row_group_size=1)
 data = sink.getvalue()
 before = count()
 assert parse_table(data).num_rows == 2 and parse_table(data, columns=["text"], group=1).num_rows == 1
@@ -39,4 +39,5 @@ def test_no_thread_reads_a_table_of_bytes():
 
     assert started() == ["0"]
     ours, by_default = started("default")
-    assert ours == "0" and int(by_default) > 0, "pyarrow starts no threads any more"
+    assert ours == "0"
+    assert int(by_default) > 0, "pyarrow starts no threads any more"
