@@ -13,7 +13,7 @@ def test_the_rows_of_elastic_networks_load_with_the_patches_that_they_are_for():
     jobs, left_out = make_jobs("speedrun", settings, ablation, 1, Snapshot("set", [], {family: text}, {}, {}))
     assert not left_out
     stages = {job.row: job.stage for job in jobs}
-    assert list(stages) == ["plain", "half", "elastic", "sandwich", "segments"]
+    assert list(stages) == ["plain", "half", "elastic", "sandwich", "light", "segments"]
     assert {stage.model.patch for stage in stages.values()} == {4}
     assert {name for name, stage in stages.items() if stage.elastic.elastic} == set(stages) - {"half"}
     assert stages["half"].model.depth == stages["elastic"].elastic.depths[-1]
