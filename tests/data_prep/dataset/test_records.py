@@ -1,7 +1,7 @@
 """Tables are read by the calling thread alone.
 
 A thread of pyarrow's own that lets go of bytes of Python while the interpreter exits ends the process with
-`terminate called without an active exception`: one command in six did on a busy machine.
+`terminate called without an active exception`: one command in five did on a busy machine.
 """
 
 import subprocess
