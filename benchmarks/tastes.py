@@ -308,7 +308,7 @@ def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> St
 def generate(sampler: Sampler, captions: Iterable[str], params: SamplingParams) -> list[np.ndarray]:
     """Return an image uint8 of each caption."""
     batch = [(caption, seed) for seed, caption in enumerate(captions)]
-    (images,) = generate_images(sampler, [batch], params, shows=False)
+    (images,) = generate_images(sampler, [batch], replace(params, together=True), shows=False)
     return [np.asarray(image.convert("RGB")) for image in images]
 
 

@@ -76,6 +76,7 @@ def generate(job: Job, prompts: list[str]) -> Path:
         # kept with the run, so that a later call can check that its prompts are the same
         job.prompts.write_text("\n".join(prompts), encoding="utf-8")
         arguments = [str(job.run), "--prompts", str(job.prompts), "--out", str(folder), "--own-seeds"]
+        arguments += ["--together", "--batch", "32"]
         # a process of its own returns all GPU memory before the next run is trained
         code = subprocess.run([sys.executable, "-m", "pipeline.sample", *arguments]).returncode
         if code:

@@ -2,8 +2,8 @@
 
 The scheduler's state and the latents stay fp32; only the network runs in a lower precision. Each image has
 its own seed and its own noise generator, so it is the same in a batch of any size and at any place in it: on
-the CPU bit for bit, since the network takes one image at a time there; on a GPU up to rounding, and bit for
-bit in batches of one.
+the CPU bit for bit, since the network takes one image at a time there if nothing else is asked for; on a GPU
+up to rounding, and bit for bit in batches of one.
 """
 
 import inspect
@@ -261,6 +261,7 @@ def sample_latents(
     dtype: torch.dtype,
     on_step: OnStep | None = None,
     user_guidance: float | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Sample one image's normalized latents per seed.
 
@@ -276,6 +277,7 @@ def sample_latents(
         dtype: precision of the latents that the network gets.
         on_step: called after each step.
         user_guidance: scale of the users; None = that of the text.
+        together: the network takes all images at once on the CPU too.
 
     Returns:
         Latents fp32 [B, *shape] on the condition's device.
@@ -289,5 +291,5 @@ def sample_latents(
     def predict_in_dtype(latents: Tensor, given: Condition) -> Tensor:
         return predict(latents.to(dtype), given)
 
-    evaluate = Guided(predict_in_dtype, condition, null_condition, guidance, user_guidance)
+    evaluate = Guided(predict_in_dtype, condition, null_condition, guidance, user_guidance, together)
     return follow(solver, set_steps(solver, steps, noise.device), lambda: evaluate, noise, on_step)

@@ -90,10 +90,14 @@ class SamplingParams:
     """Frames of a clip; 1 = an image."""
     first_frame: str = ""
     """File of an image that the clip begins with; empty = none."""
+    together: bool = False
+    """The network takes a batch at once on the CPU too: faster for images of few patches, which then depend
+    on their batch by rounding errors."""
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are written next to an image; `conditions`, `adaptive`, `frames` and
-        those of the user only if they are read, depth and size of patches only if they are asked for."""
+        those of the user only if they are read, depth and size of patches and `together` only if they are
+        asked for."""
         record = asdict(self)
         record |= self.parts.record()
         del record["parts"]
@@ -104,7 +108,7 @@ class SamplingParams:
             del record["conditions"]
         if not self.user:
             del record["user"], record["user_guidance"]
-        for name, unset in (("frames", 1), ("first_frame", "")):
+        for name, unset in (("frames", 1), ("first_frame", ""), ("together", False)):
             if record[name] == unset:
                 del record[name]
         return record
@@ -307,6 +311,7 @@ class Sampler:
             self.dtype,
             on_step,
             params.user_guidance,
+            params.together,
         )
         return given.with_frame(sampled) if given else sampled
 

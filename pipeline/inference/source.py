@@ -228,6 +228,12 @@ def add_sampling_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="images generated at once")
     parser.add_argument(
+        "--together",
+        action="store_true",
+        help="compute a batch at once on a CPU too: several times as fast for images of few patches, which "
+        "then differ from batch to batch by rounding errors",
+    )
+    parser.add_argument(
         "--zero3", action="store_true", help="partition the weights over the processes, as in training"
     )
 
@@ -268,6 +274,7 @@ def choose_sampling_params(defaults: SamplingConfig, arguments: argparse.Namespa
         user_guidance=arguments.user_guidance,
         frames=frames,
         first_frame=arguments.first_frame,
+        together=arguments.together,
     )
 
 

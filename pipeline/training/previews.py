@@ -179,6 +179,7 @@ class Previews(Callback):
             sample.steps,
             sample.guidance,
             engine.dtype,
+            together=True,
         )
         return self.kind.convert(decode_each(self.vae, latents))
 

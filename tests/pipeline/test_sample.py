@@ -176,6 +176,21 @@ def test_files_are_the_same_bytes_in_batches_of_one_three_and_eight(monkeypatch,
     assert all(files == one for files in others)
 
 
+def test_a_batch_computed_together_has_nearly_the_same_images_and_says_so(monkeypatch, tmp_path):
+    prompts = [each for prompt in PROMPTS if prompt for each in ("--prompt", prompt)]
+    for name, options in (("alone", ()), ("together", ("--together",))):
+        run_main(monkeypatch, "run", *prompts, *options, "--out", tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "alone").glob("*_*.png"))
+    assert len(files) == 7
+    for file in files:
+        alone, together = (
+            np.asarray(Image.open(tmp_path / name / file)).astype(int) for name in ("alone", "together")
+        )
+        assert abs(alone - together).max() <= 2
+        assert "together" not in read_settings(tmp_path / "alone" / file)
+        assert read_settings(tmp_path / "together" / file)["together"] is True
+
+
 def test_two_processes_share_the_pictures_and_draw_the_same_as_one(tmp_path):
     arguments = ("--prompt", "a red cat", "--prompt", "two dogs", "--prompt", "tea", "--images", 2, "--out")
     written = {

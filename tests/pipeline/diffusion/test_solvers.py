@@ -89,6 +89,31 @@ def test_an_image_depends_on_its_seed_alone_and_not_on_the_batch(name, scheduler
     assert not torch.allclose(alone, again)
 
 
+@pytest.mark.parametrize(("name", "scheduler"), COMBINATIONS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_images_computed_together_are_the_same_up_to_rounding(name, scheduler, guidance):
+    objective, sizes = ObjectiveConfig(name=name), set()
+
+    def predict(noisy, condition):
+        sizes.add((len(noisy), len(condition.timesteps)))
+        # as the network does: the branches of guidance share the latents
+        noisy = noisy.repeat(len(condition.timesteps) // len(noisy), 1, 1, 1)
+        return perfect(objective, 0.5)(noisy, condition)
+
+    def sample(together):
+        return sample_latents(
+            predict, make_scheduler(objective, scheduler), prompts(0.1, 0.2, 0.3), prompts(0.0, 0.0, 0.0),
+            SHAPE, [7, 8, 9], 5, guidance, torch.float32, together=together,
+        )  # fmt: skip
+
+    branches = 1 if guidance == 1.0 else 2
+    alone = sample(False)
+    assert sizes == {(1, branches)}
+    sizes.clear()
+    torch.testing.assert_close(sample(True), alone)
+    assert sizes == {(3, 3 * branches)}
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("scheduler", OBJECTIVES["flow"].schedulers)
 def test_flow_times_are_shifted_once_and_end_before_zero(scheduler, shift):
