@@ -1,6 +1,6 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m benchmarks.tastes --out runs/tastes [--base-samples 300000] [--samples 60000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 600000] [--samples 90000] [--results FILE]
 
 First a network is trained on scenes of one object, or of two, on a ground, whose captions state color, shape,
 size and ground each three times in four: the base. Each of 32 users likes a ground, an outline, a palette or
@@ -410,11 +410,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=40, help="of each user")
+    parser.add_argument("--images", type=int, default=120, help="of each user")
     parser.add_argument("--prompts", type=int, default=16, help="of each user, held out")
     parser.add_argument("--base-images", type=int, default=16_000)
-    parser.add_argument("--base-samples", type=int, default=300_000)
-    parser.add_argument("--samples", type=int, default=60_000, help="of each row's stage")
+    parser.add_argument("--base-samples", type=int, default=600_000)
+    parser.add_argument("--samples", type=int, default=90_000, help="of each row's stage")
     parser.add_argument("--processes", type=int, default=2, help="ranks of each training (default 2)")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
     parser.add_argument("--results", type=Path, help="markdown file for the table")

@@ -5,8 +5,9 @@
     python -m pipeline.speedrun board
 
 `run` prepares the data if they are missing, trains the track's stage with the given settings once per seed,
-scores it as it goes on, and writes the record. `check` reads a record, refuses one that breaks a rule or
-whose seconds do not follow from its log, and with --replay trains its first steps again and compares losses.
+scores it as it goes on until it reaches the target, and writes the record. `check` reads a record, refuses
+one that breaks a rule or whose seconds do not follow from its log, and with --replay trains its first steps
+again and compares losses.
 `board` writes the leaderboard from all records.
 """
 
@@ -40,7 +41,15 @@ from pipeline.speedruns.record import (
     seconds_to_target,
     write_record,
 )
-from pipeline.speedruns.track import MIN_SEEDS, TRACKS, Track, changed_settings, find_track, load_entry
+from pipeline.speedruns.track import (
+    MIN_SEEDS,
+    TARGET,
+    TRACKS,
+    Track,
+    changed_settings,
+    find_track,
+    load_entry,
+)
 
 RECORDS = Path("benchmarks/results/speedrun")
 DATASETS = Path(__file__).parents[1] / "data_prep" / "datasets"
@@ -65,7 +74,7 @@ def prepare(track: Track) -> None:
 def train(
     track: Track, settings: Sequence[str], run: Path, seed: int, processes: int, reports: int = 0
 ) -> None:
-    """Train one seed to its end, from where it was stopped.
+    """Train one seed to the target or to its end, from where it was stopped.
 
     Args:
         track: the track.
@@ -73,26 +82,36 @@ def train(
         run: folder of the run.
         seed: `data.seed`.
         processes: number of ranks.
-        reports: stop after this many reports; 0 = at the end.
+        reports: stop after this many reports; 0 = at the target.
 
     Raises:
         SystemExit: with the trainer's exit code; the trainer has printed the reason.
     """
     stage = load_entry(track, settings)
-    if is_finished(run, stage.samples):
+    if is_finished(run, stage.samples) or has_reached(run, seed):
         return
 
     words = [track.stage, *settings, f"name={run.name}", f"runs={run.parent}", f"data.seed={seed}"]
     ranks = start_ranks(processes, *words)
 
+    def is_enough() -> bool:
+        return len(read_reports(run)) >= reports if reports else has_reached(run, seed)
+
     def stop_early() -> None:
-        if reports and len(read_reports(run)) >= reports:
+        if is_enough():
             for rank in ranks:
                 rank.terminate()
 
     code = wait_for(ranks, 0, EXIT_AGAIN, meanwhile=stop_early)
-    if code and not reports:
+    if code and not is_enough():
         sys.exit(code)
+
+
+def has_reached(run: Path, seed: int) -> bool:
+    """Return True if a run has a score that reaches the target, and a report after it, which times it."""
+    log = read_log(run, seed)
+    reached = [scores["samples"] for scores in log["scores"] if scores["segment"] >= TARGET]
+    return any(report["samples"] >= reached[0] for report in log["reports"]) if reached else False
 
 
 def run_entry(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # the standard library's has no checks before Python 3.12
@@ -39,8 +39,10 @@ class Scores(TypedDict):
     """Segments with all of their claims right: the measure of the speedrun."""
     colour: Share
     shape: Share
-    size: Share
-    texture: Share
+    count: NotRequired[Share]
+    """Of groups of several objects. Attributes that no prompt states have no score."""
+    size: NotRequired[Share]
+    texture: NotRequired[Share]
 
 
 class SeedLog(TypedDict):
@@ -88,7 +90,7 @@ def read_log(run: Path, seed: int) -> SeedLog:
 
     scores: dict[int, Scores] = {}
     for event in read_events(run, "scenes"):
-        known: Any = {name: event[name] for name in Scores.__annotations__}
+        known: Any = {name: event[name] for name in Scores.__annotations__ if name in event}
         # A run that was continued from an earlier checkpoint scored some samples again.
         scores[event["samples"]] = known
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from model.common.errors import UserError
 from model.common.records import seal
+from pipeline.speedrun import has_reached
 from pipeline.speedruns.board import leaderboard
 from pipeline.speedruns.record import mean_seconds, read_checked, read_log, seconds_to, seconds_to_target
 from pipeline.speedruns.track import FIXED, PROMPTS, TRACKS, changed_settings, load_entry
@@ -150,6 +151,31 @@ def test_the_log_is_read_from_a_runs_metrics(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_log(tmp_path, 0) == log
+
+
+def test_scores_of_scenes_without_sizes_and_textures_are_a_record(tmp_path):
+    record = record_of()
+    for scores in (scores for log in record["runs"] for scores in log["scores"]):
+        del scores["size"], scores["texture"]
+        scores["count"] = 0.5
+    assert read_checked(write(tmp_path / "plain.json", record))["runs"] == record["runs"]
+    lines = [{"event": "scenes", "time": 2.0, **scores} for scores in record["runs"][0]["scores"]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_log(tmp_path, 0)["scores"] == record["runs"][0]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("segments", "reports", "enough"), [((0.5, 0.9), 4, True), ((0.5, 0.9), 3, False), ((0.5, 0.8), 4, False)]
+)
+def test_a_seed_is_done_once_a_score_reaches_the_target_and_a_report_times_it(
+    tmp_path, segments, reports, enough
+):
+    log = log_of(segments=segments)
+    lines = [{**report, "time": 1.0} for report in log["reports"][:reports]]
+    lines += [{"event": "scenes", "time": 2.0, **scores} for scores in log["scores"]]
+    assert not has_reached(tmp_path / "not begun", 0)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert has_reached(tmp_path, 0) is enough
 
 
 def test_the_board_orders_records_and_escapes_what_others_wrote():
