@@ -1,6 +1,6 @@
 """Do users get what they like? Tastes on scenes, exact by construction.
 
-    python -m benchmarks.tastes --out runs/tastes [--base-samples 600000] [--samples 90000] [--results FILE]
+    python -m benchmarks.tastes --out runs/tastes [--base-samples 300000] [--samples 90000] [--results FILE]
 
 First a network is trained on scenes of one object, or of two, on a ground, whose captions state color, shape,
 size and ground each three times in four: the base. Each of 32 users likes a ground, an outline, a palette or
@@ -263,7 +263,7 @@ def base_stage(out: Path, samples: int) -> StageConfig:
     """Return the stage of the base."""
     words = [f"runs={out / 'runs'}", f"data.store={out / 'store'}", "data.dataset=base", f"samples={samples}"]
     # What the ground is like is decided at times above 0.99, which a logit of std 1 hardly ever gives.
-    words += ["objective.logit_mean=0.5", "objective.logit_std=1.5"]
+    words += ["objective.logit_std=1.3"]
     words += ["name=base", f"sample.scenes_scale={SCALE}", f"checkpoint.every_samples={samples}"]
     return load_stage(BASE_STAGE, words)
 
@@ -299,7 +299,7 @@ def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> St
         validation_parts=0,
         caption_weights={},
     )
-    stage.optim = replace(stage.optim, lr=1e-3, warmup_samples=samples // 20)
+    stage.optim = replace(stage.optim, name="adamw", lr=1e-3, warmup_samples=samples // 20)
     stage.log, stage.sample.every_samples = replace(stage.log, validate_every_samples=0), 0
     stage.checkpoint.every_samples = samples
     return stage
@@ -413,7 +413,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=120, help="of each user")
     parser.add_argument("--prompts", type=int, default=16, help="of each user, held out")
     parser.add_argument("--base-images", type=int, default=16_000)
-    parser.add_argument("--base-samples", type=int, default=600_000)
+    parser.add_argument("--base-samples", type=int, default=300_000)
     parser.add_argument("--samples", type=int, default=90_000, help="of each row's stage")
     parser.add_argument("--processes", type=int, default=2, help="ranks of each training (default 2)")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
