@@ -66,7 +66,7 @@ class ScenesEnding(Ending):
         words += ["--objects", str(self.style.objects)] if self.style.objects else []
         words += ["--combination", str(UNSEEN)]
         run("pipeline.follow", "write", str(self.folder), *words)
-        self.sample(self.folder / "prompts.txt", "--own-seeds")
+        self.sample(self.folder / "prompts.txt", "--own-seeds", "--together", "--batch", "32")
 
     def measure(self) -> dict[str, Any]:
         """Return the shares of right claims, and those of images against other prompts."""
