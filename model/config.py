@@ -129,7 +129,7 @@ class DiTConfig:
     position: Literal["convolution", "rope"] = "convolution"
     """Source of a patch's place: convolutions over neighbors (the paper's), or rotary positions in
     self-attention over frames, rows and columns, a choice for new networks. Rotary positions are relative:
-    with them alone nothing says where in the image a patch is, where the convolutions see its border."""
+    with them alone no patch knows its place in the image, where the convolutions see the border."""
     position_scale: int = bounded(1, 1, 1_024)
     """With `rope`: rotary positions that a patch takes along rows and columns; its own is their mean.
     An exported part of an elastic network has its patch / `model.patch` here."""

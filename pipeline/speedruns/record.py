@@ -40,7 +40,7 @@ class Scores(TypedDict):
     colour: Share
     shape: Share
     count: NotRequired[Share]
-    """Of groups of several objects. Attributes that no prompt states have no score."""
+    """Share of the right groups of several objects. Attributes that no prompt states have no score."""
     size: NotRequired[Share]
     texture: NotRequired[Share]
 
