@@ -308,7 +308,7 @@ def users_stage(out: Path, base: Path, row: str, samples: int, count: int) -> St
 def generate(sampler: Sampler, captions: Iterable[str], params: SamplingParams) -> list[np.ndarray]:
     """Return an image uint8 of each caption."""
     batch = [(caption, seed) for seed, caption in enumerate(captions)]
-    (images,) = generate_images(sampler, [batch], replace(params, together=True), shows=False)
+    (images,) = generate_images(sampler, [batch], params, shows=False)
     return [np.asarray(image.convert("RGB")) for image in images]
 
 
@@ -334,7 +334,9 @@ def measure(sampler: Sampler, users: dict[str, Taste], prompts: int) -> dict[str
 def params_of(sampler: Sampler, user: str) -> SamplingParams:
     """Return the stage's sampling parameters with a user."""
     defaults = sampler.defaults
-    return SamplingParams(defaults.steps, defaults.guidance, defaults.height, defaults.width, user=user)
+    return SamplingParams(
+        defaults.steps, defaults.guidance, defaults.height, defaults.width, user=user, together=True
+    )
 
 
 def fit_new(sampler: Sampler, taste: Taste, seed: int, by: Any, out: Path) -> float:

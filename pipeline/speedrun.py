@@ -35,21 +35,14 @@ from pipeline.runtime.stopping import EXIT_AGAIN
 from pipeline.speedruns.board import leaderboard
 from pipeline.speedruns.record import (
     Record,
+    has_reached,
     mean_seconds,
     read_checked,
     read_log,
     seconds_to_target,
     write_record,
 )
-from pipeline.speedruns.track import (
-    MIN_SEEDS,
-    TARGET,
-    TRACKS,
-    Track,
-    changed_settings,
-    find_track,
-    load_entry,
-)
+from pipeline.speedruns.track import MIN_SEEDS, TRACKS, Track, changed_settings, find_track, load_entry
 
 RECORDS = Path("benchmarks/results/speedrun")
 DATASETS = Path(__file__).parents[1] / "data_prep" / "datasets"
@@ -88,14 +81,14 @@ def train(
         SystemExit: with the trainer's exit code; the trainer has printed the reason.
     """
     stage = load_entry(track, settings)
-    if is_finished(run, stage.samples) or has_reached(run, seed):
+    if is_finished(run, stage.samples) or has_reached(read_log(run, seed)):
         return
 
     words = [track.stage, *settings, f"name={run.name}", f"runs={run.parent}", f"data.seed={seed}"]
     ranks = start_ranks(processes, *words)
 
     def is_enough() -> bool:
-        return len(read_reports(run)) >= reports if reports else has_reached(run, seed)
+        return len(read_reports(run)) >= reports if reports else has_reached(read_log(run, seed))
 
     def stop_early() -> None:
         if is_enough():
@@ -105,13 +98,6 @@ def train(
     code = wait_for(ranks, 0, EXIT_AGAIN, meanwhile=stop_early)
     if code and not is_enough():
         sys.exit(code)
-
-
-def has_reached(run: Path, seed: int) -> bool:
-    """Return True if a run has a score that reaches the target, and a report after it, which times it."""
-    log = read_log(run, seed)
-    reached = [scores["samples"] for scores in log["scores"] if scores["segment"] >= TARGET]
-    return any(report["samples"] >= reached[0] for report in log["reports"]) if reached else False
 
 
 def run_entry(arguments: argparse.Namespace) -> None:

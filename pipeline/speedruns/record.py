@@ -121,10 +121,21 @@ def seconds_to(log: SeedLog, samples: int) -> float:
     return seconds + (samples - covered) / later[0]["samples_per_second"]
 
 
+def samples_to_target(log: SeedLog) -> int | None:
+    """Return the samples at the first score that reaches the target; None if none does."""
+    return next((scores["samples"] for scores in log["scores"] if scores["segment"] >= TARGET), None)
+
+
 def seconds_to_target(log: SeedLog) -> float | None:
     """Return the seconds to the first score that reaches the target; None if none does."""
-    reached = [scores["samples"] for scores in log["scores"] if scores["segment"] >= TARGET]
-    return seconds_to(log, reached[0]) if reached else None
+    samples = samples_to_target(log)
+    return None if samples is None else seconds_to(log, samples)
+
+
+def has_reached(log: SeedLog) -> bool:
+    """Return True if a score reaches the target, and a report after it times it."""
+    samples = samples_to_target(log)
+    return samples is not None and any(report["samples"] >= samples for report in log["reports"])
 
 
 def mean_seconds(runs: Sequence[SeedLog]) -> float | None:

@@ -167,7 +167,8 @@ class Previews(Callback):
         sample = self.stage.sample
         # Any prompt does for the indices beyond the end.
         prompts = [self.prompts[index % len(self.prompts)] for index in indices]
-        # By index and not by rank: another number of processes samples the same images.
+        # By index and not by rank: another number of processes samples the same images,
+        # on a CPU too only up to rounding, since a batch is computed at once.
         seeds = [sample.seed + index for index in indices]
         latents = sample_latents(
             engine,

@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 
 from model.common.errors import UserError
 from model.common.records import seal
-from pipeline.speedrun import has_reached
 from pipeline.speedruns.board import leaderboard
-from pipeline.speedruns.record import mean_seconds, read_checked, read_log, seconds_to, seconds_to_target
+from pipeline.speedruns.record import (
+    has_reached,
+    mean_seconds,
+    read_checked,
+    read_log,
+    seconds_to,
+    seconds_to_target,
+)
 from pipeline.speedruns.track import FIXED, PROMPTS, TRACKS, changed_settings, load_entry
 
 JUDGED = [f"sample.scenes={PROMPTS}", "sample.every_samples=6400"]
@@ -63,6 +69,10 @@ def record_of(**changes):
 def write(path, record):
     path.write_bytes(seal(record))
     return path
+
+
+def write_metrics(run, lines):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @given(st.lists(st.floats(1.0, 1e4), min_size=2, max_size=8), st.data())
@@ -149,7 +159,7 @@ def test_the_log_is_read_from_a_runs_metrics(tmp_path):
     lines += [
         {"event": "scenes", "time": 2.0, "step": 1, "caption": 0.1, **scores} for scores in log["scores"]
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(tmp_path, lines)
     assert read_log(tmp_path, 0) == log
 
 
@@ -160,7 +170,7 @@ def test_scores_of_scenes_without_sizes_and_textures_are_a_record(tmp_path):
         scores["count"] = 0.5
     assert read_checked(write(tmp_path / "plain.json", record))["runs"] == record["runs"]
     lines = [{"event": "scenes", "time": 2.0, **scores} for scores in record["runs"][0]["scores"]]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(tmp_path, lines)
     assert read_log(tmp_path, 0)["scores"] == record["runs"][0]["scores"]
 
 
@@ -173,9 +183,9 @@ def test_a_seed_is_done_once_a_score_reaches_the_target_and_a_report_times_it(
     log = log_of(segments=segments)
     lines = [{**report, "time": 1.0} for report in log["reports"][:reports]]
     lines += [{"event": "scenes", "time": 2.0, **scores} for scores in log["scores"]]
-    assert not has_reached(tmp_path / "not begun", 0)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert has_reached(tmp_path, 0) is enough
+    assert not has_reached(read_log(tmp_path / "not begun", 0))
+    write_metrics(tmp_path, lines)
+    assert has_reached(read_log(tmp_path, 0)) is enough
 
 
 def test_the_board_orders_records_and_escapes_what_others_wrote():
