@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from docs.make_messages import page as page_of_messages
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 LOADS = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*stylesheet[^>]*//"
 )
@@ -17,7 +18,7 @@ LOADS = re.compile(
 
 def results() -> list[Path]:
     """Return the pages of measurements."""
-    return sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+    return sorted(RESULTS.glob("*.md"))
 
 
 def on_config(config: Any) -> Any:
@@ -30,9 +31,9 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the measurements, which are outside of docs/, and the page of all messages."""
-    for page in results():
-        files.append(File.generated(config, f"benchmarks/results/{page.name}", abs_src_path=str(page)))
+    """Add the measurements with their figures, which are outside of docs/, and the page of all messages."""
+    for path in [*results(), *sorted(RESULTS.glob("*.svg"))]:
+        files.append(File.generated(config, f"benchmarks/results/{path.name}", abs_src_path=str(path)))
     files.append(File.generated(config, "messages.md", content=page_of_messages()))
     return files
 

@@ -8,7 +8,7 @@
 scores it as it goes on until it reaches the target, and writes the record. `check` reads a record, refuses
 one that breaks a rule or whose seconds do not follow from its log, and with --replay trains its first steps
 again and compares losses.
-`board` writes the leaderboard from all records.
+`board` writes the leaderboard and the learning curves from all records.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import torch
 import yaml
 
 from model.common.errors import UserError, command
-from model.common.files import write_atomic
 from model.common.settings import check_name
 from pipeline.demonstration.commands import run as run_command
 from pipeline.runtime.console import log_line
@@ -32,7 +31,7 @@ from pipeline.runtime.finished import is_finished
 from pipeline.runtime.launch import start_ranks, wait_for
 from pipeline.runtime.run_log import read_reports
 from pipeline.runtime.stopping import EXIT_AGAIN
-from pipeline.speedruns.board import leaderboard
+from pipeline.speedruns.board import write_board
 from pipeline.speedruns.record import (
     Record,
     has_reached,
@@ -209,7 +208,7 @@ def main() -> None:
     else:
         records = [read_checked(path) for path in sorted(arguments.out.glob("*.json"))]
         path = arguments.out.parent / "speedrun.md"
-        write_atomic(path, leaderboard(records))
+        write_board(path, records)
         log_line(f"{path}: {len(records)} records")
 
 

@@ -1,4 +1,4 @@
-"""The result of an ablation: `table.md`, and `report.html` with tables, orderings, figure 3 and images."""
+"""The result of an ablation: `table.md`, `positions.svg`, and `report.html` with both and images."""
 
 import time
 from collections.abc import Sequence
@@ -11,17 +11,15 @@ import numpy as np
 
 from model.common.files import write_atomic
 from pipeline.ablation.paired import Difference
+from pipeline.ablation.positions import position_figure, positional_biases
 from pipeline.ablation.rows import Ablation, Job, Ordering, Score, SeedMean, orderings
 from pipeline.following.contrast import CONTRASTS
-from pipeline.following.positional_bias import PositionalBias, positional_bias
+from pipeline.following.positional_bias import PositionalBias
 from pipeline.following.scoring import prompt_following
-from pipeline.reporting.curves import curve
 from pipeline.reporting.page import inline_image
 from pipeline.stage.config import StageConfig, dump_stage
 
 TEMPLATE = Path(__file__).with_name("report.html")
-POSITION_ROWS = ("a", "a_causal", "a_refiner", "ab_collaborative")
-"""Rows of the curve over positions, if any of them has scores; else the first four."""
 PLANNED_HALF = 0.01
 """Half width of an interval for which the report says how many seeds it takes."""
 MAX_IMAGES = 8
@@ -130,34 +128,6 @@ def plan_text(difference: Difference) -> str:
     return f"± {100 * PLANNED_HALF:.0f} point takes {needed}"
 
 
-def positional_biases(ablation: Ablation, scores: Scores) -> dict[str, PositionalBias]:
-    """Return title -> figure 3's curve of some rows; a segment's score is the mean over the seeds."""
-    biases: dict[str, PositionalBias] = {}
-    for name in [name for name in POSITION_ROWS if name in scores] or list(scores)[:4]:
-        by_seed = [record["segments"] for record in scores[name].values()]
-        means = [np.mean(segments, axis=0).tolist() for segments in zip(*by_seed, strict=True)]
-        # a prompt of one segment has no positions to compare
-        if any(len(segments) > 1 for segments in means):
-            biases[ablation.rows[name].title] = positional_bias(means)
-    return biases
-
-
-def position_curve(biases: dict[str, PositionalBias]) -> dict[str, str]:
-    """Return the paper's figure 3."""
-    lines: dict[str, tuple[list[float], list[float]]] = {}
-    bands: dict[str, tuple[list[float], list[float]]] = {}
-    for title, bias in biases.items():
-        lines[title] = (bias.positions, [point.mean for point in bias.curve])
-        bands[title] = ([point.low for point in bias.curve], [point.high for point in bias.curve])
-    note = (
-        "Share of correct claims by the position of a segment in the prompt, mean over the seeds; "
-        "bands: 95 % over prompts."
-    )
-    axes = ("relative position in the prompt", "score")
-
-    return curve("Positional bias", note, lines, axes, bottom=0.0, bands=bands)
-
-
 def markdown(
     tables: Sequence[dict[str, Any]], biases: dict[str, PositionalBias], left_out: Sequence[str], cost: str
 ) -> str:
@@ -203,7 +173,7 @@ def _images(ablation: Ablation, jobs: Sequence[Job], scores: Scores) -> list[dic
 def build(
     folder: Path, stage: StageConfig, ablation: Ablation, jobs: Sequence[Job], left_out: Sequence[str]
 ) -> Path:
-    """Write `table.md` and `report.html` from the results so far.
+    """Write `table.md`, `positions.svg` and `report.html` from the results so far.
 
     Args:
         folder: folder to write to.
@@ -222,22 +192,26 @@ def build(
         f"{len(done)} of {len(jobs)} runs of {stage.samples:,} samples done, "
         f"{hours:.2f} hours of one run at a time."
     )
-    tables, biases = make_tables(ablation, scores), positional_biases(ablation, scores)
+    tables, biases = make_tables(ablation, scores), positional_biases(scores)
+    curves = position_figure(ablation, biases)
+    named = {ablation.rows[name].title: bias for name, bias in biases.items()}
     # all runs have the same prompts, which `Job.check` makes sure of
     prompts_file = next((job.prompts for job in jobs if job.row in scores), None)
     prompts = prompts_file.read_text(encoding="utf-8").splitlines() if prompts_file is not None else []
 
     folder.mkdir(parents=True, exist_ok=True)
     # array tasks may write the report at the same time
-    write_atomic(folder / "table.md", markdown(tables, biases, left_out, cost))
+    write_atomic(folder / "table.md", markdown(tables, named, left_out, cost))
+    if curves:
+        write_atomic(folder / "positions.svg", curves)
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     text = page.render(
         name=folder.name,
         written=time.strftime("%Y-%m-%d %H:%M"),
         cost=cost,
         tables=tables,
-        curve=position_curve(biases) if biases else None,
-        biases=biases,
+        curves=curves,
+        biases=named,
         images=_images(ablation, jobs, scores),
         prompts=prompts[:MAX_IMAGES],
         left_out=left_out,

@@ -13,6 +13,8 @@ from pipeline.runtime.run_log import read_events, read_lines, read_reports
 from pipeline.training.metrics import TIMESTEP_BINS
 
 matplotlib.use("svg")
+# the same data give the same file
+matplotlib.rcParams["svg.hashsalt"] = "li-dit"
 # after the backend is chosen, so that pyplot never looks for a display
 from matplotlib import pyplot
 
@@ -55,6 +57,7 @@ def curve(
     marks: list[float] | None = None,
     bottom: float | None = None,
     bands: dict[str, Line] | None = None,
+    level: float | None = None,
 ) -> dict[str, str]:
     """Plot lines as inline SVG.
 
@@ -66,6 +69,7 @@ def curve(
         marks: x positions of dashed vertical lines.
         bottom: lower limit of y; None = automatic.
         bands: label -> lower and upper limit at each x of that line.
+        level: y position of a dashed horizontal line.
     """
     figure, plot = pyplot.subplots(figsize=(6.2, 3.3))
     # colors repeat when there are more lines than colors
@@ -77,6 +81,8 @@ def curve(
             plot.fill_between(x, *bands[label], color=color, alpha=0.15, linewidth=0)
     for mark in marks or []:
         plot.axvline(mark, color="#667085", linestyle="--", linewidth=1)
+    if level is not None:
+        plot.axhline(level, color="#667085", linestyle="--", linewidth=1)
 
     plot.set_xlabel(axes[0])
     plot.set_ylabel(axes[1])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.common.errors import UserError
 from model.common.records import seal
-from pipeline.speedruns.board import leaderboard
+from pipeline.speedruns.board import in_order, leaderboard, learning_curves, score_points, write_board
 from pipeline.speedruns.record import (
     has_reached,
     mean_seconds,
@@ -188,13 +188,37 @@ def test_a_seed_is_done_once_a_score_reaches_the_target_and_a_report_times_it(
     assert has_reached(read_log(tmp_path, 0)) is enough
 
 
-def test_the_board_orders_records_and_escapes_what_others_wrote():
-    slow, fast = record_of(), copy.deepcopy(record_of(name="second", change="a | <b>\nc"))
+def faster_record(**changes):
+    """The record, twice as fast."""
+    fast = copy.deepcopy(record_of(**changes))
     for log in fast["runs"]:
         log["reports"] = [{**report, "samples_per_second": 200.0} for report in log["reports"]]
     fast["seconds"] = mean_seconds(fast["runs"])
+    return fast
+
+
+def test_the_board_orders_records_and_escapes_what_others_wrote():
+    slow, fast = record_of(), faster_record(name="second", change="a | <b>\nc")
+    assert in_order([fast, slow], "cpu") == [slow, fast]
     rows = [line for line in leaderboard([fast, slow]).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == ["| first", "| second"]
     assert "50%" in rows[2]
     assert "a \\| &lt;b> c" in rows[2]
     assert "No record yet." in leaderboard([fast, slow])
+
+
+def test_the_board_has_a_figure_per_track_with_records_which_is_the_same_each_time(tmp_path):
+    page, records = tmp_path / "speedrun.md", [record_of(), faster_record(name="second")]
+    write_board(page, records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["speedrun.md", "speedrun_cpu.svg"]
+    assert "(speedrun_cpu.svg)" in page.read_text()
+    drawn = (tmp_path / "speedrun_cpu.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert drawn == learning_curves(records) != learning_curves(records[:1])
+
+
+def test_a_learning_curve_is_the_mean_of_the_seeds_as_far_as_all_go():
+    record = record_of(runs=[log_of(0), log_of(1, speed=50.0), log_of(2, segments=(0.2, 0.92))])
+    minutes, shares = score_points(record)
+    assert minutes == pytest.approx([(64 + 128 + 64) / 180, (128 + 256 + 128) / 180])
+    assert shares == [[0.5, 0.5, 0.2], [0.92, 0.92, 0.92]]
