@@ -9,7 +9,8 @@
 Each row and seed is a run in <runs>/<stage>_ablation/<row>/seed_<n>. What is trained, generated or scored is
 not repeated, and what was stopped is continued. A Slurm array task, or --task I/N, does its share; --dry-run
 prints the runs and the `sbatch --array=...` line of those that are not done. Every call writes
-<runs>/<stage>_ablation/report.html, table.md and positions.svg from all results so far; --report does only that.
+report.html, table.md and positions.svg of <runs>/<stage>_ablation from all results so far; --report does only
+that.
 """
 
 import argparse

@@ -58,7 +58,9 @@ def position_figure(ablation: Ablation, biases: dict[str, PositionalBias]) -> st
     for plot, (title, names) in zip(plots.flat, panels.items(), strict=False):
         for name, color in zip(names, cycle(COLORS), strict=False):
             shares = [100 * point.mean for point in biases[name].curve]
-            plot.plot(biases[name].positions, shares, color=color, linewidth=1.6, label=ablation.rows[name].title)
+            plot.plot(
+                biases[name].positions, shares, color=color, linewidth=1.6, label=ablation.rows[name].title
+            )
         plot.set_title(title, fontsize="medium")
         plot.grid(color="#e4e7ec")
         plot.spines[["top", "right"]].set_visible(False)

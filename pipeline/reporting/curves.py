@@ -13,11 +13,11 @@ from pipeline.runtime.run_log import read_events, read_lines, read_reports
 from pipeline.training.metrics import TIMESTEP_BINS
 
 matplotlib.use("svg")
-# the same data give the same file
-matplotlib.rcParams["svg.hashsalt"] = "li-dit"
 # after the backend is chosen, so that pyplot never looks for a display
 from matplotlib import pyplot
 
+# the same data give the same file
+matplotlib.rcParams["svg.hashsalt"] = "li-dit"
 COLORS = ["#2f6fde", "#e07a2e", "#2a9d6f", "#8a5cd1", "#667085", "#c2387a", "#12a5b8", "#a08a1c"]
 MAX_LINES = len(COLORS)
 LEARNED = {
