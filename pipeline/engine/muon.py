@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.adapter import is_adapter
+from model.common.settings import bounded
 from model.functional import product_dtype
 from pipeline.engine.adamw import AdamWSettings
 from pipeline.engine.layout import Layout
@@ -23,7 +24,7 @@ from pipeline.engine.optim import OPTIMIZERS, decays
 
 MUON = "muon"
 """Name of the parameter group whose matrices are orthogonalized."""
-_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _RMS = 0.2
 """Root mean square of an update: about AdamW's, so that one learning rate serves both (arXiv 2502.16982)."""
 
@@ -34,6 +35,8 @@ class MuonSettings(AdamWSettings):
     """Settings of Muon, and of AdamW for the parameters that are not in its group."""
 
     momentum: float
+    iterations: int = bounded(5, 1, 20)
+    """Of Newton-Schulz per step. Fewer cost less, and leave small singular values of an update small."""
 
     moments: ClassVar[dict[str, tuple[str, ...]]] = {MUON: ("exp_avg",), **AdamWSettings.moments}
     zero_stages: ClassVar[tuple[int, ...]] = (3,)
@@ -49,7 +52,8 @@ class MuonSettings(AdamWSettings):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make the optimizer."""
-        return Muon(groups, self.momentum, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        adamw: dict[str, Any] = {"betas": (self.betas[0], self.betas[1]), "eps": self.eps, "fused": True}
+        return Muon(groups, self.momentum, self.iterations, **adamw)
 
     def bind(self, optimizer: torch.optim.Optimizer, layout: Layout, masters: Sequence[Tensor]) -> None:
         """Give the optimizer the places of its matrices."""
@@ -66,9 +70,17 @@ class _Piece:
     length: int
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz in bf16 where
-    the device has it."""
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Return about the nearest orthogonal matrix, by Newton-Schulz in bf16 where the device has it.
+
+    Args:
+        matrix: [rows, columns].
+        iterations: five bring all singular values above 0.0015 of the Frobenius norm to 0.65 to 1.21, three
+            those above 0.017.
+
+    Returns:
+        [rows, columns].
+    """
     a, b, c = _COEFFICIENTS
     x = matrix.bfloat16()
     x = x.to(product_dtype(x))
@@ -78,7 +90,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     # The Frobenius norm bounds the largest singular value, and the iteration converges only if that is below
     # about 1.
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         gram = x @ x.T
         # x <- a x + b G x + c G^2 x with G = x x^T: a polynomial in the singular values that pushes them
         # toward 1.
@@ -89,16 +101,19 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, except for the group named `muon` of matrices, whose momentum is `exp_avg`."""
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, **settings: Any) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], momentum: float, iterations: int, **settings: Any
+    ) -> None:
         """Make the optimizer; `bind` it to the masters before the first step.
 
         Args:
             groups: parameter groups as AdamW takes them, each with a `name`.
             momentum: decay of Muon's running mean of gradients, which is used with Nesterov's correction.
+            iterations: of `orthogonalize`.
             settings: settings of AdamW.
         """
         super().__init__(groups, **settings)
-        self._momentum = momentum
+        self._momentum, self._iterations = momentum, iterations
         self._pieces: dict[int, list[_Piece]] = {}
         self._world = 1
 
@@ -158,7 +173,7 @@ class Muon(torch.optim.AdamW):
         whole = self._exchange(sent, lengths, [lengths[rank]] * self._world)
         if own is not None:
             numel = math.prod(own.shape)
-            matrix = orthogonalize(whole[:numel].view(own.shape))
+            matrix = orthogonalize(whole[:numel].view(own.shape), self._iterations)
             # An orthogonal matrix has a root mean square of 1 / sqrt(longer side); this brings every shape to
             # `_RMS`.
             whole[:numel] = (_RMS * math.sqrt(max(own.shape)) * matrix).flatten()

@@ -11,12 +11,11 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from model.common.errors import UserError, first_line
+from model.common.errors import UserError
 from model.common.registry import Registry
+from model.common.settings import settings_from
 from pipeline.engine.layout import Layout
 from pipeline.engine.lazy import LAZY, is_table
 from pipeline.stage.config import OptimConfig
@@ -64,7 +63,7 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
 
     Raises:
         UserError: if the name is unknown, or if a key of `optim.settings` is unknown, missing, or has the
-            wrong type.
+            wrong type or is out of range.
     """
     schema: Any = OPTIMIZERS[config.name]
     names = [field.name for field in fields(schema)]
@@ -82,13 +81,7 @@ def optimizer_settings(config: OptimConfig) -> OptimizerSettings:
                 f"optim.settings.{key}: unknown for optim.name={config.name}, whose own settings are: {known}"
             )
 
-    try:
-        # OmegaConf checks types against the dataclass, as for the stage itself.
-        merged = OmegaConf.merge(OmegaConf.structured(schema), shared, config.settings)
-        settings: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"optim.settings.{error.full_key}: {first_line(error)}") from error
-    return settings
+    return settings_from(schema, {**shared, **config.settings}, "optim.settings")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -115,7 +115,8 @@ class OptimConfig:
     """An optimizer registered in `pipeline/engine/`. `muon`: Muon for the matrices of the blocks, AdamW for
     the rest, with one learning rate and decay for both."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the optimizer that are not among the fields below."""
+    """Settings of the optimizer that are not among the fields below; `muon` has `iterations` (5) of
+    Newton-Schulz per step."""
     momentum: float = bounded(0.95, 0.0, 1.0)
     """Momentum of Muon."""
     lr: float = bounded(1e-4, 0.0, 100.0)

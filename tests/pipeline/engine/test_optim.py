@@ -1,6 +1,7 @@
 """Parameter groups hold every trained parameter once; the learning rate does what the settings say."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -10,9 +11,10 @@ from model.adapters import LoRAConfig, UsersConfig, attach_adapters
 from model.common.errors import UserError
 from model.config import DiTConfig, FusionConfig
 from model.dit import LIDiT
-from pipeline.engine.muon import MUON
+from pipeline.engine.muon import MUON, orthogonalize
 from pipeline.engine.optim import learning_rate, optimizer_settings, parameter_groups
 from pipeline.stage.config import OptimConfig
+from tests.helpers.networks import normal
 
 SCHEDULES = st.builds(
     OptimConfig,
@@ -76,3 +78,26 @@ def test_muon_leaves_the_matrices_of_adapters_to_adamw():
     assert groups["blocks.0.mlp.up.weight"] == MUON
     assert not [name for name, group in groups.items() if group == MUON and is_adapter(name)]
     assert {"blocks.0.mlp.up.lora_A.weight", "adapters.users.blocks.0.up.weight"} < groups.keys()
+
+
+@pytest.mark.parametrize(("iterations", "smallest"), [(5, 0.0015), (3, 0.017)])
+def test_singular_values_above_a_bound_are_brought_near_one(iterations, smallest):
+    left, _ = torch.linalg.qr(normal(24, 8, seed=0))
+    right, _ = torch.linalg.qr(normal(8, 8, seed=1))
+    # The largest ones make the Frobenius norm, 2, of which the bound is a share.
+    values = torch.tensor([1.4, 1.4, 0.25, 0.1, *[2.2 * smallest] * 3, smallest])
+    values = values * (2.0 / values.norm())
+    matrix = (left @ values.diag().double() @ right).float()
+
+    for turned, rows in ((matrix, 24), (matrix.T, 8)):
+        found = torch.linalg.svdvals(orthogonalize(turned, iterations).float())
+        assert orthogonalize(turned, iterations).shape[0] == rows
+        assert 0.6 < found[6] <= found[0] < 1.25
+        assert found[7] < 0.6
+
+
+def test_iterations_are_set_by_the_stage_within_a_range():
+    assert optimizer_settings(OptimConfig(name="muon")).iterations == 5
+    assert optimizer_settings(OptimConfig(name="muon", settings={"iterations": 3})).iterations == 3
+    with pytest.raises(UserError, match=r"optim.settings: iterations=0: set a number from 1 to 20"):
+        optimizer_settings(OptimConfig(name="muon", settings={"iterations": 0}))

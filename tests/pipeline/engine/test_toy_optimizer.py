@@ -70,7 +70,7 @@ def test_its_settings_come_from_the_stage():
             {"nestorov": True},
             "optim.settings.nestorov: .* whose own settings are: nesterov",
         ),
-        (toy_optimizer.NAME, {"nesterov": "often"}, "optim.settings.nesterov: .*often"),
+        (toy_optimizer.NAME, {"nesterov": "often"}, "optim.settings: nesterov: .*often"),
         (
             toy_optimizer.NAME,
             {"momentum": 0.5},
