@@ -36,7 +36,7 @@ class MuonSettings(AdamWSettings):
 
     momentum: float
     iterations: int = bounded(5, 1, 20)
-    """Of Newton-Schulz per step. Fewer cost less, and leave small singular values of an update small."""
+    """Newton-Schulz iterations of a step; fewer cost less, and leave small singular values small."""
 
     moments: ClassVar[dict[str, tuple[str, ...]]] = {MUON: ("exp_avg",), **AdamWSettings.moments}
     zero_stages: ClassVar[tuple[int, ...]] = (3,)
