@@ -151,12 +151,13 @@ class Trainer:
         try:
             while True:
                 # between steps: report, callbacks, and save, always at the end
-                if self.state.step % self.stage.log.every_steps == 0 and self.state.interval.counts:
+                finished = self.state.samples >= self.stage.samples
+                reports = finished or self.state.step % self.stage.log.every_steps == 0
+                if reports and self.state.interval.counts:
                     self.heartbeat.enter("report", self.state.step)
                     self._report(progress)
                 for callback in self.callbacks:
                     callback.between_steps(self)
-                finished = self.state.samples >= self.stage.samples
                 stopping = not finished and self.stops.ask(self.stop.requested())
                 if finished or stopping or self._saves_now():
                     self._save(wait=finished or stopping)
