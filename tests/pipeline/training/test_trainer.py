@@ -81,15 +81,11 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(store, straight,
 
 
 def test_the_last_steps_are_reported_too_if_they_do_not_fill_a_report(store, straight, tmp_path):
-    code, reports = on_ranks(1, trainer_tasks.train, store, str(tmp_path), None, {"log__every_steps": 5})[0]
-    assert code == 0
-    assert [report["step"] for report in reports] == [5, 10, 12]
-    assert [report["samples"] for report in reports] == [40, 80, 96]
-    _, every_step = straight
-    for report, first in zip(reports, (0, 5, 10), strict=True):
-        losses = [each["loss"] for each in every_step[first : report["step"]]]
-        assert report["loss"] == pytest.approx(sum(losses) / len(losses), rel=0.02)
-        assert report["samples_per_second"] > 0
+    _, reports = on_ranks(1, trainer_tasks.train, store, str(tmp_path), None, {"log__every_steps": 5})[0]
+    assert [(report["step"], report["samples"]) for report in reports] == [(5, 40), (10, 80), (12, 96)]
+    losses = [each["loss"] for each in straight[1]]
+    means = [sum(losses[start:end]) / (end - start) for start, end in ((0, 5), (5, 10), (10, 12))]
+    assert [report["loss"] for report in reports] == pytest.approx(means, rel=0.02)
 
 
 def test_a_mixture_of_datasets_trains_and_resumes_bit_for_bit_on_one_process(store, tmp_path):
