@@ -1,6 +1,5 @@
 """Positional curves of an ablation (paper A.3, figure 3), with a panel per table."""
 
-import io
 import math
 from itertools import cycle
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from pipeline.ablation.rows import Ablation, Score
 from pipeline.following.positional_bias import PositionalBias, positional_bias
-from pipeline.reporting.curves import COLORS, pyplot
+from pipeline.reporting.curves import COLORS, pyplot, style, to_svg
 
 COLUMNS = 2
 PANEL = (6.0, 3.6)
@@ -62,16 +61,11 @@ def position_figure(ablation: Ablation, biases: dict[str, PositionalBias]) -> st
                 biases[name].positions, shares, color=color, linewidth=1.6, label=ablation.rows[name].title
             )
         plot.set_title(title, fontsize="medium")
-        plot.grid(color="#e4e7ec")
-        plot.spines[["top", "right"]].set_visible(False)
+        style(plot)
         plot.legend(frameon=False, fontsize="x-small")
     for plot in plots[:, 0]:
         plot.set_ylabel("right claims of a segment, %")
     for plot in plots[-1]:
         plot.set_xlabel("relative position in the prompt")
 
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    return to_svg(figure)

@@ -25,6 +25,8 @@ from pipeline.engine.optim import OPTIMIZERS, decays
 MUON = "muon"
 """Name of the parameter group whose matrices are orthogonalized."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+"""Newton-Schulz iterations by default."""
 _RMS = 0.2
 """Root mean square of an update: about AdamW's, so that one learning rate serves both (arXiv 2502.16982)."""
 
@@ -35,7 +37,7 @@ class MuonSettings(AdamWSettings):
     """Settings of Muon, and of AdamW for the parameters that are not in its group."""
 
     momentum: float
-    iterations: int = bounded(5, 1, 20)
+    iterations: int = bounded(ITERATIONS, 1, 20)
     """Newton-Schulz iterations of a step; fewer cost less, and leave small singular values small."""
 
     moments: ClassVar[dict[str, tuple[str, ...]]] = {MUON: ("exp_avg",), **AdamWSettings.moments}
@@ -70,7 +72,7 @@ class _Piece:
     length: int
 
 
-def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """Return about the nearest orthogonal matrix, by Newton-Schulz in bf16 where the device has it.
 
     Args:

@@ -15,6 +15,8 @@ from pipeline.training.metrics import TIMESTEP_BINS
 matplotlib.use("svg")
 # after the backend is chosen, so that pyplot never looks for a display
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # the same data give the same file
 matplotlib.rcParams["svg.hashsalt"] = "li-dit"
@@ -88,14 +90,24 @@ def curve(
     plot.set_ylabel(axes[1])
     if bottom is not None:
         plot.set_ylim(bottom=bottom)
-    plot.grid(color="#e4e7ec")
-    plot.spines[["top", "right"]].set_visible(False)
+    style(plot)
     # a long legend would cover the lines
     if len(lines) > 4:
         plot.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="small")
     elif len(lines) > 1:
         plot.legend(frameon=False)
 
+    return {"title": title, "note": note, "svg": to_svg(figure)}
+
+
+def style(plot: Axes) -> None:
+    """Draw a plot's grid, and no frame above and to the right of it."""
+    plot.grid(color="#e4e7ec")
+    plot.spines[["top", "right"]].set_visible(False)
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure of pyplot as inline SVG, and close it."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     # pyplot keeps every open figure in memory
@@ -103,7 +115,7 @@ def curve(
     # without the XML header, so that HTML can contain it
     svg = text.getvalue()
 
-    return {"title": title, "note": note, "svg": svg[svg.index("<svg") :]}
+    return svg[svg.index("<svg") :]
 
 
 def smooth(values: list[float], share: float = 0.03) -> list[float]:
